@@ -1,0 +1,1 @@
+"""From ONNX to a bundle: build specification, engine builders, bundle writer."""

@@ -1,0 +1,84 @@
+"""The interface of every checkpoint reader: facts, tensors by Hugging Face name, tokenizer files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpan:
+    """Where a tensor's plain little-endian, row-major bytes lie, so that external data can point at them."""
+
+    path: Path
+    offset: int  # bytes from the start of the file
+    length: int  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint, under its Hugging Face name and in its Hugging Face layout.
+
+    Attributes:
+        dtype: what `Checkpoint.read` returns (bf16 as ml_dtypes.bfloat16; quantized GGUF types as float32).
+        span: None where the stored bytes are not the tensor itself (quantized or permuted).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    span: FileSpan | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """Text files that go into a bundle unchanged: file name -> content. Empty without a tokenizer."""
+
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+class Checkpoint(Protocol):
+    """A checkpoint opened for reading; a context manager. Nothing is loaded until `read`."""
+
+    @property
+    def path(self) -> Path:
+        """The folder or file that was opened."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's facts."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by Hugging Face name (`model.layers.0.self_attn.q_proj.weight`, ...)."""
+
+    @property
+    def source(self) -> Mapping[str, str]:
+        """Where the weights come from: `format`, `path` (base name), `sha256` of the header(s)."""
+
+    @property
+    def tokenizer(self) -> TokenizerFiles:
+        """tokenizer.json, tokenizer_config.json (with chat_template), generation_config.json if present."""
+
+    def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
+        """One tensor, or some rows (axis 0) of it, as an array of `tensors[name].dtype`.
+
+        Memory-mapped where possible; the caller doesn't write into it.
+
+        Raises:
+            CheckpointError: the tensor is missing or its bytes can't be read.
+        """
+
+    def close(self) -> None:
+        """Releases the mappings; arrays already returned must not be used afterwards."""
+
+    def __enter__(self) -> Checkpoint: ...
+
+    def __exit__(self, *exc: object) -> None: ...

@@ -1,0 +1,1 @@
+"""Weight quantization in NumPy, independent of any graph."""

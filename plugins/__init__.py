@@ -1,0 +1,1 @@
+"""GQA and MoE plugins for TensorRT (Triton kernels and their C++ library)."""

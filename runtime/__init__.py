@@ -1,0 +1,1 @@
+"""The slim runtime that serves a bundle: no torch, onnx or transformers."""

@@ -1,0 +1,1 @@
+"""One backend file for each engine kind, behind `runtime.engine.Engine`."""
