@@ -1,8 +1,8 @@
 """Recipes: how initializers are made from checkpoint tensors, and the streaming of them into external data.
 
 A recipe reads one or several checkpoint tensors, stacked along axis 0, a few rows at a time, and turns each chunk of
-rows into chunks of one or several initializers (a cast, a transpose, or codes and scales). Nothing larger than a chunk is held
-in memory, so peak memory doesn't grow with the model.
+rows into chunks of one or several initializers (a cast, a transpose, or codes and scales). Nothing larger than a chunk
+is held in memory, so peak memory doesn't grow with the model.
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ def check_sources(traced: Traced, checkpoint: Checkpoint) -> None:
     if unused:
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         raise CheckpointError(
-            f"{checkpoint.path}: the model has no place for {len(unused)} tensors: {shown}; does config.json belong to it?"
+            f"{checkpoint.path}: the model has no place for {len(unused)} tensors: {shown};"
+            " does config.json belong to it?"
         )
 
 
@@ -235,7 +236,7 @@ def stitch(
             for future in pending:
                 future.cancel()
             raise
-    _point_initializers(traced, data_file, layout)
+    place(traced, data_file)
 
 
 def _source_bytes(recipe: Recipe) -> int:
@@ -336,7 +337,9 @@ class _DataFile:
             buffer, position = buffer[written:], position + written
 
 
-def _point_initializers(traced: Traced, data_file: Path, layout: Mapping[str, tuple[int, int]]) -> None:
+def place(traced: Traced, data_file: Path) -> None:
+    """Points the graph's initializers at the external-data file that `stitch` writes (or would write)."""
+    layout = _layout(traced.recipes.values())
     initializers = traced.model.graph.initializers
     for recipe in traced.recipes.values():
         for output in recipe.outputs:
