@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -73,3 +74,7 @@ class Manifest:
     profiles: tuple[Profile, ...]
     tool_versions: Mapping[str, str]
     files: Mapping[str, FileEntry]
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
