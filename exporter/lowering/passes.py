@@ -1,0 +1,96 @@
+"""Graph passes that several lowerings share. Each works in place and returns how often it did its work."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common
+
+from exporter.weights import Recipe, Traced, Transform, cast_to
+
+
+def inline_definitions(traced: Traced) -> int:
+    """Replaces every node that has a model-local definition by that definition. Returns the number of nodes."""
+    nodes = sum(node.op_identifier() in traced.model.functions for node in traced.model.graph.all_nodes())
+    common.InlinePass()(traced.model)
+    return nodes
+
+
+def clean_up(traced: Traced) -> int:
+    """Merges equal constants and subexpressions, drops what nothing uses. Returns the number of nodes removed.
+
+    Initializers that nothing uses any more lose their recipes, and so their bytes.
+    """
+    before = traced.model.graph.num_nodes()
+    for _pass in (
+        common.IdentityEliminationPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.NameFixPass(),
+    ):
+        _pass(traced.model)
+    used = traced.model.graph.initializers
+    traced.recipes = {
+        name: recipe for name, recipe in traced.recipes.items() if any(output.name in used for output in recipe.outputs)
+    }
+    return before - traced.model.graph.num_nodes()
+
+
+def remove_unused_inputs(traced: Traced) -> int:
+    """Drops graph inputs that no node reads: a target's I/O table lists only what its graph needs."""
+    inputs = traced.model.graph.inputs
+    unused = [value for value in inputs if not value.uses()]
+    for value in unused:
+        inputs.remove(value)
+    return len(unused)
+
+
+def fold_casts_of_initializers(traced: Traced) -> int:
+    """Casts of recipe-made initializers happen when weights are written, not in the graph.
+
+    Requires: every use of the initializer is a Cast to the same dtype. Returns the number of Cast nodes removed.
+    """
+    folded = 0
+    for name, recipe in list(traced.recipes.items()):
+        value = traced.model.graph.initializers.get(name)
+        if value is None or len(recipe.outputs) != 1:
+            continue
+        users = [usage.node for usage in value.uses()]
+        targets = {node.attributes["to"].as_int() for node in users if node.op_type == "Cast"}
+        if len(targets) != 1 or any(node.op_type != "Cast" for node in users):
+            continue
+        dtype = ir.DataType(targets.pop())
+        for node in users:
+            ir.convenience.replace_all_uses_with(node.outputs[0], value)
+            traced.model.graph.remove(node, safe=True)
+        value.type = ir.TensorType(dtype)
+        output = dataclasses.replace(recipe.outputs[0], dtype=dtype)
+        traced.recipes[name] = dataclasses.replace(
+            recipe, outputs=(output,), transform=_then(recipe.transform, cast_to(dtype))
+        )
+        folded += len(users)
+    return folded
+
+
+def _then(first: Transform, second: Transform) -> Transform:
+    def transform(rows: NDArray[np.float32]) -> tuple[NDArray[np.generic], ...]:
+        return second(first(rows)[0].astype(np.float32, copy=False))
+
+    return transform
+
+
+def transpose_recipe(recipe: Recipe) -> Recipe:
+    """The recipe of the transposed matrix: [N, K] -> [K, N]."""
+    (output,) = recipe.outputs
+    inner = recipe.transform
+
+    def transform(rows: NDArray[np.float32]) -> tuple[NDArray[np.generic], ...]:
+        return (inner(rows)[0].T,)
+
+    turned = dataclasses.replace(output, shape=output.shape[::-1], row_axis=1)
+    return dataclasses.replace(recipe, outputs=(turned,), transform=transform)

@@ -1,0 +1,220 @@
+"""Names, attributes and definitions of the project's own ONNX ops (domain `qwen_aot`, version 1).
+
+A traced graph says with these ops what standard ONNX can't say well; a lowering replaces them with what its target
+runs best. Each has a definition in standard ONNX (opset 24), attached to the model as a model-local function,
+so that a graph that still holds one runs on any ONNX runtime. Definitions are written out for one model's numbers
+(head counts, dtypes), because constants make simpler graphs than attribute arithmetic does.
+
+| op | inputs | outputs |
+| --- | --- | --- |
+| Linear | x [..., K], weight [N, K], bias [N] (optional) | y [..., N] = x · weightᵀ + bias |
+| SwiGLU | gate_up [..., 2F] | y [..., F] = silu(first half) · second half |
+| CachedAttention | qkv [B, S, (H+2Hkv)·D] laid q, k, v, past_key and past_value [B, Hkv, C, D], cos and sin [P, D/2] fp32, position_ids [B, S], cache_length [B], new_tokens [B], attention_mask [B, 1, S, W] bool | attention [B, S, H·D], present_key, present_value |
+| SparseMoE | hidden [B, S, M], router_logits [B, S, E] fp32, gate_up [E, 2F, M], down [E, M, F] | y [B, S, M] |
+"""  # noqa: E501  (a table row can't be wrapped)
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import onnx
+import onnx.parser
+import onnx_ir as ir
+
+DOMAIN = "qwen_aot"
+VERSION = 1
+OPSET = 24  # the first with TensorScatter; Attention and RotaryEmbedding are from 23
+
+
+class Op(StrEnum):
+    """The ops of the domain."""
+
+    LINEAR = "Linear"
+    SWIGLU = "SwiGLU"
+    CACHED_ATTENTION = "CachedAttention"
+    SPARSE_MOE = "SparseMoE"
+
+
+def is_op(node: ir.Node, op: Op) -> bool:
+    """Whether a node is this op of ours."""
+    return node.domain == DOMAIN and node.op_type == op
+
+
+def _function(text: str) -> ir.Function:
+    return ir.serde.deserialize_function(onnx.parser.parse_function(text))
+
+
+def _header(op: Op, attributes: str, inputs: str, outputs: str) -> str:
+    return f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]> {op} {attributes} ({inputs}) => ({outputs})'
+
+
+def linear_definition(*, has_bias: bool) -> ir.Function:
+    """The projection x · weightᵀ (+ bias).
+
+    A function's body can't vary with its optional inputs, so the form with a bias is the overload `bias`.
+    """
+    inputs, tail = ("x, weight, bias", "y = Add (product, bias)") if has_bias else ("x, weight", "")
+    product = "product" if has_bias else "y"
+    function = _function(
+        f"""{_header(Op.LINEAR, "", inputs, "y")} {{
+            transposed = Transpose <perm = [1, 0]> (weight)
+            {product} = MatMul (x, transposed)
+            {tail}
+        }}"""
+    )
+    function.overload = "bias" if has_bias else ""
+    return function
+
+
+def swiglu_definition() -> ir.Function:
+    """Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202), SwiGLU with beta 1."""
+    return _function(
+        f"""{_header(Op.SWIGLU, "", "gate_up", "y")} {{
+            gate, up = Split <axis = -1, num_outputs = 2> (gate_up)
+            sigmoid = Sigmoid (gate)
+            silu = Mul (gate, sigmoid)
+            y = Mul (silu, up)
+        }}"""
+    )
+
+
+def cached_attention_definition(
+    *, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: ir.DataType
+) -> ir.Function:
+    """Rotate, write the new keys and values into the cache, attend to its first W slots.
+
+    W is the last dimension of `attention_mask`, so that cost follows the window and not the capacity. The softmax
+    runs in fp32. Source of the rotation: RoFormer (arXiv 2104.09864), half-rotated as in Hugging Face.
+    """
+    heads, kv_heads = num_heads, num_kv_heads
+    inputs = "qkv, past_key, past_value, cos, sin, position_ids, cache_length, new_tokens, attention_mask"
+    softmax_precision = "" if dtype == ir.DataType.FLOAT else ", softmax_precision = 1"
+    if dtype == ir.DataType.FLOAT:
+        tables = ""
+        cos, sin = "cos", "sin"
+    else:  # RotaryEmbedding wants its tables in the dtype of its input
+        tables = f"cos_cast = Cast <to = {dtype.value}> (cos)\n sin_cast = Cast <to = {dtype.value}> (sin)"
+        cos, sin = "cos_cast", "sin_cast"
+    return _function(
+        f"""{
+            _header(
+                Op.CACHED_ATTENTION,
+                "<num_heads, num_kv_heads, head_dim, scale>",
+                inputs,
+                "attention, present_key, present_value",
+            )
+        }
+        {{
+            {tables}
+            heads_shape = Constant <value_ints = [0, 0, {heads + 2 * kv_heads}, {head_dim}]> ()
+            by_token = Reshape (qkv, heads_shape)
+            by_head = Transpose <perm = [0, 2, 1, 3]> (by_token)
+            split_sizes = Constant <value_ints = [{heads}, {kv_heads}, {kv_heads}]> ()
+            query, key, value = Split <axis = 1> (by_head, split_sizes)
+            query_rotated = RotaryEmbedding (query, {cos}, {sin}, position_ids)
+            key_rotated = RotaryEmbedding (key, {cos}, {sin}, position_ids)
+            present_key = TensorScatter <axis = 2> (past_key, key_rotated, cache_length)
+            present_value = TensorScatter <axis = 2> (past_value, value, cache_length)
+            window = Shape <start = 3, end = 4> (attention_mask)
+            zero = Constant <value_ints = [0]> ()
+            two = Constant <value_ints = [2]> ()
+            window_key = Slice (present_key, zero, window, two)
+            window_value = Slice (present_value, zero, window, two)
+            context = Attention <scale = {scale!r}{softmax_precision}> (
+                query_rotated, window_key, window_value, attention_mask)
+            context_by_token = Transpose <perm = [0, 2, 1, 3]> (context)
+            flat_shape = Constant <value_ints = [0, 0, {heads * head_dim}]> ()
+            attention = Reshape (context_by_token, flat_shape)
+        }}"""
+    )
+
+
+def sparse_moe_definition(
+    *,
+    hidden_size: int,
+    num_experts_per_tok: int,
+    norm_topk_prob: bool,
+    dtype: ir.DataType,
+    gather_up_to_tokens: int,
+) -> ir.Function:
+    """Softmax routing in fp32, top-k experts, SwiGLU experts, weighted sum.
+
+    Up to `gather_up_to_tokens` tokens, the chosen experts' weights are gathered; with more, every expert runs on
+    every token and the routing weights (zero for experts that were not chosen) combine them.
+    Source: `Qwen2MoeSparseMoeBlock` in transformers.
+    """
+    normalise = (
+        "total = ReduceSum (top_raw, last)\n top = Div (top_raw, total)"
+        if norm_topk_prob
+        else "top = Identity (top_raw)"
+    )
+    m, k, to = hidden_size, num_experts_per_tok, dtype.value
+    return _function(
+        f"""{
+            _header(
+                Op.SPARSE_MOE,
+                "<num_experts_per_tok, norm_topk_prob>",
+                "hidden, router_logits, gate_up, down",
+                "y",
+            )
+        }
+        {{
+            last = Constant <value_ints = [-1]> ()
+            zero = Constant <value_ints = [0]> ()
+            token_shape = Constant <value_ints = [-1, {m}]> ()
+            x = Reshape (hidden, token_shape)
+            expert_count = Shape <start = 2, end = 3> (router_logits)
+            logits_shape = Concat <axis = 0> (last, expert_count)
+            logits = Reshape (router_logits, logits_shape)
+            probabilities = Softmax <axis = -1> (logits)
+            k = Constant <value_ints = [{k}]> ()
+            top_raw, top_ids = TopK <axis = -1> (probabilities, k)
+            {normalise}
+            tokens = Shape <start = 0, end = 1> (x)
+            few = Constant <value_ints = [{gather_up_to_tokens}]> ()
+            is_few_1 = LessOrEqual (tokens, few)
+            scalar = Constant <value_ints = [0]> ()
+            is_few = Squeeze (is_few_1, scalar)
+            flat = If (is_few) <
+                then_branch = gathered () => (y_few) {{
+                    chosen_gate_up = Gather <axis = 0> (gate_up, top_ids)
+                    chosen_down = Gather <axis = 0> (down, top_ids)
+                    column_shape = Constant <value_ints = [-1, 1, {m}, 1]> ()
+                    column = Reshape (x, column_shape)
+                    both = MatMul (chosen_gate_up, column)
+                    gate, up = Split <axis = 2, num_outputs = 2> (both)
+                    sigmoid = Sigmoid (gate)
+                    silu = Mul (gate, sigmoid)
+                    inner = Mul (silu, up)
+                    outer = MatMul (chosen_down, inner)
+                    weight_shape = Constant <value_ints = [-1, {k}, 1, 1]> ()
+                    weight_f = Reshape (top, weight_shape)
+                    weight = Cast <to = {to}> (weight_f)
+                    weighted = Mul (outer, weight)
+                    one = Constant <value_ints = [1]> ()
+                    summed = ReduceSum <keepdims = 0> (weighted, one)
+                    y_few = Reshape (summed, token_shape)
+                }},
+                else_branch = every () => (y_many) {{
+                    columns = Transpose <perm = [1, 0]> (x)
+                    both_all = MatMul (gate_up, columns)
+                    gate_all, up_all = Split <axis = 1, num_outputs = 2> (both_all)
+                    sigmoid_all = Sigmoid (gate_all)
+                    silu_all = Mul (gate_all, sigmoid_all)
+                    inner_all = Mul (silu_all, up_all)
+                    outer_all = MatMul (down, inner_all)
+                    nothing = Sub (probabilities, probabilities)
+                    route = ScatterElements <axis = 1> (nothing, top_ids, top)
+                    route_columns = Transpose <perm = [1, 0]> (route)
+                    one_axis = Constant <value_ints = [1]> ()
+                    route_weight_f = Unsqueeze (route_columns, one_axis)
+                    route_weight = Cast <to = {to}> (route_weight_f)
+                    weighted_all = Mul (outer_all, route_weight)
+                    summed_all = ReduceSum <keepdims = 0> (weighted_all, zero)
+                    y_many = Transpose <perm = [1, 0]> (summed_all)
+                }}
+            >
+            hidden_shape = Shape (hidden)
+            y = Reshape (flat, hidden_shape)
+        }}"""
+    )
