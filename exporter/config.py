@@ -58,8 +58,7 @@ class RopeScaling:
             return
         if self.original_max_position_embeddings is None:
             raise CheckpointError(
-                "rope_scaling.original_max_position_embeddings is missing; "
-                f"{self.rope_type} needs it (tokens, from 1)"
+                f"rope_scaling.original_max_position_embeddings is missing; {self.rope_type} needs it (tokens, from 1)"
             )
         _require_count(
             "rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings, at_least=1
@@ -87,8 +86,7 @@ class MoeConfig:
         _require_count("num_experts", self.num_experts, at_least=1)
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise CheckpointError(
-                f"num_experts_per_tok is {self.num_experts_per_tok}; "
-                f"accepted: 1 to num_experts ({self.num_experts})"
+                f"num_experts_per_tok is {self.num_experts_per_tok}; accepted: 1 to num_experts ({self.num_experts})"
             )
         _require_count("moe_intermediate_size", self.moe_intermediate_size, at_least=1)
         _require_count("shared_expert_intermediate_size", self.shared_expert_intermediate_size, at_least=0)
@@ -125,8 +123,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
             raise CheckpointError(
-                f"model_type is {self.model_type!r}; "
-                f"accepted: {', '.join(MODEL_TYPES)} (the Qwen1.5 architectures)"
+                f"model_type is {self.model_type!r}; accepted: {', '.join(MODEL_TYPES)} (the Qwen1.5 architectures)"
             )
         if self.torch_dtype not in DTYPES:
             raise CheckpointError(f"torch_dtype is {self.torch_dtype!r}; accepted: {', '.join(DTYPES)}")
@@ -191,9 +188,7 @@ class ModelConfig:
         return config_hf.read_folder(Path(source))
 
     @classmethod
-    def from_gguf(
-        cls, metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ...]]
-    ) -> ModelConfig:
+    def from_gguf(cls, metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
         """Reads GGUF metadata of architecture `qwen2`, `qwen2moe` or `llama`.
 
         Args:
@@ -249,9 +244,7 @@ class ModelConfig:
                 for expert in range(self.moe.num_experts):
                     shapes |= _mlp_shapes(f"{prefix}mlp.experts.{expert}.", M, self.moe.moe_intermediate_size)
                 if self.moe.shared_expert_intermediate_size:
-                    shapes |= _mlp_shapes(
-                        prefix + "mlp.shared_expert.", M, self.moe.shared_expert_intermediate_size
-                    )
+                    shapes |= _mlp_shapes(prefix + "mlp.shared_expert.", M, self.moe.shared_expert_intermediate_size)
                     shapes[prefix + "mlp.shared_expert_gate.weight"] = (1, M)
             else:
                 shapes |= _mlp_shapes(prefix + "mlp.", M, self.intermediate_size)

@@ -78,9 +78,7 @@ def parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
         intermediate_size=_count(raw, "intermediate_size"),
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads
-        if raw.get("num_key_value_heads") is None
-        else _count(raw, "num_key_value_heads"),
+        num_key_value_heads=heads if raw.get("num_key_value_heads") is None else _count(raw, "num_key_value_heads"),
         head_dim=head_dim,
         max_position_embeddings=max_positions,
         rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
@@ -129,14 +127,10 @@ def _check_layer_types(layer_types: object, layers: int) -> None:
     if layer_types is None:
         return
     if not isinstance(layer_types, list) or len(layer_types) != layers:
-        raise CheckpointError(
-            f"layer_types is {layer_types!r}; accepted: a list of num_hidden_layers ({layers})"
-        )
+        raise CheckpointError(f"layer_types is {layer_types!r}; accepted: a list of num_hidden_layers ({layers})")
     for layer, kind in enumerate(layer_types):
         if kind != "full_attention":
-            raise CheckpointError(
-                f"layer_types[{layer}] is {kind!r}; not supported; accepted: 'full_attention'"
-            )
+            raise CheckpointError(f"layer_types[{layer}] is {kind!r}; not supported; accepted: 'full_attention'")
 
 
 def _rope(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
@@ -210,9 +204,7 @@ def _moe(raw: Mapping[str, Any], layers: int) -> MoeConfig:
         moe_intermediate_size=_count(raw, "moe_intermediate_size", 1408),
         shared_expert_intermediate_size=_count(raw, "shared_expert_intermediate_size", 5632),
         norm_topk_prob=_flag(raw, "norm_topk_prob", False),
-        sparse_layers=frozenset(
-            layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0
-        ),
+        sparse_layers=frozenset(layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0),
     )
 
 

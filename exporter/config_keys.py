@@ -148,7 +148,5 @@ ROPE_KEYS: Mapping[str, frozenset[str]] = {
             "truncate",
         }
     ),
-    "llama3": frozenset(
-        {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}
-    ),
+    "llama3": frozenset({"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}),
 }

@@ -34,9 +34,7 @@ def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _yarn(
-    inv_freq: NDArray[np.float64], scaling: RopeScaling, D: int, rope_theta: float
-) -> NDArray[np.float64]:
+def _yarn(inv_freq: NDArray[np.float64], scaling: RopeScaling, D: int, rope_theta: float) -> NDArray[np.float64]:
     """Keeps high frequencies, divides low ones by `factor`, ramps between (arXiv:2309.00071, section 3.2)."""
     original = scaling.original_max_position_embeddings
     assert original is not None  # RopeScaling checked it
@@ -60,7 +58,5 @@ def _llama3(inv_freq: NDArray[np.float64], scaling: RopeScaling) -> NDArray[np.f
     original = scaling.original_max_position_embeddings
     assert original is not None  # RopeScaling checked it
     turns = original * inv_freq / (2 * math.pi)
-    kept = np.clip(
-        (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1
-    )
+    kept = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
     return inv_freq * (kept + (1 - kept) / scaling.factor)

@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import onnx_ir as ir
 import torch
@@ -24,6 +23,7 @@ from exporter.modeling import Decoder
 from exporter.recipes import decoder_recipes
 from exporter.weights import Traced
 from qwen_aot_errors import ExportError
+from qwen_aot_version import __version__
 
 IR_VERSION = 10  # the lowest with 4-bit integers and function overloads, so that older parsers still read the file
 
@@ -67,7 +67,7 @@ def trace(
     graph = _export(config, dtype, templates, positions)
     spec = io_spec(config, dtype, capacity)
     full = _Repeater(graph, config, templates, spec).build()
-    model = ir.Model(full, ir_version=IR_VERSION, producer_name="qwen-aot", producer_version=version("qwen-aot"))
+    model = ir.Model(full, ir_version=IR_VERSION, producer_name="qwen-aot", producer_version=__version__)
     model.metadata_props.update(
         {
             "qwen_aot.model_type": config.model_type,

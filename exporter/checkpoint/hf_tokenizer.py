@@ -59,9 +59,7 @@ def _read_tokenizer(path: Path) -> str:
     try:
         tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception for every defect of the file
-        raise CheckpointError(
-            f"{path} is not a tokenizer that can be loaded ({error}); download it again"
-        ) from error
+        raise CheckpointError(f"{path} is not a tokenizer that can be loaded ({error}); download it again") from error
     return text
 
 
@@ -71,9 +69,7 @@ def _from_vocab_and_merges(folder: Path, config: dict[str, Any]) -> str:
     merges = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
     for merge in merges:
         if len(merge) != 2:
-            raise CheckpointError(
-                f"{folder / 'merges.txt'} has the line {' '.join(merge)!r}; accepted: two tokens"
-            )
+            raise CheckpointError(f"{folder / 'merges.txt'} has the line {' '.join(merge)!r}; accepted: two tokens")
     added = _added_tokens(folder, config)
     try:
         tokenizer = byte_level_bpe(vocab, [(left, right) for left, right in merges], pre="qwen2", added=added)
@@ -106,6 +102,5 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, tokenizers.
     path = folder / "added_tokens.json"
     entries = read_json(path) if path.is_file() else {}
     return {
-        token_id: tokenizers.AddedToken(token, normalized=False, special=True)
-        for token, token_id in entries.items()
+        token_id: tokenizers.AddedToken(token, normalized=False, special=True) for token, token_id in entries.items()
     }

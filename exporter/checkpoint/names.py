@@ -30,14 +30,11 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> Non
         raise CheckpointError(f"the checkpoint lacks {_listed(missing)}, which its configuration asks for")
     unexpected = [name for name in tensors if name not in expected and not is_skipped(name, config)]
     if unexpected:
-        raise CheckpointError(
-            f"the checkpoint has {_listed(unexpected)}, which its configuration has no use for"
-        )
+        raise CheckpointError(f"the checkpoint has {_listed(unexpected)}, which its configuration has no use for")
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise CheckpointError(
-                f"tensor {name!r} has shape {list(tensors[name].shape)}; "
-                f"the configuration asks for {list(shape)}"
+                f"tensor {name!r} has shape {list(tensors[name].shape)}; the configuration asks for {list(shape)}"
             )
 
 

@@ -151,8 +151,7 @@ class SafetensorsShards:
             if len(found) != 1:
                 names = ", ".join(each.name for each in found) or "no .safetensors file"
                 raise CheckpointError(
-                    f"{folder} has {names} and no {INDEX_NAME}; "
-                    f"accepted: {SINGLE_NAME}, or shards with {INDEX_NAME}"
+                    f"{folder} has {names} and no {INDEX_NAME}; accepted: {SINGLE_NAME}, or shards with {INDEX_NAME}"
                 )
             path = found[0]
         self._add(path)
@@ -170,15 +169,11 @@ class SafetensorsShards:
             file = self._add(folder / shard)
             for name in file.tensors:
                 if name not in weight_map:
-                    raise CheckpointError(
-                        f"tensor {name!r} of {shard} is not listed in {index.name}; save again"
-                    )
+                    raise CheckpointError(f"tensor {name!r} of {shard} is not listed in {index.name}; save again")
         for name, shard in weight_map.items():
             holder = self._file_of.get(name)
             if holder is None or holder.path.name != shard:
-                raise CheckpointError(
-                    f"tensor {name!r} is not in {shard}, where {index.name} says it is; save again"
-                )
+                raise CheckpointError(f"tensor {name!r} is not in {shard}, where {index.name} says it is; save again")
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -246,15 +241,11 @@ def _parse_header(path: Path, header: bytes, *, data_start: int, size: int) -> d
             raise CheckpointError(f"{path}: tensor {name!r} at {begin}..{end} {what} (ends at {expected})")
         expected = end
     if expected != size - data_start:
-        raise CheckpointError(
-            f"{path} has {size - data_start - expected} bytes that no tensor owns; save it again"
-        )
+        raise CheckpointError(f"{path} has {size - data_start - expected} bytes that no tensor owns; save it again")
     return tensors
 
 
-def _parse_entry(
-    path: Path, name: str, entry: object
-) -> tuple[np.dtype[Any], tuple[int, ...], tuple[int, int]]:
+def _parse_entry(path: Path, name: str, entry: object) -> tuple[np.dtype[Any], tuple[int, ...], tuple[int, int]]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{path}: entry {name!r} must hold exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -1,0 +1,85 @@
+"""Steps a lowered graph on ONNX Runtime with plain NumPy: the exporter's tests need no runtime package of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+_NUMPY = {
+    onnx.TensorProto.FLOAT: np.float32,
+    onnx.TensorProto.FLOAT16: np.float16,
+    onnx.TensorProto.BFLOAT16: ml_dtypes.bfloat16,
+}
+
+
+def open_session(path: Path) -> ort.InferenceSession:
+    """A CPU session that keeps the graph's own numbers (no silent int8 activations)."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+class Stepper:
+    """A KV cache of `rows` rows and `capacity` tokens around one session, past and present in one buffer."""
+
+    def __init__(self, model: Path, rows: int, capacity: int, fill: float = 0.0) -> None:
+        self.session = open_session(model)
+        inputs = onnx.load(model, load_external_data=False).graph.input
+        self.names = [value.name for value in inputs]
+        self.capacity = capacity
+        self.lengths = np.zeros(rows, np.int64)
+        self.cache = {}
+        for value in inputs:
+            if value.name.startswith("past_key_values."):
+                dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
+                dtype = _NUMPY[value.type.tensor_type.elem_type]
+                self.cache[value.name] = np.full((rows, dims[1], capacity, dims[3]), fill, dtype)
+
+    def step(self, tokens: Sequence[Sequence[int]], pad: int = 0) -> NDArray[np.float32]:
+        """Appends tokens (one list a row, [] for an idle row), right-padded; returns logits [B, V]."""
+        B, S = len(tokens), max(1, max(map(len, tokens)) + pad)
+        ids = np.zeros((B, S), np.int64)
+        for row, new in enumerate(tokens):
+            ids[row, : len(new)] = new
+        new_tokens = np.array([len(new) for new in tokens], np.int64)
+        window = int(self.lengths.max()) + S
+        assert window <= self.capacity
+        feeds = {
+            "input_ids": ids,
+            "position_ids": self.lengths[:, None] + np.arange(S),
+            "cache_length": self.lengths,
+            "new_tokens": new_tokens,
+            "key_positions": np.arange(window),
+        }
+        binding = self.session.io_binding()
+        binding.bind_output("logits")
+        for name, value in feeds.items():
+            if name in self.names:
+                binding.bind_cpu_input(name, value)
+        caches = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.cache.items()}
+        for name, value in caches.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+        self.session.run_with_iobinding(binding)
+        for name, value in caches.items():
+            self.cache[name] = value.numpy().copy()
+        self.lengths = self.lengths + new_tokens
+        logits: NDArray[np.float32] = binding.copy_outputs_to_cpu()[0]
+        return logits
+
+    def greedy(self, prompt: Sequence[int], steps: int) -> list[int]:
+        """One row: the prompt, then `steps` greedy tokens."""
+        token = int(self.step([list(prompt)])[0].argmax())
+        made = [token]
+        while len(made) < steps:
+            token = int(self.step([[token]])[0].argmax())
+            made.append(token)
+        return made
