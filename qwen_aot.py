@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
+
+from qwen_aot_version import __version__
 
 if TYPE_CHECKING:
     from engines.build import BuildReport, build_bundle
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from runtime.generation_config import GenerationConfig
     from runtime.llm import LLM, load
     from runtime.manifest import Manifest
-
-    __version__: str
 
 __all__ = [
     "LLM",
@@ -76,8 +75,6 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return importlib.metadata.version("qwen-aot")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'qwen_aot' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -16,11 +16,12 @@ from engines.progress import OnProgress, ProgressEvent, ignore_progress
 from engines.resources import Estimate, StageMeter, check_resources, estimate
 from engines.spec import BuildSpec
 from engines.versions import tool_versions
-from engines.write_bundle import BundleWriter, refuse_unless_replaceable
-from exporter import weights
+from engines.write_bundle import BundleWriter, explained, refuse_unless_replaceable
 from exporter.checkpoint.base import Checkpoint
 from exporter.config import ModelConfig
-from exporter.trace import Traced, trace
+from exporter.save import DATA_FILE, save_graph
+from exporter.trace import trace
+from exporter.weights import Traced, largest_source_bytes, output_bytes, stitch
 from runtime.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, Profile
 
 logger = logging.getLogger(__name__)
@@ -164,13 +165,15 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: _Stages) -> Plan:
     max_context = spec.context_for(config.max_position_embeddings)
     warnings = _warnings(checkpoint)
     builder = builder_for(spec.target)
-    traced = stages.run("trace", lambda _: trace(config, spec.facts.compute_dtype))
+    dtype = ir.DataType[spec.facts.compute_type]
+    positions = spec.capacity_for(max_context)
+    traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions))
     lowered = stages.run("lower", lambda _: builder.lower(traced, spec))
     texts = dict(checkpoint.tokenizer.files)
     needed = estimate(
-        weight_bytes=weights.output_bytes(lowered),
+        weight_bytes=output_bytes(lowered),
         text_bytes=sum(len(text.encode()) for text in texts.values()),
-        largest_tensor_elements=max(_elements(info.shape) for info in checkpoint.tensors.values()),
+        largest_tensor_bytes=largest_source_bytes(lowered),
         bits=_bits(spec),
     )
     return Plan(
@@ -192,8 +195,9 @@ def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _write_engine(
     traced: Traced, checkpoint: Checkpoint, writer: BundleWriter, advance: Callable[[int, int], None]
 ) -> None:
-    weights.stitch(traced, checkpoint, writer.folder, on_progress=advance)
-    weights.save_model(traced, writer.folder)
+    with explained(writer.out):
+        stitch(traced, checkpoint, writer.folder / DATA_FILE, on_progress=advance)
+        save_graph(traced, writer.folder)
 
 
 def _manifest_maker(
@@ -246,9 +250,3 @@ def _io_tensor(value: ir.Value) -> IoTensor:
 def _bits(spec: BuildSpec) -> int:
     return {"int4": 4, "int8": 8}.get(str(spec.precision), 32)
 
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for dim in shape:
-        count *= dim
-    return count

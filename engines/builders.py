@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from engines.spec import BuildSpec, Target
-from exporter.trace import Traced
+from exporter.weights import Traced
 from runtime.manifest import Manifest
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.spec import BuildSpec
-from exporter.lowering import ort
-from exporter.trace import Traced
+from exporter.lowering import standard
+from exporter.weights import Traced
 from qwen_aot_errors import BuildError
 from runtime.manifest import IoTensor, Manifest
 
@@ -19,13 +19,8 @@ _CHECK_CAPACITY = 8  # cache slots of the one-token check step
 
 
 def lower(traced: Traced, spec: BuildSpec) -> Traced:
-    """The ort lowering with the weights that `spec` asks for."""
-    return ort.lower(
-        traced,
-        ort.OrtOptions(
-            precision=str(spec.precision), block_size=spec.effective_block_size, symmetric=spec.symmetric
-        ),
-    )
+    """The standard lowering."""
+    return standard.lower(traced)
 
 
 def finish(folder: Path, spec: BuildSpec) -> None:

@@ -35,18 +35,18 @@ class Estimate:
     seconds: float
 
 
-def estimate(*, weight_bytes: int, text_bytes: int, largest_tensor_elements: int, bits: int) -> Estimate:
+def estimate(*, weight_bytes: int, text_bytes: int, largest_tensor_bytes: int, bits: int) -> Estimate:
     """Sizes up a build once the graph is lowered.
 
     Args:
         weight_bytes: of all stitched weights, exact.
         text_bytes: of the graph, tokenizer and other small files.
-        largest_tensor_elements: of the one tensor that is held whole while it is converted.
+        largest_tensor_bytes: fp32 bytes of the largest tensor, which bounds what is held while it is converted.
         bits: a stored weight's.
     """
     return Estimate(
         bundle_bytes=weight_bytes + text_bytes,
-        peak_memory_bytes=int(_BASE_BYTES + _COPIES_OF_LARGEST * 4 * largest_tensor_elements),
+        peak_memory_bytes=int(_BASE_BYTES + _COPIES_OF_LARGEST * largest_tensor_bytes),
         seconds=weight_bytes / _BYTES_PER_SECOND[bits],
     )
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from qwen_aot_errors import BuildError
 
+CAPACITY_STEP = 256  # tokens
+
 
 class Target(StrEnum):
     """Where a bundle runs (DESIGN: targets and precisions)."""
@@ -29,12 +31,12 @@ class TargetFacts:
     """What every bundle of one target shares.
 
     Attributes:
-        compute_dtype: what the graph is traced in and the cache is stored in.
+        compute_type: what the graph is traced in and the cache is stored in, by its ONNX name.
         default_context_limit: tokens; the default context is at most this. None: the model's own.
         engine_file: name of the engine in the bundle.
     """
 
-    compute_dtype: str
+    compute_type: str
     default_context_limit: int | None
     engine_file: str
 
@@ -55,7 +57,7 @@ class Combination:
 
 
 TARGETS: Mapping[Target, TargetFacts] = {
-    Target.CPU: TargetFacts(compute_dtype="float32", default_context_limit=None, engine_file="model.onnx"),
+    Target.CPU: TargetFacts(compute_type="FLOAT", default_context_limit=None, engine_file="model.onnx"),
 }
 
 # 32 first: a quarter of block 128's rounding error on trained weights (docs/performance.md has both).
@@ -149,6 +151,12 @@ class BuildSpec:
                 f"(max_position_embeddings); ask for at most {model_limit}"
             )
         return self.max_context
+
+
+    def capacity_for(self, max_context: int) -> int:
+        """Cache slots and rotary positions in tokens: the context and a prefill chunk of padding, rounded up."""
+        needed = max_context + self.prefill_chunk
+        return -(-needed // CAPACITY_STEP) * CAPACITY_STEP
 
 
 def _member(kind: type[StrEnum], field: str, value: Any) -> StrEnum:

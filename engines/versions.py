@@ -6,7 +6,9 @@ import importlib.metadata
 import platform
 from collections.abc import Iterable
 
-BUILD_TOOLS = ("qwen-aot", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "gguf")
+from qwen_aot_version import __version__
+
+BUILD_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "gguf")
 
 
 def installed_version(distribution: str) -> str | None:
@@ -18,8 +20,8 @@ def installed_version(distribution: str) -> str | None:
 
 
 def tool_versions(distributions: Iterable[str] = BUILD_TOOLS) -> dict[str, str]:
-    """Python's version and those of the distributions that are installed."""
-    versions = {"python": platform.python_version()}
+    """Our version, Python's, and those of the distributions that are installed."""
+    versions = {"qwen-aot": __version__, "python": platform.python_version()}
     for name in distributions:
         if (version := installed_version(name)) is not None:
             versions[name] = version

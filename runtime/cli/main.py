@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import NoReturn
 
 import click
 
+from qwen_aot_version import __version__
 from runtime.cli.command import LazyGroup, Verb
 
 VERBS = {
@@ -21,27 +21,10 @@ VERBS = {
 }
 
 
-def _print_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
-    if wanted:
-        try:
-            version = importlib.metadata.version("qwen-aot")
-        except importlib.metadata.PackageNotFoundError:
-            version = "not installed (run from a source tree)"
-        click.echo(f"qwen-aot {version}")
-        ctx.exit()
-
-
 @click.group(
     cls=LazyGroup, verbs=VERBS, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
 )
-@click.option(
-    "--version",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_print_version,
-    help="Show the version.",
-)
+@click.version_option(__version__, prog_name="qwen-aot")
 def qwen_aot() -> None:
     """Ahead-of-time deployment for Qwen1.5: checkpoint in, bundle out, and a small runtime to serve it.
 
