@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
+
+from qwen_aot_errors import BuildError
+
+CAPACITY_STEP = 256  # tokens
 
 
 class Target(StrEnum):
@@ -21,13 +27,148 @@ class Precision(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class TargetFacts:
+    """What every bundle of one target shares.
+
+    Attributes:
+        compute_type: what the graph is traced in and the cache is stored in, by its ONNX name.
+        default_context_limit: tokens; the default context is at most this. None: the model's own.
+        engine_file: name of the engine in the bundle.
+    """
+
+    compute_type: str
+    default_context_limit: int | None
+    engine_file: str
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """One target and precision that exists, with the choices it leaves.
+
+    Attributes:
+        block_sizes: allowed elements along K that share a scale, the default first. Empty: no blocks.
+        asymmetric: whether zero points can be asked for.
+    """
+
+    target: Target
+    precision: Precision
+    block_sizes: tuple[int, ...] = ()
+    asymmetric: bool = False
+
+
+TARGETS: Mapping[Target, TargetFacts] = {
+    Target.CPU: TargetFacts(compute_type="FLOAT", default_context_limit=None, engine_file="model.onnx"),
+}
+
+# 32 first: a quarter of block 128's rounding error on trained weights (docs/performance.md has both).
+COMBINATIONS: tuple[Combination, ...] = (
+    Combination(Target.CPU, Precision.FP32),
+    Combination(Target.CPU, Precision.INT8, block_sizes=(32, 16, 64, 128, 256), asymmetric=True),
+    Combination(Target.CPU, Precision.INT4, block_sizes=(32, 16, 64, 128, 256), asymmetric=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class BuildSpec:
-    """One build request."""
+    """One build request. Strings are taken for `target` and `precision` and become enum members.
+
+    Raises:
+        BuildError: a value is out of range, or the combination doesn't exist.
+    """
 
     target: Target = Target.CPU
     precision: Precision = Precision.INT4
-    block_size: int | None = None  # elements along K that share a scale; None: the measured default of the precision
+    block_size: int | None = (
+        None  # elements along K that share a scale; None: the measured default of the precision
+    )
     symmetric: bool = True
     max_context: int | None = None  # tokens; None: the model's (cpu) or min(4096, the model's) (TensorRT)
     max_batch: int = 1  # rows
     prefill_chunk: int = 512  # tokens
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", _member(Target, "target", self.target))
+        object.__setattr__(self, "precision", _member(Precision, "precision", self.precision))
+        row = self.combination
+        if self.block_size is not None and self.block_size not in row.block_sizes:
+            allowed = ", ".join(map(str, sorted(row.block_sizes))) or f"none: {self.precision} has no blocks"
+            raise BuildError(
+                f"block_size {self.block_size} doesn't exist for {self.target} {self.precision} "
+                f"(allowed: {allowed}); choose one of these or leave it out"
+            )
+        if not self.symmetric and not row.asymmetric:
+            raise BuildError(
+                f"{self.target} {self.precision} has no asymmetric form; it exists for: "
+                + _listing(lambda other: other.asymmetric)
+                + "; leave out asymmetric"
+            )
+        for name in ("max_context", "max_batch", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BuildError(f"{name} is {value}; it must be at least 1")
+
+    @property
+    def combination(self) -> Combination:
+        """The table row this request falls into.
+
+        Raises:
+            BuildError: there is none.
+        """
+        for row in COMBINATIONS:
+            if (row.target, row.precision) == (self.target, self.precision):
+                return row
+        raise BuildError(
+            f"target {self.target} with precision {self.precision} doesn't exist; what exists: {_listing()}"
+        )
+
+    @property
+    def facts(self) -> TargetFacts:
+        """What every bundle of the target shares."""
+        return TARGETS[self.target]
+
+    @property
+    def effective_block_size(self) -> int | None:
+        """Elements along K that share a scale: as asked for, or the default. None: no blocks."""
+        return self.block_size or next(iter(self.combination.block_sizes), None)
+
+    @property
+    def quantization(self) -> Mapping[str, int | str | bool]:
+        """How the weights are quantized, as the manifest records it; empty where they are not."""
+        block_size = self.effective_block_size
+        return {} if block_size is None else {"block_size": block_size, "symmetric": self.symmetric}
+
+    def context_for(self, model_limit: int) -> int:
+        """The context in tokens for a model that was trained for `model_limit`.
+
+        Raises:
+            BuildError: more was asked for than the model has.
+        """
+        if self.max_context is None:
+            return min(model_limit, self.facts.default_context_limit or model_limit)
+        if self.max_context > model_limit:
+            raise BuildError(
+                f"max_context {self.max_context} is more than the model's {model_limit} tokens "
+                f"(max_position_embeddings); ask for at most {model_limit}"
+            )
+        return self.max_context
+
+
+    def capacity_for(self, max_context: int) -> int:
+        """Cache slots and rotary positions in tokens: the context and a prefill chunk of padding, rounded up."""
+        needed = max_context + self.prefill_chunk
+        return -(-needed // CAPACITY_STEP) * CAPACITY_STEP
+
+
+def _member(kind: type[StrEnum], field: str, value: Any) -> StrEnum:
+    try:
+        return kind(value)
+    except ValueError:
+        raise BuildError(f"{field} {value!r} doesn't exist; what exists: {_listing()}") from None
+
+
+def _listing(keep: Any = lambda _: True) -> str:
+    rows = [row for row in COMBINATIONS if keep(row)]
+    by_target: dict[str, list[str]] = {}
+    for row in rows:
+        by_target.setdefault(str(row.target), []).append(str(row.precision))
+    return "; ".join(f"{target}: {', '.join(names)}" for target, names in by_target.items())

@@ -1,0 +1,252 @@
+"""Turns a checkpoint into a bundle: the stages in order, what each costs, the plan that a dry run shows."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from engines.builders import builder_for
+from engines.progress import OnProgress, ProgressEvent, ignore_progress
+from engines.resources import Estimate, StageMeter, check_resources, estimate
+from engines.spec import BuildSpec
+from engines.versions import tool_versions
+from engines.write_bundle import BundleWriter, explained, refuse_unless_replaceable
+from exporter.checkpoint.base import Checkpoint
+from exporter.config import ModelConfig
+from exporter.save import DATA_FILE, save_graph
+from exporter.trace import trace
+from exporter.weights import Traced, largest_source_bytes, output_bytes, stitch
+from runtime.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, Profile
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("trace", "lower", "write weights", "hash", "load check", "verify")
+REPORT_NAME = "report.json"
+
+Verifier = Callable[[Path], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A build up to the point where its sizes are known; nothing is written yet.
+
+    Attributes:
+        texts: small files of the bundle, name -> content.
+        manifest_for: makes the manifest from the bundle's files.
+    """
+
+    traced: Traced
+    estimate: Estimate
+    manifest_for: Callable[[Mapping[str, FileEntry]], Manifest]
+    texts: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BuildReport:
+    """What was built and what it took: report.json, but for `out` and `files`."""
+
+    out: Path
+    manifest: Manifest
+    estimate: Estimate
+    stages: tuple[Mapping[str, Any], ...]
+    seconds: float
+    peak_memory_bytes: int
+    warnings: tuple[str, ...] = ()
+    verification: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Stages:
+    """Announces stages to the caller and measures them."""
+
+    def __init__(self, names: tuple[str, ...], on_progress: OnProgress) -> None:
+        self.meter = StageMeter()
+        self._names = names
+        self._on_progress = on_progress
+
+    def run(self, name: str, work: Callable[[Callable[[int, int], None]], Any]) -> Any:
+        """Runs one stage; `work` gets a callback for (done, total) in bytes."""
+        index = self._names.index(name) + 1
+
+        def advance(done: int, total: int) -> None:
+            self._on_progress(ProgressEvent(name, index, len(self._names), done, total))
+
+        self._on_progress(ProgressEvent(name, index, len(self._names)))
+        with self.meter.measure(name):
+            result = work(advance)
+        self._on_progress(ProgressEvent(name, index, len(self._names), 1, 1, unit=""))
+        return result
+
+
+def plan_build(
+    checkpoint: Checkpoint, spec: BuildSpec, out: Path, *, on_progress: OnProgress = ignore_progress
+) -> Plan:
+    """Does everything but write: checks, traces, lowers and sizes up. This is `--dry-run`.
+
+    Raises:
+        BuildError: the request, `out`, the disk or the memory won't do.
+    """
+    refuse_unless_replaceable(out)
+    plan = _plan(checkpoint, spec, _Stages(("trace", "lower"), on_progress))
+    check_resources(plan.estimate, out)
+    return plan
+
+
+def build_bundle(
+    checkpoint: Checkpoint,
+    spec: BuildSpec,
+    out: Path,
+    *,
+    on_progress: OnProgress = ignore_progress,
+    verifier: Verifier | None = None,
+) -> BuildReport:
+    """Builds a bundle at `out`, replacing the one that stands there once the new one is whole.
+
+    Args:
+        checkpoint: an opened checkpoint; stays open.
+        spec: what to build.
+        out: the bundle's folder.
+        on_progress: told about each step.
+        verifier: called with the finished but not yet installed bundle; its result goes into report.json, and
+            what it raises fails the build.
+
+    Raises:
+        DeployError: the build failed; `out` is as it was.
+    """
+    names = STAGES if verifier is not None else STAGES[:-1]
+    stages = _Stages(names, on_progress)
+    with BundleWriter(out) as writer:
+        plan = _plan(checkpoint, spec, stages)
+        check_resources(plan.estimate, writer.out)
+        builder = builder_for(spec.target)
+        for name, text in plan.texts.items():
+            writer.write_text(name, text)
+        stages.run("write weights", lambda advance: _write_engine(plan.traced, checkpoint, writer, advance))
+        builder.finish(writer.folder, spec)
+        manifest = stages.run("hash", lambda advance: writer.seal(plan.manifest_for, advance))
+        stages.run("load check", lambda _: builder.check(writer.folder, manifest))
+        verification = stages.run("verify", lambda _: verifier(writer.folder)) if verifier is not None else {}
+        report = BuildReport(
+            out=writer.out,
+            manifest=manifest,
+            estimate=plan.estimate,
+            stages=tuple(asdict(cost) for cost in stages.meter.costs),
+            seconds=sum(cost.seconds for cost in stages.meter.costs),
+            peak_memory_bytes=stages.meter.peak_memory_bytes,
+            warnings=plan.warnings,
+            verification=verification,
+        )
+        writer.write_text(REPORT_NAME, json.dumps(report_json(report), indent=2) + "\n")
+        writer.seal(plan.manifest_for)
+        writer.commit()
+    return report
+
+
+def report_json(report: BuildReport) -> dict[str, Any]:
+    """The report as plain JSON values."""
+    return {
+        "seconds": report.seconds,
+        "peak_memory_bytes": report.peak_memory_bytes,
+        "stages": list(report.stages),
+        "estimate": asdict(report.estimate),
+        "warnings": list(report.warnings),
+        "verification": dict(report.verification),
+    }
+
+
+def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: _Stages) -> Plan:
+    config = checkpoint.config
+    max_context = spec.context_for(config.max_position_embeddings)
+    warnings = _warnings(checkpoint)
+    builder = builder_for(spec.target)
+    dtype = ir.DataType[spec.facts.compute_type]
+    positions = spec.capacity_for(max_context)
+    traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions))
+    lowered = stages.run("lower", lambda _: builder.lower(traced, spec))
+    texts = dict(checkpoint.tokenizer.files)
+    needed = estimate(
+        weight_bytes=output_bytes(lowered),
+        text_bytes=sum(len(text.encode()) for text in texts.values()),
+        largest_tensor_bytes=largest_source_bytes(lowered),
+        bits=_bits(spec),
+    )
+    return Plan(
+        lowered, needed, _manifest_maker(checkpoint, config, spec, max_context, lowered), texts, warnings
+    )
+
+
+def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
+    if "tokenizer.json" in checkpoint.tokenizer.files:
+        return ()
+    warning = (
+        f"{checkpoint.path.name} has no tokenizer.json: the bundle takes and gives token ids only; "
+        "put the tokenizer beside the weights and build again to talk in text"
+    )
+    logger.warning("%s", warning)
+    return (warning,)
+
+
+def _write_engine(
+    traced: Traced, checkpoint: Checkpoint, writer: BundleWriter, advance: Callable[[int, int], None]
+) -> None:
+    with explained(writer.out):
+        stitch(traced, checkpoint, writer.folder / DATA_FILE, on_progress=advance)
+        save_graph(traced, writer.folder)
+
+
+def _manifest_maker(
+    checkpoint: Checkpoint, config: ModelConfig, spec: BuildSpec, max_context: int, traced: Traced
+) -> Callable[[Mapping[str, FileEntry]], Manifest]:
+    graph = traced.model.graph
+    inputs = tuple(_io_tensor(value) for value in graph.inputs)
+    return lambda files: Manifest(
+        format_version=FORMAT_VERSION,
+        model=ModelFacts(
+            name=checkpoint.path.name,
+            model_type=config.model_type,
+            num_parameters=config.num_parameters,
+            vocab_size=config.vocab_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            bos_token_id=config.bos_token_id,
+            eos_token_ids=config.eos_token_ids,
+            pad_token_id=config.pad_token_id,
+            source=dict(checkpoint.source),
+        ),
+        target=str(spec.target),
+        precision=str(spec.precision),
+        quantization=dict(spec.quantization),
+        engine=spec.facts.engine_file,
+        max_context=max_context,
+        max_batch=spec.max_batch,
+        prefill_chunk=spec.prefill_chunk,
+        cache_dtype=next(tensor.dtype for tensor in inputs if tensor.name == "past_key_values.0.key"),
+        inputs=inputs,
+        outputs=tuple(_io_tensor(value) for value in graph.outputs),
+        profiles=(
+            Profile(name="prefill", min_tokens=1, max_tokens=spec.prefill_chunk),
+            Profile(name="decode", min_tokens=1, max_tokens=1),
+        ),
+        tool_versions=tool_versions(),
+        files=files,
+    )
+
+
+def _io_tensor(value: ir.Value) -> IoTensor:
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+    return IoTensor(name=value.name, dtype=str(value.dtype.numpy()), shape=shape)
+
+
+def _bits(spec: BuildSpec) -> int:
+    return {"int4": 4, "int8": 8}.get(str(spec.precision), 32)
+

@@ -1,0 +1,175 @@
+"""What a build needs (disk, memory, time) before it runs; seconds and peak memory of each stage after."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_aot_errors import BuildError
+
+# Measured on a 2-core x86-64 machine: torch, onnx and the traced graph of 24 layers are 0.75 GB.
+_BASE_BYTES = 750_000_000
+# Working set over the largest tensor's fp32 form: the tensor, its quantized form and a temporary of it.
+_COPIES_OF_LARGEST = 2.5
+# Bundle bytes that one second of reading, converting, hashing and syncing makes, by bits per weight.
+_BYTES_PER_SECOND = {4: 60e6, 8: 100e6, 16: 200e6, 32: 250e6}
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a build will need from here on.
+
+    Attributes:
+        bundle_bytes: exact for the weights; the graph and text files are about a megabyte more.
+        peak_memory_bytes: resident memory of the building process.
+        seconds: from here to the end; an order of magnitude, not a promise.
+    """
+
+    bundle_bytes: int
+    peak_memory_bytes: int
+    seconds: float
+
+
+def estimate(*, weight_bytes: int, text_bytes: int, largest_tensor_bytes: int, bits: int) -> Estimate:
+    """Sizes up a build once the graph is lowered.
+
+    Args:
+        weight_bytes: of all stitched weights, exact.
+        text_bytes: of the graph, tokenizer and other small files.
+        largest_tensor_bytes: fp32 bytes of the largest tensor, which bounds what is held while it is converted.
+        bits: a stored weight's.
+    """
+    return Estimate(
+        bundle_bytes=weight_bytes + text_bytes,
+        peak_memory_bytes=int(_BASE_BYTES + _COPIES_OF_LARGEST * largest_tensor_bytes),
+        seconds=weight_bytes / _BYTES_PER_SECOND[bits],
+    )
+
+
+def check_resources(needed: Estimate, out: Path) -> None:
+    """Compares with this machine before anything is written.
+
+    The old bundle at `out` stays until the new one stands, so the whole bundle must fit beside it.
+
+    Raises:
+        BuildError: the disk or the memory won't do.
+    """
+    free = free_disk_bytes(out)
+    if needed.bundle_bytes > free:
+        raise BuildError(
+            f"the bundle needs {needed.bundle_bytes:,} bytes and the disk of {out} has {free:,} free; "
+            "free some space or give a folder on another disk"
+        )
+    available = available_memory_bytes()
+    if needed.peak_memory_bytes > available:
+        raise BuildError(
+            f"the build needs about {needed.peak_memory_bytes:,} bytes of memory and {available:,} are free; "
+            "close other programs or build on a larger machine (the bundle runs anywhere)"
+        )
+
+
+def free_disk_bytes(out: Path) -> int:
+    """Free space where `out` will be, whether or not it or its parents exist yet."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def available_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory this process may still take: the machine's, or less where a control group (1 or 2) limits it."""
+    meminfo = _fields(proc / "meminfo")
+    available = meminfo["MemAvailable"] + meminfo.get("SwapFree", 0)
+    own_bytes = _fields(proc / "self/status").get("VmRSS", 0)
+    for limit, used in _cgroup_limits(proc, cgroup):
+        available = min(available, max(limit - used, 0))
+    return available + own_bytes  # what is resident already is part of the estimate
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory since `reset_peak`, or since the process began where that can't be."""
+    return (
+        _fields(Path("/proc/self/status")).get("VmHWM")
+        or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+
+
+def reset_peak() -> None:
+    """Starts a new peak (Linux `clear_refs`, proc(5)); a kernel that refuses leaves peaks since the start."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """What one stage took."""
+
+    stage: str
+    seconds: float
+    peak_memory_bytes: int
+
+
+class StageMeter:
+    """Measures stages that follow each other."""
+
+    def __init__(self) -> None:
+        self.costs: list[StageCost] = []
+
+    @contextlib.contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Records one stage, if it succeeds."""
+        reset_peak()
+        start = time.perf_counter()
+        yield
+        self.costs.append(StageCost(stage, time.perf_counter() - start, peak_memory_bytes()))
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The highest of all stages."""
+        return max((cost.peak_memory_bytes for cost in self.costs), default=0)
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """`Name:  123 kB` lines of a /proc file as bytes."""
+    fields = {}
+    for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        words = value.split()
+        if len(words) == 2 and words[1] == "kB":
+            fields[name] = int(words[0]) * 1024
+    return fields
+
+
+def _cgroup_limits(proc: Path, root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, used) in bytes of every memory control group this process is in, its own first."""
+    try:
+        lines = (proc / "self/cgroup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            base, limit_name, used_name = root, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base, limit_name, used_name = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        own = base / name.lstrip("/")
+        for group in (own, *own.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                limit, used = int((group / limit_name).read_text()), int((group / used_name).read_text())
+                yield limit, used - _reclaimable(group)
+            if group == base:
+                break
+
+
+def _reclaimable(group: Path) -> int:
+    """Page cache a group gives back before it refuses memory, in bytes."""
+    words = (group / "memory.stat").read_text(encoding="ascii").split()
+    stat = dict(zip(words[::2], words[1::2], strict=False))
+    return int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))

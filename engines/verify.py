@@ -1,0 +1,318 @@
+"""Scores a bundle against the reference, teacher-forced: a prefill in pieces, then one logits row a step.
+
+Knows neither how the bundle is run nor who the reference is: both come as small protocols.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_aot_errors import BuildError
+
+# A position is decisive where the reference gives its first token at least this probability: there a quantized
+# model that differs would write another text. Elsewhere (always, with random weights) near ties decide.
+DECISIVE_PROBABILITY = 0.5
+
+
+class ScoredEngine(Protocol):
+    """What scoring needs of a loaded bundle (`runtime.engine.Engine` has it)."""
+
+    def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Appends tokens to a row; logits [V] of the last one."""
+
+    def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Appends one token to each of some rows; logits [B, V]."""
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets a row's tokens from `length` on."""
+
+
+class ScoringReference(Protocol):
+    """What scoring needs of the reference (`engines.reference.Reference` has it)."""
+
+    def logits(self, token_ids: NDArray[np.int64], first: int) -> NDArray[np.float32]:
+        """Logits [T - first, V] of positions `first` … T-1."""
+
+    def greedy(self, prompt: NDArray[np.int64], count: int) -> list[int]:
+        """The likeliest tokens one after the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a bundle may differ by. None: not bounded.
+
+    Attributes:
+        max_logit_difference: largest absolute difference of any logit.
+        mean_logit_difference: mean absolute difference.
+        kl_divergence: mean KL(reference ‖ bundle) over positions, in nats.
+        top1_agreement: least share of decisive positions with the same first token.
+        greedy_agreement: least share of free-running greedy tokens before the first that differs.
+        perplexity_ratio: bundle's perplexity over the reference's.
+    """
+
+    max_logit_difference: float | None = None
+    mean_logit_difference: float | None = None
+    kl_divergence: float | None = None
+    top1_agreement: float | None = None
+    greedy_agreement: float | None = None
+    perplexity_ratio: float | None = None
+
+
+BOUNDS: Mapping[str, Bounds] = {
+    # The same arithmetic in another order: 1e-3 is 3 to 30 times what fp32 sums of these sizes differ by.
+    "fp32": Bounds(
+        max_logit_difference=1e-3,
+        mean_logit_difference=1e-4,
+        kl_divergence=1e-6,
+        top1_agreement=1.0,
+        greedy_agreement=1.0,
+        perplexity_ratio=1.001,
+    ),
+    # 8 bits in blocks cost 0.004 to 0.01 nats on trained weights, per row 0.03. Perplexity within 1 %.
+    "int8": Bounds(kl_divergence=0.05, top1_agreement=0.97, perplexity_ratio=1.01),
+    # 4 bits round away about a tenth of each weight's spread; small models feel it most.
+    "int4": Bounds(kl_divergence=0.3, top1_agreement=0.85, perplexity_ratio=1.25),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How far a bundle is from the reference over all scored positions.
+
+    Attributes:
+        top1_agreement: share of positions with the same first token.
+        decisive_positions: positions where the reference's first token has DECISIVE_PROBABILITY or more.
+        decisive_top1_agreement: share of those with the same first token; None without any.
+        greedy_agreement: mean share of greedy tokens before the first that differs.
+        perplexity, reference_perplexity: of the text's own next tokens.
+    """
+
+    positions: int
+    max_logit_difference: float
+    mean_logit_difference: float
+    kl_divergence: float
+    top1_agreement: float
+    decisive_positions: int
+    decisive_top1_agreement: float | None
+    greedy_tokens: int
+    greedy_agreement: float
+    perplexity: float
+    reference_perplexity: float
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Bundle over reference; above 1 is worse."""
+        return self.perplexity / self.reference_perplexity
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One bound and what was found."""
+
+    name: str
+    found: float
+    bound: float
+    is_upper: bool
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether the value is inside. NaN is not."""
+        return self.found <= self.bound if self.is_upper else self.found >= self.bound
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Scores and how they stand to the bounds."""
+
+    scores: Scores
+    checks: tuple[Check, ...]
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether every bound holds."""
+        return all(check.has_passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "passed": self.has_passed,
+            **asdict(self.scores),
+            "perplexity_ratio": self.scores.perplexity_ratio,
+            "checks": [{**asdict(check), "passed": check.has_passed} for check in self.checks],
+        }
+
+
+def bounds_for(precision: str, **given: float | None) -> Bounds:
+    """A precision's default bounds, with those that are given in place of the defaults."""
+    return replace(BOUNDS[precision], **{name: value for name, value in given.items() if value is not None})
+
+
+def verify(
+    engine: ScoredEngine,
+    reference: ScoringReference,
+    sequences: Sequence[NDArray[np.int64]],
+    bounds: Bounds,
+    *,
+    greedy_tokens: int = 32,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Verification:
+    """Compares over some sequences, on row 0 of the engine.
+
+    Args:
+        engine: a loaded bundle; its row 0 is emptied.
+        reference: the reference.
+        sequences: token ids [T] each, T >= 4; the first half is prompt, the rest is scored step by step.
+        bounds: what may differ.
+        greedy_tokens: generated freely after each prompt.
+        on_progress: called with scored positions done and in all.
+    """
+    tally = _Tally()
+    total = sum(len(sequence) - len(sequence) // 2 for sequence in sequences)
+    agreements = []
+    for sequence in sequences:
+        half = len(sequence) // 2
+        expected = reference.logits(sequence, half // 2)
+        for position, found in engine_logits(engine, sequence):
+            target = int(sequence[position + 1]) if position + 1 < len(sequence) else None
+            tally.add(found, expected[position - half // 2], target)
+            on_progress(min(tally.positions, total), total)
+        prompt = sequence[:half]
+        agreements.append(_greedy_agreement(engine, prompt, reference.greedy(prompt, greedy_tokens)))
+    scores = tally.scores(greedy_tokens * len(sequences), float(np.mean(agreements)))
+    return Verification(scores, checks(scores, bounds))
+
+
+def engine_logits(engine: ScoredEngine, sequence: NDArray[np.int64]) -> Any:
+    """Yields (position, logits [V]): the prompt's prefill in two calls, then one token a step."""
+    half = len(sequence) // 2
+    split = half // 2 + 1
+    engine.truncate(0, 0)
+    yield split - 1, engine.prefill(0, sequence[:split])
+    if split < half:
+        yield half - 1, engine.prefill(0, sequence[split:half])
+    for position in range(max(half, split), len(sequence)):
+        yield position, engine.decode(0, sequence[position : position + 1])[0]
+    engine.truncate(0, 0)
+
+
+def _greedy_agreement(engine: ScoredEngine, prompt: NDArray[np.int64], expected: Sequence[int]) -> float:
+    engine.truncate(0, 0)
+    logits = engine.prefill(0, prompt)
+    same = 0
+    for token in expected:
+        if int(logits.argmax()) != token:
+            break
+        same += 1
+        if same < len(expected):
+            logits = engine.decode(0, np.array([token], np.int64))[0]
+    engine.truncate(0, 0)
+    return same / len(expected)
+
+
+def checks(scores: Scores, bounds: Bounds) -> tuple[Check, ...]:
+    """One check a bound that is set; top-1 only where there are decisive positions."""
+    found: Mapping[str, tuple[float | None, bool]] = {
+        "max_logit_difference": (scores.max_logit_difference, True),
+        "mean_logit_difference": (scores.mean_logit_difference, True),
+        "kl_divergence": (scores.kl_divergence, True),
+        "top1_agreement": (scores.decisive_top1_agreement, False),
+        "greedy_agreement": (scores.greedy_agreement, False),
+        "perplexity_ratio": (scores.perplexity_ratio, True),
+    }
+    result = []
+    for name, (value, is_upper) in found.items():
+        bound = getattr(bounds, name)
+        if bound is not None and value is not None:
+            result.append(Check(name, value, bound, is_upper))
+    return tuple(result)
+
+
+def require_passed(verification: Verification) -> Mapping[str, Any]:
+    """The result as JSON values.
+
+    Raises:
+        BuildError: names each bound that failed, with value and bound.
+    """
+    failed = [
+        f"{check.name} is {check.found:.6g}, {'at most' if check.is_upper else 'at least'} {check.bound:.6g} is allowed"
+        for check in verification.checks
+        if not check.has_passed
+    ]
+    if failed:
+        raise BuildError(
+            f"the bundle differs from the reference: {'; '.join(failed)}; choose a higher precision or a smaller "
+            "block size"
+        )
+    return verification.to_json()
+
+
+def windows(token_ids: Sequence[int], length: int, count: int) -> list[NDArray[np.int64]]:
+    """Cuts a text's tokens into at most `count` pieces of `length`; a last piece below 4 tokens is left out.
+
+    Raises:
+        BuildError: fewer than 4 tokens.
+    """
+    ids = np.asarray(token_ids, np.int64)
+    pieces = [ids[start : start + length] for start in range(0, len(ids), length)][:count]
+    pieces = [piece for piece in pieces if len(piece) >= 4]
+    if not pieces:
+        raise BuildError(f"the text has {len(ids)} tokens; verification needs at least 4: give a longer --text")
+    return pieces
+
+
+class _Tally:
+    """Sums over positions, so that no [T, V] difference is kept."""
+
+    def __init__(self) -> None:
+        self.positions = 0
+        self._max = self._mean = self._kl = 0.0
+        self._same = self._decisive = self._decisive_same = 0
+        self._targets = 0
+        self._nll = self._reference_nll = 0.0
+
+    def add(self, found: NDArray[np.float32], expected: NDArray[np.float32], target: int | None) -> None:
+        """Counts one position: logits [V] of both sides and the text's next token."""
+        difference = np.abs(found - expected)
+        ours, theirs = _log_softmax(found), _log_softmax(expected)
+        first = int(expected.argmax())
+        is_same = int(found.argmax()) == first
+        self.positions += 1
+        self._max = max(self._max, float(difference.max())) if np.isfinite(difference).all() else math.nan
+        self._mean += float(difference.mean(dtype=np.float64))
+        self._kl += float(np.sum(np.exp(theirs) * (theirs - ours)))
+        self._same += is_same
+        if theirs[first] >= math.log(DECISIVE_PROBABILITY):
+            self._decisive += 1
+            self._decisive_same += is_same
+        if target is not None:
+            self._targets += 1
+            self._nll -= float(ours[target])
+            self._reference_nll -= float(theirs[target])
+
+    def scores(self, greedy_tokens: int, greedy_agreement: float) -> Scores:
+        """The means."""
+        return Scores(
+            positions=self.positions,
+            max_logit_difference=self._max,
+            mean_logit_difference=self._mean / self.positions,
+            kl_divergence=self._kl / self.positions,
+            top1_agreement=self._same / self.positions,
+            decisive_positions=self._decisive,
+            decisive_top1_agreement=self._decisive_same / self._decisive if self._decisive else None,
+            greedy_tokens=greedy_tokens,
+            greedy_agreement=greedy_agreement,
+            perplexity=math.exp(self._nll / max(self._targets, 1)),
+            reference_perplexity=math.exp(self._reference_nll / max(self._targets, 1)),
+        )
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max()
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return result

@@ -1,0 +1,140 @@
+"""`build` and `build-engine`: a checkpoint in, a bundle out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtime.cli.command import VerbCommand, option
+from runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
+
+if TYPE_CHECKING:
+    from engines.build import BuildReport, Plan
+
+
+@click.command("build", cls=VerbCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("checkpoint")
+@option(
+    "-o",
+    "--output",
+    "out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The bundle's folder.",
+    group="Main",
+)
+@option("--target", default="cpu", help="Where the bundle runs.", group="Main")
+@option("--precision", default="int4", help="How weights are stored.", group="Main")
+@option("--dry-run", is_flag=True, help="Show sizes, memory and time, and write nothing.", group="Main")
+@option("--json", "as_json", is_flag=True, help="One JSON object on stdout.", group="Main")
+@option("--max-context", type=int, help="Tokens a row can hold.  [default: the model's]", group="Capacity")
+@option("--max-batch", type=int, default=1, help="Rows that run together.", group="Capacity")
+@option("--prefill-chunk", type=int, default=512, help="Prompt tokens in one step.", group="Capacity")
+@option(
+    "--block-size",
+    type=int,
+    help="Weights that share a scale.  [default: the precision's measured best]",
+    group="Quantization",
+)
+@option("--symmetric/--asymmetric", default=True, help="Without or with zero points.", group="Quantization")
+@option(
+    "--random-weights", is_flag=True, help="For a variant's name: weights drawn from --seed.", group="Trial"
+)
+@option("--seed", type=int, default=0, help="Of the random weights.", group="Trial")
+@option(
+    "--verify",
+    "with_verify",
+    is_flag=True,
+    help="Compare with transformers before installing.",
+    group="Trial",
+)
+def command(
+    checkpoint: str,
+    out: Path,
+    dry_run: bool,
+    as_json: bool,
+    random_weights: bool,
+    seed: int,
+    with_verify: bool,
+    **request: Any,
+) -> None:
+    """Build a bundle from a checkpoint.
+
+    CHECKPOINT is a Hugging Face folder, a .gguf file, or a variant's name with --random-weights. What stands
+    at the output stays until the new bundle is whole; a failed or interrupted build changes nothing.
+
+    \b
+    Examples:
+      build-engine ./Qwen1.5-0.5B-Chat -o ./bundle
+      build-engine qwen1.5-7b --random-weights -o ./trial --precision int8 --dry-run
+    """
+    from engines.spec import BuildSpec
+    from qwen_aot_errors import BuildError
+
+    show_logs()
+    try:
+        spec = BuildSpec(**request)
+    except BuildError as error:
+        raise click.UsageError(str(error)) from None
+
+    from engines.build import build_bundle, plan_build, report_json
+    from engines.verify import verifier_for
+    from runtime.cli.source import open_source
+
+    with (
+        open_source(checkpoint, random_weights=random_weights, seed=seed) as source,
+        progress_on_stderr() as show,
+    ):
+        if dry_run:
+            plan = plan_build(source, spec, out, on_progress=show)
+        else:
+            verifier = verifier_for(source, spec.precision) if with_verify else None
+            report = build_bundle(source, spec, out, on_progress=show, verifier=verifier)
+    if dry_run:
+        _show_plan(plan, out, as_json)
+    elif as_json:
+        print_json({"bundle": str(report.out), **report_json(report)})
+    else:
+        _show_report(report)
+
+
+def _show_plan(plan: Plan, out: Path, as_json: bool) -> None:
+    from engines.resources import available_memory_bytes, free_disk_bytes
+
+    facts = {
+        "bundle": str(out),
+        "bundle_bytes": plan.estimate.bundle_bytes,
+        "free_disk_bytes": free_disk_bytes(out),
+        "peak_memory_bytes": plan.estimate.peak_memory_bytes,
+        "available_memory_bytes": available_memory_bytes(),
+        "seconds": plan.estimate.seconds,
+        "warnings": list(plan.warnings),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    console = stdout()
+    console.print(f"bundle   {size(plan.estimate.bundle_bytes)} ({size(free_disk_bytes(out))} free on disk)")
+    console.print(
+        f"memory   about {size(plan.estimate.peak_memory_bytes)} ({size(available_memory_bytes())} available)"
+    )
+    console.print(f"time     about {duration(plan.estimate.seconds)} from here")
+    console.print("nothing was written (--dry-run)")
+
+
+def _show_report(report: BuildReport) -> None:
+    console = stdout()
+    for cost in report.stages:
+        console.print(
+            f"{cost['stage']:<14}{duration(cost['seconds']):>12}   peak {size(cost['peak_memory_bytes'])}",
+            highlight=False,
+        )
+    console.print(
+        f"{report.out}: {report.manifest.target} {report.manifest.precision}, "
+        f"{size(sum(entry.bytes for entry in report.manifest.files.values()))}, "
+        f"built in {duration(report.seconds)}, peak memory {size(report.peak_memory_bytes)}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,142 @@
+"""How every verb behaves on a terminal: grouped help, exit codes, errors without traceback, lazy loading."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NoReturn, cast
+
+import click
+
+from qwen_aot_errors import DeployError
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
+
+# Import name of a package that only an extra brings -> that extra.
+EXTRA_OF = {
+    "gguf": "build",
+    "ml_dtypes": "build",
+    "onnx": "build",
+    "onnx_ir": "build",
+    "onnxruntime": "cpu",
+    "onnxscript": "build",
+    "safetensors": "verify",
+    "torch": "build",
+    "transformers": "verify",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One verb of the group: where it lives and the line `--help` shows, so that help imports nothing."""
+
+    module: str
+    help: str
+
+
+class GroupedOption(click.Option):
+    """An option that `--help` shows under a heading, with its default."""
+
+    def __init__(self, *args: Any, group: str = "Options", **kwargs: Any) -> None:
+        kwargs.setdefault("show_default", True)
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+def option(*names: str, group: str = "Options", **kwargs: Any) -> Callable[[Any], Any]:
+    """`click.option` whose help stands under the heading `group` and shows its default."""
+    return click.option(*names, cls=GroupedOption, group=group, **kwargs)
+
+
+class _Terminal(click.Command):
+    """Turns what a command raises into a message on stderr and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Runs the command and exits: 0 ok, 1 failed, 2 usage, 130 Ctrl-C, 141 closed pipe, 143 SIGTERM."""
+        kwargs["standalone_mode"] = False
+        previous = signal.signal(signal.SIGTERM, _terminate)
+        try:
+            result = super().main(*args, **kwargs)
+            sys.stdout.flush()
+            code = result if isinstance(result, int) else EXIT_OK
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+        except DeployError as error:
+            click.echo(f"error: {error}", err=True)
+            code = EXIT_FAILED
+        except ModuleNotFoundError as error:
+            click.echo(f"error: {missing_dependency(error)}", err=True)
+            code = EXIT_FAILED
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted", err=True)
+            code = EXIT_INTERRUPTED
+        except BrokenPipeError:  # `qwen-aot inspect … | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = EXIT_BROKEN_PIPE
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+        sys.exit(code)
+
+
+class VerbCommand(_Terminal):
+    """A verb: options under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes one section a group, in order of first use; `--help` last."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(parameter, "group", "Other"), []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+class LazyGroup(_Terminal, click.Group):
+    """A group that knows its verbs' help lines and imports a verb only when it runs."""
+
+    def __init__(self, *args: Any, verbs: Mapping[str, Verb], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._verbs = verbs
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Verbs in the order of the table."""
+        return list(self._verbs)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imports the verb's module."""
+        if cmd_name not in self._verbs:
+            return None
+        return cast(click.Command, importlib.import_module(self._verbs[cmd_name].module).command)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the verbs without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, verb.help) for name, verb in self._verbs.items()])
+
+
+def missing_dependency(error: ModuleNotFoundError) -> str:
+    """Says which extra brings a module that isn't installed. One that no extra brings is our bug: raises."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRA_OF:
+        raise error
+    return (
+        f"this command needs the package {package!r}, which isn't installed; install it with "
+        f"`pip install 'qwen-aot[{EXTRA_OF[package]}]'`"
+    )
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM unwinds like an exception, so that half-written files are cleaned up."""
+    click.echo("terminated", err=True)
+    sys.exit(EXIT_TERMINATED)

@@ -1,0 +1,143 @@
+"""Results to stdout, progress and logs to stderr; the same numbers written the same way everywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import click
+from rich.console import Console
+from rich.logging import RichHandler
+
+LINE_SECONDS = 5.0  # between two lines about one stage where stderr is not a terminal
+
+
+class ProgressEvent(Protocol):
+    """What `engines.progress.ProgressEvent` has."""
+
+    @property
+    def stage(self) -> str:
+        """What is being done."""
+
+    @property
+    def index(self) -> int:
+        """Of the stage, from 1."""
+
+    @property
+    def count(self) -> int:
+        """Stages in all."""
+
+    @property
+    def done(self) -> int:
+        """In bytes."""
+
+    @property
+    def total(self) -> int:
+        """In bytes; 0 while unknown."""
+
+
+def stderr() -> Console:
+    """A console for progress and logs."""
+    return Console(stderr=True)
+
+
+def stdout() -> Console:
+    """A console for results."""
+    return Console()
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def show_logs(level: int = logging.WARNING) -> None:
+    """Sends our packages' log records to stderr, once."""
+    for name in ("engines", "exporter", "runtime"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(handler, RichHandler) for handler in logger.handlers):
+            handler = RichHandler(console=stderr(), show_time=False, show_path=False)
+            handler.setLevel(level)
+            logger.addHandler(handler)
+            logger.propagate = False
+
+
+def size(value: float) -> str:
+    """Bytes for people: 1.25 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 12.3 s, 4 min 05 s."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s"
+
+
+@contextlib.contextmanager
+def progress_on_stderr() -> Iterator[Callable[[ProgressEvent], None]]:
+    """A progress bar with stage, rate and time left; plain lines where stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield _PlainProgress()
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import TransferSpeedColumn
+
+    columns = (
+        TextColumn("[{task.fields[index]}/{task.fields[count]}]"),
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr(), transient=False) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(event: ProgressEvent) -> None:
+            if event.stage not in tasks:
+                tasks[event.stage] = progress.add_task(
+                    event.stage, total=None, index=event.index, count=event.count
+                )
+            progress.update(tasks[event.stage], total=event.total or None, completed=event.done)
+
+        yield show
+
+
+class _PlainProgress:
+    """A line when a stage starts, one every few seconds, and one when it ends."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._start = self._last = 0.0
+
+    def __call__(self, event: ProgressEvent) -> None:
+        now = time.monotonic()
+        prefix = f"[{event.index}/{event.count}] {event.stage}"
+        if event.stage != self._stage:
+            self._stage, self._start, self._last = event.stage, now, now
+            click.echo(f"{prefix} ...", err=True)
+        elapsed = now - self._start
+        if event.total and event.done == event.total:
+            if event.total > 1:
+                return
+            click.echo(f"{prefix}: {duration(elapsed)}", err=True)
+        elif event.total and now - self._last >= LINE_SECONDS:
+            self._last = now
+            left = elapsed * (event.total - event.done) / max(event.done, 1)
+            click.echo(
+                f"{prefix}: {100 * event.done / event.total:.0f} % of {size(event.total)}, "
+                f"{size(event.done / elapsed)}/s, {duration(left)} left",
+                err=True,
+            )

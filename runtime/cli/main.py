@@ -1,0 +1,51 @@
+"""The command line: the group `qwen-aot`, and `build-engine`, which is its main job under its own name."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import click
+
+from qwen_aot_version import __version__
+from runtime.cli.command import LazyGroup, Verb
+
+VERBS = {
+    "build": Verb("runtime.cli.build", "Build a bundle from a checkpoint (the same as build-engine)."),
+    "export": Verb("runtime.cli.export", "Write a model's ONNX graph with KV-cache inputs and outputs."),
+    "generate": Verb("runtime.cli.generate", "Continue a prompt with a bundle."),
+    "chat": Verb("runtime.cli.chat", "Talk with a bundle in the terminal."),
+    "verify": Verb("runtime.cli.verify", "Compare a bundle with Hugging Face transformers."),
+    "bench": Verb("runtime.cli.bench", "Measure a bundle's speed and memory."),
+    "inspect": Verb("runtime.cli.inspect", "Show a checkpoint, an ONNX file or a bundle as a table."),
+    "doctor": Verb("runtime.cli.doctor", "Show versions, hardware and what each target lacks here."),
+}
+
+
+@click.group(
+    cls=LazyGroup, verbs=VERBS, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.version_option(__version__, prog_name="qwen-aot")
+def qwen_aot() -> None:
+    """Ahead-of-time deployment for Qwen1.5: checkpoint in, bundle out, and a small runtime to serve it.
+
+    \b
+    Examples:
+      qwen-aot build ./Qwen1.5-0.5B-Chat -o ./bundle
+      qwen-aot generate ./bundle --prompt "The capital of France is"
+    """
+
+
+def main() -> NoReturn:
+    """Entry point of `qwen-aot`."""
+    qwen_aot.main(prog_name="qwen-aot")
+
+
+def build_engine_main() -> NoReturn:
+    """Entry point of `build-engine`."""
+    from runtime.cli.build import command
+
+    command.main(prog_name="build-engine")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""A whole build of a tiny checkpoint, what it records, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engines.build import STAGES, build_bundle, plan_build
+from engines.progress import ProgressEvent
+from engines.spec import BuildSpec, Precision
+from exporter.checkpoint import open_checkpoint
+from qwen_aot_errors import BuildError, DeployError
+from runtime.manifest import Manifest
+from tests.checkpoints import save_tiny
+
+FP32 = BuildSpec(precision=Precision.FP32, max_context=128)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny-model"
+    save_tiny(path, with_tokenizer=True)
+    return path
+
+
+def build(checkpoint: Path, out: Path, spec: BuildSpec = FP32, **options) -> list[ProgressEvent]:  # type: ignore[no-untyped-def]
+    events: list[ProgressEvent] = []
+    with open_checkpoint(checkpoint) as source:
+        build_bundle(source, spec, out, on_progress=events.append, **options)
+    return events
+
+
+def test_a_bundle_is_whole_and_says_what_it_is(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    events = build(checkpoint, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert set(manifest["files"]) == {
+        "model.onnx",
+        "model.onnx.data",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "report.json",
+    }
+    for name, entry in manifest["files"].items():
+        assert (out / name).stat().st_size == entry["bytes"]
+    assert manifest["model"]["name"] == "tiny-model"
+    assert manifest["max_context"] == 128
+    assert manifest["cache_dtype"] == "float32"
+    assert {"name": "input_ids", "dtype": "int64", "shape": ["B", "S"]} in manifest["inputs"]
+    assert {"name": "logits", "dtype": "float32", "shape": ["B", 320]} in manifest["outputs"]
+    assert {"torch", "onnx", "onnxruntime", "qwen-aot", "python"} <= set(manifest["tool_versions"])
+    stages = list(dict.fromkeys(event.stage for event in events))
+    assert stages == list(STAGES[:-1])
+
+
+def test_the_report_has_seconds_and_peak_memory_of_each_stage(checkpoint: Path, tmp_path: Path) -> None:
+    build(checkpoint, tmp_path / "bundle")
+    report = json.loads((tmp_path / "bundle/report.json").read_text())
+    assert [stage["stage"] for stage in report["stages"]] == list(STAGES[:-1])
+    assert all(stage["seconds"] >= 0 and stage["peak_memory_bytes"] > 1 << 20 for stage in report["stages"])
+    assert report["peak_memory_bytes"] == max(stage["peak_memory_bytes"] for stage in report["stages"])
+    data = (tmp_path / "bundle/model.onnx.data").stat().st_size
+    assert 0 <= report["estimate"]["bundle_bytes"] - data < 200_000  # the weights exactly, and small texts
+
+
+def test_a_dry_run_writes_nothing_and_knows_the_size(checkpoint: Path, tmp_path: Path) -> None:
+    with open_checkpoint(checkpoint) as source:
+        plan = plan_build(source, FP32, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+    build(checkpoint, tmp_path / "bundle")
+    data = (tmp_path / "bundle/model.onnx.data").stat().st_size
+    assert 0 <= plan.estimate.bundle_bytes - data < 200_000
+
+
+def test_without_a_tokenizer_there_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_tiny(tmp_path / "bare")
+    build(tmp_path / "bare", tmp_path / "bundle")
+    assert "bare has no tokenizer.json: the bundle takes and gives token ids only" in caplog.text
+    assert "tokenizer.json" not in json.loads((tmp_path / "bundle/manifest.json").read_text())["files"]
+    assert len(json.loads((tmp_path / "bundle/report.json").read_text())["warnings"]) == 1
+
+
+def test_a_context_beyond_the_models_is_refused_before_anything_runs(checkpoint: Path, tmp_path: Path) -> None:
+    events: list[ProgressEvent] = []
+    with open_checkpoint(checkpoint) as source, pytest.raises(BuildError, match="max_context 513 is more than"):
+        build_bundle(source, BuildSpec(max_context=513), tmp_path / "bundle", on_progress=events.append)
+    assert events == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_verifier_sees_the_bundle_and_its_result_is_recorded(checkpoint: Path, tmp_path: Path) -> None:
+    seen: list[Manifest] = []
+
+    def verifier(folder: Path) -> dict[str, bool]:
+        assert_listed = json.loads((folder / "manifest.json").read_text())
+        seen.append(assert_listed["precision"])
+        return {"passed": True}
+
+    build(checkpoint, tmp_path / "bundle", verifier=verifier)
+    assert seen == ["fp32"]
+    assert json.loads((tmp_path / "bundle/report.json").read_text())["verification"] == {"passed": True}
+
+
+def test_a_verifier_that_raises_leaves_the_old_bundle(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    build(checkpoint, out)
+    before = (out / "manifest.json").read_bytes()
+
+    def verifier(folder: Path) -> dict[str, bool]:
+        raise BuildError("differs")
+
+    with pytest.raises(BuildError, match="differs"):
+        build(checkpoint, out, verifier=verifier)
+    assert (out / "manifest.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_missing_tensor_leaves_nothing(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    save_tiny(tmp_path / "model")
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model/model.safetensors", {"format": "pt"})
+    with pytest.raises(DeployError, match=r"model\.norm\.weight"):
+        build(tmp_path / "model", tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

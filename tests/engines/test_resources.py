@@ -1,0 +1,81 @@
+"""Estimates against a made-up machine, and peaks measured on this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines import resources
+from engines.resources import Estimate, StageMeter, available_memory_bytes, check_resources, free_disk_bytes
+from qwen_aot_errors import BuildError
+
+KIB = 1024
+
+
+def machine(root: Path, *, available_kib: int, cgroup: str = "", resident_kib: int = 0) -> Path:
+    (root / "self").mkdir(parents=True)
+    (root / "meminfo").write_text(f"MemTotal: 999 kB\nMemAvailable: {available_kib} kB\nHugePages_Total: 0\n")
+    (root / "self/status").write_text(f"Name:\tpython\nVmRSS:\t{resident_kib} kB\n")
+    (root / "self/cgroup").write_text(cgroup)
+    return root
+
+
+def test_memory_without_a_control_group(tmp_path: Path) -> None:
+    proc = machine(tmp_path / "proc", available_kib=100, resident_kib=7)
+    assert available_memory_bytes(proc, tmp_path / "none") == 107 * KIB
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_control_group_above_ours_limits_memory(tmp_path: Path, version: int) -> None:
+    line = "0::/pod/app\n" if version == 2 else "4:cpu,memory:/pod/app\n3:cpuset:/\n"
+    proc = machine(tmp_path / "proc", available_kib=100, cgroup=line)
+    root = tmp_path / "cgroup"
+    pod = root / "pod" if version == 2 else root / "memory/pod"
+    (pod / "app").mkdir(parents=True)
+    names = (
+        ("memory.max", "memory.current")
+        if version == 2
+        else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    )
+    (pod / names[0]).write_text(f"{50 * KIB}\n")
+    (pod / names[1]).write_text(f"{30 * KIB}\n")
+    (pod / "memory.stat").write_text(f"cache 5\n{'total_' if version == 1 else ''}inactive_file {10 * KIB}\n")
+    (pod / "app" / names[0]).write_text("max\n")
+    assert available_memory_bytes(proc, root) == 30 * KIB  # 50 - (30 - 10)
+
+
+def test_disk_of_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
+    assert free_disk_bytes(tmp_path / "a/b/c") == pytest.approx(free_disk_bytes(tmp_path), rel=0.01)
+
+
+def test_refuses_what_the_disk_or_the_memory_cannot_take(tmp_path: Path) -> None:
+    check_resources(Estimate(bundle_bytes=1, peak_memory_bytes=1, seconds=0), tmp_path)
+    with pytest.raises(BuildError, match=r"the bundle needs 1,000,000,000,000,000,000 bytes and the disk"):
+        check_resources(Estimate(bundle_bytes=10**18, peak_memory_bytes=1, seconds=0), tmp_path)
+    with pytest.raises(BuildError, match=r"the build needs about .* bytes of memory"):
+        check_resources(Estimate(bundle_bytes=1, peak_memory_bytes=10**18, seconds=0), tmp_path)
+
+
+def test_peak_is_of_the_stage_alone() -> None:
+    meter = StageMeter()
+    with meter.measure("large"):
+        np.ones(100 << 20, np.uint8)
+    with meter.measure("small"):
+        pass
+    large, small = meter.costs
+    assert large.peak_memory_bytes >= small.peak_memory_bytes + (50 << 20)
+    assert meter.peak_memory_bytes == large.peak_memory_bytes
+
+
+def test_a_failed_stage_is_not_recorded() -> None:
+    meter = StageMeter()
+    with pytest.raises(ValueError, match="no"), meter.measure("stage"):
+        raise ValueError("no")
+    assert meter.costs == []
+
+
+def test_where_peaks_cannot_be_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "_fields", lambda path: {})
+    assert resources.peak_memory_bytes() > 1 << 20  # the process's peak since its start, in bytes
