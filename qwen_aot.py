@@ -1,9 +1,9 @@
 """qwen-aot's public face: names re-exported from where they live, each imported when it is first used.
 
-    import qwen_aot
+import qwen_aot
 
-    with qwen_aot.load("bundle") as llm:
-        print(llm.generate("The capital of France is").text)
+with qwen_aot.load("bundle") as llm:
+    print(llm.generate("The capital of France is").text)
 """
 
 from __future__ import annotations

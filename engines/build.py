@@ -176,9 +176,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: _Stages) -> Plan:
         largest_tensor_bytes=largest_source_bytes(lowered),
         bits=_bits(spec),
     )
-    return Plan(
-        lowered, needed, _manifest_maker(checkpoint, config, spec, max_context, lowered), texts, warnings
-    )
+    return Plan(lowered, needed, _manifest_maker(checkpoint, config, spec, max_context, lowered), texts, warnings)
 
 
 def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -249,4 +247,3 @@ def _io_tensor(value: ir.Value) -> IoTensor:
 
 def _bits(spec: BuildSpec) -> int:
     return {"int4": 4, "int8": 8}.get(str(spec.precision), 32)
-

@@ -93,10 +93,7 @@ def available_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys
 
 def peak_memory_bytes() -> int:
     """Peak resident memory since `reset_peak`, or since the process began where that can't be."""
-    return (
-        _fields(Path("/proc/self/status")).get("VmHWM")
-        or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    return _fields(Path("/proc/self/status")).get("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reset_peak() -> None:

@@ -90,9 +90,7 @@ class BundleWriter:
         """
         with explained(self.out):
             new = sorted(
-                path
-                for path in self.folder.iterdir()
-                if path.name != MANIFEST_NAME and path.name not in self._hashed
+                path for path in self.folder.iterdir() if path.name != MANIFEST_NAME and path.name not in self._hashed
             )
             total = sum(path.stat().st_size for path in new)
             done = 0
@@ -166,9 +164,7 @@ def refuse_unless_replaceable(out: Path) -> None:
     except (ValueError, KeyError, TypeError):
         raise BuildError(f"{out}/{MANIFEST_NAME} isn't a bundle's manifest; {advice}") from None
     if strangers := sorted(names - listed):
-        raise BuildError(
-            f"{out} holds files that its manifest doesn't list ({', '.join(strangers[:5])}); {advice}"
-        )
+        raise BuildError(f"{out} holds files that its manifest doesn't list ({', '.join(strangers[:5])}); {advice}")
 
 
 @contextlib.contextmanager

@@ -74,9 +74,7 @@ def check_room(row: int, held: int, new: int, max_context: int) -> None:
         )
 
 
-def check_finite(
-    logits: NDArray[np.float32], first_row: int, is_idle: NDArray[np.bool_] | None = None
-) -> None:
+def check_finite(logits: NDArray[np.float32], first_row: int, is_idle: NDArray[np.bool_] | None = None) -> None:
     """Refuses logits [B, V] with NaN or Inf in a row that isn't idle.
 
     A sum is the cheapest exact test: it is finite if all of them are, as logits stay far below 1e33.

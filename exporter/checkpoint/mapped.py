@@ -40,9 +40,7 @@ class MappedFile:
             raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
         self._handed_out = 0  # bytes of views returned since pages were last dropped
 
-    def view(
-        self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], rows: slice | None
-    ) -> NDArray[Any]:
+    def view(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], rows: slice | None) -> NDArray[Any]:
         """The row-major array at `offset` bytes, or some of its rows; the caller has checked that it fits."""
         array: NDArray[Any] = np.ndarray(shape, dtype, buffer=self._map, offset=offset)
         if rows is not None:

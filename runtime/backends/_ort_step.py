@@ -36,9 +36,7 @@ class Step:
         new_tokens: int64 [max_rows], to be filled before `run`: valid tokens of each row in this step.
     """
 
-    def __init__(
-        self, session: Any, manifest: Manifest, cache: KvCache, *, max_rows: int, max_tokens: int
-    ) -> None:
+    def __init__(self, session: Any, manifest: Manifest, cache: KvCache, *, max_rows: int, max_tokens: int) -> None:
         """Makes the binding and its input and output memory.
 
         Args:

@@ -39,9 +39,7 @@ if TYPE_CHECKING:
     group="Quantization",
 )
 @option("--symmetric/--asymmetric", default=True, help="Without or with zero points.", group="Quantization")
-@option(
-    "--random-weights", is_flag=True, help="For a variant's name: weights drawn from --seed.", group="Trial"
-)
+@option("--random-weights", is_flag=True, help="For a variant's name: weights drawn from --seed.", group="Trial")
 @option("--seed", type=int, default=0, help="Of the random weights.", group="Trial")
 @option(
     "--verify",

@@ -107,9 +107,7 @@ def progress_on_stderr() -> Iterator[Callable[[ProgressEvent], None]]:
 
         def show(event: ProgressEvent) -> None:
             if event.stage not in tasks:
-                tasks[event.stage] = progress.add_task(
-                    event.stage, total=None, index=event.index, count=event.count
-                )
+                tasks[event.stage] = progress.add_task(event.stage, total=None, index=event.index, count=event.count)
             progress.update(tasks[event.stage], total=event.total or None, completed=event.done)
 
         yield show

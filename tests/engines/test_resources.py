@@ -34,11 +34,7 @@ def test_a_control_group_above_ours_limits_memory(tmp_path: Path, version: int) 
     root = tmp_path / "cgroup"
     pod = root / "pod" if version == 2 else root / "memory/pod"
     (pod / "app").mkdir(parents=True)
-    names = (
-        ("memory.max", "memory.current")
-        if version == 2
-        else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    )
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
     (pod / names[0]).write_text(f"{50 * KIB}\n")
     (pod / names[1]).write_text(f"{30 * KIB}\n")
     (pod / "memory.stat").write_text(f"cache 5\n{'total_' if version == 1 else ''}inactive_file {10 * KIB}\n")

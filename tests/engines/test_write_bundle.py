@@ -245,9 +245,7 @@ def test_read_only_file_system(small_disk: Path) -> None:
     out = small_disk / "bundle"
     write(out, "old")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(
-        BuildError, match=r"can't write .*Read-only file system; give a folder that you may write"
-    ):
+    with pytest.raises(BuildError, match=r"can't write .*Read-only file system; give a folder that you may write"):
         write(out, "new")
     assert assert_whole(out) == "old"
 
@@ -268,9 +266,7 @@ def test_write_that_the_system_cuts_short(tmp_path: Path) -> None:
     assert neighbours(out) == []
 
 
-@pytest.mark.skipif(
-    os.geteuid() == 0, reason="root may write everywhere; the read-only file system test covers it"
-)
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; the read-only file system test covers it")
 def test_read_only_folder(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     write(out, "old")
