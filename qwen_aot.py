@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from qwen_aot_version import __version__
 
 if TYPE_CHECKING:
+    from runtime.llm import LLM, load
+
     from engines.build import BuildReport, build_bundle
     from engines.spec import BuildSpec, Precision, Target
     from exporter.checkpoint import open_checkpoint
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
         GenerationError,
     )
     from runtime.generation_config import GenerationConfig
-    from runtime.llm import LLM, load
     from runtime.manifest import Manifest
 
 __all__ = [

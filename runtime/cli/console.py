@@ -90,8 +90,14 @@ def progress_on_stderr() -> Iterator[Callable[[ProgressEvent], None]]:
     if not sys.stderr.isatty():
         yield _PlainProgress()
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     columns = (
         TextColumn("[{task.fields[index]}/{task.fields[count]}]"),
