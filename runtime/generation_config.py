@@ -58,7 +58,7 @@ class GenerationConfig:
 
     Attributes:
         max_new_tokens: None: until the context is full.
-        temperature: 0 is greedy; top_k and top_p then change nothing.
+        temperature: divides the logits; 0 is greedy, and top_k and top_p then change nothing.
         top_k: the number of likeliest tokens to draw from; 0: all.
         top_p: the probability that the tokens to draw from must reach together; 1: all.
         repetition_penalty: divides the positive logits of tokens seen in prompt or output, and multiplies the
@@ -91,7 +91,12 @@ class GenerationConfig:
             "at least 1",
             self.max_new_tokens is None or self.max_new_tokens >= 1,
         )
-        _check("temperature", self.temperature, "0 (greedy) or more", 0 <= self.temperature < math.inf)
+        _check(
+            "temperature",
+            self.temperature,
+            "0 (greedy) or 0.001 to 1000",
+            self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
+        )
         _check("top_k", self.top_k, "0 (off) or more", self.top_k >= 0)
         _check("top_p", self.top_p, "above 0, up to 1 (off)", 0 < self.top_p <= 1)
         _check(
