@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypeVar
 
 from qwen_aot_errors import BundleError, GenerationError
+from runtime._strict_json import parse_object
 from runtime.bundle import Bundle
 
 __all__ = ["UNSET", "GenerationConfig", "GenerationDefaults", "Unset"]
@@ -38,6 +38,9 @@ _UNSUPPORTED: Mapping[str, object] = {
     "min_length": 0,
     "min_new_tokens": None,
 }
+
+
+TRANSFORMERS_TOP_K = 50  # what transformers takes where it samples and nobody gives a top_k
 
 
 class Unset(enum.Enum):
@@ -132,7 +135,7 @@ class GenerationDefaults:
     do_sample: bool = False
     max_new_tokens: int | None = None
     temperature: float = 1.0
-    top_k: int = 0
+    top_k: int = TRANSFORMERS_TOP_K
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     eos_token_ids: tuple[int, ...] = ()
@@ -147,12 +150,8 @@ class GenerationDefaults:
         model_eos = bundle.manifest.model.eos_token_ids
         if not bundle.has(GENERATION_CONFIG_NAME):
             return cls(eos_token_ids=model_eos)
-        try:
-            document = json.loads(bundle.read_text(GENERATION_CONFIG_NAME))
-        except json.JSONDecodeError as error:
-            raise BundleError(
-                f"{GENERATION_CONFIG_NAME} is not JSON ({error}); rebuild the bundle"
-            ) from error
+        text = bundle.read_text(GENERATION_CONFIG_NAME)
+        document = parse_object(text, GENERATION_CONFIG_NAME)
         return cls.from_document(document, model_eos)
 
     @classmethod
@@ -172,11 +171,16 @@ class GenerationDefaults:
                 ", ".join(unsupported),
             )
         eos = _read(document, "eos_token_id", (int, list), None)
+        if isinstance(eos, list) and not all(type(token_id) is int for token_id in eos):
+            raise BundleError(
+                f"{GENERATION_CONFIG_NAME}: eos_token_id is {eos!r}; accepted: an id or a list of ids; "
+                f"rebuild the bundle"
+            )
         return cls(
             do_sample=_read(document, "do_sample", (bool,), False),
             max_new_tokens=_read(document, "max_new_tokens", (int,), None),
             temperature=_read(document, "temperature", (int, float), 1.0),
-            top_k=_read(document, "top_k", (int,), 50),  # transformers' own default where it samples
+            top_k=_read(document, "top_k", (int,), TRANSFORMERS_TOP_K),
             top_p=_read(document, "top_p", (int, float), 1.0),
             repetition_penalty=_read(document, "repetition_penalty", (int, float), 1.0),
             eos_token_ids=model_eos if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
