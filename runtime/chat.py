@@ -22,6 +22,9 @@ __all__ = ["Chat", "ChatTemplate"]
 
 Message = Mapping[str, str]  # role, content
 
+# A template is foreign code: besides Jinja's own errors, its expressions raise these.
+_TEMPLATE_FAILURES = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
+
 
 class ChatTemplate:
     """A Jinja chat template with the helpers that transformers gives it.
@@ -85,8 +88,8 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except jinja2.TemplateError as error:
-            raise GenerationError(f"the chat template refuses these messages: {error.message}") from error
+        except _TEMPLATE_FAILURES as error:
+            raise GenerationError(f"the chat template refuses these messages: {error}") from error
 
 
 class Chat:
@@ -117,6 +120,11 @@ class Chat:
         self._system = system
         self._messages: list[Message] = []
         self.reset()
+
+    @property
+    def generator(self) -> Generator:
+        """What answers."""
+        return self._generator
 
     @property
     def messages(self) -> tuple[Message, ...]:
