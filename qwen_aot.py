@@ -1,9 +1,9 @@
 """qwen-aot's public face: names re-exported from where they live, each imported when it is first used.
 
-    import qwen_aot
+import qwen_aot
 
-    with qwen_aot.load("bundle") as llm:
-        print(llm.generate("The capital of France is").text)
+with qwen_aot.load("bundle") as llm:
+    print(llm.generate("The capital of France is").text)
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 from qwen_aot_version import __version__
 
 if TYPE_CHECKING:
+    from runtime.generation_config import GenerationConfig
+    from runtime.llm import LLM, load
+
     from engines.build import BuildReport, build_bundle
     from engines.spec import BuildSpec, Precision, Target
     from exporter.checkpoint import open_checkpoint
@@ -27,8 +30,6 @@ if TYPE_CHECKING:
         ExportError,
         GenerationError,
     )
-    from runtime.generation_config import GenerationConfig
-    from runtime.llm import LLM, load
     from runtime.manifest import Manifest
 
 __all__ = [

@@ -12,11 +12,13 @@ from typing import Any
 import onnx_ir as ir
 
 from engines.builders import builder_for
-from engines.progress import OnProgress, ProgressEvent, ignore_progress
-from engines.resources import Estimate, StageMeter, check_resources, estimate
+from engines.progress import OnProgress, ignore_progress
+from engines.resources import Estimate, check_resources, estimate
 from engines.spec import BuildSpec
+from engines.stages import Stages
 from engines.versions import tool_versions
-from engines.write_bundle import BundleWriter, explained, refuse_unless_replaceable
+from engines.write_bundle import BundleWriter, refuse_unless_replaceable
+from engines.write_folder import explained
 from exporter.checkpoint.base import Checkpoint
 from exporter.config import ModelConfig
 from exporter.save import DATA_FILE, save_graph
@@ -62,28 +64,6 @@ class BuildReport:
     verification: Mapping[str, Any] = field(default_factory=dict)
 
 
-class _Stages:
-    """Announces stages to the caller and measures them."""
-
-    def __init__(self, names: tuple[str, ...], on_progress: OnProgress) -> None:
-        self.meter = StageMeter()
-        self._names = names
-        self._on_progress = on_progress
-
-    def run(self, name: str, work: Callable[[Callable[[int, int], None]], Any]) -> Any:
-        """Runs one stage; `work` gets a callback for (done, total) in bytes."""
-        index = self._names.index(name) + 1
-
-        def advance(done: int, total: int) -> None:
-            self._on_progress(ProgressEvent(name, index, len(self._names), done, total))
-
-        self._on_progress(ProgressEvent(name, index, len(self._names)))
-        with self.meter.measure(name):
-            result = work(advance)
-        self._on_progress(ProgressEvent(name, index, len(self._names), 1, 1, unit=""))
-        return result
-
-
 def plan_build(
     checkpoint: Checkpoint, spec: BuildSpec, out: Path, *, on_progress: OnProgress = ignore_progress
 ) -> Plan:
@@ -93,7 +73,7 @@ def plan_build(
         BuildError: the request, `out`, the disk or the memory won't do.
     """
     refuse_unless_replaceable(out)
-    plan = _plan(checkpoint, spec, _Stages(("trace", "lower"), on_progress))
+    plan = _plan(checkpoint, spec, Stages(("trace", "lower"), on_progress))
     check_resources(plan.estimate, out)
     return plan
 
@@ -120,7 +100,7 @@ def build_bundle(
         DeployError: the build failed; `out` is as it was.
     """
     names = STAGES if verifier is not None else STAGES[:-1]
-    stages = _Stages(names, on_progress)
+    stages = Stages(names, on_progress)
     with BundleWriter(out) as writer:
         plan = _plan(checkpoint, spec, stages)
         check_resources(plan.estimate, writer.out)
@@ -160,7 +140,7 @@ def report_json(report: BuildReport) -> dict[str, Any]:
     }
 
 
-def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: _Stages) -> Plan:
+def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages) -> Plan:
     config = checkpoint.config
     max_context = spec.context_for(config.max_position_embeddings)
     warnings = _warnings(checkpoint)
@@ -176,9 +156,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: _Stages) -> Plan:
         largest_tensor_bytes=largest_source_bytes(lowered),
         bits=_bits(spec),
     )
-    return Plan(
-        lowered, needed, _manifest_maker(checkpoint, config, spec, max_context, lowered), texts, warnings
-    )
+    return Plan(lowered, needed, _manifest_maker(checkpoint, config, spec, max_context, lowered), texts, warnings)
 
 
 def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -249,4 +227,3 @@ def _io_tensor(value: ir.Value) -> IoTensor:
 
 def _bits(spec: BuildSpec) -> int:
     return {"int4": 4, "int8": 8}.get(str(spec.precision), 32)
-

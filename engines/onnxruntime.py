@@ -46,9 +46,7 @@ def check(folder: Path, manifest: Manifest) -> None:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         (logits,) = session.run(["logits"], one_token_feed(manifest))
     except (onnxruntime.capi.onnxruntime_pybind11_state.OnnxRuntimeException, RuntimeError) as error:
-        raise BuildError(
-            f"the built engine doesn't run in onnxruntime {onnxruntime.__version__}: {error}"
-        ) from error
+        raise BuildError(f"the built engine doesn't run in onnxruntime {onnxruntime.__version__}: {error}") from error
     if not np.isfinite(logits).all():
         raise BuildError(
             "the built engine's logits aren't finite for token 0; the checkpoint's weights overflow "

@@ -78,9 +78,7 @@ class BuildSpec:
 
     target: Target = Target.CPU
     precision: Precision = Precision.INT4
-    block_size: int | None = (
-        None  # elements along K that share a scale; None: the measured default of the precision
-    )
+    block_size: int | None = None  # elements along K that share a scale; None: the measured default of the precision
     symmetric: bool = True
     max_context: int | None = None  # tokens; None: the model's (cpu) or min(4096, the model's) (TensorRT)
     max_batch: int = 1  # rows
@@ -151,7 +149,6 @@ class BuildSpec:
                 f"(max_position_embeddings); ask for at most {model_limit}"
             )
         return self.max_context
-
 
     def capacity_for(self, max_context: int) -> int:
         """Cache slots and rotary positions in tokens: the context and a prefill chunk of padding, rounded up."""

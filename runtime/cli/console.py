@@ -90,8 +90,14 @@ def progress_on_stderr() -> Iterator[Callable[[ProgressEvent], None]]:
     if not sys.stderr.isatty():
         yield _PlainProgress()
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     columns = (
         TextColumn("[{task.fields[index]}/{task.fields[count]}]"),
@@ -107,9 +113,7 @@ def progress_on_stderr() -> Iterator[Callable[[ProgressEvent], None]]:
 
         def show(event: ProgressEvent) -> None:
             if event.stage not in tasks:
-                tasks[event.stage] = progress.add_task(
-                    event.stage, total=None, index=event.index, count=event.count
-                )
+                tasks[event.stage] = progress.add_task(event.stage, total=None, index=event.index, count=event.count)
             progress.update(tasks[event.stage], total=event.total or None, completed=event.done)
 
         yield show

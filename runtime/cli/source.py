@@ -18,8 +18,9 @@ def open_source(name: str, *, random_weights: bool = False, seed: int = 0) -> Ch
         click.UsageError: a variant without `random_weights`, or a path with it.
         CheckpointError: neither a checkpoint nor a variant.
     """
-    from exporter.checkpoint import open_checkpoint
     from exporter.variants import find_variant
+
+    from exporter.checkpoint import open_checkpoint
 
     if Path(name).exists():
         if random_weights:

@@ -158,12 +158,12 @@ CHILD = textwrap.dedent(
     """
     import os, signal, sys
     from pathlib import Path
-    from engines import write_bundle
+    from engines import write_bundle, write_folder
     from tests.engines.bundles import manifest_for
 
     out, point, can_exchange = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "exchange"
     if not can_exchange:
-        write_bundle._exchange = lambda one, other: False
+        write_folder._exchange = lambda one, other: False
     events = 0
 
     def count(event, arguments):
@@ -245,9 +245,7 @@ def test_read_only_file_system(small_disk: Path) -> None:
     out = small_disk / "bundle"
     write(out, "old")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(
-        BuildError, match=r"can't write .*Read-only file system; give a folder that you may write"
-    ):
+    with pytest.raises(BuildError, match=r"can't write .*Read-only file system; give a folder that you may write"):
         write(out, "new")
     assert assert_whole(out) == "old"
 
@@ -268,9 +266,7 @@ def test_write_that_the_system_cuts_short(tmp_path: Path) -> None:
     assert neighbours(out) == []
 
 
-@pytest.mark.skipif(
-    os.geteuid() == 0, reason="root may write everywhere; the read-only file system test covers it"
-)
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; the read-only file system test covers it")
 def test_read_only_folder(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     write(out, "old")
