@@ -198,9 +198,9 @@ class ModelConfig:
         Raises:
             CheckpointError: a key is missing, or a value is not supported (named).
         """
-        from exporter import config_gguf  # imports this module
+        from exporter.config_gguf import parse  # imports this module
 
-        return config_gguf.parse(metadata, tensor_shapes)
+        return parse(metadata, tensor_shapes)
 
     @property
     def query_size(self) -> int:

@@ -143,8 +143,8 @@ def _rope(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScalin
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in config_keys.ROPE_KEYS:
         raise CheckpointError(
-            f"rope_type is {rope_type!r}; not supported; accepted: {', '.join(config_keys.ROPE_KEYS)}. Remove "
-            "rope_scaling (rope_parameters.rope_type) to serve the model at its trained context."
+            f"rope_type is {rope_type!r}; not supported; accepted: {', '.join(config_keys.ROPE_KEYS)}. "
+            "Remove rope_scaling (rope_parameters.rope_type) to serve the model at its trained context."
         )
     if rope.get("partial_rotary_factor", 1) not in (1, None):
         raise CheckpointError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; accepted: 1")

@@ -7,11 +7,18 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_aot_errors import ContextFullError, GenerationError
 from runtime.manifest import Manifest
+
+__all__ = ["Engine", "check_finite", "check_room"]
 
 
 class Engine(Protocol):
-    """A loaded bundle. A context manager; one thread at a time."""
+    """A loaded bundle. A context manager; one thread at a time.
+
+    Rows are slots of one cache: `manifest.max_batch` of them, each of up to `manifest.max_context` tokens.
+    A call that raises leaves every row's length as it was.
+    """
 
     @property
     def manifest(self) -> Manifest:
@@ -22,19 +29,24 @@ class Engine(Protocol):
         """[max_batch] valid tokens in each row's cache (a copy)."""
 
     def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Appends tokens to a row, in chunks; returns the logits [V] of the last one.
+        """Appends tokens [n], n >= 1, to a row, in chunks; returns the logits [V] of the last one.
+
+        The returned memory is valid until the next call.
 
         Raises:
-            ContextFullError: nothing was written.
+            ContextFullError: they don't fit.
+            GenerationError: the logits hold NaN or Inf.
         """
 
     def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Appends one token [B] to each of B contiguous rows; returns logits [B, V] (valid until the next call).
+        """Appends one token [B] to each of B contiguous rows; returns logits [B, V].
 
-        A negative id marks an idle row: nothing of it moves and its logits are meaningless.
+        A negative id marks an idle row: nothing of it moves and its logits are meaningless. The returned
+        memory is valid until the next call.
 
         Raises:
-            ContextFullError: a row is full; nothing was written.
+            ContextFullError: a row is full.
+            GenerationError: the logits of a row that isn't idle hold NaN or Inf.
         """
 
     def truncate(self, row: int, length: int) -> None:
@@ -46,3 +58,40 @@ class Engine(Protocol):
     def __enter__(self) -> Engine: ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+def check_room(row: int, held: int, new: int, max_context: int) -> None:
+    """Refuses tokens that don't fit a row.
+
+    Raises:
+        ContextFullError: held + new tokens are more than max_context.
+    """
+    if held + new > max_context:
+        raise ContextFullError(
+            f"row {row} holds {held} tokens and {new} more don't fit its context of {max_context}: shorten "
+            f"the "
+            f"text, or rebuild the bundle with a larger --max-context"
+        )
+
+
+def check_finite(
+    logits: NDArray[np.float32], first_row: int, is_idle: NDArray[np.bool_] | None = None
+) -> None:
+    """Refuses logits [B, V] with NaN or Inf in a row that isn't idle.
+
+    A sum is the cheapest exact test: it is finite if all of them are, as logits stay far below 1e33.
+
+    Raises:
+        GenerationError: names the row and the remedy.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        is_bad = ~np.isfinite(logits.sum(axis=1))
+    if is_idle is not None:
+        is_bad &= ~is_idle
+    if is_bad.any():
+        raise GenerationError(
+            f"row {first_row + int(is_bad.argmax())}'s logits hold NaN or Inf: a value left the range of the "
+            f"compute type, or the weights are damaged. Check the bundle with `qwen-aot verify`, or rebuild "
+            f"it "
+            f"with a wider type (--precision fp32)"
+        )

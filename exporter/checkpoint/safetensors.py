@@ -10,17 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from exporter.checkpoint.base import FileSpan, TensorInfo
+from exporter.checkpoint.mapped import MappedFile
 from qwen_aot_errors import CheckpointError
 
 SINGLE_NAME = "model.safetensors"
@@ -34,63 +33,39 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# Mapped pages that were read count as the process's memory until they are dropped. Dropping is always safe:
-# the mapping is read-only, so a page that is touched again comes back from the page cache.
-_RESIDENT_BYTES = 64 << 20
 
 
 class SafetensorsFile:
     """One mapped file. `read` returns views of the mapping, which stay valid until `close`.
 
-    Why a mapping and not reads into a buffer: no copy, any row range costs only its own pages, and an array
-    that is still in use survives `madvise(MADV_DONTNEED)`, which keeps memory bounded while a model
-    streams by.
-
     Raises:
-        CheckpointError: the file is not a sound safetensors file; nothing was mapped.
+        CheckpointError: the file is not a sound safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = MappedFile(path)
         try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                header = _read_header(path, file, size)
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
-        self.header_sha256 = hashlib.sha256(header).hexdigest()
-        try:
-            self.tensors = _parse_header(path, header, data_start=8 + len(header), size=size)
+            header = _read_header(self._file)
+            self.header_sha256 = hashlib.sha256(header).hexdigest()
+            self.tensors = _parse_header(path, header, data_start=8 + len(header), size=self._file.size)
         except CheckpointError:
-            self._map.close()
+            self._file.close()
             raise
-        self._handed_out = 0  # bytes of views returned since pages were last dropped
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """A read-only view of one tensor, or of some rows of it."""
         info = self.tensors[name]
         assert info.span is not None  # _parse_header sets it
-        array: NDArray[Any] = np.ndarray(info.shape, info.dtype, buffer=self._map, offset=info.span.offset)
-        if rows is not None:
-            array = array[rows]
-        if self._handed_out > _RESIDENT_BYTES:
-            self.drop_pages()
-        self._handed_out += array.nbytes
-        return array
+        return self._file.view(info.span.offset, info.shape, info.dtype, rows)
 
     def drop_pages(self) -> None:
-        """Gives pages that were read back to the system (where it can); views stay valid."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-        self._handed_out = 0
+        """Gives pages that were read back to the system; views stay valid."""
+        self._file.drop_pages()
 
     def close(self) -> None:
-        """Unmaps the file; while a view still exists, the mapping goes with the last view."""
-        try:
-            self._map.close()
-        except BufferError:  # a view is alive: the mapping is freed by reference counting
-            self.drop_pages()
+        """Unmaps the file."""
+        self._file.close()
 
 
 class SafetensorsShards:
@@ -99,7 +74,7 @@ class SafetensorsShards:
     def __init__(self, folder: Path) -> None:
         self._files: list[SafetensorsFile] = []
         self._file_of: dict[str, SafetensorsFile] = {}
-        self._seen: SafetensorsFile | None = None
+        self._last_read: SafetensorsFile | None = None
         try:
             if (folder / SINGLE_NAME).is_file() or not (folder / INDEX_NAME).is_file():
                 self._open_single(folder)
@@ -123,9 +98,9 @@ class SafetensorsShards:
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """A read-only view of one tensor, or of some rows of it (`SafetensorsFile.read`)."""
         file = self._file_of[name]
-        if self._seen is not None and self._seen is not file:
-            self._seen.drop_pages()
-        self._seen = file
+        if self._last_read is not None and self._last_read is not file:
+            self._last_read.drop_pages()
+        self._last_read = file
         return file.read(name, rows)
 
     def close(self) -> None:
@@ -195,17 +170,19 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(path: Path, file: BinaryIO, size: int) -> bytes:
-    prefix = file.read(8)
+def _read_header(file: MappedFile) -> bytes:
+    prefix = file.view(0, (min(8, file.size),), np.dtype(np.uint8), None).tobytes()
     length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+    if len(prefix) < 8 or not 2 <= length <= min(_MAX_HEADER_BYTES, file.size - 8):
         raise CheckpointError(
-            f"{path} is not a safetensors file, or is truncated: of its {size} bytes, the header would take "
-            f"{length}; download it again"
+            f"{file.path} is not a safetensors file, or is truncated: of its {file.size} bytes, the header "
+            f"would take {length}; download it again"
         )
-    header = file.read(length)
-    if len(header) != length or not header.startswith(b"{"):
-        raise CheckpointError(f"{path}: the safetensors header doesn't start with '{{'; download it again")
+    header = file.view(8, (length,), np.dtype(np.uint8), None).tobytes()
+    if not header.startswith(b"{"):
+        raise CheckpointError(
+            f"{file.path}: the safetensors header doesn't start with '{{'; download it again"
+        )
     return header
 
 

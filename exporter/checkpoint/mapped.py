@@ -1,0 +1,66 @@
+"""A file mapped for reading, whose pages don't pile up in the process's memory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_aot_errors import CheckpointError
+
+# Pages that were read count as the process's memory until they are dropped. Dropping is always safe: the
+# mapping is read-only, so a page that is touched again comes back from the page cache.
+_RESIDENT_BYTES = 64 << 20
+
+
+class MappedFile:
+    """`view` returns read-only arrays over the file, which stay valid until `close`.
+
+    Why a mapping and not reads into a buffer: no copy, any range costs only its own pages, and an array that
+    is still in use survives `madvise(MADV_DONTNEED)`, which keeps memory bounded while a model streams by.
+    The price: the file must not be truncated while it is open.
+
+    Raises:
+        CheckpointError: the file can't be opened, or is empty.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                if not self.size:
+                    raise CheckpointError(f"{path} is empty; download it again")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
+        self._handed_out = 0  # bytes of views returned since pages were last dropped
+
+    def view(
+        self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], rows: slice | None
+    ) -> NDArray[Any]:
+        """The row-major array at `offset` bytes, or some of its rows; the caller has checked that it fits."""
+        array: NDArray[Any] = np.ndarray(shape, dtype, buffer=self._map, offset=offset)
+        if rows is not None:
+            array = array[rows]
+        if self._handed_out > _RESIDENT_BYTES:
+            self.drop_pages()
+        self._handed_out += array.nbytes
+        return array
+
+    def drop_pages(self) -> None:
+        """Gives pages that were read back to the system (where it can); views stay valid."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+        self._handed_out = 0
+
+    def close(self) -> None:
+        """Unmaps the file; while a view still exists, the mapping goes with the last view."""
+        try:
+            self._map.close()
+        except BufferError:  # a view is alive: the mapping is freed by reference counting
+            self.drop_pages()

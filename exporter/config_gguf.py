@@ -1,0 +1,186 @@
+"""GGUF metadata -> ModelConfig, for the layouts `qwen2`, `qwen2moe` and `llama`.
+
+A `llama` decoder is a Qwen1.5 decoder without biases on q, k and v (the reader puts its rotary order back).
+Source: the GGUF specification's standardized key-value pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from exporter.config import ModelConfig, MoeConfig, RopeScaling
+from exporter.rope import yarn_attention_factor
+from qwen_aot_errors import CheckpointError
+
+ARCHITECTURES = ("qwen2", "qwen2moe", "llama")
+
+# Keys (behind the architecture's prefix) that change the computation, and what they may say.
+_ACCEPTED: Mapping[str, tuple[object, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.scale": (),
+    "attention.sliding_window": (0,),
+    "attn_logit_softcapping": (),
+    "embedding_scale": (1.0,),
+    "expert_weights_scale": (0.0, 1.0),
+    "expert_gating_func": (1,),  # softmax
+    "expert_group_count": (),
+    "final_logit_softcapping": (),
+    "leading_dense_block_count": (0,),
+    "logit_scale": (1.0,),
+    "residual_scale": (1.0,),
+    "use_parallel_residual": (False,),
+}
+
+
+def stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids that end a text: end of sequence, end of turn, and ChatML's when the chat template writes it.
+
+    Early conversions of chat models name only the base model's end of text.
+    """
+    ids = dict.fromkeys(
+        int(metadata[key])
+        for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+        if key in metadata
+    )
+    if "<|im_end|>" in str(metadata.get("tokenizer.chat_template", "")):
+        tokens = metadata.get("tokenizer.ggml.tokens", [])
+        if "<|im_end|>" in tokens:
+            ids[tokens.index("<|im_end|>")] = None
+    return tuple(ids)
+
+
+def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+    """Plain metadata and tensor shapes -> ModelConfig (see `ModelConfig.from_gguf`)."""
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"general.architecture is {architecture!r}; accepted: {', '.join(ARCHITECTURES)}"
+        )
+    facts = {
+        key.removeprefix(f"{architecture}."): value
+        for key, value in metadata.items()
+        if key.startswith(f"{architecture}.")
+    }
+    _refuse_unsupported(architecture, facts, tensor_shapes)
+    hidden_size = _count(architecture, facts, "embedding_length")
+    heads = _count(architecture, facts, "attention.head_count")
+    layers = _count(architecture, facts, "block_count")
+    context = _count(architecture, facts, "context_length")
+    rope_theta = float(facts.get("rope.freq_base", 10000.0))
+    if "token_embd.weight" not in tensor_shapes:
+        raise CheckpointError(
+            "the GGUF file has no token_embd.weight; accepted: a whole model, not an adapter"
+        )
+    return ModelConfig(
+        model_type="qwen2_moe" if architecture == "qwen2moe" else "qwen2",
+        vocab_size=tensor_shapes["token_embd.weight"][0],
+        hidden_size=hidden_size,
+        # A mixture of experts may leave out the size of the dense MLP that none of its layers has.
+        intermediate_size=_count(architecture, facts, "feed_forward_length", hidden_size),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=_count(architecture, facts, "attention.head_count_kv", heads),
+        head_dim=_head_dim(architecture, facts, hidden_size, heads),
+        max_position_embeddings=context,
+        rms_norm_eps=float(facts.get("attention.layer_norm_rms_epsilon", 1e-6)),
+        rope_theta=rope_theta,
+        tie_word_embeddings="output.weight" not in tensor_shapes,
+        attention_bias="blk.0.attn_q.bias" in tensor_shapes,
+        rope_scaling=_rope_scaling(facts, context),
+        moe=_moe(architecture, facts, layers, tensor_shapes) if architecture == "qwen2moe" else None,
+        torch_dtype="float32",  # what reading a quantized tensor gives
+        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=stop_ids(metadata),
+        pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+    )
+
+
+def _refuse_unsupported(
+    architecture: str, facts: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    for key, accepted in _ACCEPTED.items():
+        if key in facts and facts[key] not in accepted:
+            values = ", ".join(str(value) for value in accepted) or "absent"
+            raise CheckpointError(
+                f"{architecture}.{key} is {facts[key]!r}; not supported; accepted: {values}"
+            )
+    if architecture == "llama" and facts.get("expert_count", 0):
+        raise CheckpointError(f"llama.expert_count is {facts['expert_count']}; not supported; accepted: 0")
+    if "rope_freqs.weight" in tensor_shapes:
+        raise CheckpointError(
+            "rope_freqs.weight (Llama 3's rotary factors) is not supported; accepted: files without it"
+        )
+
+
+def _head_dim(architecture: str, facts: Mapping[str, Any], hidden_size: int, heads: int) -> int:
+    key_length = facts.get("attention.key_length")
+    if key_length is None and (heads < 1 or hidden_size % heads):
+        raise CheckpointError(
+            f"{architecture}.embedding_length is {hidden_size}, not a multiple of attention.head_count "
+            f"({heads}), and {architecture}.attention.key_length is missing"
+        )
+    head_dim = hidden_size // heads if key_length is None else int(key_length)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if facts.get(key, head_dim) != head_dim:
+            raise CheckpointError(
+                f"{architecture}.{key} is {facts[key]}; not supported; accepted: the head size ({head_dim})"
+            )
+    return head_dim
+
+
+def _rope_scaling(facts: Mapping[str, Any], context: int) -> RopeScaling | None:
+    kind = facts.get("rope.scaling.type", "linear" if "rope.scale_linear" in facts else "none")
+    factor = float(facts.get("rope.scaling.factor", facts.get("rope.scale_linear", 1.0)))
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    if kind != "yarn":
+        raise CheckpointError(f"rope.scaling.type is {kind!r}; not supported; accepted: none, linear, yarn")
+    return RopeScaling(
+        "yarn",
+        factor,
+        attention_factor=float(facts.get("rope.scaling.attn_factor", 1.0)) * yarn_attention_factor(factor),
+        original_max_position_embeddings=int(facts.get("rope.scaling.original_context_length", context)),
+        beta_fast=float(facts.get("rope.scaling.yarn_beta_fast", 32.0)),
+        beta_slow=float(facts.get("rope.scaling.yarn_beta_slow", 1.0)),
+    )
+
+
+def _moe(
+    architecture: str, facts: Mapping[str, Any], layers: int, tensor_shapes: Mapping[str, tuple[int, ...]]
+) -> MoeConfig:
+    """Expert sizes come from the tensors: early conversions leave them out of the metadata."""
+    experts = tensor_shapes.get("blk.0.ffn_gate_exps.weight")
+    shared = tensor_shapes.get("blk.0.ffn_gate_shexp.weight")
+    if experts is None or len(experts) != 3:
+        raise CheckpointError(
+            f"blk.0.ffn_gate_exps.weight has shape {experts}; accepted: [experts, size, hidden] in one tensor"
+        )
+    for key, size in (
+        ("expert_count", experts[0]),
+        ("expert_feed_forward_length", experts[1]),
+        ("expert_shared_feed_forward_length", shared[0] if shared else 0),
+    ):
+        if facts.get(key, size) != size:
+            raise CheckpointError(f"{architecture}.{key} is {facts[key]}, but the tensors have {size}")
+    return MoeConfig(
+        num_experts=experts[0],
+        num_experts_per_tok=_count(architecture, facts, "expert_used_count"),
+        moe_intermediate_size=experts[1],
+        shared_expert_intermediate_size=shared[0] if shared else 0,
+        norm_topk_prob=bool(facts.get("expert_weights_norm", False)),
+        sparse_layers=frozenset(range(layers)),
+    )
+
+
+def _count(architecture: str, facts: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = facts.get(key, default)
+    if value is None:
+        raise CheckpointError(f"{architecture}.{key} is missing; accepted: a whole number")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise CheckpointError(f"{architecture}.{key} is {value!r}; not supported; accepted: one whole number")
+    return value

@@ -1,0 +1,152 @@
+"""One kind of step (prefill or decode) over an ONNX Runtime session: its binding and the memory behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_aot_errors import EngineMismatchError
+from runtime.kv_cache import KvCache
+from runtime.manifest import IoTensor, Manifest
+
+__all__ = ["Step"]
+
+# The attention window W is rounded up, so that its input is bound anew every 64 tokens, not at each.
+WINDOW_STEP = 64
+
+# What IOBinding takes for an element type: numpy's, or ONNX's number where numpy has none.
+_ELEMENT_TYPES: dict[str, Any] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": 16,
+    "int8": np.int8,
+    "int64": np.int64,
+}
+
+
+class Step:
+    """Runs steps of up to `max_rows` x `max_tokens` on a contiguous range of the cache's rows.
+
+    Everything is bound by address and bound again only when an address or a shape changes: a decode step in
+    the middle of a generation makes no binding call at all.
+
+    Attributes:
+        new_tokens: int64 [max_rows], to be filled before `run`: valid tokens of each row in this step.
+    """
+
+    def __init__(
+        self, session: Any, manifest: Manifest, cache: KvCache, *, max_rows: int, max_tokens: int
+    ) -> None:
+        """Makes the binding and its input and output memory.
+
+        Args:
+            session: an onnxruntime.InferenceSession.
+            manifest: its I/O table names the inputs that are fed.
+            cache: bound as past and as present.
+            max_rows: the largest B.
+            max_tokens: the largest S.
+
+        Raises:
+            EngineMismatchError: the I/O table has an input or output that this runtime doesn't know.
+        """
+        self._session = session
+        self._binding = session.io_binding()
+        self._cache = cache
+        self._past = [t for t in manifest.inputs if t.name.startswith("past_key_values.")]
+        _check_table(manifest, self._past)
+        self._names = {tensor.name for tensor in manifest.inputs}
+        self.new_tokens: NDArray[np.int64] = np.zeros(max_rows, np.int64)
+        self._input_ids: NDArray[np.int64] = np.zeros(max_rows * max_tokens, np.int64)
+        self._position_ids: NDArray[np.int64] = np.zeros(max_rows * max_tokens, np.int64)
+        self._steps: NDArray[np.int64] = np.arange(max_tokens, dtype=np.int64)
+        self._key_positions: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._logits: NDArray[np.float32] = np.zeros((max_rows, manifest.model.vocab_size), np.float32)
+        self._rows_key: tuple[int, int, int] | None = None  # first row, rows, capacity
+        self._shape: tuple[int, int] | None = None  # rows, tokens
+        self._window = 0
+        self._run = session.run_with_iobinding
+
+    def run(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """One step on rows `first_row` on; the cache's lengths are read, not changed.
+
+        Args:
+            first_row: of the range.
+            token_ids: int64 [B, S], right-padded.
+
+        Returns:
+            Logits [B, V], memory of this object: valid until its next run.
+        """
+        rows, tokens = token_ids.shape
+        lengths = self._cache.lengths[first_row : first_row + rows]
+        if self._rows_key != (first_row, rows, self._cache.capacity):
+            self._bind_rows(first_row, rows)
+        if self._shape != (rows, tokens):
+            self._bind_shape(rows, tokens)
+        if "key_positions" in self._names:
+            longest = int(lengths.max()) + tokens
+            if not self._window - WINDOW_STEP < longest <= self._window:
+                self._bind_window(longest)
+        self._input_view[...] = token_ids
+        if "position_ids" in self._names:
+            np.add(lengths[:, None], self._steps[:tokens], out=self._position_view)
+        self._run(self._binding)
+        return self._logits[:rows]
+
+    def _bind_rows(self, first_row: int, rows: int) -> None:
+        """Binds what depends on the range of rows and on where the cache lies."""
+        views = self._cache.views(first_row, rows)
+        for tensor, view in zip(self._past, views, strict=True):
+            element_type = _ELEMENT_TYPES[tensor.dtype]
+            shape, pointer = list(view.shape), view.ctypes.data
+            self._binding.bind_input(tensor.name, "cpu", 0, element_type, shape, pointer)
+            self._binding.bind_output(_present(tensor.name), "cpu", 0, element_type, shape, pointer)
+        self._bind_input("cache_length", self._cache.lengths[first_row : first_row + rows])
+        self._bind_input("new_tokens", self.new_tokens[:rows])
+        logits = self._logits[:rows]
+        self._binding.bind_output("logits", "cpu", 0, np.float32, list(logits.shape), logits.ctypes.data)
+        self._rows_key = (first_row, rows, self._cache.capacity)
+        self._window = 0  # the capacity bounds it
+
+    def _bind_shape(self, rows: int, tokens: int) -> None:
+        self._input_view = self._input_ids[: rows * tokens].reshape(rows, tokens)
+        self._position_view = self._position_ids[: rows * tokens].reshape(rows, tokens)
+        self._bind_input("input_ids", self._input_view)
+        self._bind_input("position_ids", self._position_view)
+        self._shape = (rows, tokens)
+
+    def _bind_window(self, longest: int) -> None:
+        self._window = min(-(-longest // WINDOW_STEP) * WINDOW_STEP, self._cache.capacity)
+        if self._window > len(self._key_positions):
+            self._key_positions = np.arange(self._cache.capacity, dtype=np.int64)
+        self._bind_input("key_positions", self._key_positions[: self._window])
+
+    def _bind_input(self, name: str, array: NDArray[np.int64]) -> None:
+        """Binds an input if the graph has it; the array's memory must outlive the binding."""
+        if name in self._names:
+            self._binding.bind_input(name, "cpu", 0, np.int64, list(array.shape), array.ctypes.data)
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values.", "present.", 1)
+
+
+def _check_table(manifest: Manifest, past: list[IoTensor]) -> None:
+    """Refuses inputs and outputs that `Step` can't feed."""
+    known = {"input_ids", "position_ids", "cache_length", "new_tokens", "key_positions"}
+    for tensor in manifest.inputs:
+        accepted = tuple(_ELEMENT_TYPES) if tensor in past else ("int64",)
+        if (tensor not in past and tensor.name not in known) or tensor.dtype not in accepted:
+            raise EngineMismatchError(
+                f"the bundle's graph has the input {tensor.name!r} of dtype {tensor.dtype}, which this "
+                f"runtime "
+                f"can't feed; accepted: past_key_values.* and {', '.join(sorted(known))} (int64)"
+            )
+    outputs = {"logits", *(_present(tensor.name) for tensor in past)}
+    found = {tensor.name for tensor in manifest.outputs}
+    if outputs != found:
+        raise EngineMismatchError(
+            f"the bundle's graph has the outputs {sorted(found)}; accepted: logits and a present.* for each "
+            f"past_key_values.*, {sorted(outputs)}"
+        )

@@ -1,0 +1,260 @@
+"""The engine over ONNX Runtime's CPU provider, past and present bound to one buffer."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_aot_errors import EngineMismatchError, GenerationError
+from runtime.backends._ort_step import Step
+from runtime.bundle import Bundle
+from runtime.engine import check_finite, check_room
+from runtime.kv_cache import KvCache
+from runtime.manifest import Manifest
+
+__all__ = ["OnnxRuntimeEngine", "OrtOptions", "physical_cores"]
+
+MINIMUM_VERSION = (1, 32)  # GroupQueryAttention's input 16, query_seqlens, is new in it
+INSTALL = "pip install 'qwen-aot[cpu]'"
+
+
+@dataclass(frozen=True, slots=True)
+class OrtOptions:
+    """How a session is made.
+
+    Attributes:
+        threads: for one operator, this thread included; None: one for each physical core we may use.
+        optimize: let ONNX Runtime rewrite the graph.
+        config: session config entries, e.g. {"session.qdq_matmulnbits_accuracy_level": "1"}, which keeps
+            ONNX Runtime from computing DequantizeLinear + MatMul with int8 activations.
+    """
+
+    threads: int | None = None
+    optimize: bool = True
+    config: Mapping[str, str] = field(default_factory=dict)
+
+
+class OnnxRuntimeEngine:
+    """`runtime.engine.Engine` for the targets whose engine file is an ONNX graph.
+
+    Prefill runs one row a step, so a prompt is never padded; decode runs a contiguous range of rows. An idle
+    row whose cache is empty is run with one token that is then forgotten: the graph never sees an empty row,
+    and what it wrote lies beyond the row's length, where slots are scratch.
+    """
+
+    def __init__(self, bundle: Bundle, options: OrtOptions | None = None) -> None:
+        """Opens the bundle's graph; weights stay memory-mapped where ONNX Runtime doesn't repack them.
+
+        Raises:
+            EngineMismatchError: ONNX Runtime is missing, too old, or can't run this graph.
+        """
+        manifest = bundle.manifest
+        self._manifest = manifest
+        session = _open_session(bundle.engine_path, options or OrtOptions())
+        _check_signature(session, manifest)
+        self._session: Any = session
+        self._cache = KvCache(
+            [tensor for tensor in manifest.inputs if tensor.name.startswith("past_key_values.")],
+            max_batch=manifest.max_batch,
+            max_context=manifest.max_context,
+        )
+        # Two bindings, because prefill and decode alternate between shapes that each keep for long.
+        self._prefill: Step | None = Step(
+            session, manifest, self._cache, max_rows=1, max_tokens=manifest.prefill_chunk
+        )
+        self._decode: Step | None = Step(
+            session, manifest, self._cache, max_rows=manifest.max_batch, max_tokens=1
+        )
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest."""
+        return self._manifest
+
+    @property
+    def cache_length(self) -> NDArray[np.int64]:
+        """[max_batch] valid tokens in each row's cache (a copy)."""
+        return self._cache.lengths.copy()
+
+    @property
+    def session(self) -> Any:
+        """The onnxruntime.InferenceSession, to inspect; None once closed."""
+        return self._session
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache at its present capacity."""
+        return self._cache.nbytes
+
+    def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Appends tokens [n], n >= 1, to a row, in chunks; returns the logits [V] of the last one.
+
+        See `runtime.engine.Engine.prefill`.
+        """
+        step, lengths = self._open_step(self._prefill), self._cache.lengths
+        start, count, chunk = int(lengths[row]), len(token_ids), self._manifest.prefill_chunk
+        if count == 0:
+            raise GenerationError("prefill was given no token; accepted: at least one")
+        if int(token_ids.min()) < 0:
+            raise GenerationError(f"token id {int(token_ids.min())} can't be prefilled; accepted: 0 or more")
+        self._check_ids(token_ids)
+        check_room(row, start, count, self._manifest.max_context)
+        self._cache.reserve(start + count)
+        try:
+            for offset in range(0, count, chunk):
+                piece = token_ids[None, offset : offset + chunk]
+                step.new_tokens[0] = piece.shape[1]
+                logits = step.run(row, piece)
+                check_finite(logits, row)
+                lengths[row] += piece.shape[1]
+        except GenerationError:
+            lengths[row] = start
+            raise
+        return logits.reshape(-1)
+
+    def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Appends one token [B] to each of B contiguous rows; returns logits [B, V].
+
+        See `runtime.engine.Engine.decode`.
+        """
+        step = self._open_step(self._decode)
+        rows = len(token_ids)
+        lengths = self._cache.lengths[first_row : first_row + rows]
+        is_idle = token_ids < 0
+        self._check_ids(token_ids)
+        longest = int(lengths.max())
+        if longest >= self._manifest.max_context:
+            for row in np.flatnonzero(~is_idle):
+                check_room(first_row + int(row), int(lengths[row]), 1, self._manifest.max_context)
+        self._cache.reserve(longest + 1)
+        if is_idle.any():
+            step.new_tokens[:rows] = ~is_idle | (lengths == 0)
+            logits = step.run(first_row, np.where(is_idle, 0, token_ids)[:, None])
+            check_finite(logits, first_row, is_idle)
+            self._cache.lengths[first_row : first_row + rows] += ~is_idle
+        else:
+            step.new_tokens[:rows] = 1
+            logits = step.run(first_row, token_ids[:, None])
+            check_finite(logits, first_row)
+            self._cache.lengths[first_row : first_row + rows] += 1
+        return logits
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets a row's tokens from `length` on (0 empties the row)."""
+        held = int(self._cache.lengths[row])
+        if not 0 <= length <= held:
+            raise GenerationError(
+                f"row {row} can't be cut to {length} tokens; accepted: 0 to the {held} it holds"
+            )
+        self._cache.lengths[row] = length
+
+    def close(self) -> None:
+        """Frees the session and the cache; a closed engine runs nothing more."""
+        self._prefill = None
+        self._decode = None
+        self._session = None
+        self._cache.release()
+
+    def __enter__(self) -> OnnxRuntimeEngine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _open_step(self, step: Step | None) -> Step:
+        if step is None:
+            raise GenerationError("the engine is closed; open the bundle again")
+        return step
+
+    def _check_ids(self, token_ids: NDArray[np.int64]) -> None:
+        largest, vocab_size = int(token_ids.max()), self._manifest.model.vocab_size
+        if largest >= vocab_size:
+            raise GenerationError(f"token id {largest} is not below the vocabulary's {vocab_size}")
+
+
+def physical_cores() -> int:
+    """Physical cores among those this process may run on (logical ones where the system doesn't tell)."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        if not siblings.is_file():
+            return len(allowed)
+        cores.add(siblings.read_text())
+    return len(cores)
+
+
+def _import_onnxruntime() -> Any:
+    """The onnxruntime module, if it is there and new enough."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineMismatchError(
+            f"onnxruntime can't be imported ({error}): install it with {INSTALL}"
+        ) from error
+    found = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
+    if found is None or (int(found[1]), int(found[2])) < MINIMUM_VERSION:
+        wanted = ".".join(map(str, MINIMUM_VERSION))
+        raise EngineMismatchError(
+            f"onnxruntime is {onnxruntime.__version__}, this bundle needs {wanted} or newer: {INSTALL} "
+            f"--upgrade. "
+            f"If onnxruntime-gpu is installed beside it, uninstall both first: they share one folder"
+        )
+    return onnxruntime
+
+
+def _open_session(path: Path, options: OrtOptions) -> Any:
+    ort = _import_onnxruntime()
+    session_options = ort.SessionOptions()
+    session_options.log_severity_level = 3  # errors; they are raised as well
+    session_options.intra_op_num_threads = options.threads or physical_cores()
+    session_options.inter_op_num_threads = 1
+    # A memory pattern is kept for every combination of input shapes, and ours change all the time.
+    session_options.enable_mem_pattern = False
+    level = ort.GraphOptimizationLevel
+    session_options.graph_optimization_level = (
+        level.ORT_ENABLE_ALL if options.optimize else level.ORT_DISABLE_ALL
+    )
+    for key, value in options.config.items():
+        session_options.add_session_config_entry(key, value)
+    state = ort.capi.onnxruntime_pybind11_state
+    refusals = (
+        state.Fail,
+        state.InvalidArgument,
+        state.InvalidGraph,
+        state.InvalidProtobuf,
+        state.NotImplemented,
+        state.RuntimeException,
+    )
+    try:
+        return ort.InferenceSession(str(path), session_options, providers=["CPUExecutionProvider"])
+    except refusals as error:
+        raise EngineMismatchError(
+            f"onnxruntime {ort.__version__} can't load {path}: {error}. Rebuild the bundle, or install the "
+            f"version "
+            f"of onnxruntime that its manifest names"
+        ) from error
+
+
+def _check_signature(session: Any, manifest: Manifest) -> None:
+    """The graph's inputs and outputs are those of the manifest's I/O table."""
+    for kind, listed, found in (
+        ("inputs", manifest.inputs, session.get_inputs()),
+        ("outputs", manifest.outputs, session.get_outputs()),
+    ):
+        graph, table = sorted(value.name for value in found), sorted(tensor.name for tensor in listed)
+        if graph != table:
+            raise EngineMismatchError(
+                f"the graph's {kind} differ from the manifest's: only in the graph "
+                f"{sorted(set(graph) - set(table))}, "
+                f"only in the manifest {sorted(set(table) - set(graph))}; rebuild the bundle"
+            )

@@ -1,0 +1,97 @@
+"""The linear KV cache in host memory: rows of one shared capacity that grows without losing content."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from runtime.manifest import IoTensor
+
+__all__ = ["CAPACITY_STEP", "STORAGE_DTYPES", "KvCache"]
+
+# Tokens. Growing copies the cache once for every 256 decoded tokens, and each of those steps reads all of it:
+# the copies are at most 1 % of the traffic at any length, so a geometric (wasteful) growth buys nothing.
+CAPACITY_STEP = 256
+
+# bfloat16 has no numpy type; its bits are kept in uint16.
+STORAGE_DTYPES: dict[str, DTypeLike] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.uint16,
+    "int8": np.int8,
+}
+
+_ALIGNMENT = 64  # bytes: a cache line and an AVX-512 register; numpy itself aligns to 16
+
+
+class KvCache:
+    """One zero-filled array per `past_key_values.*` input, and the length of each row.
+
+    arrays: [max_batch, Hkv, C, D] (scales [max_batch, Hkv, C]), C the same for all.
+
+    Attributes:
+        lengths: int64 [max_batch], valid tokens of each row. Its memory never moves.
+        capacity: C, in tokens.
+    """
+
+    def __init__(self, tensors: Sequence[IoTensor], *, max_batch: int, max_context: int) -> None:
+        """Makes the cache; memory is touched as rows fill.
+
+        Args:
+            tensors: the manifest's cache inputs. A number in the place of C fixes the capacity.
+            max_batch: rows.
+            max_context: tokens a row may hold. The capacity is at least one more, because an idle row that is
+                full still needs room for a step's padding.
+        """
+        self._tensors = tuple(tensors)
+        self._max_batch = max_batch
+        self._limit = _round_up(max_context + 1)
+        fixed = next((t.shape[2] for t in tensors if isinstance(t.shape[2], int)), None)
+        self.capacity = fixed if isinstance(fixed, int) else min(CAPACITY_STEP, self._limit)
+        self.lengths: NDArray[np.int64] = np.zeros(max_batch, np.int64)
+        self._arrays = [self._allocate(tensor) for tensor in self._tensors]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self._arrays)
+
+    def reserve(self, tokens: int) -> bool:
+        """Makes room for `tokens` per row, keeping content; returns whether the arrays moved.
+
+        Grows one array at a time, so the peak is the new cache and one old array.
+        """
+        if tokens <= self.capacity:
+            return False
+        if any(isinstance(tensor.shape[2], int) for tensor in self._tensors):
+            raise AssertionError(f"{tokens} tokens asked of a cache fixed at {self.capacity}")
+        self.capacity = min(_round_up(tokens), self._limit)
+        used = int(self.lengths.max())
+        for index, tensor in enumerate(self._tensors):
+            grown = self._allocate(tensor)
+            grown[:, :, :used] = self._arrays[index][:, :, :used]
+            self._arrays[index] = grown
+        return True
+
+    def views(self, first_row: int, rows: int) -> list[NDArray[np.generic]]:
+        """The rows' part of each array, in the order of the tensors given; C-contiguous, no copy."""
+        return [array[first_row : first_row + rows] for array in self._arrays]
+
+    def release(self) -> None:
+        """Frees the arrays; the cache holds nothing and can't be used again."""
+        self._arrays = []
+        self.lengths[:] = 0
+
+    def _allocate(self, tensor: IoTensor) -> NDArray[np.generic]:
+        shape = (self._max_batch, int(tensor.shape[1]), self.capacity, *(int(d) for d in tensor.shape[3:]))
+        dtype = np.dtype(STORAGE_DTYPES[tensor.dtype])
+        count = int(np.prod(shape)) * dtype.itemsize
+        memory = np.zeros(count + _ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % _ALIGNMENT
+        return memory[start : start + count].view(dtype).reshape(shape)
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // CAPACITY_STEP) * CAPACITY_STEP

@@ -1,0 +1,47 @@
+"""Stop strings in streamed text: found across pieces, and never given out in part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["StopMatcher"]
+
+
+class StopMatcher:
+    """Passes text through until a stop string is complete; the result doesn't depend on how text is cut.
+
+    The string that is complete first wins; of two complete at once, the longer.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Takes new text.
+
+        Returns:
+            The text that may be given out, and whether a stop string ended it. What could be the start of a
+            stop string is held back.
+        """
+        if not self._stops:
+            return text, False
+        text = self._held + text
+        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)[1]], True
+        keep = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """The text held back, once it's known that nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper start of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

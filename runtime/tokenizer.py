@@ -1,0 +1,136 @@
+"""A bundle's tokenizer: text to ids, ids to text, and the facts in tokenizer_config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Tokenizer as RustTokenizer
+
+from qwen_aot_errors import BundleError, GenerationError
+from runtime.bundle import Bundle
+
+__all__ = ["Tokenizer", "load_tokenizer"]
+
+TOKENIZER_NAME = "tokenizer.json"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+
+
+class Tokenizer:
+    """Wraps `tokenizers`; holds no state of a conversation."""
+
+    def __init__(self, tokenizer: RustTokenizer, config: dict[str, Any], *, vocab_size: int) -> None:
+        """Checks that every id is one that the model has.
+
+        Args:
+            tokenizer: of the `tokenizers` library; its padding and truncation are switched off.
+            config: tokenizer_config.json (may be empty).
+            vocab_size: the model's; often larger than the tokenizer's, being padded.
+
+        Raises:
+            BundleError: the tokenizer has an id that the model lacks.
+        """
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+        if largest >= vocab_size:
+            raise BundleError(
+                f"the tokenizer's largest id is {largest}, but the model's vocabulary ends before "
+                f"{vocab_size}: "
+                f"the bundle holds the tokenizer of another model; rebuild it from a checkpoint with its own"
+            )
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+        self._config = config
+        self._special_ids = frozenset(
+            id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+
+    @property
+    def backend(self) -> RustTokenizer:
+        """The tokenizer of the `tokenizers` library."""
+        return self._tokenizer
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that have no text of their own (<|endoftext|>, <|im_start|>, ...)."""
+        return self._special_ids
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja chat template; of several named ones, `default`."""
+        template = self._config.get("chat_template")
+        if isinstance(template, list):
+            return next((t["template"] for t in template if t.get("name") == "default"), None)
+        return template
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """`bos_token`, `eos_token`, `pad_token` and `unk_token` as text, where the config has them."""
+        found = {}
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            token = self._config.get(name)
+            if isinstance(token, dict):
+                token = token.get("content")
+            if isinstance(token, str):
+                found[name] = token
+        return found
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Text to ids.
+
+        Args:
+            text: special tokens written in it become their ids.
+            add_special_tokens: let the tokenizer add what it puts around every text (Qwen's adds nothing).
+                False for text that a chat template made.
+
+        Raises:
+            GenerationError: the text holds surrogates (it was read from bytes that aren't UTF-8).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise GenerationError(
+                f"the text isn't valid Unicode (a lone surrogate at character {error.start}): give UTF-8 text"
+            ) from error
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Ids to text, special tokens left out."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def piece(self, token_id: int) -> str | None:
+        """A token as the vocabulary spells it; None for an id of the model's padding."""
+        return self._tokenizer.id_to_token(token_id)
+
+
+def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
+    """The bundle's tokenizer; None if it was built from a checkpoint without one.
+
+    Raises:
+        BundleError: its files can't be parsed or don't fit the model.
+    """
+    if not bundle.has(TOKENIZER_NAME):
+        return None
+    config: dict[str, Any] = {}
+    try:
+        if bundle.has(TOKENIZER_CONFIG_NAME):
+            config = json.loads(bundle.read_text(TOKENIZER_CONFIG_NAME))
+    except json.JSONDecodeError as error:
+        raise BundleError(f"{TOKENIZER_CONFIG_NAME} is not JSON ({error}); rebuild the bundle") from error
+    if not isinstance(config, dict):
+        raise BundleError(f"{TOKENIZER_CONFIG_NAME} holds a {type(config).__name__}; accepted: a JSON object")
+    return Tokenizer(
+        _parse_tokenizer(bundle.read_text(TOKENIZER_NAME)),
+        config,
+        vocab_size=bundle.manifest.model.vocab_size,
+    )
+
+
+def _parse_tokenizer(text: str) -> RustTokenizer:
+    try:
+        return RustTokenizer.from_str(text)
+    except Exception as error:  # the library raises Exception itself for whatever is wrong with the text
+        raise BundleError(
+            f"{TOKENIZER_NAME} can't be parsed ({str(error).strip()}); rebuild the bundle"
+        ) from error

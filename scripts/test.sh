@@ -1,0 +1,9 @@
+#!/bin/sh
+# Installs what tests need and runs every check: format, lint, types, tests. Arguments go to pytest.
+. "$(dirname "$0")/setup.sh"
+install dev
+fetch_model
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest -n 2 --dist loadfile -m "not gpu and not network" "$@"

@@ -1,0 +1,26 @@
+"""Every form a graph is run in, by name: exports a checkpoint folder to an ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from exporter.checkpoint import open_checkpoint
+from exporter.lowering import standard
+from exporter.save import DATA_FILE, save_graph
+from exporter.trace import trace
+from exporter.weights import Traced, stitch
+
+LOWERINGS: dict[str, Callable[[Traced], Traced]] = {
+    "traced": lambda traced: traced,  # our own ops, run through their model-local definitions
+    "standard": standard.lower,
+}
+
+
+def export(checkpoint: Path, folder: Path, lowering: str) -> Path:
+    """Traces in fp32, lowers, writes weights and graph; returns the path of model.onnx."""
+    folder.mkdir(exist_ok=True, parents=True)
+    with open_checkpoint(checkpoint) as source:
+        traced = LOWERINGS[lowering](trace(source.config))
+        stitch(traced, source, folder / DATA_FILE)
+        return save_graph(traced, folder)

@@ -1,0 +1,240 @@
+"""Toy bundles for the runtime's tests: graphs small enough to be computed by hand, with real caches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from runtime.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, IoTensor, Manifest, ModelFacts, Profile
+
+VOCAB_SIZE = 211  # a prime: checksums spread over it
+HEADS, HEAD_DIM = 2, 8
+
+_ONNX_TYPES = {
+    "int64": TensorProto.INT64,
+    "int32": TensorProto.INT32,
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+}
+
+
+def checksum(token_ids: list[int]) -> int:
+    """The next token of the checksum model: every id and its place count."""
+    return sum((place + 1) * token_id for place, token_id in enumerate(token_ids)) % VOCAB_SIZE
+
+
+def make_manifest(
+    *,
+    inputs: tuple[IoTensor, ...] = (),
+    outputs: tuple[IoTensor, ...] = (),
+    files: Mapping[str, FileEntry] | None = None,
+    max_context: int = 1000,
+    max_batch: int = 4,
+    prefill_chunk: int = 8,
+    cache_dtype: str = "float32",
+    vocab_size: int = VOCAB_SIZE,
+    bos_token_id: int | None = None,
+    eos_token_ids: tuple[int, ...] = (),
+) -> Manifest:
+    """A manifest around a toy."""
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        model=ModelFacts(
+            name="toy",
+            model_type="qwen2",
+            num_parameters=1,
+            vocab_size=vocab_size,
+            num_hidden_layers=1,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            head_dim=HEAD_DIM,
+            max_position_embeddings=max_context,
+            bos_token_id=bos_token_id,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=None,
+            source={"format": "toy"},
+        ),
+        target="cpu",
+        precision="fp32",
+        quantization={},
+        engine="model.onnx",
+        max_context=max_context,
+        max_batch=max_batch,
+        prefill_chunk=prefill_chunk,
+        cache_dtype=cache_dtype,
+        inputs=inputs,
+        outputs=outputs,
+        profiles=(Profile("prefill", 1, prefill_chunk), Profile("decode", 1, 1)),
+        tool_versions={},
+        files=files or {"model.onnx": FileEntry(0, hashlib.sha256().hexdigest())},
+    )
+
+
+def io_tables(
+    names: tuple[str, ...], cache_dtype: str, capacity: int | str = "C"
+) -> tuple[tuple[IoTensor, ...], tuple[IoTensor, ...]]:
+    """Inputs and outputs of a one-layer toy that takes the named inputs beside its cache."""
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "input_ids": ("B", "S"),
+        "position_ids": ("B", "S"),
+        "cache_length": ("B",),
+        "new_tokens": ("B",),
+        "key_positions": ("W",),
+    }
+    cache: tuple[int | str, ...] = ("B", HEADS, capacity, HEAD_DIM)
+    inputs = [IoTensor(name, "int64", shapes[name]) for name in names]
+    inputs += [IoTensor(f"past_key_values.0.{part}", cache_dtype, cache) for part in ("key", "value")]
+    outputs = [IoTensor("logits", "float32", ("B", VOCAB_SIZE))]
+    outputs += [IoTensor(f"present.0.{part}", cache_dtype, cache) for part in ("key", "value")]
+    return tuple(inputs), tuple(outputs)
+
+
+def write_bundle(
+    folder: Path, model: onnx.ModelProto, manifest: Manifest, texts: Mapping[str, str] | None = None
+) -> Path:
+    """Writes a bundle with this graph and text files; returns its folder."""
+    folder.mkdir(parents=True)
+    contents = {"model.onnx": model.SerializeToString()}
+    contents |= {name: text.encode() for name, text in (texts or {}).items()}
+    files = {}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+        files[name] = FileEntry(len(content), hashlib.sha256(content).hexdigest())
+    fields = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
+    text = Manifest(**fields | {"files": files}).to_json()
+    (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    return folder
+
+
+def checksum_model(inputs: tuple[IoTensor, ...], outputs: tuple[IoTensor, ...]) -> onnx.ModelProto:
+    """Logits peak at `checksum` of the row's tokens, read back from the cache.
+
+    The key cache holds the ids, the value cache position + 1, both in all heads and dimensions. The graph
+    keeps section 3 of the design: TensorScatter refuses writes past the capacity, a window that is too short
+    or a wrong length changes the sum, and an idle row with an empty cache turns all logits into NaN.
+    """
+    b = _GraphBuilder()
+    shape = b.node(
+        "Concat",
+        [
+            b.node("Shape", ["cache_length"]),
+            b.ints([HEADS]),
+            b.node("Shape", ["input_ids"], start=1),
+            b.ints([HEAD_DIM]),
+        ],
+        axis=0,
+    )
+    parts = {}
+    one = b.ints([1])
+    for part, source in (("key", "input_ids"), ("value", b.node("Add", ["position_ids", one]))):
+        update = b.node("Cast", [source], to=TensorProto.FLOAT)
+        update = b.node("Expand", [b.node("Unsqueeze", [update, b.ints([1, 3])]), shape])
+        present = b.node(
+            "TensorScatter",
+            [f"past_key_values.0.{part}", update, "cache_length"],
+            output=f"present.0.{part}",
+            axis=2,
+        )
+        window = b.node("Slice", [present, b.ints([0]), b.node("Shape", ["key_positions"]), b.ints([2])])
+        parts[part] = b.node("Cast", [window], to=TensorProto.DOUBLE)  # sums pass 2^24
+    last = b.node("Add", ["cache_length", b.node("Max", [b.node("Sub", ["new_tokens", one]), b.ints([0])])])
+    mask = b.node("LessOrEqual", ["key_positions", b.node("Unsqueeze", [last, one])])  # [B, W]
+    mask = b.node("Cast", [b.node("Unsqueeze", [mask, b.ints([1, 3])])], to=TensorProto.DOUBLE)
+    products = b.node("Mul", [mask, b.node("Mul", [parts["key"], parts["value"]])])
+    total = b.node("ReduceSum", [products, b.ints([2])], keepdims=0)  # [B, HEADS, HEAD_DIM]
+    total = b.node("Cast", [b.node("ReduceMean", [total, b.ints([1, 2])], keepdims=0)], to=TensorProto.INT64)
+    target = b.node("Mod", [total, b.ints([VOCAB_SIZE])])  # [B]
+    distance = b.node("Sub", [b.ints(list(range(VOCAB_SIZE))), b.node("Unsqueeze", [target, one])])
+    distance = b.node("Cast", [b.node("Abs", [distance])], to=TensorProto.FLOAT)
+    is_empty = b.node("Equal", [b.node("Add", ["cache_length", "new_tokens"]), b.ints([0])])
+    is_any_empty = b.node("ReduceMax", [b.node("Cast", [is_empty], to=TensorProto.INT64)], keepdims=0)
+    is_any_empty = b.node("Cast", [is_any_empty], to=TensorProto.BOOL)
+    nan_or_zero = b.node("Where", [is_any_empty, b.floats([float("nan")]), b.floats([0.0])])
+    b.node("Sub", [nan_or_zero, distance], output="logits")
+    return b.model("checksum", inputs, outputs)
+
+
+def attention_model(
+    inputs: tuple[IoTensor, ...], outputs: tuple[IoTensor, ...], table: np.ndarray, head: np.ndarray
+) -> onnx.ModelProto:
+    """One GroupQueryAttention over embedded ids (q = k = v = their embedding), then a linear head.
+
+    Args:
+        inputs: without position_ids and key_positions.
+        outputs: as `io_tables` gives them.
+        table: float32 [V, HEADS * HEAD_DIM].
+        head: float32 [HEADS * HEAD_DIM, V].
+    """
+    b = _GraphBuilder()
+    onnx_type = _ONNX_TYPES[next(t.dtype for t in inputs if t.name.startswith("past_key_values."))]
+    hidden = b.node("Gather", [b.constant(table), "input_ids"])
+    query = b.node("Cast", [hidden], to=onnx_type)
+    one = b.ints([1])
+    lengths = b.node("Sub", [b.node("Add", ["cache_length", "new_tokens"]), one])
+    seqlens_k = b.node("Cast", [lengths], to=TensorProto.INT32)
+    capacity = b.node("Squeeze", [b.node("Shape", ["past_key_values.0.key"], start=2, end=3)])
+    total = b.node("Cast", [capacity], to=TensorProto.INT32)
+    query_lengths = b.node("Cast", ["new_tokens"], to=TensorProto.INT32)
+    operands = [query, query, query, "past_key_values.0.key", "past_key_values.0.value", seqlens_k, total]
+    attention = b.node(
+        "GroupQueryAttention",
+        operands + [""] * 9 + [query_lengths],
+        extra_outputs=["present.0.key", "present.0.value"],
+        domain="com.microsoft",
+        num_heads=HEADS,
+        kv_num_heads=HEADS,
+    )
+    last = b.node("Max", [b.node("Sub", ["new_tokens", one]), b.ints([0])])  # [B]
+    picked = b.node("GatherND", [attention, b.node("Unsqueeze", [last, one])], batch_dims=1)
+    b.node("MatMul", [b.node("Cast", [picked], to=TensorProto.FLOAT), b.constant(head)], output="logits")
+    return b.model("attention", inputs, outputs)
+
+
+class _GraphBuilder:
+    """Collects nodes and constants under numbered names."""
+
+    def __init__(self) -> None:
+        self._nodes: list[onnx.NodeProto] = []
+        self._constants: list[onnx.TensorProto] = []
+
+    def node(
+        self,
+        op: str,
+        operands: list[str],
+        *,
+        output: str | None = None,
+        extra_outputs: list[str] | None = None,
+        domain: str = "",
+        **attributes: int,
+    ) -> str:
+        name = output or f"v{len(self._nodes)}"
+        outputs = [name, *(extra_outputs or [])]
+        self._nodes.append(helper.make_node(op, operands, outputs, domain=domain, **attributes))
+        return name
+
+    def constant(self, array: np.ndarray) -> str:
+        name = f"c{len(self._constants)}"
+        self._constants.append(numpy_helper.from_array(array, name))
+        return name
+
+    def ints(self, values: list[int]) -> str:
+        return self.constant(np.array(values, np.int64))
+
+    def floats(self, values: list[float]) -> str:
+        return self.constant(np.array(values, np.float32))
+
+    def model(
+        self, name: str, inputs: tuple[IoTensor, ...], outputs: tuple[IoTensor, ...]
+    ) -> onnx.ModelProto:
+        infos = [
+            [helper.make_tensor_value_info(t.name, _ONNX_TYPES[t.dtype], t.shape) for t in tensors]
+            for tensors in (inputs, outputs)
+        ]
+        graph = helper.make_graph(self._nodes, name, *infos, initializer=self._constants)
+        opsets = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=11)
