@@ -38,11 +38,6 @@ class StageMeter:
         yield
         self.costs.append(StageCost(stage, time.perf_counter() - start, peak_memory_bytes()))
 
-    @property
-    def peak_memory_bytes(self) -> int:
-        """The highest of all stages."""
-        return max((cost.peak_memory_bytes for cost in self.costs), default=0)
-
 
 class Stages:
     """Announces stages to the caller and measures them."""

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from runtime.generation_config import GenerationConfig
     from runtime.generator import Generator
 
-# What a chat commonly asks for; the vocabulary is cut to top_k before anything is sorted.
-SAMPLED = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05, "seed": 0}
-
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -116,8 +113,20 @@ def _measure(generator: Generator, prompt_tokens: int, gen_tokens: int, rounds: 
     """Alternates greedy and sampled rounds after one of each that isn't counted."""
     import numpy as np
 
-    common = {"max_new_tokens": gen_tokens, "ignore_eos": True}
-    configs = [generator.defaults.resolve(temperature=0, **common), generator.defaults.resolve(**SAMPLED, **common)]
+    from runtime.generation_config import GenerationConfig
+
+    configs = (
+        GenerationConfig(max_new_tokens=gen_tokens, ignore_eos=True),
+        GenerationConfig(  # what a chat commonly asks for
+            max_new_tokens=gen_tokens,
+            ignore_eos=True,
+            temperature=0.7,
+            top_k=20,
+            top_p=0.8,
+            repetition_penalty=1.05,
+            seed=0,
+        ),
+    )
     draws = np.random.default_rng(0)
     measured: tuple[list[Round], list[Round]] = ([], [])
     for index in range(rounds + 1):

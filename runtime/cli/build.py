@@ -78,7 +78,7 @@ def command(
     except BuildError as error:
         raise click.UsageError(str(error)) from None
 
-    from engines.build import build_bundle, plan_build, report_json
+    from engines.build import build_bundle, plan_build
     from runtime.cli.source import open_source
     from runtime.cli.verify import verifier_for
 
@@ -94,7 +94,7 @@ def command(
     if dry_run:
         _show_plan(plan, out, as_json)
     elif as_json:
-        print_json({"bundle": str(report.out), **report_json(report)})
+        print_json({"bundle": str(report.out), **report.to_json()})
     else:
         _show_report(report)
 
@@ -127,7 +127,7 @@ def _show_report(report: BuildReport) -> None:
     console = stdout()
     for cost in report.stages:
         console.print(
-            f"{cost['stage']:<14}{duration(cost['seconds']):>12}   peak {size(cost['peak_memory_bytes'])}",
+            f"{cost.stage:<14}{duration(cost.seconds):>12}   peak {size(cost.peak_memory_bytes)}",
             highlight=False,
         )
     console.print(

@@ -25,6 +25,7 @@ from runtime.cli.options import CONTEXT, bundle_argument, generation_config, gen
 if TYPE_CHECKING:
     from runtime.generation_config import GenerationConfig
     from runtime.generator import Generator
+    from runtime.request import Completion
 
 COMMANDS = {
     "/help": "these lines",
@@ -107,15 +108,18 @@ class Conversation:
         try:
             with _ctrl_c_sets(cancel):
                 for event in self._chat.send(text, cancel=cancel):
-                    is_end = isinstance(event, Completion)
-                    self._console.out(event.last_text if is_end else event.text, end="", highlight=False)
+                    if isinstance(event, Completion):
+                        self._console.out(event.last_text, highlight=False)
+                        self._finish(event)
+                    else:
+                        self._console.out(event.text, end="", highlight=False)
         except ContextFullError as error:
-            self._note(f"{error}; /clear starts anew")
-            return
-        self._console.print()
-        _, decode = speeds(event)
+            self._note(str(error))
+
+    def _finish(self, completion: Completion) -> None:
+        _, decode = speeds(completion)
         speed = f", {decode:.1f} tokens/s" if decode else ""
-        self._note(f"{len(event.token_ids)} tokens{speed}, ended by {event.finish_reason}")
+        self._note(f"[{len(completion.token_ids)} tokens{speed}, ended by {completion.finish_reason}]")
 
     def _save(self, name: str) -> None:
         if not name:

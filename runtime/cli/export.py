@@ -50,10 +50,9 @@ def command(
     model.onnx alone: its weights are declared as external data that isn't there.
     """
     show_logs()
-    from exporter.variants import find_variant
-
     from engines.export import export_graph
     from exporter.checkpoint import open_checkpoint
+    from runtime.cli.source import find_variant
 
     with progress_on_stderr() as show:
         if Path(checkpoint).exists():
@@ -71,7 +70,7 @@ def command(
                 )
         else:
             done = export_graph(
-                find_variant(checkpoint).config,
+                find_variant(checkpoint)[1],
                 out,
                 lowering=lowering,
                 precision=precision,

@@ -15,13 +15,13 @@ def facts(path: Path, *, list_tensors: bool) -> dict[str, Any]:
     Raises:
         BundleError: the file isn't ONNX.
     """
-    import google.protobuf.message
     import onnx
     import onnx_ir as ir
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         model = ir.from_proto(onnx.load(path, load_external_data=False))
-    except (OSError, google.protobuf.message.DecodeError) as error:
+    except (OSError, DecodeError) as error:
         raise BundleError(f"{path} isn't an ONNX file: {error}") from error
     graph = model.graph
     ops = Counter((node.domain or "ai.onnx", node.op_type) for node in graph.all_nodes())

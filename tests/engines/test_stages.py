@@ -28,7 +28,6 @@ def test_peak_is_of_the_stage_alone() -> None:
         pass
     large, small = meter.costs
     assert large.peak_memory_bytes >= small.peak_memory_bytes + (50 << 20)
-    assert meter.peak_memory_bytes == large.peak_memory_bytes
 
 
 def test_a_failed_stage_is_not_recorded() -> None:
