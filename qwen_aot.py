@@ -1,14 +1,18 @@
-"""qwen-aot's public face: names re-exported from where they live, each imported when it is first used.
+"""The public face of qwen-aot: names re-exported from where they live, each imported when it is first used.
 
-import qwen_aot
-
-with qwen_aot.load("bundle") as llm:
-    print(llm.generate("The capital of France is").text)
+Example:
+    >>> import qwen_aot
+    >>> qwen_aot.build_bundle("Qwen1.5-0.5B-Chat", qwen_aot.BuildSpec(precision="int4"), "bundle")
+    >>> with qwen_aot.load("bundle") as generator:
+    ...     print(generator.generate(["The capital of France is"])[0].text)
+    ...     for event in qwen_aot.Chat(generator).send("Hello"):
+    ...         print(event)
 """
 
 from __future__ import annotations
 
 import importlib
+import operator
 from typing import TYPE_CHECKING, Any
 
 from qwen_aot_version import __version__
@@ -29,56 +33,60 @@ if TYPE_CHECKING:
         ExportError,
         GenerationError,
     )
+    from runtime.chat import Chat
     from runtime.generation_config import GenerationConfig
+    from runtime.generator import Generator
     from runtime.manifest import Manifest
+    from runtime.request import Completion, FinishReason, Request, TokenEvent
+
+    load = Generator.open
 
 __all__ = [
-    "LLM",
     "BuildError",
     "BuildReport",
     "BuildSpec",
     "BundleError",
+    "Chat",
     "CheckpointError",
+    "Completion",
     "ContextFullError",
     "DeployError",
     "EngineMismatchError",
     "ExportError",
+    "FinishReason",
     "GenerationConfig",
     "GenerationError",
+    "Generator",
     "Manifest",
     "Precision",
+    "Request",
     "Target",
+    "TokenEvent",
     "__version__",
     "build_bundle",
     "load",
     "open_checkpoint",
 ]
 
+_ERRORS = [name for name in __all__ if name.endswith("Error")]
 _HOMES = {
-    "engines.build": ("BuildReport", "build_bundle"),
-    "engines.spec": ("BuildSpec", "Precision", "Target"),
-    "exporter.checkpoint": ("open_checkpoint",),
-    "qwen_aot_errors": (
-        "BuildError",
-        "BundleError",
-        "CheckpointError",
-        "ContextFullError",
-        "DeployError",
-        "EngineMismatchError",
-        "ExportError",
-        "GenerationError",
-    ),
-    "runtime.generation_config": ("GenerationConfig",),
-    "runtime.llm": ("LLM", "load"),
-    "runtime.manifest": ("Manifest",),
+    **dict.fromkeys(_ERRORS, "qwen_aot_errors"),
+    **dict.fromkeys(("BuildReport", "build_bundle"), "engines.build"),
+    **dict.fromkeys(("BuildSpec", "Precision", "Target"), "engines.spec"),
+    "open_checkpoint": "exporter.checkpoint",
+    "Chat": "runtime.chat",
+    "GenerationConfig": "runtime.generation_config",
+    **dict.fromkeys(("Generator", "load"), "runtime.generator"),
+    "Manifest": "runtime.manifest",
+    **dict.fromkeys(("Completion", "FinishReason", "Request", "TokenEvent"), "runtime.request"),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_OTHER_NAMES = {"load": "Generator.open"}  # in their home, where they are called differently there
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _HOMES:
         raise AttributeError(f"module 'qwen_aot' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)
+    return operator.attrgetter(_OTHER_NAMES.get(name, name))(importlib.import_module(_HOMES[name]))
 
 
 def __dir__() -> list[str]:

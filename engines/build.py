@@ -12,12 +12,14 @@ from typing import Any
 import onnx_ir as ir
 
 from engines.builders import builder_for
-from engines.progress import OnProgress, ProgressEvent, ignore_progress
-from engines.resources import Estimate, StageMeter, check_resources, estimate
+from engines.progress import OnProgress, ignore_progress
+from engines.resources import Estimate, check_resources, estimate
 from engines.spec import BuildSpec
+from engines.stages import StageCost, Stages
 from engines.versions import tool_versions
-from engines.write_bundle import BundleWriter, explained, refuse_unless_replaceable
-from exporter.checkpoint.base import Checkpoint
+from engines.write_bundle import BundleWriter, refuse_unless_replaceable
+from engines.write_folder import explained
+from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import ModelConfig
 from exporter.save import DATA_FILE, save_graph
 from exporter.trace import trace
@@ -50,38 +52,35 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class BuildReport:
-    """What was built and what it took: report.json, but for `out` and `files`."""
+    """What was built and what it took."""
 
     out: Path
-    manifest: Manifest
+    manifest: Manifest  # without report.json, which holds this
     estimate: Estimate
-    stages: tuple[Mapping[str, Any], ...]
-    seconds: float
-    peak_memory_bytes: int
+    stages: tuple[StageCost, ...]
     warnings: tuple[str, ...] = ()
     verification: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(cost.seconds for cost in self.stages)
 
-class _Stages:
-    """Announces stages to the caller and measures them."""
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Resident memory of the building process, the highest of all stages."""
+        return max(cost.peak_memory_bytes for cost in self.stages)
 
-    def __init__(self, names: tuple[str, ...], on_progress: OnProgress) -> None:
-        self.meter = StageMeter()
-        self._names = names
-        self._on_progress = on_progress
-
-    def run(self, name: str, work: Callable[[Callable[[int, int], None]], Any]) -> Any:
-        """Runs one stage; `work` gets a callback for (done, total) in bytes."""
-        index = self._names.index(name) + 1
-
-        def advance(done: int, total: int) -> None:
-            self._on_progress(ProgressEvent(name, index, len(self._names), done, total))
-
-        self._on_progress(ProgressEvent(name, index, len(self._names)))
-        with self.meter.measure(name):
-            result = work(advance)
-        self._on_progress(ProgressEvent(name, index, len(self._names), 1, 1, unit=""))
-        return result
+    def to_json(self) -> dict[str, Any]:
+        """The content of report.json, as plain JSON values."""
+        return {
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "stages": [asdict(cost) for cost in self.stages],
+            "estimate": asdict(self.estimate),
+            "warnings": list(self.warnings),
+            "verification": dict(self.verification),
+        }
 
 
 def plan_build(
@@ -93,15 +92,15 @@ def plan_build(
         BuildError: the request, `out`, the disk or the memory won't do.
     """
     refuse_unless_replaceable(out)
-    plan = _plan(checkpoint, spec, _Stages(("trace", "lower"), on_progress))
+    plan = _plan(checkpoint, spec, Stages(("trace", "lower"), on_progress))
     check_resources(plan.estimate, out)
     return plan
 
 
 def build_bundle(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | str | Path,
     spec: BuildSpec,
-    out: Path,
+    out: Path | str,
     *,
     on_progress: OnProgress = ignore_progress,
     verifier: Verifier | None = None,
@@ -109,7 +108,7 @@ def build_bundle(
     """Builds a bundle at `out`, replacing the one that stands there once the new one is whole.
 
     Args:
-        checkpoint: an opened checkpoint; stays open.
+        checkpoint: opened (it stays open), or where it lies.
         spec: what to build.
         out: the bundle's folder.
         on_progress: told about each step.
@@ -119,9 +118,11 @@ def build_bundle(
     Raises:
         DeployError: the build failed; `out` is as it was.
     """
-    names = STAGES if verifier is not None else STAGES[:-1]
-    stages = _Stages(names, on_progress)
-    with BundleWriter(out) as writer:
+    if isinstance(checkpoint, str | Path):
+        with open_checkpoint(checkpoint) as opened:
+            return build_bundle(opened, spec, out, on_progress=on_progress, verifier=verifier)
+    stages = Stages(STAGES if verifier is not None else STAGES[:-1], on_progress)
+    with BundleWriter(Path(out)) as writer:
         plan = _plan(checkpoint, spec, stages)
         check_resources(plan.estimate, writer.out)
         builder = builder_for(spec.target)
@@ -131,36 +132,22 @@ def build_bundle(
         builder.finish(writer.folder, spec)
         manifest = stages.run("hash", lambda advance: writer.seal(plan.manifest_for, advance))
         stages.run("load check", lambda _: builder.check(writer.folder, manifest))
-        verification = stages.run("verify", lambda _: verifier(writer.folder)) if verifier is not None else {}
+        verification = {} if verifier is None else stages.run("verify", lambda _: verifier(writer.folder))
         report = BuildReport(
             out=writer.out,
             manifest=manifest,
             estimate=plan.estimate,
-            stages=tuple(asdict(cost) for cost in stages.meter.costs),
-            seconds=sum(cost.seconds for cost in stages.meter.costs),
-            peak_memory_bytes=stages.meter.peak_memory_bytes,
+            stages=tuple(stages.meter.costs),
             warnings=plan.warnings,
             verification=verification,
         )
-        writer.write_text(REPORT_NAME, json.dumps(report_json(report), indent=2) + "\n")
+        writer.write_text(REPORT_NAME, json.dumps(report.to_json(), indent=2) + "\n")
         writer.seal(plan.manifest_for)
         writer.commit()
     return report
 
 
-def report_json(report: BuildReport) -> dict[str, Any]:
-    """The report as plain JSON values."""
-    return {
-        "seconds": report.seconds,
-        "peak_memory_bytes": report.peak_memory_bytes,
-        "stages": list(report.stages),
-        "estimate": asdict(report.estimate),
-        "warnings": list(report.warnings),
-        "verification": dict(report.verification),
-    }
-
-
-def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: _Stages) -> Plan:
+def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages) -> Plan:
     config = checkpoint.config
     max_context = spec.context_for(config.max_position_embeddings)
     warnings = _warnings(checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,8 +23,7 @@ class Reference:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        import transformers
-
+        transformers: Any = importlib.import_module("transformers")  # its types don't follow its own calls
         config = (
             transformers.AutoConfig.from_pretrained(checkpoint.path)
             if checkpoint.path.is_dir()

@@ -1,11 +1,10 @@
-"""What a build needs (disk, memory, time) before it runs; seconds and peak memory of each stage after."""
+"""What a build needs (disk, memory, time) before it runs, what this machine has, and the peak of what was used."""
 
 from __future__ import annotations
 
 import contextlib
 import resource
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,35 +99,6 @@ def reset_peak() -> None:
     """Starts a new peak (Linux `clear_refs`, proc(5)); a kernel that refuses leaves peaks since the start."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-@dataclass(frozen=True, slots=True)
-class StageCost:
-    """What one stage took."""
-
-    stage: str
-    seconds: float
-    peak_memory_bytes: int
-
-
-class StageMeter:
-    """Measures stages that follow each other."""
-
-    def __init__(self) -> None:
-        self.costs: list[StageCost] = []
-
-    @contextlib.contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        """Records one stage, if it succeeds."""
-        reset_peak()
-        start = time.perf_counter()
-        yield
-        self.costs.append(StageCost(stage, time.perf_counter() - start, peak_memory_bytes()))
-
-    @property
-    def peak_memory_bytes(self) -> int:
-        """The highest of all stages."""
-        return max((cost.peak_memory_bytes for cost in self.costs), default=0)
 
 
 def _fields(path: Path) -> dict[str, int]:

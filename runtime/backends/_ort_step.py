@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class Step:
 
     Attributes:
         new_tokens: int64 [max_rows], to be filled before `run`: valid tokens of each row in this step.
+        run_seconds: spent in ONNX Runtime's run call so far.
     """
 
     def __init__(self, session: Any, manifest: Manifest, cache: KvCache, *, max_rows: int, max_tokens: int) -> None:
@@ -65,6 +67,7 @@ class Step:
         self._shape: tuple[int, int] | None = None  # rows, tokens
         self._window = 0
         self._run = session.run_with_iobinding
+        self.run_seconds = 0.0
 
     def run(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """One step on rows `first_row` on; the cache's lengths are read, not changed.
@@ -89,7 +92,9 @@ class Step:
         self._input_view[...] = token_ids
         if "position_ids" in self._names:
             np.add(lengths[:, None], self._steps[:tokens], out=self._position_view)
+        started = time.perf_counter()
         self._run(self._binding)
+        self.run_seconds += time.perf_counter() - started
         return self._logits[:rows]
 
     def _bind_rows(self, first_row: int, rows: int) -> None:

@@ -85,6 +85,11 @@ class OnnxRuntimeEngine:
         return self._session
 
     @property
+    def run_seconds(self) -> float:
+        """Spent in ONNX Runtime's run call so far; 0 once closed."""
+        return sum(step.run_seconds for step in (self._prefill, self._decode) if step is not None)
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of the KV cache at its present capacity."""
         return self._cache.nbytes

@@ -9,12 +9,13 @@ import click
 
 from runtime.cli.command import VerbCommand, option
 from runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
+from runtime.cli.options import CONTEXT
 
 if TYPE_CHECKING:
     from engines.build import BuildReport, Plan
 
 
-@click.command("build", cls=VerbCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("build", cls=VerbCommand, context_settings=CONTEXT)
 @click.argument("checkpoint")
 @option(
     "-o",
@@ -60,13 +61,13 @@ def command(
 ) -> None:
     """Build a bundle from a checkpoint.
 
-    CHECKPOINT is a Hugging Face folder, a .gguf file, or a variant's name with --random-weights. What stands
-    at the output stays until the new bundle is whole; a failed or interrupted build changes nothing.
-
     \b
     Examples:
       build-engine ./Qwen1.5-0.5B-Chat -o ./bundle
       build-engine qwen1.5-7b --random-weights -o ./trial --precision int8 --dry-run
+
+    CHECKPOINT is a Hugging Face folder, a .gguf file, or a variant's name with --random-weights. What stands
+    at the output stays until the new bundle is whole; a failed or interrupted build changes nothing.
     """
     from engines.spec import BuildSpec
     from qwen_aot_errors import BuildError
@@ -77,9 +78,9 @@ def command(
     except BuildError as error:
         raise click.UsageError(str(error)) from None
 
-    from engines.build import build_bundle, plan_build, report_json
-    from engines.verify import verifier_for
+    from engines.build import build_bundle, plan_build
     from runtime.cli.source import open_source
+    from runtime.cli.verify import verifier_for
 
     with (
         open_source(checkpoint, random_weights=random_weights, seed=seed) as source,
@@ -93,7 +94,7 @@ def command(
     if dry_run:
         _show_plan(plan, out, as_json)
     elif as_json:
-        print_json({"bundle": str(report.out), **report_json(report)})
+        print_json({"bundle": str(report.out), **report.to_json()})
     else:
         _show_report(report)
 
@@ -126,7 +127,7 @@ def _show_report(report: BuildReport) -> None:
     console = stdout()
     for cost in report.stages:
         console.print(
-            f"{cost['stage']:<14}{duration(cost['seconds']):>12}   peak {size(cost['peak_memory_bytes'])}",
+            f"{cost.stage:<14}{duration(cost.seconds):>12}   peak {size(cost.peak_memory_bytes)}",
             highlight=False,
         )
     console.print(

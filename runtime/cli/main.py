@@ -8,6 +8,7 @@ import click
 
 from qwen_aot_version import __version__
 from runtime.cli.command import LazyGroup, Verb
+from runtime.cli.options import CONTEXT
 
 VERBS = {
     "build": Verb("runtime.cli.build", "Build a bundle from a checkpoint (the same as build-engine)."),
@@ -21,7 +22,7 @@ VERBS = {
 }
 
 
-@click.group(cls=LazyGroup, verbs=VERBS, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, verbs=VERBS, no_args_is_help=True, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="qwen-aot")
 def qwen_aot() -> None:
     """Ahead-of-time deployment for Qwen1.5: checkpoint in, bundle out, and a small runtime to serve it.

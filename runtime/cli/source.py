@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qwen_aot_errors import CheckpointError
+
 if TYPE_CHECKING:
-    from exporter.checkpoint.base import Checkpoint
+    from exporter.checkpoint import Checkpoint
+    from exporter.config import ModelConfig
 
 
 def open_source(name: str, *, random_weights: bool = False, seed: int = 0) -> Checkpoint:
@@ -16,23 +19,37 @@ def open_source(name: str, *, random_weights: bool = False, seed: int = 0) -> Ch
 
     Raises:
         click.UsageError: a variant without `random_weights`, or a path with it.
-        CheckpointError: neither a checkpoint nor a variant.
+        CheckpointError: neither a checkpoint nor a variant, or a damaged checkpoint.
     """
-    from exporter.checkpoint import open_checkpoint
-    from exporter.variants import find_variant
+    from exporter.checkpoint import RandomCheckpoint, open_checkpoint
 
     if Path(name).exists():
         if random_weights:
             raise click.UsageError(
                 f"--random-weights goes with a variant's name, and {name} is a checkpoint; leave it out"
             )
-        return open_checkpoint(Path(name))
-    variant = find_variant(name)
+        return open_checkpoint(name)
+    variant, config = find_variant(name)
     if not random_weights:
         raise click.UsageError(
             f"{name} is a variant's name and has no weights: give a checkpoint's folder or .gguf file, or "
             "--random-weights for sizing and benchmarks"
         )
-    from exporter.checkpoint.random import RandomCheckpoint
+    return RandomCheckpoint(config, seed, variant)
 
-    return RandomCheckpoint(variant.config, seed)
+
+def find_variant(name: str) -> tuple[str, ModelConfig]:
+    """A variant's own name and its facts, for a name that no file has.
+
+    Raises:
+        CheckpointError: there is no such variant either.
+    """
+    from exporter.variants import VARIANTS, canonical_name
+
+    variant = canonical_name(name)
+    if variant is None:
+        raise CheckpointError(
+            f"{name} doesn't exist and isn't a variant's name; accepted: a folder saved by transformers, a .gguf file, "
+            f"or one of {', '.join(VARIANTS)}"
+        )
+    return variant, VARIANTS[variant]

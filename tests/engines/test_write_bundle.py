@@ -158,12 +158,12 @@ CHILD = textwrap.dedent(
     """
     import os, signal, sys
     from pathlib import Path
-    from engines import write_bundle
+    from engines import write_bundle, write_folder
     from tests.engines.bundles import manifest_for
 
     out, point, can_exchange = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "exchange"
     if not can_exchange:
-        write_bundle._exchange = lambda one, other: False
+        write_folder._exchange = lambda one, other: False
     events = 0
 
     def count(event, arguments):

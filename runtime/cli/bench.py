@@ -1,0 +1,180 @@
+"""`bench`: a bundle's speed and memory on this machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtime.cli.command import VerbCommand, option
+from runtime.cli.console import duration, print_json, show_logs, size, stdout
+from runtime.cli.options import CONTEXT, bundle_argument, json_option, threads_option
+
+if TYPE_CHECKING:
+    from runtime.generation_config import GenerationConfig
+    from runtime.generator import Generator
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A measure over rounds."""
+
+    median: float
+    min: float
+    max: float
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarizes at least one value."""
+        return cls(statistics.median(values), min(values), max(values), tuple(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One prompt and its answer, in seconds.
+
+    Attributes:
+        run: of `decode`, inside the engine's run call.
+    """
+
+    prefill: float
+    first_token: float
+    decode: float
+    run: float
+
+
+@click.command("bench", cls=VerbCommand, context_settings=CONTEXT)
+@bundle_argument
+@option("--prompt-tokens", type=click.IntRange(1), default=512, help="Length of the prompt.", group="Load")
+@option("--gen-tokens", type=click.IntRange(2), default=128, help="Tokens to generate.", group="Load")
+@option("--rounds", type=click.IntRange(1), default=5, help="Measured after one that warms up.", group="Load")
+@json_option
+@threads_option
+def command(bundle: Path, prompt_tokens: int, gen_tokens: int, rounds: int, as_json: bool, threads: int | None) -> None:
+    """Measure a bundle's speed and memory.
+
+    \b
+    Examples:
+      qwen-aot bench ./bundle
+      qwen-aot bench ./bundle --prompt-tokens 128 --gen-tokens 64 --rounds 9 --threads 2 --json
+
+    Prompts are random token ids, one row. Greedy and sampled rounds alternate; each figure is the median over rounds,
+    with the lowest and the highest beside it. "Own code" is what a decoded token costs outside the engine's run call.
+    """
+    show_logs()
+    from engines.resources import peak_memory_bytes, reset_peak
+    from runtime.generator import Generator
+
+    reset_peak()
+    start = time.perf_counter()
+    with Generator.open(bundle, threads=threads) as generator:
+        load_seconds = time.perf_counter() - start
+        manifest = generator.engine.manifest
+        if prompt_tokens + gen_tokens > manifest.max_context:
+            raise click.UsageError(
+                f"--prompt-tokens {prompt_tokens} and --gen-tokens {gen_tokens} exceed the bundle's context of "
+                f"{manifest.max_context}; give less"
+            )
+        greedy, sampled = _measure(generator, prompt_tokens, gen_tokens, rounds)
+    result = {
+        "bundle": str(bundle),
+        "model": manifest.model.name,
+        "target": manifest.target,
+        "precision": manifest.precision,
+        "quantization": dict(manifest.quantization),
+        "threads": threads,
+        "prompt_tokens": prompt_tokens,
+        "gen_tokens": gen_tokens,
+        "rounds": rounds,
+        "load_seconds": load_seconds,
+        "prefill_tokens_per_second": asdict(Spread.of([prompt_tokens / r.prefill for r in greedy])),
+        "first_token_seconds": asdict(Spread.of([r.first_token for r in greedy])),
+        "decode_tokens_per_second": asdict(Spread.of([(gen_tokens - 1) / r.decode for r in greedy])),
+        "sampled_decode_tokens_per_second": asdict(Spread.of([(gen_tokens - 1) / r.decode for r in sampled])),
+        "own_seconds_per_token": asdict(Spread.of([(r.decode - r.run) / (gen_tokens - 1) for r in greedy])),
+        "own_share_of_step": asdict(Spread.of([(r.decode - r.run) / r.decode for r in greedy])),
+        "sampled_own_seconds_per_token": asdict(Spread.of([(r.decode - r.run) / (gen_tokens - 1) for r in sampled])),
+        "sampled_own_share_of_step": asdict(Spread.of([(r.decode - r.run) / r.decode for r in sampled])),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    if as_json:
+        print_json(result)
+    else:
+        _show(result)
+
+
+def _measure(generator: Generator, prompt_tokens: int, gen_tokens: int, rounds: int) -> tuple[list[Round], list[Round]]:
+    """Alternates greedy and sampled rounds after one of each that isn't counted."""
+    import numpy as np
+
+    from runtime.generation_config import GenerationConfig
+
+    configs = (
+        GenerationConfig(max_new_tokens=gen_tokens, ignore_eos=True),
+        GenerationConfig(  # what a chat commonly asks for
+            max_new_tokens=gen_tokens,
+            ignore_eos=True,
+            temperature=0.7,
+            top_k=20,
+            top_p=0.8,
+            repetition_penalty=1.05,
+            seed=0,
+        ),
+    )
+    draws = np.random.default_rng(0)
+    measured: tuple[list[Round], list[Round]] = ([], [])
+    for index in range(rounds + 1):
+        prompt = draws.integers(0, generator.engine.manifest.model.vocab_size, prompt_tokens).tolist()
+        for config, into in zip(configs, measured, strict=True):
+            result = _one_round(generator, prompt, config)
+            if index:
+                into.append(result)
+    return measured
+
+
+def _one_round(generator: Generator, prompt: list[int], config: GenerationConfig) -> Round:
+    from runtime.request import Completion, Request
+
+    events = generator.stream([Request(prompt, config)])
+    next(events)
+    run_at_first_token = generator.engine.run_seconds
+    *_, completion = events
+    assert isinstance(completion, Completion)
+    timings = completion.timings
+    run = generator.engine.run_seconds - run_at_first_token
+    return Round(timings.prefill, timings.first_token, timings.decode, run)
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    console = stdout()
+    table = Table(
+        title=f"{result['model']}, {result['target']} {result['precision']}: {result['prompt_tokens']} prompt and "
+        f"{result['gen_tokens']} new tokens, {result['rounds']} rounds"
+    )
+    table.add_column("measure")
+    for heading in ("median", "min", "max"):
+        table.add_column(heading, justify="right")
+    rows = (
+        ("prefill, tokens/s", "prefill_tokens_per_second", 1, ".0f"),
+        ("decode, tokens/s", "decode_tokens_per_second", 1, ".1f"),
+        ("decode sampled, tokens/s", "sampled_decode_tokens_per_second", 1, ".1f"),
+        ("first token, ms", "first_token_seconds", 1e3, ".0f"),
+        ("own code, µs/token", "own_seconds_per_token", 1e6, ".0f"),
+        ("own code, % of a step", "own_share_of_step", 100, ".2f"),
+        ("own code sampled, µs/token", "sampled_own_seconds_per_token", 1e6, ".0f"),
+        ("own code sampled, % of a step", "sampled_own_share_of_step", 100, ".2f"),
+    )
+    for label, name, factor, form in rows:
+        spread = result[name]
+        table.add_row(label, *(format(spread[key] * factor, form) for key in ("median", "min", "max")))
+    table.add_row("load", duration(result["load_seconds"]))
+    table.add_row("peak memory", size(result["peak_memory_bytes"]))
+    console.print(table)

@@ -1,0 +1,179 @@
+"""`chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+from qwen_aot_errors import ContextFullError
+from runtime.cli.command import VerbCommand, option
+from runtime.cli.console import show_logs, stdout
+from runtime.cli.generate import speeds
+from runtime.cli.options import CONTEXT, bundle_argument, generation_config, generation_options, threads_option
+
+if TYPE_CHECKING:
+    from runtime.generation_config import GenerationConfig
+    from runtime.generator import Generator
+    from runtime.request import Completion
+
+COMMANDS = {
+    "/help": "these lines",
+    "/clear": "forget the conversation",
+    "/system TEXT": "set the system prompt and start anew (without TEXT: the template's own)",
+    "/save FILE": "write the conversation as JSON",
+    "/exit": "leave (also Ctrl-D)",
+}
+MULTILINE_MARK = '"""'
+
+
+@click.command("chat", cls=VerbCommand, context_settings=CONTEXT)
+@bundle_argument
+@option("--system", help="System prompt.  [default: the chat template's]", group="Conversation")
+@generation_options
+@threads_option
+def command(bundle: Path, system: str | None, threads: int | None, **settings: Any) -> None:
+    """Talk with a bundle in the terminal.
+
+    \b
+    Examples:
+      qwen-aot chat ./bundle
+      qwen-aot chat ./bundle --system "Answer in one sentence." --temperature 0.7 --top-p 0.8
+
+    Ctrl-C stops an answer, Ctrl-D leaves. A line that opens with three quotes goes on until the closing three.
+    """
+    show_logs()
+    from runtime.generator import Generator
+
+    console = stdout()
+    with console.status("loading"), Generator.open(bundle, threads=threads) as generator:
+        config = generation_config(generator.defaults, settings)
+        conversation = Conversation(generator, config, system, console)
+        console.print(f"[bold]{escape(generator.engine.manifest.model.name)}[/] - /help for commands, Ctrl-D to leave")
+        for text in _inputs(console):
+            if not conversation.take(text):
+                break
+
+
+class Conversation:
+    """What the terminal shows of a `runtime.chat.Chat`."""
+
+    def __init__(self, generator: Generator, config: GenerationConfig, system: str | None, console: Console) -> None:
+        self._generator = generator
+        self._config = config
+        self._console = console
+        self._start(system)
+
+    def take(self, text: str) -> bool:
+        """Runs a command or answers a message. False: leave."""
+        word, _, rest = text.partition(" ")
+        if not word.startswith("/"):
+            self._answer(text)
+        elif word == "/exit":
+            return False
+        elif word == "/clear":
+            self._chat.reset()
+            self._note("the conversation is forgotten")
+        elif word == "/system":
+            self._start(rest.strip() or None)
+            self._note("a new conversation")
+        elif word == "/save":
+            self._save(rest.strip())
+        else:
+            if word != "/help":
+                self._note(f"there is no command {word}")
+            for name, help_ in COMMANDS.items():
+                self._console.print(f"  [bold]{name:<14}[/] {help_}", highlight=False)
+        return True
+
+    def _start(self, system: str | None) -> None:
+        from runtime.chat import Chat
+
+        self._chat = Chat(self._generator, self._config, system=system)
+
+    def _answer(self, text: str) -> None:
+        from runtime.request import Completion
+
+        cancel = threading.Event()
+        try:
+            with _ctrl_c_sets(cancel):
+                for event in self._chat.send(text, cancel=cancel):
+                    if isinstance(event, Completion):
+                        self._console.out(event.last_text, highlight=False)
+                        self._finish(event)
+                    else:
+                        self._console.out(event.text, end="", highlight=False)
+        except ContextFullError as error:
+            self._note(str(error))
+
+    def _finish(self, completion: Completion) -> None:
+        _, decode = speeds(completion)
+        speed = f", {decode:.1f} tokens/s" if decode else ""
+        self._note(f"[{len(completion.token_ids)} tokens{speed}, ended by {completion.finish_reason}]")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            self._note("give a file: /save chat.json")
+            return
+        try:
+            text = json.dumps([dict(message) for message in self._chat.messages], indent=2, ensure_ascii=False)
+            Path(name).expanduser().write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            self._note(f"{name} can't be written: {error.strerror}")
+        else:
+            self._note(f"{len(self._chat.messages)} messages in {name}")
+
+    def _note(self, text: str) -> None:
+        self._console.print(text, style="dim", markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def _ctrl_c_sets(event: threading.Event) -> Iterator[None]:
+    """Within it Ctrl-C ends the answer and not the program."""
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        event.set()
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _inputs(console: Console) -> Iterator[str]:
+    """What the user types, until Ctrl-D; Ctrl-C drops a line."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # line editing and history for input()
+    while True:
+        try:
+            text = console.input("[bold green]> [/]")
+            if text.lstrip().startswith(MULTILINE_MARK):
+                text = _multiline(console, text.lstrip().removeprefix(MULTILINE_MARK))
+        except EOFError:
+            console.print()
+            return
+        except KeyboardInterrupt:
+            console.print()
+            continue
+        if text.strip():
+            yield text.strip()
+
+
+def _multiline(console: Console, line: str) -> str:
+    lines = []
+    while MULTILINE_MARK not in line:
+        lines.append(line)
+        line = console.input("[green]. [/]")
+    return "\n".join([*lines, line.partition(MULTILINE_MARK)[0]])

@@ -1,0 +1,179 @@
+"""`doctor`: what this machine has, and what each target lacks on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qwen_aot_version import __version__
+from runtime.cli.command import VerbCommand
+from runtime.cli.console import print_json, size, stdout
+from runtime.cli.options import CONTEXT, json_option
+
+RUNTIME_PACKAGES = ("click", "jinja2", "numpy", "rich", "tokenizers")
+# Flags of /proc/cpuinfo that decide which integer kernels ONNX Runtime takes.
+CPU_FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """A package that a target needs, from which version on, and the extra that brings it."""
+
+    package: str
+    extra: str
+    at_least: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TargetNeeds:
+    """What building for a target and running it need."""
+
+    build: tuple[Need, ...]
+    run: tuple[Need, ...]
+
+
+_EXPORT = tuple(Need(name, "build") for name in ("torch", "onnx", "onnx-ir", "onnxscript", "ml-dtypes"))
+_ONNXRUNTIME = Need("onnxruntime", "cpu", (1, 32))
+TARGETS: Mapping[str, TargetNeeds] = {"cpu": TargetNeeds(build=(*_EXPORT, _ONNXRUNTIME), run=(_ONNXRUNTIME,))}
+OPTIONAL = (Need("gguf", "build"), Need("transformers", "verify"), Need("safetensors", "verify"))
+
+
+@click.command("doctor", cls=VerbCommand, context_settings=CONTEXT)
+@json_option
+def command(as_json: bool) -> None:
+    """Show versions, hardware and what each target lacks here.
+
+    \b
+    Examples:
+      qwen-aot doctor
+      qwen-aot doctor --json > machine.json
+    """
+    facts = examine()
+    if as_json:
+        print_json(facts)
+    else:
+        _show(facts)
+
+
+def examine() -> dict[str, Any]:
+    """Everything `doctor` reports, as plain JSON values."""
+    from engines.resources import available_memory_bytes, free_disk_bytes
+
+    needs = {need.package: need for row in TARGETS.values() for need in (*row.build, *row.run)}
+    needs |= {need.package: need for need in OPTIONAL}
+    return {
+        "qwen_aot": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": _cpu(),
+        "memory": {
+            "total_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "available_bytes": available_memory_bytes(),
+        },
+        "free_disk_bytes": free_disk_bytes(Path.cwd()),
+        "gpus": gpus(),
+        "packages": {name: version(name) for name in RUNTIME_PACKAGES},
+        "extras": {
+            name: {"version": version(name), "extra": need.extra, "lacks": lack(need)} for name, need in needs.items()
+        },
+        "targets": {
+            target: {
+                "build_lacks": [text for need in row.build if (text := lack(need))],
+                "run_lacks": [text for need in row.run if (text := lack(need))],
+            }
+            for target, row in TARGETS.items()
+        },
+    }
+
+
+def version(package: str) -> str | None:
+    """An installed distribution's version."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def lack(need: Need) -> str | None:
+    """What is missing for a need and how to get it; None if it is met."""
+    remedy = f"pip install 'qwen-aot[{need.extra}]'"
+    found = version(need.package)
+    if found is None:
+        return f"{need.package} isn't installed: {remedy}"
+    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[: len(need.at_least)])
+    if numbers < need.at_least:
+        return f"{need.package} is {found}, {'.'.join(map(str, need.at_least))} or newer is needed: {remedy} --upgrade"
+    return None
+
+
+def gpus() -> list[dict[str, str]]:
+    """NVIDIA GPUs as the driver's tool lists them; empty without a driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    fields = ("name", "compute_cap", "memory.total", "driver_version")
+    query = [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        listing = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [dict(zip(fields, map(str.strip, line.split(",")), strict=False)) for line in listing.splitlines()]
+
+
+def _cpu() -> dict[str, Any]:
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    present = set(flags[1].split()) if flags else set()
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "name": name[1] if name else platform.processor() or platform.machine(),
+        "machine": platform.machine(),
+        "logical_cores": os.cpu_count(),
+        "usable_cores": allowed,
+        "features": [feature for feature in CPU_FEATURES if feature in present],
+    }
+
+
+def _show(facts: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    console = stdout()
+    machine = Table(title="machine", show_header=False)
+    machine.add_column(style="bold")
+    machine.add_column(overflow="fold")
+    cpu = facts["cpu"]
+    machine.add_row("qwen-aot", f"{facts['qwen_aot']} on Python {facts['python']}")
+    machine.add_row("system", facts["system"])
+    machine.add_row("cpu", f"{cpu['name']}, {cpu['usable_cores']} of {cpu['logical_cores']} logical cores")
+    machine.add_row("cpu features", ", ".join(cpu["features"]) or "none that matter here")
+    memory = facts["memory"]
+    machine.add_row("memory", f"{size(memory['available_bytes'])} available of {size(memory['total_bytes'])}")
+    machine.add_row("free disk", size(facts["free_disk_bytes"]))
+    listed = [f"{gpu['name']} (SM {gpu['compute_cap']}, driver {gpu['driver_version']})" for gpu in facts["gpus"]]
+    machine.add_row("gpus", ", ".join(listed) or "no NVIDIA GPU or driver")
+    console.print(machine)
+    packages = Table(title="packages")
+    for heading in ("package", "version", "extra"):
+        packages.add_column(heading)
+    for name, found in facts["packages"].items():
+        packages.add_row(name, found or "[red]missing[/]", "")
+    for name, entry in facts["extras"].items():
+        packages.add_row(name, entry["version"] or "[yellow]not installed[/]", entry["extra"])
+    console.print(packages)
+    for target, entry in facts["targets"].items():
+        for task in ("build", "run"):
+            lacks = entry[f"{task}_lacks"]
+            console.print(
+                f"[bold]{target}[/] {task}: " + ("; ".join(lacks) if lacks else "[green]ready[/]"), soft_wrap=True
+            )

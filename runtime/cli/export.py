@@ -1,0 +1,102 @@
+"""`export`: a model's ONNX graph with KV-cache inputs and outputs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from runtime.cli.command import VerbCommand, option
+from runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
+from runtime.cli.options import CONTEXT, json_option
+
+
+@click.command("export", cls=VerbCommand, context_settings=CONTEXT)
+@click.argument("checkpoint", metavar="CHECKPOINT|VARIANT")
+@option(
+    "-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder for the graph.", group="Main"
+)
+@option(
+    "--lowering",
+    type=click.Choice(["standard", "ort"]),
+    default="standard",
+    help="Standard ONNX (opset 24), or ONNX Runtime's fastest ops.",
+    group="Main",
+)
+@option("--precision", help="standard: fp32, fp16, bf16; ort: fp32, int8, int4.  [default: fp32]", group="Main")
+@option("--max-context", type=int, help="Rows of the rotary tables.  [default: the model's context]", group="Main")
+@option("--block-size", type=int, help="Weights that share a scale (int8, int4).", group="Quantization")
+@option("--symmetric/--asymmetric", default=True, help="Without or with zero points.", group="Quantization")
+@json_option
+def command(
+    checkpoint: str,
+    out: Path,
+    lowering: str,
+    precision: str | None,
+    max_context: int | None,
+    block_size: int | None,
+    symmetric: bool,
+    as_json: bool,
+) -> None:
+    """Write a model's ONNX graph with KV-cache inputs and outputs.
+
+    \b
+    Examples:
+      qwen-aot export ./Qwen1.5-0.5B-Chat -o ./graph --precision fp16
+      qwen-aot export qwen1.5-110b -o ./graph --precision bf16
+
+    A checkpoint (a Hugging Face folder or a .gguf file) gives model.onnx and model.onnx.data. A variant's name gives
+    model.onnx alone: its weights are declared as external data that isn't there.
+    """
+    show_logs()
+    from engines.export import export_graph
+    from exporter.checkpoint import open_checkpoint
+    from runtime.cli.source import find_variant
+
+    with progress_on_stderr() as show:
+        if Path(checkpoint).exists():
+            with open_checkpoint(Path(checkpoint)) as source:
+                done = export_graph(
+                    source.config,
+                    out,
+                    checkpoint=source,
+                    lowering=lowering,
+                    precision=precision,
+                    block_size=block_size,
+                    symmetric=symmetric,
+                    max_context=max_context,
+                    on_progress=show,
+                )
+        else:
+            done = export_graph(
+                find_variant(checkpoint)[1],
+                out,
+                lowering=lowering,
+                precision=precision,
+                block_size=block_size,
+                symmetric=symmetric,
+                max_context=max_context,
+                on_progress=show,
+            )
+    peak = max(cost.peak_memory_bytes for cost in done.stages)
+    seconds = sum(cost.seconds for cost in done.stages)
+    if as_json:
+        print_json(
+            {
+                "graph": str(done.graph),
+                "graph_bytes": done.graph.stat().st_size,
+                "weight_bytes": done.weight_bytes,
+                "has_weights": done.has_weights,
+                "seconds": seconds,
+                "peak_memory_bytes": peak,
+                "stages": [asdict(cost) for cost in done.stages],
+            }
+        )
+        return
+    weights = size(done.weight_bytes) + (" of weights" if done.has_weights else " of weights declared, not written")
+    stdout().print(
+        f"{done.graph}: {size(done.graph.stat().st_size)}, {weights}, {duration(seconds)}, peak memory {size(peak)}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,117 @@
+"""`generate`: continues one prompt, streaming."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtime.cli.command import VerbCommand, option
+from runtime.cli.console import print_json, show_logs
+from runtime.cli.options import (
+    CONTEXT,
+    bundle_argument,
+    generation_config,
+    generation_options,
+    json_option,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    from runtime.request import Completion
+
+
+@click.command("generate", cls=VerbCommand, context_settings=CONTEXT)
+@bundle_argument
+@option("--prompt", help="Text to continue.  [default: standard input]", group="Prompt")
+@option("--prompt-ids", help="Token ids to continue, such as 1,2,3.", group="Prompt")
+@generation_options
+@json_option
+@threads_option
+def command(
+    bundle: Path,
+    prompt: str | None,
+    prompt_ids: str | None,
+    as_json: bool,
+    threads: int | None,
+    **settings: Any,
+) -> None:
+    """Continue a prompt with a bundle.
+
+    \b
+    Examples:
+      qwen-aot generate ./bundle --prompt "The capital of France is" --max-new-tokens 32
+      cat question.txt | qwen-aot generate ./bundle --temperature 0 --json
+
+    Text goes to stdout as it comes, counts and speed to stderr. A bundle without a tokenizer takes --prompt-ids and
+    gives ids.
+    """
+    show_logs()
+    request = _prompt(prompt, prompt_ids)
+    from runtime.generator import Generator
+    from runtime.request import Completion, Request
+
+    start = time.perf_counter()
+    with Generator.open(bundle, threads=threads) as generator:
+        load_seconds = time.perf_counter() - start
+        config = generation_config(generator.defaults, settings)
+        has_text = generator.tokenizer is not None
+        for event in generator.stream([Request(request, config)]):
+            if isinstance(event, Completion):
+                if not as_json:
+                    click.echo(event.last_text)
+                    _show_speed(event)
+                else:
+                    print_json(_result(event, load_seconds))
+            elif not as_json:
+                click.echo(event.text if has_text else f"{event.token_id} ", nl=False)
+                sys.stdout.flush()
+
+
+def _prompt(text: str | None, ids: str | None) -> str | list[int]:
+    if text is not None and ids is not None:
+        raise click.UsageError("--prompt and --prompt-ids exclude each other; give one")
+    if ids is not None:
+        try:
+            return [int(part) for part in ids.replace(",", " ").split()]
+        except ValueError:
+            raise click.UsageError(f"--prompt-ids is {ids!r}; accepted: whole numbers such as 1,2,3") from None
+    if text is None:
+        if sys.stdin.isatty():
+            raise click.UsageError("there is no prompt: give --prompt, --prompt-ids, or text on standard input")
+        text = sys.stdin.read()
+    return text
+
+
+def _result(completion: Completion, load_seconds: float) -> dict[str, Any]:
+    timings = completion.timings
+    return {
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": str(completion.finish_reason),
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": len(completion.token_ids),
+        "load_seconds": load_seconds,
+        "prefill_seconds": timings.prefill,
+        "first_token_seconds": timings.first_token,
+        "decode_seconds": timings.decode,
+        **dict(zip(("prefill_tokens_per_second", "decode_tokens_per_second"), speeds(completion), strict=True)),
+    }
+
+
+def speeds(completion: Completion) -> tuple[float | None, float | None]:
+    """Tokens per second of prefill and decode; None where there was nothing to time."""
+    timings = completion.timings
+    decoded = len(completion.token_ids) - 1  # the first token comes with the prefill
+    prefill = (completion.prompt_tokens - completion.cached_tokens) / timings.prefill if timings.prefill else None
+    return prefill, decoded / timings.decode if decoded > 0 and timings.decode else None
+
+
+def _show_speed(completion: Completion) -> None:
+    prefill, decode = speeds(completion)
+    parts = [f"{completion.prompt_tokens} prompt tokens" + (f" at {prefill:.0f}/s" if prefill else "")]
+    parts.append(f"{len(completion.token_ids)} new" + (f" at {decode:.1f}/s" if decode else ""))
+    click.echo(f"[{', '.join(parts)}, ended by {completion.finish_reason}]", err=True)

@@ -1,0 +1,65 @@
+"""Facts of a bundle for `inspect`: the manifest, and each file's state."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qwen_aot_errors import BundleError
+from runtime.manifest import MANIFEST_NAME, FileEntry, Manifest
+
+
+def facts(path: Path, *, with_hash: bool) -> dict[str, Any]:
+    """Everything the manifest says and how the files stand to it.
+
+    Raises:
+        BundleError: the manifest can't be read.
+    """
+    try:
+        text = (path / MANIFEST_NAME).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path / MANIFEST_NAME} can't be read: {error}") from error
+    manifest = Manifest.from_json(text)
+    values = asdict(manifest)
+    model = values.pop("model")
+    layers = [tensor for tensor in manifest.inputs if tensor.name.startswith("past_key_values.")]
+    return {
+        "kind": "bundle",
+        "path": str(path),
+        **{key: model[key] for key in ("name", "model_type", "num_parameters", "vocab_size", "num_hidden_layers")},
+        **{name: values[name] for name in ("target", "precision", "quantization", "engine", "max_context")},
+        **{name: values[name] for name in ("max_batch", "prefill_chunk", "cache_dtype", "format_version")},
+        "total_bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "cache_tensors": len(layers),
+        "source": model["source"],
+        "tool_versions": values["tool_versions"],
+        "io": [
+            {"direction": direction, **asdict(tensor)}
+            for direction, tensors in (("in", manifest.inputs), ("out", manifest.outputs))
+            for tensor in tensors
+        ],
+        "profiles": [asdict(profile) for profile in manifest.profiles],
+        "files": [
+            {
+                "name": name,
+                "bytes": entry.bytes,
+                "status": _status(path / name, entry, with_hash),
+                "sha256": entry.sha256,
+            }
+            for name, entry in manifest.files.items()
+        ],
+    }
+
+
+def _status(path: Path, entry: FileEntry, with_hash: bool) -> str:
+    if not path.is_file():
+        return "missing"
+    found = path.stat().st_size
+    if found != entry.bytes:
+        return f"size is {found}"
+    if not with_hash:
+        return "size ok"
+    with path.open("rb") as file:
+        return "ok" if hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256 else "damaged"

@@ -1,0 +1,210 @@
+"""`verify`: a bundle against Hugging Face transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtime.cli.command import EXIT_FAILED, VerbCommand, option
+from runtime.cli.console import print_json, progress_on_stderr, show_logs, stdout
+from runtime.cli.options import CONTEXT, bundle_argument, json_option, threads_option
+
+if TYPE_CHECKING:
+    from engines.progress import OnProgress
+    from engines.verify import Bounds, Verification
+    from exporter.checkpoint.base import Checkpoint
+    from runtime.generator import Generator
+
+RANDOM_TOKENS = 256  # where there is no tokenizer and so no text
+
+# Plain prose, code and figures: what a model is trained on and what quantization disturbs first.
+TEXT = """\
+The bridge was closed for the winter, so the mail came by boat twice a week. On the morning of the third of March
+the boat brought a letter from the county: the repairs would cost 48,500 and take until the end of June. Nobody in
+the village was surprised. "They said June last year as well," the baker remarked, and went back to her ovens.
+
+A queue gives back its elements in the order in which they were added; a stack gives back the newest first. Both can
+be built on a list. In Python:
+
+def drain(queue):
+    while queue:
+        item = queue.pop(0)
+        yield item
+
+Popping from the front moves every other element, so a long queue is better kept in a deque, whose both ends are cheap.
+
+Water boils at 100 degrees Celsius at sea level. The pressure falls with height, and with it the boiling point: on a
+mountain of 3,000 metres water boils at about 90 degrees, and rice takes longer to cook. What is the capital of France?
+The capital of France is Paris, which lies on the Seine. Seven times eight is fifty-six, and half of that is
+twenty-eight.
+"""
+
+_BOUND_HELP = {
+    "max_logit_difference": "Largest absolute difference of a logit.",
+    "mean_logit_difference": "Mean absolute difference of the logits.",
+    "kl_divergence": "Mean KL divergence in nats.",
+    "top1_agreement": "Least share of decisive positions with the same first token.",
+    "greedy_agreement": "Least share of greedy tokens before the first that differs.",
+    "perplexity_ratio": "Bundle's perplexity over the reference's.",
+}
+
+
+def _bound_options(command: Any) -> Any:
+    for name, help_ in reversed(_BOUND_HELP.items()):
+        flag = "--" + name.replace("_", "-")
+        decorate = option(flag, name, type=float, help=help_, group="Bounds (defaults: the precision's)")
+        command = decorate(command)
+    return command
+
+
+@click.command("verify", cls=VerbCommand, context_settings=CONTEXT)
+@bundle_argument
+@option("--reference", required=True, metavar="CHECKPOINT", help="What the bundle was built from.", group="Input")
+@option("--random-weights", is_flag=True, help="The reference is a variant's name, as in the build.", group="Input")
+@option("--seed", "weights_seed", default=0, help="Of the random weights.", group="Input")
+@option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="UTF-8 text to score.  [default: a built-in page]",
+    group="Input",
+)
+@option("--window", type=click.IntRange(4), default=256, help="Tokens scored in one piece.", group="Input")
+@option("--windows", type=click.IntRange(1), default=4, help="Most pieces of the text.", group="Input")
+@option("--greedy-tokens", type=click.IntRange(1), default=32, help="Generated after each prompt.", group="Input")
+@_bound_options
+@json_option
+@threads_option
+def command(
+    bundle: Path,
+    reference: str,
+    random_weights: bool,
+    weights_seed: int,
+    text: Path | None,
+    window: int,
+    windows: int,
+    greedy_tokens: int,
+    as_json: bool,
+    threads: int | None,
+    **bounds: float | None,
+) -> None:
+    """Compare a bundle with Hugging Face transformers in fp32.
+
+    \b
+    Examples:
+      qwen-aot verify ./bundle --reference ./Qwen1.5-0.5B-Chat
+      qwen-aot verify ./bundle --reference model.gguf --text page.txt --kl-divergence 0.1 --json
+
+    The first half of each piece of text is the prompt, the rest is fed token by token, and every step's logits are
+    compared. Exits with 1 if a bound fails, and says which.
+    """
+    show_logs()
+    from engines.verify import bounds_for
+    from runtime.cli.source import open_source
+    from runtime.generator import Generator
+
+    with Generator.open(bundle, threads=threads) as generator:
+        limits = bounds_for(generator.engine.manifest.precision, **bounds)
+        with (
+            open_source(reference, random_weights=random_weights, seed=weights_seed) as checkpoint,
+            progress_on_stderr() as show,
+        ):
+            result = compare(
+                generator,
+                checkpoint,
+                limits,
+                text=text.read_text(encoding="utf-8") if text is not None else TEXT,
+                window=window,
+                windows=windows,
+                greedy_tokens=greedy_tokens,
+                on_progress=show,
+            )
+    if as_json:
+        print_json({"bundle": str(bundle), "reference": reference, **result.to_json()})
+    else:
+        _show(result)
+    if not result.has_passed:
+        click.get_current_context().exit(EXIT_FAILED)
+
+
+def compare(
+    generator: Generator,
+    checkpoint: Checkpoint,
+    bounds: Bounds,
+    *,
+    text: str = TEXT,
+    window: int = 256,
+    windows: int = 4,
+    greedy_tokens: int = 32,
+    on_progress: OnProgress,
+) -> Verification:
+    """Scores an open bundle against the checkpoint it was built from."""
+    import numpy as np
+
+    from engines import verify
+    from engines.progress import ProgressEvent
+    from engines.reference import Reference
+
+    manifest = generator.engine.manifest
+    if generator.tokenizer is not None:
+        ids = generator.tokenizer.encode(text)
+    else:
+        ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, RANDOM_TOKENS).tolist()
+    length = min(window, manifest.max_context - greedy_tokens)
+    on_progress(ProgressEvent("load reference", 1, 2))
+    reference = Reference(checkpoint)
+    on_progress(ProgressEvent("load reference", 1, 2, 1, 1))
+    return verify.verify(
+        generator.engine,
+        reference,
+        verify.windows(ids, length, windows),
+        bounds,
+        greedy_tokens=greedy_tokens,
+        on_progress=lambda done, total: on_progress(ProgressEvent("compare", 2, 2, done, total, "positions")),
+    )
+
+
+def verifier_for(checkpoint: Checkpoint, precision: str) -> Callable[[Path], Mapping[str, Any]]:
+    """What `build --verify` runs on the new bundle before it is put in place."""
+
+    def verifier(folder: Path) -> Mapping[str, Any]:
+        from engines.progress import ignore_progress
+        from engines.verify import bounds_for, require_passed
+        from runtime.generator import Generator
+
+        with Generator.open(folder) as generator:
+            return require_passed(compare(generator, checkpoint, bounds_for(precision), on_progress=ignore_progress))
+
+    return verifier
+
+
+def _show(result: Verification) -> None:
+    from rich.table import Table
+
+    scores = result.scores
+    console = stdout()
+    table = Table(title=f"{scores.positions} positions, {scores.greedy_tokens} greedy tokens")
+    for heading in ("measure", "found", "bound", ""):
+        table.add_column(heading, justify="right" if heading in ("found", "bound") else "left")
+    checked = {check.name: check for check in result.checks}
+    rows = {
+        "max_logit_difference": scores.max_logit_difference,
+        "mean_logit_difference": scores.mean_logit_difference,
+        "kl_divergence": scores.kl_divergence,
+        "top1_agreement (all)": scores.top1_agreement,
+        f"top1_agreement ({scores.decisive_positions} decisive)": scores.decisive_top1_agreement,
+        "greedy_agreement": scores.greedy_agreement,
+        "perplexity": scores.perplexity,
+        "perplexity of the reference": scores.reference_perplexity,
+        "perplexity_ratio": scores.perplexity_ratio,
+    }
+    for name, found in rows.items():
+        check = checked.get(name.partition(" ")[0]) if "(all)" not in name else None
+        bound = f"{'<=' if check.is_upper else '>='} {check.bound:g}" if check else ""
+        verdict = "" if check is None else "[green]ok[/]" if check.has_passed else "[bold red]failed[/]"
+        table.add_row(name, "-" if found is None else f"{found:.6g}", bound, verdict)
+    console.print(table)
+    failed = [check.name for check in result.checks if not check.has_passed]
+    console.print(f"[bold red]failed: {', '.join(failed)}[/]" if failed else "[bold green]all bounds hold[/]")
