@@ -45,9 +45,7 @@ def test_agrees_with_the_gguf_package(tmp_path: Path) -> None:
     )
     header = header_of(path)
     reference = gguf.GGUFReader(path)
-    expected = {
-        key: field.contents() for key, field in reference.fields.items() if not key.startswith("GGUF.")
-    }
+    expected = {key: field.contents() for key, field in reference.fields.items() if not key.startswith("GGUF.")}
     assert header.metadata == expected
     assert {name: (t.offset, t.shape, t.type) for name, t in header.tensors.items()} == {
         t.name: (t.data_offset, tuple(reversed(t.shape.tolist())), t.tensor_type) for t in reference.tensors
@@ -195,9 +193,7 @@ def header_of_bytes(content: bytes, tmp_path_factory: pytest.TempPathFactory) ->
 
 @settings(deadline=None, max_examples=60)
 @given(share=st.floats(0, 1, exclude_max=True))
-def test_any_truncation_is_refused(
-    share: float, sound: bytes, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_any_truncation_is_refused(share: float, sound: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("cut") / "m.gguf"
     path.write_bytes(sound[: int(share * (len(sound) - 40))])  # the writer pads at the end
     with pytest.raises(CheckpointError):
