@@ -11,8 +11,8 @@ from runtime.manifest import IoTensor
 
 __all__ = ["CAPACITY_STEP", "STORAGE_DTYPES", "KvCache"]
 
-# Tokens. Growing copies the cache once for every 256 decoded tokens, and each of those steps reads all of it:
-# the copies are at most 1 % of the traffic at any length, so a geometric (wasteful) growth buys nothing.
+# Tokens. The capacity is a multiple of this and grows by at least a quarter, so that over a generation each
+# new token costs the copy of five at most, and at most a fifth of the cache lies unused.
 CAPACITY_STEP = 256
 
 # bfloat16 has no numpy type; its bits are kept in uint16.
@@ -67,7 +67,7 @@ class KvCache:
             return False
         if any(isinstance(tensor.shape[2], int) for tensor in self._tensors):
             raise AssertionError(f"{tokens} tokens asked of a cache fixed at {self.capacity}")
-        self.capacity = min(_round_up(tokens), self._limit)
+        self.capacity = min(_round_up(max(tokens, self.capacity * 5 // 4)), self._limit)
         used = int(self.lengths.max())
         for index, tensor in enumerate(self._tensors):
             grown = self._allocate(tensor)
