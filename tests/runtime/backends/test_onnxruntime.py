@@ -184,6 +184,20 @@ def test_unknown_ids_and_empty_prompts_are_refused(engine: OnnxRuntimeEngine) ->
     assert engine.cache_length.tolist() == [0, 0, 0, 0]
 
 
+def test_rows_that_do_not_exist_are_refused(engine: OnnxRuntimeEngine) -> None:
+    with pytest.raises(GenerationError, match="rows 3 to 4 were asked for; accepted: 0 to 3"):
+        engine.decode(3, ids(1, 2))
+    with pytest.raises(GenerationError, match="rows -1 to -1"):
+        engine.prefill(-1, ids(1))
+    with pytest.raises(GenerationError, match="rows 4 to 4"):
+        engine.truncate(4, 0)
+
+
+def test_threads_are_at_least_one() -> None:
+    with pytest.raises(GenerationError, match="threads is 0; accepted: at least 1, or None"):
+        OrtOptions(threads=0)
+
+
 def test_a_closed_engine_says_so(checksum_bundle: Path) -> None:
     engine = open_engine(load_bundle(checksum_bundle), threads=1)
     engine.close()
