@@ -28,6 +28,10 @@ class Engine(Protocol):
     def cache_length(self) -> NDArray[np.int64]:
         """[max_batch] valid tokens in each row's cache (a copy)."""
 
+    @property
+    def run_seconds(self) -> float:
+        """Time spent so far inside the engine's library; the rest of a caller's time is our own code."""
+
     def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends tokens [n], n >= 1, to a row, in chunks; returns the logits [V] of the last one.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class Step:
 
     Attributes:
         new_tokens: int64 [max_rows], to be filled before `run`: valid tokens of each row in this step.
+        run_seconds: spent inside ONNX Runtime so far.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Step:
         self._rows_key: tuple[int, int, int] | None = None  # first row, rows, capacity
         self._shape: tuple[int, int] | None = None  # rows, tokens
         self._window = 0
+        self.run_seconds = 0.0
         self._run = session.run_with_iobinding
 
     def run(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -91,7 +94,9 @@ class Step:
         self._input_view[...] = token_ids
         if "position_ids" in self._names:
             np.add(lengths[:, None], self._steps[:tokens], out=self._position_view)
+        started = time.perf_counter()
         self._run(self._binding)
+        self.run_seconds += time.perf_counter() - started
         return self._logits[:rows]
 
     def _bind_rows(self, first_row: int, rows: int) -> None:

@@ -88,14 +88,19 @@ class OnnxRuntimeEngine:
         return self._cache.lengths.copy()
 
     @property
+    def run_seconds(self) -> float:
+        """Time spent so far inside ONNX Runtime."""
+        return sum(step.run_seconds for step in (self._prefill, self._decode) if step)
+
+    @property
     def session(self) -> Any:
         """The onnxruntime.InferenceSession, to inspect; None once closed."""
         return self._session
 
     @property
-    def cache_bytes(self) -> int:
-        """Bytes of the KV cache at its present capacity."""
-        return self._cache.nbytes
+    def cache(self) -> KvCache:
+        """The KV cache, to inspect."""
+        return self._cache
 
     def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends tokens [n], n >= 1, to a row, in chunks; returns the logits [V] of the last one.
