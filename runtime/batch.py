@@ -63,9 +63,7 @@ class Batch:
             ids = [int(token_id) for token_id in request.prompt]
         if not ids:
             if manifest.model.bos_token_id is None:
-                raise GenerationError(
-                    "the prompt is empty and the model has no BOS token: give at least one token"
-                )
+                raise GenerationError("the prompt is empty and the model has no BOS token: give at least one token")
             ids = [manifest.model.bos_token_id]
         self._check_ids(ids)
         if len(ids) > manifest.max_context:
@@ -205,9 +203,7 @@ class Batch:
         vocab_size = self._engine.manifest.model.vocab_size
         outside = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
         if outside:
-            raise GenerationError(
-                f"the prompt has the token id {outside[0]}; accepted: 0 to {vocab_size - 1}"
-            )
+            raise GenerationError(f"the prompt has the token id {outside[0]}; accepted: 0 to {vocab_size - 1}")
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

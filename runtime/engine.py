@@ -30,7 +30,7 @@ class Engine(Protocol):
 
     @property
     def run_seconds(self) -> float:
-        """Time spent so far inside the engine's library; the rest of a caller's time is our own code."""
+        """Spent in the engine library's own run call so far: the rest of a step is our code."""
 
     def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends tokens [n], n >= 1, to a row, in chunks; returns the logits [V] of the last one.
@@ -78,9 +78,7 @@ def check_room(row: int, held: int, new: int, max_context: int) -> None:
         )
 
 
-def check_finite(
-    logits: NDArray[np.float32], first_row: int, is_idle: NDArray[np.bool_] | None = None
-) -> None:
+def check_finite(logits: NDArray[np.float32], first_row: int, is_idle: NDArray[np.bool_] | None = None) -> None:
     """Refuses logits [B, V] with NaN or Inf in a row that isn't idle.
 
     Raises:

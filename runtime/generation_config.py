@@ -102,9 +102,7 @@ class GenerationConfig:
         )
         _check("top_k", self.top_k, "0 (off) or more", self.top_k >= 0)
         _check("top_p", self.top_p, "above 0, up to 1 (off)", 0 < self.top_p <= 1)
-        _check(
-            "repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < math.inf
-        )
+        _check("repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < math.inf)
         _check("seed", self.seed, "0 or more", self.seed is None or self.seed >= 0)
         _check("stop", self.stop, "texts that aren't empty", all(self.stop))
         _check(
@@ -123,9 +121,7 @@ class GenerationConfig:
     @property
     def ending_ids(self) -> frozenset[int]:
         """Ids that end this request."""
-        return frozenset(self.stop_token_ids) | (
-            frozenset() if self.ignore_eos else frozenset(self.eos_token_ids)
-        )
+        return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else frozenset(self.eos_token_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +151,7 @@ class GenerationDefaults:
         return cls.from_document(document, model_eos)
 
     @classmethod
-    def from_document(
-        cls, document: Mapping[str, Any], model_eos: tuple[int, ...] = ()
-    ) -> GenerationDefaults:
+    def from_document(cls, document: Mapping[str, Any], model_eos: tuple[int, ...] = ()) -> GenerationDefaults:
         """The same from a parsed generation_config.json; absent keys mean what they do in transformers.
 
         Raises:
@@ -242,7 +236,5 @@ def _read(document: Mapping[str, Any], key: str, types: tuple[type, ...], defaul
         return default
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         names = " or ".join(t.__name__ for t in types)
-        raise BundleError(
-            f"{GENERATION_CONFIG_NAME}: {key} is {value!r}; accepted: {names}; rebuild the bundle"
-        )
+        raise BundleError(f"{GENERATION_CONFIG_NAME}: {key} is {value!r}; accepted: {names}; rebuild the bundle")
     return value

@@ -126,6 +126,4 @@ def _parse_tokenizer(text: str) -> RustTokenizer:
     try:
         return RustTokenizer.from_str(text)
     except Exception as error:  # the library raises Exception itself for whatever is wrong with the text
-        raise BundleError(
-            f"{TOKENIZER_NAME} can't be parsed ({str(error).strip()}); rebuild the bundle"
-        ) from error
+        raise BundleError(f"{TOKENIZER_NAME} can't be parsed ({str(error).strip()}); rebuild the bundle") from error

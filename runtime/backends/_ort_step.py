@@ -35,12 +35,10 @@ class Step:
 
     Attributes:
         new_tokens: int64 [max_rows], to be filled before `run`: valid tokens of each row in this step.
-        run_seconds: spent inside ONNX Runtime so far.
+        run_seconds: spent in ONNX Runtime's run call so far.
     """
 
-    def __init__(
-        self, session: Any, manifest: Manifest, cache: KvCache, *, max_rows: int, max_tokens: int
-    ) -> None:
+    def __init__(self, session: Any, manifest: Manifest, cache: KvCache, *, max_rows: int, max_tokens: int) -> None:
         """Makes the binding and its input and output memory.
 
         Args:
@@ -68,8 +66,8 @@ class Step:
         self._rows_key: tuple[int, int, int] | None = None  # first row, rows, capacity
         self._shape: tuple[int, int] | None = None  # rows, tokens
         self._window = 0
-        self.run_seconds = 0.0
         self._run = session.run_with_iobinding
+        self.run_seconds = 0.0
 
     def run(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """One step on rows `first_row` on; the cache's lengths are read, not changed.

@@ -55,9 +55,7 @@ def test_text_from_a_bundle(path: Path) -> None:
 
 def test_an_engine_of_an_unknown_kind(path: Path) -> None:
     bundle = load_bundle(path)
-    manifest = make_manifest(
-        files={"engine.xyz": FileEntry(0, "0" * 64), "model.onnx": FileEntry(0, "0" * 64)}
-    )
+    manifest = make_manifest(files={"engine.xyz": FileEntry(0, "0" * 64), "model.onnx": FileEntry(0, "0" * 64)})
     fields = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
     other = Bundle(bundle.path, type(manifest)(**fields | {"engine": "engine.xyz"}))
     with pytest.raises(EngineMismatchError, match=r"engine is 'engine\.xyz' for target 'cpu'"):

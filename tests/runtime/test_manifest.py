@@ -34,9 +34,7 @@ tensors = st.builds(
     st.sampled_from(DTYPES),
     st.lists(st.one_of(st.integers(1, 4096), st.sampled_from("BSCW")), max_size=4).map(tuple),
 )
-profiles = st.tuples(names, st.integers(1, 99), st.integers(0, 99)).map(
-    lambda t: Profile(t[0], t[1], t[1] + t[2])
-)
+profiles = st.tuples(names, st.integers(1, 99), st.integers(0, 99)).map(lambda t: Profile(t[0], t[1], t[1] + t[2]))
 models = st.builds(
     ModelFacts,
     name=st.text(),
@@ -98,9 +96,7 @@ def test_json_round_trip(
     )
     again = Manifest.from_json(manifest.to_json())
     assert again == manifest
-    assert {k: type(v) for k, v in again.quantization.items()} == {
-        k: type(v) for k, v in quantization.items()
-    }
+    assert {k: type(v) for k, v in again.quantization.items()} == {k: type(v) for k, v in quantization.items()}
     assert again.to_json() == manifest.to_json()
 
 

@@ -139,9 +139,7 @@ def test_a_seed_repeats_its_choices() -> None:
 
 
 def test_greedy_is_the_argmax_and_reads_no_random_number() -> None:
-    assert choices(GenerationConfig(), []) == [
-        int(whole_vocabulary(s, 2.0)[:500].argmax()) for s in range(20)
-    ]
+    assert choices(GenerationConfig(), []) == [int(whole_vocabulary(s, 2.0)[:500].argmax()) for s in range(20)]
 
 
 def test_the_penalty_counts_prompt_and_output() -> None:
