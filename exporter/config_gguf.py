@@ -41,9 +41,7 @@ def stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     Early conversions of chat models name only the base model's end of text.
     """
     ids = dict.fromkeys(
-        int(metadata[key])
-        for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-        if key in metadata
+        int(metadata[key]) for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in metadata
     )
     if "<|im_end|>" in str(metadata.get("tokenizer.chat_template", "")):
         tokens = metadata.get("tokenizer.ggml.tokens", [])
@@ -56,9 +54,7 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
     """Plain metadata and tensor shapes -> ModelConfig (see `ModelConfig.from_gguf`)."""
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise CheckpointError(
-            f"general.architecture is {architecture!r}; accepted: {', '.join(ARCHITECTURES)}"
-        )
+        raise CheckpointError(f"general.architecture is {architecture!r}; accepted: {', '.join(ARCHITECTURES)}")
     facts = {
         key.removeprefix(f"{architecture}."): value
         for key, value in metadata.items()
@@ -71,9 +67,7 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
     context = _count(architecture, facts, "context_length")
     rope_theta = float(facts.get("rope.freq_base", 10000.0))
     if "token_embd.weight" not in tensor_shapes:
-        raise CheckpointError(
-            "the GGUF file has no token_embd.weight; accepted: a whole model, not an adapter"
-        )
+        raise CheckpointError("the GGUF file has no token_embd.weight; accepted: a whole model, not an adapter")
     return ModelConfig(
         model_type="qwen2_moe" if architecture == "qwen2moe" else "qwen2",
         vocab_size=tensor_shapes["token_embd.weight"][0],
@@ -104,9 +98,7 @@ def _refuse_unsupported(
     for key, accepted in _ACCEPTED.items():
         if key in facts and facts[key] not in accepted:
             values = ", ".join(str(value) for value in accepted) or "absent"
-            raise CheckpointError(
-                f"{architecture}.{key} is {facts[key]!r}; not supported; accepted: {values}"
-            )
+            raise CheckpointError(f"{architecture}.{key} is {facts[key]!r}; not supported; accepted: {values}")
     if architecture == "llama" and facts.get("expert_count", 0):
         raise CheckpointError(f"llama.expert_count is {facts['expert_count']}; not supported; accepted: 0")
     if "rope_freqs.weight" in tensor_shapes:

@@ -17,9 +17,10 @@ from exporter.config import ModelConfig
 from exporter.ops import DOMAIN, VERSION, Op
 
 Cache = tuple[Tensor, Tensor]
+Attributes = dict[str, int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]]
 
 
-def _call(op: Op, inputs: list[Tensor], attributes: dict[str, int | float] | None, shape: Sequence[int]) -> Tensor:
+def _call(op: Op, inputs: list[Tensor], attributes: Attributes | None, shape: Sequence[int]) -> Tensor:
     """One of our ops with one output of the first input's dtype."""
     result: Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{op}", inputs, attributes, dtype=inputs[0].dtype, shape=shape, version=VERSION
@@ -92,7 +93,7 @@ class SparseMLP(nn.Module):
         moe = config.moe
         assert moe is not None
         experts, m, f = moe.num_experts, config.hidden_size, moe.moe_intermediate_size
-        self.attributes: dict[str, int | float] = {
+        self.attributes: Attributes = {
             "num_experts_per_tok": moe.num_experts_per_tok,
             "norm_topk_prob": int(moe.norm_topk_prob),
         }
@@ -115,7 +116,8 @@ class SparseMLP(nn.Module):
         )
         if not self.has_shared_expert:
             return routed
-        return routed + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        shared: Tensor = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return routed + shared
 
 
 class Attention(nn.Module):
@@ -126,7 +128,7 @@ class Attention(nn.Module):
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.qkv_proj = Linear(config.hidden_size, (heads + 2 * kv_heads) * head_dim, dtype, bias=config.attention_bias)
         self.o_proj = Linear(heads * head_dim, config.hidden_size, dtype)
-        self.attributes: dict[str, int | float] = {
+        self.attributes: Attributes = {
             "num_heads": heads,
             "num_kv_heads": kv_heads,
             "head_dim": head_dim,
@@ -135,7 +137,7 @@ class Attention(nn.Module):
         self.width = heads * head_dim
 
     def forward(self, x: Tensor, past: Cache, step: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, M] -> attention before its output projection [B, S, H*D], present key and value."""
+        """Maps x [B, S, M] to attention before its output projection [B, S, H*D], present key and value."""
         qkv = self.qkv_proj(x)
         attention, key, value = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{Op.CACHED_ATTENTION}",

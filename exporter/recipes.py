@@ -47,7 +47,7 @@ def _ends(config: ModelConfig, dtype: ir.DataType, positions: int) -> Iterator[R
 
 
 def _rotary_table(config: ModelConfig, positions: int, function: np.ufunc) -> Transform:
-    """cos or sin of position x frequency [positions, D/2]; angles are rounded to float32 as transformers does."""
+    """Cosine or sine of position x frequency [positions, D/2]; angles are rounded to float32 as transformers does."""
 
     def transform(_: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
         frequencies, attention_scaling = inverse_frequencies(config)

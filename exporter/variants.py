@@ -66,9 +66,7 @@ VARIANTS: Mapping[str, ModelConfig] = {
     "qwen1.5-32b": _variant(5120, 27392, 64, 40, 8, 152064),
     "qwen1.5-72b": _variant(8192, 24576, 80, 64, 64, 152064),
     "qwen1.5-110b": _variant(8192, 49152, 80, 64, 8, 152064),
-    "qwen1.5-moe-a2.7b": _variant(
-        2048, 5632, 24, 16, 16, 151936, max_position_embeddings=8192, moe=_MOE_A2_7B
-    ),
+    "qwen1.5-moe-a2.7b": _variant(2048, 5632, 24, 16, 16, 151936, max_position_embeddings=8192, moe=_MOE_A2_7B),
 }
 
 
@@ -86,7 +84,5 @@ def variant_config(name: str) -> ModelConfig:
     """
     key = canonical_name(name)
     if key is None:
-        raise CheckpointError(
-            f"{name!r} is not a Qwen1.5 variant; accepted: {', '.join(VARIANTS)} (also with -chat)"
-        )
+        raise CheckpointError(f"{name!r} is not a Qwen1.5 variant; accepted: {', '.join(VARIANTS)} (also with -chat)")
     return VARIANTS[key]

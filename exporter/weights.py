@@ -328,7 +328,7 @@ class _DataFile:
         view.flush()
 
     def _pwrite(self, array: NDArray[Any], position: int, output: Output) -> None:
-        buffer = memoryview(array.reshape(-1).view(np.uint8))
+        buffer = memoryview(array.reshape(-1).view(np.uint8).data)
         offset, length = self._layout[output.name]
         if position + len(buffer) > offset + length:
             raise ExportError(f"recipe of {output.name} made more bytes than its shape {list(output.shape)} holds")

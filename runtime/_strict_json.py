@@ -41,9 +41,7 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
     try:
         document = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise BundleError(
-            f"{where} is not JSON ({error}): it is damaged or was not written to its end"
-        ) from error
+        raise BundleError(f"{where} is not JSON ({error}): it is damaged or was not written to its end") from error
     if not isinstance(document, dict):
         raise BundleError(f"{where} holds a {type(document).__name__}; accepted: a JSON object")
     return document

@@ -63,9 +63,7 @@ class Batch:
             ids = [int(token_id) for token_id in request.prompt]
         if not ids:
             if manifest.model.bos_token_id is None:
-                raise GenerationError(
-                    "the prompt is empty and the model has no BOS token: give at least one token"
-                )
+                raise GenerationError("the prompt is empty and the model has no BOS token: give at least one token")
             ids = [manifest.model.bos_token_id]
         self._check_ids(ids)
         if len(ids) > manifest.max_context:
@@ -157,12 +155,20 @@ class Batch:
         return events
 
     def _choose_row(self, sequence: ActiveSequence) -> tuple[int, int]:
-        """A free row, and how many of its tokens the request can use; at least one is left to prefill."""
+        """A free row, and how many of its tokens the request can use; at least one is left to prefill.
+
+        A request that keeps its cache takes the row it shares most with, but an empty one where that would
+        cost another conversation more than it saves: two of them may share a system prompt and nothing else.
+        """
         free = [row for row, occupant in enumerate(self._rows) if occupant is None]
         if not sequence.request.keep_cache:
             return min(free, key=lambda row: (len(self._held[row]) > 0, row)), 0
         shared = {row: _common_prefix(self._held[row], sequence.prompt_ids) for row in free}
-        best = max(free, key=lambda row: (shared[row], not self._held[row], -row))
+        best = max(free, key=lambda row: (shared[row], -row))
+        lost = len(self._held[best]) - shared[best]
+        empty = [row for row in free if not self._held[row]]
+        if empty and 2 * lost > shared[best]:
+            best = empty[0]
         return best, min(shared[best], len(sequence.prompt_ids) - 1)
 
     def _retire_cancelled(self) -> list[Event]:
@@ -197,9 +203,7 @@ class Batch:
         vocab_size = self._engine.manifest.model.vocab_size
         outside = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
         if outside:
-            raise GenerationError(
-                f"the prompt has the token id {outside[0]}; accepted: 0 to {vocab_size - 1}"
-            )
+            raise GenerationError(f"the prompt has the token id {outside[0]}; accepted: 0 to {vocab_size - 1}")
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

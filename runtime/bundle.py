@@ -35,9 +35,7 @@ class Bundle:
             BundleError: the manifest doesn't list it, or it can't be read.
         """
         if not self.has(name):
-            raise BundleError(
-                f"the bundle {self.path} has no {name} (it has: {', '.join(self.manifest.files)})"
-            )
+            raise BundleError(f"the bundle {self.path} has no {name} (it has: {', '.join(self.manifest.files)})")
         return _read_text(self.path / name)
 
 
@@ -68,25 +66,20 @@ def _check_file(folder: Path, name: str, entry: FileEntry, skip_hash_above: int 
             f"file into it, or rebuild"
         )
     if not path.is_file():
-        raise BundleError(
-            f"{path} is missing, though {MANIFEST_NAME} lists it: copy the whole folder, or rebuild"
-        )
+        raise BundleError(f"{path} is missing, though {MANIFEST_NAME} lists it: copy the whole folder, or rebuild")
     try:
         size = path.stat().st_size
         if size != entry.bytes:
             kind = "truncated" if size < entry.bytes else "too long"
             raise BundleError(
-                f"{path} is {kind}: {size} bytes, {MANIFEST_NAME} says {entry.bytes}; copy it again, or "
-                f"rebuild"
+                f"{path} is {kind}: {size} bytes, {MANIFEST_NAME} says {entry.bytes}; copy it again, or rebuild"
             )
         if skip_hash_above is not None and size > skip_hash_above:
             return
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise BundleError(
-            f"{path} can't be read ({error.strerror}): check its permissions and the disk"
-        ) from error
+        raise BundleError(f"{path} can't be read ({error.strerror}): check its permissions and the disk") from error
     if found != entry.sha256:
         raise BundleError(
             f"{path} is damaged or was changed: its SHA-256 is {found}, {MANIFEST_NAME} says {entry.sha256}; "
@@ -98,13 +91,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BundleError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): it is damaged"
-        ) from error
+        raise BundleError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): it is damaged") from error
     except OSError as error:
-        raise BundleError(
-            f"{path} can't be read ({error.strerror}): check its permissions and the disk"
-        ) from error
+        raise BundleError(f"{path} can't be read ({error.strerror}): check its permissions and the disk") from error
 
 
 def _not_a_bundle(path: Path) -> str:

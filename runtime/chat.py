@@ -22,6 +22,9 @@ __all__ = ["Chat", "ChatTemplate"]
 
 Message = Mapping[str, str]  # role, content
 
+# A template is foreign code: besides Jinja's own errors, its expressions raise these.
+_TEMPLATE_FAILURES = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
+
 
 class ChatTemplate:
     """A Jinja chat template with the helpers that transformers gives it.
@@ -39,9 +42,7 @@ class ChatTemplate:
         Raises:
             BundleError: it isn't a template.
         """
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
@@ -87,8 +88,8 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except jinja2.TemplateError as error:
-            raise GenerationError(f"the chat template refuses these messages: {error.message}") from error
+        except _TEMPLATE_FAILURES as error:
+            raise GenerationError(f"the chat template refuses these messages: {error}") from error
 
 
 class Chat:
@@ -119,6 +120,11 @@ class Chat:
         self._system = system
         self._messages: list[Message] = []
         self.reset()
+
+    @property
+    def generator(self) -> Generator:
+        """What answers."""
+        return self._generator
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -184,6 +190,4 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own `tojson` escapes HTML, which a prompt must not have."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypeVar
 
 from qwen_aot_errors import BundleError, GenerationError
+from runtime._strict_json import parse_object
 from runtime.bundle import Bundle
 
 __all__ = ["UNSET", "GenerationConfig", "GenerationDefaults", "Unset"]
@@ -40,6 +40,9 @@ _UNSUPPORTED: Mapping[str, object] = {
 }
 
 
+TRANSFORMERS_TOP_K = 50  # what transformers takes where it samples and nobody gives a top_k
+
+
 class Unset(enum.Enum):
     """The type of `UNSET`, which tells "not given" from None."""
 
@@ -58,7 +61,7 @@ class GenerationConfig:
 
     Attributes:
         max_new_tokens: None: until the context is full.
-        temperature: 0 is greedy; top_k and top_p then change nothing.
+        temperature: divides the logits; 0 is greedy, and top_k and top_p then change nothing.
         top_k: the number of likeliest tokens to draw from; 0: all.
         top_p: the probability that the tokens to draw from must reach together; 1: all.
         repetition_penalty: divides the positive logits of tokens seen in prompt or output, and multiplies the
@@ -91,12 +94,15 @@ class GenerationConfig:
             "at least 1",
             self.max_new_tokens is None or self.max_new_tokens >= 1,
         )
-        _check("temperature", self.temperature, "0 (greedy) or more", 0 <= self.temperature < math.inf)
+        _check(
+            "temperature",
+            self.temperature,
+            "0 (greedy) or 0.001 to 1000",
+            self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
+        )
         _check("top_k", self.top_k, "0 (off) or more", self.top_k >= 0)
         _check("top_p", self.top_p, "above 0, up to 1 (off)", 0 < self.top_p <= 1)
-        _check(
-            "repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < math.inf
-        )
+        _check("repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < math.inf)
         _check("seed", self.seed, "0 or more", self.seed is None or self.seed >= 0)
         _check("stop", self.stop, "texts that aren't empty", all(self.stop))
         _check(
@@ -115,9 +121,7 @@ class GenerationConfig:
     @property
     def ending_ids(self) -> frozenset[int]:
         """Ids that end this request."""
-        return frozenset(self.stop_token_ids) | (
-            frozenset() if self.ignore_eos else frozenset(self.eos_token_ids)
-        )
+        return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else frozenset(self.eos_token_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +131,7 @@ class GenerationDefaults:
     do_sample: bool = False
     max_new_tokens: int | None = None
     temperature: float = 1.0
-    top_k: int = 0
+    top_k: int = TRANSFORMERS_TOP_K
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     eos_token_ids: tuple[int, ...] = ()
@@ -142,18 +146,12 @@ class GenerationDefaults:
         model_eos = bundle.manifest.model.eos_token_ids
         if not bundle.has(GENERATION_CONFIG_NAME):
             return cls(eos_token_ids=model_eos)
-        try:
-            document = json.loads(bundle.read_text(GENERATION_CONFIG_NAME))
-        except json.JSONDecodeError as error:
-            raise BundleError(
-                f"{GENERATION_CONFIG_NAME} is not JSON ({error}); rebuild the bundle"
-            ) from error
+        text = bundle.read_text(GENERATION_CONFIG_NAME)
+        document = parse_object(text, GENERATION_CONFIG_NAME)
         return cls.from_document(document, model_eos)
 
     @classmethod
-    def from_document(
-        cls, document: Mapping[str, Any], model_eos: tuple[int, ...] = ()
-    ) -> GenerationDefaults:
+    def from_document(cls, document: Mapping[str, Any], model_eos: tuple[int, ...] = ()) -> GenerationDefaults:
         """The same from a parsed generation_config.json; absent keys mean what they do in transformers.
 
         Raises:
@@ -167,11 +165,16 @@ class GenerationDefaults:
                 ", ".join(unsupported),
             )
         eos = _read(document, "eos_token_id", (int, list), None)
+        if isinstance(eos, list) and not all(type(token_id) is int for token_id in eos):
+            raise BundleError(
+                f"{GENERATION_CONFIG_NAME}: eos_token_id is {eos!r}; accepted: an id or a list of ids; "
+                f"rebuild the bundle"
+            )
         return cls(
             do_sample=_read(document, "do_sample", (bool,), False),
             max_new_tokens=_read(document, "max_new_tokens", (int,), None),
             temperature=_read(document, "temperature", (int, float), 1.0),
-            top_k=_read(document, "top_k", (int,), 50),  # transformers' own default where it samples
+            top_k=_read(document, "top_k", (int,), TRANSFORMERS_TOP_K),
             top_p=_read(document, "top_p", (int, float), 1.0),
             repetition_penalty=_read(document, "repetition_penalty", (int, float), 1.0),
             eos_token_ids=model_eos if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
@@ -233,7 +236,5 @@ def _read(document: Mapping[str, Any], key: str, types: tuple[type, ...], defaul
         return default
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         names = " or ".join(t.__name__ for t in types)
-        raise BundleError(
-            f"{GENERATION_CONFIG_NAME}: {key} is {value!r}; accepted: {names}; rebuild the bundle"
-        )
+        raise BundleError(f"{GENERATION_CONFIG_NAME}: {key} is {value!r}; accepted: {names}; rebuild the bundle")
     return value

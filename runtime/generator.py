@@ -44,9 +44,7 @@ class Generator:
         self._is_busy = False
 
     @classmethod
-    def open(
-        cls, path: str | Path, *, threads: int | None = None, skip_hash_above: int | None = None
-    ) -> Generator:
+    def open(cls, path: str | Path, *, threads: int | None = None, skip_hash_above: int | None = None) -> Generator:
         """Opens a bundle.
 
         Args:
@@ -99,9 +97,7 @@ class Generator:
             GenerationError: a prompt can't be taken (nothing has run), or a step failed.
         """
         if isinstance(prompts, str):
-            raise GenerationError(
-                f"prompts is the text {prompts!r}; accepted: a list of prompts, such as [text]"
-            )
+            raise GenerationError(f"prompts is the text {prompts!r}; accepted: a list of prompts, such as [text]")
         config = config or self._defaults.resolve()
         requests = [Request(prompt, config, cancel) for prompt in prompts]
         completions = [event for event in self.stream(requests) if isinstance(event, Completion)]

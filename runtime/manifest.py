@@ -44,9 +44,7 @@ class IoTensor:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise BundleError(
-                f"I/O tensor {self.name!r} has dtype {self.dtype!r}; accepted: {', '.join(DTYPES)}"
-            )
+            raise BundleError(f"I/O tensor {self.name!r} has dtype {self.dtype!r}; accepted: {', '.join(DTYPES)}")
         for dim in self.shape:
             if dim not in DIMENSIONS and not (isinstance(dim, int) and dim > 0):
                 raise BundleError(
@@ -195,9 +193,7 @@ def _check_file_name(name: str) -> None:
         and path.as_posix() == name  # no "./x", "a//b", "a/"
         and not path.is_absolute()
         and ".." not in path.parts
-        and not re.search(
-            r'[\\:\x00-\x1f<>"|?*]', name
-        )  # drive letters, other separators, control characters
+        and not re.search(r'[\\:\x00-\x1f<>"|?*]', name)  # drive letters, other separators, control characters
     )
     if not is_safe:
         raise BundleError(

@@ -6,6 +6,7 @@ few candidates before anything is sorted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -25,7 +26,8 @@ __all__ = [
     "top_p",
 ]
 
-_BLOCK = 64  # logits whose maximum stands for them in top_k's first cut
+_BLOCKS = 2048  # in top_k's first cut, each of V / 2048 logits
+_DRAW_BLOCK = 512  # weights that are summed before any is looked at alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,20 @@ class Candidates:
     """What is left of a vocabulary.
 
     Attributes:
-        ids: int64 [n], ascending.
+        ids: int64 [n], ascending; None: all, 0 ... n - 1.
         logits: float32 [n], those of the ids.
     """
 
-    ids: NDArray[np.int64]
+    ids: NDArray[np.int64] | None
     logits: NDArray[np.float32]
+
+    def id_at(self, index: int) -> int:
+        """The token id of one of them."""
+        return index if self.ids is None else int(self.ids[index])
+
+    def take(self, indices: NDArray[np.int64]) -> Candidates:
+        """Some of them, at ascending indices."""
+        return Candidates(indices if self.ids is None else self.ids[indices], self.logits[indices])
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +81,18 @@ def apply_repetition_penalty(
 def top_k(logits: NDArray[np.float32], k: int) -> Candidates:
     """The k largest logits of [V], and those equal to the smallest of them. k = 0 keeps all.
 
-    The k-th largest block maximum is at most the k-th largest logit, so one pass over the vocabulary leaves a
-    few hundred candidates for the exact cut.
+    Of a large vocabulary split into blocks, the k-th largest block maximum is at most the k-th largest logit:
+    one pass leaves a few hundred candidates for the exact cut.
     """
-    count = len(logits)
-    if k == 0 or k >= count:
-        return Candidates(np.arange(count), logits)
-    blocks = count // _BLOCK
-    ids: NDArray[np.int64] | None = None
-    if blocks > 2 * k:
-        maxima = logits[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(axis=1)
-        ids = np.flatnonzero(logits >= np.partition(maxima, blocks - k)[blocks - k])
-    few = logits if ids is None else logits[ids]
-    kept = np.flatnonzero(few >= np.partition(few, len(few) - k)[len(few) - k])
-    return Candidates(kept if ids is None else ids[kept], few[kept])
+    if k == 0 or k >= len(logits):
+        return Candidates(None, logits)
+    few = Candidates(None, logits)
+    height = len(logits) // _BLOCKS
+    if height > 1 and k <= _BLOCKS // 4:
+        # Block j holds j, j + 2048, ...: down the columns numpy compares whole registers.
+        maxima = logits[: height * _BLOCKS].reshape(height, _BLOCKS).max(axis=0)
+        few = few.take(np.flatnonzero(logits >= _kth_largest(maxima, k)))
+    return few.take(np.flatnonzero(few.logits >= _kth_largest(few.logits, k)))
 
 
 def top_p(candidates: Candidates, p: float) -> Candidates:
@@ -92,43 +100,58 @@ def top_p(candidates: Candidates, p: float) -> Candidates:
 
     Only candidates above a threshold are sorted: it is lowered until they hold p of the probability.
 
-    Source: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2019), https://arxiv.org/abs/1904.09751.
+    Source: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2019),
+    https://arxiv.org/abs/1904.09751.
     """
     if p >= 1:
         return candidates
-    logits = candidates.logits
-    weights = np.exp(logits - logits.max())
+    weights = _weights(candidates.logits)
     goal = p * float(weights.sum(dtype=np.float64))
-    # weights at least `threshold`; the last try keeps all
-    for threshold in (1e-2, 1e-4, 1e-6, 0.0):
+    for threshold in (1e-2, 1e-4, 1e-6, 0.0):  # of the likeliest one's weight
         likely = np.flatnonzero(weights >= threshold)
-        if threshold == 0 or float(weights[likely].sum(dtype=np.float64)) >= goal:
+        descending = likely[np.argsort(-weights[likely], kind="stable")]
+        reached = np.cumsum(weights[descending], dtype=np.float64)
+        if reached[-1] >= goal:
             break
-    descending = likely[np.argsort(-weights[likely], kind="stable")]
     # A candidate stays if those before it haven't reached p yet.
-    before = np.cumsum(weights[descending], dtype=np.float64) - weights[descending]
-    kept = np.sort(descending[: max(1, int(np.searchsorted(before, goal)))])
-    return Candidates(candidates.ids[kept], logits[kept])
+    kept = int(np.searchsorted(reached - weights[descending], goal))
+    return candidates.take(np.sort(descending[: max(1, kept)]))
 
 
 def draw(candidates: Candidates, u: float) -> int:
     """The id at which the candidates' cumulative probability, ids ascending, passes u in [0, 1)."""
-    weights = np.exp(candidates.logits - candidates.logits.max())
-    cumulative = np.cumsum(weights, dtype=np.float64)
-    index = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
-    return int(candidates.ids[min(index, len(cumulative) - 1)])
+    weights = _weights(candidates.logits)
+    starts = np.arange(0, len(weights), _DRAW_BLOCK)
+    sums = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+    goal = u * float(sums[-1])
+    block = min(int(np.searchsorted(sums, goal, side="right")), len(sums) - 1)
+    before = float(sums[block - 1]) if block else 0.0
+    start = int(starts[block])
+    inside = np.cumsum(weights[start : start + _DRAW_BLOCK], dtype=np.float64)
+    index = min(int(np.searchsorted(inside, goal - before, side="right")), len(inside) - 1)
+    return candidates.id_at(start + index)
 
 
 def log_probabilities(logits: NDArray[np.float32], token_id: int, top: int) -> TokenLogprobs:
     """Log-softmax of [V] at a token, and its `top` largest values, ties in ascending order of ids."""
-    largest = float(logits.max())
-    log_sum = largest + float(np.log(np.exp(logits - logits.max()).sum(dtype=np.float64)))
+    log_sum = float(logits.max()) + math.log(float(_weights(logits).sum(dtype=np.float64)))
     best: tuple[tuple[int, float], ...] = ()
     if top:
-        candidates = top_k(logits, top)
-        order = np.argsort(-candidates.logits, kind="stable")[:top]
-        best = tuple((int(candidates.ids[i]), float(candidates.logits[i]) - log_sum) for i in order)
+        few = top_k(logits, top)
+        order = np.argsort(-few.logits, kind="stable")[:top]
+        best = tuple((few.id_at(int(i)), float(few.logits[i]) - log_sum) for i in order)
     return TokenLogprobs(float(logits[token_id]) - log_sum, best)
+
+
+def _weights(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Probabilities times a constant: exp(logit - largest logit)."""
+    weights: NDArray[np.float32] = logits - logits.max()
+    np.exp(weights, out=weights)
+    return weights
+
+
+def _kth_largest(values: NDArray[np.float32], k: int) -> float:
+    return float(np.partition(values, len(values) - k)[len(values) - k])
 
 
 class Sampler:
@@ -160,4 +183,5 @@ class Sampler:
         """Temperature, top-k, top-p. Dividing keeps the order, so it may follow the cut to k."""
         config = self._config
         kept = top_k(logits, config.top_k)
-        return top_p(Candidates(kept.ids, kept.logits / np.float32(config.temperature)), config.top_p)
+        cooled = Candidates(kept.ids, kept.logits / np.float32(config.temperature))
+        return top_p(cooled, config.top_p)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
 from qwen_aot_errors import BundleError, GenerationError
+from runtime._strict_json import parse_object
 from runtime.bundle import Bundle
 
 __all__ = ["Tokenizer", "load_tokenizer"]
@@ -113,13 +113,8 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
     if not bundle.has(TOKENIZER_NAME):
         return None
     config: dict[str, Any] = {}
-    try:
-        if bundle.has(TOKENIZER_CONFIG_NAME):
-            config = json.loads(bundle.read_text(TOKENIZER_CONFIG_NAME))
-    except json.JSONDecodeError as error:
-        raise BundleError(f"{TOKENIZER_CONFIG_NAME} is not JSON ({error}); rebuild the bundle") from error
-    if not isinstance(config, dict):
-        raise BundleError(f"{TOKENIZER_CONFIG_NAME} holds a {type(config).__name__}; accepted: a JSON object")
+    if bundle.has(TOKENIZER_CONFIG_NAME):
+        config = parse_object(bundle.read_text(TOKENIZER_CONFIG_NAME), TOKENIZER_CONFIG_NAME)
     return Tokenizer(
         _parse_tokenizer(bundle.read_text(TOKENIZER_NAME)),
         config,
@@ -131,6 +126,4 @@ def _parse_tokenizer(text: str) -> RustTokenizer:
     try:
         return RustTokenizer.from_str(text)
     except Exception as error:  # the library raises Exception itself for whatever is wrong with the text
-        raise BundleError(
-            f"{TOKENIZER_NAME} can't be parsed ({str(error).strip()}); rebuild the bundle"
-        ) from error
+        raise BundleError(f"{TOKENIZER_NAME} can't be parsed ({str(error).strip()}); rebuild the bundle") from error

@@ -57,8 +57,6 @@ def _open_folder(folder: Path) -> Checkpoint:
     listed = ", ".join(names[:_LISTED]) or "nothing"
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     lacks = " and ".join(
-        what
-        for what, there in (("config.json", has_config), (".safetensors files", has_safetensors))
-        if not there
+        what for what, there in (("config.json", has_config), (".safetensors files", has_safetensors)) if not there
     )
     raise CheckpointError(f"{folder} has no {lacks}; found: {listed}{more}; {_ACCEPTED}")

@@ -174,9 +174,7 @@ def _interpret(path: Path, header: GgufHeader) -> tuple[ModelConfig, Mapping[str
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _to_hugging_face(
-    tensors: Mapping[str, GgufTensor], rotary_head_dim: int
-) -> Iterator[tuple[str, _Stored]]:
+def _to_hugging_face(tensors: Mapping[str, GgufTensor], rotary_head_dim: int) -> Iterator[tuple[str, _Stored]]:
     for name, tensor in tensors.items():
         if name in _OUTER_NAMES:
             yield _OUTER_NAMES[name], _Stored(tensor)

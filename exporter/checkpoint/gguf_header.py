@@ -81,8 +81,7 @@ def read_header(file: MappedFile) -> GgufHeader:
     version = reader.number("I", "the version")
     if version not in _VERSIONS:
         raise CheckpointError(
-            f"{file.path} is of GGUF version {version}; "
-            f"accepted: {' and '.join(map(str, _VERSIONS))}, little-endian"
+            f"{file.path} is of GGUF version {version}; accepted: {' and '.join(map(str, _VERSIONS))}, little-endian"
         )
     tensor_count = reader.count(min_bytes=24, what="tensors")
     metadata_count = reader.count(min_bytes=13, what="metadata keys")

@@ -33,9 +33,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> TokenizerFiles:
         return TokenizerFiles()
     model = metadata["tokenizer.ggml.model"]
     if model != "gpt2":
-        raise CheckpointError(
-            f"tokenizer.ggml.model is {model!r}; not supported; accepted: 'gpt2' (byte-level BPE)"
-        )
+        raise CheckpointError(f"tokenizer.ggml.model is {model!r}; not supported; accepted: 'gpt2' (byte-level BPE)")
     tokens = _list(metadata, "tokenizer.ggml.tokens", str)
     merges = [merge.split(" ") for merge in _list(metadata, "tokenizer.ggml.merges", str)]
     types = _list(metadata, "tokenizer.ggml.token_type", int)
@@ -60,9 +58,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> TokenizerFiles:
             bos=named["bos_token"] if adds_bos else None,
         )
     except ValueError as error:
-        raise CheckpointError(
-            f"the GGUF tokenizer's tokens and merges don't fit together ({error})"
-        ) from error
+        raise CheckpointError(f"the GGUF tokenizer's tokens and merges don't fit together ({error})") from error
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": adds_bos,
@@ -80,9 +76,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> TokenizerFiles:
         {
             TOKENIZER_NAME: tokenizer.to_str(),
             TOKENIZER_CONFIG_NAME: json.dumps(config, ensure_ascii=False, indent=2),
-            GENERATION_CONFIG_NAME: json.dumps(
-                {k: v for k, v in generation.items() if v is not None}, indent=2
-            ),
+            GENERATION_CONFIG_NAME: json.dumps({k: v for k, v in generation.items() if v is not None}, indent=2),
         }
     )
 
@@ -94,9 +88,7 @@ def _pre_type(metadata: Mapping[str, Any]) -> str:
         logger.info("the GGUF file doesn't name its pre-tokenizer; using qwen2, as every Qwen1.5 model does")
         return "qwen2"
     if pre not in PRE_TYPES:
-        raise CheckpointError(
-            f"tokenizer.ggml.pre is {pre!r}; not supported; accepted: {', '.join(PRE_TYPES)}"
-        )
+        raise CheckpointError(f"tokenizer.ggml.pre is {pre!r}; not supported; accepted: {', '.join(PRE_TYPES)}")
     return str(pre)
 
 

@@ -38,13 +38,21 @@ class MappedFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
+        # Every view is a view of this array, which holds the mapping: numpy itself would not (ndarray's `buffer`).
+        self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, np.uint8)
         self._handed_out = 0  # bytes of views returned since pages were last dropped
 
     def view(
         self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], rows: slice | None
     ) -> NDArray[Any]:
-        """The row-major array at `offset` bytes, or some of its rows; the caller has checked that it fits."""
-        array: NDArray[Any] = np.ndarray(shape, dtype, buffer=self._map, offset=offset)
+        """The row-major array at `offset` bytes, or some of its rows; the caller has checked that it fits.
+
+        Raises:
+            CheckpointError: the file was closed.
+        """
+        if self._bytes is None:
+            raise CheckpointError(f"{self.path} was closed; open the checkpoint again to read from it")
+        array: NDArray[Any] = np.ndarray(shape, dtype, buffer=self._bytes, offset=offset)
         if rows is not None:
             array = array[rows]
         if self._handed_out > _RESIDENT_BYTES:
@@ -54,12 +62,13 @@ class MappedFile:
 
     def drop_pages(self) -> None:
         """Gives pages that were read back to the system (where it can); views stay valid."""
-        if hasattr(mmap, "MADV_DONTNEED"):
+        if hasattr(mmap, "MADV_DONTNEED") and not self._map.closed:
             self._map.madvise(mmap.MADV_DONTNEED)
         self._handed_out = 0
 
     def close(self) -> None:
         """Unmaps the file; while a view still exists, the mapping goes with the last view."""
+        self._bytes = None
         try:
             self._map.close()
         except BufferError:  # a view is alive: the mapping is freed by reference counting

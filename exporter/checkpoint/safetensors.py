@@ -180,9 +180,7 @@ def _read_header(file: MappedFile) -> bytes:
         )
     header = file.view(8, (length,), np.dtype(np.uint8), None).tobytes()
     if not header.startswith(b"{"):
-        raise CheckpointError(
-            f"{file.path}: the safetensors header doesn't start with '{{'; download it again"
-        )
+        raise CheckpointError(f"{file.path}: the safetensors header doesn't start with '{{'; download it again")
     return header
 
 

@@ -29,7 +29,7 @@ def clean_up(traced: Traced) -> int:
         common.IdentityEliminationPass(),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]  # its __init__ is not annotated
         common.RemoveUnusedOpsetsPass(),
         common.NameFixPass(),
     ):

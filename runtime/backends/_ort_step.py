@@ -38,9 +38,7 @@ class Step:
         run_seconds: spent in ONNX Runtime's run call so far.
     """
 
-    def __init__(
-        self, session: Any, manifest: Manifest, cache: KvCache, *, max_rows: int, max_tokens: int
-    ) -> None:
+    def __init__(self, session: Any, manifest: Manifest, cache: KvCache, *, max_rows: int, max_tokens: int) -> None:
         """Makes the binding and its input and output memory.
 
         Args:

@@ -66,12 +66,8 @@ class OnnxRuntimeEngine:
             max_context=manifest.max_context,
         )
         # Two bindings, because prefill and decode alternate between shapes that each keep for long.
-        self._prefill: Step | None = Step(
-            session, manifest, self._cache, max_rows=1, max_tokens=manifest.prefill_chunk
-        )
-        self._decode: Step | None = Step(
-            session, manifest, self._cache, max_rows=manifest.max_batch, max_tokens=1
-        )
+        self._prefill: Step | None = Step(session, manifest, self._cache, max_rows=1, max_tokens=manifest.prefill_chunk)
+        self._decode: Step | None = Step(session, manifest, self._cache, max_rows=manifest.max_batch, max_tokens=1)
 
     @property
     def manifest(self) -> Manifest:
@@ -155,9 +151,7 @@ class OnnxRuntimeEngine:
         """Forgets a row's tokens from `length` on (0 empties the row)."""
         held = int(self._cache.lengths[row])
         if not 0 <= length <= held:
-            raise GenerationError(
-                f"row {row} can't be cut to {length} tokens; accepted: 0 to the {held} it holds"
-            )
+            raise GenerationError(f"row {row} can't be cut to {length} tokens; accepted: 0 to the {held} it holds")
         self._cache.lengths[row] = length
 
     def close(self) -> None:
@@ -203,9 +197,7 @@ def _import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise EngineMismatchError(
-            f"onnxruntime can't be imported ({error}): install it with {INSTALL}"
-        ) from error
+        raise EngineMismatchError(f"onnxruntime can't be imported ({error}): install it with {INSTALL}") from error
     found = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
     if found is None or (int(found[1]), int(found[2])) < MINIMUM_VERSION:
         wanted = ".".join(map(str, MINIMUM_VERSION))
@@ -226,9 +218,7 @@ def _open_session(path: Path, options: OrtOptions) -> Any:
     # A memory pattern is kept for every combination of input shapes, and ours change all the time.
     session_options.enable_mem_pattern = False
     level = ort.GraphOptimizationLevel
-    session_options.graph_optimization_level = (
-        level.ORT_ENABLE_ALL if options.optimize else level.ORT_DISABLE_ALL
-    )
+    session_options.graph_optimization_level = level.ORT_ENABLE_ALL if options.optimize else level.ORT_DISABLE_ALL
     for key, value in options.config.items():
         session_options.add_session_config_entry(key, value)
     state = ort.capi.onnxruntime_pybind11_state

@@ -228,9 +228,7 @@ class _GraphBuilder:
     def floats(self, values: list[float]) -> str:
         return self.constant(np.array(values, np.float32))
 
-    def model(
-        self, name: str, inputs: tuple[IoTensor, ...], outputs: tuple[IoTensor, ...]
-    ) -> onnx.ModelProto:
+    def model(self, name: str, inputs: tuple[IoTensor, ...], outputs: tuple[IoTensor, ...]) -> onnx.ModelProto:
         infos = [
             [helper.make_tensor_value_info(t.name, _ONNX_TYPES[t.dtype], t.shape) for t in tensors]
             for tensors in (inputs, outputs)

@@ -161,9 +161,7 @@ def test_truncate_forgets_the_end(engine: OnnxRuntimeEngine) -> None:
 def test_a_full_context_is_refused_and_nothing_is_written(engine: OnnxRuntimeEngine) -> None:
     sequence = [1] * 999
     engine.prefill(1, ids(*sequence))
-    with pytest.raises(
-        ContextFullError, match="row 1 holds 999 tokens and 2 more don't fit its context of 1000"
-    ):
+    with pytest.raises(ContextFullError, match="row 1 holds 999 tokens and 2 more don't fit its context of 1000"):
         engine.prefill(1, ids(1, 2))
     assert engine.decode(1, ids(3))[0].argmax() == checksum([*sequence, 3])
     engine.prefill(0, ids(4))
@@ -303,9 +301,7 @@ def test_an_input_that_the_runtime_cannot_feed_is_refused(tmp_path: Path, extra:
     inputs = (*inputs, extra)
     model = attention_model(inputs, outputs, TABLE, HEAD)
     path = write_bundle(tmp_path / "bundle", model, make_manifest(inputs=inputs, outputs=outputs))
-    with pytest.raises(
-        EngineMismatchError, match=rf"input '{extra.name}' of dtype {extra.dtype}.*can't feed"
-    ):
+    with pytest.raises(EngineMismatchError, match=rf"input '{extra.name}' of dtype {extra.dtype}.*can't feed"):
         OnnxRuntimeEngine(load_bundle(path))
 
 
@@ -313,15 +309,11 @@ def test_an_old_onnxruntime_is_refused(checksum_bundle: Path, monkeypatch: pytes
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "__version__", "1.31.1")
-    with pytest.raises(
-        EngineMismatchError, match=r"is 1\.31\.1, this bundle needs 1\.32 or newer.*qwen-aot\[cpu\]"
-    ):
+    with pytest.raises(EngineMismatchError, match=r"is 1\.31\.1, this bundle needs 1\.32 or newer.*qwen-aot\[cpu\]"):
         open_engine(load_bundle(checksum_bundle))
 
 
-def test_a_missing_onnxruntime_names_the_extra(
-    checksum_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_onnxruntime_names_the_extra(checksum_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EngineMismatchError, match=r"install it with pip install 'qwen-aot\[cpu\]'"):
         open_engine(load_bundle(checksum_bundle))

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from exporter.config import ModelConfig
+from exporter.variants import VARIANTS, canonical_name, variant_config
+from qwen_aot_errors import CheckpointError
+
+# As published with each model (safetensors metadata; for 0.5B without the tied head).
+PUBLISHED_PARAMETERS = {
+    "qwen1.5-0.5b": 463_987_712,
+    "qwen1.5-1.8b": 1_836_828_672,
+    "qwen1.5-4b": 3_950_369_280,
+    "qwen1.5-7b": 7_721_324_544,
+    "qwen1.5-14b": 14_167_290_880,
+    "qwen1.5-32b": 32_512_218_112,
+    "qwen1.5-72b": 72_287_920_128,
+    "qwen1.5-110b": 111_209_914_368,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+}
+
+
+def meta_parameters(config: ModelConfig) -> int:
+    common = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+    with torch.device("meta"):
+        if config.moe is None:
+            model: torch.nn.Module = Qwen2ForCausalLM(Qwen2Config(**common))
+        else:
+            experts = {
+                "num_experts": config.moe.num_experts,
+                "num_experts_per_tok": config.moe.num_experts_per_tok,
+                "moe_intermediate_size": config.moe.moe_intermediate_size,
+                "shared_expert_intermediate_size": config.moe.shared_expert_intermediate_size,
+            }
+            model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**common, **experts))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_every_published_variant_is_there() -> None:
+    assert set(VARIANTS) == set(PUBLISHED_PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+def test_parameter_count(name: str) -> None:
+    config = variant_config(name)
+    assert config.num_parameters == PUBLISHED_PARAMETERS[name]
+    assert config.num_parameters == meta_parameters(config)
+
+
+def test_activated_parameters_of_the_mixture() -> None:
+    config = variant_config("qwen1.5-moe-a2.7b")
+    assert round(config.num_parameters / 1e9, 1) == 14.3
+    assert round(config.num_activated_parameters / 1e9, 1) == 2.7
+
+
+@pytest.mark.parametrize(
+    "spelling", ["qwen1.5-7b", "Qwen1.5-7B", "Qwen1.5-7B-Chat", "Qwen/Qwen1.5-7B-Chat", "qwen1.5-7b-chat"]
+)
+def test_spellings(spelling: str) -> None:
+    assert canonical_name(spelling) == "qwen1.5-7b"
+    assert variant_config(spelling) is VARIANTS["qwen1.5-7b"]
+
+
+def test_unknown_name_lists_the_known() -> None:
+    assert canonical_name("qwen2-7b") is None
+    with pytest.raises(
+        CheckpointError, match=r"'qwen2-7b' is not a Qwen1.5 variant; accepted: qwen1.5-0.5b, .*110b"
+    ):
+        variant_config("qwen2-7b")

@@ -1,0 +1,70 @@
+"""FakeEngine: the checksum model in plain Python, so that the loop's logic runs in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_aot_errors import ContextFullError
+from runtime.manifest import Manifest
+from tests.runtime.toys import checksum
+
+
+class FakeEngine:
+    """An engine whose next token is a function of the row's tokens; it remembers what it was asked."""
+
+    def __init__(self, manifest: Manifest, next_token: Callable[[list[int]], int] = checksum) -> None:
+        self._manifest = manifest
+        self._next_token = next_token
+        self.rows: list[list[int]] = [[] for _ in range(manifest.max_batch)]
+        self.prefills: list[tuple[int, list[int]]] = []
+        self.decodes: list[tuple[int, list[int]]] = []
+        self.is_closed = False
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._manifest
+
+    @property
+    def cache_length(self) -> NDArray[np.int64]:
+        return np.array([len(row) for row in self.rows], np.int64)
+
+    def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        assert len(token_ids) > 0
+        self.prefills.append((row, token_ids.tolist()))
+        self._append(row, token_ids.tolist())
+        return self._logits(row)
+
+    def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        self.decodes.append((first_row, token_ids.tolist()))
+        logits = np.full((len(token_ids), self._manifest.model.vocab_size), np.nan, np.float32)
+        for offset, token_id in enumerate(token_ids.tolist()):
+            if token_id >= 0:
+                self._append(first_row + offset, [token_id])
+                logits[offset] = self._logits(first_row + offset)
+        return logits
+
+    def truncate(self, row: int, length: int) -> None:
+        assert 0 <= length <= len(self.rows[row])
+        del self.rows[row][length:]
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def __enter__(self) -> FakeEngine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _append(self, row: int, token_ids: list[int]) -> None:
+        if len(self.rows[row]) + len(token_ids) > self._manifest.max_context:
+            raise ContextFullError("the fake's row is full")
+        self.rows[row] += token_ids
+
+    def _logits(self, row: int) -> NDArray[np.float32]:
+        """Peaks at the next token and falls with the distance from it."""
+        distance = np.abs(np.arange(self._manifest.model.vocab_size) - self._next_token(self.rows[row]))
+        return -distance.astype(np.float32)

@@ -1,0 +1,67 @@
+"""KvCache: zero-filled, aligned, grows without losing content."""
+
+import numpy as np
+import pytest
+
+from runtime.kv_cache import CAPACITY_STEP, KvCache
+from runtime.manifest import IoTensor
+
+TENSORS = (
+    IoTensor("past_key_values.0.key", "float16", ("B", 2, "C", 4)),
+    IoTensor("past_key_values.0.key_scale", "float32", ("B", 2, "C")),
+)
+
+
+def test_new_memory_is_zero_and_aligned() -> None:
+    cache = KvCache(TENSORS, max_batch=3, max_context=2000)
+    key, scale = cache.views(0, 3)
+    assert (key.shape, key.dtype) == ((3, 2, CAPACITY_STEP, 4), np.float16)
+    assert (scale.shape, scale.dtype) == ((3, 2, CAPACITY_STEP), np.float32)
+    assert not key.any() and not scale.any()
+    assert key.ctypes.data % 64 == 0 and scale.ctypes.data % 64 == 0
+    assert cache.nbytes == key.nbytes + scale.nbytes
+
+
+def test_views_are_the_memory_of_contiguous_rows() -> None:
+    cache = KvCache(TENSORS, max_batch=3, max_context=2000)
+    view = cache.views(1, 2)[0]
+    assert view.flags.c_contiguous
+    view[:] = 7
+    whole = cache.views(0, 3)[0]
+    assert not whole[0].any() and (whole[1:] == 7).all()
+
+
+def test_growth_keeps_content_and_zero_fills_the_rest() -> None:
+    cache = KvCache(TENSORS, max_batch=2, max_context=2000)
+    cache.lengths[:] = (3, CAPACITY_STEP)
+    rng = np.random.default_rng(0)
+    before = []
+    for view in cache.views(0, 2):
+        view[...] = rng.standard_normal(view.shape)
+        before.append(view.copy())
+    assert cache.reserve(CAPACITY_STEP) is False
+    assert cache.reserve(CAPACITY_STEP + 1) is True
+    assert cache.capacity == 2 * CAPACITY_STEP
+    for view, old in zip(cache.views(0, 2), before, strict=True):
+        np.testing.assert_array_equal(view[:, :, :CAPACITY_STEP], old)
+        assert not view[:, :, CAPACITY_STEP:].any()
+
+
+def test_capacity_stops_above_the_context() -> None:
+    cache = KvCache(TENSORS, max_batch=1, max_context=CAPACITY_STEP)
+    # One more than the context, so that a full row may stand idle in a step of one token.
+    assert cache.reserve(CAPACITY_STEP + 1) is True
+    assert cache.capacity == 2 * CAPACITY_STEP
+
+
+def test_a_fixed_capacity() -> None:
+    cache = KvCache((IoTensor("k", "int8", ("B", 2, 100, 4)),), max_batch=1, max_context=90)
+    assert cache.capacity == 100
+    assert cache.reserve(100) is False
+    with pytest.raises(AssertionError, match="101 tokens asked of a cache fixed at 100"):
+        cache.reserve(101)
+
+
+def test_bfloat16_is_kept_as_its_bits() -> None:
+    cache = KvCache((IoTensor("k", "bfloat16", ("B", 2, "C", 4)),), max_batch=1, max_context=90)
+    assert cache.views(0, 1)[0].dtype == np.uint16
