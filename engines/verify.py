@@ -194,7 +194,7 @@ def _prompt_length(length: int) -> int:
 
 def _first_piece(length: int) -> int:
     """Tokens of the first of two prefill calls (of all of a one-token prompt)."""
-    return _prompt_length(length) // 2 + 1
+    return -(-_prompt_length(length) // 2)
 
 
 def scored_positions(length: int) -> list[int]:
