@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.spec import BuildSpec
-from exporter.lowering import standard
+from engines.spec import BuildSpec, Precision
+from exporter.lowering import ort
+from exporter.lowering.ort import OrtOptions
+from exporter.quantize.blockwise import BlockFormat
 from exporter.weights import Traced
 from qwen_aot_errors import BuildError
 from runtime.manifest import IoTensor, Manifest
@@ -19,8 +21,12 @@ _CHECK_CAPACITY = 8  # cache slots of the one-token check step
 
 
 def lower(traced: Traced, spec: BuildSpec) -> Traced:
-    """The standard lowering."""
-    return standard.lower(traced)
+    """The ort lowering, with weights in the blocks that the spec asks for."""
+    block_size = spec.effective_block_size
+    if block_size is None:
+        return ort.lower(traced)
+    bits = {Precision.INT8: 8, Precision.INT4: 4}[spec.precision]
+    return ort.lower(traced, OrtOptions(weights=BlockFormat(bits, block_size, spec.symmetric)))
 
 
 def finish(folder: Path, spec: BuildSpec) -> None:
