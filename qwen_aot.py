@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 from qwen_aot_version import __version__
 
 if TYPE_CHECKING:
-    from runtime.llm import LLM, load
-
     from engines.build import BuildReport, build_bundle
     from engines.spec import BuildSpec, Precision, Target
     from exporter.checkpoint import open_checkpoint

@@ -23,7 +23,7 @@ from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import ModelConfig
 from exporter.save import DATA_FILE, save_graph
 from exporter.trace import trace
-from exporter.weights import Traced, largest_source_bytes, output_bytes, stitch
+from exporter.weights import Traced, check_sources, largest_source_bytes, output_bytes, stitch
 from runtime.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, Profile
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages) -> Plan:
     dtype = ir.DataType[spec.facts.compute_type]
     positions = spec.capacity_for(max_context)
     traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions))
+    check_sources(traced, checkpoint)
     lowered = stages.run("lower", lambda _: builder.lower(traced, spec))
     texts = dict(checkpoint.tokenizer.files)
     needed = estimate(

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from exporter.checkpoint.base import Checkpoint
 from exporter.config import ModelConfig
 
+_CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
+
 
 class Reference:
     """A transformers model in fp32.
@@ -32,9 +34,11 @@ class Reference:
         was_shown = transformers.utils.logging.is_progress_bar_enabled()
         transformers.utils.logging.disable_progress_bar()
         try:
-            self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                None, config=config, state_dict=_state_dict(checkpoint), dtype=torch.float32
-            ).eval()
+            self._model = (
+                getattr(transformers, _CLASSES[checkpoint.config.model_type])
+                .from_pretrained(None, config=config, state_dict=_state_dict(checkpoint), dtype=torch.float32)
+                .eval()
+            )
         finally:
             if was_shown:
                 transformers.utils.logging.enable_progress_bar()

@@ -6,7 +6,7 @@ Knows neither how the bundle is run nor who the reference is: both come as small
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -167,37 +167,51 @@ def verify(
     Args:
         engine: a loaded bundle; its row 0 is emptied.
         reference: the reference.
-        sequences: token ids [T] each, T >= 4; the first half is prompt, the rest is scored step by step.
+        sequences: token ids [T] each, T >= 4; the first quarter is prompt, the rest is scored step by step.
         bounds: what may differ.
         greedy_tokens: generated freely after each prompt.
         on_progress: called with scored positions done and in all.
     """
     tally = _Tally()
-    total = sum(len(sequence) - len(sequence) // 2 for sequence in sequences)
+    total = sum(len(scored_positions(len(sequence))) for sequence in sequences)
     agreements = []
     for sequence in sequences:
-        half = len(sequence) // 2
-        expected = reference.logits(sequence, half // 2)
-        for position, found in engine_logits(engine, sequence):
+        positions = scored_positions(len(sequence))
+        expected = reference.logits(sequence, positions[0])
+        for position, found in zip(positions, engine_logits(engine, sequence), strict=True):
             target = int(sequence[position + 1]) if position + 1 < len(sequence) else None
-            tally.add(found, expected[position - half // 2], target)
-            on_progress(min(tally.positions, total), total)
-        prompt = sequence[:half]
+            tally.add(found, expected[position - positions[0]], target)
+            on_progress(tally.positions, total)
+        prompt = sequence[: _prompt_length(len(sequence))]
         agreements.append(_greedy_agreement(engine, prompt, reference.greedy(prompt, greedy_tokens)))
     scores = tally.scores(greedy_tokens * len(sequences), float(np.mean(agreements)))
     return Verification(scores, checks(scores, bounds))
 
 
-def engine_logits(engine: ScoredEngine, sequence: NDArray[np.int64]) -> Any:
-    """Yields (position, logits [V]): the prompt's prefill in two calls, then one token a step."""
-    half = len(sequence) // 2
-    split = half // 2 + 1
+def _prompt_length(length: int) -> int:
+    return length // 4
+
+
+def _first_piece(length: int) -> int:
+    """Tokens of the first of two prefill calls (of all of a one-token prompt)."""
+    return -(-_prompt_length(length) // 2)
+
+
+def scored_positions(length: int) -> list[int]:
+    """Positions whose logits `engine_logits` gives for a sequence of `length` >= 4 tokens."""
+    prompt = _prompt_length(length)
+    return sorted({_first_piece(length) - 1, prompt - 1, *range(prompt, length)})
+
+
+def engine_logits(engine: ScoredEngine, sequence: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+    """Yields logits [V]: a quarter of the sequence is prefilled in two calls, the rest fed one token a step."""
+    prompt, piece = _prompt_length(len(sequence)), _first_piece(len(sequence))
     engine.truncate(0, 0)
-    yield split - 1, engine.prefill(0, sequence[:split])
-    if split < half:
-        yield half - 1, engine.prefill(0, sequence[split:half])
-    for position in range(max(half, split), len(sequence)):
-        yield position, engine.decode(0, sequence[position : position + 1])[0]
+    yield engine.prefill(0, sequence[:piece])
+    if piece < prompt:
+        yield engine.prefill(0, sequence[piece:prompt])
+    for position in range(prompt, len(sequence)):
+        yield engine.decode(0, sequence[position : position + 1])[0]
     engine.truncate(0, 0)
 
 

@@ -40,14 +40,25 @@ def stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
 
     Early conversions of chat models name only the base model's end of text.
     """
-    ids = dict.fromkeys(
-        int(metadata[key]) for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in metadata
-    )
+    named = (token_id(metadata, kind) for kind in ("eos", "eot"))
+    ids = dict.fromkeys(each for each in named if each is not None)
     if "<|im_end|>" in str(metadata.get("tokenizer.chat_template", "")):
         tokens = metadata.get("tokenizer.ggml.tokens", [])
         if "<|im_end|>" in tokens:
             ids[tokens.index("<|im_end|>")] = None
     return tuple(ids)
+
+
+def token_id(metadata: Mapping[str, Any], kind: str) -> int | None:
+    """The id in `tokenizer.ggml.{kind}_token_id`, if it is there.
+
+    Raises:
+        CheckpointError: it is not a whole number.
+    """
+    value = metadata.get(f"tokenizer.ggml.{kind}_token_id")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise CheckpointError(f"tokenizer.ggml.{kind}_token_id is {value!r}; accepted: a whole number")
+    return value
 
 
 def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
@@ -65,7 +76,6 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
     heads = _count(architecture, facts, "attention.head_count")
     layers = _count(architecture, facts, "block_count")
     context = _count(architecture, facts, "context_length")
-    rope_theta = float(facts.get("rope.freq_base", 10000.0))
     if "token_embd.weight" not in tensor_shapes:
         raise CheckpointError("the GGUF file has no token_embd.weight; accepted: a whole model, not an adapter")
     return ModelConfig(
@@ -73,22 +83,24 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
         vocab_size=tensor_shapes["token_embd.weight"][0],
         hidden_size=hidden_size,
         # A mixture of experts may leave out the size of the dense MLP that none of its layers has.
-        intermediate_size=_count(architecture, facts, "feed_forward_length", hidden_size),
+        intermediate_size=_count(
+            architecture, facts, "feed_forward_length", 1 if architecture == "qwen2moe" else None
+        ),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=_count(architecture, facts, "attention.head_count_kv", heads),
         head_dim=_head_dim(architecture, facts, hidden_size, heads),
         max_position_embeddings=context,
-        rms_norm_eps=float(facts.get("attention.layer_norm_rms_epsilon", 1e-6)),
-        rope_theta=rope_theta,
+        rms_norm_eps=_number(facts, "attention.layer_norm_rms_epsilon", 1e-6),
+        rope_theta=_number(facts, "rope.freq_base", 10000.0),
         tie_word_embeddings="output.weight" not in tensor_shapes,
         attention_bias="blk.0.attn_q.bias" in tensor_shapes,
-        rope_scaling=_rope_scaling(facts, context),
+        rope_scaling=_rope_scaling(architecture, facts, context),
         moe=_moe(architecture, facts, layers, tensor_shapes) if architecture == "qwen2moe" else None,
         torch_dtype="float32",  # what reading a quantized tensor gives
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        bos_token_id=token_id(metadata, "bos"),
         eos_token_ids=stop_ids(metadata),
-        pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+        pad_token_id=token_id(metadata, "padding"),
     )
 
 
@@ -114,7 +126,9 @@ def _head_dim(architecture: str, facts: Mapping[str, Any], hidden_size: int, hea
             f"{architecture}.embedding_length is {hidden_size}, not a multiple of attention.head_count "
             f"({heads}), and {architecture}.attention.key_length is missing"
         )
-    head_dim = hidden_size // heads if key_length is None else int(key_length)
+    head_dim = (
+        hidden_size // heads if key_length is None else _count(architecture, facts, "attention.key_length")
+    )
     for key in ("attention.value_length", "rope.dimension_count"):
         if facts.get(key, head_dim) != head_dim:
             raise CheckpointError(
@@ -123,22 +137,23 @@ def _head_dim(architecture: str, facts: Mapping[str, Any], hidden_size: int, hea
     return head_dim
 
 
-def _rope_scaling(facts: Mapping[str, Any], context: int) -> RopeScaling | None:
+def _rope_scaling(architecture: str, facts: Mapping[str, Any], context: int) -> RopeScaling | None:
     kind = facts.get("rope.scaling.type", "linear" if "rope.scale_linear" in facts else "none")
-    factor = float(facts.get("rope.scaling.factor", facts.get("rope.scale_linear", 1.0)))
+    factor = _number(facts, "rope.scaling.factor", _number(facts, "rope.scale_linear", 1.0))
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
         return None
     if kind == "linear":
         return RopeScaling("linear", factor)
     if kind != "yarn":
         raise CheckpointError(f"rope.scaling.type is {kind!r}; not supported; accepted: none, linear, yarn")
+    original = _count(architecture, facts, "rope.scaling.original_context_length", context)
     return RopeScaling(
         "yarn",
         factor,
-        attention_factor=float(facts.get("rope.scaling.attn_factor", 1.0)) * yarn_attention_factor(factor),
-        original_max_position_embeddings=int(facts.get("rope.scaling.original_context_length", context)),
-        beta_fast=float(facts.get("rope.scaling.yarn_beta_fast", 32.0)),
-        beta_slow=float(facts.get("rope.scaling.yarn_beta_slow", 1.0)),
+        attention_factor=_number(facts, "rope.scaling.attn_factor", 1.0) * yarn_attention_factor(factor),
+        original_max_position_embeddings=original,
+        beta_fast=_number(facts, "rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=_number(facts, "rope.scaling.yarn_beta_slow", 1.0),
     )
 
 
@@ -176,3 +191,10 @@ def _count(architecture: str, facts: Mapping[str, Any], key: str, default: int |
     if isinstance(value, bool) or not isinstance(value, int):
         raise CheckpointError(f"{architecture}.{key} is {value!r}; not supported; accepted: one whole number")
     return value
+
+
+def _number(facts: Mapping[str, Any], key: str, default: float) -> float:
+    value = facts.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CheckpointError(f"{key} is {value!r}; accepted: a number")
+    return float(value)

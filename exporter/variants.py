@@ -22,7 +22,6 @@ def _variant(
     num_key_value_heads: int,
     vocab_size: int,
     *,
-    max_position_embeddings: int = 32768,
     rope_theta: float = 1e6,
     tie_word_embeddings: bool = False,
     moe: MoeConfig | None = None,
@@ -36,7 +35,7 @@ def _variant(
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads,
         head_dim=hidden_size // num_attention_heads,
-        max_position_embeddings=max_position_embeddings,
+        max_position_embeddings=32768,
         rms_norm_eps=1e-6,
         rope_theta=rope_theta,
         tie_word_embeddings=tie_word_embeddings,
@@ -66,7 +65,7 @@ VARIANTS: Mapping[str, ModelConfig] = {
     "qwen1.5-32b": _variant(5120, 27392, 64, 40, 8, 152064),
     "qwen1.5-72b": _variant(8192, 24576, 80, 64, 64, 152064),
     "qwen1.5-110b": _variant(8192, 49152, 80, 64, 8, 152064),
-    "qwen1.5-moe-a2.7b": _variant(2048, 5632, 24, 16, 16, 151936, max_position_embeddings=8192, moe=_MOE_A2_7B),
+    "qwen1.5-moe-a2.7b": _variant(2048, 5632, 24, 16, 16, 151936, moe=_MOE_A2_7B),
 }
 
 

@@ -109,7 +109,7 @@ def top_p(candidates: Candidates, p: float) -> Candidates:
     goal = p * float(weights.sum(dtype=np.float64))
     for threshold in (1e-2, 1e-4, 1e-6, 0.0):  # of the likeliest one's weight
         likely = np.flatnonzero(weights >= threshold)
-        descending = likely[np.argsort(-weights[likely], kind="stable")]
+        descending = likely[np.argsort(-candidates.logits[likely], kind="stable")]
         reached = np.cumsum(weights[descending], dtype=np.float64)
         if reached[-1] >= goal:
             break
@@ -170,10 +170,7 @@ class Sampler:
         config = self._config
         if self._penalty != 1:
             logits = apply_repetition_penalty(logits, self._seen_ids, self._penalty)
-        if config.is_greedy:
-            token_id = int(logits.argmax())
-        else:
-            token_id = draw(self._cut(logits), self._random.random())
+        token_id = int(logits.argmax()) if config.is_greedy else draw(self._cut(logits), self._random.random())
         if self._penalty != 1 and token_id not in self._seen:
             self._seen.add(token_id)
             self._seen_ids = np.append(self._seen_ids, token_id)

@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 from exporter.checkpoint.base import TokenizerFiles
 from exporter.checkpoint.bpe import PRE_TYPES, byte_level_bpe
 from exporter.checkpoint.hf_tokenizer import GENERATION_CONFIG_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
-from exporter.config_gguf import stop_ids
+from exporter.config_gguf import stop_ids, token_id
 from qwen_aot_errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -39,12 +39,12 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> TokenizerFiles:
     types = _list(metadata, "tokenizer.ggml.token_type", int)
     if len(types) != len(tokens):
         raise CheckpointError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
-    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise CheckpointError(f"tokenizer.ggml.tokens names {len(tokens) - len(vocab)} tokens twice")
     added = {
-        token_id: AddedToken(tokens[token_id], normalized=False, special=kind == _CONTROL)
-        for token_id, kind in enumerate(types)
+        index: AddedToken(tokens[index], normalized=False, special=kind == _CONTROL)
+        for index, kind in enumerate(types)
         if kind in (_CONTROL, _USER_DEFINED)
     }
     named = _named_tokens(metadata, tokens)
@@ -68,9 +68,9 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> TokenizerFiles:
     if "tokenizer.chat_template" in metadata:
         config["chat_template"] = metadata["tokenizer.chat_template"]
     generation = {
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": token_id(metadata, "bos"),
         "eos_token_id": list(stop_ids(metadata)),
-        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        "pad_token_id": token_id(metadata, "padding"),
     }
     return TokenizerFiles(
         {
@@ -94,17 +94,20 @@ def _pre_type(metadata: Mapping[str, Any]) -> str:
 
 def _named_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
     named: dict[str, str] = {}
-    for name, key in (
-        ("bos_token", "tokenizer.ggml.bos_token_id"),
-        ("eos_token", "tokenizer.ggml.eos_token_id"),
-        ("unk_token", "tokenizer.ggml.unknown_token_id"),
-        ("pad_token", "tokenizer.ggml.padding_token_id"),
+    for name, kind in (
+        ("bos_token", "bos"),
+        ("eos_token", "eos"),
+        ("unk_token", "unknown"),
+        ("pad_token", "padding"),
     ):
-        if key in metadata:
-            token_id = metadata[key]
-            if not 0 <= token_id < len(tokens):
-                raise CheckpointError(f"{key} is {token_id}; accepted: 0 to {len(tokens) - 1}")
-            named[name] = tokens[token_id]
+        index = token_id(metadata, kind)
+        if index is None:
+            continue
+        if not 0 <= index < len(tokens):
+            raise CheckpointError(
+                f"tokenizer.ggml.{kind}_token_id is {index}; accepted: 0 to {len(tokens) - 1}"
+            )
+        named[name] = tokens[index]
     return named
 
 

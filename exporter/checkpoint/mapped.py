@@ -38,7 +38,7 @@ class MappedFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
-        # Every view is a view of this array, which holds the mapping: numpy itself would not (ndarray's `buffer`).
+        # Every view is a view of this array, which holds the mapping: numpy alone does not.
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, np.uint8)
         self._handed_out = 0  # bytes of views returned since pages were last dropped
 

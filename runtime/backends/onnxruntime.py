@@ -40,6 +40,10 @@ class OrtOptions:
     optimize: bool = True
     config: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise GenerationError(f"threads is {self.threads}; accepted: at least 1, or None")
+
 
 class OnnxRuntimeEngine:
     """`runtime.engine.Engine` for the targets whose engine file is an ONNX graph.
@@ -90,9 +94,9 @@ class OnnxRuntimeEngine:
         return sum(step.run_seconds for step in (self._prefill, self._decode) if step is not None)
 
     @property
-    def cache_bytes(self) -> int:
-        """Bytes of the KV cache at its present capacity."""
-        return self._cache.nbytes
+    def cache(self) -> KvCache:
+        """The KV cache, to inspect."""
+        return self._cache
 
     def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends tokens [n], n >= 1, to a row, in chunks; returns the logits [V] of the last one.
@@ -100,6 +104,7 @@ class OnnxRuntimeEngine:
         See `runtime.engine.Engine.prefill`.
         """
         step, lengths = self._open_step(self._prefill), self._cache.lengths
+        self._check_rows(row, 1)
         start, count, chunk = int(lengths[row]), len(token_ids), self._manifest.prefill_chunk
         if count == 0:
             raise GenerationError("prefill was given no token; accepted: at least one")
@@ -127,6 +132,7 @@ class OnnxRuntimeEngine:
         """
         step = self._open_step(self._decode)
         rows = len(token_ids)
+        self._check_rows(first_row, rows)
         lengths = self._cache.lengths[first_row : first_row + rows]
         is_idle = token_ids < 0
         self._check_ids(token_ids)
@@ -137,18 +143,17 @@ class OnnxRuntimeEngine:
         self._cache.reserve(longest + 1)
         if is_idle.any():
             step.new_tokens[:rows] = ~is_idle | (lengths == 0)
-            logits = step.run(first_row, np.where(is_idle, 0, token_ids)[:, None])
-            check_finite(logits, first_row, is_idle)
-            self._cache.lengths[first_row : first_row + rows] += ~is_idle
+            token_ids = np.where(is_idle, 0, token_ids)
         else:
             step.new_tokens[:rows] = 1
-            logits = step.run(first_row, token_ids[:, None])
-            check_finite(logits, first_row)
-            self._cache.lengths[first_row : first_row + rows] += 1
+        logits = step.run(first_row, token_ids[:, None])
+        check_finite(logits, first_row, is_idle)
+        lengths += ~is_idle
         return logits
 
     def truncate(self, row: int, length: int) -> None:
         """Forgets a row's tokens from `length` on (0 empties the row)."""
+        self._check_rows(row, 1)
         held = int(self._cache.lengths[row])
         if not 0 <= length <= held:
             raise GenerationError(f"row {row} can't be cut to {length} tokens; accepted: 0 to the {held} it holds")
@@ -171,6 +176,14 @@ class OnnxRuntimeEngine:
         if step is None:
             raise GenerationError("the engine is closed; open the bundle again")
         return step
+
+    def _check_rows(self, first_row: int, rows: int) -> None:
+        if not (first_row >= 0 and rows >= 1 and first_row + rows <= self._manifest.max_batch):
+            raise GenerationError(
+                f"rows {first_row} to {first_row + rows - 1} were asked for; accepted: 0 to "
+                f"{self._manifest.max_batch - 1} "
+                f"(--max-batch of the build)"
+            )
 
     def _check_ids(self, token_ids: NDArray[np.int64]) -> None:
         largest, vocab_size = int(token_ids.max()), self._manifest.model.vocab_size

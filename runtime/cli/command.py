@@ -18,7 +18,6 @@ from qwen_aot_errors import DeployError
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
-EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 # Import name of a package that only an extra brings -> that extra.
 EXTRA_OF = {
@@ -60,7 +59,7 @@ class _Terminal(click.Command):
     """Turns what a command raises into a message on stderr and an exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Runs the command and exits: 0 ok, 1 failed, 2 usage, 130 Ctrl-C, 141 closed pipe, 143 SIGTERM."""
+        """Runs the command and exits: 0 ok, 1 failed, 2 usage, 130 Ctrl-C, 143 SIGTERM."""
         kwargs["standalone_mode"] = False
         previous = signal.signal(signal.SIGTERM, _terminate)
         try:
@@ -79,9 +78,9 @@ class _Terminal(click.Command):
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted", err=True)
             code = EXIT_INTERRUPTED
-        except BrokenPipeError:  # `qwen-aot inspect … | head`
+        except BrokenPipeError:  # `qwen-aot inspect … | head`; while the command runs, click does the same
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = EXIT_BROKEN_PIPE
+            code = EXIT_FAILED
         finally:
             signal.signal(signal.SIGTERM, previous)
         sys.exit(code)

@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.logging import RichHandler
 
+PIPE_COLUMNS = 120
 LINE_SECONDS = 5.0  # between two lines about one stage where stderr is not a terminal
 
 
@@ -34,11 +35,15 @@ class ProgressEvent(Protocol):
 
     @property
     def done(self) -> int:
-        """In bytes."""
+        """In `unit`."""
 
     @property
     def total(self) -> int:
-        """In bytes; 0 while unknown."""
+        """In `unit`; 0 while unknown."""
+
+    @property
+    def unit(self) -> str:
+        """`bytes`, or what is counted."""
 
 
 def stderr() -> Console:
@@ -47,8 +52,8 @@ def stderr() -> Console:
 
 
 def stdout() -> Console:
-    """A console for results."""
-    return Console()
+    """A console for results; wide enough for tables where it isn't a terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=PIPE_COLUMNS)
 
 
 def print_json(value: Any) -> None:
@@ -84,37 +89,40 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s"
 
 
+def amount(value: float, unit: str) -> str:
+    """A count for people: bytes scaled, anything else as it is."""
+    return size(value) if unit == "bytes" else f"{value:.0f} {unit}"
+
+
 @contextlib.contextmanager
 def progress_on_stderr() -> Iterator[Callable[[ProgressEvent], None]]:
     """A progress bar with stage, rate and time left; plain lines where stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield _PlainProgress()
         return
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("[{task.fields[index]}/{task.fields[count]}]"),
         TextColumn("{task.description:<14}"),
         BarColumn(),
-        TransferSpeedColumn(),
+        TextColumn("{task.fields[rate]:>12}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=stderr(), transient=False) as progress:
+    with Progress(*columns, console=stderr()) as progress:
         tasks: dict[str, Any] = {}
 
         def show(event: ProgressEvent) -> None:
             if event.stage not in tasks:
-                tasks[event.stage] = progress.add_task(event.stage, total=None, index=event.index, count=event.count)
-            progress.update(tasks[event.stage], total=event.total or None, completed=event.done)
+                tasks[event.stage] = progress.add_task(
+                    event.stage, total=None, index=event.index, count=event.count, rate=""
+                )
+            task = tasks[event.stage]
+            speed = progress.tasks[task].speed
+            rate = f"{amount(speed, event.unit)}/s" if speed and event.unit else ""
+            progress.update(task, total=event.total or None, completed=event.done, rate=rate)
 
         yield show
 
@@ -141,7 +149,7 @@ class _PlainProgress:
             self._last = now
             left = elapsed * (event.total - event.done) / max(event.done, 1)
             click.echo(
-                f"{prefix}: {100 * event.done / event.total:.0f} % of {size(event.total)}, "
-                f"{size(event.done / elapsed)}/s, {duration(left)} left",
+                f"{prefix}: {100 * event.done / event.total:.0f} % of {amount(event.total, event.unit)}, "
+                f"{amount(event.done / elapsed, event.unit)}/s, {duration(left)} left",
                 err=True,
             )

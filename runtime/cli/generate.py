@@ -82,7 +82,10 @@ def _prompt(text: str | None, ids: str | None) -> str | list[int]:
     if text is None:
         if sys.stdin.isatty():
             raise click.UsageError("there is no prompt: give --prompt, --prompt-ids, or text on standard input")
-        text = sys.stdin.read()
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise click.UsageError(f"standard input isn't UTF-8 ({error.reason} at byte {error.start})") from None
     return text
 
 

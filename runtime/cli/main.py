@@ -15,7 +15,7 @@ VERBS = {
     "export": Verb("runtime.cli.export", "Write a model's ONNX graph with KV-cache inputs and outputs."),
     "generate": Verb("runtime.cli.generate", "Continue a prompt with a bundle."),
     "chat": Verb("runtime.cli.chat", "Talk with a bundle in the terminal."),
-    "verify": Verb("runtime.cli.verify", "Compare a bundle with Hugging Face transformers."),
+    "verify": Verb("runtime.cli.verify", "Compare a bundle with Hugging Face transformers in fp32."),
     "bench": Verb("runtime.cli.bench", "Measure a bundle's speed and memory."),
     "inspect": Verb("runtime.cli.inspect", "Show a checkpoint, an ONNX file or a bundle as a table."),
     "doctor": Verb("runtime.cli.doctor", "Show versions, hardware and what each target lacks here."),

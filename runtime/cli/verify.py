@@ -97,7 +97,7 @@ def command(
       qwen-aot verify ./bundle --reference ./Qwen1.5-0.5B-Chat
       qwen-aot verify ./bundle --reference model.gguf --text page.txt --kl-divergence 0.1 --json
 
-    The first half of each piece of text is the prompt, the rest is fed token by token, and every step's logits are
+    The first quarter of each piece of text is the prompt, the rest is fed token by token, and every step's logits are
     compared. Exits with 1 if a bound fails, and says which.
     """
     show_logs()
@@ -115,7 +115,7 @@ def command(
                 generator,
                 checkpoint,
                 limits,
-                text=text.read_text(encoding="utf-8") if text is not None else TEXT,
+                text=TEXT if text is None else _read_text(text),
                 window=window,
                 windows=windows,
                 greedy_tokens=greedy_tokens,
@@ -164,6 +164,13 @@ def compare(
         greedy_tokens=greedy_tokens,
         on_progress=lambda done, total: on_progress(ProgressEvent("compare", 2, 2, done, total, "positions")),
     )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"--text {path} isn't UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def verifier_for(checkpoint: Checkpoint, precision: str) -> Callable[[Path], Mapping[str, Any]]:

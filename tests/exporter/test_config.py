@@ -81,9 +81,7 @@ def test_agrees_with_transformers(shape: dict[str, Any], tmp_path: Path) -> None
         assert config.num_activated_parameters == config.num_parameters
 
 
-@pytest.mark.parametrize(
-    ("raw", "kind"), [(DENSE, Qwen2Config), (SPARSE, Qwen2MoeConfig)], ids=["dense", "moe"]
-)
+@pytest.mark.parametrize(("raw", "kind"), [(DENSE, Qwen2Config), (SPARSE, Qwen2MoeConfig)], ids=["dense", "moe"])
 def test_absent_keys_have_transformers_defaults(raw: dict[str, Any], kind: type) -> None:
     reference = kind(**{key: value for key, value in raw.items() if key != "model_type"})
     config = ModelConfig.from_hf(raw)
@@ -256,9 +254,7 @@ def test_validates_rope_scaling(change: dict[str, Any], message: str) -> None:
 
 def test_unknown_keys_are_told_and_harmless_ones_are_not(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        ModelConfig.from_hf(
-            DENSE | {"use_cache": True, "transformers_version": "4.37.0", "sliding_window": 4096}
-        )
+        ModelConfig.from_hf(DENSE | {"use_cache": True, "transformers_version": "4.37.0", "sliding_window": 4096})
         assert caplog.records == []
         ModelConfig.from_hf(DENSE | {"frobnicate": 1})
     assert "frobnicate" in caplog.text
@@ -279,9 +275,7 @@ def test_broken_file(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"has no config\.json; accepted: a folder saved by transformers"
-    ):
+    with pytest.raises(CheckpointError, match=r"has no config\.json; accepted: a folder saved by transformers"):
         ModelConfig.from_hf(tmp_path)
 
 

@@ -73,7 +73,5 @@ def test_spellings(spelling: str) -> None:
 
 def test_unknown_name_lists_the_known() -> None:
     assert canonical_name("qwen2-7b") is None
-    with pytest.raises(
-        CheckpointError, match=r"'qwen2-7b' is not a Qwen1.5 variant; accepted: qwen1.5-0.5b, .*110b"
-    ):
+    with pytest.raises(CheckpointError, match=r"'qwen2-7b' is not a Qwen1.5 variant; accepted: qwen1.5-0.5b, .*110b"):
         variant_config("qwen2-7b")

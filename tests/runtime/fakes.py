@@ -31,6 +31,10 @@ class FakeEngine:
     def cache_length(self) -> NDArray[np.int64]:
         return np.array([len(row) for row in self.rows], np.int64)
 
+    @property
+    def run_seconds(self) -> float:
+        return 0.0
+
     def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         assert len(token_ids) > 0
         self.prefills.append((row, token_ids.tolist()))

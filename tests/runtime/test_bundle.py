@@ -12,9 +12,7 @@ from tests.runtime.toys import checksum_model, io_tables, make_manifest, write_b
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    inputs, outputs = io_tables(
-        ("input_ids", "position_ids", "cache_length", "new_tokens", "key_positions"), "float32"
-    )
+    inputs, outputs = io_tables(("input_ids", "position_ids", "cache_length", "new_tokens", "key_positions"), "float32")
     manifest = make_manifest(inputs=inputs, outputs=outputs)
     return write_bundle(tmp_path / "bundle", checksum_model(inputs, outputs), manifest, {"notes.txt": "é"})
 
@@ -38,9 +36,7 @@ def test_a_missing_file(path: Path) -> None:
 def test_a_truncated_and_a_longer_file(path: Path) -> None:
     content = (path / "model.onnx").read_bytes()
     (path / "model.onnx").write_bytes(content[:-1])
-    with pytest.raises(
-        BundleError, match=f"is truncated: {len(content) - 1} bytes, manifest.json says {len(content)}"
-    ):
+    with pytest.raises(BundleError, match=f"is truncated: {len(content) - 1} bytes, manifest.json says {len(content)}"):
         load_bundle(path)
     (path / "model.onnx").write_bytes(content + b"x")
     with pytest.raises(BundleError, match="is too long"):
@@ -91,9 +87,7 @@ def test_what_is_not_a_bundle(path: Path, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").touch()
     with pytest.raises(BundleError, match=r"m\.gguf is a checkpoint, not a bundle: .*build-engine"):
         load_bundle(tmp_path / "m.gguf")
-    with pytest.raises(
-        BundleError, match=r"has no manifest\.json: it is not a bundle, or its build did not end"
-    ):
+    with pytest.raises(BundleError, match=r"has no manifest\.json: it is not a bundle, or its build did not end"):
         load_bundle(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BundleError, match="is a checkpoint, not a bundle"):

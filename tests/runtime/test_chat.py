@@ -28,9 +28,7 @@ def test_golden(case: dict[str, object]) -> None:
 
 def test_a_template_can_refuse() -> None:
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}", {})
-    with pytest.raises(
-        GenerationError, match="the chat template refuses these messages: roles must alternate"
-    ):
+    with pytest.raises(GenerationError, match="the chat template refuses these messages: roles must alternate"):
         template.render([])
 
 
@@ -74,9 +72,7 @@ def make_chat(
         script = [*tokenizer.encode(replies[len(starts) - 1]), END]
         return script[min(len(row) - starts[-1] - len(opening), len(script) - 1)]
 
-    manifest = make_manifest(
-        max_context=max_context, max_batch=max_batch, vocab_size=400, eos_token_ids=(END,)
-    )
+    manifest = make_manifest(max_context=max_context, max_batch=max_batch, vocab_size=400, eos_token_ids=(END,))
     engine = FakeEngine(manifest, next_token)
     return Chat(Generator(engine, tokenizer), system=system), engine
 
@@ -120,9 +116,7 @@ def test_reset_keeps_the_system_prompt_and_its_cache() -> None:
     assert chat.messages == ({"role": "system", "content": "Be terse."},)
     completion = say(chat, "b")
     assert completion.text == "one"
-    assert completion.cached_tokens >= len(
-        golden_tokenizer().encode("<|im_start|>system\nBe terse.<|im_end|>\n")
-    )
+    assert completion.cached_tokens >= len(golden_tokenizer().encode("<|im_start|>system\nBe terse.<|im_end|>\n"))
 
 
 def test_two_conversations_keep_to_their_rows() -> None:

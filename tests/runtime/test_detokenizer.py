@@ -58,11 +58,7 @@ def test_text_streams_back_and_every_piece_is_whole(text: str) -> None:
         assert "�" not in "".join(streamed) or "�" in text
 
 
-@given(
-    st.lists(
-        st.sampled_from(["▁Hello", "▁wor", "ld", "a", "é", ",", "你", "▁", "😀", "ü", "</s>"]), max_size=20
-    )
-)
+@given(st.lists(st.sampled_from(["▁Hello", "▁wor", "ld", "a", "é", ",", "你", "▁", "😀", "ü", "</s>"]), max_size=20))
 def test_sentencepiece_text_joins_to_the_whole_decoded(parts: list[str]) -> None:
     backend = SENTENCEPIECE.backend
     ids: list[int] = []

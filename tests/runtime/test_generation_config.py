@@ -68,9 +68,7 @@ def test_without_do_sample_it_is_greedy(document: dict[str, Any]) -> None:
 
 
 def test_a_given_sampling_option_turns_sampling_on() -> None:
-    defaults = GenerationDefaults.from_document(
-        {"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.2}
-    )
+    defaults = GenerationDefaults.from_document({"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.2})
     assert defaults.resolve().repetition_penalty == 1.2
     assert defaults.resolve(top_p=0.9).temperature == 0.6
     assert defaults.resolve(temperature=0.9).temperature == 0.9
@@ -142,9 +140,7 @@ def bundle_with(tmp_path: Path, texts: dict[str, str]) -> Bundle:
     inputs, outputs = io_tables(("input_ids",), "float32")
     manifest = make_manifest(inputs=inputs, outputs=outputs, eos_token_ids=(7,))
     names = ("input_ids", "position_ids", "cache_length", "new_tokens", "key_positions")
-    return load_bundle(
-        write_bundle(tmp_path / "b", checksum_model(*io_tables(names, "float32")), manifest, texts)
-    )
+    return load_bundle(write_bundle(tmp_path / "b", checksum_model(*io_tables(names, "float32")), manifest, texts))
 
 
 def test_from_a_bundle(tmp_path: Path) -> None:

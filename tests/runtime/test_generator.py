@@ -22,9 +22,7 @@ FOUR = GenerationConfig(max_new_tokens=4)
 def make_generator(
     *, max_batch: int = 3, max_context: int = 40, bos_token_id: int | None = None, eos: tuple[int, ...] = ()
 ) -> tuple[Generator, FakeEngine]:
-    manifest = make_manifest(
-        max_batch=max_batch, max_context=max_context, bos_token_id=bos_token_id, eos_token_ids=eos
-    )
+    manifest = make_manifest(max_batch=max_batch, max_context=max_context, bos_token_id=bos_token_id, eos_token_ids=eos)
     engine = FakeEngine(manifest)
     return Generator(engine), engine
 
@@ -44,9 +42,7 @@ def writer(text: str, *, max_batch: int = 2, max_context: int = 200) -> Generato
     def next_token(row: list[int]) -> int:
         return script[min(len(row), len(script)) - 1]
 
-    manifest = make_manifest(
-        max_batch=max_batch, max_context=max_context, vocab_size=300, eos_token_ids=(256,)
-    )
+    manifest = make_manifest(max_batch=max_batch, max_context=max_context, vocab_size=300, eos_token_ids=(256,))
     return Generator(FakeEngine(manifest, next_token), byte_tokenizer())
 
 
@@ -121,9 +117,7 @@ def test_stop_ids_end_a_request_and_are_left_out() -> None:
     generator, _ = make_generator(eos=(tokens[2],))
     (completion,) = generator.generate([[5, 6, 7]], generator.defaults.resolve())
     assert (list(completion.token_ids), completion.finish_reason) == (tokens[:2], "stop")
-    (completion,) = generator.generate(
-        [[5, 6, 7]], generator.defaults.resolve(ignore_eos=True, max_new_tokens=4)
-    )
+    (completion,) = generator.generate([[5, 6, 7]], generator.defaults.resolve(ignore_eos=True, max_new_tokens=4))
     assert (list(completion.token_ids), completion.finish_reason) == (tokens, "length")
     stop_at = generator.defaults.resolve(stop_token_ids=[tokens[0]])
     assert generator.generate([[5, 6, 7]], stop_at)[0].token_ids == ()
@@ -171,9 +165,7 @@ def test_the_context_ends_a_request_with_length() -> None:
 
 def test_a_prompt_longer_than_the_context_is_refused_before_anything_runs() -> None:
     generator, engine = make_generator(max_context=10)
-    with pytest.raises(
-        ContextFullError, match=r"the prompt has 11 tokens, the context holds 10: .*--max-context 11"
-    ):
+    with pytest.raises(ContextFullError, match=r"the prompt has 11 tokens, the context holds 10: .*--max-context 11"):
         generator.generate([[1], [1] * 11])
     assert engine.prefills == []
 
@@ -187,9 +179,7 @@ def test_an_empty_prompt_starts_from_bos_or_is_refused() -> None:
 
 def test_what_cannot_be_taken_is_refused_before_anything_runs() -> None:
     generator, engine = make_generator()
-    with pytest.raises(
-        GenerationError, match=f"has the token id {VOCAB_SIZE}; accepted: 0 to {VOCAB_SIZE - 1}"
-    ):
+    with pytest.raises(GenerationError, match=f"has the token id {VOCAB_SIZE}; accepted: 0 to {VOCAB_SIZE - 1}"):
         generator.generate([[1], [VOCAB_SIZE]])
     with pytest.raises(GenerationError, match="has the token id -1"):
         generator.generate([[-1]])
@@ -322,16 +312,12 @@ def test_closing_the_generator_closes_the_engine() -> None:
     ),
     max_batch=st.integers(1, 4),
 )
-def test_a_result_does_not_depend_on_the_batch(
-    requests: list[tuple[list[int], int, float]], max_batch: int
-) -> None:
+def test_a_result_does_not_depend_on_the_batch(requests: list[tuple[list[int], int, float]], max_batch: int) -> None:
     made = [
         Request(prompt, GenerationConfig(max_new_tokens=count, temperature=temperature, seed=index))
         for index, (prompt, count, temperature) in enumerate(requests)
     ]
-    together = {
-        e.index: e for e in make_generator(max_batch=max_batch)[0].stream(made) if isinstance(e, Completion)
-    }
+    together = {e.index: e for e in make_generator(max_batch=max_batch)[0].stream(made) if isinstance(e, Completion)}
     for index, request in enumerate(made):
         alone = list(make_generator(max_batch=1)[0].stream([request]))[-1]
         assert isinstance(alone, Completion)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from qwen_aot_errors import GenerationError
 from runtime.kv_cache import CAPACITY_STEP, KvCache
 from runtime.manifest import IoTensor
 
@@ -52,6 +53,26 @@ def test_capacity_stops_above_the_context() -> None:
     # One more than the context, so that a full row may stand idle in a step of one token.
     assert cache.reserve(CAPACITY_STEP + 1) is True
     assert cache.capacity == 2 * CAPACITY_STEP
+
+
+def test_without_memory_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KvCache(TENSORS, max_batch=2, max_context=2000)
+    cache.views(0, 2)[0][:] = 5
+    zeros = np.zeros
+    calls = iter([zeros, None])
+
+    def failing_zeros(*args: object, **kwargs: object) -> object:
+        allocate = next(calls)
+        if allocate is None:
+            raise MemoryError
+        return allocate(*args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(np, "zeros", failing_zeros)
+    with pytest.raises(GenerationError, match="no memory for a KV cache of 2 rows of 512 tokens"):
+        cache.reserve(CAPACITY_STEP + 1)
+    assert cache.capacity == CAPACITY_STEP
+    assert [view.shape[2] for view in cache.views(0, 2)] == [CAPACITY_STEP] * 2
+    assert (cache.views(0, 2)[0] == 5).all()
 
 
 def test_a_fixed_capacity() -> None:

@@ -76,7 +76,7 @@ def make_manifest(
 
 
 def io_tables(
-    names: tuple[str, ...], cache_dtype: str, capacity: int | str = "C"
+    names: tuple[str, ...], cache_dtype: str, capacity: int | str = "C", vocab_size: int = VOCAB_SIZE
 ) -> tuple[tuple[IoTensor, ...], tuple[IoTensor, ...]]:
     """Inputs and outputs of a one-layer toy that takes the named inputs beside its cache."""
     shapes: dict[str, tuple[int | str, ...]] = {
@@ -89,7 +89,7 @@ def io_tables(
     cache: tuple[int | str, ...] = ("B", HEADS, capacity, HEAD_DIM)
     inputs = [IoTensor(name, "int64", shapes[name]) for name in names]
     inputs += [IoTensor(f"past_key_values.0.{part}", cache_dtype, cache) for part in ("key", "value")]
-    outputs = [IoTensor("logits", "float32", ("B", VOCAB_SIZE))]
+    outputs = [IoTensor("logits", "float32", ("B", vocab_size))]
     outputs += [IoTensor(f"present.0.{part}", cache_dtype, cache) for part in ("key", "value")]
     return tuple(inputs), tuple(outputs)
 
@@ -111,7 +111,9 @@ def write_bundle(
     return folder
 
 
-def checksum_model(inputs: tuple[IoTensor, ...], outputs: tuple[IoTensor, ...]) -> onnx.ModelProto:
+def checksum_model(
+    inputs: tuple[IoTensor, ...], outputs: tuple[IoTensor, ...], vocab_size: int = VOCAB_SIZE
+) -> onnx.ModelProto:
     """Logits peak at `checksum` of the row's tokens, read back from the cache.
 
     The key cache holds the ids, the value cache position + 1, both in all heads and dimensions. The graph
@@ -149,7 +151,7 @@ def checksum_model(inputs: tuple[IoTensor, ...], outputs: tuple[IoTensor, ...]) 
     total = b.node("ReduceSum", [products, b.ints([2])], keepdims=0)  # [B, HEADS, HEAD_DIM]
     total = b.node("Cast", [b.node("ReduceMean", [total, b.ints([1, 2])], keepdims=0)], to=TensorProto.INT64)
     target = b.node("Mod", [total, b.ints([VOCAB_SIZE])])  # [B]
-    distance = b.node("Sub", [b.ints(list(range(VOCAB_SIZE))), b.node("Unsqueeze", [target, one])])
+    distance = b.node("Sub", [b.ints(list(range(vocab_size))), b.node("Unsqueeze", [target, one])])
     distance = b.node("Cast", [b.node("Abs", [distance])], to=TensorProto.FLOAT)
     is_empty = b.node("Equal", [b.node("Add", ["cache_length", "new_tokens"]), b.ints([0])])
     is_any_empty = b.node("ReduceMax", [b.node("Cast", [is_empty], to=TensorProto.INT64)], keepdims=0)

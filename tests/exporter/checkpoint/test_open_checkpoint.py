@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,10 +34,28 @@ def test_a_folder_saved_by_transformers(tmp_path: Path) -> None:
             checkpoint.read("x")
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"tied": True},
+        {"kv_heads": 2, "head_dim": 32},
+        {"moe": {}},
+        {"moe": {"mlp_only_layers": [0]}},
+        {"moe": {"qkv_bias": False}},
+    ],
+    ids=["mha", "tied", "gqa", "moe", "moe-mixed", "moe-no-bias"],
+)
+def test_what_transformers_saves_is_exactly_what_the_configuration_expects(
+    shape: dict[str, Any], tmp_path: Path
+) -> None:
+    save_tiny(tmp_path, **shape)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert {n: info.shape for n, info in checkpoint.tensors.items()} == checkpoint.config.tensor_shapes()
+
+
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"gone does not exist; accepted: a folder saved by transformers"
-    ):
+    with pytest.raises(CheckpointError, match=r"gone does not exist; accepted: a folder saved by transformers"):
         open_checkpoint(tmp_path / "gone")
 
 
@@ -65,9 +84,7 @@ def test_weights_without_config(tmp_path: Path) -> None:
 def test_pickles_are_refused_with_the_conversion_command(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).touch()
-    with pytest.raises(
-        CheckpointError, match=rf"holds {name}, a pickle.*save_pretrained\('.*-safetensors'\)"
-    ):
+    with pytest.raises(CheckpointError, match=rf"holds {name}, a pickle.*save_pretrained\('.*-safetensors'\)"):
         open_checkpoint(tmp_path)
 
 
@@ -102,10 +119,6 @@ def test_another_file(tmp_path: Path) -> None:
 def test_quantized_checkpoints_are_refused_by_name(method: str, tmp_path: Path) -> None:
     save_tiny(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}})
-    )
-    with pytest.raises(
-        CheckpointError, match=rf"config\.json: quantization_config says '{method}'; .*not supported"
-    ):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}))
+    with pytest.raises(CheckpointError, match=rf"config\.json: quantization_config says '{method}'; .*not supported"):
         open_checkpoint(tmp_path)

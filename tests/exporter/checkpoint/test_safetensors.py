@@ -200,12 +200,8 @@ def test_any_corrupt_header_byte(position: int, value: int, tmp_path_factory: py
 
 
 JSON_VALUES = st.recursive(
-    st.one_of(
-        st.none(), st.booleans(), st.integers(-10, 200), st.integers(), st.floats(), st.text(max_size=4)
-    ),
-    lambda children: (
-        st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=4), children, max_size=2)
-    ),
+    st.one_of(st.none(), st.booleans(), st.integers(-10, 200), st.integers(), st.floats(), st.text(max_size=4)),
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=4), children, max_size=2),
     max_leaves=5,
 )
 
@@ -256,9 +252,7 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
 def test_a_tensor_the_index_puts_elsewhere_is_named(sharded: Path) -> None:
     shard = sorted(sharded.glob("*.safetensors"))[0].name
     edit_index(sharded, lambda index: index["weight_map"].update({"ghost": shard}))
-    with pytest.raises(
-        CheckpointError, match=rf"tensor 'ghost' is not in {shard}, where {INDEX_NAME} says it is"
-    ):
+    with pytest.raises(CheckpointError, match=rf"tensor 'ghost' is not in {shard}, where {INDEX_NAME} says it is"):
         SafetensorsShards(sharded)
 
 
@@ -280,9 +274,7 @@ def test_a_tensor_in_two_shards_is_named(sharded: Path) -> None:
 )
 def test_an_index_never_leaves_its_folder(shard: Any, sharded: Path) -> None:
     edit_index(sharded, lambda index: index["weight_map"].update({"model.norm.weight": shard}))
-    with pytest.raises(
-        CheckpointError, match=r"puts tensor 'model\.norm\.weight' in .*; accepted: the plain name"
-    ):
+    with pytest.raises(CheckpointError, match=r"puts tensor 'model\.norm\.weight' in .*; accepted: the plain name"):
         SafetensorsShards(sharded)
 
 

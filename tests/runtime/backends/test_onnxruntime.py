@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,11 +139,11 @@ def test_the_cache_grows_and_keeps_content(engine: OnnxRuntimeEngine) -> None:
     other = [3, 2, 1]
     engine.prefill(0, ids(*ids_below))
     engine.prefill(3, ids(*other))
-    small = engine.cache_bytes
+    small = engine.cache.nbytes
     for token_id in (4, 5, 6):  # 255 + 1 fits, then it grows
         ids_below.append(token_id)
         assert engine.decode(0, ids(token_id))[0].argmax() == checksum(ids_below)
-    assert engine.cache_bytes == 2 * small
+    assert engine.cache.nbytes == 2 * small
     assert engine.decode(3, ids(9))[0].argmax() == checksum([*other, 9])
     more = list(range(1, 201)) * 2
     assert engine.prefill(0, ids(*more)).argmax() == checksum(ids_below + more)
@@ -180,6 +181,20 @@ def test_unknown_ids_and_empty_prompts_are_refused(engine: OnnxRuntimeEngine) ->
     with pytest.raises(GenerationError, match="at least one"):
         engine.prefill(0, ids())
     assert engine.cache_length.tolist() == [0, 0, 0, 0]
+
+
+def test_rows_that_do_not_exist_are_refused(engine: OnnxRuntimeEngine) -> None:
+    with pytest.raises(GenerationError, match="rows 3 to 4 were asked for; accepted: 0 to 3"):
+        engine.decode(3, ids(1, 2))
+    with pytest.raises(GenerationError, match="rows -1 to -1"):
+        engine.prefill(-1, ids(1))
+    with pytest.raises(GenerationError, match="rows 4 to 4"):
+        engine.truncate(4, 0)
+
+
+def test_threads_are_at_least_one() -> None:
+    with pytest.raises(GenerationError, match="threads is 0; accepted: at least 1, or None"):
+        OrtOptions(threads=0)
 
 
 def test_a_closed_engine_says_so(checksum_bundle: Path) -> None:
@@ -258,6 +273,31 @@ def test_a_row_does_not_depend_on_the_others(attention: tuple[OnnxRuntimeEngine,
     np.testing.assert_array_equal(results[0], results[1])
 
 
+@pytest.mark.parametrize("rubbish", [np.nan, 65504.0])
+def test_what_unused_slots_hold_does_not_matter(attention: tuple[OnnxRuntimeEngine, float], rubbish: float) -> None:
+    # GroupQueryAttention reads no slot beyond a row's length. Graphs that mask by adding don't survive NaN
+    # (0 * NaN is NaN): for them the cache is zero-filled.
+    engine, _ = attention
+    rows = [RNG.integers(0, VOCAB_SIZE, n).tolist() for n in (20, 3)]
+    results = []
+    for value in (0.0, rubbish):
+        for view in engine.cache.views(0, 4):
+            view[...] = value
+        for row in range(2):
+            engine.truncate(row, 0)
+            engine.prefill(row, ids(*rows[row]))
+        results.append(engine.decode(0, ids(5, 6, -1)).copy()[:2])
+    np.testing.assert_array_equal(results[0], results[1])
+
+
+def test_time_in_the_library_is_counted(engine: OnnxRuntimeEngine) -> None:
+    started = time.perf_counter()
+    engine.prefill(0, ids(*range(30)))
+    after_prefill = engine.run_seconds
+    engine.decode(0, ids(1))
+    assert 0 < after_prefill < engine.run_seconds < time.perf_counter() - started
+
+
 def test_nan_in_the_logits_names_the_row_and_changes_nothing(tmp_path: Path) -> None:
     inputs, outputs = io_tables(FEW_INPUTS, "float32")
     table = TABLE.copy()
@@ -282,7 +322,7 @@ def test_a_fixed_capacity_is_kept(tmp_path: Path) -> None:
     with OnnxRuntimeEngine(load_bundle(path), OrtOptions(threads=1)) as engine:
         sequence = list(range(40))
         assert engine.prefill(3, ids(*sequence)).argmax() == checksum(sequence)
-        assert engine.cache_bytes == 2 * 4 * HEADS * 48 * HEAD_DIM * 4
+        assert engine.cache.nbytes == 2 * 4 * HEADS * 48 * HEAD_DIM * 4
 
 
 def test_an_io_table_that_is_not_the_graphs_is_refused(tmp_path: Path) -> None:
@@ -359,6 +399,7 @@ def test_memory_stays_flat(engine: OnnxRuntimeEngine) -> None:
 def test_the_runtime_imports_without_the_exporters_packages() -> None:
     code = """
 import sys
+import time
 for name in ("torch", "onnx", "onnx_ir", "transformers", "exporter", "engines"):
     sys.modules[name] = None
 import runtime.backends.onnxruntime, runtime.chat, runtime.generator

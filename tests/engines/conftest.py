@@ -1,0 +1,29 @@
+"""Tracing takes seconds and depends on the configuration alone: tests of what comes after trace once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import engines.build
+import engines.export
+from exporter.weights import Traced
+
+_TRACED: dict[str, Traced] = {}
+
+
+@pytest.fixture
+def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes builds and exports of a configuration seen before start from a copy of its traced graph."""
+    real = engines.build.trace
+
+    def cached(*arguments: Any, **options: Any) -> Traced:
+        key = repr((arguments, options))
+        if key not in _TRACED:
+            _TRACED[key] = real(*arguments, **options)
+        traced = _TRACED[key]
+        return Traced(traced.model.clone(), traced.config, dict(traced.recipes))
+
+    monkeypatch.setattr(engines.build, "trace", cached)
+    monkeypatch.setattr(engines.export, "trace", cached)

@@ -1,0 +1,75 @@
+"""`build` on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.cli.conftest import Run
+
+
+def test_builds_and_reports_as_json(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    result = run("build", checkpoint, "-o", out, "--precision", "fp32", "--max-batch", 3, "--verify", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["bundle"] == str(out)
+    assert report["verification"]["passed"] is True
+    assert "[1/6] trace ..." in result.stderr
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["precision"], manifest["max_batch"]) == ("fp32", 3)
+    assert json.loads((out / "report.json").read_text())["verification"]["passed"] is True
+
+
+def test_a_dry_run_shows_and_writes_nothing(run: Run, tmp_path: Path) -> None:
+    arguments = (
+        "build",
+        "qwen1.5-0.5b",
+        "--random-weights",
+        "-o",
+        tmp_path / "bundle",
+        "--precision",
+        "fp32",
+        "--dry-run",
+    )
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["bundle_bytes"] == pytest.approx(463_987_712 * 4, rel=0.01)
+    assert facts["peak_memory_bytes"] > 0 and facts["seconds"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--precision", "fp7"), 2, "precision 'fp7' doesn't exist; what exists: cpu: fp32, int8, int4"),
+        (("--target", "npu"), 2, "target 'npu' doesn't exist; what exists: cpu"),
+        (("--precision", "fp32", "--block-size", "32"), 2, "fp32 has no blocks"),
+        (("--max-context", "0"), 2, "max_context is 0"),
+        (("--max-context", "99999"), 1, "max_context 99999 is more than the model's 512"),
+        (("--random-weights",), 2, "--random-weights goes with a variant's name"),
+    ],
+)
+def test_refusals(
+    run: Run, checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    result = run("build", checkpoint, "-o", tmp_path / "bundle", *arguments)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_variant_needs_random_weights(run: Run, tmp_path: Path) -> None:
+    result = run("build", "qwen1.5-0.5b", "-o", tmp_path / "bundle")
+    assert result.exit_code == 2
+    assert "is a variant's name and has no weights" in result.stderr
+
+
+def test_a_name_that_is_nothing(run: Run, tmp_path: Path) -> None:
+    result = run("build", "qwen9-3b", "-o", tmp_path / "bundle")
+    assert result.exit_code == 1
+    assert "qwen9-3b doesn't exist and isn't a variant's name" in result.stderr
+    assert "qwen1.5-moe-a2.7b" in result.stderr

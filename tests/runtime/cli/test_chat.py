@@ -1,0 +1,118 @@
+"""`chat`: a scripted conversation, and what Ctrl-C does in a real terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runtime.cli import chat
+from tests.runtime.cli.conftest import Run
+
+ROOT = Path(__file__).parents[3]
+SHORT = ("--temperature", 0, "--max-new-tokens", 6, "--ignore-eos")
+
+
+def test_answers_and_says_how_fast(run: Run, bundle: Path) -> None:
+    result = run("chat", bundle, *SHORT, input="Hello\n")
+    assert result.exit_code == 0, result.stderr
+    assert "[6 tokens" in result.stdout
+    assert "tokens/s, ended by length]" in result.stdout
+
+
+def test_saves_the_conversation(run: Run, bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    result = run("chat", bundle, *SHORT, "--system", "Be brief.", input=f"One\nTwo\n/save {file}\n/exit\nnever said\n")
+    assert "4 more" not in result.stdout
+    assert "5 messages in" in result.stdout
+    messages = json.loads(file.read_text())
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [message["content"] for message in messages if message["role"] != "assistant"] == ["Be brief.", "One", "Two"]
+
+
+def test_clear_and_system_start_anew(run: Run, bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    run("chat", bundle, *SHORT, input=f"One\n/clear\n/system Rhyme.\nTwo\n/save {file}\n")
+    assert [message["content"] for message in json.loads(file.read_text())][:2] == ["Rhyme.", "Two"]
+
+
+def test_a_message_of_several_lines(run: Run, bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    run("chat", bundle, *SHORT, input=f'"""first\nsecond\nthird"""\n/save {file}\n')
+    assert json.loads(file.read_text())[0]["content"] == "first\nsecond\nthird"
+
+
+def test_help_and_unknown_commands(run: Run, bundle: Path) -> None:
+    result = run("chat", bundle, input="/help\n/dance\n/save\n/save /no/such/folder/x\n")
+    assert result.exit_code == 0
+    assert all(name in result.stdout for name in chat.COMMANDS)
+    assert "there is no command /dance" in result.stdout
+    assert "give a file: /save chat.json" in result.stdout
+    assert "can't be written: No such file or directory" in result.stdout
+
+
+def test_a_full_context_is_a_note_and_the_chat_goes_on(run: Run, bundle: Path) -> None:
+    result = run("chat", bundle, *SHORT, input=f"{'word ' * 400}\n/clear\nHi\n")
+    assert result.exit_code == 0
+    assert "the context holds 256" in result.stdout
+    assert "[6 tokens" in result.stdout
+
+
+def test_a_bundle_without_a_template_is_refused(run: Run, tmp_path: Path) -> None:
+    from engines.build import build_bundle
+    from engines.spec import BuildSpec, Precision
+    from tests.checkpoints import save_tiny
+
+    save_tiny(tmp_path / "bare")
+    build_bundle(tmp_path / "bare", BuildSpec(precision=Precision.FP32), tmp_path / "bundle")
+    result = run("chat", tmp_path / "bundle", input="Hi\n")
+    assert result.exit_code == 1
+    assert "has no tokenizer, so it can't chat" in result.stderr
+
+
+@pytest.mark.timeout(60)
+def test_ctrl_c_stops_the_answer_and_not_the_program(bundle: Path) -> None:
+    """In a pseudo terminal, as a user sits at it."""
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runtime.cli.main", "chat", str(bundle), "--ignore-eos", "--max-new-tokens", "100000"],
+        cwd=ROOT,
+        stdin=child,
+        stdout=child,
+        stderr=child,
+        start_new_session=True,
+    )
+    os.close(child)
+    seen = ""
+
+    def read_until(mark: str) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 40
+        while mark not in seen and time.monotonic() < deadline:
+            if select.select([parent], [], [], 0.5)[0]:
+                seen += os.read(parent, 65536).decode(errors="replace")
+        assert mark in seen, seen[-500:]
+
+    try:
+        read_until("> ")
+        before = len(seen)
+        os.write(parent, b"Hello\n")
+        while len(seen) < before + 20:  # some of the answer is there
+            seen += os.read(parent, 65536).decode(errors="replace")
+        os.kill(process.pid, signal.SIGINT)
+        read_until("ended by")
+        os.write(parent, b"/exit\n")
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(parent)
+    assert "ended by cancelled" in seen or "ended by length" in seen

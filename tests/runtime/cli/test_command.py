@@ -1,0 +1,76 @@
+"""Exit codes, messages and lazy loading, whatever the verb."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from qwen_aot_errors import BuildError
+from runtime.cli.command import LazyGroup, Verb, VerbCommand, option
+
+
+def verb_that_raises(error: BaseException) -> click.Command:
+    @click.command("work", cls=VerbCommand)
+    def command() -> None:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (BuildError("the disk is full; free some"), 1, "error: the disk is full; free some\n"),
+        (click.UsageError("give one"), 2, "give one"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (click.Abort(), 130, "interrupted\n"),
+        (ModuleNotFoundError("no", name="torch.nn"), 1, "needs the package 'torch'"),
+        (ModuleNotFoundError("no", name="torch"), 1, "pip install 'qwen-aot[build]'"),
+        (ModuleNotFoundError("no", name="onnxruntime"), 1, "pip install 'qwen-aot[cpu]'"),
+    ],
+)
+def test_what_is_raised_becomes_a_code_and_a_message(error: BaseException, code: int, message: str) -> None:
+    result = CliRunner().invoke(verb_that_raises(error))
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("error", [ValueError("bug"), ModuleNotFoundError("bug", name="engines.nothing")])
+def test_our_bugs_keep_their_traceback(error: Exception) -> None:
+    result = CliRunner().invoke(verb_that_raises(error))
+    assert result.exception is error
+
+
+def test_options_stand_under_their_headings_with_defaults() -> None:
+    @click.command("work", cls=VerbCommand)
+    @click.argument("thing")
+    @option("--size", default=7, help="How large.", group="Shape")
+    @option("--fast", is_flag=True, help="Hurry.", group="Speed")
+    def command(thing: str, size: int, fast: bool) -> None: ...
+
+    text = CliRunner().invoke(command, ["--help"]).stdout
+    assert text.index("Shape:") < text.index("--size") < text.index("Speed:") < text.index("--fast")
+    assert "[default: 7]" in text
+
+
+def test_a_group_lists_verbs_without_importing_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = LazyGroup("tool", verbs={"work": Verb("a_module_that_is_not_there", "Do the work.")})
+    result = CliRunner().invoke(group, ["--help"])
+    assert result.exit_code == 0
+    assert "work  Do the work." in result.stdout
+    module = ModuleType("a_module_that_is_not_there")
+    module.command = verb_that_raises(BuildError("ran"))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert CliRunner().invoke(group, ["work"]).stderr == "error: ran\n"
+
+
+def test_an_unknown_verb_is_a_usage_error() -> None:
+    result = CliRunner().invoke(LazyGroup("tool", verbs={}), ["fly"])
+    assert result.exit_code == 2
+    assert "No such command 'fly'" in result.stderr

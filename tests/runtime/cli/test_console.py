@@ -1,0 +1,45 @@
+"""Progress without a terminal, and numbers for people."""
+
+from __future__ import annotations
+
+import pytest
+
+from engines.progress import ProgressEvent
+from runtime.cli import console
+from runtime.cli.console import amount, duration, progress_on_stderr, size
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e12, "3 TB")]
+)
+def test_size(value: float, text: str) -> None:
+    assert size(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.04, "0.0 s"), (99.4, "99.4 s"), (245, "4 min 05 s")])
+def test_duration(value: float, text: str) -> None:
+    assert duration(value) == text
+
+
+def test_amount_knows_its_unit() -> None:
+    assert amount(2e6, "bytes") == "2 MB"
+    assert amount(12.3, "positions") == "12 positions"
+
+
+def test_lines_have_stage_share_rate_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = iter([0.0, 1.0, 10.0, 20.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    with progress_on_stderr() as show:
+        show(ProgressEvent("write weights", 3, 5))
+        show(ProgressEvent("write weights", 3, 5, 10_000_000, 100_000_000))  # too soon for a line
+        show(ProgressEvent("write weights", 3, 5, 50_000_000, 100_000_000))
+        show(ProgressEvent("write weights", 3, 5, 1, 1))
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert out.err.splitlines() == [
+        "[3/5] write weights ...",
+        "[3/5] write weights: 50 % of 100 MB, 5 MB/s, 10.0 s left",
+        "[3/5] write weights: 20.0 s",
+    ]

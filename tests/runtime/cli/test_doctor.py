@@ -1,0 +1,59 @@
+"""`doctor` on this machine, and on made-up ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runtime.cli import doctor
+from runtime.cli.doctor import Need, gpus, lack
+from tests.runtime.cli.conftest import Run
+
+
+def test_json(run: Run) -> None:
+    facts = json.loads(run("doctor", "--json").stdout)
+    assert facts["targets"]["cpu"] == {"build_lacks": [], "run_lacks": []}  # or these tests could not run
+    assert facts["extras"]["torch"]["version"].startswith("2.")
+    assert facts["memory"]["available_bytes"] > 0
+    assert facts["cpu"]["usable_cores"] >= 1
+
+
+def test_table(run: Run) -> None:
+    text = run("doctor").stdout
+    assert "cpu build: ready" in text
+    assert "onnxruntime" in text
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "onnxruntime isn't installed: pip install 'qwen-aot[cpu]'"),
+        ("1.31.1", "onnxruntime is 1.31.1, 1.32 or newer is needed: pip install 'qwen-aot[cpu]' --upgrade"),
+        ("1.32.0", None),
+        ("2.0", None),
+    ],
+)
+def test_what_is_lacking(monkeypatch: pytest.MonkeyPatch, found: str | None, message: str | None) -> None:
+    monkeypatch.setattr(doctor, "version", lambda package: found)
+    assert lack(Need("onnxruntime", "cpu", (1, 32))) == message
+
+
+def test_gpus_as_the_driver_lists_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA RTX A4000, 8.6, 16376 MiB, 570.86'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert gpus() == [
+        {
+            "name": "NVIDIA RTX A4000",
+            "compute_cap": "8.6",
+            "memory.total": "16376 MiB",
+            "driver_version": "570.86",
+        }
+    ]
+    tool.write_text("#!/bin/sh\necho 'no driver' >&2; exit 9\n")
+    assert gpus() == []
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert gpus() == []

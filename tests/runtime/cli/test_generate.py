@@ -1,0 +1,97 @@
+"""`generate`: what goes in, what comes out, against the runtime's own generator and transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from runtime.generator import Generator
+from tests.runtime.cli.conftest import Run
+
+
+def test_greedy_ids_are_those_of_transformers(run: Run, bundle: Path, checkpoint: Path) -> None:
+    ids = [5, 9, 77, 30, 200, 41]
+    result = run("generate", bundle, "--prompt-ids", "5,9,77, 30 200,41", "--temperature", 0, "--ignore-eos",
+                 "--max-new-tokens", 12, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    expected = model.generate(
+        torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    answer = json.loads(result.stdout)
+    assert answer["token_ids"] == expected[0, len(ids) :].tolist()
+    assert answer["finish_reason"] == "length"
+    assert (answer["prompt_tokens"], answer["completion_tokens"]) == (6, 12)
+    assert answer["decode_tokens_per_second"] > 0
+
+
+def test_text_streams_to_stdout_and_speed_to_stderr(run: Run, bundle: Path) -> None:
+    given = ("generate", bundle, "--temperature", 0, "--max-new-tokens", 8, "--ignore-eos")
+    result = run(*given, "--prompt", "The quick brown")
+    piped = run(*given, input="The quick brown")
+    with Generator.open(bundle) as generator:
+        config = generator.defaults.resolve(temperature=0, max_new_tokens=8, ignore_eos=True)
+        expected = generator.generate(["The quick brown"], config)[0].text
+    assert result.stdout == piped.stdout == f"{expected}\n"
+    assert "8 new" in result.stderr and "ended by length" in result.stderr
+
+
+def test_a_seed_repeats_the_draws(run: Run, bundle: Path) -> None:
+    def ids(seed: int) -> list[int]:
+        result = run("generate", bundle, "--prompt", "fox", "--temperature", 1.5, "--top-k", 0, "--seed", seed,
+                     "--max-new-tokens", 16, "--ignore-eos", "--json")  # fmt: skip
+        return list(json.loads(result.stdout)["token_ids"])
+
+    assert ids(1) == ids(1) != ids(2)
+
+
+def test_a_stop_text_ends_the_answer(run: Run, bundle: Path) -> None:
+    given = (
+        "generate",
+        bundle,
+        "--prompt",
+        "fox",
+        "--temperature",
+        0,
+        "--ignore-eos",
+        "--max-new-tokens",
+        20,
+        "--json",
+    )
+    whole = json.loads(run(*given).stdout)["text"]
+    stop = whole[len(whole) // 2 :][:2]
+    result = json.loads(run(*given, "--stop", stop).stdout)
+    assert result["text"] == whole[: whole.index(stop)]
+    assert result["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--prompt", "a", "--prompt-ids", "1"), 2, "exclude each other"),
+        (("--prompt-ids", "1,x"), 2, "accepted: whole numbers such as 1,2,3"),
+        (("--prompt", "a", "--top-p", "2"), 2, "--top-p"),
+        (("--prompt-ids", "99999"), 1, "99999"),
+    ],
+)
+def test_refusals(run: Run, bundle: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
+    result = run("generate", bundle, *arguments)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_input_that_is_not_utf8(run: Run, bundle: Path) -> None:
+    result = run("generate", bundle, input=b"\xff\xfe")
+    assert result.exit_code == 2
+    assert "standard input isn't UTF-8" in result.stderr
+
+
+def test_a_folder_that_is_no_bundle(run: Run, checkpoint: Path) -> None:
+    result = run("generate", checkpoint, "--prompt", "a")
+    assert result.exit_code == 1
+    assert "is a checkpoint, not a bundle" in result.stderr

@@ -1,0 +1,102 @@
+"""The commands as a user starts them: real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runtime.cli.main import VERBS
+from tests.runtime.cli.conftest import Run
+
+ROOT = Path(__file__).parents[3]
+QWEN_AOT = [sys.executable, "-m", "runtime.cli.main"]
+HEAVY = "('torch', 'onnx', 'onnx_ir', 'onnxruntime', 'transformers', 'tokenizers')"
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
+    done = python(
+        "import sys\n"
+        "from runtime.cli.main import qwen_aot\n"
+        "try:\n    qwen_aot.main(['--help'])\n"
+        f"finally:\n    print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    )
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == ["[]"]
+    for name, verb in VERBS.items():
+        assert f"{name:<8}  {verb.help}" in done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_two_examples_and_its_line_in_the_list(run: Run, verb: str) -> None:
+    result = run(verb, "--help")
+    assert result.exit_code == 0
+    body = result.stdout.partition("\n\n")[2]
+    examples = [line for line in body.splitlines() if line.strip().startswith(("qwen-aot ", "build-engine ", "cat "))]
+    assert len(examples) == 2
+    assert body.strip().splitlines()[0].rstrip(".") in VERBS[verb].help
+    assert "Examples:" in body
+
+
+def test_no_verb_shows_help(run: Run) -> None:
+    result = run()
+    assert "Commands:" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_version(run: Run) -> None:
+    from qwen_aot_version import __version__
+
+    assert run("--version").stdout == f"qwen-aot, version {__version__}\n"
+
+
+def test_build_engine_is_build() -> None:
+    done = python(
+        "from runtime.cli.main import build_engine_main; import sys; sys.argv[1:] = ['-h']; build_engine_main()"
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith("Usage: build-engine [OPTIONS] CHECKPOINT")
+
+
+def test_a_closed_pipe_is_quiet(bundle: Path) -> None:
+    process = subprocess.Popen(
+        [*QWEN_AOT, "inspect", str(bundle), "--json"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_build_leaves_what_stood_before(checkpoint: Path, tmp_path: Path, number: int, code: int) -> None:
+    out = tmp_path / "bundle"
+    out.mkdir()
+    process = subprocess.Popen(
+        [*QWEN_AOT, "build", str(checkpoint), "-o", str(out), "--precision", "fp32"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "trace ..." in line:
+            break
+    time.sleep(0.2)
+    os.kill(process.pid, number)
+    rest = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == code
+    assert "Traceback" not in rest
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert list(out.iterdir()) == []

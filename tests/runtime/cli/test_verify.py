@@ -1,0 +1,42 @@
+"""`verify` passes a sound bundle, and names what fails on another model's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.checkpoints import save_tiny
+from tests.runtime.cli.conftest import Run
+
+
+def test_a_sound_bundle_passes(run: Run, bundle: Path, checkpoint: Path) -> None:
+    result = run("verify", bundle, "--reference", checkpoint, "--window", 64, "--windows", 2, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["passed"] is True
+    assert report["max_logit_difference"] < 1e-3
+    assert report["positions"] == 100  # of 64: prefills end at 7 and 15, then 16 … 63
+    assert report["greedy_tokens"] == 64
+    assert report["perplexity"] > 1
+
+
+def test_another_models_bundle_fails_and_says_where(run: Run, bundle: Path, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "other", with_tokenizer=True, seed=1)
+    result = run("verify", bundle, "--reference", tmp_path / "other", "--window", 32, "--windows", 1)
+    assert result.exit_code == 1
+    assert "failed: max_logit_difference, mean_logit_difference, kl_divergence" in result.stdout
+
+
+def test_bounds_can_be_given(run: Run, bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "page.txt").write_text("The quick brown fox jumps over the lazy dog. " * 3)
+    result = run("verify", bundle, "--reference", checkpoint, "--text", tmp_path / "page.txt",
+                 "--max-logit-difference", "1e-12", "--greedy-tokens", 4)  # fmt: skip
+    assert result.exit_code == 1
+    assert "failed: max_logit_difference\n" in result.stdout
+
+
+def test_a_text_that_is_not_utf8(run: Run, bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "page.txt").write_bytes(b"\xff")
+    result = run("verify", bundle, "--reference", checkpoint, "--text", tmp_path / "page.txt")
+    assert result.exit_code == 2
+    assert "isn't UTF-8" in result.stderr

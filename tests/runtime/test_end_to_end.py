@@ -1,0 +1,84 @@
+"""A bundle from disk to text over ONNX Runtime, and memory over many generations."""
+
+import gc
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from qwen_aot_errors import EngineMismatchError
+from runtime.backends import open_engine
+from runtime.bundle import Bundle, load_bundle
+from runtime.generation_config import GenerationConfig
+from runtime.generator import Generator
+from runtime.manifest import FileEntry
+from runtime.request import Request
+from tests.runtime.fakes import FakeEngine
+from tests.runtime.texts import GOLDEN, golden_tokenizer
+from tests.runtime.toys import VOCAB_SIZE, checksum, checksum_model, io_tables, make_manifest, write_bundle
+
+VOCABULARY = 400  # of the model; the tokenizer has fewer, as in Qwen
+INPUTS = ("input_ids", "position_ids", "cache_length", "new_tokens", "key_positions")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """The checksum model with a tokenizer whose ids fit its vocabulary, and greedy defaults."""
+    inputs, outputs = io_tables(INPUTS, "float32", vocab_size=VOCABULARY)
+    document = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))
+    document["added_tokens"] = []
+    texts = {"tokenizer.json": json.dumps(document), "generation_config.json": '{"max_new_tokens": 12}'}
+    manifest = make_manifest(inputs=inputs, outputs=outputs, vocab_size=VOCABULARY, max_batch=2)
+    model = checksum_model(inputs, outputs, VOCABULARY)
+    return write_bundle(tmp_path / "bundle", model, manifest, texts)
+
+
+def continuation(prompt: list[int], count: int) -> list[int]:
+    sequence = list(prompt)
+    for _ in range(count):
+        sequence.append(checksum(sequence))
+    return sequence[len(prompt) :]
+
+
+def test_text_from_a_bundle(path: Path) -> None:
+    tokenizer = golden_tokenizer()
+    prompts = ["Hello, world!", "naïve", "a", "b c d"]
+    with Generator.open(path, threads=1) as generator:
+        completions = generator.generate(prompts)
+        streamed = list(generator.stream([Request("naïve", generator.defaults.resolve())]))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert list(completion.token_ids) == continuation(tokenizer.encode(prompt), 12)
+        assert completion.text == tokenizer.decode(completion.token_ids)
+    assert len(streamed) == 13 and streamed[-1].token_ids == completions[1].token_ids  # type: ignore[union-attr]
+
+
+def test_an_engine_of_an_unknown_kind(path: Path) -> None:
+    bundle = load_bundle(path)
+    manifest = make_manifest(files={"engine.xyz": FileEntry(0, "0" * 64), "model.onnx": FileEntry(0, "0" * 64)})
+    fields = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
+    other = Bundle(bundle.path, type(manifest)(**fields | {"engine": "engine.xyz"}))
+    with pytest.raises(EngineMismatchError, match=r"engine is 'engine\.xyz' for target 'cpu'"):
+        open_engine(other)
+
+
+def test_python_memory_is_flat_over_a_thousand_generations() -> None:
+    engine = FakeEngine(make_manifest(max_batch=2, max_context=60))
+    generator = Generator(engine)
+    config = GenerationConfig(max_new_tokens=4, temperature=1.0, repetition_penalty=1.1, seed=1, logprobs=2)
+
+    def generate(times: int) -> None:
+        for i in range(times):
+            prompts = [[i % VOCAB_SIZE], [1, 2, 3]]
+            list(generator.stream([Request(prompt, config, keep_cache=i % 2 == 0) for prompt in prompts]))
+            engine.prefills.clear()
+            engine.decodes.clear()
+
+    generate(50)
+    gc.collect()
+    tracemalloc.start()
+    generate(500)
+    gc.collect()
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown < 64 << 10  # bytes: 64 a request, less than any object
