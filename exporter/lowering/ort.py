@@ -93,11 +93,11 @@ def fuse_attention(traced: Traced) -> int:
 
     The kernel takes each row's cached and new tokens as `seqlens_k` (their sum less one) and `query_seqlens`, so it
     needs neither positions nor a mask; `total_sequence_length`, an upper bound, is the capacity C.
-    Requires: head_dim a multiple of 8 (the kernel's rule); other nodes keep their definition.
+    Requires: head_dim a multiple of 16 (the kernel's rule); other nodes keep their definition.
     """
     graph = traced.model.graph
     nodes = [node for node in graph if ops.is_op(node, ops.Op.CACHED_ATTENTION)]
-    nodes = [node for node in nodes if node.attributes["head_dim"].as_int() % 8 == 0]
+    nodes = [node for node in nodes if node.attributes["head_dim"].as_int() % 16 == 0]
     if not nodes:
         return 0
     lengths = _attention_lengths(graph, nodes[0])
