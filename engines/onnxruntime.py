@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engines.spec import BuildSpec
-from exporter.lowering import standard
+from engines.spec import BuildSpec, Precision
+from exporter.lowering import ort
+from exporter.lowering.ort import OrtOptions
+from exporter.quantize.blockwise import BlockFormat
 from exporter.weights import Traced
 from qwen_aot_errors import BuildError
 from runtime.manifest import Manifest
 
 
 def lower(traced: Traced, spec: BuildSpec) -> Traced:
-    """The standard lowering."""
-    return standard.lower(traced)
+    """The ort lowering, with weights in the blocks that the spec asks for."""
+    block_size = spec.effective_block_size
+    if block_size is None:
+        return ort.lower(traced)
+    bits = {Precision.INT8: 8, Precision.INT4: 4}[spec.precision]
+    return ort.lower(traced, OrtOptions(weights=BlockFormat(bits, block_size, spec.symmetric)))
 
 
 def finish(folder: Path, spec: BuildSpec) -> None:

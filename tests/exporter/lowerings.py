@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from exporter.checkpoint import open_checkpoint
-from exporter.lowering import standard
+from exporter.lowering import ort, standard
 from exporter.save import DATA_FILE, save_graph
 from exporter.trace import trace
 from exporter.weights import Traced, stitch
@@ -14,6 +14,7 @@ from exporter.weights import Traced, stitch
 LOWERINGS: dict[str, Callable[[Traced], Traced]] = {
     "traced": lambda traced: traced,  # our own ops, run through their model-local definitions
     "standard": standard.lower,
+    "ort": ort.lower,
 }
 
 

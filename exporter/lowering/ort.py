@@ -1,0 +1,208 @@
+"""The `ort` lowering: the graph that ONNX Runtime's CPU kernels run fastest, with its contrib ops.
+
+Attention, its rotation and the cache write are one GroupQueryAttention; each residual addition and the norm behind it
+are one SkipSimplifiedLayerNormalization; quantized weights are read by MatMulNBits, GatherBlockQuantized and QMoE
+(`exporter.lowering.ort_quantized`). docs/performance.md has the measurements behind each choice.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from exporter import ops
+from exporter.lowering.ort_quantized import quantize_embedding, quantize_experts, quantize_linears
+from exporter.lowering.passes import clean_up, inline_definitions, remove_unused_inputs
+from exporter.lowering.standard import lower_linear
+from exporter.quantize.blockwise import BlockFormat
+from exporter.quantize.store import QuantizedWeights
+from exporter.weights import Traced
+from qwen_aot_errors import ExportError
+
+logger = logging.getLogger(__name__)
+
+MS_DOMAIN = "com.microsoft"
+MS_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class OrtOptions:
+    """What the lowering leaves to choose.
+
+    Attributes:
+        weights: how projections, experts, head and embedding are stored; None: fp32.
+        accuracy_level: of MatMulNBits: 4 quantizes activations to int8 inside (block by block, so that rows don't
+            touch each other), 1 computes in fp32.
+    """
+
+    weights: BlockFormat | None = None
+    accuracy_level: int = 4
+
+    def __post_init__(self) -> None:
+        if self.accuracy_level not in (1, 4):
+            raise ExportError(f"accuracy_level {self.accuracy_level} doesn't exist; accepted: 1 (fp32), 4 (int8)")
+
+
+def lower(traced: Traced, options: OrtOptions | None = None) -> Traced:
+    """Lowers an fp32 trace in place and returns the same object.
+
+    Raises:
+        ExportError: the trace isn't fp32 (ONNX Runtime's CPU kernels of these ops are).
+    """
+    options = options or OrtOptions()
+    compute_dtype = traced.model.metadata_props.get("qwen_aot.compute_dtype", "float")
+    if compute_dtype != "float":
+        raise ExportError(f"the ort lowering takes an fp32 trace, this one is {compute_dtype}; trace in FLOAT")
+    traced.model.opset_imports[MS_DOMAIN] = MS_VERSION
+    for name, step in passes(traced, options):
+        count = step(traced)
+        if count:
+            logger.info("%s: %d", name, count)
+    traced.model.metadata_props["qwen_aot.lowering"] = "ort"
+    return traced
+
+
+def passes(traced: Traced, options: OrtOptions) -> list[tuple[str, Callable[[Traced], int]]]:
+    """The passes in order, by name."""
+    steps: list[tuple[str, Callable[[Traced], int]]] = [
+        ("fuse_attention", fuse_attention),
+        ("fuse_swiglu", fuse_swiglu),
+        ("fuse_skip_norm", fuse_skip_norm),
+    ]
+    if options.weights is not None:
+        weights = QuantizedWeights(traced, options.weights)  # one for all: a tied weight is met twice
+        steps += [
+            ("quantize_embedding", lambda traced: quantize_embedding(traced, weights)),
+            ("quantize_linears", lambda traced: quantize_linears(traced, weights, options.accuracy_level)),
+            ("quantize_experts", lambda traced: quantize_experts(traced, weights, options.accuracy_level)),
+        ]
+    return [
+        *steps,
+        ("lower_linear", lower_linear),  # what stays fp32
+        ("inline_definitions", inline_definitions),  # what no kernel takes
+        ("clean_up", clean_up),
+        ("remove_unused_inputs", remove_unused_inputs),  # after clean_up dropped what computed the mask
+    ]
+
+
+def fuse_attention(traced: Traced) -> int:
+    """CachedAttention -> GroupQueryAttention. Returns the number of nodes replaced.
+
+    The kernel takes each row's cached and new tokens as `seqlens_k` (their sum less one) and `query_seqlens`, so it
+    needs neither positions nor a mask; `total_sequence_length`, an upper bound, is the capacity C.
+    Requires: head_dim a multiple of 16 (the kernel's rule); other nodes keep their definition.
+    """
+    graph = traced.model.graph
+    nodes = [node for node in graph if ops.is_op(node, ops.Op.CACHED_ATTENTION)]
+    nodes = [node for node in nodes if node.attributes["head_dim"].as_int() % 16 == 0]
+    if not nodes:
+        return 0
+    lengths = _attention_lengths(graph, nodes[0])
+    for node in nodes:
+        qkv, past_key, past_value, cos, sin = node.inputs[:5]
+        inputs = [qkv, None, None, past_key, past_value, lengths.last_key, lengths.total, cos, sin]
+        unused = [None] * 7  # position_ids … k_norm_weight
+        new = ir.node(
+            "GroupQueryAttention",
+            [*inputs, *unused, lengths.new],
+            {
+                "num_heads": node.attributes["num_heads"].as_int(),
+                "kv_num_heads": node.attributes["num_kv_heads"].as_int(),
+                "scale": node.attributes["scale"].as_float(),
+                "do_rotary": 1,
+            },
+            domain=MS_DOMAIN,
+            num_outputs=3,
+            name=node.name,
+        )
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
+    return len(nodes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    last_key: ir.Value  # [B] int32: cached and new tokens, less one
+    new: ir.Value  # [B] int32: new tokens
+    total: ir.Value  # [] int32: the capacity
+
+
+def _attention_lengths(graph: ir.Graph, attention: ir.Node) -> _Lengths:
+    """Computes the kernel's int32 lengths once, before the first attention node."""
+    past_key, cache_length, new_tokens = attention.inputs[1], attention.inputs[6], attention.inputs[7]
+    to_int32 = {"to": ir.DataType.INT32.value}
+    one = ir.node("Constant", [], {"value_int": 1}, name="one_token")
+    held = ir.node("Add", [cache_length, new_tokens], name="tokens_after_step")
+    last = ir.node("Sub", [held.outputs[0], one.outputs[0]], name="last_key_int64")
+    last_key = ir.node("Cast", [last.outputs[0]], to_int32, name="last_key")
+    new = ir.node("Cast", [new_tokens], to_int32, name="new_tokens_int32")
+    capacity = ir.node("Shape", [past_key], {"start": 2, "end": 3}, name="capacity")
+    scalar = ir.node("Squeeze", [capacity.outputs[0]], name="capacity_scalar")
+    total = ir.node("Cast", [scalar.outputs[0]], to_int32, name="capacity_int32")
+    graph.insert_before(attention, [one, held, last, last_key, new, capacity, scalar, total])
+    return _Lengths(last_key.outputs[0], new.outputs[0], total.outputs[0])
+
+
+def fuse_swiglu(traced: Traced) -> int:
+    """SwiGLU -> Split, QuickGelu with alpha 1 (which is SiLU, in one pass over memory), Mul. Returns the count."""
+    graph = traced.model.graph
+    nodes = [node for node in graph if ops.is_op(node, ops.Op.SWIGLU)]
+    for node in nodes:
+        split = ir.node("Split", node.inputs, {"axis": -1, "num_outputs": 2}, num_outputs=2, name=f"{node.name}_split")
+        gate, up = split.outputs
+        for half in (gate, up):
+            half.type, half.shape = node.outputs[0].type, node.outputs[0].shape
+        silu = ir.node("QuickGelu", [gate], {"alpha": 1.0}, domain=MS_DOMAIN, name=f"{node.name}_silu")
+        product = ir.node("Mul", [silu.outputs[0], up], name=f"{node.name}_mul")
+        ir.convenience.replace_nodes_and_values(
+            graph, node, [node], [split, silu, product], node.outputs, product.outputs
+        )
+    return len(nodes)
+
+
+def fuse_skip_norm(traced: Traced) -> int:
+    """Add whose sum goes into an RMSNormalization -> SkipSimplifiedLayerNormalization. Returns the number of fusions.
+
+    Before: sum = a + b; y = RMSNormalization(sum, gain)     After: the same two values from one node.
+    Requires: a and b of one known shape of rank 3 (the kernel doesn't broadcast), fp32, normalised along the last axis.
+    """
+    graph = traced.model.graph
+    fused = 0
+    for norm in [node for node in graph if node.op_type == "RMSNormalization"]:
+        stream, gain = norm.inputs
+        assert stream is not None
+        add = stream.producer()
+        if add is None or add.op_type != "Add" or not _adds_equal_shapes(add) or not _is_last_axis(norm):
+            continue
+        new = ir.node(
+            "SkipSimplifiedLayerNormalization",
+            [*add.inputs, gain],
+            {"epsilon": norm.attributes["epsilon"].as_float()},
+            domain=MS_DOMAIN,
+            num_outputs=4,
+            name=norm.name,
+        )
+        y, mean, inverse, total = new.outputs
+        mean.name = inverse.name = ""  # not computed
+        y.type, y.shape = norm.outputs[0].type, norm.outputs[0].shape
+        total.type, total.shape = stream.type, stream.shape
+        graph.insert_before(add, new)
+        ir.convenience.replace_all_uses_with(norm.outputs[0], y)
+        ir.convenience.replace_all_uses_with(stream, total)
+        graph.remove([norm, add], safe=True)
+        fused += 1
+    return fused
+
+
+def _adds_equal_shapes(add: ir.Node) -> bool:
+    shapes = [value.shape for value in add.inputs if value is not None]
+    if any(shape is None or len(shape) != 3 for shape in shapes):
+        return False
+    return shapes[0] == shapes[1] and not any(value.is_initializer() for value in add.inputs if value is not None)
+
+
+def _is_last_axis(norm: ir.Node) -> bool:
+    axis = norm.attributes.get("axis")
+    return axis is None or axis.as_int() == -1

@@ -1,0 +1,228 @@
+"""Weight-only quantization in blocks along K: how weights become codes, scales and zero points.
+
+    weight = (code - zero_point) * scale
+
+Each run of `block_size` elements of a row shares one scale. Codes are unsigned; without zero points the zero is the
+middle of the range (8 of 16, 128 of 256). Four-bit codes are packed two to a byte, the lower nibble first. This is the
+layout of ONNX Runtime's MatMulNBits, GatherBlockQuantized and QMoE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_aot_errors import ExportError
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # what ONNX Runtime's int8-compute kernels take
+
+# Elements quantized at once: the temporaries stay in the second-level cache, and NumPy's call overhead is nothing.
+_SLICE_ELEMENTS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Rows [r, K] quantized; n = ceil(K / block_size) blocks a row.
+
+    Attributes:
+        codes: [r, n, block_size * bits / 8] uint8; elements beyond K stand for 0.
+        scales: [r, n] float32; may be negative.
+        zero_points: [r, n] uint8; None: the middle of the range.
+    """
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zero_points: NDArray[np.uint8] | None = None
+
+    @property
+    def found_zero_points(self) -> NDArray[np.uint8]:
+        """Zero points of an asymmetric format."""
+        assert self.zero_points is not None
+        return self.zero_points
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFormat:
+    """A way to quantize.
+
+    Attributes:
+        bits: 4 or 8.
+        block_size: elements along K that share a scale: a power of two from 16 to 256.
+        symmetric: True: no zero points.
+
+    Raises:
+        ExportError: a value is none of these.
+    """
+
+    bits: int
+    block_size: int
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ExportError(f"weights can't be quantized to {self.bits} bits; accepted: 4, 8")
+        if self.block_size not in BLOCK_SIZES:
+            accepted = ", ".join(map(str, BLOCK_SIZES))
+            raise ExportError(f"block size {self.block_size} doesn't exist; accepted: {accepted}")
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block's codes."""
+        return self.block_size * self.bits // 8
+
+    def blocks(self, width: int) -> int:
+        """Blocks in a row of `width` elements, the last of which may be partly filled."""
+        return -(-width // self.block_size)
+
+    def zero_point_bytes(self, width: int) -> int:
+        """Bytes of a row's packed zero points."""
+        return -(-self.blocks(width) * self.bits // 8)
+
+
+def quantize(rows: NDArray[np.float32], layout: BlockFormat) -> Quantized:
+    """Quantizes rows [r, K], each block with the scale that rounds it best among a few.
+
+    A block's error is its sum of squared differences. Symmetric scales let the element of largest magnitude fall on
+    the end of the range that is one longer (its sign becomes the scale's); every candidate scale is refitted to its
+    own codes by least squares.
+    """
+    r, width = rows.shape
+    n, b = layout.blocks(width), layout.block_size
+    codes = np.empty((r, n, b), np.uint8)
+    scales = np.empty((r, n), np.float32)
+    zeros = None if layout.symmetric else np.empty((r, n), np.uint8)
+    step = max(1, _SLICE_ELEMENTS // (n * b))
+    for start in range(0, r, step):
+        part = slice(start, min(start + step, r))
+        columns = _as_columns(rows[part], n, b)
+        if zeros is None:
+            found, scale = _symmetric(columns, layout.bits)
+        else:
+            found, scale, zero = _asymmetric(columns, layout.bits)
+            zeros[part] = zero.reshape(-1, n)
+        codes[part] = found.T.reshape(-1, n, b)
+        scales[part] = scale.reshape(-1, n)
+    packed = pack(codes, layout.bits)
+    return Quantized(packed, scales, zeros)
+
+
+def dequantize(quantized: Quantized, layout: BlockFormat, width: int) -> NDArray[np.float32]:
+    """The rows [r, width] float32 that codes, scales and zero points stand for."""
+    codes = unpack(quantized.codes, layout.bits).astype(np.float32)
+    if quantized.zero_points is None:
+        zeros: NDArray[np.float32] | float = float(1 << (layout.bits - 1))
+    else:
+        zeros = quantized.zero_points.astype(np.float32)[..., None]
+    values = (codes - zeros) * quantized.scales[..., None]
+    return np.ascontiguousarray(values.reshape(len(values), -1)[:, :width], dtype=np.float32)
+
+
+# Factors of the largest-magnitude scale. Below 1 the largest elements are clipped so that the others round finer;
+# above 1 serves blocks whose two ends are equally far out. Eight bits gain nothing from either.
+_SYMMETRIC_FACTORS = {4: (1.0, 0.92, 0.85, 1.07, 1.14), 8: (1.0,)}
+_ASYMMETRIC_FACTORS = {4: (1.0, 0.9, 0.8), 8: (1.0,)}  # the range already holds both ends
+
+
+def _as_columns(rows: NDArray[np.float32], n: int, b: int) -> NDArray[np.float32]:
+    """[r, K] -> [b, r * n]: a block is a column, so that every operation runs along long rows. Zeros beyond K."""
+    r, width = rows.shape
+    if width != n * b:
+        padded = np.zeros((r, n * b), np.float32)
+        padded[:, :width] = rows
+        rows = padded
+    return np.ascontiguousarray(rows.reshape(r * n, b).T)
+
+
+def _symmetric(x: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Columns [b, c] -> codes [b, c], scales [c]."""
+    half = float(1 << (bits - 1))
+    low, high = x.min(axis=0), x.max(axis=0)
+    base = np.where(high > -low, high, low) / np.float32(-half)
+    search = _Search(x)
+    for factor in _SYMMETRIC_FACTORS[bits]:
+        search.offer(_reciprocal(base * np.float32(factor)), -half, half - 1)
+    codes, scales = search.best(-half, half - 1)
+    codes += half
+    return codes.astype(np.uint8), scales
+
+
+def _asymmetric(x: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
+    """Columns [b, c] -> codes [b, c], scales [c], zero points [c]."""
+    top = float((1 << bits) - 1)
+    low, high = np.minimum(x.min(axis=0), 0), np.maximum(x.max(axis=0), 0)
+    search = _Search(x)
+    for factor in _ASYMMETRIC_FACTORS[bits]:
+        inverse = _reciprocal((high - low) * np.float32(factor / top))
+        zero = np.clip(np.rint(-np.float32(factor) * low * inverse), 0, top)
+        search.offer(inverse, -zero, top - zero)
+    zero = -np.broadcast_to(search.low, low.shape)
+    codes, scales = search.best(search.low, search.high)
+    codes += zero
+    return codes.astype(np.uint8), scales, zero.astype(np.uint8)
+
+
+class _Search:
+    """Keeps, for each column, the scale and clipping range whose rounding leaves the smallest squared error."""
+
+    def __init__(self, x: NDArray[np.float32]) -> None:
+        self._x = x
+        self._work = np.empty_like(x)
+        self._gain = np.full(x.shape[1], -1, np.float32)
+        self._inverse = np.zeros(x.shape[1], np.float32)
+        self.low: NDArray[np.float32] | float = 0.0
+        self.high: NDArray[np.float32] | float = 0.0
+
+    def offer(
+        self, inverse: NDArray[np.float32], low: NDArray[np.float32] | float, high: NDArray[np.float32] | float
+    ) -> None:
+        """Tries round(x * inverse) clipped to [low, high]."""
+        xq, qq = self._round(inverse, low, high)
+        gain = xq * xq * _reciprocal(qq)  # with the scale refitted to xq / qq, the error is the energy less this
+        better = gain > self._gain
+        self._gain = np.where(better, gain, self._gain)
+        self._inverse = np.where(better, inverse, self._inverse)
+        self.low, self.high = np.where(better, low, self.low), np.where(better, high, self.high)
+
+    def best(
+        self, low: NDArray[np.float32] | float, high: NDArray[np.float32] | float
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Signed codes [b, c] (in a buffer of this object's) and scales [c] of the best offers."""
+        xq, qq = self._round(self._inverse, low, high)
+        return self._work, xq * _reciprocal(qq)
+
+    def _round(
+        self, inverse: NDArray[np.float32], low: NDArray[np.float32] | float, high: NDArray[np.float32] | float
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        work = self._work
+        np.multiply(self._x, inverse, out=work)
+        np.rint(work, out=work)
+        np.maximum(work, low, out=work)
+        np.minimum(work, high, out=work)
+        return np.einsum("bc,bc->c", self._x, work), np.einsum("bc,bc->c", work, work)
+
+
+def _reciprocal(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """1 / x, and 0 where x is 0 or so small that 1 / x overflows."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / x
+    inverse[~np.isfinite(inverse)] = 0
+    return inverse
+
+
+def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Codes [..., n] -> [..., ceil(n * bits / 8)]: four-bit codes two to a byte, the lower nibble first."""
+    if bits == 8:
+        return codes
+    if codes.shape[-1] % 2:
+        codes = np.concatenate((codes, np.zeros_like(codes[..., :1])), axis=-1)
+    high: NDArray[np.uint8] = codes[..., 1::2] << np.uint8(4)
+    return codes[..., 0::2] | high
+
+
+def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Packed codes [..., bytes] -> [..., bytes * 8 / bits], one to a byte."""
+    if bits == 8:
+        return packed
+    return np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1)

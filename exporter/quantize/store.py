@@ -1,0 +1,159 @@
+"""Quantized weights of one graph: initializers and recipes for codes, scales and zero points, made on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from exporter.quantize.blockwise import BlockFormat, Quantized, pack, quantize
+from exporter.weights import Output, Recipe, Traced
+
+Arrange = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Pick = Callable[[Quantized], NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """Initializers of one weight; no zero points where it is symmetric."""
+
+    codes: ir.Value
+    scales: ir.Value
+    zero_points: ir.Value | None
+
+
+@dataclass(slots=True)
+class _Entry:
+    """How one weight is quantized, and what is kept of it."""
+
+    recipe: Recipe  # of the float weight
+    arrange: Arrange
+    layout: BlockFormat
+    rows_per_group: int
+    outputs: list[Output] = field(default_factory=list)
+    picks: list[Pick] = field(default_factory=list)
+
+    def quantized_recipe(self) -> Recipe:
+        inner, arrange, layout, picks = self.recipe.transform, self.arrange, self.layout, tuple(self.picks)
+
+        def transform(rows: NDArray[np.float32]) -> tuple[NDArray[np.generic], ...]:
+            quantized = quantize(arrange(inner(rows)[0]), layout)
+            return tuple(pick(quantized) for pick in picks)
+
+        return Recipe(self.recipe.sources, tuple(self.outputs), transform, self.rows_per_group)
+
+
+class QuantizedWeights:
+    """Turns weights of `traced` into quantized ones. A weight with two users (a tied embedding) is stored once.
+
+    The layouts are those of ONNX Runtime's kernels, with n = ceil(K / block_size) blocks a row:
+
+    | | codes | scales | zero points |
+    | --- | --- | --- | --- |
+    | matrix [N, K] (MatMulNBits) | [N, n, bytes] | [N, n] | [N, ceil(n * bits / 8)], packed |
+    | table [V, M] (GatherBlockQuantized) | the matrix's | the matrix's | [V, n, 1], one a byte |
+    | experts [E, N, K] (QMoE) | [E, N, n * bytes] | [E, N, n] | [E, N, ceil(n * bits / 8)], packed |
+    """
+
+    def __init__(self, traced: Traced, layout: BlockFormat) -> None:
+        self._traced = traced
+        self.layout = layout
+        self._entries: dict[str, _Entry] = {}
+
+    def matrix(self, weight: ir.Value) -> QuantizedWeight:
+        """For MatMulNBits."""
+        rows, width = dims(weight)
+        entry = self._entry(weight, self.layout)
+        return self._matrix(weight, entry, self._packed_zero_points(weight, entry, (rows,), width))
+
+    def table(self, weight: ir.Value) -> QuantizedWeight:
+        """For GatherBlockQuantized, with the rows' blocks as an axis of their own."""
+        rows, width = dims(weight)
+        n, entry = self.layout.blocks(width), self._entry(weight, self.layout)
+        zeros = None
+        if not self.layout.symmetric:
+            shape = (rows, n, 1)
+            zeros = self._output(
+                weight, entry, "block_zero_points", ir.DataType.UINT8, shape, lambda q: q.found_zero_points
+            )
+        return self._matrix(weight, entry, zeros)
+
+    def experts(
+        self,
+        weight: ir.Value,
+        layout: BlockFormat,
+        size: tuple[int, int],
+        arrange: Arrange = lambda rows: rows,
+        rows_per_group: int = 1,
+    ) -> QuantizedWeight:
+        """For QMoE.
+
+        Args:
+            weight: all experts' matrices, float.
+            layout: how to quantize these.
+            size: (N, K) of an expert's matrix once `arrange` ordered and padded its rows, K padded to whole blocks.
+            arrange: stacked rows of whole experts -> their rows in the kernel's order.
+            rows_per_group: source rows that `arrange` needs together.
+        """
+        lead, width = (dims(weight)[0], size[0]), size[1]
+        n, entry = layout.blocks(width), self._entry(weight, layout, arrange, rows_per_group)
+        codes_shape = (*lead, n * layout.block_bytes)
+        return QuantizedWeight(
+            self._output(weight, entry, "codes", ir.DataType.UINT8, codes_shape, lambda q: q.codes),
+            self._output(weight, entry, "scales", ir.DataType.FLOAT, (*lead, n), lambda q: q.scales),
+            self._packed_zero_points(weight, entry, lead, width),
+        )
+
+    def _matrix(self, weight: ir.Value, entry: _Entry, zero_points: ir.Value | None) -> QuantizedWeight:
+        rows, width = dims(weight)
+        n = entry.layout.blocks(width)
+        codes_shape = (rows, n, entry.layout.block_bytes)
+        return QuantizedWeight(
+            self._output(weight, entry, "codes", ir.DataType.UINT8, codes_shape, lambda q: q.codes),
+            self._output(weight, entry, "scales", ir.DataType.FLOAT, (rows, n), lambda q: q.scales),
+            zero_points,
+        )
+
+    def _packed_zero_points(
+        self, weight: ir.Value, entry: _Entry, lead: tuple[int, ...], width: int
+    ) -> ir.Value | None:
+        if entry.layout.symmetric:
+            return None
+        shape, bits = (*lead, entry.layout.zero_point_bytes(width)), entry.layout.bits
+        return self._output(
+            weight, entry, "zero_points", ir.DataType.UINT8, shape, lambda q: pack(q.found_zero_points, bits)
+        )
+
+    def _entry(
+        self,
+        weight: ir.Value,
+        layout: BlockFormat,
+        arrange: Arrange = lambda rows: rows,
+        rows_per_group: int = 1,
+    ) -> _Entry:
+        name = str(weight.name)
+        if name not in self._entries:
+            self._entries[name] = _Entry(self._traced.recipes.pop(name), arrange, layout, rows_per_group)
+        return self._entries[name]
+
+    def _output(
+        self, weight: ir.Value, entry: _Entry, part: str, dtype: ir.DataType, shape: tuple[int, ...], pick: Pick
+    ) -> ir.Value:
+        """The initializer of one part; on first use it and the weight's recipe for it are made."""
+        output = Output(f"{weight.name}_{part}", dtype, shape)
+        initializers = self._traced.model.graph.initializers
+        if output.name not in initializers:
+            entry.outputs.append(output)
+            entry.picks.append(pick)
+            self._traced.recipes[entry.outputs[0].name] = entry.quantized_recipe()
+            initializers.add(ir.Value(name=output.name, type=ir.TensorType(dtype), shape=ir.Shape(shape)))
+        return initializers[output.name]
+
+
+def dims(weight: ir.Value) -> tuple[int, ...]:
+    """The static shape of an initializer."""
+    assert weight.shape is not None and weight.shape.is_static()
+    return weight.shape.numpy()
