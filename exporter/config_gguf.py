@@ -83,9 +83,7 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
         vocab_size=tensor_shapes["token_embd.weight"][0],
         hidden_size=hidden_size,
         # A mixture of experts may leave out the size of the dense MLP that none of its layers has.
-        intermediate_size=_count(
-            architecture, facts, "feed_forward_length", 1 if architecture == "qwen2moe" else None
-        ),
+        intermediate_size=_count(architecture, facts, "feed_forward_length", 1 if architecture == "qwen2moe" else None),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=_count(architecture, facts, "attention.head_count_kv", heads),
@@ -126,9 +124,7 @@ def _head_dim(architecture: str, facts: Mapping[str, Any], hidden_size: int, hea
             f"{architecture}.embedding_length is {hidden_size}, not a multiple of attention.head_count "
             f"({heads}), and {architecture}.attention.key_length is missing"
         )
-    head_dim = (
-        hidden_size // heads if key_length is None else _count(architecture, facts, "attention.key_length")
-    )
+    head_dim = hidden_size // heads if key_length is None else _count(architecture, facts, "attention.key_length")
     for key in ("attention.value_length", "rope.dimension_count"):
         if facts.get(key, head_dim) != head_dim:
             raise CheckpointError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,10 +13,14 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from exporter import weights
+from exporter.checkpoint import mapped
 from exporter.checkpoint.base import TensorInfo
+from exporter.checkpoint.safetensors import SafetensorsShards
 from exporter.config import ModelConfig
+from exporter.lowering.passes import transpose_recipe
 from exporter.weights import Output, Recipe, Source, Traced, cast_to, output_bytes, stitch
 from qwen_aot_errors import CheckpointError, ExportError
 
@@ -213,3 +219,76 @@ def test_a_full_disk_is_an_error_before_anything_is_computed(tmp_path, monkeypat
     monkeypatch.setattr(weights.os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
         stitch(traced(plain("w", (3, 5))), ArrayCheckpoint(w0=ONES), tmp_path / "data")
+
+
+@pytest.mark.parametrize("made", [np.zeros((3, 4)), np.zeros((3, 6)), np.zeros((1, 5))], ids=lambda a: str(a.shape))
+def test_a_recipe_that_makes_another_size_than_it_says_is_refused(made, tmp_path):
+    recipe = Recipe(
+        (Source("w0", (3, 5)),), (Output("w", ir.DataType.FLOAT, (3, 5)),), lambda _: (made.astype(np.float32),)
+    )
+    with pytest.raises(ExportError, match=rf"recipe of w made {made.size * 4} bytes of rows 0 to 3, .* holds 60"):
+        stitch(traced(recipe), ArrayCheckpoint(w0=ONES), tmp_path / "data")
+
+
+class WideCheckpoint:
+    """One tensor of any size, the same values in each row, made when it is read."""
+
+    path = Path("wide")
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.tensors = {"w0": TensorInfo("w0", shape, np.dtype(np.float32))}
+        self._row = np.arange(shape[1], dtype=np.float32)
+
+    def read(self, name: str, rows: slice) -> np.ndarray:
+        return np.repeat(self._row[None], rows.stop - rows.start, axis=0)
+
+
+def peak_resident_bytes() -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and pages are dropped on Linux only")
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_memory_does_not_grow_with_the_tensor(is_transposed, tmp_path):
+    shape = (1536, 65536)  # 400 MB; transposed, a chunk of rows is a thin stripe over the whole output
+    recipe = plain("w", shape)
+    graph = traced(transpose_recipe(recipe) if is_transposed else recipe)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = peak_resident_bytes()
+    stitch(graph, WideCheckpoint(shape), tmp_path / "data", threads=2)
+    assert peak_resident_bytes() - before < 200 << 20  # two threads, three 16 MiB copies and 32 MiB written each
+    written = np.memmap(tmp_path / "data", np.float32, "r", shape=shape[::-1] if is_transposed else shape)
+    sample = written[::4096, ::7].T if is_transposed else written[::7, ::4096]
+    np.testing.assert_array_equal(sample, np.broadcast_to(np.arange(0, 65536, 4096), sample.shape))
+
+
+def test_a_failing_chunk_ends_the_work_and_is_raised(tmp_path):
+    """Neither the queue nor the other threads keep `stitch` from returning."""
+    calls = []
+
+    def transform(rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        calls.append(len(rows))
+        if len(calls) == 3:
+            raise KeyboardInterrupt  # as from Ctrl-C, whichever thread it is raised in
+        return (rows,)
+
+    recipe = Recipe((Source("w0", (1000, 8)),), (Output("w", ir.DataType.FLOAT, (1000, 8)),), transform)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(weights, "CHUNK_BYTES", 32)
+        stitch(traced(recipe), ArrayCheckpoint(w0=np.ones((1000, 8), np.float32)), tmp_path / "data", threads=2)
+    assert len(calls) < 20  # of 1000
+
+
+def test_threads_may_drop_pages_that_others_read(tmp_path):
+    """A mapped page that is dropped under a reader comes back from the file."""
+    rng = np.random.default_rng(0)
+    arrays = {f"w{i}": rng.normal(size=(64, 4096)).astype(np.float32) for i in range(6)}
+    save_file(arrays, tmp_path / "model.safetensors")
+    graph = traced(plain("w", *(array.shape for array in arrays.values())))
+    with pytest.MonkeyPatch.context() as patch, closing(SafetensorsShards(tmp_path)) as shards:
+        patch.setattr(mapped, "_RESIDENT_BYTES", 0)  # every read drops all pages
+        patch.setattr(weights, "CHUNK_BYTES", 1 << 16)
+        shards.path = tmp_path
+        stitch(graph, shards, tmp_path / "data", threads=8)
+    np.testing.assert_array_equal(read_back(graph, "w"), np.concatenate(list(arrays.values())))
