@@ -6,12 +6,15 @@ Source: the GGUF specification's standardized key-value pairs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
-from exporter.config import ModelConfig, MoeConfig, RopeScaling
+from exporter.config import ModelConfig, MoeConfig, RopeScaling, require_layers
 from exporter.rope import yarn_attention_factor
 from qwen_aot_errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("qwen2", "qwen2moe", "llama")
 
@@ -31,8 +34,44 @@ _ACCEPTED: Mapping[str, tuple[object, ...]] = {
     "leading_dense_block_count": (0,),
     "logit_scale": (1.0,),
     "residual_scale": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
     "use_parallel_residual": (False,),
 }
+
+# Keys that are read below, or known not to change inference.
+_KNOWN = frozenset(
+    {
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.layer_norm_rms_epsilon",
+        "attention.value_length",
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "expert_count",
+        "expert_feed_forward_length",
+        "expert_shared_count",
+        "expert_shared_feed_forward_length",
+        "expert_used_count",
+        "expert_weights_norm",
+        "feed_forward_length",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "rope.scale_linear",
+        "rope.scaling.attn_factor",
+        "rope.scaling.factor",
+        "rope.scaling.finetuned",
+        "rope.scaling.original_context_length",
+        "rope.scaling.type",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+        "tensor_data_layout",
+        "vocab_size",
+    }
+)
 
 
 def stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
@@ -74,7 +113,7 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
     _refuse_unsupported(architecture, facts, tensor_shapes)
     hidden_size = _count(architecture, facts, "embedding_length")
     heads = _count(architecture, facts, "attention.head_count")
-    layers = _count(architecture, facts, "block_count")
+    layers = require_layers(f"{architecture}.block_count", _count(architecture, facts, "block_count"))
     context = _count(architecture, facts, "context_length")
     if "token_embd.weight" not in tensor_shapes:
         raise CheckpointError("the GGUF file has no token_embd.weight; accepted: a whole model, not an adapter")
@@ -109,6 +148,11 @@ def _refuse_unsupported(
         if key in facts and facts[key] not in accepted:
             values = ", ".join(str(value) for value in accepted) or "absent"
             raise CheckpointError(f"{architecture}.{key} is {facts[key]!r}; not supported; accepted: {values}")
+    unknown = sorted(key for key in facts if key not in _ACCEPTED.keys() | _KNOWN)
+    if unknown:
+        logger.warning(
+            "%s keys of the GGUF file are not known here and are ignored: %s", architecture, ", ".join(unknown)
+        )
     if architecture == "llama" and facts.get("expert_count", 0):
         raise CheckpointError(f"llama.expert_count is {facts['expert_count']}; not supported; accepted: 0")
     if "rope_freqs.weight" in tensor_shapes:
