@@ -164,8 +164,17 @@ def check_sources(traced: Traced, checkpoint: Checkpoint) -> None:
 
 
 def _may_be_unused(name: str, config: ModelConfig) -> bool:
-    """Old checkpoints store `rotary_emb.inv_freq`; tied ones may repeat the embedding as `lm_head.weight`."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+    """Whether a model may hold this tensor and not need it.
+
+    Old checkpoints store `rotary_emb.inv_freq`; tied ones may repeat the embedding as `lm_head.weight`; a shared expert
+    of size 0 has matrices without elements, and a gate for them.
+    """
+    has_empty_shared_expert = config.moe is not None and not config.moe.shared_expert_intermediate_size
+    return (
+        name.endswith("rotary_emb.inv_freq")
+        or (config.tie_word_embeddings and name == "lm_head.weight")
+        or (has_empty_shared_expert and ".mlp.shared_expert" in name)
+    )
 
 
 def _check_tied_head(traced: Traced, checkpoint: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -19,7 +20,7 @@ from exporter import weights
 from exporter.checkpoint import mapped
 from exporter.checkpoint.base import TensorInfo
 from exporter.checkpoint.safetensors import SafetensorsShards
-from exporter.config import ModelConfig
+from exporter.config import ModelConfig, MoeConfig
 from exporter.lowering.passes import transpose_recipe
 from exporter.weights import Output, Recipe, Source, Traced, cast_to, output_bytes, stitch
 from qwen_aot_errors import CheckpointError, ExportError
@@ -210,6 +211,18 @@ def test_a_tied_head_in_the_checkpoint_must_equal_the_embedding(is_equal, tmp_pa
 def test_old_rotary_buffers_are_skipped(tmp_path):
     checkpoint = ArrayCheckpoint(w0=ONES, model__layers__0__self_attn__rotary_emb__inv_freq=np.ones(4, np.float32))
     stitch(traced(plain("w", (3, 5))), checkpoint, tmp_path / "data")
+
+
+def test_what_an_empty_shared_expert_leaves_in_a_checkpoint_is_skipped(tmp_path):
+    moe = MoeConfig(4, 2, 8, 0, norm_topk_prob=False, sparse_layers=frozenset({0}))
+    graph = traced(plain("w", (3, 5)))
+    graph.config = dataclasses.replace(graph.config, model_type="qwen2_moe", moe=moe)
+    mlp = "model__layers__0__mlp__"
+    left = {f"{mlp}shared_expert_gate__weight": ONES[:1], f"{mlp}shared_expert__up_proj__weight": ONES[:0]}
+    stitch(graph, ArrayCheckpoint(w0=ONES, **left), tmp_path / "data")
+    graph.config = dataclasses.replace(graph.config, moe=dataclasses.replace(moe, shared_expert_intermediate_size=8))
+    with pytest.raises(CheckpointError, match=r"no place for 2 tensors: model\.layers\.0\.mlp\.shared_expert\.up"):
+        stitch(graph, ArrayCheckpoint(w0=ONES, **left), tmp_path / "data")
 
 
 def test_a_full_disk_is_an_error_before_anything_is_computed(tmp_path, monkeypatch):
