@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -96,11 +97,14 @@ def cast_to(dtype: ir.DataType) -> Transform:
     target = dtype.numpy()
     if dtype == ir.DataType.FLOAT:
         return lambda rows: (rows,)
+    largest = float(ml_dtypes.finfo(target).max)  # type: ignore[no-untyped-call]  # its stub has no types
 
     def transform(rows: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
-        if dtype == ir.DataType.FLOAT16 and np.abs(rows).max(initial=0.0) > np.finfo(np.float16).max:
+        magnitude = float(max(rows.max(initial=0.0), -rows.min(initial=0.0)))
+        if magnitude > largest:
             raise ExportError(
-                f"a weight of magnitude {np.abs(rows).max():.6g} doesn't fit float16 (at most 65504); use bf16 or fp32"
+                f"a weight of magnitude {magnitude:.6g} doesn't fit {dtype.name.lower()} (at most {largest:.6g}); "
+                "use a wider compute type (fp32 holds every weight)"
             )
         return (rows.astype(target),)
 

@@ -184,10 +184,18 @@ def test_a_large_finite_tensor_whose_sum_overflows_is_accepted(tmp_path):
     assert read_back(graph, "w").max() == np.float32(3e38)
 
 
-def test_a_weight_beyond_float16_names_its_size(tmp_path):
-    graph = traced(plain("w", (3, 5), dtype=ir.DataType.FLOAT16))
-    with pytest.raises(ExportError, match=r"magnitude 70000 doesn't fit float16"):
-        stitch(graph, ArrayCheckpoint(w0=np.full((3, 5), 70000, np.float32)), tmp_path / "data")
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        (ir.DataType.FLOAT16, -70000, r"magnitude 70000 doesn't fit float16 \(at most 65504\)"),
+        (ir.DataType.BFLOAT16, 3.4e38, r"magnitude 3\.4e\+38 doesn't fit bfloat16 \(at most 3\.38953e\+38\)"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_a_weight_that_would_become_infinite_is_refused(dtype, value, message, tmp_path):
+    graph = traced(plain("w", (3, 5), dtype=dtype))
+    with pytest.raises(ExportError, match=message):
+        stitch(graph, ArrayCheckpoint(w0=np.full((3, 5), value, np.float32)), tmp_path / "data")
 
 
 def embedding() -> Recipe:
