@@ -42,9 +42,7 @@ class MappedFile:
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, np.uint8)
         self._handed_out = 0  # bytes of views returned since pages were last dropped
 
-    def view(
-        self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], rows: slice | None
-    ) -> NDArray[Any]:
+    def view(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], rows: slice | None) -> NDArray[Any]:
         """The row-major array at `offset` bytes, or some of its rows; the caller has checked that it fits.
 
         Raises:
