@@ -68,8 +68,7 @@ class Batch:
         self._check_ids(ids)
         if len(ids) > manifest.max_context:
             raise ContextFullError(
-                f"the prompt has {len(ids)} tokens, the context holds {manifest.max_context}: shorten it, "
-                f"or rebuild "
+                f"the prompt has {len(ids)} tokens, the context holds {manifest.max_context}: shorten it, or rebuild "
                 f"the bundle with --max-context {len(ids)} or more"
             )
         return ids

@@ -66,9 +66,8 @@ class ChatTemplate:
         if tokenizer is None or source is None:
             missing = "chat template" if tokenizer else "tokenizer"
             raise GenerationError(
-                f"the bundle has no {missing}, so it can't chat: use `qwen-aot generate`, or rebuild it "
-                f"from a "
-                f"checkpoint whose tokenizer_config.json has a chat_template"
+                f"the bundle has no {missing}, so it can't chat: use `qwen-aot generate`, or rebuild it from a "
+                "checkpoint whose tokenizer_config.json has a chat_template"
             )
         return cls(source, tokenizer.special_tokens)
 
@@ -151,10 +150,8 @@ class Chat:
         max_context = self._generator.engine.manifest.max_context
         if len(ids) > max_context:
             raise ContextFullError(
-                f"the conversation has {len(ids)} tokens with this turn, the context holds {max_context}: "
-                f"start a "
-                f"new conversation (/reset), say less at once, or rebuild the bundle with a larger "
-                f"--max-context"
+                f"the conversation has {len(ids)} tokens with this turn, the context holds {max_context}: start a new "
+                "conversation (/reset), say less at once, or rebuild the bundle with a larger --max-context"
             )
         request = Request(ids, self._config, cancel, keep_cache=True)
         return self._answer(messages, self._generator.stream([request]))

@@ -72,9 +72,8 @@ def check_room(row: int, held: int, new: int, max_context: int) -> None:
     """
     if held + new > max_context:
         raise ContextFullError(
-            f"row {row} holds {held} tokens and {new} more don't fit its context of {max_context}: shorten "
-            f"the "
-            f"text, or rebuild the bundle with a larger --max-context"
+            f"row {row} holds {held} tokens and {new} more don't fit its context of {max_context}: shorten the text, "
+            "or rebuild the bundle with a larger --max-context"
         )
 
 
@@ -87,9 +86,7 @@ def check_finite(logits: NDArray[np.float32], first_row: int, is_idle: NDArray[n
     for offset, row in enumerate(logits):
         if not np.isfinite(row).all() and (is_idle is None or not is_idle[offset]):
             raise GenerationError(
-                f"row {first_row + offset}'s logits hold NaN or Inf: a value left the range of the compute "
-                f"type, or "
-                f"the weights are damaged. Check the bundle with `qwen-aot verify`, or rebuild it with a "
-                f"wider type "
-                f"(--precision fp32)"
+                f"row {first_row + offset}'s logits hold NaN or Inf: a value left the range of the compute type, or "
+                "the weights are damaged. Check the bundle with `qwen-aot verify`, or rebuild it with a wider type "
+                "(--precision fp32)"
             )

@@ -100,9 +100,8 @@ class KvCache:
         except MemoryError as error:
             total = count * len(self._tensors) / 2**20
             raise GenerationError(
-                f"no memory for a KV cache of {self._max_batch} rows of {capacity} tokens (about "
-                f"{total:.0f} MiB): "
-                f"use a shorter text, or rebuild the bundle with a smaller --max-context or --max-batch"
+                f"no memory for a KV cache of {self._max_batch} rows of {capacity} tokens (about {total:.0f} MiB): use "
+                "a shorter text, or rebuild the bundle with a smaller --max-context or --max-batch"
             ) from error
         start = -memory.ctypes.data % _ALIGNMENT
         return memory[start : start + count].view(dtype).reshape(shape)

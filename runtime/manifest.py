@@ -63,9 +63,8 @@ class FileEntry:
     def __post_init__(self) -> None:
         if self.bytes < 0 or not _SHA256.fullmatch(self.sha256):
             raise BundleError(
-                f"file entry has bytes {self.bytes} and sha256 {self.sha256!r}; accepted: a size of at "
-                f"least 0 "
-                f"and 64 lower-case hex digits"
+                f"file entry has bytes {self.bytes} and sha256 {self.sha256!r}; accepted: a size of at least 0 and 64 "
+                "lower-case hex digits"
             )
 
 

@@ -34,9 +34,8 @@ class Tokenizer:
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
         if largest >= vocab_size:
             raise BundleError(
-                f"the tokenizer's largest id is {largest}, but the model's vocabulary ends before "
-                f"{vocab_size}: "
-                f"the bundle holds the tokenizer of another model; rebuild it from a checkpoint with its own"
+                f"the tokenizer's largest id is {largest}, but the model's vocabulary ends before {vocab_size}: the "
+                "bundle holds the tokenizer of another model; rebuild it from a checkpoint with its own"
             )
         tokenizer.no_padding()
         tokenizer.no_truncation()

@@ -142,9 +142,8 @@ def _check_table(manifest: Manifest, past: list[IoTensor]) -> None:
         accepted = tuple(_ELEMENT_TYPES) if tensor in past else ("int64",)
         if (tensor not in past and tensor.name not in known) or tensor.dtype not in accepted:
             raise EngineMismatchError(
-                f"the bundle's graph has the input {tensor.name!r} of dtype {tensor.dtype}, which this "
-                f"runtime "
-                f"can't feed; accepted: past_key_values.* and {', '.join(sorted(known))} (int64)"
+                f"the bundle's graph has the input {tensor.name!r} of dtype {tensor.dtype}, which this runtime can't "
+                f"feed; accepted: past_key_values.* and {', '.join(sorted(known))} (int64)"
             )
     outputs = {"logits", *(_present(tensor.name) for tensor in past)}
     found = {tensor.name for tensor in manifest.outputs}

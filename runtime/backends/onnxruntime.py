@@ -181,8 +181,7 @@ class OnnxRuntimeEngine:
         if not (first_row >= 0 and rows >= 1 and first_row + rows <= self._manifest.max_batch):
             raise GenerationError(
                 f"rows {first_row} to {first_row + rows - 1} were asked for; accepted: 0 to "
-                f"{self._manifest.max_batch - 1} "
-                f"(--max-batch of the build)"
+                f"{self._manifest.max_batch - 1} (--max-batch of the build)"
             )
 
     def _check_ids(self, token_ids: NDArray[np.int64]) -> None:
@@ -215,9 +214,8 @@ def _import_onnxruntime() -> Any:
     if found is None or (int(found[1]), int(found[2])) < MINIMUM_VERSION:
         wanted = ".".join(map(str, MINIMUM_VERSION))
         raise EngineMismatchError(
-            f"onnxruntime is {onnxruntime.__version__}, this bundle needs {wanted} or newer: {INSTALL} "
-            f"--upgrade. "
-            f"If onnxruntime-gpu is installed beside it, uninstall both first: they share one folder"
+            f"onnxruntime is {onnxruntime.__version__}, this bundle needs {wanted} or newer: {INSTALL} --upgrade. If "
+            "onnxruntime-gpu is installed beside it, uninstall both first: they share one folder"
         )
     return onnxruntime
 
@@ -247,9 +245,8 @@ def _open_session(path: Path, options: OrtOptions) -> Any:
         return ort.InferenceSession(str(path), session_options, providers=["CPUExecutionProvider"])
     except refusals as error:
         raise EngineMismatchError(
-            f"onnxruntime {ort.__version__} can't load {path}: {error}. Rebuild the bundle, or install the "
-            f"version "
-            f"of onnxruntime that its manifest names"
+            f"onnxruntime {ort.__version__} can't load {path}: {error}. Rebuild the bundle, or install the version of "
+            "onnxruntime that its manifest names"
         ) from error
 
 
@@ -262,7 +259,6 @@ def _check_signature(session: Any, manifest: Manifest) -> None:
         graph, table = sorted(value.name for value in found), sorted(tensor.name for tensor in listed)
         if graph != table:
             raise EngineMismatchError(
-                f"the graph's {kind} differ from the manifest's: only in the graph "
-                f"{sorted(set(graph) - set(table))}, "
+                f"the graph's {kind} differ from the manifest's: only in the graph {sorted(set(graph) - set(table))}, "
                 f"only in the manifest {sorted(set(table) - set(graph))}; rebuild the bundle"
             )
