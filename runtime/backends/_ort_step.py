@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from qwen_aot_errors import EngineMismatchError
 from runtime.kv_cache import KvCache
-from runtime.manifest import IoTensor, Manifest
+from runtime.manifest import CACHE_PREFIX, IoTensor, Manifest
 
 __all__ = ["Step"]
 
@@ -54,7 +54,7 @@ class Step:
         self._session = session
         self._binding = session.io_binding()
         self._cache = cache
-        self._past = [t for t in manifest.inputs if t.name.startswith("past_key_values.")]
+        self._past = [t for t in manifest.inputs if t.name.startswith(CACHE_PREFIX)]
         _check_table(manifest, self._past)
         self._names = {tensor.name for tensor in manifest.inputs}
         self.new_tokens: NDArray[np.int64] = np.zeros(max_rows, np.int64)
@@ -132,7 +132,7 @@ class Step:
 
 
 def _present(past: str) -> str:
-    return past.replace("past_key_values.", "present.", 1)
+    return past.replace(CACHE_PREFIX, "present.", 1)
 
 
 def _check_table(manifest: Manifest, past: list[IoTensor]) -> None:

@@ -17,7 +17,7 @@ from runtime.backends._ort_step import Step
 from runtime.bundle import Bundle
 from runtime.engine import check_finite, check_room
 from runtime.kv_cache import KvCache
-from runtime.manifest import Manifest
+from runtime.manifest import CACHE_PREFIX, Manifest
 
 __all__ = ["OnnxRuntimeEngine", "OrtOptions", "physical_cores"]
 
@@ -65,9 +65,9 @@ class OnnxRuntimeEngine:
         _check_signature(session, manifest)
         self._session: Any = session
         self._cache = KvCache(
-            [tensor for tensor in manifest.inputs if tensor.name.startswith("past_key_values.")],
+            [tensor for tensor in manifest.inputs if tensor.name.startswith(CACHE_PREFIX)],
             max_batch=manifest.max_batch,
-            max_context=manifest.max_context,
+            max_capacity=manifest.max_capacity,
         )
         # Two bindings, because prefill and decode alternate between shapes that each keep for long.
         self._prefill: Step | None = Step(session, manifest, self._cache, max_rows=1, max_tokens=manifest.prefill_chunk)

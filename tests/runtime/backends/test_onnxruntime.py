@@ -16,8 +16,7 @@ from qwen_aot_errors import ContextFullError, EngineMismatchError, GenerationErr
 from runtime.backends import open_engine
 from runtime.backends.onnxruntime import OnnxRuntimeEngine, OrtOptions, physical_cores
 from runtime.bundle import load_bundle
-from runtime.kv_cache import CAPACITY_STEP
-from runtime.manifest import IoTensor
+from runtime.manifest import CAPACITY_STEP, IoTensor
 from tests.runtime.toys import (
     HEAD_DIM,
     HEADS,
