@@ -49,7 +49,7 @@ class Generator:
 
         Args:
             path: the bundle's folder.
-            threads: CPU threads; None: one for each physical core.
+            threads: CPU threads; None: see `runtime.backends.cpus.usable_cores`.
             skip_hash_above: see `runtime.bundle.load_bundle`.
 
         Raises:

@@ -16,7 +16,7 @@ def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
 
     Args:
         bundle: from `runtime.bundle.load_bundle`.
-        threads: CPU threads for one operator; None: one for each physical core.
+        threads: CPU threads for one operator; None: see `runtime.backends.cpus.usable_cores`.
 
     Raises:
         EngineMismatchError: no backend runs this engine, or its library is missing or too old.

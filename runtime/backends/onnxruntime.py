@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,12 +13,13 @@ from numpy.typing import NDArray
 
 from qwen_aot_errors import EngineMismatchError, GenerationError
 from runtime.backends._ort_step import Step
+from runtime.backends.cpus import usable_cores
 from runtime.bundle import Bundle
 from runtime.engine import check_finite, check_room
 from runtime.kv_cache import KvCache
 from runtime.manifest import CACHE_PREFIX, Manifest
 
-__all__ = ["OnnxRuntimeEngine", "OrtOptions", "physical_cores"]
+__all__ = ["OnnxRuntimeEngine", "OrtOptions"]
 
 MINIMUM_VERSION = (1, 32)  # GroupQueryAttention's input 16, query_seqlens, is new in it
 INSTALL = "pip install 'qwen-aot[cpu]'"
@@ -30,7 +30,7 @@ class OrtOptions:
     """How a session is made.
 
     Attributes:
-        threads: for one operator, this thread included; None: one for each physical core we may use.
+        threads: for one operator, this thread included; None: one for each of `usable_cores`.
         optimize: let ONNX Runtime rewrite the graph.
         config: session config entries, e.g. {"session.qdq_matmulnbits_accuracy_level": "1"}, which keeps
             ONNX Runtime from computing DequantizeLinear + MatMul with int8 activations.
@@ -190,20 +190,6 @@ class OnnxRuntimeEngine:
             raise GenerationError(f"token id {largest} is not below the vocabulary's {vocab_size}")
 
 
-def physical_cores() -> int:
-    """Physical cores among those this process may run on (logical ones where the system doesn't tell)."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    allowed = os.sched_getaffinity(0)
-    cores = set()
-    for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        if not siblings.is_file():
-            return len(allowed)
-        cores.add(siblings.read_text())
-    return len(cores)
-
-
 def _import_onnxruntime() -> Any:
     """The onnxruntime module, if it is there and new enough."""
     try:
@@ -224,7 +210,7 @@ def _open_session(path: Path, options: OrtOptions) -> Any:
     ort = _import_onnxruntime()
     session_options = ort.SessionOptions()
     session_options.log_severity_level = 3  # errors; they are raised as well
-    session_options.intra_op_num_threads = options.threads or physical_cores()
+    session_options.intra_op_num_threads = options.threads or usable_cores()
     session_options.inter_op_num_threads = 1
     # A memory pattern is kept for every combination of input shapes, and ours change all the time.
     session_options.enable_mem_pattern = False

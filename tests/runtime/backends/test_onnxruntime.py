@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qwen_aot_errors import ContextFullError, EngineMismatchError, GenerationError
 from runtime.backends import open_engine
-from runtime.backends.onnxruntime import OnnxRuntimeEngine, OrtOptions, physical_cores
+from runtime.backends.onnxruntime import OnnxRuntimeEngine, OrtOptions
 from runtime.bundle import load_bundle
 from runtime.manifest import CAPACITY_STEP, IoTensor
 from tests.runtime.toys import (
@@ -374,10 +374,6 @@ def test_session_options_reach_onnxruntime(checksum_bundle: Path) -> None:
         found = engine.session.get_session_options()
         assert found.get_session_config_entry("session.qdq_matmulnbits_accuracy_level") == "1"
         assert found.intra_op_num_threads == 1
-
-
-def test_physical_cores_are_at_most_the_cpus() -> None:
-    assert 1 <= physical_cores() <= (psutil.cpu_count() or 1)
 
 
 def test_memory_stays_flat(engine: OnnxRuntimeEngine) -> None:
