@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot_errors import EngineMismatchError, GenerationError
-from runtime.backends._ort_step import Step
+from runtime.backends._ort_step import Step, library_errors
 from runtime.backends.cpus import usable_cores
 from runtime.bundle import Bundle
 from runtime.engine import check_finite, check_room
@@ -62,7 +62,6 @@ class OnnxRuntimeEngine:
         manifest = bundle.manifest
         self._manifest = manifest
         session = _open_session(bundle.engine_path, options or OrtOptions())
-        _check_signature(session, manifest)
         self._session: Any = session
         self._cache = KvCache(
             [tensor for tensor in manifest.inputs if tensor.name.startswith(CACHE_PREFIX)],
@@ -113,6 +112,7 @@ class OnnxRuntimeEngine:
         self._check_ids(token_ids)
         check_room(row, start, count, self._manifest.max_context)
         self._cache.reserve(start + count)
+        end = start  # where the row is left: a call that raises leaves it as it was
         try:
             for offset in range(0, count, chunk):
                 piece = token_ids[None, offset : offset + chunk]
@@ -120,9 +120,9 @@ class OnnxRuntimeEngine:
                 logits = step.run(row, piece)
                 check_finite(logits, row)
                 lengths[row] += piece.shape[1]
-        except GenerationError:
-            lengths[row] = start
-            raise
+            end = start + count
+        finally:
+            lengths[row] = end
         return logits.reshape(-1)
 
     def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -218,33 +218,10 @@ def _open_session(path: Path, options: OrtOptions) -> Any:
     session_options.graph_optimization_level = level.ORT_ENABLE_ALL if options.optimize else level.ORT_DISABLE_ALL
     for key, value in options.config.items():
         session_options.add_session_config_entry(key, value)
-    state = ort.capi.onnxruntime_pybind11_state
-    refusals = (
-        state.Fail,
-        state.InvalidArgument,
-        state.InvalidGraph,
-        state.InvalidProtobuf,
-        state.NotImplemented,
-        state.RuntimeException,
-    )
     try:
         return ort.InferenceSession(str(path), session_options, providers=["CPUExecutionProvider"])
-    except refusals as error:
+    except library_errors() as error:
         raise EngineMismatchError(
             f"onnxruntime {ort.__version__} can't load {path}: {error}. Rebuild the bundle, or install the version of "
             "onnxruntime that its manifest names"
         ) from error
-
-
-def _check_signature(session: Any, manifest: Manifest) -> None:
-    """The graph's inputs and outputs are those of the manifest's I/O table."""
-    for kind, listed, found in (
-        ("inputs", manifest.inputs, session.get_inputs()),
-        ("outputs", manifest.outputs, session.get_outputs()),
-    ):
-        graph, table = sorted(value.name for value in found), sorted(tensor.name for tensor in listed)
-        if graph != table:
-            raise EngineMismatchError(
-                f"the graph's {kind} differ from the manifest's: only in the graph {sorted(set(graph) - set(table))}, "
-                f"only in the manifest {sorted(set(table) - set(graph))}; rebuild the bundle"
-            )

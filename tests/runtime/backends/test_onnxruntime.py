@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from qwen_aot_errors import ContextFullError, EngineMismatchError, GenerationError
 from runtime.backends import open_engine
+from runtime.backends._ort_step import _make_logits
 from runtime.backends.onnxruntime import OnnxRuntimeEngine, OrtOptions
 from runtime.bundle import load_bundle
+from runtime.engine import NonFiniteLogitsError
 from runtime.manifest import CAPACITY_STEP, IoTensor
 from tests.runtime.toys import (
     HEAD_DIM,
@@ -306,12 +308,35 @@ def test_nan_in_the_logits_names_the_row_and_changes_nothing(tmp_path: Path) -> 
     with OnnxRuntimeEngine(load_bundle(path), OrtOptions(threads=1)) as engine:
         engine.prefill(0, ids(1))
         engine.prefill(1, ids(2))
-        with pytest.raises(GenerationError, match=r"row 1's logits hold NaN or Inf: .*--precision fp32"):
+        with pytest.raises(GenerationError, match=r"logits of row 1 hold NaN or Inf: .*--precision fp32") as caught:
             engine.decode(0, ids(3, 13))
-        with pytest.raises(GenerationError, match="row 0's logits"):
+        assert isinstance(caught.value, NonFiniteLogitsError) and caught.value.rows == (1,)
+        with pytest.raises(GenerationError, match="logits of row 0 hold"):
             engine.prefill(0, ids(*[1] * 9, 13))
         assert engine.cache_length.tolist() == [1, 1, 0, 0]
         assert np.isfinite(engine.decode(0, ids(3, 4))).all()
+
+
+def test_a_step_that_the_library_fails_changes_nothing(checksum_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    with OnnxRuntimeEngine(load_bundle(checksum_bundle), OrtOptions(threads=1)) as engine:
+        engine.prefill(0, ids(1, 2))
+        step, calls = engine._prefill, iter([True, False])
+        assert step is not None
+        library_run = step._run
+
+        def fail_at_the_second(binding: object) -> None:
+            if not next(calls):
+                raise state.RuntimeException("out of memory")
+            library_run(binding)
+
+        monkeypatch.setattr(step, "_run", fail_at_the_second)
+        with pytest.raises(GenerationError, match=r"ONNX Runtime failed in a step of 1 rows and 4 tokens: out of mem"):
+            engine.prefill(0, ids(*range(12)))
+        assert engine.cache_length.tolist() == [2, 0, 0, 0]
+        monkeypatch.undo()
+        assert engine.prefill(0, ids(3)).argmax() == checksum([1, 2, 3])
 
 
 def test_a_fixed_capacity_is_kept(tmp_path: Path) -> None:
@@ -330,6 +355,38 @@ def test_an_io_table_that_is_not_the_graphs_is_refused(tmp_path: Path) -> None:
     path = write_bundle(tmp_path / "bundle", checksum_model(inputs, outputs), manifest)
     with pytest.raises(EngineMismatchError, match=r"only in the graph \['input_ids'\]"):
         OnnxRuntimeEngine(load_bundle(path))
+
+
+@pytest.mark.parametrize(
+    ("place", "tensor", "message"),
+    [
+        ("inputs", IoTensor("new_tokens", "int32", ("B",)), r"tensor\(int64\) \['B'\] in the graph, tensor\(int32\)"),
+        ("inputs", IoTensor("new_tokens", "int64", ("B", "S")), r"\['B'\] in the graph, tensor\(int64\) \['B', 'S'\]"),
+        ("outputs", IoTensor("logits", "float32", ("B", 999)), r"\['B', 211\] in the graph, tensor\(float\) .*999"),
+    ],
+)
+def test_a_dtype_or_shape_that_is_not_the_graphs_is_refused(
+    tmp_path: Path, place: str, tensor: IoTensor, message: str
+) -> None:
+    inputs, outputs = io_tables(ALL_INPUTS, "float32")
+    tables = {"inputs": inputs, "outputs": outputs}
+    tables[place] = tuple(tensor if listed.name == tensor.name else listed for listed in tables[place])
+    path = write_bundle(tmp_path / "bundle", checksum_model(inputs, outputs), make_manifest(**tables))
+    with pytest.raises(EngineMismatchError, match=rf"'{tensor.name}' is .*{message}"):
+        OnnxRuntimeEngine(load_bundle(path))
+
+
+def test_logits_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
+    inputs, outputs = io_tables(ALL_INPUTS, "float32")
+    manifest = make_manifest(inputs=inputs, outputs=outputs, vocab_size=VOCAB_SIZE + 1)
+    path = write_bundle(tmp_path / "bundle", checksum_model(inputs, outputs), manifest)
+    with pytest.raises(EngineMismatchError, match=r"accepted: logits \(float32 \[B, 212\]\)"):
+        OnnxRuntimeEngine(load_bundle(path))
+
+
+def test_more_rows_than_there_is_memory_for() -> None:
+    with pytest.raises(GenerationError, match="no memory for the logits of 2147483647 rows of 2147483647"):
+        _make_logits(2**31 - 1, 2**31 - 1)
 
 
 @pytest.mark.parametrize(
