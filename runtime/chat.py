@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
@@ -14,8 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen_aot_errors import BundleError, ContextFullError, GenerationError
 from runtime.generation_config import GenerationConfig
-from runtime.generator import Generator
-from runtime.request import Completion, Event, Request
+from runtime.generator import EventStream, Generator
+from runtime.request import Completion, Request
 from runtime.tokenizer import Tokenizer
 
 __all__ = ["Chat", "ChatTemplate"]
@@ -134,11 +135,11 @@ class Chat:
         """Forgets all turns; the system prompt stays."""
         self._messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
-    def send(self, text: str, *, cancel: threading.Event | None = None) -> Iterator[Event]:
+    def send(self, text: str, *, cancel: threading.Event | None = None) -> EventStream:
         """Says something and streams the answer; the last event is its Completion.
 
-        The turn is added to the conversation when the iterator ends or is closed (with what was answered by
-        then). If it raises, the conversation is as it was before.
+        The turn is added to the conversation when the stream ends or is closed (with what was answered by then).
+        If it raises, the conversation is as it was before.
 
         Raises:
             ContextFullError: the conversation doesn't fit the context any more.
@@ -156,15 +157,16 @@ class Chat:
         request = Request(ids, self._config, cancel, keep_cache=True)
         return self._answer(messages, self._generator.stream([request]))
 
-    def _answer(self, messages: list[Message], events: Iterator[Event]) -> Iterator[Event]:
+    def _answer(self, messages: list[Message], events: EventStream) -> EventStream:
         answer = ""
-        try:
-            for event in events:
-                answer += event.last_text if isinstance(event, Completion) else event.text
-                yield event
-        except GeneratorExit:
-            self._add(messages, answer)
-            raise
+        with contextlib.closing(events):
+            try:
+                for event in events:
+                    answer += event.last_text if isinstance(event, Completion) else event.text
+                    yield event
+            except GeneratorExit:
+                self._add(messages, answer)
+                raise
         self._add(messages, answer)
 
     def _add(self, messages: list[Message], answer: str) -> None:

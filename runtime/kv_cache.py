@@ -82,6 +82,11 @@ class KvCache:
         self.capacity = capacity
         return True
 
+    def scrub(self, row: int) -> None:
+        """Zero-fills a row beyond its length: a step that failed may have left NaN, and 0 x NaN is NaN."""
+        for array in self._arrays:
+            array[row, :, self.lengths[row] :] = 0
+
     def views(self, first_row: int, rows: int) -> list[NDArray[np.generic]]:
         """The rows' part of each array, in the order of the tensors given; C-contiguous, no copy."""
         return [array[first_row : first_row + rows] for array in self._arrays]

@@ -15,7 +15,7 @@ from qwen_aot_errors import EngineMismatchError, GenerationError
 from runtime.backends._ort_step import Step, library_errors
 from runtime.backends.cpus import usable_cores
 from runtime.bundle import Bundle
-from runtime.engine import check_finite, check_room
+from runtime.engine import NonFiniteLogitsError, check_finite, check_room
 from runtime.kv_cache import KvCache
 from runtime.manifest import CACHE_PREFIX, Manifest
 
@@ -123,6 +123,8 @@ class OnnxRuntimeEngine:
             end = start + count
         finally:
             lengths[row] = end
+            if end == start:
+                self._cache.scrub(row)
         return logits.reshape(-1)
 
     def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -147,7 +149,12 @@ class OnnxRuntimeEngine:
         else:
             step.new_tokens[:rows] = 1
         logits = step.run(first_row, token_ids[:, None])
-        check_finite(logits, first_row, is_idle)
+        try:
+            check_finite(logits, first_row, is_idle)
+        except NonFiniteLogitsError as error:
+            for failed in error.rows:
+                self._cache.scrub(failed)
+            raise
         lengths += ~is_idle
         return logits
 

@@ -140,15 +140,17 @@ def test_a_conversation_that_is_too_long_says_what_to_do() -> None:
 
 
 def test_an_answer_cut_short_stays_in_the_conversation() -> None:
-    chat, _ = make_chat(["Hello, world!", "two"])
+    chat, engine = make_chat(["Hello, world!", "two"])
     stream = chat.send("a")
     first = next(stream)
+    held = len(engine.rows[0])
     assert isinstance(first, TokenEvent)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert chat.messages[-1] == {"role": "assistant", "content": first.text}
     cancel = threading.Event()
     cancel.set()
     assert say(chat, "b", cancel).finish_reason == "cancelled"
+    assert len(engine.rows[0]) == held
     assert [m["content"] for m in chat.messages] == ["a", first.text, "b", ""]
 
 

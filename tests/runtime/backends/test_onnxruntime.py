@@ -314,6 +314,9 @@ def test_nan_in_the_logits_names_the_row_and_changes_nothing(tmp_path: Path) -> 
         with pytest.raises(GenerationError, match="logits of row 0 hold"):
             engine.prefill(0, ids(*[1] * 9, 13))
         assert engine.cache_length.tolist() == [1, 1, 0, 0]
+        for view in engine.cache.views(0, 4):
+            assert np.isfinite(view).all()
+            assert view[:2, :, 0].any() and not view[1, :, 1:].any() and not view[0, :, 1:].any()
         assert np.isfinite(engine.decode(0, ids(3, 4))).all()
 
 
