@@ -24,7 +24,15 @@ __all__ = ["Chat", "ChatTemplate"]
 Message = Mapping[str, str]  # role, content
 
 # A template is foreign code: besides Jinja's own errors, its expressions raise these.
-_TEMPLATE_FAILURES = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
+_TEMPLATE_FAILURES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class ChatTemplate:
@@ -86,6 +94,8 @@ class ChatTemplate:
             return self._template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
+                tools=None,  # as transformers, whose templates may ask `tools is not none`
+                documents=None,
                 **self._special_tokens,
             )
         except _TEMPLATE_FAILURES as error:

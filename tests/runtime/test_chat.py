@@ -50,6 +50,21 @@ def test_a_template_is_kept_in_its_sandbox(source: str) -> None:
         ChatTemplate(source, {}).render([])
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ 5 | xmlattr }}",
+        "{{ 1 / 0 }}",
+        "{{ nothing.at.all }}",
+        "{{ strftime_now(5) }}",
+    ],
+)
+def test_what_a_template_runs_into_is_a_refusal(source: str) -> None:
+    with pytest.raises(GenerationError, match="the chat template refuses these messages: "):
+        ChatTemplate(source, {}).render([])
+
+
 def test_a_template_that_is_none() -> None:
     with pytest.raises(BundleError, match=r"can't be parsed \(line 1: .*\)"):
         ChatTemplate("{% for %}", {})

@@ -74,6 +74,14 @@ def test_of_several_templates_the_default_is_taken() -> None:
     assert golden_tokenizer().chat_template is None
 
 
+@pytest.mark.parametrize("value", [5, {"default": "x"}, ["x"], [{"name": "default", "template": 5}]])
+def test_a_template_of_another_type_is_refused(value: object) -> None:
+    with pytest.raises(
+        BundleError, match=r"tokenizer_config\.json: chat_template is a (int|dict|list); accepted: a text"
+    ):
+        golden_tokenizer({"chat_template": value})
+
+
 def test_padding_and_truncation_of_the_file_are_off() -> None:
     document = json.loads(TOKENIZER)
     document["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
