@@ -66,7 +66,8 @@ class GenerationConfig:
         repetition_penalty: divides the positive logits of tokens seen in prompt or output, and multiplies the
             negative ones; 1: off.
         seed: of this request's random numbers; None: a new one each time.
-        stop: texts that end the request; they and what follows are not part of its output.
+        stop: texts that end the request; they and what follows are not part of its output. The spelling of a
+            special token stands for its id, ignore_eos or not.
         stop_token_ids: ids that end the request, besides the model's own.
         eos_token_ids: the model's own ids that end a text.
         ignore_eos: go on at eos_token_ids.

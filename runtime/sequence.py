@@ -49,7 +49,9 @@ class ActiveSequence:
         # The last token needn't fit: it is never fed.
         room = max_context - len(self.prompt_ids) + 1
         self._limit = room if config.max_new_tokens is None else min(room, config.max_new_tokens)
-        self._ending_ids = config.ending_ids
+        # Special tokens have no text in which a stop string could be found.
+        special = [tokenizer.special_id(stop) for stop in config.stop] if tokenizer else []
+        self._ending_ids = config.ending_ids | {token_id for token_id in special if token_id is not None}
         self._sampler = Sampler(config, self.prompt_ids)
         self._detokenizer = make_detokenizer(tokenizer) if tokenizer else None
         self._stop = StopMatcher(config.stop)

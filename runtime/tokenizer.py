@@ -56,6 +56,11 @@ class Tokenizer:
         """Ids that have no text of their own (<|endoftext|>, <|im_start|>, ...)."""
         return self._special_ids
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is spelled so; None if there is none."""
+        token_id = self._tokenizer.token_to_id(text)
+        return token_id if token_id in self._special_ids else None
+
     @property
     def chat_template(self) -> str | None:
         """The Jinja chat template; of several named ones, `default`."""

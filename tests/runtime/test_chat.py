@@ -73,11 +73,22 @@ def test_a_template_that_is_none() -> None:
 END = golden_tokenizer().backend.token_to_id("<|im_end|>")
 
 
+# Answers but the last are forgotten, as templates do with what a model thought.
+FORGETFUL = CHATML.replace(
+    "message['content']", "(message['content'] if message['role'] != 'assistant' or loop.last else '...')"
+)
+
+
 def make_chat(
-    replies: list[str], *, max_context: int = 300, max_batch: int = 1, system: str | None = None
+    replies: list[str],
+    *,
+    max_context: int = 300,
+    max_batch: int = 1,
+    system: str | None = None,
+    template: str = CHATML,
 ) -> tuple[Chat, FakeEngine]:
     """A chat whose answers are given: turn n is answered with replies[n] and <|im_end|>."""
-    tokenizer = golden_tokenizer({"chat_template": CHATML})
+    tokenizer = golden_tokenizer({"chat_template": template})
     opening = tokenizer.encode("<|im_start|>assistant\n")
 
     def next_token(row: list[int]) -> int:
@@ -122,6 +133,31 @@ def test_the_cache_holds_what_the_template_says() -> None:
     whole = tokenizer.encode(template.render(chat.messages, add_generation_prompt=False))
     assert engine.rows[0] == whole[: len(engine.rows[0])]
     assert whole[len(engine.rows[0]) :] == tokenizer.encode("<|im_end|>\n")
+
+
+def test_a_template_that_rewrites_earlier_turns() -> None:
+    chat, engine = make_chat(["a rather long answer", "two", "three"], template=FORGETFUL)
+    say(chat, "first")
+    say(chat, "second")
+    completion = say(chat, "third")
+    assert completion.text == "three"
+    tokenizer = golden_tokenizer()
+    prompt = tokenizer.encode(ChatTemplate(FORGETFUL, {}).render(chat.messages[:-1]))
+    assert engine.rows[0] == [*prompt, *tokenizer.encode("three")]
+    # The system prompt and the first question stand where they stood.
+    assert completion.cached_tokens >= len(tokenizer.encode("<|im_start|>user\nfirst<|im_end|>\n"))
+
+
+def test_an_answer_that_fills_the_context() -> None:
+    chat, engine = make_chat(["Hello, world! " * 30, "two"], max_context=100)
+    completion = say(chat, "a")
+    assert completion.finish_reason == "length"
+    assert completion.prompt_tokens + len(completion.token_ids) == 101  # the last one needn't fit
+    assert len(engine.rows[0]) == 100
+    with pytest.raises(ContextFullError, match=r"the context holds 100: start a new conversation"):
+        chat.send("b")
+    chat.reset()
+    assert say(chat, "a").finish_reason == "length"
 
 
 def test_reset_keeps_the_system_prompt_and_its_cache() -> None:

@@ -143,6 +143,15 @@ def test_a_stop_string_ends_the_text_before_it() -> None:
     assert bytes(completion.token_ids) == b"Hello END"
 
 
+@pytest.mark.parametrize("stop", ["<|end|>", "x<|end|>"])
+def test_a_stop_string_that_is_a_special_token_is_its_id(stop: str) -> None:
+    # "x<|end|>" isn't one, and the text of special tokens is never part of the output.
+    _, completion = write("abc", stop=[stop], ignore_eos=True, max_new_tokens=9)
+    expected = ("stop", 3) if stop == "<|end|>" else ("length", 9)
+    assert (completion.finish_reason, len(completion.token_ids)) == expected
+    assert completion.text == "abc"
+
+
 def test_what_looked_like_a_stop_string_comes_out_in_the_end() -> None:
     texts, completion = write("a EN", stop=[" END"])
     assert texts == ["a", "", "", ""]
@@ -357,23 +366,29 @@ def test_closing_the_generator_closes_the_engine() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     requests=st.lists(
-        st.tuples(
-            st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=20),
-            st.integers(1, 12),
-            st.sampled_from([0.0, 5.0]),
+        st.builds(
+            Request,
+            st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=40),
+            st.builds(
+                GenerationConfig,
+                max_new_tokens=st.none() | st.integers(1, 12),
+                temperature=st.sampled_from([0.0, 5.0]),
+                repetition_penalty=st.sampled_from([1.0, 1.5]),
+                seed=st.integers(0, 3),
+            ),
+            keep_cache=st.booleans(),
         ),
         min_size=1,
         max_size=7,
     ),
     max_batch=st.integers(1, 4),
 )
-def test_a_result_does_not_depend_on_the_batch(requests: list[tuple[list[int], int, float]], max_batch: int) -> None:
-    made = [
-        Request(prompt, GenerationConfig(max_new_tokens=count, temperature=temperature, seed=index))
-        for index, (prompt, count, temperature) in enumerate(requests)
-    ]
-    together = {e.index: e for e in make_generator(max_batch=max_batch)[0].stream(made) if isinstance(e, Completion)}
-    for index, request in enumerate(made):
+def test_a_result_does_not_depend_on_the_batch(requests: list[Request], max_batch: int) -> None:
+    generator, engine = make_generator(max_batch=max_batch)
+    together = {e.index: e for e in generator.stream(requests) if isinstance(e, Completion)}
+    # Only conversations stay in the cache.
+    assert sum(map(len, engine.rows)) == 0 or any(request.keep_cache for request in requests)
+    for index, request in enumerate(requests):
         alone = list(make_generator(max_batch=1)[0].stream([request]))[-1]
         assert isinstance(alone, Completion)
         assert together[index].token_ids == alone.token_ids
