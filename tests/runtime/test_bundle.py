@@ -7,12 +7,12 @@ import pytest
 
 from qwen_aot_errors import BundleError
 from runtime.bundle import load_bundle
-from tests.runtime.toys import checksum_model, io_tables, make_manifest, write_bundle
+from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest, write_bundle
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    inputs, outputs = io_tables(("input_ids", "position_ids", "cache_length", "new_tokens", "key_positions"), "float32")
+    inputs, outputs = io_tables(ALL_INPUTS, "float32")
     manifest = make_manifest(inputs=inputs, outputs=outputs)
     return write_bundle(tmp_path / "bundle", checksum_model(inputs, outputs), manifest, {"notes.txt": "é"})
 

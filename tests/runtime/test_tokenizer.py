@@ -9,14 +9,13 @@ from qwen_aot_errors import BundleError, GenerationError
 from runtime.bundle import Bundle, load_bundle
 from runtime.tokenizer import load_tokenizer
 from tests.runtime.texts import GOLDEN, golden_tokenizer
-from tests.runtime.toys import checksum_model, io_tables, make_manifest, write_bundle
+from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest, write_bundle
 
 TOKENIZER = (GOLDEN / "tokenizer.json").read_text(encoding="utf-8")
 
 
 def bundle_with(tmp_path: Path, texts: dict[str, str], vocab_size: int = 1000) -> Bundle:
-    names = ("input_ids", "position_ids", "cache_length", "new_tokens", "key_positions")
-    inputs, outputs = io_tables(names, "float32")
+    inputs, outputs = io_tables(ALL_INPUTS, "float32")
     manifest = make_manifest(inputs=inputs, outputs=outputs, vocab_size=vocab_size)
     return load_bundle(write_bundle(tmp_path / "bundle", checksum_model(inputs, outputs), manifest, texts))
 
