@@ -23,7 +23,7 @@ from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import ModelConfig
 from exporter.save import DATA_FILE, save_graph
 from exporter.trace import trace
-from exporter.weights import Traced, check_sources, largest_source_bytes, output_bytes, stitch
+from exporter.weights import Traced, check_sources, chunk_bytes, output_bytes, stitch
 from runtime.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, Profile
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ def plan_build(
     Raises:
         BuildError: the request, `out`, the disk or the memory won't do.
     """
+    out = out.expanduser().resolve()
     refuse_unless_replaceable(out)
     plan = _plan(checkpoint, spec, Stages(("trace", "lower"), on_progress))
     check_resources(plan.estimate, out)
@@ -161,7 +162,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages) -> Plan:
     needed = estimate(
         weight_bytes=output_bytes(lowered),
         text_bytes=sum(len(text.encode()) for text in texts.values()),
-        largest_tensor_bytes=largest_source_bytes(lowered),
+        chunk_bytes=chunk_bytes(lowered),
         bits=_bits(spec),
     )
     return Plan(lowered, needed, _manifest_maker(checkpoint, config, spec, max_context, lowered), texts, warnings)

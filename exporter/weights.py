@@ -117,12 +117,10 @@ def output_bytes(traced: Traced) -> int:
     return end[0] + end[1]
 
 
-def largest_source_bytes(traced: Traced) -> int:
-    """Float32 bytes of the largest stacked source: what bounds the memory of transforms that need it whole."""
-    return max(
-        (4 * int(np.prod(s.shape, dtype=np.int64)) for r in traced.recipes.values() for s in r.sources),
-        default=0,
-    )
+def chunk_bytes(traced: Traced) -> int:
+    """Float32 bytes of the most rows that `stitch` converts at once in a thread."""
+    groups = (r.rows_per_group * _row_bytes(r) for r in traced.recipes.values() if r.sources)
+    return max(CHUNK_BYTES, *groups)
 
 
 def _layout(recipes: Iterable[Recipe]) -> dict[str, tuple[int, int]]:
@@ -258,12 +256,16 @@ def _source_bytes(recipe: Recipe) -> int:
     return sum(4 * int(np.prod(source.shape, dtype=np.int64)) for source in recipe.sources)
 
 
+def _row_bytes(recipe: Recipe) -> int:
+    return 4 * int(np.prod(recipe.sources[0].shape[1:], dtype=np.int64))
+
+
 def _chunks(recipe: Recipe) -> Iterator[tuple[int, int]]:
     """Row ranges of about CHUNK_BYTES; one empty range for a computed initializer."""
     if not recipe.sources:
         yield 0, 0
         return
-    row_bytes = 4 * int(np.prod(recipe.sources[0].shape[1:], dtype=np.int64))
+    row_bytes = _row_bytes(recipe)
     group = recipe.rows_per_group
     step = max(1, CHUNK_BYTES // (row_bytes * group)) * group
     for start in range(0, recipe.rows, step):
