@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -155,6 +156,37 @@ def test_slots_beyond_the_window_are_not_read(lowering, exported):
     stepper = Stepper(onnx_file, rows=1, capacity=32, fill=float("nan"))
     stepper.step([ids[:6]], pad=3)
     close(stepper.step([ids[6:]], pad=2)[0], last_logits(model, ids))
+
+
+FLOAT16 = ir.DataType.FLOAT16
+FP16_BOUND = 2e-2  # activations of 11 bits; seen: 4e-3
+
+
+@pytest.mark.parametrize("case", ["gqa", "moe"])
+def test_float16_stays_near_fp32(case, tmp_path):
+    """bfloat16 can't be run here: ONNX Runtime's CPU provider has no bfloat16 MatMul."""
+    model = save_tiny(tmp_path / "checkpoint", **CASES[case])
+    ids = random_ids(model, 9)
+    stepper = Stepper(export(tmp_path / "checkpoint", tmp_path / "onnx", "standard", FLOAT16), rows=1, capacity=16)
+    got = [stepper.step([ids[:5]])[0]] + [stepper.step([[token]])[0] for token in ids[5:]]
+    np.testing.assert_allclose(np.stack(got), reference_logits(model, [ids])[0, 4:].numpy(), atol=FP16_BOUND, rtol=0)
+
+
+def test_a_residual_stream_beyond_float16_does_not_overflow(tmp_path):
+    """Every projection's result fits float16, their sum doesn't."""
+    model = save_tiny(tmp_path / "checkpoint", **CASES["gqa"], layers=4)
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= 1e5
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 3e4
+            layer.mlp.down_proj.weight *= 3e4
+    model.save_pretrained(tmp_path / "checkpoint")
+    ids = random_ids(model, 9)
+    with torch.no_grad():
+        streams = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    assert max(float(stream.abs().max()) for stream in streams) > 65504
+    stepper = Stepper(export(tmp_path / "checkpoint", tmp_path / "onnx", "standard", FLOAT16), rows=1, capacity=16)
+    np.testing.assert_allclose(stepper.step([ids])[0], last_logits(model, ids), atol=FP16_BOUND, rtol=0)
 
 
 @st.composite
