@@ -22,10 +22,10 @@ class Builder(Protocol):
         """Turns the stitched model.onnx into the target's engine (ONNX Runtime runs it as it is)."""
 
     def check(self, folder: Path, manifest: Manifest) -> None:
-        """Opens the engine and runs a step where this machine can.
+        """Opens the engine, where this machine can.
 
         Raises:
-            BuildError: it doesn't load, or its logits aren't finite.
+            BuildError: it doesn't open.
         """
 
 

@@ -96,7 +96,8 @@ def test_a_stopped_build_leaves_what_stood_before(checkpoint: Path, tmp_path: Pa
     os.kill(process.pid, number)
     rest = process.stderr.read()
     process.stderr.close()
-    assert process.wait() == code
+    # CPython ends by the signal itself if it struck inside an exec() of text (dataclasses); a shell sees the same code.
+    assert process.wait() in (code, 128 - code)
     assert "Traceback" not in rest
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert list(out.iterdir()) == []
