@@ -4,8 +4,8 @@
         --peer onnxruntime-genai=/path/to/its/python:./genai-model --rounds 5 --json results.json
 
 Contenders stay loaded and idle while others run. Each round draws new random prompts, the same for all, and runs the
-contenders forwards or backwards by turns, so that a drift of the machine falls on all alike. Reported: medians with the
-lowest and the highest, and each contender's ratio to the reference (the first peer) as the median of the rounds' ratios.
+contenders forwards or backwards by turns, so that a drift of the machine falls on all alike. Reported: medians with
+the lowest and the highest, and each contender's ratio to the reference (the first peer), the median of the rounds'.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from tests.bench.workers.protocol import READY
 
@@ -56,6 +55,7 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=dict(os.environ)
         )
         if self._read() != READY:
+            self.close()
             raise RuntimeError(f"{name}: {' '.join(command)} did not become ready; its messages stand above")
 
     def measure(self, request: Mapping[str, object]) -> dict[str, float]:
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     load_average = os.getloadavg()[0]
     rounds = run(workers, load, options.rounds)
     for worker in workers:
-        worker.__exit__(None, None, None)
+        worker.close()
     summary = summarize(rounds, workers[0].name)
     print(f"{options.threads} threads, {options.rounds} rounds, load average before {load_average:.1f}")
     print(f"{'':28}{'prefill tokens/s':>28}{'ratio':>18}{'decode tokens/s':>28}{'ratio':>18}{'memory':>10}")

@@ -63,5 +63,5 @@ def test_a_peer_of_unknown_kind_is_refused_with_the_kinds_there_are():
 
 
 def test_a_worker_that_fails_to_load_is_named():
-    with pytest.raises(RuntimeError, match="broken: .* did not become ready"):
+    with pytest.raises(RuntimeError, match=r"broken: .* did not become ready"):
         Worker("broken", [sys.executable, "-c", "raise SystemExit(3)"])

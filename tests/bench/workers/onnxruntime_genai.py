@@ -1,4 +1,4 @@
-"""Benchmark worker for onnxruntime-genai: `python …/onnxruntime_genai.py MODEL_FOLDER THREADS`, by a Python that has it."""
+"""Benchmark worker for onnxruntime-genai: `PYTHON …/onnxruntime_genai.py MODEL_FOLDER THREADS`, PYTHON having it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmark worker for OpenVINO GenAI: `python …/openvino_genai.py MODEL_FOLDER THREADS`, by a Python that has it."""
+"""Benchmark worker for OpenVINO GenAI: `PYTHON …/openvino_genai.py MODEL_FOLDER THREADS`, PYTHON having it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What `compare` and its workers say to each other: one JSON object a line. Standard library only.
 
 A worker loads its model, prints READY, then answers each request {"prompt", "short_prompt", "count"} on standard
-input with seconds for the prompt and for `count` greedy tokens behind the short prompt. A request with `count` 0 ends it.
+input with seconds for the prompt and for `count` greedy tokens behind the short prompt, until the input ends.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ class Measured:
 
 
 def serve(measure: Callable[[list[int], list[int], int], Measured]) -> None:
-    """Answers requests until one asks for no tokens."""
+    """Answers requests until there are no more."""
     print(READY, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        if request["count"] == 0:
-            return
         measured = measure(request["prompt"], request["short_prompt"], request["count"])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(asdict(measured) | {"peak_memory_bytes": peak}), flush=True)
