@@ -188,10 +188,7 @@ def fuse_skip_norm(traced: Traced) -> int:
         mean.name = inverse.name = ""  # not computed
         y.type, y.shape = norm.outputs[0].type, norm.outputs[0].shape
         total.type, total.shape = stream.type, stream.shape
-        graph.insert_before(add, new)
-        ir.convenience.replace_all_uses_with(norm.outputs[0], y)
-        ir.convenience.replace_all_uses_with(stream, total)
-        graph.remove([norm, add], safe=True)
+        ir.convenience.replace_nodes_and_values(graph, add, [add, norm], [new], [norm.outputs[0], stream], [y, total])
         fused += 1
     return fused
 

@@ -84,9 +84,8 @@ class BlockFormat:
 def quantize(rows: NDArray[np.float32], layout: BlockFormat) -> Quantized:
     """Quantizes rows [r, K], each block with the scale that rounds it best among a few.
 
-    A block's error is its sum of squared differences. Symmetric scales let the element of largest magnitude fall on
-    the end of the range that is one longer (its sign becomes the scale's); every candidate scale is refitted to its
-    own codes by least squares.
+    A block's error is its sum of squared differences. A symmetric scale has the sign that lets the element of largest
+    magnitude fall on the end of the range that is one longer.
     """
     r, width = rows.shape
     n, b = layout.blocks(width), layout.block_size
@@ -119,10 +118,11 @@ def dequantize(quantized: Quantized, layout: BlockFormat, width: int) -> NDArray
     return np.ascontiguousarray(values.reshape(len(values), -1)[:, :width], dtype=np.float32)
 
 
-# Factors of the largest-magnitude scale. Below 1 the largest elements are clipped so that the others round finer;
-# above 1 serves blocks whose two ends are equally far out. Eight bits gain nothing from either.
-_SYMMETRIC_FACTORS = {4: (1.0, 0.92, 0.85, 1.07, 1.14), 8: (1.0,)}
-_ASYMMETRIC_FACTORS = {4: (1.0, 0.9, 0.8), 8: (1.0,)}  # the range already holds both ends
+# Scales tried, as factors of the one that puts the largest element on the end of the range. Above 1 the range is used
+# less fully but nothing is cut off at its shorter end. Below 1, or with the scale refitted to its codes by least
+# squares, squared error falls further but a trained model's KL divergence rises (docs/performance.md): both make its
+# largest weights smaller. Eight bits gain nothing from a choice.
+_FACTORS = {4: (1.0, 1.04, 1.08, 1.14), 8: (1.0,)}
 
 
 def _as_columns(rows: NDArray[np.float32], n: int, b: int) -> NDArray[np.float32]:
@@ -140,67 +140,40 @@ def _symmetric(x: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], ND
     half = float(1 << (bits - 1))
     low, high = x.min(axis=0), x.max(axis=0)
     base = np.where(high > -low, high, low) / np.float32(-half)
-    search = _Search(x)
-    for factor in _SYMMETRIC_FACTORS[bits]:
-        search.offer(_reciprocal(base * np.float32(factor)), -half, half - 1)
-    codes, scales = search.best(-half, half - 1)
+    scales = base
+    if len(_FACTORS[bits]) > 1:
+        least = np.full(base.shape, np.inf, np.float32)
+        for factor in _FACTORS[bits]:
+            candidate = base * np.float32(factor)
+            exact = x * _reciprocal(candidate)
+            rounded = _rounded(exact, half)
+            rounded -= exact
+            error = np.einsum("bc,bc->c", rounded, rounded) * np.float32(factor * factor)  # in units of base squared
+            scales = np.where(error < least, candidate, scales)
+            np.minimum(error, least, out=least)
+    codes = _rounded(x * _reciprocal(scales), half)
     codes += half
     return codes.astype(np.uint8), scales
 
 
+def _rounded(exact: NDArray[np.float32], half: float) -> NDArray[np.float32]:
+    rounded = np.rint(exact)
+    np.maximum(rounded, -half, out=rounded)
+    return np.minimum(rounded, half - 1, out=rounded)
+
+
 def _asymmetric(x: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
-    """Columns [b, c] -> codes [b, c], scales [c], zero points [c]."""
+    """Columns [b, c] -> codes [b, c], scales [c], zero points [c]: the range from the least to the largest, and 0."""
     top = float((1 << bits) - 1)
     low, high = np.minimum(x.min(axis=0), 0), np.maximum(x.max(axis=0), 0)
-    search = _Search(x)
-    for factor in _ASYMMETRIC_FACTORS[bits]:
-        inverse = _reciprocal((high - low) * np.float32(factor / top))
-        zero = np.clip(np.rint(-np.float32(factor) * low * inverse), 0, top)
-        search.offer(inverse, -zero, top - zero)
-    zero = -np.broadcast_to(search.low, low.shape)
-    codes, scales = search.best(search.low, search.high)
-    codes += zero
-    return codes.astype(np.uint8), scales, zero.astype(np.uint8)
-
-
-class _Search:
-    """Keeps, for each column, the scale and clipping range whose rounding leaves the smallest squared error."""
-
-    def __init__(self, x: NDArray[np.float32]) -> None:
-        self._x = x
-        self._work = np.empty_like(x)
-        self._gain = np.full(x.shape[1], -1, np.float32)
-        self._inverse = np.zeros(x.shape[1], np.float32)
-        self.low: NDArray[np.float32] | float = 0.0
-        self.high: NDArray[np.float32] | float = 0.0
-
-    def offer(
-        self, inverse: NDArray[np.float32], low: NDArray[np.float32] | float, high: NDArray[np.float32] | float
-    ) -> None:
-        """Tries round(x * inverse) clipped to [low, high]."""
-        xq, qq = self._round(inverse, low, high)
-        gain = xq * xq * _reciprocal(qq)  # with the scale refitted to xq / qq, the error is the energy less this
-        better = gain > self._gain
-        self._gain = np.where(better, gain, self._gain)
-        self._inverse = np.where(better, inverse, self._inverse)
-        self.low, self.high = np.where(better, low, self.low), np.where(better, high, self.high)
-
-    def best(
-        self, low: NDArray[np.float32] | float, high: NDArray[np.float32] | float
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Signed codes [b, c] (in a buffer of this object's) and scales [c] of the best offers."""
-        xq, qq = self._round(self._inverse, low, high)
-        return self._work, xq * _reciprocal(qq)
-
-    def _round(
-        self, inverse: NDArray[np.float32], low: NDArray[np.float32] | float, high: NDArray[np.float32] | float
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        work = self._work
-        np.multiply(self._x, inverse, out=work)
-        np.rint(work, out=work)
-        np.maximum(work, low, out=work)
-        np.minimum(work, high, out=work)
-        return np.einsum("bc,bc->c", self._x, work), np.einsum("bc,bc->c", work, work)
+    scales = high / top - low / top
+    inverse = _reciprocal(scales)
+    zeros = np.rint(-low * inverse)
+    codes = x * inverse
+    codes += zeros
+    np.rint(codes, out=codes)
+    np.clip(codes, 0, top, out=codes)
+    return codes.astype(np.uint8), scales, zeros.astype(np.uint8)
 
 
 def _reciprocal(x: NDArray[np.float32]) -> NDArray[np.float32]:

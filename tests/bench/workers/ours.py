@@ -1,0 +1,38 @@
+"""Benchmark worker for a bundle of this project: `python -m tests.bench.workers.ours BUNDLE THREADS`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from runtime.backends.onnxruntime import OnnxRuntimeEngine, OrtOptions
+from runtime.bundle import load_bundle
+from tests.bench.workers.protocol import Measured, serve
+
+
+def main(bundle: str, threads: str) -> None:
+    """Prefill and greedy decoding through the engine, without a tokenizer, as the peers' workers do."""
+    engine = OnnxRuntimeEngine(load_bundle(Path(bundle)), OrtOptions(threads=int(threads)))
+
+    def start(ids: list[int]) -> int:
+        engine.truncate(0, 0)
+        return int(engine.prefill(0, np.array(ids, np.int64)).argmax())
+
+    def measure(prompt: list[int], short_prompt: list[int], count: int) -> Measured:
+        begun = time.perf_counter()
+        start(prompt)
+        prefill_seconds = time.perf_counter() - begun
+        token = start(short_prompt)
+        begun = time.perf_counter()
+        for _ in range(count):
+            token = int(engine.decode(0, np.array([token], np.int64))[0].argmax())
+        return Measured(prefill_seconds, time.perf_counter() - begun)
+
+    serve(measure)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

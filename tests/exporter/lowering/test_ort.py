@@ -1,0 +1,216 @@
+"""The ort lowering: what each pass does and doesn't touch, and quantized models against transformers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from exporter.checkpoint import open_checkpoint
+from exporter.lowering import ort
+from exporter.lowering.ort import OrtOptions
+from exporter.quantize.blockwise import BlockFormat, dequantize, quantize
+from exporter.save import DATA_FILE, save_graph
+from exporter.trace import trace
+from exporter.weights import Traced, stitch
+from qwen_aot_errors import ExportError
+from tests.checkpoints import reference_logits, save_tiny
+from tests.exporter.cases import CASES
+from tests.exporter.stepper import Stepper
+from tests.exporter.test_trace import DENSE, MOE
+
+EXACT_BOUND = 1e-3  # fp32 sums in another order; seen: under 2e-5
+INT8_ACTIVATIONS_BOUND = 0.5  # logits have std 1; activations rounded to 8 bits block by block; seen: under 0.3
+FORMATS = {
+    "int8": BlockFormat(8, 32),
+    "int8_zero_points": BlockFormat(8, 32, symmetric=False),
+    "int4": BlockFormat(4, 32),
+    "int4_zero_points": BlockFormat(4, 16, symmetric=False),
+    "int4_wide": BlockFormat(4, 128),  # wider than every matrix here
+}
+
+
+def op_counts(traced: Traced) -> Counter[str]:
+    return Counter(node.op_type for node in traced.model.graph)
+
+
+def graph_of(text: str) -> Traced:
+    return Traced(ir.from_proto(onnx.parser.parse_model(text)), DENSE)
+
+
+# --- passes
+
+
+def test_every_layer_becomes_one_attention_and_two_skip_norms():
+    traced = ort.lower(trace(DENSE), OrtOptions())
+    counts = op_counts(traced)
+    # head_dim 8 is below the kernel's 16, so attention keeps its definition there
+    assert counts["SkipSimplifiedLayerNormalization"] == 2 * DENSE.num_hidden_layers
+    assert counts["RMSNormalization"] == 1
+    assert counts["GroupQueryAttention"] == 0
+    assert counts["Attention"] == DENSE.num_hidden_layers
+
+
+def test_attention_needs_neither_positions_nor_a_mask(tmp_path):
+    save_tiny(tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint:
+        traced = ort.lower(trace(checkpoint.config), OrtOptions())
+    names = [value.name for value in traced.model.graph.inputs if not str(value.name).startswith("past")]
+    assert names == ["input_ids", "cache_length", "new_tokens"]
+    assert op_counts(traced)["GroupQueryAttention"] == 2
+
+
+NORM = """<ir_version: 10, opset_import: ["": 24, "com.microsoft": 1]>
+g (float[B,S,8] a, float[{b}] b, float[8] gain) => (float[B,S,8] y, float[B,S,8] sum) {{
+    sum = Add (a, b)
+    y = RMSNormalization <axis = {axis}, epsilon = 0.00001> (sum, gain)
+}}"""
+
+
+def test_skip_norm_fuses_an_addition_and_its_norm_and_keeps_both_values():
+    traced = graph_of(NORM.format(b="B,S,8", axis=-1))
+    assert ort.fuse_skip_norm(traced) == 1
+    (node,) = traced.model.graph
+    assert node.op_type == "SkipSimplifiedLayerNormalization"
+    assert [value.name for value in traced.model.graph.outputs] == ["y", "sum"]
+    assert ort.fuse_skip_norm(traced) == 0
+
+
+@pytest.mark.parametrize(
+    ("b", "axis", "why"),
+    [("8", -1, "the kernel adds no broadcast operand"), ("B,S,8", 1, "the kernel normalises the last axis only")],
+)
+def test_skip_norm_leaves_what_its_kernel_does_not_do(b, axis, why):
+    traced = graph_of(NORM.format(b=b, axis=axis))
+    assert ort.fuse_skip_norm(traced) == 0, why
+    assert op_counts(traced) == Counter(Add=1, RMSNormalization=1)
+
+
+def test_router_and_shared_gate_stay_fp32_and_every_other_matrix_is_quantized():
+    counts = op_counts(ort.lower(trace(MOE), OrtOptions(BlockFormat(4, 16))))
+    sparse = len(MOE.moe.sparse_layers)
+    assert counts["QMoE"] == sparse
+    # 4 a layer (q|k|v, o, gate|up, down: the shared expert's in sparse layers) and the head
+    assert counts["MatMulNBits"] == 4 * MOE.num_hidden_layers + 1
+    names = {value.name for value in trace(MOE).model.graph.initializers.values()}
+    lowered = ort.lower(trace(MOE), OrtOptions(BlockFormat(4, 16)))
+    kept = {name for name in names if name in lowered.model.graph.initializers and name.endswith("gate.weight")}
+    assert len(kept) == 2 * sparse
+
+
+def test_experts_keep_their_definition_where_no_block_divides_the_hidden_size():
+    config = dataclasses.replace(MOE, hidden_size=40)
+    counts = op_counts(ort.lower(trace(config), OrtOptions(BlockFormat(4, 32))))
+    assert counts["QMoE"] == 0
+    assert counts["If"] == len(MOE.moe.sparse_layers)
+
+
+def test_a_tied_embedding_is_stored_once():
+    config = dataclasses.replace(DENSE, tie_word_embeddings=True)
+    traced = ort.lower(trace(config), OrtOptions(BlockFormat(4, 32)))
+    tables = [name for name in traced.model.graph.initializers if "embed_tokens" in name or "lm_head" in name]
+    assert sorted(tables) == ["model.embed_tokens.weight_codes", "model.embed_tokens.weight_scales"]
+    (codes,) = (v for n, v in traced.model.graph.initializers.items() if n == "model.embed_tokens.weight_codes")
+    assert {usage.node.op_type for usage in codes.uses()} == {"GatherBlockQuantized", "MatMulNBits"}
+
+
+def test_only_an_fp32_trace_is_taken():
+    with pytest.raises(ExportError, match="takes an fp32 trace, this one is float16"):
+        ort.lower(trace(DENSE, ir.DataType.FLOAT16))
+
+
+def test_accuracy_levels_that_do_not_exist_are_refused():
+    with pytest.raises(ExportError, match=r"accuracy_level 2 doesn't exist; accepted: 1 \(fp32\), 4 \(int8\)"):
+        OrtOptions(accuracy_level=2)
+
+
+# --- whole models
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """By case: checkpoint folder and transformers model."""
+    root = tmp_path_factory.mktemp("ort")
+
+    @functools.cache
+    def make(case: str) -> tuple[Path, Any]:
+        return root / case, save_tiny(root / case, **CASES[case])
+
+    return make
+
+
+def export(checkpoint: Path, folder: Path, options: OrtOptions) -> Path:
+    folder.mkdir()
+    with open_checkpoint(checkpoint) as source:
+        traced = ort.lower(trace(source.config), options)
+        stitch(traced, source, folder / DATA_FILE)
+        return save_graph(traced, folder)
+
+
+def with_rounded_weights(model: Any, layout: BlockFormat) -> Any:
+    """The transformers model, its weights replaced by what their codes and scales stand for."""
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in rounded.named_parameters():
+            if parameter.ndim < 2 or name.endswith(("mlp.gate.weight", "shared_expert_gate.weight")):
+                continue
+            rows = parameter.numpy().reshape(-1, parameter.shape[-1])
+            values = dequantize(quantize(rows, layout), layout, rows.shape[1])
+            parameter.copy_(torch.from_numpy(values.reshape(parameter.shape)))
+    return rounded
+
+
+def stepped_logits(onnx_file: Path, ids: list[int], prompt: int) -> np.ndarray:
+    stepper = Stepper(onnx_file, rows=1, capacity=len(ids) + 8)
+    steps = [stepper.step([ids[:prompt]])[0]] + [stepper.step([[token]])[0] for token in ids[prompt:]]
+    return np.stack(steps)
+
+
+def compare(models: Any, case: str, layout: BlockFormat, level: int, tmp_path: Path) -> float:
+    """Largest logit difference from transformers with the same rounded weights."""
+    checkpoint, model = models(case)
+    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, 15).tolist()
+    want = reference_logits(with_rounded_weights(model, layout), [ids])[0].numpy()
+    got = stepped_logits(export(checkpoint, tmp_path / "onnx", OrtOptions(layout, level)), ids, 6)
+    return float(np.abs(got - want[5:]).max())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("case", ["gqa", "tied", "odd_vocab"])
+def test_quantized_logits_are_those_of_the_rounded_weights(case, name, models, tmp_path):
+    assert compare(models, case, FORMATS[name], 1, tmp_path) < EXACT_BOUND
+
+
+# Eight-bit experts have no fp32 kernel: their activations are int8 at every level, and a router's choice may flip.
+@pytest.mark.parametrize("name", ["int4", "int4_zero_points"])
+@pytest.mark.parametrize("case", ["moe", "moe_norm", "moe_k1", "moe_mixed"])
+def test_quantized_experts_are_those_of_the_rounded_weights(case, name, models, tmp_path):
+    assert compare(models, case, FORMATS[name], 1, tmp_path) < EXACT_BOUND
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_int8_activations_move_logits_a_little(name, models, tmp_path):
+    assert compare(models, "gqa", FORMATS[name], 4, tmp_path) < INT8_ACTIVATIONS_BOUND
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("case", ["gqa", "moe"])
+def test_a_row_of_a_quantized_model_does_not_depend_on_other_rows(case, name, models, tmp_path):
+    checkpoint, model = models(case)
+    onnx_file = export(checkpoint, tmp_path / "onnx", OrtOptions(FORMATS[name]))
+    results = []
+    for seed in (7, 8):
+        ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, 5).tolist()
+        stepper = Stepper(onnx_file, rows=2, capacity=24)
+        stepper.step([[1, 2, 3, 4, 5], ids])
+        results.append(stepper.step([[6], ids[:1]])[0])
+    np.testing.assert_array_equal(results[0], results[1])
