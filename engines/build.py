@@ -24,7 +24,7 @@ from exporter.config import ModelConfig
 from exporter.save import DATA_FILE, save_graph
 from exporter.trace import trace
 from exporter.weights import Traced, check_sources, chunk_bytes, output_bytes, stitch
-from runtime.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, Profile
+from runtime.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, Profile, cache_capacity
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages) -> Plan:
     warnings = _warnings(checkpoint)
     builder = builder_for(spec.target)
     dtype = ir.DataType[spec.facts.compute_type]
-    positions = spec.capacity_for(max_context)
+    positions = cache_capacity(max_context, spec.prefill_chunk)
     traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions))
     check_sources(traced, checkpoint)
     lowered = stages.run("lower", lambda _: builder.lower(traced, spec))
