@@ -15,7 +15,7 @@ from engines.builders import builder_for
 from engines.progress import OnProgress, ignore_progress
 from engines.resources import Estimate, check_resources, estimate
 from engines.spec import BuildSpec
-from engines.stages import StageCost, Stages
+from engines.stages import Advance, StageCost, Stages
 from engines.versions import tool_versions
 from engines.write_bundle import BundleWriter, refuse_unless_replaceable
 from engines.write_folder import explained
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 STAGES = ("trace", "lower", "write weights", "hash", "load check", "verify")
 REPORT_NAME = "report.json"
 
-Verifier = Callable[[Path], Mapping[str, Any]]
+Verifier = Callable[[Path, Advance], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ def build_bundle(
         spec: what to build.
         out: the bundle's folder.
         on_progress: told about each step.
-        verifier: called with the finished but not yet installed bundle; its result goes into report.json, and
+        verifier: called with the finished but not yet installed bundle and a callback for progress; its result goes into report.json, and
             what it raises fails the build.
 
     Raises:
@@ -133,7 +133,9 @@ def build_bundle(
         builder.finish(writer.folder, spec)
         manifest = stages.run("hash", lambda advance: writer.seal(plan.manifest_for, advance))
         stages.run("load check", lambda _: builder.check(writer.folder, manifest))
-        verification = {} if verifier is None else stages.run("verify", lambda _: verifier(writer.folder))
+        verification: Mapping[str, Any] = {}
+        if verifier is not None:
+            verification = stages.run("verify", lambda advance: verifier(writer.folder, advance), "positions")
         report = BuildReport(
             out=writer.out,
             manifest=manifest,

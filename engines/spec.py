@@ -58,7 +58,7 @@ TARGETS: Mapping[Target, TargetFacts] = {
     Target.CPU: TargetFacts(compute_type="FLOAT", default_context_limit=None, engine_file="model.onnx"),
 }
 
-# 32 first: a quarter of block 128's rounding error on trained weights (docs/performance.md has both).
+# 32 first: KL to fp32 of SmolLM2-135M is 0.46 nats at int4 (1.08 at block 128) and 0.005 at int8 (0.015 at 128).
 COMBINATIONS: tuple[Combination, ...] = (
     Combination(Target.CPU, Precision.FP32),
     Combination(Target.CPU, Precision.INT8, block_sizes=(32, 16, 64, 128, 256), asymmetric=True),

@@ -47,12 +47,12 @@ class Stages:
         self._names = names
         self._on_progress = on_progress
 
-    def run(self, name: str, work: Callable[[Advance], Result]) -> Result:
-        """Runs one stage; `work` gets a callback for (done, total) in bytes."""
+    def run(self, name: str, work: Callable[[Advance], Result], unit: str = "bytes") -> Result:
+        """Runs one stage; `work` gets a callback for (done, total) in `unit`."""
         index, count = self._names.index(name) + 1, len(self._names)
 
         def advance(done: int, total: int) -> None:
-            self._on_progress(ProgressEvent(name, index, count, done, total))
+            self._on_progress(ProgressEvent(name, index, count, done, total, unit))
 
         self._on_progress(ProgressEvent(name, index, count))
         with self.meter.measure(name):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,14 @@ from runtime.cli.console import print_json, progress_on_stderr, show_logs, stdou
 from runtime.cli.options import CONTEXT, bundle_argument, json_option, threads_option
 
 if TYPE_CHECKING:
-    from engines.progress import OnProgress
+    from engines.build import Verifier
+    from engines.progress import OnProgress, ProgressEvent
+    from engines.stages import Advance
     from engines.verify import Bounds, Verification
     from exporter.checkpoint.base import Checkpoint
     from runtime.generator import Generator
 
+POSITIONS = "positions"  # what progress counts
 RANDOM_TOKENS = 256  # where there is no tokenizer and so no text
 
 # Plain prose, code and figures: what a model is trained on and what quantization disturbs first.
@@ -162,7 +165,7 @@ def compare(
         verify.windows(ids, length, windows),
         bounds,
         greedy_tokens=greedy_tokens,
-        on_progress=lambda done, total: on_progress(ProgressEvent("compare", 2, 2, done, total, "positions")),
+        on_progress=lambda done, total: on_progress(ProgressEvent("compare", 2, 2, done, total, POSITIONS)),
     )
 
 
@@ -173,16 +176,19 @@ def _read_text(path: Path) -> str:
         raise click.UsageError(f"--text {path} isn't UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-def verifier_for(checkpoint: Checkpoint, precision: str) -> Callable[[Path], Mapping[str, Any]]:
+def verifier_for(checkpoint: Checkpoint, precision: str) -> Verifier:
     """What `build --verify` runs on the new bundle before it is put in place."""
 
-    def verifier(folder: Path) -> Mapping[str, Any]:
-        from engines.progress import ignore_progress
+    def verifier(folder: Path, advance: Advance) -> Mapping[str, Any]:
         from engines.verify import bounds_for, require_passed
         from runtime.generator import Generator
 
+        def show(event: ProgressEvent) -> None:
+            if event.unit == POSITIONS:
+                advance(event.done, event.total)
+
         with Generator.open(folder) as generator:
-            return require_passed(compare(generator, checkpoint, bounds_for(precision), on_progress=ignore_progress))
+            return require_passed(compare(generator, checkpoint, bounds_for(precision), on_progress=show))
 
     return verifier
 

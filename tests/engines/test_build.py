@@ -10,6 +10,7 @@ import pytest
 from engines.build import STAGES, build_bundle, plan_build
 from engines.progress import ProgressEvent
 from engines.spec import COMBINATIONS, BuildSpec, Combination, Precision
+from engines.stages import Advance
 from exporter.checkpoint import open_checkpoint
 from qwen_aot_errors import BuildError, DeployError
 from runtime.generator import Generator
@@ -111,7 +112,7 @@ def test_a_context_beyond_the_models_is_refused_before_anything_runs(checkpoint:
 def test_the_verifier_sees_the_bundle_and_its_result_is_recorded(checkpoint: Path, tmp_path: Path) -> None:
     seen: list[str] = []
 
-    def verifier(folder: Path) -> dict[str, bool]:
+    def verifier(folder: Path, advance: Advance) -> dict[str, bool]:
         seen.append(json.loads((folder / "manifest.json").read_text())["precision"])
         return {"passed": True}
 
@@ -125,7 +126,7 @@ def test_a_verifier_that_raises_leaves_the_old_bundle(checkpoint: Path, tmp_path
     build(checkpoint, out)
     before = (out / "manifest.json").read_bytes()
 
-    def verifier(folder: Path) -> dict[str, bool]:
+    def verifier(folder: Path, advance: Advance) -> dict[str, bool]:
         raise BuildError("differs")
 
     with pytest.raises(BuildError, match="differs"):
