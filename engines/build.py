@@ -113,8 +113,8 @@ def build_bundle(
         spec: what to build.
         out: the bundle's folder.
         on_progress: told about each step.
-        verifier: called with the finished but not yet installed bundle and a callback for progress; its result goes into report.json, and
-            what it raises fails the build.
+        verifier: called with the finished but not yet installed bundle and a callback for progress; its result
+            goes into report.json, and what it raises fails the build.
 
     Raises:
         DeployError: the build failed; `out` is as it was.

@@ -133,23 +133,24 @@ class _PlainProgress:
     def __init__(self) -> None:
         self._stage = ""
         self._start = self._last = 0.0
+        self._first: tuple[float, int] | None = None  # when counting began, and at what: loading comes before
 
     def __call__(self, event: ProgressEvent) -> None:
         now = time.monotonic()
         prefix = f"[{event.index}/{event.count}] {event.stage}"
         if event.stage != self._stage:
-            self._stage, self._start, self._last = event.stage, now, now
+            self._stage, self._start, self._last, self._first = event.stage, now, now, None
             click.echo(f"{prefix} ...", err=True)
-        elapsed = now - self._start
-        if event.total and event.done == event.total:
-            if event.total > 1:
-                return
-            click.echo(f"{prefix}: {duration(elapsed)}", err=True)
-        elif event.total and now - self._last >= LINE_SECONDS:
+        if event.total == event.done == 1:
+            click.echo(f"{prefix}: {duration(now - self._start)}", err=True)
+        elif event.total and self._first is None:
+            self._first, self._last = (now, event.done), now
+        elif event.total and self._first is not None and now - self._last >= LINE_SECONDS:
             self._last = now
-            left = elapsed * (event.total - event.done) / max(event.done, 1)
+            rate = (event.done - self._first[1]) / (now - self._first[0])
+            left = duration((event.total - event.done) / rate) if rate else "?"
             click.echo(
                 f"{prefix}: {100 * event.done / event.total:.0f} % of {amount(event.total, event.unit)}, "
-                f"{amount(event.done / elapsed, event.unit)}/s, {duration(left)} left",
+                f"{amount(rate, event.unit)}/s, {left} left",
                 err=True,
             )

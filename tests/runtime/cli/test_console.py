@@ -33,13 +33,13 @@ def test_lines_have_stage_share_rate_and_time_left(
     monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
     with progress_on_stderr() as show:
         show(ProgressEvent("write weights", 3, 5))
-        show(ProgressEvent("write weights", 3, 5, 10_000_000, 100_000_000))  # too soon for a line
-        show(ProgressEvent("write weights", 3, 5, 50_000_000, 100_000_000))
+        show(ProgressEvent("write weights", 3, 5, 10_000_000, 100_000_000))  # counting begins
+        show(ProgressEvent("write weights", 3, 5, 55_000_000, 100_000_000))
         show(ProgressEvent("write weights", 3, 5, 1, 1))
     out = capsys.readouterr()
     assert out.out == ""
     assert out.err.splitlines() == [
         "[3/5] write weights ...",
-        "[3/5] write weights: 50 % of 100 MB, 5 MB/s, 10.0 s left",
+        "[3/5] write weights: 55 % of 100 MB, 5 MB/s, 9.0 s left",
         "[3/5] write weights: 20.0 s",
     ]
