@@ -7,7 +7,8 @@
     ├── BundleError              a bundle is damaged, incomplete or of another format version
     │   └── EngineMismatchError  the bundle is sound but this machine or library can't run it
     └── GenerationError          a request or a step failed at run time
-        └── ContextFullError     the sequence doesn't fit the engine's context
+        ├── ContextFullError     the sequence doesn't fit the engine's context
+        └── NonFiniteLogitsError (`runtime.engine`) names the rows whose logits hold NaN or Inf
 
 A message says what was wrong, the value seen, what is accepted and what to do.
 """

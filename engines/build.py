@@ -23,8 +23,8 @@ from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import ModelConfig
 from exporter.save import DATA_FILE, save_graph
 from exporter.trace import trace
-from exporter.weights import Traced, check_sources, largest_source_bytes, output_bytes, stitch
-from runtime.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, Profile
+from exporter.weights import Traced, check_sources, chunk_bytes, output_bytes, stitch
+from runtime.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, Profile, cache_capacity
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ def plan_build(
     Raises:
         BuildError: the request, `out`, the disk or the memory won't do.
     """
+    out = out.expanduser().resolve()
     refuse_unless_replaceable(out)
     plan = _plan(checkpoint, spec, Stages(("trace", "lower"), on_progress))
     check_resources(plan.estimate, out)
@@ -153,7 +154,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages) -> Plan:
     warnings = _warnings(checkpoint)
     builder = builder_for(spec.target)
     dtype = ir.DataType[spec.facts.compute_type]
-    positions = spec.capacity_for(max_context)
+    positions = cache_capacity(max_context, spec.prefill_chunk)
     traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions))
     check_sources(traced, checkpoint)
     lowered = stages.run("lower", lambda _: builder.lower(traced, spec))
@@ -161,7 +162,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages) -> Plan:
     needed = estimate(
         weight_bytes=output_bytes(lowered),
         text_bytes=sum(len(text.encode()) for text in texts.values()),
-        largest_tensor_bytes=largest_source_bytes(lowered),
+        chunk_bytes=chunk_bytes(lowered),
         bits=_bits(spec),
     )
     return Plan(lowered, needed, _manifest_maker(checkpoint, config, spec, max_context, lowered), texts, warnings)

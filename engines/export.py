@@ -19,7 +19,7 @@ from exporter.config import ModelConfig
 from exporter.lowering import standard
 from exporter.save import DATA_FILE, MODEL_FILE, save_graph
 from exporter.trace import trace
-from exporter.weights import Traced, largest_source_bytes, output_bytes, stitch
+from exporter.weights import Traced, chunk_bytes, output_bytes, stitch
 from qwen_aot_errors import BuildError
 
 
@@ -105,8 +105,8 @@ def export_graph(
         weight_bytes = output_bytes(lowered)
         with explained(writer.out):
             if checkpoint is not None:
-                largest = largest_source_bytes(lowered)
-                needed = estimate(weight_bytes=weight_bytes, text_bytes=0, largest_tensor_bytes=largest, bits=bits)
+                chunk = chunk_bytes(lowered)
+                needed = estimate(weight_bytes=weight_bytes, text_bytes=0, chunk_bytes=chunk, bits=bits)
                 check_resources(needed, writer.out)
                 data_file = writer.folder / DATA_FILE
                 stages.run("write weights", lambda advance: stitch(lowered, checkpoint, data_file, on_progress=advance))

@@ -9,11 +9,9 @@ from typing import Any
 
 from qwen_aot_errors import BuildError
 
-CAPACITY_STEP = 256  # tokens
-
 
 class Target(StrEnum):
-    """Where a bundle runs (DESIGN: targets and precisions)."""
+    """Where a bundle runs."""
 
     CPU = "cpu"
 
@@ -149,11 +147,6 @@ class BuildSpec:
                 f"(max_position_embeddings); ask for at most {model_limit}"
             )
         return self.max_context
-
-    def capacity_for(self, max_context: int) -> int:
-        """Cache slots and rotary positions in tokens: the context and a prefill chunk of padding, rounded up."""
-        needed = max_context + self.prefill_chunk
-        return -(-needed // CAPACITY_STEP) * CAPACITY_STEP
 
 
 def _member(kind: type[StrEnum], field: str, value: Any) -> StrEnum:

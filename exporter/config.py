@@ -13,6 +13,10 @@ from qwen_aot_errors import CheckpointError
 MODEL_TYPES = ("qwen2", "qwen2_moe")
 ROPE_TYPES = ("linear", "yarn", "llama3")  # beside None: those that change frequencies once, not per request
 DTYPES = ("bfloat16", "float16", "float32")
+# Far beyond any decoder: what is larger is damage, and would take hours or all memory to list.
+MAX_LAYERS = 10_000
+MAX_EXPERTS = 10_000
+MAX_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ class MoeConfig:
     sparse_layers: frozenset[int]  # layer indices with experts (decoder_sparse_step, mlp_only_layers applied)
 
     def __post_init__(self) -> None:
-        _require_count("num_experts", self.num_experts, at_least=1)
+        _require_count("num_experts", self.num_experts, at_least=1, at_most=MAX_EXPERTS)
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise CheckpointError(
                 f"num_experts_per_tok is {self.num_experts_per_tok}; accepted: 1 to num_experts ({self.num_experts})"
@@ -131,7 +135,6 @@ class ModelConfig:
             "vocab_size",
             "hidden_size",
             "intermediate_size",
-            "num_hidden_layers",
             "num_attention_heads",
             "num_key_value_heads",
             "head_dim",
@@ -139,7 +142,10 @@ class ModelConfig:
         ):
             _require_count(name, getattr(self, name), at_least=1)
         _require_positive("rms_norm_eps", self.rms_norm_eps)
+        require_layers("num_hidden_layers", self.num_hidden_layers)
         _require_positive("rope_theta", self.rope_theta)
+        if self.rope_theta <= 1:
+            raise CheckpointError(f"rope_theta is {self.rope_theta}; accepted: numbers greater than 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"num_key_value_heads is {self.num_key_value_heads}; it must divide num_attention_heads "
@@ -278,9 +284,21 @@ def _mlp_shapes(prefix: str, M: int, F: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _require_count(name: str, value: object, *, at_least: int) -> None:
+def require_layers(name: str, value: int) -> int:
+    """A number of layers that may be counted through.
+
+    Raises:
+        CheckpointError: it is outside 1 … MAX_LAYERS.
+    """
+    _require_count(name, value, at_least=1, at_most=MAX_LAYERS)
+    return value
+
+
+def _require_count(name: str, value: object, *, at_least: int, at_most: int = MAX_SIZE) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise CheckpointError(f"{name} is {value!r}; accepted: whole numbers from {at_least}")
+    if value > at_most:
+        raise CheckpointError(f"{name} is {value}; accepted: whole numbers from {at_least} to {at_most}")
 
 
 def _require_positive(name: str, value: object, *, at_least: float | None = None) -> None:

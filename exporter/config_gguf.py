@@ -6,12 +6,15 @@ Source: the GGUF specification's standardized key-value pairs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
-from exporter.config import ModelConfig, MoeConfig, RopeScaling
+from exporter.config import ModelConfig, MoeConfig, RopeScaling, require_layers
 from exporter.rope import yarn_attention_factor
 from qwen_aot_errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("qwen2", "qwen2moe", "llama")
 
@@ -31,8 +34,44 @@ _ACCEPTED: Mapping[str, tuple[object, ...]] = {
     "leading_dense_block_count": (0,),
     "logit_scale": (1.0,),
     "residual_scale": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
     "use_parallel_residual": (False,),
 }
+
+# Keys that are read below, or known not to change inference.
+_KNOWN = frozenset(
+    {
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.layer_norm_rms_epsilon",
+        "attention.value_length",
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "expert_count",
+        "expert_feed_forward_length",
+        "expert_shared_count",
+        "expert_shared_feed_forward_length",
+        "expert_used_count",
+        "expert_weights_norm",
+        "feed_forward_length",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "rope.scale_linear",
+        "rope.scaling.attn_factor",
+        "rope.scaling.factor",
+        "rope.scaling.finetuned",
+        "rope.scaling.original_context_length",
+        "rope.scaling.type",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+        "tensor_data_layout",
+        "vocab_size",
+    }
+)
 
 
 def stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
@@ -74,7 +113,7 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
     _refuse_unsupported(architecture, facts, tensor_shapes)
     hidden_size = _count(architecture, facts, "embedding_length")
     heads = _count(architecture, facts, "attention.head_count")
-    layers = _count(architecture, facts, "block_count")
+    layers = require_layers(f"{architecture}.block_count", _count(architecture, facts, "block_count"))
     context = _count(architecture, facts, "context_length")
     if "token_embd.weight" not in tensor_shapes:
         raise CheckpointError("the GGUF file has no token_embd.weight; accepted: a whole model, not an adapter")
@@ -83,9 +122,7 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
         vocab_size=tensor_shapes["token_embd.weight"][0],
         hidden_size=hidden_size,
         # A mixture of experts may leave out the size of the dense MLP that none of its layers has.
-        intermediate_size=_count(
-            architecture, facts, "feed_forward_length", 1 if architecture == "qwen2moe" else None
-        ),
+        intermediate_size=_count(architecture, facts, "feed_forward_length", 1 if architecture == "qwen2moe" else None),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=_count(architecture, facts, "attention.head_count_kv", heads),
@@ -111,6 +148,11 @@ def _refuse_unsupported(
         if key in facts and facts[key] not in accepted:
             values = ", ".join(str(value) for value in accepted) or "absent"
             raise CheckpointError(f"{architecture}.{key} is {facts[key]!r}; not supported; accepted: {values}")
+    unknown = sorted(key for key in facts if key not in _ACCEPTED.keys() | _KNOWN)
+    if unknown:
+        logger.warning(
+            "%s keys of the GGUF file are not known here and are ignored: %s", architecture, ", ".join(unknown)
+        )
     if architecture == "llama" and facts.get("expert_count", 0):
         raise CheckpointError(f"llama.expert_count is {facts['expert_count']}; not supported; accepted: 0")
     if "rope_freqs.weight" in tensor_shapes:
@@ -126,9 +168,7 @@ def _head_dim(architecture: str, facts: Mapping[str, Any], hidden_size: int, hea
             f"{architecture}.embedding_length is {hidden_size}, not a multiple of attention.head_count "
             f"({heads}), and {architecture}.attention.key_length is missing"
         )
-    head_dim = (
-        hidden_size // heads if key_length is None else _count(architecture, facts, "attention.key_length")
-    )
+    head_dim = hidden_size // heads if key_length is None else _count(architecture, facts, "attention.key_length")
     for key in ("attention.value_length", "rope.dimension_count"):
         if facts.get(key, head_dim) != head_dim:
             raise CheckpointError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter import config_keys
-from exporter.config import DTYPES, MODEL_TYPES, ModelConfig, MoeConfig, RopeScaling
+from exporter.config import DTYPES, MODEL_TYPES, ModelConfig, MoeConfig, RopeScaling, require_layers
 from exporter.rope import yarn_attention_factor
 from qwen_aot_errors import CheckpointError
 
@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of thousands of digits
         raise CheckpointError(f"{path} is not valid JSON ({error}); download or save it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}; accepted: an object")
@@ -41,8 +41,9 @@ def read_folder(folder: Path) -> ModelConfig:
         raise CheckpointError(f"{folder} has no config.json; accepted: a folder saved by transformers")
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
+    raw = read_json(folder / "config.json")
     try:
-        return parse(read_json(folder / "config.json"), generation)
+        return parse(raw, generation)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
 
@@ -57,7 +58,7 @@ def parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
     _refuse_unsupported(raw, model_type)
     hidden_size = _count(raw, "hidden_size")
     heads = _count(raw, "num_attention_heads")
-    layers = _count(raw, "num_hidden_layers")
+    layers = require_layers("num_hidden_layers", _count(raw, "num_hidden_layers"))
     max_positions = _count(raw, "max_position_embeddings", 32768)
     head_dim = raw.get("head_dim")
     if head_dim is None:
@@ -102,7 +103,10 @@ def _refuse_unsupported(raw: Mapping[str, Any], model_type: str) -> None:
             f"quantization_config says {method!r}; a quantized Hugging Face checkpoint is not supported "
             "yet; accepted: the bfloat16, float16 or float32 one, which the build quantizes itself"
         )
-    for architecture in raw.get("architectures") or ():
+    architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise CheckpointError(f"architectures is {architectures!r}; accepted: a list of names")
+    for architecture in architectures:
         if not str(architecture).endswith("ForCausalLM"):
             raise CheckpointError(
                 f"architectures names {architecture!r}; accepted: Qwen2ForCausalLM, Qwen2MoeForCausalLM"
@@ -135,13 +139,16 @@ def _check_layer_types(layer_types: object, layers: int) -> None:
 
 def _rope(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
     """(rope_theta, scaling), from `rope_scaling` beside `rope_theta` or from the newer `rope_parameters`."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise CheckpointError(f"rope_scaling is {rope!r}; accepted: an object or null")
-    rope = rope.get("full_attention") or rope  # transformers 5 may nest it by layer type
+    old, new = (_rope_object(raw, key) for key in ("rope_scaling", "rope_parameters"))
+    if old and new and dict(old) != dict(new):
+        raise CheckpointError(
+            f"rope_scaling is {dict(old)} and rope_parameters is {dict(new)}; accepted: one of them. Keep the one that "
+            "is meant, with its rope_theta."
+        )
+    rope = old or new
     rope_theta = _number(rope, "rope_theta", _number(raw, "rope_theta", 10000.0))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in config_keys.ROPE_KEYS:
+    if not isinstance(rope_type, str) or rope_type not in config_keys.ROPE_KEYS:
         raise CheckpointError(
             f"rope_type is {rope_type!r}; not supported; accepted: {', '.join(config_keys.ROPE_KEYS)}. "
             "Remove rope_scaling (rope_parameters.rope_type) to serve the model at its trained context."
@@ -179,6 +186,16 @@ def _rope(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScalin
         beta_slow=_number(rope, "beta_slow", 1.0),
         truncate=_flag(rope, "truncate", True),
     )
+
+
+def _rope_object(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object under one of the rotary keys, without the nesting by layer type of transformers 5."""
+    rope = raw.get(key) or {}
+    if isinstance(rope, Mapping):
+        rope = rope.get("full_attention") or rope
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(f"{key} is {rope!r}; accepted: an object or null")
+    return rope
 
 
 def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
@@ -248,7 +265,10 @@ def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> f
         raise CheckpointError(f"{key} is missing; accepted: a number")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise CheckpointError(f"{key} is {value!r}; accepted: a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise CheckpointError(f"{key} is a number of {len(str(value))} digits; accepted: a float64") from None
 
 
 def _flag(raw: Mapping[str, Any], key: str, default: bool) -> bool:

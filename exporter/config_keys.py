@@ -76,7 +76,6 @@ HARMLESS = frozenset(
         "_attn_implementation",
         "_name_or_path",
         "attention_dropout",
-        "auto_map",
         "bad_words_ids",
         "chunk_size_feed_forward",
         "cross_attention_hidden_size",

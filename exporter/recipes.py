@@ -12,6 +12,8 @@ from exporter.config import ModelConfig
 from exporter.rope import inverse_frequencies
 from exporter.weights import Output, Recipe, Source, Transform, cast_to
 
+_ROTARY_ROWS = 4096  # positions computed at once, in float64: memory doesn't grow with the context
+
 
 def decoder_recipes(config: ModelConfig, dtype: ir.DataType, positions: int) -> dict[str, Recipe]:
     """A recipe for every initializer of the trace, by its name.
@@ -51,8 +53,12 @@ def _rotary_table(config: ModelConfig, positions: int, function: np.ufunc) -> Tr
 
     def transform(_: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
         frequencies, attention_scaling = inverse_frequencies(config)
-        angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies.astype(np.float32)
-        return ((function(angles.astype(np.float64)) * attention_scaling).astype(np.float32),)
+        table = np.empty((positions, config.head_dim // 2), np.float32)
+        for first in range(0, positions, _ROTARY_ROWS):
+            rows = np.arange(first, min(first + _ROTARY_ROWS, positions), dtype=np.float32)
+            angles = rows[:, None] * frequencies.astype(np.float32)
+            table[first : first + len(rows)] = function(angles.astype(np.float64)) * attention_scaling
+        return (table,)
 
     return transform
 

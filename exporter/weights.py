@@ -7,14 +7,16 @@ is held in memory, so peak memory doesn't grow with the model.
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -24,6 +26,7 @@ from exporter.config import ModelConfig
 from qwen_aot_errors import CheckpointError, ExportError
 
 CHUNK_BYTES = 16 << 20  # float32 bytes handled at once by a thread: large enough for NumPy, small against any model
+_RESIDENT_BYTES = 32 << 20  # written pages that a thread keeps mapped
 ALIGNMENT = 4096  # bytes; ONNX asks for page-aligned offsets so that external data can be memory-mapped
 
 Transform = Callable[[NDArray[np.float32]], tuple[NDArray[Any], ...]]
@@ -94,11 +97,14 @@ def cast_to(dtype: ir.DataType) -> Transform:
     target = dtype.numpy()
     if dtype == ir.DataType.FLOAT:
         return lambda rows: (rows,)
+    largest = float(ml_dtypes.finfo(target).max)  # type: ignore[no-untyped-call]  # its stub has no types
 
     def transform(rows: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
-        if dtype == ir.DataType.FLOAT16 and np.abs(rows).max(initial=0.0) > np.finfo(np.float16).max:
+        magnitude = float(max(rows.max(initial=0.0), -rows.min(initial=0.0)))
+        if magnitude > largest:
             raise ExportError(
-                f"a weight of magnitude {np.abs(rows).max():.6g} doesn't fit float16 (at most 65504); use bf16 or fp32"
+                f"a weight of magnitude {magnitude:.6g} doesn't fit {dtype.name.lower()} (at most {largest:.6g}); "
+                "use a wider compute type (fp32 holds every weight)"
             )
         return (rows.astype(target),)
 
@@ -111,12 +117,10 @@ def output_bytes(traced: Traced) -> int:
     return end[0] + end[1]
 
 
-def largest_source_bytes(traced: Traced) -> int:
-    """Float32 bytes of the largest stacked source: what bounds the memory of transforms that need it whole."""
-    return max(
-        (4 * int(np.prod(s.shape, dtype=np.int64)) for r in traced.recipes.values() for s in r.sources),
-        default=0,
-    )
+def chunk_bytes(traced: Traced) -> int:
+    """Float32 bytes of the most rows that `stitch` converts at once in a thread."""
+    groups = (r.rows_per_group * _row_bytes(r) for r in traced.recipes.values() if r.sources)
+    return max(CHUNK_BYTES, *groups)
 
 
 def _layout(recipes: Iterable[Recipe]) -> dict[str, tuple[int, int]]:
@@ -162,8 +166,17 @@ def check_sources(traced: Traced, checkpoint: Checkpoint) -> None:
 
 
 def _may_be_unused(name: str, config: ModelConfig) -> bool:
-    """Old checkpoints store `rotary_emb.inv_freq`; tied ones may repeat the embedding as `lm_head.weight`."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+    """Whether a model may hold this tensor and not need it.
+
+    Old checkpoints store `rotary_emb.inv_freq`; tied ones may repeat the embedding as `lm_head.weight`; a shared expert
+    of size 0 has matrices without elements, and a gate for them.
+    """
+    has_empty_shared_expert = config.moe is not None and not config.moe.shared_expert_intermediate_size
+    return (
+        name.endswith("rotary_emb.inv_freq")
+        or (config.tie_word_embeddings and name == "lm_head.weight")
+        or (has_empty_shared_expert and ".mlp.shared_expert" in name)
+    )
 
 
 def _check_tied_head(traced: Traced, checkpoint: Checkpoint) -> None:
@@ -243,12 +256,16 @@ def _source_bytes(recipe: Recipe) -> int:
     return sum(4 * int(np.prod(source.shape, dtype=np.int64)) for source in recipe.sources)
 
 
+def _row_bytes(recipe: Recipe) -> int:
+    return 4 * int(np.prod(recipe.sources[0].shape[1:], dtype=np.int64))
+
+
 def _chunks(recipe: Recipe) -> Iterator[tuple[int, int]]:
     """Row ranges of about CHUNK_BYTES; one empty range for a computed initializer."""
     if not recipe.sources:
         yield 0, 0
         return
-    row_bytes = 4 * int(np.prod(recipe.sources[0].shape[1:], dtype=np.int64))
+    row_bytes = _row_bytes(recipe)
     group = recipe.rows_per_group
     step = max(1, CHUNK_BYTES // (row_bytes * group)) * group
     for start in range(0, recipe.rows, step):
@@ -292,49 +309,50 @@ def _make_chunk(recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint, d
             f"recipe of {recipe.outputs[0].name} gave {len(arrays)} arrays for {len(recipe.outputs)} outputs"
         )
     for output, array in zip(recipe.outputs, arrays, strict=True):
-        data.write(output, array, start, recipe.rows)
+        data.write(output, array, start, stop, recipe.rows)
 
 
 class _DataFile:
     """The external-data file under construction; `write` may be called from several threads."""
 
     def __init__(self, path: Path, layout: Mapping[str, tuple[int, int]]) -> None:
-        self._path = path
         self._layout = layout
-        self._descriptor = os.open(path, os.O_RDWR)
-        self._lock = threading.Lock()
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 0)
+        self._bytes = np.frombuffer(self._map, np.uint8)
 
     def __enter__(self) -> _DataFile:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self._descriptor)
+        del self._bytes  # the mapping can't be closed under it
+        self._map.close()
 
-    def write(self, output: Output, array: NDArray[Any], first_row: int, rows: int) -> None:
-        """Writes the part of `output` that stems from source rows from `first_row` on (of `rows`)."""
+    def write(self, output: Output, array: NDArray[Any], first_row: int, end_row: int, rows: int) -> None:
+        """Writes the part of `output` that stems from source rows `first_row` up to `end_row`, of `rows`."""
         offset, length = self._layout[output.name]
-        if output.row_axis == 0:
-            position = length * first_row // max(1, rows)
-            self._pwrite(np.ascontiguousarray(array), offset + position, output)
-            return
-        # Rows became columns: one stretch for each index before the row axis.
-        array = np.ascontiguousarray(array)
-        outer = int(np.prod(output.shape[: output.row_axis], dtype=np.int64))
+        outer = math.prod(output.shape[: output.row_axis])  # stretches that the rows' part is spread over
         stretch = length // outer
-        view = np.memmap(self._path, np.uint8, "r+", offset, (outer, stretch))
-        columns = array.reshape(outer, -1).view(np.uint8)
-        position = stretch * first_row // max(1, rows)
-        view[:, position : position + columns.shape[1]] = columns
-        view.flush()
+        begin, end = (stretch * row // rows for row in (first_row, end_row)) if rows else (0, stretch)
+        if array.nbytes != outer * (end - begin):
+            raise ExportError(
+                f"recipe of {output.name} made {array.nbytes} bytes of rows {first_row} to {end_row}, but the shape"
+                f" {list(output.shape)} holds {outer * (end - begin)}"
+            )
+        source = np.ascontiguousarray(array).reshape(outer, -1).view(np.uint8)
+        target = self._bytes[offset : offset + length].reshape(outer, stretch)
+        # Written pages stay in the page cache, but are dropped from this process's memory part by part.
+        step = max(1, _RESIDENT_BYTES // (end - begin + 2 * mmap.PAGESIZE))
+        for index in range(0, outer, step):
+            part = slice(index, min(index + step, outer))
+            target[part, begin:end] = source[part]
+            self._drop_pages(offset + part.start * stretch, offset + part.stop * stretch)
 
-    def _pwrite(self, array: NDArray[Any], position: int, output: Output) -> None:
-        buffer = memoryview(array.reshape(-1).view(np.uint8).data)
-        offset, length = self._layout[output.name]
-        if position + len(buffer) > offset + length:
-            raise ExportError(f"recipe of {output.name} made more bytes than its shape {list(output.shape)} holds")
-        while buffer:
-            written = os.pwrite(self._descriptor, buffer, position)
-            buffer, position = buffer[written:], position + written
+    def _drop_pages(self, begin: int, end: int) -> None:
+        """Gives the pages of a byte range back to the system (where it can); what was written is kept."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            begin -= begin % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def place(traced: Traced, data_file: Path) -> None:

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
-    """Parses a JSON object, refusing duplicate keys and NaN or Infinity.
+    """Parses a JSON object, refusing duplicate keys, NaN, Infinity and integers beyond 64 bits.
 
     Args:
         text: the document.
@@ -38,8 +38,14 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
     def constant(literal: str) -> None:
         raise BundleError(f"{where} holds {literal}, which is not JSON")
 
+    def integer(literal: str) -> int:
+        # The length first: Python refuses to convert thousands of digits with an error of its own.
+        if len(literal) > 20 or not -(2**63) <= (value := int(literal)) < 2**63:
+            raise BundleError(f"{where} holds the number {literal[:24]}...; accepted: integers of 64 bits")
+        return value
+
     try:
-        document = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        document = json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_int=integer)
     except (json.JSONDecodeError, RecursionError) as error:
         raise BundleError(f"{where} is not JSON ({error}): it is damaged or was not written to its end") from error
     if not isinstance(document, dict):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot_errors import ContextFullError, GenerationError
-from runtime.engine import Engine
+from runtime.engine import Engine, NonFiniteLogitsError
 from runtime.request import Completion, Event, FinishReason, Request
 from runtime.sequence import ActiveSequence
 from runtime.tokenizer import Tokenizer
@@ -68,8 +68,7 @@ class Batch:
         self._check_ids(ids)
         if len(ids) > manifest.max_context:
             raise ContextFullError(
-                f"the prompt has {len(ids)} tokens, the context holds {manifest.max_context}: shorten it, "
-                f"or rebuild "
+                f"the prompt has {len(ids)} tokens, the context holds {manifest.max_context}: shorten it, or rebuild "
                 f"the bundle with --max-context {len(ids)} or more"
             )
         return ids
@@ -94,8 +93,11 @@ class Batch:
     def step(self) -> list[Event]:
         """Does one piece of work: prefills one waiting request, or decodes one token of each running one.
 
+        A request that fails by itself, in its prefill or by logits that aren't finite, ends with an error in its
+        Completion, and the others go on.
+
         Raises:
-            GenerationError: a step failed; call `clear`.
+            GenerationError: a step of all rows failed; call `clear`.
         """
         cancelled = self._retire_cancelled()
         if cancelled:
@@ -109,6 +111,13 @@ class Batch:
         assert self.is_idle
         self._count = 0
 
+    def abandon(self) -> None:
+        """Drops every request. Rows stay filled for the requests that keep their cache, as if cancelled."""
+        self._waiting.clear()
+        for row, sequence in enumerate(self._rows):
+            if sequence is not None:
+                self._retire(row, sequence.finish(FinishReason.CANCELLED))
+
     def clear(self) -> None:
         """Drops every request and empties every row."""
         self._waiting.clear()
@@ -121,7 +130,10 @@ class Batch:
         if not active:
             return []
         first = active[0]
-        logits = self._engine.decode(first, self._next[first : active[-1] + 1])
+        try:
+            logits = self._engine.decode(first, self._next[first : active[-1] + 1])
+        except NonFiniteLogitsError as error:
+            return [self._fail(row, error) for row in error.rows]
         events: list[Event] = []
         for row in active:
             events += self._advance(row, logits[row - first])
@@ -140,7 +152,10 @@ class Batch:
             if sequence.is_cancelled:
                 return [self._retire(row, sequence.finish(FinishReason.CANCELLED))]
             started = time.perf_counter()
-            logits = self._engine.prefill(row, ids[offset : offset + chunk])
+            try:
+                logits = self._engine.prefill(row, ids[offset : offset + chunk])
+            except GenerationError as error:
+                return [self._fail(row, error)]
             sequence.prefill_seconds += time.perf_counter() - started
         return self._advance(row, logits)
 
@@ -193,6 +208,14 @@ class Batch:
         else:
             self._forget(row)
         return completion
+
+    def _fail(self, row: int, error: GenerationError) -> Completion:
+        """Frees a row whose step failed, and what it held."""
+        sequence = self._rows[row]
+        assert sequence is not None
+        self._rows[row] = None
+        self._forget(row)
+        return sequence.fail(error)
 
     def _forget(self, row: int) -> None:
         self._held[row] = []

@@ -50,8 +50,11 @@ def load_bundle(path: str | Path, *, skip_hash_above: int | None = None) -> Bund
         BundleError: not a bundle, another format version, or a missing, truncated, altered or foreign file.
     """
     folder = Path(path)
-    if not (folder / MANIFEST_NAME).is_file():
-        raise BundleError(_not_a_bundle(folder))
+    try:
+        if not (folder / MANIFEST_NAME).is_file():
+            raise BundleError(_not_a_bundle(folder))
+    except OSError as error:
+        raise BundleError(f"{folder} can't be read ({error.strerror}): check its permissions and the disk") from error
     manifest = Manifest.from_json(_read_text(folder / MANIFEST_NAME))
     for name, entry in manifest.files.items():
         _check_file(folder, name, entry, skip_hash_above)
@@ -60,14 +63,14 @@ def load_bundle(path: str | Path, *, skip_hash_above: int | None = None) -> Bund
 
 def _check_file(folder: Path, name: str, entry: FileEntry, skip_hash_above: int | None) -> None:
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(
-            f"{path} is a link to {path.resolve()}, outside the bundle; a bundle is self-contained: copy the "
-            f"file into it, or rebuild"
-        )
-    if not path.is_file():
-        raise BundleError(f"{path} is missing, though {MANIFEST_NAME} lists it: copy the whole folder, or rebuild")
     try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(
+                f"{path} is a link to {path.resolve()}, outside the bundle; a bundle is self-contained: copy the file "
+                "into it, or rebuild"
+            )
+        if not path.is_file():
+            raise BundleError(f"{path} is missing, though {MANIFEST_NAME} lists it: copy the whole folder, or rebuild")
         size = path.stat().st_size
         if size != entry.bytes:
             kind = "truncated" if size < entry.bytes else "too long"
@@ -80,6 +83,8 @@ def _check_file(folder: Path, name: str, entry: FileEntry, skip_hash_above: int 
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise BundleError(f"{path} can't be read ({error.strerror}): check its permissions and the disk") from error
+    except RuntimeError as error:  # what resolve() makes of a link to itself before Python 3.13
+        raise BundleError(f"{path} is a link that leads to itself: copy the file again, or rebuild") from error
     if found != entry.sha256:
         raise BundleError(
             f"{path} is damaged or was changed: its SHA-256 is {found}, {MANIFEST_NAME} says {entry.sha256}; "

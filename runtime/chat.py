@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
@@ -14,8 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen_aot_errors import BundleError, ContextFullError, GenerationError
 from runtime.generation_config import GenerationConfig
-from runtime.generator import Generator
-from runtime.request import Completion, Event, Request
+from runtime.generator import EventStream, Generator
+from runtime.request import Completion, Request
 from runtime.tokenizer import Tokenizer
 
 __all__ = ["Chat", "ChatTemplate"]
@@ -23,7 +24,15 @@ __all__ = ["Chat", "ChatTemplate"]
 Message = Mapping[str, str]  # role, content
 
 # A template is foreign code: besides Jinja's own errors, its expressions raise these.
-_TEMPLATE_FAILURES = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
+_TEMPLATE_FAILURES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class ChatTemplate:
@@ -66,9 +75,8 @@ class ChatTemplate:
         if tokenizer is None or source is None:
             missing = "chat template" if tokenizer else "tokenizer"
             raise GenerationError(
-                f"the bundle has no {missing}, so it can't chat: use `qwen-aot generate`, or rebuild it "
-                f"from a "
-                f"checkpoint whose tokenizer_config.json has a chat_template"
+                f"the bundle has no {missing}, so it can't chat: use `qwen-aot generate`, or rebuild it from a "
+                "checkpoint whose tokenizer_config.json has a chat_template"
             )
         return cls(source, tokenizer.special_tokens)
 
@@ -86,6 +94,8 @@ class ChatTemplate:
             return self._template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
+                tools=None,  # as transformers, whose templates may ask `tools is not none`
+                documents=None,
                 **self._special_tokens,
             )
         except _TEMPLATE_FAILURES as error:
@@ -135,11 +145,11 @@ class Chat:
         """Forgets all turns; the system prompt stays."""
         self._messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
-    def send(self, text: str, *, cancel: threading.Event | None = None) -> Iterator[Event]:
+    def send(self, text: str, *, cancel: threading.Event | None = None) -> EventStream:
         """Says something and streams the answer; the last event is its Completion.
 
-        The turn is added to the conversation when the iterator ends or is closed (with what was answered by
-        then). If it raises, the conversation is as it was before.
+        The turn is added to the conversation when the stream ends or is closed (with what was answered by then).
+        If it raises, the conversation is as it was before.
 
         Raises:
             ContextFullError: the conversation doesn't fit the context any more.
@@ -151,23 +161,22 @@ class Chat:
         max_context = self._generator.engine.manifest.max_context
         if len(ids) > max_context:
             raise ContextFullError(
-                f"the conversation has {len(ids)} tokens with this turn, the context holds {max_context}: "
-                f"start a "
-                f"new conversation (/reset), say less at once, or rebuild the bundle with a larger "
-                f"--max-context"
+                f"the conversation has {len(ids)} tokens with this turn, the context holds {max_context}: start a new "
+                "conversation (/reset), say less at once, or rebuild the bundle with a larger --max-context"
             )
         request = Request(ids, self._config, cancel, keep_cache=True)
         return self._answer(messages, self._generator.stream([request]))
 
-    def _answer(self, messages: list[Message], events: Iterator[Event]) -> Iterator[Event]:
+    def _answer(self, messages: list[Message], events: EventStream) -> EventStream:
         answer = ""
-        try:
-            for event in events:
-                answer += event.last_text if isinstance(event, Completion) else event.text
-                yield event
-        except GeneratorExit:
-            self._add(messages, answer)
-            raise
+        with contextlib.closing(events):
+            try:
+                for event in events:
+                    answer += event.last_text if isinstance(event, Completion) else event.text
+                    yield event
+            except GeneratorExit:
+                self._add(messages, answer)
+                raise
         self._add(messages, answer)
 
     def _add(self, messages: list[Message], answer: str) -> None:

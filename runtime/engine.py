@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -10,7 +11,23 @@ from numpy.typing import NDArray
 from qwen_aot_errors import ContextFullError, GenerationError
 from runtime.manifest import Manifest
 
-__all__ = ["Engine", "check_finite", "check_room"]
+__all__ = ["Engine", "NonFiniteLogitsError", "check_finite", "check_room"]
+
+
+class NonFiniteLogitsError(GenerationError):
+    """Rows whose logits hold NaN or Inf; what the other rows' logits were is not told.
+
+    Attributes:
+        rows: of the engine, ascending.
+    """
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = tuple(rows)
+        super().__init__(
+            f"the logits of row {', '.join(map(str, rows))} hold NaN or Inf: a value left the range of the compute "
+            "type, or the weights are damaged. Check the bundle with `qwen-aot verify`, or rebuild it with a wider "
+            "type (--precision fp32)"
+        )
 
 
 class Engine(Protocol):
@@ -39,7 +56,8 @@ class Engine(Protocol):
 
         Raises:
             ContextFullError: they don't fit.
-            GenerationError: the logits hold NaN or Inf.
+            NonFiniteLogitsError: the logits hold NaN or Inf.
+            GenerationError: the step failed.
         """
 
     def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -50,7 +68,9 @@ class Engine(Protocol):
 
         Raises:
             ContextFullError: a row is full.
-            GenerationError: the logits of a row that isn't idle hold NaN or Inf.
+            NonFiniteLogitsError: the logits of rows that aren't idle hold NaN or Inf. The step may be repeated
+                with these rows idle.
+            GenerationError: the step failed.
         """
 
     def truncate(self, row: int, length: int) -> None:
@@ -72,9 +92,8 @@ def check_room(row: int, held: int, new: int, max_context: int) -> None:
     """
     if held + new > max_context:
         raise ContextFullError(
-            f"row {row} holds {held} tokens and {new} more don't fit its context of {max_context}: shorten "
-            f"the "
-            f"text, or rebuild the bundle with a larger --max-context"
+            f"row {row} holds {held} tokens and {new} more don't fit its context of {max_context}: shorten the text, "
+            "or rebuild the bundle with a larger --max-context"
         )
 
 
@@ -82,14 +101,12 @@ def check_finite(logits: NDArray[np.float32], first_row: int, is_idle: NDArray[n
     """Refuses logits [B, V] with NaN or Inf in a row that isn't idle.
 
     Raises:
-        GenerationError: names the row and the remedy.
+        NonFiniteLogitsError: names the rows and the remedy.
     """
-    for offset, row in enumerate(logits):
-        if not np.isfinite(row).all() and (is_idle is None or not is_idle[offset]):
-            raise GenerationError(
-                f"row {first_row + offset}'s logits hold NaN or Inf: a value left the range of the compute "
-                f"type, or "
-                f"the weights are damaged. Check the bundle with `qwen-aot verify`, or rebuild it with a "
-                f"wider type "
-                f"(--precision fp32)"
-            )
+    rows = [
+        first_row + offset
+        for offset, row in enumerate(logits)
+        if not np.isfinite(row).all() and (is_idle is None or not is_idle[offset])
+    ]
+    if rows:
+        raise NonFiniteLogitsError(rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypeVar
@@ -67,7 +66,8 @@ class GenerationConfig:
         repetition_penalty: divides the positive logits of tokens seen in prompt or output, and multiplies the
             negative ones; 1: off.
         seed: of this request's random numbers; None: a new one each time.
-        stop: texts that end the request; they and what follows are not part of its output.
+        stop: texts that end the request; they and what follows are not part of its output. The spelling of a
+            special token stands for its id, ignore_eos or not.
         stop_token_ids: ids that end the request, besides the model's own.
         eos_token_ids: the model's own ids that end a text.
         ignore_eos: go on at eos_token_ids.
@@ -102,9 +102,12 @@ class GenerationConfig:
         )
         _check("top_k", self.top_k, "0 (off) or more", self.top_k >= 0)
         _check("top_p", self.top_p, "above 0, up to 1 (off)", 0 < self.top_p <= 1)
-        _check("repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < math.inf)
+        # As for the temperature: float32 logits stay finite, and a token that was seen can't become NaN.
+        _check("repetition_penalty", self.repetition_penalty, "0.001 to 1000", 1e-3 <= self.repetition_penalty <= 1e3)
         _check("seed", self.seed, "0 or more", self.seed is None or self.seed >= 0)
-        _check("stop", self.stop, "texts that aren't empty", all(self.stop))
+        _check(
+            "stop", self.stop, "a list of texts that aren't empty", not isinstance(self.stop, str) and all(self.stop)
+        )
         _check(
             "stop_token_ids",
             self.stop_token_ids,
@@ -203,6 +206,7 @@ class GenerationDefaults:
         Raises:
             GenerationError: a value is out of range.
         """
+        _check("stop", stop, "a list of texts", not isinstance(stop, str))  # a tuple of it would be its letters
         samples = self.do_sample or any(value is not UNSET for value in (temperature, top_k, top_p))
         chosen_temperature = _or(temperature, self.temperature if samples else 0.0)
         penalty = 1.0 if temperature == 0 else self.repetition_penalty

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from qwen_aot_errors import GenerationError
 from runtime.backends import open_engine
@@ -15,7 +18,9 @@ from runtime.generation_config import GenerationConfig, GenerationDefaults
 from runtime.request import Completion, Event, Request
 from runtime.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["Generator"]
+__all__ = ["EventStream", "Generator"]
+
+EventStream: TypeAlias = abc.Generator[Event, None, None]  # an iterator that can be closed
 
 
 class Generator:
@@ -49,7 +54,7 @@ class Generator:
 
         Args:
             path: the bundle's folder.
-            threads: CPU threads; None: one for each physical core.
+            threads: CPU threads; None: see `runtime.backends.cpus.usable_cores`.
             skip_hash_above: see `runtime.bundle.load_bundle`.
 
         Raises:
@@ -94,41 +99,54 @@ class Generator:
             One completion for each prompt, in their order.
 
         Raises:
-            GenerationError: a prompt can't be taken (nothing has run), or a step failed.
+            GenerationError: a prompt can't be taken (nothing has run), or a request failed; `stream` gives the
+                results of the others.
         """
         if isinstance(prompts, str):
             raise GenerationError(f"prompts is the text {prompts!r}; accepted: a list of prompts, such as [text]")
         config = config or self._defaults.resolve()
         requests = [Request(prompt, config, cancel) for prompt in prompts]
-        completions = [event for event in self.stream(requests) if isinstance(event, Completion)]
+        with contextlib.closing(self.stream(requests)) as events:
+            completions = [event for event in events if isinstance(event, Completion)]
         return sorted(completions, key=lambda completion: completion.index)
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
+    def stream(self, requests: Sequence[Request]) -> EventStream:
         """Generates token by token; each request's last event is its Completion.
 
-        All requests are checked before any runs. Closing the iterator frees the rows.
+        All requests are checked before any runs. Closing the stream cancels what isn't finished. A request that
+        fails by itself gets a Completion with the error; when the others are done, the first such error is
+        raised.
 
         Raises:
-            GenerationError: a request can't be taken, a step failed, or another stream isn't finished.
+            GenerationError: a request can't be taken or failed, a step failed, or another stream isn't finished.
             ContextFullError: a prompt is longer than the context.
         """
         prompts = [self._batch.tokenize(request) for request in requests]
         return self._stream(requests, prompts)
 
-    def _stream(self, requests: Sequence[Request], prompts: list[list[int]]) -> Iterator[Event]:
+    def _stream(self, requests: Sequence[Request], prompts: list[list[int]]) -> EventStream:
         if self._is_busy:
             raise GenerationError("another stream of this generator isn't finished: end it or close it first")
         self._is_busy = True
+        errors: list[GenerationError] = []
         try:
             self._batch.restart()
             for request, ids in zip(requests, prompts, strict=True):
                 self._batch.add(request, ids)
             while not self._batch.is_idle:
-                yield from self._batch.step()
+                for event in self._batch.step():
+                    if isinstance(event, Completion) and event.error is not None:
+                        errors.append(event.error)
+                    yield event
+        except GeneratorExit:  # closed between two steps, when all rows are whole
+            self._batch.abandon()
+            raise
         finally:
             self._is_busy = False
             if not self._batch.is_idle:
                 self._batch.clear()
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
         """Closes the engine."""

@@ -1,4 +1,8 @@
-"""The linear KV cache in host memory: rows of one shared capacity that grows without losing content."""
+"""The linear KV cache in host memory: rows of one shared capacity that grows without losing content.
+
+The capacity is a multiple of CAPACITY_STEP and grows by at least a quarter, so that over a generation each new
+token costs the copy of five at most, and at most a fifth of the cache lies unused.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from qwen_aot_errors import GenerationError
-from runtime.manifest import IoTensor
+from runtime.manifest import CAPACITY_STEP, IoTensor
 
-__all__ = ["CAPACITY_STEP", "STORAGE_DTYPES", "KvCache"]
-
-# Tokens. The capacity is a multiple of this and grows by at least a quarter, so that over a generation each
-# new token costs the copy of five at most, and at most a fifth of the cache lies unused.
-CAPACITY_STEP = 256
+__all__ = ["STORAGE_DTYPES", "KvCache"]
 
 # bfloat16 has no numpy type; its bits are kept in uint16.
 STORAGE_DTYPES: dict[str, DTypeLike] = {
@@ -38,20 +38,19 @@ class KvCache:
         capacity: C, in tokens.
     """
 
-    def __init__(self, tensors: Sequence[IoTensor], *, max_batch: int, max_context: int) -> None:
+    def __init__(self, tensors: Sequence[IoTensor], *, max_batch: int, max_capacity: int) -> None:
         """Makes the cache; memory is touched as rows fill.
 
         Args:
             tensors: the manifest's cache inputs. A number in the place of C fixes the capacity.
             max_batch: rows.
-            max_context: tokens a row may hold. The capacity is at least one more, because an idle row that is
-                full still needs room for a step's padding.
+            max_capacity: slots a row may have at most (`Manifest.max_capacity`), a multiple of CAPACITY_STEP.
         """
         self._tensors = tuple(tensors)
         self._max_batch = max_batch
-        self._limit = _round_up(max_context + 1)
         fixed = next((t.shape[2] for t in tensors if isinstance(t.shape[2], int)), None)
-        self.capacity = fixed if isinstance(fixed, int) else min(CAPACITY_STEP, self._limit)
+        self._limit = fixed if isinstance(fixed, int) else max_capacity
+        self.capacity = fixed if isinstance(fixed, int) else CAPACITY_STEP
         self.lengths: NDArray[np.int64] = np.zeros(max_batch, np.int64)
         self._arrays = [self._allocate(tensor, self.capacity) for tensor in self._tensors]
 
@@ -71,9 +70,10 @@ class KvCache:
         """
         if tokens <= self.capacity:
             return False
-        if any(isinstance(tensor.shape[2], int) for tensor in self._tensors):
-            raise AssertionError(f"{tokens} tokens asked of a cache fixed at {self.capacity}")
-        capacity = min(_round_up(max(tokens, self.capacity * 5 // 4)), self._limit)
+        if tokens > self._limit:
+            raise AssertionError(f"{tokens} tokens asked of a cache of at most {self._limit}")
+        wanted = max(tokens, self.capacity * 5 // 4)
+        capacity = min(-(-wanted // CAPACITY_STEP) * CAPACITY_STEP, self._limit)
         used = int(self.lengths.max())
         grown = [self._allocate(tensor, capacity) for tensor in self._tensors]
         for index, array in enumerate(grown):
@@ -81,6 +81,11 @@ class KvCache:
             self._arrays[index] = array
         self.capacity = capacity
         return True
+
+    def scrub(self, row: int) -> None:
+        """Zero-fills a row beyond its length: a step that failed may have left NaN, and 0 x NaN is NaN."""
+        for array in self._arrays:
+            array[row, :, self.lengths[row] :] = 0
 
     def views(self, first_row: int, rows: int) -> list[NDArray[np.generic]]:
         """The rows' part of each array, in the order of the tensors given; C-contiguous, no copy."""
@@ -97,16 +102,11 @@ class KvCache:
         count = math.prod(shape) * dtype.itemsize
         try:
             memory = np.zeros(count + _ALIGNMENT, np.uint8)
-        except MemoryError as error:
+        except (MemoryError, ValueError) as error:  # ValueError: more bytes than an address can count
             total = count * len(self._tensors) / 2**20
             raise GenerationError(
-                f"no memory for a KV cache of {self._max_batch} rows of {capacity} tokens (about "
-                f"{total:.0f} MiB): "
-                f"use a shorter text, or rebuild the bundle with a smaller --max-context or --max-batch"
+                f"no memory for a KV cache of {self._max_batch} rows of {capacity} tokens (about {total:.0f} MiB): use "
+                "a shorter text, or rebuild the bundle with a smaller --max-context or --max-batch"
             ) from error
         start = -memory.ctypes.data % _ALIGNMENT
         return memory[start : start + count].view(dtype).reshape(shape)
-
-
-def _round_up(tokens: int) -> int:
-    return -(-tokens // CAPACITY_STEP) * CAPACITY_STEP

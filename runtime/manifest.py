@@ -16,6 +16,8 @@ from qwen_aot_errors import BundleError
 from runtime._strict_json import parse_dataclass, parse_object
 
 __all__ = [
+    "CACHE_PREFIX",
+    "CAPACITY_STEP",
     "FORMAT_VERSION",
     "MANIFEST_NAME",
     "FileEntry",
@@ -23,13 +25,28 @@ __all__ = [
     "Manifest",
     "ModelFacts",
     "Profile",
+    "cache_capacity",
 ]
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
 DTYPES = ("int64", "int32", "float32", "float16", "bfloat16", "int8")
+CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8")
 DIMENSIONS = ("B", "S", "C", "W")
+CACHE_PREFIX = "past_key_values."  # of the cache inputs' names
+CAPACITY_STEP = 256  # tokens; a cache that grows has a multiple of this
+MAX_COUNT = 2**31 - 1  # graphs keep lengths and sizes in int32
+
+
+def cache_capacity(max_context: int, prefill_chunk: int) -> int:
+    """The most slots a row's cache may have, and the rows of the graph's rotary tables.
+
+    Room for a full context and the padding of a prefill step, rounded up. GroupQueryAttention refuses a cache
+    longer than its rotary tables, so the exporter and the runtime must agree on it.
+    """
+    return -(-(max_context + prefill_chunk) // CAPACITY_STEP) * CAPACITY_STEP
+
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -46,9 +63,9 @@ class IoTensor:
         if self.dtype not in DTYPES:
             raise BundleError(f"I/O tensor {self.name!r} has dtype {self.dtype!r}; accepted: {', '.join(DTYPES)}")
         for dim in self.shape:
-            if dim not in DIMENSIONS and not (isinstance(dim, int) and dim > 0):
+            if dim not in DIMENSIONS and not (isinstance(dim, int) and 0 < dim <= MAX_COUNT):
                 raise BundleError(
-                    f"I/O tensor {self.name!r} has dimension {dim!r}; accepted: a positive size or one of "
+                    f"I/O tensor {self.name!r} has dimension {dim!r}; accepted: a size of 1 to {MAX_COUNT} or one of "
                     f"{', '.join(DIMENSIONS)}"
                 )
 
@@ -63,9 +80,8 @@ class FileEntry:
     def __post_init__(self) -> None:
         if self.bytes < 0 or not _SHA256.fullmatch(self.sha256):
             raise BundleError(
-                f"file entry has bytes {self.bytes} and sha256 {self.sha256!r}; accepted: a size of at "
-                f"least 0 "
-                f"and 64 lower-case hex digits"
+                f"file entry has bytes {self.bytes} and sha256 {self.sha256!r}; accepted: a size of at least 0 and 64 "
+                "lower-case hex digits"
             )
 
 
@@ -140,6 +156,7 @@ class Manifest:
         if self.format_version != FORMAT_VERSION:
             raise BundleError(_version_message(self.format_version))
         _require_positive(self, "max_context", "max_batch", "prefill_chunk")
+        self._check_cache()
         for name in self.files:
             _check_file_name(name)
         if self.engine not in self.files:
@@ -150,6 +167,28 @@ class Manifest:
             names = [tensor.name for tensor in tensors]
             if len(set(names)) != len(names):
                 raise BundleError(f"an {kind} is listed twice among {', '.join(names)}")
+
+    @property
+    def max_capacity(self) -> int:
+        """See `cache_capacity`."""
+        return cache_capacity(self.max_context, self.prefill_chunk)
+
+    def _check_cache(self) -> None:
+        """The cache inputs are [B, Hkv, C, D], scales [B, Hkv, C], all with one C that has room for a step."""
+        cache = [tensor for tensor in self.inputs if tensor.name.startswith(CACHE_PREFIX)]
+        needed = self.max_context + self.prefill_chunk
+        for tensor in cache:
+            if tensor.dtype not in CACHE_DTYPES or not _is_cache_shape(tensor.shape, needed):
+                raise BundleError(
+                    f"the cache input {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}; accepted: "
+                    f"{', '.join(CACHE_DTYPES)} of shape [B, heads, C, size] or [B, heads, C], C the letter or at "
+                    f"least max_context + prefill_chunk = {needed}"
+                )
+            if not tensor.name.endswith("_scale") and tensor.dtype != self.cache_dtype:
+                raise BundleError(f"cache_dtype is {self.cache_dtype!r}, but {tensor.name!r} is {tensor.dtype}")
+        capacities = {tensor.shape[2] for tensor in cache}
+        if len(capacities) > 1:
+            raise BundleError(f"the cache inputs have the capacities {capacities}; accepted: one for all")
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -174,8 +213,16 @@ class Manifest:
 def _require_positive(instance: Any, *names: str) -> None:
     for name in names:
         value = getattr(instance, name)
-        if value < 1:
-            raise BundleError(f"{name} is {value}; accepted: at least 1")
+        if not 1 <= value <= (limit := 2**63 - 1 if name == "num_parameters" else MAX_COUNT):
+            raise BundleError(f"{name} is {value}; accepted: 1 to {limit}")
+
+
+def _is_cache_shape(shape: tuple[int | str, ...], needed: int) -> bool:
+    if len(shape) not in (3, 4):
+        return False
+    rows, heads, capacity, *rest = shape
+    has_room = capacity >= needed if isinstance(capacity, int) else capacity == "C"
+    return rows == "B" and has_room and all(isinstance(size, int) for size in (heads, *rest))
 
 
 def _version_message(found: object) -> str:
@@ -193,7 +240,8 @@ def _check_file_name(name: str) -> None:
         and path.as_posix() == name  # no "./x", "a//b", "a/"
         and not path.is_absolute()
         and ".." not in path.parts
-        and not re.search(r'[\\:\x00-\x1f<>"|?*]', name)  # drive letters, other separators, control characters
+        # Drive letters, other separators, control characters, halves of UTF-16 pairs.
+        and not re.search(r'[\\:\x00-\x1f<>"|?*\ud800-\udfff]', name)
     )
     if not is_safe:
         raise BundleError(

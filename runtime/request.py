@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from qwen_aot_errors import GenerationError
 from runtime.generation_config import GenerationConfig
 from runtime.sampling import TokenLogprobs
 
@@ -19,6 +20,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # a stop id or a stop string
     LENGTH = "length"  # max_new_tokens, or the context is full
     CANCELLED = "cancelled"
+    ERROR = "error"  # its step failed; `Completion.error` says how
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class Completion:
         cached_tokens: those of them that were still in the cache.
         logprobs: one for each token id, if asked for.
         timings: where the time went.
+        error: why it failed; None unless `finish_reason` is `error`.
     """
 
     index: int
@@ -97,6 +100,7 @@ class Completion:
     cached_tokens: int
     logprobs: tuple[TokenLogprobs, ...]
     timings: Timings
+    error: GenerationError | None = None
 
 
 Event = TokenEvent | Completion

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_aot_errors import GenerationError
 from runtime.detokenizer import make_detokenizer
 from runtime.request import Completion, Event, FinishReason, Request, Timings, TokenEvent
 from runtime.sampling import Sampler, TokenLogprobs, log_probabilities
@@ -48,7 +49,9 @@ class ActiveSequence:
         # The last token needn't fit: it is never fed.
         room = max_context - len(self.prompt_ids) + 1
         self._limit = room if config.max_new_tokens is None else min(room, config.max_new_tokens)
-        self._ending_ids = config.ending_ids
+        # Special tokens have no text in which a stop string could be found.
+        special = [tokenizer.special_id(stop) for stop in config.stop] if tokenizer else []
+        self._ending_ids = config.ending_ids | {token_id for token_id in special if token_id is not None}
         self._sampler = Sampler(config, self.prompt_ids)
         self._detokenizer = make_detokenizer(tokenizer) if tokenizer else None
         self._stop = StopMatcher(config.stop)
@@ -94,7 +97,11 @@ class ActiveSequence:
         text, is_stopped = self._stop.push(tail)
         return self._complete(FinishReason.STOP if is_stopped else reason, text + self._stop.flush())
 
-    def _complete(self, reason: FinishReason, last_text: str) -> Completion:
+    def fail(self, error: GenerationError) -> Completion:
+        """Ends the request with what it had given out before its step failed."""
+        return self._complete(FinishReason.ERROR, "", error)
+
+    def _complete(self, reason: FinishReason, last_text: str, error: GenerationError | None = None) -> Completion:
         now = time.perf_counter()
         first_token = now if self._first_token is None else self._first_token
         return Completion(
@@ -107,4 +114,5 @@ class ActiveSequence:
             cached_tokens=self.cached_tokens,
             logprobs=tuple(self._logprobs),
             timings=Timings(self.prefill_seconds, first_token - self._arrived, now - first_token),
+            error=error,
         )

@@ -29,19 +29,19 @@ class Tokenizer:
             vocab_size: the model's; often larger than the tokenizer's, being padded.
 
         Raises:
-            BundleError: the tokenizer has an id that the model lacks.
+            BundleError: the tokenizer has an id that the model lacks, or chat_template is no template.
         """
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
         if largest >= vocab_size:
             raise BundleError(
-                f"the tokenizer's largest id is {largest}, but the model's vocabulary ends before "
-                f"{vocab_size}: "
-                f"the bundle holds the tokenizer of another model; rebuild it from a checkpoint with its own"
+                f"the tokenizer's largest id is {largest}, but the model's vocabulary ends before {vocab_size}: the "
+                "bundle holds the tokenizer of another model; rebuild it from a checkpoint with its own"
             )
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self._config = config
+        self._chat_template = _read_template(config.get("chat_template"))
         self._special_ids = frozenset(
             id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special
         )
@@ -56,13 +56,15 @@ class Tokenizer:
         """Ids that have no text of their own (<|endoftext|>, <|im_start|>, ...)."""
         return self._special_ids
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is spelled so; None if there is none."""
+        token_id = self._tokenizer.token_to_id(text)
+        return token_id if token_id in self._special_ids else None
+
     @property
     def chat_template(self) -> str | None:
         """The Jinja chat template; of several named ones, `default`."""
-        template = self._config.get("chat_template")
-        if isinstance(template, list):
-            return next((t["template"] for t in template if t.get("name") == "default"), None)
-        return template
+        return self._chat_template
 
     @property
     def special_tokens(self) -> dict[str, str]:
@@ -102,6 +104,18 @@ class Tokenizer:
     def piece(self, token_id: int) -> str | None:
         """A token as the vocabulary spells it; None for an id of the model's padding."""
         return self._tokenizer.id_to_token(token_id)
+
+
+def _read_template(value: Any) -> str | None:
+    """`chat_template`: a text, or several as [{"name": ..., "template": ...}]."""
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = next((entry.get("template") for entry in value if entry.get("name") == "default"), None)
+    if value is not None and not isinstance(value, str):
+        raise BundleError(
+            f"{TOKENIZER_CONFIG_NAME}: chat_template is a {type(value).__name__}; accepted: a text, or a list of "
+            "objects with name and template; repair it in the checkpoint and rebuild"
+        )
+    return value
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer | None:

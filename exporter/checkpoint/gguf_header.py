@@ -23,6 +23,7 @@ from qwen_aot_errors import CheckpointError
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
+_MAX_VALUES = 1 << 24  # in one array: far beyond any vocabulary, and still a list that memory holds
 _SCALARS: Mapping[GGUFValueType, str] = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
@@ -54,7 +55,7 @@ class GgufTensor:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one index of the first axis (of one element, for a vector)."""
+        """Bytes of one index of the first axis (of one element, for a vector, which is never quantized)."""
         block, block_bytes = GGML_QUANT_SIZES[self.type]
         return math.prod(self.shape[1:]) * block_bytes // block
 
@@ -120,6 +121,11 @@ def _tensor_entry(reader: _Reader) -> tuple[str, tuple[int, ...], GGMLQuantizati
     block, _ = GGML_QUANT_SIZES[kind]
     if not all(shape) or shape[-1] % block:
         raise reader.damaged(f"tensor {name!r} has shape {list(shape)}; {kind.name} needs rows of {block}")
+    if dimensions == 1 and block > 1:
+        raise CheckpointError(
+            f"{reader.path}: tensor {name!r} is a vector of type {kind.name}; not supported; accepted: F32, F16, BF16. "
+            "Convert the model again: converters keep vectors unquantized."
+        )
     return name, shape, kind, offset
 
 
@@ -181,13 +187,19 @@ class _Reader:
             return self._scalar(kind, key)
         kind = self._kind(key)
         if kind == GGUFValueType.STRING:
-            count = self.count(min_bytes=8, what=f"strings in {key!r}")
+            count = self._array_count(8, f"strings in {key!r}")
             return [self.string(key) for _ in range(count)]
         if kind not in _SCALARS:
             raise CheckpointError(f"{self.path}: {key!r} is an array of arrays; not supported")
         dtype = np.dtype("<" + _SCALARS[kind])
-        count = self.count(min_bytes=dtype.itemsize, what=f"values in {key!r}")
+        count = self._array_count(dtype.itemsize, f"values in {key!r}")
         return np.frombuffer(self.take(count * dtype.itemsize, key), dtype).tolist()
+
+    def _array_count(self, min_bytes: int, what: str) -> int:
+        count = self.count(min_bytes=min_bytes, what=what)
+        if count > _MAX_VALUES:
+            raise CheckpointError(f"{self.path} has {count} {what}; not supported; accepted: up to {_MAX_VALUES}")
+        return count
 
     def _kind(self, key: str) -> GGUFValueType:
         code = self.number("I", f"the type of {key!r}")

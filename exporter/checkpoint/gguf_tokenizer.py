@@ -104,9 +104,7 @@ def _named_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, s
         if index is None:
             continue
         if not 0 <= index < len(tokens):
-            raise CheckpointError(
-                f"tokenizer.ggml.{kind}_token_id is {index}; accepted: 0 to {len(tokens) - 1}"
-            )
+            raise CheckpointError(f"tokenizer.ggml.{kind}_token_id is {index}; accepted: 0 to {len(tokens) - 1}")
         named[name] = tokens[index]
     return named
 

@@ -39,7 +39,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     if template_path.is_file():
         config["chat_template"] = _read_text(template_path)
     if config:
-        files[TOKENIZER_CONFIG_NAME] = json.dumps(config, ensure_ascii=False, indent=2)
+        files[TOKENIZER_CONFIG_NAME] = json.dumps(config, indent=2)  # ASCII: a lone surrogate has no other form
     if (folder / GENERATION_CONFIG_NAME).is_file():
         files[GENERATION_CONFIG_NAME] = _read_text(folder / GENERATION_CONFIG_NAME)
     return TokenizerFiles(files)

@@ -25,11 +25,13 @@ class MappedFile:
     The price: the file must not be truncated while it is open.
 
     Raises:
-        CheckpointError: the file can't be opened, or is empty.
+        CheckpointError: the file can't be opened, is not a regular one, or is empty.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+            raise CheckpointError(f"{path} is not a regular file; accepted: a file of a checkpoint")
         try:
             with path.open("rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
@@ -42,9 +44,7 @@ class MappedFile:
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, np.uint8)
         self._handed_out = 0  # bytes of views returned since pages were last dropped
 
-    def view(
-        self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], rows: slice | None
-    ) -> NDArray[Any]:
+    def view(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], rows: slice | None) -> NDArray[Any]:
         """The row-major array at `offset` bytes, or some of its rows; the caller has checked that it fits.
 
         Raises:

@@ -16,7 +16,7 @@ def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
 
     Args:
         bundle: from `runtime.bundle.load_bundle`.
-        threads: CPU threads for one operator; None: one for each physical core.
+        threads: CPU threads for one operator; None: see `runtime.backends.cpus.usable_cores`.
 
     Raises:
         EngineMismatchError: no backend runs this engine, or its library is missing or too old.
@@ -27,7 +27,6 @@ def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
 
         return OnnxRuntimeEngine(bundle, OrtOptions(threads=threads))
     raise EngineMismatchError(
-        f"the bundle's engine is {bundle.manifest.engine!r} for target {bundle.manifest.target!r}, which "
-        f"this version "
-        f"of the runtime can't run; accepted: an .onnx file"
+        f"the bundle's engine is {bundle.manifest.engine!r} for target {bundle.manifest.target!r}, which this version "
+        "of the runtime can't run; accepted: an .onnx file"
     )

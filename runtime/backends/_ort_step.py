@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_aot_errors import EngineMismatchError
+from qwen_aot_errors import EngineMismatchError, GenerationError
 from runtime.kv_cache import KvCache
-from runtime.manifest import IoTensor, Manifest
+from runtime.manifest import CACHE_PREFIX, IoTensor, Manifest
 
-__all__ = ["Step"]
+__all__ = ["Step", "library_errors"]
 
 # The attention window W is rounded up, so that its input is bound anew every 64 tokens, not at each.
 WINDOW_STEP = 64
@@ -23,8 +23,27 @@ _ELEMENT_TYPES: dict[str, Any] = {
     "float16": np.float16,
     "bfloat16": 16,
     "int8": np.int8,
-    "int64": np.int64,
 }
+
+
+# ONNX's name for a dtype of the manifest, where it isn't the same.
+_ONNX_NAMES = {"float32": "float"}
+
+
+def library_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises; the classes have no base of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return (
+        state.EPFail,
+        state.Fail,
+        state.InvalidArgument,
+        state.InvalidGraph,
+        state.InvalidProtobuf,
+        state.NoSuchFile,
+        state.NotImplemented,
+        state.RuntimeException,
+    )
 
 
 class Step:
@@ -49,12 +68,16 @@ class Step:
             max_tokens: the largest S.
 
         Raises:
-            EngineMismatchError: the I/O table has an input or output that this runtime doesn't know.
+            EngineMismatchError: the I/O table isn't the graph's, or has an input or output that this runtime
+                doesn't know.
+            GenerationError: there is no memory for the logits.
         """
+        _check_signature(session, manifest)
+        self._errors = library_errors()
         self._session = session
         self._binding = session.io_binding()
         self._cache = cache
-        self._past = [t for t in manifest.inputs if t.name.startswith("past_key_values.")]
+        self._past = [t for t in manifest.inputs if t.name.startswith(CACHE_PREFIX)]
         _check_table(manifest, self._past)
         self._names = {tensor.name for tensor in manifest.inputs}
         self.new_tokens: NDArray[np.int64] = np.zeros(max_rows, np.int64)
@@ -62,7 +85,7 @@ class Step:
         self._position_ids: NDArray[np.int64] = np.zeros(max_rows * max_tokens, np.int64)
         self._steps: NDArray[np.int64] = np.arange(max_tokens, dtype=np.int64)
         self._key_positions: NDArray[np.int64] = np.zeros(0, np.int64)
-        self._logits: NDArray[np.float32] = np.zeros((max_rows, manifest.model.vocab_size), np.float32)
+        self._logits = _make_logits(max_rows, manifest.model.vocab_size)
         self._rows_key: tuple[int, int, int] | None = None  # first row, rows, capacity
         self._shape: tuple[int, int] | None = None  # rows, tokens
         self._window = 0
@@ -78,6 +101,9 @@ class Step:
 
         Returns:
             Logits [B, V], memory of this object: valid until its next run.
+
+        Raises:
+            GenerationError: ONNX Runtime failed.
         """
         rows, tokens = token_ids.shape
         lengths = self._cache.lengths[first_row : first_row + rows]
@@ -93,7 +119,13 @@ class Step:
         if "position_ids" in self._names:
             np.add(lengths[:, None], self._steps[:tokens], out=self._position_view)
         started = time.perf_counter()
-        self._run(self._binding)
+        try:
+            self._run(self._binding)
+        except self._errors as error:
+            raise GenerationError(
+                f"ONNX Runtime failed in a step of {rows} rows and {tokens} tokens: {error}. If memory ran out, use a "
+                "shorter text, or rebuild the bundle with a smaller --prefill-chunk or --max-batch"
+            ) from error
         self.run_seconds += time.perf_counter() - started
         return self._logits[:rows]
 
@@ -132,24 +164,57 @@ class Step:
 
 
 def _present(past: str) -> str:
-    return past.replace("past_key_values.", "present.", 1)
+    return past.replace(CACHE_PREFIX, "present.", 1)
+
+
+def _make_logits(rows: int, vocab_size: int) -> NDArray[np.float32]:
+    try:
+        return np.zeros((rows, vocab_size), np.float32)
+    except (MemoryError, ValueError) as error:  # ValueError: more bytes than an address can count
+        raise GenerationError(
+            f"no memory for the logits of {rows} rows of {vocab_size}: rebuild the bundle with a smaller --max-batch"
+        ) from error
+
+
+def _check_signature(session: Any, manifest: Manifest) -> None:
+    """The graph's inputs and outputs are those of the manifest's I/O table."""
+    for kind, listed, found in (
+        ("inputs", manifest.inputs, session.get_inputs()),
+        ("outputs", manifest.outputs, session.get_outputs()),
+    ):
+        graph, table = {value.name: value for value in found}, {tensor.name: tensor for tensor in listed}
+        if graph.keys() != table.keys():
+            raise EngineMismatchError(
+                f"the graph's {kind} differ from the manifest's: only in the graph {sorted(set(graph) - set(table))}, "
+                f"only in the manifest {sorted(set(table) - set(graph))}; rebuild the bundle"
+            )
+        for name, tensor in table.items():
+            type_, shape = f"tensor({_ONNX_NAMES.get(tensor.dtype, tensor.dtype)})", graph[name].shape
+            is_same = len(shape) == len(tensor.shape) and all(
+                size == dim or not (isinstance(size, int) and isinstance(dim, int))
+                for size, dim in zip(shape, tensor.shape, strict=True)
+            )
+            if graph[name].type != type_ or not is_same:
+                raise EngineMismatchError(
+                    f"{name!r} is {graph[name].type} {list(shape)} in the graph, {type_} {list(tensor.shape)} in the "
+                    "manifest; rebuild the bundle"
+                )
 
 
 def _check_table(manifest: Manifest, past: list[IoTensor]) -> None:
     """Refuses inputs and outputs that `Step` can't feed."""
     known = {"input_ids", "position_ids", "cache_length", "new_tokens", "key_positions"}
     for tensor in manifest.inputs:
-        accepted = tuple(_ELEMENT_TYPES) if tensor in past else ("int64",)
-        if (tensor not in past and tensor.name not in known) or tensor.dtype not in accepted:
+        if tensor not in past and (tensor.name not in known or tensor.dtype != "int64"):
             raise EngineMismatchError(
-                f"the bundle's graph has the input {tensor.name!r} of dtype {tensor.dtype}, which this "
-                f"runtime "
-                f"can't feed; accepted: past_key_values.* and {', '.join(sorted(known))} (int64)"
+                f"the bundle's graph has the input {tensor.name!r} of dtype {tensor.dtype}, which this runtime can't "
+                f"feed; accepted: past_key_values.* and {', '.join(sorted(known))} (int64)"
             )
+    logits = IoTensor("logits", "float32", ("B", manifest.model.vocab_size))
     outputs = {"logits", *(_present(tensor.name) for tensor in past)}
     found = {tensor.name for tensor in manifest.outputs}
-    if outputs != found:
+    if outputs != found or logits not in manifest.outputs:
         raise EngineMismatchError(
-            f"the bundle's graph has the outputs {sorted(found)}; accepted: logits and a present.* for each "
-            f"past_key_values.*, {sorted(outputs)}"
+            f"the bundle's graph has the outputs {sorted(found)}; accepted: logits (float32 [B, "
+            f"{manifest.model.vocab_size}]) and a present.* for each past_key_values.*, {sorted(outputs)}"
         )

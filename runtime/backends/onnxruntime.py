@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot_errors import EngineMismatchError, GenerationError
-from runtime.backends._ort_step import Step
+from runtime.backends._ort_step import Step, library_errors
+from runtime.backends.cpus import usable_cores
 from runtime.bundle import Bundle
-from runtime.engine import check_finite, check_room
+from runtime.engine import NonFiniteLogitsError, check_finite, check_room
 from runtime.kv_cache import KvCache
-from runtime.manifest import Manifest
+from runtime.manifest import CACHE_PREFIX, Manifest
 
-__all__ = ["OnnxRuntimeEngine", "OrtOptions", "physical_cores"]
+__all__ = ["OnnxRuntimeEngine", "OrtOptions"]
 
 MINIMUM_VERSION = (1, 32)  # GroupQueryAttention's input 16, query_seqlens, is new in it
 INSTALL = "pip install 'qwen-aot[cpu]'"
@@ -30,7 +30,7 @@ class OrtOptions:
     """How a session is made.
 
     Attributes:
-        threads: for one operator, this thread included; None: one for each physical core we may use.
+        threads: for one operator, this thread included; None: one for each of `usable_cores`.
         optimize: let ONNX Runtime rewrite the graph.
         config: session config entries, e.g. {"session.qdq_matmulnbits_accuracy_level": "1"}, which keeps
             ONNX Runtime from computing DequantizeLinear + MatMul with int8 activations.
@@ -62,12 +62,11 @@ class OnnxRuntimeEngine:
         manifest = bundle.manifest
         self._manifest = manifest
         session = _open_session(bundle.engine_path, options or OrtOptions())
-        _check_signature(session, manifest)
         self._session: Any = session
         self._cache = KvCache(
-            [tensor for tensor in manifest.inputs if tensor.name.startswith("past_key_values.")],
+            [tensor for tensor in manifest.inputs if tensor.name.startswith(CACHE_PREFIX)],
             max_batch=manifest.max_batch,
-            max_context=manifest.max_context,
+            max_capacity=manifest.max_capacity,
         )
         # Two bindings, because prefill and decode alternate between shapes that each keep for long.
         self._prefill: Step | None = Step(session, manifest, self._cache, max_rows=1, max_tokens=manifest.prefill_chunk)
@@ -113,6 +112,7 @@ class OnnxRuntimeEngine:
         self._check_ids(token_ids)
         check_room(row, start, count, self._manifest.max_context)
         self._cache.reserve(start + count)
+        end = start  # where the row is left: a call that raises leaves it as it was
         try:
             for offset in range(0, count, chunk):
                 piece = token_ids[None, offset : offset + chunk]
@@ -120,9 +120,11 @@ class OnnxRuntimeEngine:
                 logits = step.run(row, piece)
                 check_finite(logits, row)
                 lengths[row] += piece.shape[1]
-        except GenerationError:
-            lengths[row] = start
-            raise
+            end = start + count
+        finally:
+            lengths[row] = end
+            if end == start:
+                self._cache.scrub(row)
         return logits.reshape(-1)
 
     def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -147,7 +149,12 @@ class OnnxRuntimeEngine:
         else:
             step.new_tokens[:rows] = 1
         logits = step.run(first_row, token_ids[:, None])
-        check_finite(logits, first_row, is_idle)
+        try:
+            check_finite(logits, first_row, is_idle)
+        except NonFiniteLogitsError as error:
+            for failed in error.rows:
+                self._cache.scrub(failed)
+            raise
         lengths += ~is_idle
         return logits
 
@@ -181,28 +188,13 @@ class OnnxRuntimeEngine:
         if not (first_row >= 0 and rows >= 1 and first_row + rows <= self._manifest.max_batch):
             raise GenerationError(
                 f"rows {first_row} to {first_row + rows - 1} were asked for; accepted: 0 to "
-                f"{self._manifest.max_batch - 1} "
-                f"(--max-batch of the build)"
+                f"{self._manifest.max_batch - 1} (--max-batch of the build)"
             )
 
     def _check_ids(self, token_ids: NDArray[np.int64]) -> None:
         largest, vocab_size = int(token_ids.max()), self._manifest.model.vocab_size
         if largest >= vocab_size:
             raise GenerationError(f"token id {largest} is not below the vocabulary's {vocab_size}")
-
-
-def physical_cores() -> int:
-    """Physical cores among those this process may run on (logical ones where the system doesn't tell)."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    allowed = os.sched_getaffinity(0)
-    cores = set()
-    for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        if not siblings.is_file():
-            return len(allowed)
-        cores.add(siblings.read_text())
-    return len(cores)
 
 
 def _import_onnxruntime() -> Any:
@@ -215,9 +207,8 @@ def _import_onnxruntime() -> Any:
     if found is None or (int(found[1]), int(found[2])) < MINIMUM_VERSION:
         wanted = ".".join(map(str, MINIMUM_VERSION))
         raise EngineMismatchError(
-            f"onnxruntime is {onnxruntime.__version__}, this bundle needs {wanted} or newer: {INSTALL} "
-            f"--upgrade. "
-            f"If onnxruntime-gpu is installed beside it, uninstall both first: they share one folder"
+            f"onnxruntime is {onnxruntime.__version__}, this bundle needs {wanted} or newer: {INSTALL} --upgrade. If "
+            "onnxruntime-gpu is installed beside it, uninstall both first: they share one folder"
         )
     return onnxruntime
 
@@ -226,7 +217,7 @@ def _open_session(path: Path, options: OrtOptions) -> Any:
     ort = _import_onnxruntime()
     session_options = ort.SessionOptions()
     session_options.log_severity_level = 3  # errors; they are raised as well
-    session_options.intra_op_num_threads = options.threads or physical_cores()
+    session_options.intra_op_num_threads = options.threads or usable_cores()
     session_options.inter_op_num_threads = 1
     # A memory pattern is kept for every combination of input shapes, and ours change all the time.
     session_options.enable_mem_pattern = False
@@ -234,35 +225,10 @@ def _open_session(path: Path, options: OrtOptions) -> Any:
     session_options.graph_optimization_level = level.ORT_ENABLE_ALL if options.optimize else level.ORT_DISABLE_ALL
     for key, value in options.config.items():
         session_options.add_session_config_entry(key, value)
-    state = ort.capi.onnxruntime_pybind11_state
-    refusals = (
-        state.Fail,
-        state.InvalidArgument,
-        state.InvalidGraph,
-        state.InvalidProtobuf,
-        state.NotImplemented,
-        state.RuntimeException,
-    )
     try:
         return ort.InferenceSession(str(path), session_options, providers=["CPUExecutionProvider"])
-    except refusals as error:
+    except library_errors() as error:
         raise EngineMismatchError(
-            f"onnxruntime {ort.__version__} can't load {path}: {error}. Rebuild the bundle, or install the "
-            f"version "
-            f"of onnxruntime that its manifest names"
+            f"onnxruntime {ort.__version__} can't load {path}: {error}. Rebuild the bundle, or install the version of "
+            "onnxruntime that its manifest names"
         ) from error
-
-
-def _check_signature(session: Any, manifest: Manifest) -> None:
-    """The graph's inputs and outputs are those of the manifest's I/O table."""
-    for kind, listed, found in (
-        ("inputs", manifest.inputs, session.get_inputs()),
-        ("outputs", manifest.outputs, session.get_outputs()),
-    ):
-        graph, table = sorted(value.name for value in found), sorted(tensor.name for tensor in listed)
-        if graph != table:
-            raise EngineMismatchError(
-                f"the graph's {kind} differ from the manifest's: only in the graph "
-                f"{sorted(set(graph) - set(table))}, "
-                f"only in the manifest {sorted(set(table) - set(graph))}; rebuild the bundle"
-            )

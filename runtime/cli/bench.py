@@ -69,6 +69,8 @@ def command(bundle: Path, prompt_tokens: int, gen_tokens: int, rounds: int, as_j
     """
     show_logs()
     from engines.resources import peak_memory_bytes, reset_peak
+    from runtime.backends.cpus import usable_cores
+    from runtime.cli.doctor import cpu
     from runtime.generator import Generator
 
     reset_peak()
@@ -88,7 +90,8 @@ def command(bundle: Path, prompt_tokens: int, gen_tokens: int, rounds: int, as_j
         "target": manifest.target,
         "precision": manifest.precision,
         "quantization": dict(manifest.quantization),
-        "threads": threads,
+        "cpu": cpu()["name"],
+        "threads": threads or usable_cores(),
         "prompt_tokens": prompt_tokens,
         "gen_tokens": gen_tokens,
         "rounds": rounds,

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from engines.spec import BuildSpec, Precision, Target
 from runtime.cli.command import VerbCommand, option
 from runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
 from runtime.cli.options import CONTEXT
 
 if TYPE_CHECKING:
     from engines.build import BuildReport, Plan
+
+DEFAULT = BuildSpec()
+
+
+def _either(kinds: type[StrEnum]) -> str:
+    *others, last = kinds
+    return f"{', '.join(others)} or {last}" if others else str(last)
 
 
 @click.command("build", cls=VerbCommand, context_settings=CONTEXT)
@@ -26,20 +35,22 @@ if TYPE_CHECKING:
     help="The bundle's folder.",
     group="Main",
 )
-@option("--target", default="cpu", help="Where the bundle runs.", group="Main")
-@option("--precision", default="int4", help="How weights are stored.", group="Main")
+@option("--target", default=str(DEFAULT.target), help=f"{_either(Target)}: where it runs.", group="Main")
+@option("--precision", default=str(DEFAULT.precision), help=f"{_either(Precision)}: the weights.", group="Main")
 @option("--dry-run", is_flag=True, help="Show sizes, memory and time, and write nothing.", group="Main")
 @option("--json", "as_json", is_flag=True, help="One JSON object on stdout.", group="Main")
 @option("--max-context", type=int, help="Tokens a row can hold.  [default: the model's]", group="Capacity")
-@option("--max-batch", type=int, default=1, help="Rows that run together.", group="Capacity")
-@option("--prefill-chunk", type=int, default=512, help="Prompt tokens in one step.", group="Capacity")
+@option("--max-batch", type=int, default=DEFAULT.max_batch, help="Rows that run together.", group="Capacity")
+@option("--prefill-chunk", type=int, default=DEFAULT.prefill_chunk, help="Prompt tokens in one step.", group="Capacity")
 @option(
     "--block-size",
     type=int,
     help="Weights that share a scale.  [default: the precision's measured best]",
     group="Quantization",
 )
-@option("--symmetric/--asymmetric", default=True, help="Without or with zero points.", group="Quantization")
+@option(
+    "--symmetric/--asymmetric", default=DEFAULT.symmetric, help="Without or with zero points.", group="Quantization"
+)
 @option("--random-weights", is_flag=True, help="For a variant's name: weights drawn from --seed.", group="Trial")
 @option("--seed", type=int, default=0, help="Of the random weights.", group="Trial")
 @option(
@@ -69,7 +80,6 @@ def command(
     CHECKPOINT is a Hugging Face folder, a .gguf file, or a variant's name with --random-weights. What stands
     at the output stays until the new bundle is whole; a failed or interrupted build changes nothing.
     """
-    from engines.spec import BuildSpec
     from qwen_aot_errors import BuildError
 
     show_logs()

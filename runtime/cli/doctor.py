@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from qwen_aot_version import __version__
+from runtime.backends.cpus import usable_cores
 from runtime.cli.command import VerbCommand
 from runtime.cli.console import print_json, size, stdout
 from runtime.cli.options import CONTEXT, json_option
@@ -75,7 +76,7 @@ def examine() -> dict[str, Any]:
         "qwen_aot": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "memory": {
             "total_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "available_bytes": available_memory_bytes(),
@@ -130,17 +131,17 @@ def gpus() -> list[dict[str, str]]:
     return [dict(zip(fields, map(str.strip, line.split(",")), strict=False)) for line in listing.splitlines()]
 
 
-def _cpu() -> dict[str, Any]:
+def cpu() -> dict[str, Any]:
+    """The processor's name, its cores, and the features that decide which kernels run."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     present = set(flags[1].split()) if flags else set()
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "name": name[1] if name else platform.processor() or platform.machine(),
         "machine": platform.machine(),
         "logical_cores": os.cpu_count(),
-        "usable_cores": allowed,
+        "threads": usable_cores(),
         "features": [feature for feature in CPU_FEATURES if feature in present],
     }
 
@@ -152,11 +153,12 @@ def _show(facts: Mapping[str, Any]) -> None:
     machine = Table(title="machine", show_header=False)
     machine.add_column(style="bold")
     machine.add_column(overflow="fold")
-    cpu = facts["cpu"]
+    processor = facts["cpu"]
     machine.add_row("qwen-aot", f"{facts['qwen_aot']} on Python {facts['python']}")
     machine.add_row("system", facts["system"])
-    machine.add_row("cpu", f"{cpu['name']}, {cpu['usable_cores']} of {cpu['logical_cores']} logical cores")
-    machine.add_row("cpu features", ", ".join(cpu["features"]) or "none that matter here")
+    machine.add_row("cpu", f"{processor['name']}, {processor['logical_cores']} logical cores")
+    machine.add_row("threads", f"{processor['threads']} by default (physical cores we may use)")
+    machine.add_row("cpu features", ", ".join(processor["features"]) or "none that matter here")
     memory = facts["memory"]
     machine.add_row("memory", f"{size(memory['available_bytes'])} available of {size(memory['total_bytes'])}")
     machine.add_row("free disk", size(facts["free_disk_bytes"]))

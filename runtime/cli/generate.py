@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 @bundle_argument
 @option("--prompt", help="Text to continue.  [default: standard input]", group="Prompt")
 @option("--prompt-ids", help="Token ids to continue, such as 1,2,3.", group="Prompt")
+@option("--chat", "as_chat", is_flag=True, help="The prompt is a user's message: answer it.", group="Prompt")
+@option("--system", help="System prompt, with --chat.  [default: the chat template's]", group="Prompt")
 @generation_options
 @json_option
 @threads_option
@@ -35,6 +37,8 @@ def command(
     bundle: Path,
     prompt: str | None,
     prompt_ids: str | None,
+    as_chat: bool,
+    system: str | None,
     as_json: bool,
     threads: int | None,
     **settings: Any,
@@ -44,13 +48,18 @@ def command(
     \b
     Examples:
       qwen-aot generate ./bundle --prompt "The capital of France is" --max-new-tokens 32
-      cat question.txt | qwen-aot generate ./bundle --temperature 0 --json
+      cat question.txt | qwen-aot generate ./bundle --chat --temperature 0 --json
 
     Text goes to stdout as it comes, counts and speed to stderr. A bundle without a tokenizer takes --prompt-ids and
     gives ids.
     """
     show_logs()
+    if system is not None and not as_chat:
+        raise click.UsageError("--system goes with --chat")
+    if as_chat and prompt_ids is not None:
+        raise click.UsageError("--chat takes text; give --prompt or standard input instead of --prompt-ids")
     request = _prompt(prompt, prompt_ids)
+    from runtime.chat import ChatTemplate
     from runtime.generator import Generator
     from runtime.request import Completion, Request
 
@@ -59,6 +68,10 @@ def command(
         load_seconds = time.perf_counter() - start
         config = generation_config(generator.defaults, settings)
         has_text = generator.tokenizer is not None
+        if as_chat:
+            roles = (("system", system), ("user", request))
+            messages = [{"role": role, "content": text} for role, text in roles if isinstance(text, str)]
+            request = ChatTemplate.from_tokenizer(generator.tokenizer).render(messages)
         for event in generator.stream([Request(request, config)]):
             if isinstance(event, Completion):
                 if not as_json:

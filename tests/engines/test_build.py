@@ -9,9 +9,10 @@ import pytest
 
 from engines.build import STAGES, build_bundle, plan_build
 from engines.progress import ProgressEvent
-from engines.spec import BuildSpec, Precision
+from engines.spec import COMBINATIONS, BuildSpec, Combination, Precision
 from exporter.checkpoint import open_checkpoint
 from qwen_aot_errors import BuildError, DeployError
+from runtime.generator import Generator
 from tests.checkpoints import save_tiny
 
 pytestmark = pytest.mark.usefixtures("trace_once")
@@ -55,6 +56,21 @@ def test_a_bundle_is_whole_and_says_what_it_is(checkpoint: Path, tmp_path: Path)
     assert {"torch", "onnx", "onnxruntime", "qwen-aot", "python"} <= set(manifest["tool_versions"])
     stages = list(dict.fromkeys(event.stage for event in events))
     assert stages == list(STAGES[:-1])
+
+
+@pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: f"{row.target}-{row.precision}")
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_every_combination_builds_and_answers(
+    checkpoint: Path, tmp_path: Path, row: Combination, symmetric: bool
+) -> None:
+    if not symmetric and not row.asymmetric:
+        pytest.skip(f"{row.precision} has no asymmetric form")
+    spec = BuildSpec(target=row.target, precision=row.precision, symmetric=symmetric, max_context=128)
+    build(checkpoint, tmp_path / "bundle", spec)
+    with Generator.open(tmp_path / "bundle") as generator:
+        assert generator.engine.manifest.quantization == spec.quantization
+        config = generator.defaults.resolve(max_new_tokens=3, ignore_eos=True)
+        assert len(generator.generate([[1, 2, 3]], config)[0].token_ids) == 3
 
 
 def test_the_report_has_seconds_and_peak_memory_of_each_stage(checkpoint: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx_ir as ir
+
 from exporter.checkpoint import open_checkpoint
 from exporter.lowering import ort, standard
 from exporter.save import DATA_FILE, save_graph
@@ -18,10 +20,10 @@ LOWERINGS: dict[str, Callable[[Traced], Traced]] = {
 }
 
 
-def export(checkpoint: Path, folder: Path, lowering: str) -> Path:
-    """Traces in fp32, lowers, writes weights and graph; returns the path of model.onnx."""
+def export(checkpoint: Path, folder: Path, lowering: str, dtype: ir.DataType = ir.DataType.FLOAT) -> Path:
+    """Traces in `dtype`, lowers, writes weights and graph; returns the path of model.onnx."""
     folder.mkdir(exist_ok=True, parents=True)
     with open_checkpoint(checkpoint) as source:
-        traced = LOWERINGS[lowering](trace(source.config))
+        traced = LOWERINGS[lowering](trace(source.config, dtype))
         stitch(traced, source, folder / DATA_FILE)
         return save_graph(traced, folder)

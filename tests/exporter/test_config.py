@@ -164,6 +164,20 @@ REFUSED = {
         {"rope_parameters": {"partial_rotary_factor": 0.5}},
         "partial_rotary_factor is 0.5",
     ),
+    "rope_type list": ({"rope_scaling": {"type": ["linear"]}}, r"rope_type is \['linear'\]; not supported"),
+    "rope twice": (
+        {
+            "rope_scaling": {"type": "yarn", "factor": 4.0},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        "rope_scaling is .*'yarn'.* and rope_parameters is .*'default'.*; accepted: one of them",
+    ),
+    "nested rope": ({"rope_parameters": {"full_attention": 5}}, "rope_parameters is 5; accepted: an object"),
+    "theta of 1": ({"rope_theta": 1}, r"rope_theta is 1\.0; accepted: numbers greater than 1"),
+    "huge theta": ({"rope_theta": 10**400}, "rope_theta is a number of 401 digits"),
+    "huge size": ({"vocab_size": 10**400}, "vocab_size is 10+; accepted: whole numbers from 1 to 2147483647"),
+    "huge depth": ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; .* from 1 to 10000"),
+    "architectures": ({"architectures": "Qwen2ForCausalLM"}, "is 'Qwen2ForCausalLM'; accepted: a list of names"),
     "factor missing": ({"rope_scaling": {"type": "linear"}}, "factor is missing; accepted: a number"),
     "factor text": ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor is '2'; accepted: a number"),
     "gptq": (
@@ -197,6 +211,9 @@ REFUSED_MOE = {
     "dense layers": ({"mlp_only_layers": "0"}, "mlp_only_layers is '0'; accepted: a list of layer indices"),
     "top k": ({"num_experts_per_tok": 5}, r"num_experts_per_tok is 5; accepted: 1 to num_experts \(4\)"),
     "experts": ({"num_experts": 0}, "num_experts is 0; accepted: whole numbers from 1"),
+    "many experts": ({"num_experts": 10**12}, "num_experts is 1000000000000; .* from 1 to 10000"),
+    "huge depth": ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; .* from 1 to 10000"),
+    "no shared size": ({"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size is None"),
     "shared": ({"shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size is -1"),
 }
 
@@ -256,14 +273,15 @@ def test_unknown_keys_are_told_and_harmless_ones_are_not(caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         ModelConfig.from_hf(DENSE | {"use_cache": True, "transformers_version": "4.37.0", "sliding_window": 4096})
         assert caplog.records == []
-        ModelConfig.from_hf(DENSE | {"frobnicate": 1})
-    assert "frobnicate" in caplog.text
+        ModelConfig.from_hf(DENSE | {"frobnicate": 1, "auto_map": {"AutoModelForCausalLM": "code.Own"}})
+    assert "ignored: auto_map, frobnicate" in caplog.text
 
 
 BROKEN_FILES = {
     "text": ("{", "is not valid JSON"),
     "list": ("[]", "holds a JSON list; accepted: an object"),
     "deep": ("[" * 100_000, "is not valid JSON"),
+    "digits": ('{"vocab_size": ' + "9" * 5000 + "}", "is not valid JSON"),
 }
 
 
@@ -292,12 +310,23 @@ JSON_VALUES = st.one_of(
     st.floats(),
     st.text(max_size=4),
     st.lists(st.integers(), max_size=2),
+    st.sampled_from([10**400, -(10**400)]),
+    st.dictionaries(
+        st.sampled_from(["rope_type", "type", "factor", "rope_theta", "full_attention", "partial_rotary_factor"]),
+        st.none() | st.integers() | st.just("yarn") | st.lists(st.integers(), max_size=1) | st.just(10**400),
+    ),
 )
 
 
 @settings(deadline=None, max_examples=300)
 @given(
-    key=st.sampled_from([*SPARSE, "head_dim", "rope_theta", "rope_scaling", "eos_token_id"]),
+    key=st.sampled_from(
+        [
+            *SPARSE,
+            *("head_dim", "rope_theta", "rope_scaling", "rope_parameters", "eos_token_id", "layer_types"),
+            *("architectures", "mlp_only_layers", "decoder_sparse_step", "dtype", "rms_norm_eps", "hidden_act"),
+        ]
+    ),
     value=JSON_VALUES,
 )
 def test_any_value_gives_a_config_or_a_checkpoint_error(key: str, value: Any) -> None:

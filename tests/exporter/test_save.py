@@ -10,7 +10,8 @@ from exporter.lowering import standard
 from exporter.save import DATA_FILE, check, save_graph
 from exporter.trace import trace
 from qwen_aot_errors import ExportError
-from tests.exporter.test_trace import DENSE
+from tests.exporter.lowerings import LOWERINGS
+from tests.exporter.test_trace import DENSE, MOE
 
 
 def test_a_graph_without_weights_is_small_valid_and_points_at_its_data_file(tmp_path):
@@ -30,3 +31,10 @@ def test_an_invalid_graph_is_refused_with_the_checkers_reason():
     )
     with pytest.raises(ExportError, match=r"isn't valid ONNX: [\s\S]*MatMul"):
         check(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)]))
+
+
+@pytest.mark.parametrize("lowering", ["standard", "ort"])
+def test_the_same_input_gives_the_same_bytes(lowering, tmp_path):
+    """Builds can be reproduced."""
+    first, second = (save_graph(LOWERINGS[lowering](trace(MOE)), tmp_path).read_bytes() for _ in range(2))
+    assert first == second

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
@@ -55,6 +60,58 @@ def test_parameter_count(name: str) -> None:
     config = variant_config(name)
     assert config.num_parameters == PUBLISHED_PARAMETERS[name]
     assert config.num_parameters == meta_parameters(config)
+
+
+# As published in each model's config.json: rope_theta, tied embeddings, key/value heads.
+PUBLISHED_FACTS = {
+    "qwen1.5-0.5b": (1e6, True, 16),
+    "qwen1.5-1.8b": (1e6, False, 16),
+    "qwen1.5-4b": (5e6, False, 20),
+    "qwen1.5-7b": (1e6, False, 32),
+    "qwen1.5-14b": (1e6, False, 40),
+    "qwen1.5-32b": (1e6, False, 8),
+    "qwen1.5-72b": (1e6, False, 64),
+    "qwen1.5-110b": (1e6, False, 8),
+    "qwen1.5-moe-a2.7b": (1e6, False, 16),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FACTS)
+def test_facts_that_the_parameter_count_does_not_show(name: str) -> None:
+    config = variant_config(name)
+    assert (config.rope_theta, config.tie_word_embeddings, config.num_key_value_heads) == PUBLISHED_FACTS[name]
+    assert (config.max_position_embeddings, config.rms_norm_eps, config.attention_bias) == (32768, 1e-6, True)
+    assert config.head_dim == (64 if name == "qwen1.5-0.5b" else 128)
+    assert config.rope_scaling is None
+
+
+def test_the_largest_variant_exports_in_seconds_and_little_memory(tmp_path: Path) -> None:
+    """In a process of its own, as `qwen-aot export qwen1.5-110b` runs; allowed are 90 s and 1 GB."""
+    script = (
+        "import resource, sys, onnx_ir as ir\n"
+        "from pathlib import Path\n"
+        "from exporter.lowering import standard\n"
+        "from exporter.save import save_graph\n"
+        "from exporter.trace import trace\n"
+        "from exporter.variants import variant_config\n"
+        "traced = standard.lower(trace(variant_config('qwen1.5-110b'), ir.DataType.BFLOAT16))\n"
+        "save_graph(traced, Path(sys.argv[1]))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True, timeout=90, cwd=root
+    )
+    assert int(done.stdout.split()[-1]) < 1_000_000  # KB; seen: 410,000
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    assert len(graph.output) == 1 + 2 * 80
+    by_name = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    assert by_name["model.layers.79.self_attn.qkv_proj.weight"] == (8192, (64 + 2 * 8) * 128)
+    assert by_name["lm_head.weight"] == (152064, 8192)
+    cache = next(value for value in graph.input if value.name == "past_key_values.79.key").type.tensor_type
+    assert [dim.dim_param or dim.dim_value for dim in cache.shape.dim] == ["B", 8, "C", 128]
+    assert cache.elem_type == onnx.TensorProto.BFLOAT16
+    assert (tmp_path / "model.onnx").stat().st_size < 1 << 20
 
 
 def test_activated_parameters_of_the_mixture() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,10 +14,14 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from exporter import weights
+from exporter.checkpoint import mapped
 from exporter.checkpoint.base import TensorInfo
-from exporter.config import ModelConfig
+from exporter.checkpoint.safetensors import SafetensorsShards
+from exporter.config import ModelConfig, MoeConfig
+from exporter.lowering.passes import transpose_recipe
 from exporter.weights import Output, Recipe, Source, Traced, cast_to, output_bytes, stitch
 from qwen_aot_errors import CheckpointError, ExportError
 
@@ -177,10 +184,18 @@ def test_a_large_finite_tensor_whose_sum_overflows_is_accepted(tmp_path):
     assert read_back(graph, "w").max() == np.float32(3e38)
 
 
-def test_a_weight_beyond_float16_names_its_size(tmp_path):
-    graph = traced(plain("w", (3, 5), dtype=ir.DataType.FLOAT16))
-    with pytest.raises(ExportError, match=r"magnitude 70000 doesn't fit float16"):
-        stitch(graph, ArrayCheckpoint(w0=np.full((3, 5), 70000, np.float32)), tmp_path / "data")
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        (ir.DataType.FLOAT16, -70000, r"magnitude 70000 doesn't fit float16 \(at most 65504\)"),
+        (ir.DataType.BFLOAT16, 3.4e38, r"magnitude 3\.4e\+38 doesn't fit bfloat16 \(at most 3\.38953e\+38\)"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_a_weight_that_would_become_infinite_is_refused(dtype, value, message, tmp_path):
+    graph = traced(plain("w", (3, 5), dtype=dtype))
+    with pytest.raises(ExportError, match=message):
+        stitch(graph, ArrayCheckpoint(w0=np.full((3, 5), value, np.float32)), tmp_path / "data")
 
 
 def embedding() -> Recipe:
@@ -206,6 +221,18 @@ def test_old_rotary_buffers_are_skipped(tmp_path):
     stitch(traced(plain("w", (3, 5))), checkpoint, tmp_path / "data")
 
 
+def test_what_an_empty_shared_expert_leaves_in_a_checkpoint_is_skipped(tmp_path):
+    moe = MoeConfig(4, 2, 8, 0, norm_topk_prob=False, sparse_layers=frozenset({0}))
+    graph = traced(plain("w", (3, 5)))
+    graph.config = dataclasses.replace(graph.config, model_type="qwen2_moe", moe=moe)
+    mlp = "model__layers__0__mlp__"
+    left = {f"{mlp}shared_expert_gate__weight": ONES[:1], f"{mlp}shared_expert__up_proj__weight": ONES[:0]}
+    stitch(graph, ArrayCheckpoint(w0=ONES, **left), tmp_path / "data")
+    graph.config = dataclasses.replace(graph.config, moe=dataclasses.replace(moe, shared_expert_intermediate_size=8))
+    with pytest.raises(CheckpointError, match=r"no place for 2 tensors: model\.layers\.0\.mlp\.shared_expert\.up"):
+        stitch(graph, ArrayCheckpoint(w0=ONES, **left), tmp_path / "data")
+
+
 def test_a_full_disk_is_an_error_before_anything_is_computed(tmp_path, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -213,3 +240,76 @@ def test_a_full_disk_is_an_error_before_anything_is_computed(tmp_path, monkeypat
     monkeypatch.setattr(weights.os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
         stitch(traced(plain("w", (3, 5))), ArrayCheckpoint(w0=ONES), tmp_path / "data")
+
+
+@pytest.mark.parametrize("made", [np.zeros((3, 4)), np.zeros((3, 6)), np.zeros((1, 5))], ids=lambda a: str(a.shape))
+def test_a_recipe_that_makes_another_size_than_it_says_is_refused(made, tmp_path):
+    recipe = Recipe(
+        (Source("w0", (3, 5)),), (Output("w", ir.DataType.FLOAT, (3, 5)),), lambda _: (made.astype(np.float32),)
+    )
+    with pytest.raises(ExportError, match=rf"recipe of w made {made.size * 4} bytes of rows 0 to 3, .* holds 60"):
+        stitch(traced(recipe), ArrayCheckpoint(w0=ONES), tmp_path / "data")
+
+
+class WideCheckpoint:
+    """One tensor of any size, the same values in each row, made when it is read."""
+
+    path = Path("wide")
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.tensors = {"w0": TensorInfo("w0", shape, np.dtype(np.float32))}
+        self._row = np.arange(shape[1], dtype=np.float32)
+
+    def read(self, name: str, rows: slice) -> np.ndarray:
+        return np.repeat(self._row[None], rows.stop - rows.start, axis=0)
+
+
+def peak_resident_bytes() -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and pages are dropped on Linux only")
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_memory_does_not_grow_with_the_tensor(is_transposed, tmp_path):
+    shape = (1536, 65536)  # 400 MB; transposed, a chunk of rows is a thin stripe over the whole output
+    recipe = plain("w", shape)
+    graph = traced(transpose_recipe(recipe) if is_transposed else recipe)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = peak_resident_bytes()
+    stitch(graph, WideCheckpoint(shape), tmp_path / "data", threads=2)
+    assert peak_resident_bytes() - before < 200 << 20  # two threads, three 16 MiB copies and 32 MiB written each
+    written = np.memmap(tmp_path / "data", np.float32, "r", shape=shape[::-1] if is_transposed else shape)
+    sample = written[::4096, ::7].T if is_transposed else written[::7, ::4096]
+    np.testing.assert_array_equal(sample, np.broadcast_to(np.arange(0, 65536, 4096), sample.shape))
+
+
+def test_a_failing_chunk_ends_the_work_and_is_raised(tmp_path):
+    """Neither the queue nor the other threads keep `stitch` from returning."""
+    calls = []
+
+    def transform(rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        calls.append(len(rows))
+        if len(calls) == 3:
+            raise KeyboardInterrupt  # as from Ctrl-C, whichever thread it is raised in
+        return (rows,)
+
+    recipe = Recipe((Source("w0", (1000, 8)),), (Output("w", ir.DataType.FLOAT, (1000, 8)),), transform)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(weights, "CHUNK_BYTES", 32)
+        stitch(traced(recipe), ArrayCheckpoint(w0=np.ones((1000, 8), np.float32)), tmp_path / "data", threads=2)
+    assert len(calls) < 20  # of 1000
+
+
+def test_threads_may_drop_pages_that_others_read(tmp_path):
+    """A mapped page that is dropped under a reader comes back from the file."""
+    rng = np.random.default_rng(0)
+    arrays = {f"w{i}": rng.normal(size=(64, 4096)).astype(np.float32) for i in range(6)}
+    save_file(arrays, tmp_path / "model.safetensors")
+    graph = traced(plain("w", *(array.shape for array in arrays.values())))
+    with pytest.MonkeyPatch.context() as patch, closing(SafetensorsShards(tmp_path)) as shards:
+        patch.setattr(mapped, "_RESIDENT_BYTES", 0)  # every read drops all pages
+        patch.setattr(weights, "CHUNK_BYTES", 1 << 16)
+        shards.path = tmp_path
+        stitch(graph, shards, tmp_path / "data", threads=8)
+    np.testing.assert_array_equal(read_back(graph, "w"), np.concatenate(list(arrays.values())))

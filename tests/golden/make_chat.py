@@ -27,6 +27,8 @@ BLOCKS = """{{ bos_token }}
 {% endfor %}
 {{ eos_token -}}
 """
+# What a template sees of tools that nobody gave.
+TOOLS = "{% if tools is not none or documents is not none %}tools{% else %}{{ messages[0].content }}{% endif %}"
 CONVERSATIONS = [
     [{"role": "user", "content": "Hello"}],
     [{"role": "system", "content": "Be terse."}, {"role": "user", "content": 'Hi <b>"you" & me</b> 你好'}],
@@ -42,7 +44,7 @@ SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
 def main() -> None:
     """Writes chat.json beside this script."""
     cases = []
-    for template in (CHATML, BLOCKS):
+    for template in (CHATML, BLOCKS, TOOLS):
         for messages in CONVERSATIONS:
             for add_generation_prompt in (True, False):
                 texts, _ = render_jinja_template(

@@ -8,15 +8,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot_errors import ContextFullError
+from runtime.engine import NonFiniteLogitsError
 from runtime.manifest import Manifest
 from tests.runtime.toys import checksum
 
 
 class FakeEngine:
-    """An engine whose next token is a function of the row's tokens; it remembers what it was asked."""
+    """An engine whose next token is a function of the row's tokens; it remembers what it was asked.
 
-    def __init__(self, manifest: Manifest, next_token: Callable[[list[int]], int] = checksum) -> None:
+    A row that is fed a `poison` has logits that aren't finite.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        next_token: Callable[[list[int]], int] = checksum,
+        poison: frozenset[int] = frozenset(),
+    ) -> None:
         self._manifest = manifest
+        self._poison = poison
         self._next_token = next_token
         self.rows: list[list[int]] = [[] for _ in range(manifest.max_batch)]
         self.prefills: list[tuple[int, list[int]]] = []
@@ -38,11 +48,16 @@ class FakeEngine:
     def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         assert len(token_ids) > 0
         self.prefills.append((row, token_ids.tolist()))
+        if not self._poison.isdisjoint(token_ids.tolist()):
+            raise NonFiniteLogitsError([row])
         self._append(row, token_ids.tolist())
         return self._logits(row)
 
     def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         self.decodes.append((first_row, token_ids.tolist()))
+        poisoned = [first_row + offset for offset, id_ in enumerate(token_ids.tolist()) if id_ in self._poison]
+        if poisoned:
+            raise NonFiniteLogitsError(poisoned)
         logits = np.full((len(token_ids), self._manifest.model.vocab_size), np.nan, np.float32)
         for offset, token_id in enumerate(token_ids.tolist()):
             if token_id >= 0:

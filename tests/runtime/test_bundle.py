@@ -7,12 +7,12 @@ import pytest
 
 from qwen_aot_errors import BundleError
 from runtime.bundle import load_bundle
-from tests.runtime.toys import checksum_model, io_tables, make_manifest, write_bundle
+from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest, write_bundle
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    inputs, outputs = io_tables(("input_ids", "position_ids", "cache_length", "new_tokens", "key_positions"), "float32")
+    inputs, outputs = io_tables(ALL_INPUTS, "float32")
     manifest = make_manifest(inputs=inputs, outputs=outputs)
     return write_bundle(tmp_path / "bundle", checksum_model(inputs, outputs), manifest, {"notes.txt": "é"})
 
@@ -59,6 +59,39 @@ def test_a_link_out_of_the_folder(path: Path, tmp_path: Path) -> None:
     (path / "notes.txt").symlink_to(tmp_path / "notes.txt")
     with pytest.raises(BundleError, match="outside the bundle; a bundle is self-contained"):
         load_bundle(path)
+
+
+def test_a_link_to_itself(path: Path) -> None:
+    (path / "notes.txt").unlink()
+    (path / "notes.txt").symlink_to(path / "notes.txt")
+    with pytest.raises(BundleError, match=r"notes\.txt (is a link that leads to itself|is missing)"):
+        load_bundle(path)
+
+
+def test_a_folder_that_may_not_be_looked_into(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(BundleError, match=r"bundle can't be read \(Permission denied\): check its permissions"):
+        load_bundle(path)
+
+
+def test_a_name_too_long_for_the_file_system(path: Path) -> None:
+    text = (path / "manifest.json").read_text(encoding="utf-8")
+    (path / "manifest.json").write_text(text.replace("notes.txt", "n" * 300), encoding="utf-8")
+    with pytest.raises(BundleError, match=r"n can't be read \(File name too long\)"):
+        load_bundle(path)
+
+
+def test_a_folder_that_is_read_only(path: Path) -> None:
+    for file in path.iterdir():
+        file.chmod(0o444)
+    path.chmod(0o555)
+    try:
+        assert load_bundle(path).has("notes.txt")
+    finally:
+        path.chmod(0o755)
 
 
 def test_a_link_to_the_bundle_itself_is_fine(path: Path, tmp_path: Path) -> None:

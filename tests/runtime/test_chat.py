@@ -50,6 +50,21 @@ def test_a_template_is_kept_in_its_sandbox(source: str) -> None:
         ChatTemplate(source, {}).render([])
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ 5 | xmlattr }}",
+        "{{ 1 / 0 }}",
+        "{{ nothing.at.all }}",
+        "{{ strftime_now(5) }}",
+    ],
+)
+def test_what_a_template_runs_into_is_a_refusal(source: str) -> None:
+    with pytest.raises(GenerationError, match="the chat template refuses these messages: "):
+        ChatTemplate(source, {}).render([])
+
+
 def test_a_template_that_is_none() -> None:
     with pytest.raises(BundleError, match=r"can't be parsed \(line 1: .*\)"):
         ChatTemplate("{% for %}", {})
@@ -58,11 +73,22 @@ def test_a_template_that_is_none() -> None:
 END = golden_tokenizer().backend.token_to_id("<|im_end|>")
 
 
+# Answers but the last are forgotten, as templates do with what a model thought.
+FORGETFUL = CHATML.replace(
+    "message['content']", "(message['content'] if message['role'] != 'assistant' or loop.last else '...')"
+)
+
+
 def make_chat(
-    replies: list[str], *, max_context: int = 300, max_batch: int = 1, system: str | None = None
+    replies: list[str],
+    *,
+    max_context: int = 300,
+    max_batch: int = 1,
+    system: str | None = None,
+    template: str = CHATML,
 ) -> tuple[Chat, FakeEngine]:
     """A chat whose answers are given: turn n is answered with replies[n] and <|im_end|>."""
-    tokenizer = golden_tokenizer({"chat_template": CHATML})
+    tokenizer = golden_tokenizer({"chat_template": template})
     opening = tokenizer.encode("<|im_start|>assistant\n")
 
     def next_token(row: list[int]) -> int:
@@ -109,6 +135,31 @@ def test_the_cache_holds_what_the_template_says() -> None:
     assert whole[len(engine.rows[0]) :] == tokenizer.encode("<|im_end|>\n")
 
 
+def test_a_template_that_rewrites_earlier_turns() -> None:
+    chat, engine = make_chat(["a rather long answer", "two", "three"], template=FORGETFUL)
+    say(chat, "first")
+    say(chat, "second")
+    completion = say(chat, "third")
+    assert completion.text == "three"
+    tokenizer = golden_tokenizer()
+    prompt = tokenizer.encode(ChatTemplate(FORGETFUL, {}).render(chat.messages[:-1]))
+    assert engine.rows[0] == [*prompt, *tokenizer.encode("three")]
+    # The system prompt and the first question stand where they stood.
+    assert completion.cached_tokens >= len(tokenizer.encode("<|im_start|>user\nfirst<|im_end|>\n"))
+
+
+def test_an_answer_that_fills_the_context() -> None:
+    chat, engine = make_chat(["Hello, world! " * 30, "two"], max_context=100)
+    completion = say(chat, "a")
+    assert completion.finish_reason == "length"
+    assert completion.prompt_tokens + len(completion.token_ids) == 101  # the last one needn't fit
+    assert len(engine.rows[0]) == 100
+    with pytest.raises(ContextFullError, match=r"the context holds 100: start a new conversation"):
+        chat.send("b")
+    chat.reset()
+    assert say(chat, "a").finish_reason == "length"
+
+
 def test_reset_keeps_the_system_prompt_and_its_cache() -> None:
     chat, _ = make_chat(["one", "one"], system="Be terse.")
     say(chat, "a")
@@ -140,15 +191,17 @@ def test_a_conversation_that_is_too_long_says_what_to_do() -> None:
 
 
 def test_an_answer_cut_short_stays_in_the_conversation() -> None:
-    chat, _ = make_chat(["Hello, world!", "two"])
+    chat, engine = make_chat(["Hello, world!", "two"])
     stream = chat.send("a")
     first = next(stream)
+    held = len(engine.rows[0])
     assert isinstance(first, TokenEvent)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert chat.messages[-1] == {"role": "assistant", "content": first.text}
     cancel = threading.Event()
     cancel.set()
     assert say(chat, "b", cancel).finish_reason == "cancelled"
+    assert len(engine.rows[0]) == held
     assert [m["content"] for m in chat.messages] == ["a", first.text, "b", ""]
 
 

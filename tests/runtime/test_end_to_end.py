@@ -16,16 +16,15 @@ from runtime.manifest import FileEntry
 from runtime.request import Request
 from tests.runtime.fakes import FakeEngine
 from tests.runtime.texts import GOLDEN, golden_tokenizer
-from tests.runtime.toys import VOCAB_SIZE, checksum, checksum_model, io_tables, make_manifest, write_bundle
+from tests.runtime.toys import ALL_INPUTS, VOCAB_SIZE, checksum, checksum_model, io_tables, make_manifest, write_bundle
 
 VOCABULARY = 400  # of the model; the tokenizer has fewer, as in Qwen
-INPUTS = ("input_ids", "position_ids", "cache_length", "new_tokens", "key_positions")
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """The checksum model with a tokenizer whose ids fit its vocabulary, and greedy defaults."""
-    inputs, outputs = io_tables(INPUTS, "float32", vocab_size=VOCABULARY)
+    inputs, outputs = io_tables(ALL_INPUTS, "float32", vocab_size=VOCABULARY)
     document = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))
     document["added_tokens"] = []
     texts = {"tokenizer.json": json.dumps(document), "generation_config.json": '{"max_new_tokens": 12}'}

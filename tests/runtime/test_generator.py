@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_aot_errors import ContextFullError, GenerationError
+from runtime.engine import NonFiniteLogitsError
 from runtime.generation_config import GenerationConfig, GenerationDefaults
 from runtime.generator import Generator
 from runtime.request import Completion, Event, FinishReason, Request, TokenEvent
@@ -20,10 +21,15 @@ FOUR = GenerationConfig(max_new_tokens=4)
 
 
 def make_generator(
-    *, max_batch: int = 3, max_context: int = 40, bos_token_id: int | None = None, eos: tuple[int, ...] = ()
+    *,
+    max_batch: int = 3,
+    max_context: int = 40,
+    bos_token_id: int | None = None,
+    eos: tuple[int, ...] = (),
+    poison: frozenset[int] = frozenset(),
 ) -> tuple[Generator, FakeEngine]:
     manifest = make_manifest(max_batch=max_batch, max_context=max_context, bos_token_id=bos_token_id, eos_token_ids=eos)
-    engine = FakeEngine(manifest)
+    engine = FakeEngine(manifest, poison=poison)
     return Generator(engine), engine
 
 
@@ -137,6 +143,15 @@ def test_a_stop_string_ends_the_text_before_it() -> None:
     assert bytes(completion.token_ids) == b"Hello END"
 
 
+@pytest.mark.parametrize("stop", ["<|end|>", "x<|end|>"])
+def test_a_stop_string_that_is_a_special_token_is_its_id(stop: str) -> None:
+    # "x<|end|>" isn't one, and the text of special tokens is never part of the output.
+    _, completion = write("abc", stop=[stop], ignore_eos=True, max_new_tokens=9)
+    expected = ("stop", 3) if stop == "<|end|>" else ("length", 9)
+    assert (completion.finish_reason, len(completion.token_ids)) == expected
+    assert completion.text == "abc"
+
+
 def test_what_looked_like_a_stop_string_comes_out_in_the_end() -> None:
     texts, completion = write("a EN", stop=[" END"])
     assert texts == ["a", "", "", ""]
@@ -247,7 +262,7 @@ def test_closing_the_iterator_frees_the_rows() -> None:
         next(stream)
     with pytest.raises(GenerationError, match="another stream of this generator isn't finished"):
         next(generator.stream([Request([3], FOUR)]))
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert engine.rows == [[], [], []]
     assert list(generator.generate([[3]], FOUR)[0].token_ids) == continuation([3], 4)
 
@@ -261,6 +276,55 @@ def test_a_failed_step_frees_the_rows() -> None:
     assert engine.rows == [[], [], []]
     engine.decode = decode  # type: ignore[method-assign]
     assert list(generator.generate([[3]], FOUR)[0].token_ids) == continuation([3], 4)
+
+
+def test_a_request_that_fails_leaves_the_others_alone() -> None:
+    tokens = continuation([1], 4)
+    # The first fails when its second token is fed, the third in its prefill; the second and fourth are sound.
+    generator, engine = make_generator(max_batch=2, poison=frozenset({tokens[1], 200}))
+    stream = generator.stream([Request(prompt, FOUR) for prompt in ([1], [2], [3, 200], [4])])
+    completions: dict[int, Completion] = {}
+    with pytest.raises(NonFiniteLogitsError, match="the logits of row 0 hold NaN or Inf"):
+        for event in stream:
+            if isinstance(event, Completion):
+                completions[event.index] = event
+    assert [completions[i].finish_reason for i in range(4)] == ["error", "length", "error", "length"]
+    assert [list(completions[i].token_ids) for i in range(4)] == [
+        tokens[:2],
+        continuation([2], 4),
+        [],
+        continuation([4], 4),
+    ]
+    assert isinstance(completions[0].error, NonFiniteLogitsError) and completions[1].error is None
+    assert engine.rows == [[], []]
+
+
+def test_a_failed_request_of_generate_is_raised() -> None:
+    generator, _ = make_generator(poison=frozenset({200}))
+    with pytest.raises(NonFiniteLogitsError):
+        generator.generate([[1], [200]], FOUR)
+    assert list(generator.generate([[3]], FOUR)[0].token_ids) == continuation([3], 4)
+
+
+@pytest.mark.parametrize("close_after", [1, 4, 5])
+def test_a_closed_stream_leaves_the_rows_that_keep_their_cache(close_after: int) -> None:
+    generator, engine = make_generator(max_batch=2)
+    kept = Request([1, 2, 3], GenerationConfig(), keep_cache=True)
+    stream = generator.stream([kept, Request([4], GenerationConfig())])
+    for _ in range(close_after):
+        next(stream)
+    held = list(engine.rows[0])
+    stream.close()
+    assert engine.rows == [held, []]
+    again = list(generator.stream([Request([*held, 9], FOUR, keep_cache=True)]))[-1]
+    assert isinstance(again, Completion)
+    assert (again.cached_tokens, list(again.token_ids)) == (len(held), continuation([*held, 9], 4))
+
+
+def test_a_stop_string_that_the_prompt_began_ends_nothing() -> None:
+    generator = writer("END of it")  # the writer goes by the row's length: "EN" is in the prompt
+    config = generator.defaults.resolve(stop=["END"])
+    assert generator.generate(["EN"], config)[0].text == "ND of it"
 
 
 def test_logprobs_of_each_token() -> None:
@@ -302,23 +366,29 @@ def test_closing_the_generator_closes_the_engine() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     requests=st.lists(
-        st.tuples(
-            st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=20),
-            st.integers(1, 12),
-            st.sampled_from([0.0, 5.0]),
+        st.builds(
+            Request,
+            st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=40),
+            st.builds(
+                GenerationConfig,
+                max_new_tokens=st.none() | st.integers(1, 12),
+                temperature=st.sampled_from([0.0, 5.0]),
+                repetition_penalty=st.sampled_from([1.0, 1.5]),
+                seed=st.integers(0, 3),
+            ),
+            keep_cache=st.booleans(),
         ),
         min_size=1,
         max_size=7,
     ),
     max_batch=st.integers(1, 4),
 )
-def test_a_result_does_not_depend_on_the_batch(requests: list[tuple[list[int], int, float]], max_batch: int) -> None:
-    made = [
-        Request(prompt, GenerationConfig(max_new_tokens=count, temperature=temperature, seed=index))
-        for index, (prompt, count, temperature) in enumerate(requests)
-    ]
-    together = {e.index: e for e in make_generator(max_batch=max_batch)[0].stream(made) if isinstance(e, Completion)}
-    for index, request in enumerate(made):
+def test_a_result_does_not_depend_on_the_batch(requests: list[Request], max_batch: int) -> None:
+    generator, engine = make_generator(max_batch=max_batch)
+    together = {e.index: e for e in generator.stream(requests) if isinstance(e, Completion)}
+    # Only conversations stay in the cache.
+    assert sum(map(len, engine.rows)) == 0 or any(request.keep_cache for request in requests)
+    for index, request in enumerate(requests):
         alone = list(make_generator(max_batch=1)[0].stream([request]))[-1]
         assert isinstance(alone, Completion)
         assert together[index].token_ids == alone.token_ids

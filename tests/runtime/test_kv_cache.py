@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qwen_aot_errors import GenerationError
-from runtime.kv_cache import CAPACITY_STEP, KvCache
-from runtime.manifest import IoTensor
+from runtime.kv_cache import KvCache
+from runtime.manifest import CAPACITY_STEP, IoTensor, cache_capacity
 
 TENSORS = (
     IoTensor("past_key_values.0.key", "float16", ("B", 2, "C", 4)),
@@ -14,7 +16,7 @@ TENSORS = (
 
 
 def test_new_memory_is_zero_and_aligned() -> None:
-    cache = KvCache(TENSORS, max_batch=3, max_context=2000)
+    cache = KvCache(TENSORS, max_batch=3, max_capacity=2048)
     key, scale = cache.views(0, 3)
     assert (key.shape, key.dtype) == ((3, 2, CAPACITY_STEP, 4), np.float16)
     assert (scale.shape, scale.dtype) == ((3, 2, CAPACITY_STEP), np.float32)
@@ -24,7 +26,7 @@ def test_new_memory_is_zero_and_aligned() -> None:
 
 
 def test_views_are_the_memory_of_contiguous_rows() -> None:
-    cache = KvCache(TENSORS, max_batch=3, max_context=2000)
+    cache = KvCache(TENSORS, max_batch=3, max_capacity=2048)
     view = cache.views(1, 2)[0]
     assert view.flags.c_contiguous
     view[:] = 7
@@ -33,7 +35,7 @@ def test_views_are_the_memory_of_contiguous_rows() -> None:
 
 
 def test_growth_keeps_content_and_zero_fills_the_rest() -> None:
-    cache = KvCache(TENSORS, max_batch=2, max_context=2000)
+    cache = KvCache(TENSORS, max_batch=2, max_capacity=2048)
     cache.lengths[:] = (3, CAPACITY_STEP)
     rng = np.random.default_rng(0)
     before = []
@@ -48,15 +50,23 @@ def test_growth_keeps_content_and_zero_fills_the_rest() -> None:
         assert not view[:, :, CAPACITY_STEP:].any()
 
 
-def test_capacity_stops_above_the_context() -> None:
-    cache = KvCache(TENSORS, max_batch=1, max_context=CAPACITY_STEP)
-    # One more than the context, so that a full row may stand idle in a step of one token.
-    assert cache.reserve(CAPACITY_STEP + 1) is True
-    assert cache.capacity == 2 * CAPACITY_STEP
+@given(
+    max_context=st.integers(1, 5000), prefill_chunk=st.integers(1, 1500), steps=st.lists(st.floats(0, 1), max_size=8)
+)
+def test_the_capacity_never_passes_the_rotary_tables(max_context: int, prefill_chunk: int, steps: list[float]) -> None:
+    positions = cache_capacity(max_context, prefill_chunk)  # what a build gives the tables
+    cache = KvCache(TENSORS[1:], max_batch=1, max_capacity=positions)
+    # The longest step: one more than the context, beside an idle row that is full.
+    for share in [*steps, 1.0]:
+        tokens = round(share * max_context) + 1
+        cache.reserve(tokens)
+        assert tokens <= cache.capacity <= positions
+    with pytest.raises(AssertionError, match=f"tokens asked of a cache of at most {positions}"):
+        cache.reserve(positions + 1)
 
 
 def test_without_memory_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = KvCache(TENSORS, max_batch=2, max_context=2000)
+    cache = KvCache(TENSORS, max_batch=2, max_capacity=2048)
     cache.views(0, 2)[0][:] = 5
     zeros = np.zeros
     calls = iter([zeros, None])
@@ -75,14 +85,20 @@ def test_without_memory_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None
     assert (cache.views(0, 2)[0] == 5).all()
 
 
+def test_more_than_an_address_can_count() -> None:
+    tensors = (IoTensor("k", "float32", ("B", 2**31 - 1, "C", 2**31 - 1)),)
+    with pytest.raises(GenerationError, match="no memory for a KV cache of 2147483647 rows of 256 tokens"):
+        KvCache(tensors, max_batch=2**31 - 1, max_capacity=256)
+
+
 def test_a_fixed_capacity() -> None:
-    cache = KvCache((IoTensor("k", "int8", ("B", 2, 100, 4)),), max_batch=1, max_context=90)
+    cache = KvCache((IoTensor("k", "int8", ("B", 2, 100, 4)),), max_batch=1, max_capacity=256)
     assert cache.capacity == 100
     assert cache.reserve(100) is False
-    with pytest.raises(AssertionError, match="101 tokens asked of a cache fixed at 100"):
+    with pytest.raises(AssertionError, match="101 tokens asked of a cache of at most 100"):
         cache.reserve(101)
 
 
 def test_bfloat16_is_kept_as_its_bits() -> None:
-    cache = KvCache((IoTensor("k", "bfloat16", ("B", 2, "C", 4)),), max_batch=1, max_context=90)
+    cache = KvCache((IoTensor("k", "bfloat16", ("B", 2, "C", 4)),), max_batch=1, max_capacity=256)
     assert cache.views(0, 1)[0].dtype == np.uint16

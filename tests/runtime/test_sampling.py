@@ -75,7 +75,7 @@ def whole_vocabulary(seed: int, spread: float) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(VOCAB_SIZE) * spread).astype(np.float32)
 
 
-@pytest.mark.parametrize("k", [1, 20, 500, 513, 5000, VOCAB_SIZE - 1])
+@pytest.mark.parametrize("k", [1, 20, 500, 513, 5000, 40_000, VOCAB_SIZE - 1])
 @pytest.mark.parametrize("spread", [0.01, 3.0])
 def test_top_k_of_a_whole_vocabulary_is_the_sorted_one(k: int, spread: float) -> None:
     logits = whole_vocabulary(k, spread)
@@ -126,6 +126,15 @@ def test_draws_follow_the_probabilities() -> None:
     assert draw(candidates, np.nextafter(1, 0)) == 1999
 
 
+@pytest.mark.parametrize("likely", [0, 700, 1500])
+def test_what_has_no_weight_is_never_drawn(likely: int) -> None:
+    # The likely one ends its block of weights, or another block follows: rounding leads past neither.
+    logits = np.full(2000, -1000.0, np.float32)
+    logits[likely] = 0
+    for u in (0.0, 0.5, np.nextafter(1, 0)):
+        assert draw(Candidates(None, logits), u) == likely
+
+
 def choices(config: GenerationConfig, prompt: list[int], steps: int = 20) -> list[int]:
     sampler = Sampler(config, prompt)
     return [sampler.choose(whole_vocabulary(step, 2.0)[:500]) for step in range(steps)]
@@ -139,7 +148,7 @@ def test_a_seed_repeats_its_choices() -> None:
     assert choices(unseeded, []) != choices(unseeded, [])
 
 
-def test_greedy_is_the_argmax_and_reads_no_random_number() -> None:
+def test_greedy_is_the_argmax() -> None:
     assert choices(GenerationConfig(), []) == [int(whole_vocabulary(s, 2.0)[:500].argmax()) for s in range(20)]
 
 
@@ -148,3 +157,20 @@ def test_the_penalty_counts_prompt_and_output() -> None:
     sampler = Sampler(GenerationConfig(repetition_penalty=2.0), [0])
     # 10 / 2 from the start; then 9 / 2 once it is out, and so on; then nothing is left to avoid
     assert [sampler.choose(logits) for _ in range(4)] == [1, 2, 0, 0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.5}])
+def test_the_sampler_is_its_functions_chained(settings: dict[str, Any]) -> None:
+    # It keeps memory between steps; the functions by themselves take fresh memory each time.
+    config = GenerationConfig(temperature=0.7, repetition_penalty=1.3, seed=9, **settings)
+    sampler, random, seen = Sampler(config, [1, 2]), np.random.default_rng(9), [1, 2]
+    for step in range(20):
+        logits = whole_vocabulary(step, 2.0)[:3000]
+        given = logits.copy()
+        penalised = apply_repetition_penalty(logits, np.array(sorted(set(seen))), 1.3)
+        kept = top_k(penalised, config.top_k)
+        candidates = top_p(Candidates(kept.ids, kept.logits / np.float32(0.7)), config.top_p)
+        expected = draw(candidates, random.random())
+        assert sampler.choose(logits) == expected
+        np.testing.assert_array_equal(logits, given)
+        seen.append(expected)

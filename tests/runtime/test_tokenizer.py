@@ -9,14 +9,13 @@ from qwen_aot_errors import BundleError, GenerationError
 from runtime.bundle import Bundle, load_bundle
 from runtime.tokenizer import load_tokenizer
 from tests.runtime.texts import GOLDEN, golden_tokenizer
-from tests.runtime.toys import checksum_model, io_tables, make_manifest, write_bundle
+from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest, write_bundle
 
 TOKENIZER = (GOLDEN / "tokenizer.json").read_text(encoding="utf-8")
 
 
 def bundle_with(tmp_path: Path, texts: dict[str, str], vocab_size: int = 1000) -> Bundle:
-    names = ("input_ids", "position_ids", "cache_length", "new_tokens", "key_positions")
-    inputs, outputs = io_tables(names, "float32")
+    inputs, outputs = io_tables(ALL_INPUTS, "float32")
     manifest = make_manifest(inputs=inputs, outputs=outputs, vocab_size=vocab_size)
     return load_bundle(write_bundle(tmp_path / "bundle", checksum_model(inputs, outputs), manifest, texts))
 
@@ -72,6 +71,14 @@ def test_of_several_templates_the_default_is_taken() -> None:
     assert golden_tokenizer({"chat_template": named}).chat_template == "d"
     assert golden_tokenizer({"chat_template": named[:1]}).chat_template is None
     assert golden_tokenizer().chat_template is None
+
+
+@pytest.mark.parametrize("value", [5, {"default": "x"}, ["x"], [{"name": "default", "template": 5}]])
+def test_a_template_of_another_type_is_refused(value: object) -> None:
+    with pytest.raises(
+        BundleError, match=r"tokenizer_config\.json: chat_template is a (int|dict|list); accepted: a text"
+    ):
+        golden_tokenizer({"chat_template": value})
 
 
 def test_padding_and_truncation_of_the_file_are_off() -> None:

@@ -14,6 +14,7 @@ from runtime.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, IoTensor,
 
 VOCAB_SIZE = 211  # a prime: checksums spread over it
 HEADS, HEAD_DIM = 2, 8
+ALL_INPUTS = ("input_ids", "position_ids", "cache_length", "new_tokens", "key_positions")
 
 _ONNX_TYPES = {
     "int64": TensorProto.INT64,

@@ -246,6 +246,12 @@ FACTS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"llama.rope.scaling.type": "longrope"},
         "'longrope'; not supported; accepted: none, linear",
     ),
+    "yarn": (
+        "llama",
+        {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 0.5},
+        r"yarn_ext_factor is 0\.5; not supported; accepted: 1\.0",
+    ),
+    "huge depth": ("qwen2moe", {"qwen2moe.block_count": 4_000_000_000}, r"block_count is 4000000000; .*to 10000"),
     "experts": ("qwen2moe", {"qwen2moe.expert_count": 5}, r"expert_count is 5, but the tensors have 4"),
     "heads": (
         "qwen2",
@@ -264,6 +270,16 @@ def test_refuses_facts_by_name(architecture: str, facts: dict[str, Any], message
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(tmp_path / "m.gguf")
     assert "m.gguf" in str(caught.value)
+
+
+def test_unknown_facts_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(tiny_config(layers=1))
+    save_gguf(tmp_path / "m.gguf", model, "llama")
+    open_checkpoint(tmp_path / "m.gguf").close()
+    assert caplog.records == []
+    save_gguf(tmp_path / "m.gguf", model, "llama", facts={"llama.frobnicate": 1})
+    open_checkpoint(tmp_path / "m.gguf").close()
+    assert "llama keys of the GGUF file are not known here and are ignored: frobnicate" in caplog.text
 
 
 SCALINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {

@@ -122,6 +122,10 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "no dimensions": (gguf_bytes(tensors=[tensor("t", [])]), "'t' has 0 dimensions; accepted: 1 to 4"),
     "zero size": (gguf_bytes(tensors=[tensor("t", [4, 0])]), r"'t' has shape \[0, 4\]"),
     "part of a block": (gguf_bytes(tensors=[tensor("t", [40, 2], kind=2)]), "Q4_0 needs rows of 32"),
+    "quantized vector": (
+        gguf_bytes(tensors=[tensor("t", [32], kind=8)], data=64),
+        "'t' is a vector of type Q8_0; not supported; accepted: F32, F16, BF16",
+    ),
     "outside": (gguf_bytes(tensors=[tensor("t", [4])], data=8), "tensor 't' ends at .*, but the file has"),
     "far outside": (gguf_bytes(tensors=[tensor("t", [4], offset=1 << 62)], data=8), "tensor 't' ends at"),
     "overlap": (
@@ -139,6 +143,14 @@ def test_refuses_a_broken_file(content: bytes, message: str, tmp_path: Path) -> 
         open_checkpoint(path)
 
 
+def test_refuses_an_array_that_would_fill_memory(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    count = (1 << 24) + 1
+    path.write_bytes(gguf_bytes([key("a", ARRAY, struct.pack("<IQ", BOOL, count) + bytes(count))]))
+    with pytest.raises(CheckpointError, match="has 16777217 values in 'a'; not supported; accepted: up to 16777216"):
+        open_checkpoint(path)
+
+
 def test_alignment_of_the_file_is_used(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     keys = [key("general.alignment", U32, struct.pack("<I", 256))]
@@ -150,7 +162,7 @@ def test_alignment_of_the_file_is_used(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("sound") / "m.gguf"
-    save_gguf(path, tiny_model(tiny_config(layers=1, vocab=7, hidden=8, heads=2, kv_heads=1)), "llama")
+    save_gguf(path, tiny_model(tiny_config(layers=1, vocab=7, hidden=32, heads=2, kv_heads=1)), "llama")
     return path.read_bytes()
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import struct
 import sys
 from collections.abc import Callable
@@ -170,6 +171,12 @@ def test_refuses_a_broken_file(content: bytes, message: str, tmp_path: Path) -> 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"gone\.safetensors can't be read: No such file"):
         SafetensorsFile(tmp_path / "gone.safetensors")
+
+
+def test_a_pipe_is_refused_without_waiting_for_its_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "weights.safetensors")
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is not a regular file"):
+        SafetensorsShards(tmp_path)
 
 
 def check_same_or_refused(content: bytes, folder: Path) -> None:

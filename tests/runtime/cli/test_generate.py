@@ -40,6 +40,15 @@ def test_text_streams_to_stdout_and_speed_to_stderr(run: Run, bundle: Path) -> N
     assert "8 new" in result.stderr and "ended by length" in result.stderr
 
 
+def test_chat_wraps_the_prompt_in_the_bundles_template(run: Run, bundle: Path) -> None:
+    common = ("generate", bundle, "--temperature", 0, "--max-new-tokens", 8, "--ignore-eos", "--json")
+    text = "<|im_start|>system\nBe terse.<|im_end|>\n<|im_start|>user\nfox<|im_end|>\n<|im_start|>assistant\n"
+    written_out = json.loads(run(*common, "--prompt", text).stdout)
+    chat = json.loads(run(*common, "--chat", "--system", "Be terse.", "--prompt", "fox").stdout)
+    assert chat["token_ids"] == written_out["token_ids"]
+    assert chat["prompt_tokens"] == written_out["prompt_tokens"]
+
+
 def test_a_seed_repeats_the_draws(run: Run, bundle: Path) -> None:
     def ids(seed: int) -> list[int]:
         result = run("generate", bundle, "--prompt", "fox", "--temperature", 1.5, "--top-k", 0, "--seed", seed,
@@ -73,6 +82,8 @@ def test_a_stop_text_ends_the_answer(run: Run, bundle: Path) -> None:
     ("arguments", "code", "message"),
     [
         (("--prompt", "a", "--prompt-ids", "1"), 2, "exclude each other"),
+        (("--prompt", "a", "--system", "b"), 2, "--system goes with --chat"),
+        (("--prompt-ids", "1", "--chat"), 2, "--chat takes text"),
         (("--prompt-ids", "1,x"), 2, "accepted: whole numbers such as 1,2,3"),
         (("--prompt", "a", "--top-p", "2"), 2, "--top-p"),
         (("--prompt-ids", "99999"), 1, "99999"),

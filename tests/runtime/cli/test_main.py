@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from engines.write_bundle import BundleWriter
+from runtime.bundle import load_bundle
 from runtime.cli.main import VERBS
 from tests.runtime.cli.conftest import Run
 
@@ -76,6 +79,31 @@ def test_a_closed_pipe_is_quiet(bundle: Path) -> None:
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 1
+
+
+@pytest.mark.parametrize("stage", ["trace", "write weights", "hash", "load check"])
+def test_a_killed_build_leaves_the_old_bundle_and_the_next_one_cleans_up(
+    checkpoint: Path, bundle: Path, tmp_path: Path, stage: str
+) -> None:
+    out = shutil.copytree(bundle, tmp_path / "bundle")
+    process = subprocess.Popen(
+        [*QWEN_AOT, "build", str(checkpoint), "-o", str(out), "--precision", "int8"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if f"{stage} ..." in line:
+            break
+    process.kill()
+    process.stderr.close()
+    assert process.wait() == -signal.SIGKILL
+    assert load_bundle(out).manifest.precision == "fp32"
+    with BundleWriter(out) as writer:
+        assert list(writer.folder.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert load_bundle(out).manifest.precision == "fp32"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,0 +1,82 @@
+"""A real trained model, from GGUF file to answers: verify within the stated bounds, sensible English, README's code."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gguf_files import smollm2_path
+
+ROOT = Path(__file__).parents[1]
+MODEL = smollm2_path()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(MODEL is None, reason="models/ has no SmolLM2 GGUF; scripts/setup.sh fetches it"),
+]
+
+
+def qwen_aot(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "runtime.cli.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Builds a precision's bundle once, and verifies it in the same go."""
+    folder = tmp_path_factory.mktemp("real")
+
+    def build(precision: str) -> Path:
+        out = folder / precision
+        if not out.exists():
+            result = qwen_aot("build", MODEL, "-o", out, "--precision", precision)
+            assert result.returncode == 0, result.stderr
+        return out
+
+    return build
+
+
+def verified(bundle: Path) -> dict[str, Any]:
+    result = qwen_aot("verify", bundle, "--reference", MODEL, "--json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    report: dict[str, Any] = json.loads(result.stdout)
+    return report
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_verify_passes_with_the_stated_bounds(precision: str, bundle: Callable[[str], Path]) -> None:
+    verified(bundle(precision))
+
+
+def test_verify_fails_and_names_the_bound(bundle: Callable[[str], Path]) -> None:
+    result = qwen_aot("verify", bundle("int8"), "--reference", MODEL, "--kl-divergence", "1e-9", "--windows", 1)
+    assert result.returncode == 1
+    assert "kl_divergence" in result.stderr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_a_chat_answer_is_sensible_english(precision: str, bundle: Callable[[str], Path]) -> None:
+    result = qwen_aot(
+        "generate", bundle(precision), "--chat", "--prompt", "What is the capital of France? Answer briefly.",
+        "--temperature", 0, "--max-new-tokens", 24,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout
+
+
+def test_the_readmes_python_runs(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    shutil.copytree(bundle("int8"), tmp_path / "bundles" / "smollm2")
+    for block in blocks:
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{block}"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert result.returncode == 0, result.stderr
+        assert "Paris" in result.stdout
