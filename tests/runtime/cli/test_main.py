@@ -115,6 +115,8 @@ def test_a_stopped_build_leaves_what_stood_before(checkpoint: Path, tmp_path: Pa
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
+        # A background job of a shell, as this test may be, inherits "ignore SIGINT" and would hand it on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     for line in process.stderr:
