@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from qwen_aot_errors import EngineMismatchError, GenerationError
 from runtime.backends._ort_step import Step, library_errors
 from runtime.backends.cpus import usable_cores
+from runtime.backends.huge_pages import collapse_new_memory
 from runtime.bundle import Bundle
 from runtime.engine import NonFiniteLogitsError, check_finite, check_room
 from runtime.kv_cache import KvCache
@@ -61,7 +62,8 @@ class OnnxRuntimeEngine:
         """
         manifest = bundle.manifest
         self._manifest = manifest
-        session = _open_session(bundle.engine_path, options or OrtOptions())
+        with collapse_new_memory():  # the weights that ONNX Runtime packed
+            session = _open_session(bundle.engine_path, options or OrtOptions())
         self._session: Any = session
         self._cache = KvCache(
             [tensor for tensor in manifest.inputs if tensor.name.startswith(CACHE_PREFIX)],
