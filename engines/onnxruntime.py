@@ -19,7 +19,8 @@ def lower(traced: Traced, spec: BuildSpec) -> Traced:
     if block_size is None:
         return ort.lower(traced)
     bits = {Precision.INT8: 8, Precision.INT4: 4}[spec.precision]
-    return ort.lower(traced, OrtOptions(weights=BlockFormat(bits, block_size, spec.symmetric)))
+    layout = BlockFormat(bits, block_size, spec.symmetric)
+    return ort.lower(traced, OrtOptions(layout, fast_prefill=spec.fast_prefill))
 
 
 def finish(folder: Path, spec: BuildSpec) -> None:

@@ -46,12 +46,14 @@ class Combination:
     Attributes:
         block_sizes: allowed elements along K that share a scale, the default first. Empty: no blocks.
         asymmetric: whether zero points can be asked for.
+        fast_prefill: whether a second form of the projections for long prompts can be asked for.
     """
 
     target: Target
     precision: Precision
     block_sizes: tuple[int, ...] = ()
     asymmetric: bool = False
+    fast_prefill: bool = False
 
 
 TARGETS: Mapping[Target, TargetFacts] = {
@@ -61,8 +63,8 @@ TARGETS: Mapping[Target, TargetFacts] = {
 # 32 first: KL to fp32 of SmolLM2-135M is 0.46 nats at int4 (1.08 at block 128) and 0.005 at int8 (0.015 at 128).
 COMBINATIONS: tuple[Combination, ...] = (
     Combination(Target.CPU, Precision.FP32),
-    Combination(Target.CPU, Precision.INT8, block_sizes=(32, 16, 64, 128, 256), asymmetric=True),
-    Combination(Target.CPU, Precision.INT4, block_sizes=(32, 16, 64, 128, 256), asymmetric=True),
+    Combination(Target.CPU, Precision.INT8, block_sizes=(32, 16, 64, 128, 256), asymmetric=True, fast_prefill=True),
+    Combination(Target.CPU, Precision.INT4, block_sizes=(32, 16, 64, 128, 256), asymmetric=True, fast_prefill=True),
 )
 
 
@@ -78,6 +80,7 @@ class BuildSpec:
     precision: Precision = Precision.INT4
     block_size: int | None = None  # elements along K that share a scale; None: the measured default of the precision
     symmetric: bool = True
+    fast_prefill: bool = False  # cpu: a second, 8-bit form of the projections for steps of many tokens
     max_context: int | None = None  # tokens; None: the model's (cpu) or min(4096, the model's) (TensorRT)
     max_batch: int = 1  # rows
     prefill_chunk: int = 512  # tokens
@@ -97,6 +100,12 @@ class BuildSpec:
                 f"{self.target} {self.precision} has no asymmetric form; it exists for: "
                 + _listing(lambda other: other.asymmetric)
                 + "; leave out asymmetric"
+            )
+        if self.fast_prefill and not row.fast_prefill:
+            raise BuildError(
+                f"{self.target} {self.precision} has no fast prefill; it exists for: "
+                + _listing(lambda other: other.fast_prefill)
+                + "; leave out fast_prefill"
             )
         for name in ("max_context", "max_batch", "prefill_chunk"):
             value = getattr(self, name)
@@ -131,7 +140,9 @@ class BuildSpec:
     def quantization(self) -> Mapping[str, int | str | bool]:
         """How the weights are quantized, as the manifest records it; empty where they are not."""
         block_size = self.effective_block_size
-        return {} if block_size is None else {"block_size": block_size, "symmetric": self.symmetric}
+        if block_size is None:
+            return {}
+        return {"block_size": block_size, "symmetric": self.symmetric, "fast_prefill": self.fast_prefill}
 
     def context_for(self, model_limit: int) -> int:
         """The context in tokens for a model that was trained for `model_limit`.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from exporter import ops
+from exporter.lowering.ort_prefill import split_prefill
 from exporter.lowering.ort_quantized import quantize_embedding, quantize_experts, quantize_linears
 from exporter.lowering.passes import clean_up, inline_definitions, remove_unused_inputs
 from exporter.lowering.standard import lower_linear
@@ -36,12 +37,16 @@ class OrtOptions:
         weights: how projections, experts, head and embedding are stored; None: fp32.
         accuracy_level: of MatMulNBits: 4 quantizes activations to int8 inside (block by block, so that rows don't
             touch each other), 1 computes in fp32.
+        fast_prefill: steps of many tokens read a second, 8-bit copy of the projections (`split_prefill`).
     """
 
     weights: BlockFormat | None = None
     accuracy_level: int = 4
+    fast_prefill: bool = False
 
     def __post_init__(self) -> None:
+        if self.fast_prefill and self.weights is None:
+            raise ExportError("fast_prefill goes with quantized weights, and these are fp32; choose a block format")
         if self.accuracy_level not in (1, 4):
             raise ExportError(f"accuracy_level {self.accuracy_level} doesn't exist; accepted: 1 (fp32), 4 (int8)")
 
@@ -67,6 +72,7 @@ def lower(traced: Traced, options: OrtOptions | None = None) -> Traced:
 
 def passes(traced: Traced, options: OrtOptions) -> list[tuple[str, Callable[[Traced], int]]]:
     """The passes in order, by name."""
+    last: list[tuple[str, Callable[[Traced], int]]] = []
     steps: list[tuple[str, Callable[[Traced], int]]] = [
         ("fuse_attention", fuse_attention),
         ("fuse_swiglu", fuse_swiglu),
@@ -79,12 +85,15 @@ def passes(traced: Traced, options: OrtOptions) -> list[tuple[str, Callable[[Tra
             ("quantize_linears", lambda traced: quantize_linears(traced, weights, options.accuracy_level)),
             ("quantize_experts", lambda traced: quantize_experts(traced, weights, options.accuracy_level)),
         ]
+        if options.fast_prefill:
+            last.append(("split_prefill", lambda traced: split_prefill(traced, weights)))
     return [
         *steps,
         ("lower_linear", lower_linear),  # what stays fp32
         ("inline_definitions", inline_definitions),  # what no kernel takes
         ("clean_up", clean_up),
         ("remove_unused_inputs", remove_unused_inputs),  # after clean_up dropped what computed the mask
+        *last,  # copies the whole graph, so it wants it finished
     ]
 
 

@@ -107,6 +107,13 @@ def quantize(rows: NDArray[np.float32], layout: BlockFormat) -> Quantized:
     return Quantized(packed, scales, zeros)
 
 
+def quantize_channels(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Rows [r, K] as signed bytes [r, K], symmetric, and one scale a row [r]."""
+    scales = np.maximum(rows.max(axis=1), -rows.min(axis=1)) / np.float32(127)
+    codes = rows * _reciprocal(scales)[:, None]
+    return np.rint(codes, out=codes).astype(np.int8), scales
+
+
 def dequantize(quantized: Quantized, layout: BlockFormat, width: int) -> NDArray[np.float32]:
     """The rows [r, width] float32 that codes, scales and zero points stand for."""
     codes = unpack(quantized.codes, layout.bits).astype(np.float32)

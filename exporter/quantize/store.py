@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporter.quantize.blockwise import BlockFormat, Quantized, pack, quantize
+from exporter.quantize.blockwise import BlockFormat, Quantized, pack, quantize, quantize_channels
 from exporter.weights import Output, Recipe, Traced
 
 Arrange = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-Pick = Callable[[Quantized], NDArray[np.generic]]
+Pick = Callable[[NDArray[np.float32], Quantized], NDArray[np.generic]]  # float rows and their blocks -> one part
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,9 @@ class _Entry:
         inner, arrange, layout, picks = self.recipe.transform, self.arrange, self.layout, tuple(self.picks)
 
         def transform(rows: NDArray[np.float32]) -> tuple[NDArray[np.generic], ...]:
-            quantized = quantize(arrange(inner(rows)[0]), layout)
-            return tuple(pick(quantized) for pick in picks)
+            values = arrange(inner(rows)[0])
+            quantized = quantize(values, layout)
+            return tuple(pick(values, quantized) for pick in picks)
 
         return Recipe(self.recipe.sources, tuple(self.outputs), transform, self.rows_per_group)
 
@@ -56,6 +57,7 @@ class QuantizedWeights:
     | matrix [N, K] (MatMulNBits) | [N, n, bytes] | [N, n] | [N, ceil(n * bits / 8)], packed |
     | table [V, M] (GatherBlockQuantized) | the matrix's | the matrix's | [V, n, 1], one a byte |
     | experts [E, N, K] (QMoE) | [E, N, n * bytes] | [E, N, n] | [E, N, ceil(n * bits / 8)], packed |
+    | channels [N, K] (MatMulIntegerToFloat) | [K, N] int8 | [N] | none |
     """
 
     def __init__(self, traced: Traced, layout: BlockFormat) -> None:
@@ -77,9 +79,23 @@ class QuantizedWeights:
         if not self.layout.symmetric:
             shape = (rows, n, 1)
             zeros = self._output(
-                weight, entry, "block_zero_points", ir.DataType.UINT8, shape, lambda q: q.found_zero_points
+                weight, entry, "block_zero_points", ir.DataType.UINT8, shape, lambda _, q: q.found_zero_points
             )
         return self._matrix(weight, entry, zeros)
+
+    def channels_of(self, matrix_codes: ir.Value) -> QuantizedWeight:
+        """For MatMulIntegerToFloat: 8 bits and one scale an output channel, beside the matrix form with these codes."""
+        name = str(matrix_codes.name).removesuffix("_codes")
+        entry = self._entries[name]
+        (output,) = entry.recipe.outputs
+        rows, width = output.shape
+        codes = Output(f"{name}_channel_codes", ir.DataType.INT8, (width, rows), row_axis=1)
+        scales = Output(f"{name}_channel_scales", ir.DataType.FLOAT, (rows,))
+        return QuantizedWeight(
+            self._add(entry, codes, lambda values, _: quantize_channels(values)[0].T),
+            self._add(entry, scales, lambda values, _: quantize_channels(values)[1]),
+            None,
+        )
 
     def experts(
         self,
@@ -102,8 +118,8 @@ class QuantizedWeights:
         n, entry = layout.blocks(width), self._entry(weight, layout, arrange, rows_per_group)
         codes_shape = (*lead, n * layout.block_bytes)
         return QuantizedWeight(
-            self._output(weight, entry, "codes", ir.DataType.UINT8, codes_shape, lambda q: q.codes),
-            self._output(weight, entry, "scales", ir.DataType.FLOAT, (*lead, n), lambda q: q.scales),
+            self._output(weight, entry, "codes", ir.DataType.UINT8, codes_shape, lambda _, q: q.codes),
+            self._output(weight, entry, "scales", ir.DataType.FLOAT, (*lead, n), lambda _, q: q.scales),
             self._packed_zero_points(weight, entry, lead, width),
         )
 
@@ -112,8 +128,8 @@ class QuantizedWeights:
         n = entry.layout.blocks(width)
         codes_shape = (rows, n, entry.layout.block_bytes)
         return QuantizedWeight(
-            self._output(weight, entry, "codes", ir.DataType.UINT8, codes_shape, lambda q: q.codes),
-            self._output(weight, entry, "scales", ir.DataType.FLOAT, (rows, n), lambda q: q.scales),
+            self._output(weight, entry, "codes", ir.DataType.UINT8, codes_shape, lambda _, q: q.codes),
+            self._output(weight, entry, "scales", ir.DataType.FLOAT, (rows, n), lambda _, q: q.scales),
             zero_points,
         )
 
@@ -124,7 +140,7 @@ class QuantizedWeights:
             return None
         shape, bits = (*lead, entry.layout.zero_point_bytes(width)), entry.layout.bits
         return self._output(
-            weight, entry, "zero_points", ir.DataType.UINT8, shape, lambda q: pack(q.found_zero_points, bits)
+            weight, entry, "zero_points", ir.DataType.UINT8, shape, lambda _, q: pack(q.found_zero_points, bits)
         )
 
     def _entry(
@@ -142,14 +158,17 @@ class QuantizedWeights:
     def _output(
         self, weight: ir.Value, entry: _Entry, part: str, dtype: ir.DataType, shape: tuple[int, ...], pick: Pick
     ) -> ir.Value:
+        return self._add(entry, Output(f"{weight.name}_{part}", dtype, shape), pick)
+
+    def _add(self, entry: _Entry, output: Output, pick: Pick) -> ir.Value:
         """The initializer of one part; on first use it and the weight's recipe for it are made."""
-        output = Output(f"{weight.name}_{part}", dtype, shape)
         initializers = self._traced.model.graph.initializers
         if output.name not in initializers:
             entry.outputs.append(output)
             entry.picks.append(pick)
             self._traced.recipes[entry.outputs[0].name] = entry.quantized_recipe()
-            initializers.add(ir.Value(name=output.name, type=ir.TensorType(dtype), shape=ir.Shape(shape)))
+            shape = ir.Shape(output.shape)
+            initializers.add(ir.Value(name=output.name, type=ir.TensorType(output.dtype), shape=shape))
         return initializers[output.name]
 
 

@@ -51,6 +51,12 @@ def _either(kinds: type[StrEnum]) -> str:
 @option(
     "--symmetric/--asymmetric", default=DEFAULT.symmetric, help="Without or with zero points.", group="Quantization"
 )
+@option(
+    "--fast-prefill",
+    is_flag=True,
+    help="Add an 8-bit form of the projections that long prompts run through about twice as fast.",
+    group="Quantization",
+)
 @option("--random-weights", is_flag=True, help="For a variant's name: weights drawn from --seed.", group="Trial")
 @option("--seed", type=int, default=0, help="Of the random weights.", group="Trial")
 @option(

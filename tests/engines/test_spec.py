@@ -12,7 +12,8 @@ from qwen_aot_errors import BuildError
 def test_every_row_builds_with_its_defaults(row) -> None:  # type: ignore[no-untyped-def]
     spec = BuildSpec(target=row.target, precision=row.precision)
     assert spec.effective_block_size == (row.block_sizes[0] if row.block_sizes else None)
-    assert set(spec.quantization) == ({"block_size", "symmetric"} if row.block_sizes else set())
+    recorded = {"block_size", "symmetric", "fast_prefill"}
+    assert set(spec.quantization) == (recorded if row.block_sizes else set())
 
 
 def test_every_target_has_facts_and_rows() -> None:
@@ -28,6 +29,7 @@ def test_strings_become_members() -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
+        ({"precision": "fp32", "fast_prefill": True}, "cpu fp32 has no fast prefill; it exists for: cpu: int8, int4"),
         ({"precision": "fp8"}, r"precision 'fp8' doesn't exist; what exists: cpu: fp32, int8, int4"),
         ({"target": "npu"}, r"target 'npu' doesn't exist; what exists: cpu"),
         ({"precision": "int4", "block_size": 48}, r"block_size 48 .*allowed: 16, 32, 64, 128, 256"),

@@ -18,6 +18,7 @@ import torch
 from exporter.checkpoint import open_checkpoint
 from exporter.lowering import ort
 from exporter.lowering.ort import OrtOptions
+from exporter.lowering.ort_prefill import FROM_TOKENS
 from exporter.quantize.blockwise import BlockFormat, dequantize, quantize
 from exporter.save import DATA_FILE, save_graph
 from exporter.trace import trace
@@ -133,6 +134,27 @@ def test_accuracy_levels_that_do_not_exist_are_refused():
         OrtOptions(accuracy_level=2)
 
 
+def test_fast_prefill_is_a_choice_between_two_forms_of_the_same_layers():
+    traced = ort.lower(trace(DENSE), OrtOptions(BlockFormat(4, 32), fast_prefill=True))
+    (choice,) = (node for node in traced.model.graph if node.op_type == "If")
+    many, few = (
+        Counter(node.op_type for node in choice.attributes[name].as_graph()) for name in ("then_branch", "else_branch")
+    )
+    per_layer = 4  # q|k|v, o, gate|up, down
+    assert few["MatMulNBits"] == per_layer * DENSE.num_hidden_layers + 1
+    assert few["MatMulIntegerToFloat"] == 0
+    # The last layer's o, gate|up and down see one token a row, and so does the head.
+    assert many["MatMulIntegerToFloat"] == per_layer * DENSE.num_hidden_layers - 3
+    assert many["MatMulNBits"] == 4
+    # q|k|v's input, o's, gate|up's and down's are quantized once each
+    assert many["QuantizeLinear"] == many["MatMulIntegerToFloat"]
+
+
+def test_fast_prefill_of_fp32_weights_is_refused():
+    with pytest.raises(ExportError, match="fast_prefill goes with quantized weights, and these are fp32"):
+        OrtOptions(fast_prefill=True)
+
+
 # --- whole models
 
 
@@ -214,3 +236,57 @@ def test_a_row_of_a_quantized_model_does_not_depend_on_other_rows(case, name, mo
         stepper.step([[1, 2, 3, 4, 5], ids])
         results.append(stepper.step([[6], ids[:1]])[0])
     np.testing.assert_array_equal(results[0], results[1])
+
+
+def dynamic_rows(x: torch.Tensor) -> torch.Tensor:
+    """Activations as the integer GEMM sees them: 8 bits, one scale a token."""
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / 127
+    return torch.round(x / scale) * scale
+
+
+def with_integer_projections(model: Any) -> Any:
+    """The transformers model as the many-token branch computes it: 8-bit channels and 8-bit tokens."""
+    integer = copy.deepcopy(model)
+    for name, module in integer.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.startswith("model.layers"):
+            scale = module.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+            module.weight = torch.nn.Parameter(torch.round(module.weight.detach() / scale) * scale)
+            module.register_forward_pre_hook(lambda _, inputs: (dynamic_rows(inputs[0]),))
+    return integer
+
+
+def test_fast_prefill_computes_integer_projections_and_decodes_from_the_cache_it_left(models, tmp_path):
+    checkpoint, model = models("one_layer")  # the last layer's other projections stay in blocks: only q|k|v is integer
+    layout = BlockFormat(8, 32)
+    options = OrtOptions(layout, accuracy_level=1, fast_prefill=True)
+    ids = np.random.default_rng(3).integers(0, model.config.vocab_size, FROM_TOKENS + 10).tolist()
+    got = stepped_logits(export(checkpoint, tmp_path / "onnx", options), ids, FROM_TOKENS)
+    reference = with_rounded_weights(model, layout)
+    attention = reference.model.layers[0].self_attn
+    exact = copy.deepcopy(attention)
+    integer = with_integer_projections(model).model.layers[0].self_attn
+    for part in ("q_proj", "k_proj", "v_proj"):
+        setattr(attention, part, integer.get_submodule(part))
+    prefilled = reference(torch.tensor([ids[:FROM_TOKENS]]), use_cache=True)
+    assert np.abs(got[0] - prefilled.logits[0, -1].detach().numpy()).max() < EXACT_BOUND
+    # From here on one token a step: the block form, on the keys and values that the integer form cached.
+    for part in ("q_proj", "k_proj", "v_proj"):
+        setattr(attention, part, exact.get_submodule(part))
+    rest = reference(torch.tensor([ids[FROM_TOKENS:]]), past_key_values=prefilled.past_key_values)
+    assert np.abs(got[1:] - rest.logits[0].detach().numpy()).max() < EXACT_BOUND
+
+
+@pytest.mark.parametrize("case", ["gqa", "moe_k1"])
+def test_fast_prefill_stays_close_and_rows_stay_apart(case, models, tmp_path):
+    checkpoint, model = models(case)
+    onnx_file = export(checkpoint, tmp_path / "onnx", OrtOptions(FORMATS["int8"], fast_prefill=True))
+    mine, *others = (
+        np.random.default_rng(seed).integers(0, model.config.vocab_size, FROM_TOKENS + 3).tolist() for seed in (1, 2, 3)
+    )
+    results = []
+    for other in others:
+        stepper = Stepper(onnx_file, rows=2, capacity=64)
+        results.append(stepper.step([mine, other[:-2]], pad=2)[0])
+    np.testing.assert_array_equal(results[0], results[1])
+    want = reference_logits(model, [mine])[0, -1].numpy()
+    assert np.abs(results[0] - want).max() < INT8_ACTIVATIONS_BOUND

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat, dequantize, pack, quantize, unpack
+from exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat, dequantize, pack, quantize, quantize_channels, unpack
 from qwen_aot_errors import ExportError
 
 FORMATS = [
@@ -131,3 +131,12 @@ def test_formats_that_no_kernel_takes_are_refused_with_the_ones_that_exist():
         BlockFormat(3, 32)
     with pytest.raises(ExportError, match=f"block size 48 doesn't exist; accepted: {', '.join(map(str, BLOCK_SIZES))}"):
         BlockFormat(4, 48)
+
+
+def test_channels_hold_each_row_within_half_a_step_of_its_own_scale():
+    rows = weights(7, 50)
+    rows[3] = 0
+    codes, scales = quantize_channels(rows)
+    assert codes.dtype == np.int8
+    np.testing.assert_array_equal(np.abs(codes).max(axis=1), [127, 127, 127, 0, 127, 127, 127])
+    assert (np.abs(codes * scales[:, None] - rows) <= scales[:, None] * 0.5001).all()
