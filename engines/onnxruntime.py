@@ -15,12 +15,13 @@ from runtime.manifest import Manifest
 
 def lower(traced: Traced, spec: BuildSpec) -> Traced:
     """The ort lowering, with weights in the blocks that the spec asks for."""
-    block_size = spec.effective_block_size
-    if block_size is None:
+    block_size, sensitive_bits = spec.effective_block_size, spec.effective_sensitive_bits
+    if block_size is None or sensitive_bits is None:
         return ort.lower(traced)
     bits = {Precision.INT8: 8, Precision.INT4: 4}[spec.precision]
     layout = BlockFormat(bits, block_size, spec.symmetric)
-    return ort.lower(traced, OrtOptions(layout, fast_prefill=spec.fast_prefill))
+    sensitive = BlockFormat(sensitive_bits, block_size, spec.symmetric)
+    return ort.lower(traced, OrtOptions(layout, sensitive, fast_prefill=spec.fast_prefill))
 
 
 def finish(folder: Path, spec: BuildSpec) -> None:

@@ -47,6 +47,7 @@ class Combination:
         block_sizes: allowed elements along K that share a scale, the default first. Empty: no blocks.
         asymmetric: whether zero points can be asked for.
         fast_prefill: whether a second form of the projections for long prompts can be asked for.
+        sensitive_bits: allowed bits of the matrices whose rounding costs most, the default first.
     """
 
     target: Target
@@ -54,17 +55,33 @@ class Combination:
     block_sizes: tuple[int, ...] = ()
     asymmetric: bool = False
     fast_prefill: bool = False
+    sensitive_bits: tuple[int, ...] = ()
 
 
 TARGETS: Mapping[Target, TargetFacts] = {
     Target.CPU: TargetFacts(compute_type="FLOAT", default_context_limit=None, engine_file="model.onnx"),
 }
 
-# 32 first: KL to fp32 of SmolLM2-135M is 0.46 nats at int4 (1.08 at block 128) and 0.005 at int8 (0.015 at 128).
+# KL to fp32 of SmolLM2-135M in nats (docs/performance.md). int8: 0.004 in blocks of 32, 0.010 of 128. int4: 0.36 in
+# blocks of 32, 0.55 of 128; with the sensitive matrices at 8 bits 0.17 and 0.23, the last being faster than the first.
 COMBINATIONS: tuple[Combination, ...] = (
     Combination(Target.CPU, Precision.FP32),
-    Combination(Target.CPU, Precision.INT8, block_sizes=(32, 16, 64, 128, 256), asymmetric=True, fast_prefill=True),
-    Combination(Target.CPU, Precision.INT4, block_sizes=(32, 16, 64, 128, 256), asymmetric=True, fast_prefill=True),
+    Combination(
+        Target.CPU,
+        Precision.INT8,
+        block_sizes=(32, 16, 64, 128, 256),
+        asymmetric=True,
+        fast_prefill=True,
+        sensitive_bits=(8,),
+    ),
+    Combination(
+        Target.CPU,
+        Precision.INT4,
+        block_sizes=(128, 16, 32, 64, 256),
+        asymmetric=True,
+        fast_prefill=True,
+        sensitive_bits=(8, 4),
+    ),
 )
 
 
@@ -80,6 +97,7 @@ class BuildSpec:
     precision: Precision = Precision.INT4
     block_size: int | None = None  # elements along K that share a scale; None: the measured default of the precision
     symmetric: bool = True
+    sensitive_bits: int | None = None  # of embedding, head and down projections; None: the precision's measured default
     fast_prefill: bool = False  # cpu: a second, 8-bit form of the projections for steps of many tokens
     max_context: int | None = None  # tokens; None: the model's (cpu) or min(4096, the model's) (TensorRT)
     max_batch: int = 1  # rows
@@ -93,6 +111,12 @@ class BuildSpec:
             allowed = ", ".join(map(str, sorted(row.block_sizes))) or f"none: {self.precision} has no blocks"
             raise BuildError(
                 f"block_size {self.block_size} doesn't exist for {self.target} {self.precision} "
+                f"(allowed: {allowed}); choose one of these or leave it out"
+            )
+        if self.sensitive_bits is not None and self.sensitive_bits not in row.sensitive_bits:
+            allowed = ", ".join(map(str, sorted(row.sensitive_bits))) or f"none: {self.precision} isn't quantized"
+            raise BuildError(
+                f"sensitive_bits {self.sensitive_bits} doesn't exist for {self.target} {self.precision} "
                 f"(allowed: {allowed}); choose one of these or leave it out"
             )
         if not self.symmetric and not row.asymmetric:
@@ -137,12 +161,22 @@ class BuildSpec:
         return self.block_size or next(iter(self.combination.block_sizes), None)
 
     @property
+    def effective_sensitive_bits(self) -> int | None:
+        """Bits of embedding, head and down projections: as asked for, or the default. None: not quantized."""
+        return self.sensitive_bits or next(iter(self.combination.sensitive_bits), None)
+
+    @property
     def quantization(self) -> Mapping[str, int | str | bool]:
         """How the weights are quantized, as the manifest records it; empty where they are not."""
-        block_size = self.effective_block_size
-        if block_size is None:
+        block_size, sensitive_bits = self.effective_block_size, self.effective_sensitive_bits
+        if block_size is None or sensitive_bits is None:
             return {}
-        return {"block_size": block_size, "symmetric": self.symmetric, "fast_prefill": self.fast_prefill}
+        return {
+            "block_size": block_size,
+            "symmetric": self.symmetric,
+            "sensitive_bits": sensitive_bits,
+            "fast_prefill": self.fast_prefill,
+        }
 
     def context_for(self, model_limit: int) -> int:
         """The context in tokens for a model that was trained for `model_limit`.

@@ -35,18 +35,23 @@ class OrtOptions:
 
     Attributes:
         weights: how projections, experts, head and embedding are stored; None: fp32.
+        sensitive: how the matrices are stored whose rounding costs most (`exporter.quantize.store.SENSITIVE`: head,
+            embedding, down projections, but not those of experts); None: as the others.
         accuracy_level: of MatMulNBits: 4 quantizes activations to int8 inside (block by block, so that rows don't
             touch each other), 1 computes in fp32.
         fast_prefill: steps of many tokens read a second, 8-bit copy of the projections (`split_prefill`).
     """
 
     weights: BlockFormat | None = None
+    sensitive: BlockFormat | None = None
     accuracy_level: int = 4
     fast_prefill: bool = False
 
     def __post_init__(self) -> None:
         if self.fast_prefill and self.weights is None:
             raise ExportError("fast_prefill goes with quantized weights, and these are fp32; choose a block format")
+        if self.sensitive is not None and self.weights is None:
+            raise ExportError("a format of sensitive matrices goes with quantized weights, and these are fp32")
         if self.accuracy_level not in (1, 4):
             raise ExportError(f"accuracy_level {self.accuracy_level} doesn't exist; accepted: 1 (fp32), 4 (int8)")
 
@@ -79,7 +84,9 @@ def passes(traced: Traced, options: OrtOptions) -> list[tuple[str, Callable[[Tra
         ("fuse_skip_norm", fuse_skip_norm),
     ]
     if options.weights is not None:
-        weights = QuantizedWeights(traced, options.weights)  # one for all: a tied weight is met twice
+        weights = QuantizedWeights(
+            traced, options.weights, options.sensitive
+        )  # one for all: a tied weight is met twice
         steps += [
             ("quantize_embedding", lambda traced: quantize_embedding(traced, weights)),
             ("quantize_linears", lambda traced: quantize_linears(traced, weights, options.accuracy_level)),

@@ -32,15 +32,15 @@ def quantize_linears(traced: Traced, weights: QuantizedWeights, accuracy_level: 
         x, weight, *bias = node.inputs
         assert weight is not None
         N, K = dims(weight)
-        matrix, layout = weights.matrix(weight), weights.layout
+        matrix = weights.matrix(weight)
         new = ir.node(
             "MatMulNBits",
             [x, matrix.codes, matrix.scales, matrix.zero_points, None, *bias],  # None: the deprecated g_idx
             {
                 "K": K,
                 "N": N,
-                "bits": layout.bits,
-                "block_size": layout.block_size,
+                "bits": matrix.layout.bits,
+                "block_size": matrix.layout.block_size,
                 "accuracy_level": accuracy_level,
             },
             domain=MS_DOMAIN,
@@ -68,7 +68,8 @@ def quantize_embedding(traced: Traced, weights: QuantizedWeights) -> int:
         weight, ids = node.inputs
         assert weight is not None
         rows, width = dims(weight)
-        matrix, layout = weights.table(weight), weights.layout
+        matrix = weights.table(weight)
+        layout = matrix.layout
         n = layout.blocks(width)
         scale_nodes = _reshape(matrix.scales, [rows, n, 1], f"{node.name}_scales")
         gather = ir.node(

@@ -12,14 +12,19 @@ from numpy.typing import NDArray
 from exporter.quantize.blockwise import BlockFormat, Quantized, pack, quantize, quantize_channels
 from exporter.weights import Output, Recipe, Traced
 
+# Matrices whose rounding costs a trained model most (docs/performance.md), by the ends of their names. A tied head is
+# the embedding.
+SENSITIVE = ("embed_tokens.weight", "lm_head.weight", "down_proj.weight")
+
 Arrange = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 Pick = Callable[[NDArray[np.float32], Quantized], NDArray[np.generic]]  # float rows and their blocks -> one part
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """Initializers of one weight; no zero points where it is symmetric."""
+    """Initializers of one weight, and how it was quantized; no zero points where it is symmetric."""
 
+    layout: BlockFormat
     codes: ir.Value
     scales: ir.Value
     zero_points: ir.Value | None
@@ -47,6 +52,14 @@ class _Entry:
         return Recipe(self.recipe.sources, tuple(self.outputs), transform, self.rows_per_group)
 
 
+@dataclass(frozen=True, slots=True)
+class ChannelWeight:
+    """Initializers of a weight with one scale an output channel."""
+
+    codes: ir.Value
+    scales: ir.Value
+
+
 class QuantizedWeights:
     """Turns weights of `traced` into quantized ones. A weight with two users (a tied embedding) is stored once.
 
@@ -60,30 +73,35 @@ class QuantizedWeights:
     | channels [N, K] (MatMulIntegerToFloat) | [K, N] int8 | [N] | none |
     """
 
-    def __init__(self, traced: Traced, layout: BlockFormat) -> None:
+    def __init__(self, traced: Traced, layout: BlockFormat, sensitive: BlockFormat | None = None) -> None:
+        """`sensitive`: the format of SENSITIVE matrices; None: `layout`."""
         self._traced = traced
         self.layout = layout
+        self._sensitive = sensitive or layout
         self._entries: dict[str, _Entry] = {}
+
+    def _layout_of(self, weight: ir.Value) -> BlockFormat:
+        return self._sensitive if str(weight.name).endswith(SENSITIVE) else self.layout
 
     def matrix(self, weight: ir.Value) -> QuantizedWeight:
         """For MatMulNBits."""
         rows, width = dims(weight)
-        entry = self._entry(weight, self.layout)
+        entry = self._entry(weight, self._layout_of(weight))
         return self._matrix(weight, entry, self._packed_zero_points(weight, entry, (rows,), width))
 
     def table(self, weight: ir.Value) -> QuantizedWeight:
         """For GatherBlockQuantized, with the rows' blocks as an axis of their own."""
         rows, width = dims(weight)
-        n, entry = self.layout.blocks(width), self._entry(weight, self.layout)
-        zeros = None
-        if not self.layout.symmetric:
+        entry = self._entry(weight, self._layout_of(weight))
+        n, zeros = entry.layout.blocks(width), None
+        if not entry.layout.symmetric:
             shape = (rows, n, 1)
             zeros = self._output(
                 weight, entry, "block_zero_points", ir.DataType.UINT8, shape, lambda _, q: q.found_zero_points
             )
         return self._matrix(weight, entry, zeros)
 
-    def channels_of(self, matrix_codes: ir.Value) -> QuantizedWeight:
+    def channels_of(self, matrix_codes: ir.Value) -> ChannelWeight:
         """For MatMulIntegerToFloat: 8 bits and one scale an output channel, beside the matrix form with these codes."""
         name = str(matrix_codes.name).removesuffix("_codes")
         entry = self._entries[name]
@@ -91,10 +109,9 @@ class QuantizedWeights:
         rows, width = output.shape
         codes = Output(f"{name}_channel_codes", ir.DataType.INT8, (width, rows), row_axis=1)
         scales = Output(f"{name}_channel_scales", ir.DataType.FLOAT, (rows,))
-        return QuantizedWeight(
+        return ChannelWeight(
             self._add(entry, codes, lambda values, _: quantize_channels(values)[0].T),
             self._add(entry, scales, lambda values, _: quantize_channels(values)[1]),
-            None,
         )
 
     def experts(
@@ -118,6 +135,7 @@ class QuantizedWeights:
         n, entry = layout.blocks(width), self._entry(weight, layout, arrange, rows_per_group)
         codes_shape = (*lead, n * layout.block_bytes)
         return QuantizedWeight(
+            entry.layout,
             self._output(weight, entry, "codes", ir.DataType.UINT8, codes_shape, lambda _, q: q.codes),
             self._output(weight, entry, "scales", ir.DataType.FLOAT, (*lead, n), lambda _, q: q.scales),
             self._packed_zero_points(weight, entry, lead, width),
@@ -128,6 +146,7 @@ class QuantizedWeights:
         n = entry.layout.blocks(width)
         codes_shape = (rows, n, entry.layout.block_bytes)
         return QuantizedWeight(
+            entry.layout,
             self._output(weight, entry, "codes", ir.DataType.UINT8, codes_shape, lambda _, q: q.codes),
             self._output(weight, entry, "scales", ir.DataType.FLOAT, (rows, n), lambda _, q: q.scales),
             zero_points,

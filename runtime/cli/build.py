@@ -52,6 +52,12 @@ def _either(kinds: type[StrEnum]) -> str:
     "--symmetric/--asymmetric", default=DEFAULT.symmetric, help="Without or with zero points.", group="Quantization"
 )
 @option(
+    "--sensitive-bits",
+    type=int,
+    help="8 or 4: embedding, head and down projections.  [default: 8]",
+    group="Quantization",
+)
+@option(
     "--fast-prefill",
     is_flag=True,
     help="Add an 8-bit form of the projections that long prompts run through about twice as fast.",

@@ -12,7 +12,7 @@ from qwen_aot_errors import BuildError
 def test_every_row_builds_with_its_defaults(row) -> None:  # type: ignore[no-untyped-def]
     spec = BuildSpec(target=row.target, precision=row.precision)
     assert spec.effective_block_size == (row.block_sizes[0] if row.block_sizes else None)
-    recorded = {"block_size", "symmetric", "fast_prefill"}
+    recorded = {"block_size", "symmetric", "sensitive_bits", "fast_prefill"}
     assert set(spec.quantization) == (recorded if row.block_sizes else set())
 
 
@@ -29,6 +29,8 @@ def test_strings_become_members() -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
+        ({"precision": "int8", "sensitive_bits": 4}, r"sensitive_bits 4 .*cpu int8 \(allowed: 8\)"),
+        ({"precision": "fp32", "sensitive_bits": 8}, "none: fp32 isn't quantized"),
         ({"precision": "fp32", "fast_prefill": True}, "cpu fp32 has no fast prefill; it exists for: cpu: int8, int4"),
         ({"precision": "fp8"}, r"precision 'fp8' doesn't exist; what exists: cpu: fp32, int8, int4"),
         ({"target": "npu"}, r"target 'npu' doesn't exist; what exists: cpu"),

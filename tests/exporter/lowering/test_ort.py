@@ -124,6 +124,18 @@ def test_a_tied_embedding_is_stored_once():
     assert {usage.node.op_type for usage in codes.uses()} == {"GatherBlockQuantized", "MatMulNBits"}
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_sensitive_matrices_get_their_own_format(tied):
+    config = dataclasses.replace(DENSE, tie_word_embeddings=tied)
+    traced = ort.lower(trace(config), OrtOptions(BlockFormat(4, 32), sensitive=BlockFormat(8, 16)))
+    nodes = [node for node in traced.model.graph if node.op_type == "MatMulNBits"]
+    bits = {node.inputs[1].name.split(".")[-2]: node.attributes["bits"].as_int() for node in nodes}
+    head = "embed_tokens" if tied else "lm_head"
+    assert bits == {"qkv_proj": 4, "o_proj": 4, "gate_up_proj": 4, "down_proj": 8, head: 8}
+    (gather,) = (node for node in traced.model.graph if node.op_type == "GatherBlockQuantized")
+    assert (gather.attributes["bits"].as_int(), gather.attributes["block_size"].as_int()) == (8, 16)
+
+
 def test_only_an_fp32_trace_is_taken():
     with pytest.raises(ExportError, match="takes an fp32 trace, this one is float16"):
         ort.lower(trace(DENSE, ir.DataType.FLOAT16))
@@ -178,13 +190,15 @@ def export(checkpoint: Path, folder: Path, options: OrtOptions) -> Path:
         return save_graph(traced, folder)
 
 
-def with_rounded_weights(model: Any, layout: BlockFormat) -> Any:
+def with_rounded_weights(model: Any, ordinary: BlockFormat, sensitive: BlockFormat | None = None) -> Any:
     """The transformers model, its weights replaced by what their codes and scales stand for."""
     rounded = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():
             if parameter.ndim < 2 or name.endswith(("mlp.gate.weight", "shared_expert_gate.weight")):
                 continue
+            is_sensitive = name.endswith(("embed_tokens.weight", "lm_head.weight", "down_proj.weight"))
+            layout = sensitive if sensitive is not None and is_sensitive else ordinary
             rows = parameter.numpy().reshape(-1, parameter.shape[-1])
             values = dequantize(quantize(rows, layout), layout, rows.shape[1])
             parameter.copy_(torch.from_numpy(values.reshape(parameter.shape)))
@@ -197,31 +211,37 @@ def stepped_logits(onnx_file: Path, ids: list[int], prompt: int) -> np.ndarray:
     return np.stack(steps)
 
 
-def compare(models: Any, case: str, layout: BlockFormat, level: int, tmp_path: Path) -> float:
+def compare(models: Any, case: str, options: OrtOptions, tmp_path: Path) -> float:
     """Largest logit difference from transformers with the same rounded weights."""
     checkpoint, model = models(case)
     ids = np.random.default_rng(1).integers(0, model.config.vocab_size, 15).tolist()
-    want = reference_logits(with_rounded_weights(model, layout), [ids])[0].numpy()
-    got = stepped_logits(export(checkpoint, tmp_path / "onnx", OrtOptions(layout, level)), ids, 6)
+    want = reference_logits(with_rounded_weights(model, options.weights, options.sensitive), [ids])[0].numpy()
+    got = stepped_logits(export(checkpoint, tmp_path / "onnx", options), ids, 6)
     return float(np.abs(got - want[5:]).max())
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("case", ["gqa", "tied", "odd_vocab"])
 def test_quantized_logits_are_those_of_the_rounded_weights(case, name, models, tmp_path):
-    assert compare(models, case, FORMATS[name], 1, tmp_path) < EXACT_BOUND
+    assert compare(models, case, OrtOptions(FORMATS[name], accuracy_level=1), tmp_path) < EXACT_BOUND
+
+
+@pytest.mark.parametrize("case", ["tied", "gqa"])
+def test_models_of_two_formats_are_those_of_the_rounded_weights(case, models, tmp_path):
+    options = OrtOptions(FORMATS["int4_wide"], FORMATS["int8_zero_points"], accuracy_level=1)
+    assert compare(models, case, options, tmp_path) < EXACT_BOUND
 
 
 # Eight-bit experts have no fp32 kernel: their activations are int8 at every level, and a router's choice may flip.
 @pytest.mark.parametrize("name", ["int4", "int4_zero_points"])
 @pytest.mark.parametrize("case", ["moe", "moe_norm", "moe_k1", "moe_mixed"])
 def test_quantized_experts_are_those_of_the_rounded_weights(case, name, models, tmp_path):
-    assert compare(models, case, FORMATS[name], 1, tmp_path) < EXACT_BOUND
+    assert compare(models, case, OrtOptions(FORMATS[name], accuracy_level=1), tmp_path) < EXACT_BOUND
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_int8_activations_move_logits_a_little(name, models, tmp_path):
-    assert compare(models, "gqa", FORMATS[name], 4, tmp_path) < INT8_ACTIVATIONS_BOUND
+    assert compare(models, "gqa", OrtOptions(FORMATS[name]), tmp_path) < INT8_ACTIVATIONS_BOUND
 
 
 @pytest.mark.parametrize("name", ["int4", "int8"])
