@@ -101,7 +101,7 @@ class BuildSpec:
     fast_prefill: bool = False  # cpu: a second, 8-bit form of the projections for steps of many tokens
     max_context: int | None = None  # tokens; None: the model's (cpu) or min(4096, the model's) (TensorRT)
     max_batch: int = 1  # rows
-    prefill_chunk: int = 512  # tokens
+    prefill_chunk: int = 256  # tokens; attention of 512 at once computes more masked scores (docs/performance.md)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", _member(Target, "target", self.target))
