@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from runtime.chat import ChatTemplate
+from runtime.generator import Generator
 from tests.gguf_files import smollm2_path
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +63,7 @@ def test_verify_fails_and_names_the_bound(bundle: Callable[[str], Path]) -> None
     assert "failed: kl_divergence" in result.stdout
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_chat_answer_is_sensible_english(precision: str, bundle: Callable[[str], Path]) -> None:
     result = qwen_aot(
         "generate", bundle(precision), "--chat", "--prompt", "What is the capital of France? Answer briefly.",
@@ -69,6 +71,46 @@ def test_a_chat_answer_is_sensible_english(precision: str, bundle: Callable[[str
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
+
+
+# Chosen before any answer was seen. One question says little of a 4-bit model this small: a near tie decides it.
+QUESTIONS = {
+    "What is the capital of France? Answer briefly.": ("Paris",),
+    "What is the capital of Germany?": ("Berlin",),
+    "What is the capital of Japan?": ("Tokyo",),
+    "What is the capital of Italy?": ("Rome",),
+    "What is the capital of Spain?": ("Madrid",),
+    "What color is the sky on a clear day?": ("blue",),
+    "What do bees make?": ("honey",),
+    "How many days are in a week?": ("seven", "7"),
+    "What is the largest planet in the solar system?": ("jupiter",),
+    "Who wrote Romeo and Juliet?": ("shakespeare",),
+    "What is the opposite of hot?": ("cold",),
+    "What gas do plants absorb from the air?": ("carbon dioxide",),
+    "What is the chemical formula of water?": ("h2o", "h₂o"),
+    "What language is spoken in Brazil?": ("portuguese",),
+    "On which continent is Egypt?": ("africa",),
+    "How many legs does a spider have?": ("eight", "8"),
+}
+
+
+def right_answers(bundle: Path) -> int:
+    with Generator.open(bundle) as generator:
+        template = ChatTemplate.from_tokenizer(generator.tokenizer)
+        config = generator.defaults.resolve(temperature=0, max_new_tokens=32)
+        prompts = [template.render([{"role": "user", "content": question}]) for question in QUESTIONS]
+        texts = [completion.text.lower() for completion in generator.generate(prompts, config)]
+    return sum(
+        any(word.lower() in text for word in words) for text, words in zip(texts, QUESTIONS.values(), strict=True)
+    )
+
+
+def test_quantized_models_still_know_what_the_fp32_one_knows(bundle: Callable[[str], Path]) -> None:
+    """Seen: fp32 11 of 16, int8 11, int4 10 (8 in blocks of 128). Two answers are one standard deviation of 16."""
+    known = right_answers(bundle("fp32"))
+    assert known >= 9
+    assert right_answers(bundle("int8")) >= known - 1
+    assert right_answers(bundle("int4")) >= known - 2
 
 
 def test_the_readmes_python_runs(bundle: Callable[[str], Path], tmp_path: Path) -> None:

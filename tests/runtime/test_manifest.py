@@ -59,7 +59,7 @@ def unique_tensors() -> st.SearchStrategy[tuple[IoTensor, ...]]:
 
 @given(
     model=models,
-    quantization=st.dictionaries(st.text(), st.integers() | st.text() | st.booleans(), max_size=3),
+    quantization=st.dictionaries(st.text(), st.integers(-(2**63), 2**63 - 1) | st.text() | st.booleans(), max_size=3),
     files=st.dictionaries(safe_names, entries, min_size=1, max_size=4),
     sizes=st.tuples(positive, positive, positive),
     inputs=unique_tensors(),
