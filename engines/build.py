@@ -155,7 +155,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages) -> Plan:
     max_context = spec.context_for(config.max_position_embeddings)
     warnings = _warnings(checkpoint)
     builder = builder_for(spec.target)
-    dtype = ir.DataType[spec.facts.compute_type]
+    dtype = ir.DataType[spec.combination.compute_type]
     positions = cache_capacity(max_context, spec.prefill_chunk)
     traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions))
     check_sources(traced, checkpoint)
@@ -225,6 +225,7 @@ def _manifest_maker(
             Profile(name="prefill", min_tokens=1, max_tokens=spec.prefill_chunk),
             Profile(name="decode", min_tokens=1, max_tokens=1),
         ),
+        tensorrt=None,
         tool_versions=tool_versions(),
         files=files,
     )

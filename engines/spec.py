@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from engines.tensorrt_options import DEFAULT_OPTIONS, TensorRtOptions
 from qwen_aot_errors import BuildError
 
 
@@ -14,12 +15,17 @@ class Target(StrEnum):
     """Where a bundle runs."""
 
     CPU = "cpu"
+    TENSORRT_RTX = "tensorrt-rtx"
+    TENSORRT = "tensorrt"
 
 
 class Precision(StrEnum):
     """What the weights are stored as."""
 
     FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    FP8 = "fp8"
     INT8 = "int8"
     INT4 = "int4"
 
@@ -29,14 +35,18 @@ class TargetFacts:
     """What every bundle of one target shares.
 
     Attributes:
-        compute_type: what the graph is traced in and the cache is stored in, by its ONNX name.
+        default_precision: when none is asked for.
         default_context_limit: tokens; the default context is at most this. None: the model's own.
+        default_prefill_chunk: tokens.
         engine_file: name of the engine in the bundle.
+        has_fixed_capacity: the cache's capacity C is part of the engine.
     """
 
-    compute_type: str
+    default_precision: Precision
     default_context_limit: int | None
+    default_prefill_chunk: int
     engine_file: str
+    has_fixed_capacity: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,7 @@ class Combination:
     """One target and precision that exists, with the choices it leaves.
 
     Attributes:
+        compute_type: what the graph is traced in and the cache is stored in, by its ONNX name.
         block_sizes: allowed elements along K that share a scale, the default first. Empty: no blocks.
         asymmetric: whether zero points can be asked for.
         fast_prefill: whether a second form of the projections for long prompts can be asked for.
@@ -52,6 +63,7 @@ class Combination:
 
     target: Target
     precision: Precision
+    compute_type: str
     block_sizes: tuple[int, ...] = ()
     asymmetric: bool = False
     fast_prefill: bool = False
@@ -59,17 +71,25 @@ class Combination:
 
 
 TARGETS: Mapping[Target, TargetFacts] = {
-    Target.CPU: TargetFacts(compute_type="FLOAT", default_context_limit=None, engine_file="model.onnx"),
+    # Attention of 512 tokens at once computes more masked scores (docs/performance.md).
+    Target.CPU: TargetFacts(Precision.INT4, None, default_prefill_chunk=256, engine_file="model.onnx"),
+    Target.TENSORRT_RTX: TargetFacts(
+        Precision.FP16, 4096, default_prefill_chunk=512, engine_file="engine.rtx", has_fixed_capacity=True
+    ),
+    Target.TENSORRT: TargetFacts(
+        Precision.FP16, 4096, default_prefill_chunk=512, engine_file="engine.plan", has_fixed_capacity=True
+    ),
 }
 
 # KL to fp32 of SmolLM2-135M in nats (docs/performance.md). int8: 0.004 in blocks of 32, 0.010 of 128. int4: 0.36 in
 # blocks of 32, 0.55 of 128; with the sensitive matrices at 8 bits 0.17 in blocks of 32, 0.19 of 64, 0.24 of 128. 64 is
 # nearly as accurate as 32 and 1.15 times as fast to decode.
 COMBINATIONS: tuple[Combination, ...] = (
-    Combination(Target.CPU, Precision.FP32),
+    Combination(Target.CPU, Precision.FP32, "FLOAT"),
     Combination(
         Target.CPU,
         Precision.INT8,
+        "FLOAT",
         block_sizes=(32, 16, 64, 128, 256),
         asymmetric=True,
         fast_prefill=True,
@@ -78,10 +98,22 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         Target.CPU,
         Precision.INT4,
+        "FLOAT",
         block_sizes=(64, 16, 32, 128, 256),
         asymmetric=True,
         fast_prefill=True,
         sensitive_bits=(8, 4),
+    ),
+    *(
+        Combination(target, precision, compute_type, block_sizes=block_sizes)
+        for target in (Target.TENSORRT_RTX, Target.TENSORRT)
+        for precision, compute_type, block_sizes in (
+            (Precision.FP16, "FLOAT16", ()),
+            (Precision.BF16, "BFLOAT16", ()),
+            (Precision.INT8, "FLOAT16", ()),  # weights alone, a scale for each output channel
+            (Precision.INT4, "FLOAT16", (128,)),  # weights alone, symmetric
+            (Precision.FP8, "FLOAT16", ()),
+        )
     ),
 )
 
@@ -95,18 +127,22 @@ class BuildSpec:
     """
 
     target: Target = Target.CPU
-    precision: Precision = Precision.INT4
+    precision: Precision = None  # type: ignore[assignment]  # None: the target's default; never None once made
     block_size: int | None = None  # elements along K that share a scale; None: the measured default of the precision
     symmetric: bool = True
     sensitive_bits: int | None = None  # of embedding, head and down projections; None: the precision's measured default
     fast_prefill: bool = False  # cpu: a second, 8-bit form of the projections for steps of many tokens
     max_context: int | None = None  # tokens; None: the model's (cpu) or min(4096, the model's) (TensorRT)
     max_batch: int = 1  # rows
-    prefill_chunk: int = 256  # tokens; attention of 512 at once computes more masked scores (docs/performance.md)
+    prefill_chunk: int = None  # type: ignore[assignment]  # tokens; None: the target's default; never None once made
+    tensorrt: TensorRtOptions = DEFAULT_OPTIONS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", _member(Target, "target", self.target))
-        object.__setattr__(self, "precision", _member(Precision, "precision", self.precision))
+        precision = self.facts.default_precision if self.precision is None else self.precision
+        object.__setattr__(self, "precision", _member(Precision, "precision", precision))
+        if self.prefill_chunk is None:
+            object.__setattr__(self, "prefill_chunk", self.facts.default_prefill_chunk)
         row = self.combination
         if self.block_size is not None and self.block_size not in row.block_sizes:
             allowed = ", ".join(map(str, sorted(row.block_sizes))) or f"none: {self.precision} has no blocks"
@@ -132,6 +168,8 @@ class BuildSpec:
                 + _listing(lambda other: other.fast_prefill)
                 + "; leave out fast_prefill"
             )
+        if self.tensorrt != DEFAULT_OPTIONS and not self.is_tensorrt:
+            raise BuildError(f"target {self.target} takes no TensorRT options, and these were given: {self.tensorrt}")
         for name in ("max_context", "max_batch", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -155,6 +193,11 @@ class BuildSpec:
     def facts(self) -> TargetFacts:
         """What every bundle of the target shares."""
         return TARGETS[self.target]
+
+    @property
+    def is_tensorrt(self) -> bool:
+        """Whether either TensorRT builds the engine."""
+        return self.target in (Target.TENSORRT_RTX, Target.TENSORRT)
 
     @property
     def effective_block_size(self) -> int | None:

@@ -82,6 +82,8 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         for argument in arguments:
             if type(value) is argument:  # bool is not int here
                 return value
+            if dataclasses.is_dataclass(argument) and isinstance(value, dict):
+                return parse_dataclass(typing.cast(type[Any], argument), value, where)
     elif origin is tuple and isinstance(value, list):
         return tuple(_parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     elif origin is Mapping and isinstance(value, dict):

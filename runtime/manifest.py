@@ -25,6 +25,7 @@ __all__ = [
     "Manifest",
     "ModelFacts",
     "Profile",
+    "TensorRtFacts",
     "cache_capacity",
 ]
 
@@ -49,6 +50,7 @@ def cache_capacity(max_context: int, prefill_chunk: int) -> int:
 
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_CAPABILITY = re.compile(r"[1-9][0-9]*\.[0-9]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,38 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorRtFacts:
+    """What an engine can't be asked without its GPU, written down when it was built.
+
+    Attributes:
+        version: of the library that built it.
+        compute_capabilities: of the GPUs it runs on, "8.9" for example; empty: of the GPU that built it alone.
+        layers: how many layers of each type TensorRT's network had.
+        weight_bytes: of device memory, exact.
+        cache_bytes: of device memory for all rows, exact.
+        activation_bytes_estimated: of device memory, by a formula.
+    """
+
+    version: str
+    compute_capabilities: tuple[str, ...]
+    hardware_compatible: bool
+    version_compatible: bool
+    has_weights: bool
+    layers: Mapping[str, int]
+    weight_bytes: int
+    cache_bytes: int
+    activation_bytes_estimated: int
+
+    def __post_init__(self) -> None:
+        for capability in self.compute_capabilities:
+            if not _CAPABILITY.fullmatch(capability):
+                raise BundleError(f"compute capability {capability!r}; accepted: numbers like 8.9")
+        for name in ("weight_bytes", "cache_bytes", "activation_bytes_estimated"):
+            if getattr(self, name) < 0:
+                raise BundleError(f"{name} is {getattr(self, name)}; accepted: at least 0")
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything a reader of a bundle needs; nothing is re-derived from the graph."""
 
@@ -141,7 +175,7 @@ class Manifest:
     target: str
     precision: str
     quantization: Mapping[str, int | str | bool]  # block_size, symmetric, ... ; empty for fp32
-    engine: str  # file name: model.onnx
+    engine: str  # file name: model.onnx, engine.rtx, engine.plan
     max_context: int  # tokens
     max_batch: int  # rows
     prefill_chunk: int  # tokens
@@ -149,6 +183,7 @@ class Manifest:
     inputs: tuple[IoTensor, ...]
     outputs: tuple[IoTensor, ...]
     profiles: tuple[Profile, ...]
+    tensorrt: TensorRtFacts | None  # of the targets tensorrt-rtx and tensorrt
     tool_versions: Mapping[str, str]
     files: Mapping[str, FileEntry]
 

@@ -36,12 +36,12 @@ def _either(kinds: type[StrEnum]) -> str:
     group="Main",
 )
 @option("--target", default=str(DEFAULT.target), help=f"{_either(Target)}: where it runs.", group="Main")
-@option("--precision", default=str(DEFAULT.precision), help=f"{_either(Precision)}: the weights.", group="Main")
+@option("--precision", help=f"{_either(Precision)}: the weights.  [default: the target's]", group="Main")
 @option("--dry-run", is_flag=True, help="Show sizes, memory and time, and write nothing.", group="Main")
 @option("--json", "as_json", is_flag=True, help="One JSON object on stdout.", group="Main")
 @option("--max-context", type=int, help="Tokens a row can hold.  [default: the model's]", group="Capacity")
 @option("--max-batch", type=int, default=DEFAULT.max_batch, help="Rows that run together.", group="Capacity")
-@option("--prefill-chunk", type=int, default=DEFAULT.prefill_chunk, help="Prompt tokens in one step.", group="Capacity")
+@option("--prefill-chunk", type=int, help="Prompt tokens in one step.  [default: the target's]", group="Capacity")
 @option(
     "--block-size",
     type=int,

@@ -40,6 +40,7 @@ def manifest_for(files: Mapping[str, FileEntry]) -> Manifest:
         inputs=(IoTensor("input_ids", "int64", ("B", "S")),),
         outputs=(IoTensor("logits", "float32", ("B", 32)),),
         profiles=(Profile("prefill", 1, 8), Profile("decode", 1, 1)),
+        tensorrt=None,
         tool_versions={"python": "3.11"},
         files=files,
     )

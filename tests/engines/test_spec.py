@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engines.spec import COMBINATIONS, TARGETS, BuildSpec, Precision, Target
+from engines.tensorrt_options import TensorRtOptions
 from qwen_aot_errors import BuildError
 
 
@@ -12,8 +13,9 @@ from qwen_aot_errors import BuildError
 def test_every_row_builds_with_its_defaults(row) -> None:  # type: ignore[no-untyped-def]
     spec = BuildSpec(target=row.target, precision=row.precision)
     assert spec.effective_block_size == (row.block_sizes[0] if row.block_sizes else None)
-    recorded = {"block_size", "symmetric", "sensitive_bits", "fast_prefill"}
-    assert set(spec.quantization) == (recorded if row.block_sizes else set())
+    if row.target is Target.CPU:
+        recorded = {"block_size", "symmetric", "sensitive_bits", "fast_prefill"}
+        assert set(spec.quantization) == (recorded if row.block_sizes else set())
 
 
 def test_every_target_has_facts_and_rows() -> None:
@@ -32,11 +34,13 @@ def test_strings_become_members() -> None:
         ({"precision": "int8", "sensitive_bits": 4}, r"sensitive_bits 4 .*cpu int8 \(allowed: 8\)"),
         ({"precision": "fp32", "sensitive_bits": 8}, "none: fp32 isn't quantized"),
         ({"precision": "fp32", "fast_prefill": True}, "cpu fp32 has no fast prefill; it exists for: cpu: int8, int4"),
-        ({"precision": "fp8"}, r"precision 'fp8' doesn't exist; what exists: cpu: fp32, int8, int4"),
+        ({"precision": "fp8"}, r"target cpu with precision fp8 doesn't exist; what exists: cpu: fp32, int8, int4;"),
         ({"target": "npu"}, r"target 'npu' doesn't exist; what exists: cpu"),
         ({"precision": "int4", "block_size": 48}, r"block_size 48 .*allowed: 16, 32, 64, 128, 256"),
         ({"precision": "fp32", "block_size": 32}, r"none: fp32 has no blocks"),
         ({"precision": "fp32", "symmetric": False}, r"no asymmetric form; it exists for: cpu: int8, int4"),
+        ({"precision": "fp7"}, r"precision 'fp7' doesn't exist; what exists: cpu: fp32"),
+        ({"tensorrt": TensorRtOptions(optimization_level=1)}, "target cpu takes no TensorRT options"),
         ({"max_batch": 0}, r"max_batch is 0; it must be at least 1"),
         ({"prefill_chunk": -1}, r"prefill_chunk is -1"),
         ({"max_context": 0}, r"max_context is 0"),

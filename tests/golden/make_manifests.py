@@ -43,8 +43,20 @@ BASE: dict[str, Any] = {
     ],
     "outputs": [{"name": "logits", "dtype": "float32", "shape": ["B", 151936]}],
     "profiles": [{"name": "prefill", "min_tokens": 1, "max_tokens": 512}],
+    "tensorrt": None,
     "tool_versions": {"onnx": "1.23.2"},
     "files": {"model.onnx": {"bytes": 10, "sha256": SHA256}},
+}
+TENSORRT: dict[str, Any] = {
+    "version": "1.7.1.116",
+    "compute_capabilities": ["8.6", "12.0"],
+    "hardware_compatible": False,
+    "version_compatible": False,
+    "has_weights": True,
+    "layers": {"MATRIX_MULTIPLY": 4},
+    "weight_bytes": 100,
+    "cache_bytes": 100,
+    "activation_bytes_estimated": 0,
 }
 REMOVED = object()
 
@@ -54,6 +66,12 @@ EDITS: list[tuple[str, list[str | int], Any, bool]] = [
     ("a file in a folder", ["files", "weights/part.bin"], {"bytes": 0, "sha256": SHA256}, True),
     ("no quantization", ["quantization"], {}, True),
     ("a bos token", ["model", "bos_token_id"], 1, True),
+    ("facts of TensorRT", ["tensorrt"], TENSORRT, True),
+    ("facts of TensorRT for the GPU that built it", ["tensorrt"], TENSORRT | {"compute_capabilities": []}, True),
+    ("facts of TensorRT with a key too many", ["tensorrt"], TENSORRT | {"sm": "8.9"}, False),
+    ("a compute capability without a dot", ["tensorrt"], TENSORRT | {"compute_capabilities": ["89"]}, False),
+    ("negative weights", ["tensorrt"], TENSORRT | {"weight_bytes": -1}, False),
+    ("a list in the place of facts", ["tensorrt"], [], False),
     ("a fixed capacity", ["inputs", 1, "shape", 2], 33280, True),
     ("a fixed capacity without room for a prefill step", ["inputs", 1, "shape", 2], 33279, False),
     ("a cache of lengths", ["inputs", 1, "dtype"], "int64", False),

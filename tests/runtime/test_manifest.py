@@ -18,6 +18,7 @@ from runtime.manifest import (
     Manifest,
     ModelFacts,
     Profile,
+    TensorRtFacts,
 )
 from tests.runtime.toys import io_tables, make_manifest
 
@@ -53,6 +54,20 @@ models = st.builds(
 )
 
 
+tensorrt_facts = st.builds(
+    TensorRtFacts,
+    version=st.text(),
+    compute_capabilities=st.lists(st.from_regex(r"[1-9][0-9]?\.[0-9]", fullmatch=True), max_size=3).map(tuple),
+    hardware_compatible=st.booleans(),
+    version_compatible=st.booleans(),
+    has_weights=st.booleans(),
+    layers=st.dictionaries(st.text(), st.integers(0, 99), max_size=3),
+    weight_bytes=st.integers(0, 2**63 - 1),
+    cache_bytes=st.integers(0, 2**63 - 1),
+    activation_bytes_estimated=st.integers(0, 2**63 - 1),
+)
+
+
 def unique_tensors() -> st.SearchStrategy[tuple[IoTensor, ...]]:
     return st.lists(tensors, max_size=4, unique_by=lambda tensor: tensor.name).map(tuple)
 
@@ -65,6 +80,7 @@ def unique_tensors() -> st.SearchStrategy[tuple[IoTensor, ...]]:
     inputs=unique_tensors(),
     outputs=unique_tensors(),
     profile_list=st.lists(profiles, max_size=3).map(tuple),
+    tensorrt=st.none() | tensorrt_facts,
     versions=st.dictionaries(st.text(), st.text(), max_size=3),
 )
 def test_json_round_trip(
@@ -75,6 +91,7 @@ def test_json_round_trip(
     inputs: tuple[IoTensor, ...],
     outputs: tuple[IoTensor, ...],
     profile_list: tuple[Profile, ...],
+    tensorrt: TensorRtFacts | None,
     versions: dict[str, str],
 ) -> None:
     manifest = Manifest(
@@ -91,6 +108,7 @@ def test_json_round_trip(
         inputs=inputs,
         outputs=outputs,
         profiles=profile_list,
+        tensorrt=tensorrt,
         tool_versions=versions,
         files=files,
     )

@@ -71,6 +71,7 @@ def make_manifest(
         inputs=inputs,
         outputs=outputs,
         profiles=(Profile("prefill", 1, prefill_chunk), Profile("decode", 1, 1)),
+        tensorrt=None,
         tool_versions={},
         files=files or {"model.onnx": FileEntry(0, hashlib.sha256().hexdigest())},
     )
