@@ -8,6 +8,8 @@ token count. Projections are MatMul with weights stored [K, N]; the head, which 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import onnx_ir as ir
 
@@ -24,6 +26,30 @@ from qwen_aot_errors import ExportError
 
 logger = logging.getLogger(__name__)
 
+WeightFormat = Literal["int8", "int4", "fp8"]
+
+
+@dataclass(frozen=True, slots=True)
+class StandardOptions:
+    """What the lowering leaves open.
+
+    Attributes:
+        weights: how the projections' weights are stored; None: in the compute type of the trace.
+        quantize_head: the head too is stored so; else it keeps the compute type, as the embedding always does.
+
+    Raises:
+        ExportError: there is no such format.
+    """
+
+    weights: WeightFormat | None = None
+    quantize_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and self.weights not in get_args(WeightFormat):
+            accepted = ", ".join(get_args(WeightFormat))
+            raise ExportError(f"weight format {self.weights!r} doesn't exist; accepted: {accepted}, or None")
+
+
 PASSES = (
     lambda traced: lower_linear(traced),
     inline_definitions,  # after the linears, whose definition would transpose weights in the graph
@@ -33,8 +59,15 @@ PASSES = (
 )
 
 
-def lower(traced: Traced) -> Traced:
-    """Lowers in place and returns the same object."""
+def lower(traced: Traced, options: StandardOptions | None = None) -> Traced:
+    """Lowers in place and returns the same object.
+
+    Raises:
+        ExportError: the options ask for what this graph can't be lowered to.
+    """
+    options = options or StandardOptions()
+    if options.weights is not None:
+        raise ExportError(f"weight format {options.weights} isn't there yet; accepted: None")
     for step in PASSES:
         count = step(traced)
         if count:
