@@ -9,7 +9,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from exporter import ops
 from exporter.weights import Recipe, Traced, Transform, cast_to
+from qwen_aot_errors import ExportError
 
 
 def inline_definitions(traced: Traced) -> int:
@@ -48,6 +50,31 @@ def remove_unused_inputs(traced: Traced) -> int:
     for value in unused:
         inputs.remove(value)
     return len(unused)
+
+
+def lower_head(traced: Traced) -> int:
+    """Linear of an input of rank 2 -> Gemm, whose weight stays [N, K]. Returns the number of nodes lowered.
+
+    Only the head sees one token a row, so its input is [B, M]; tied embeddings stay one initializer.
+    Before: y = qwen_aot.Linear(x[B, K], weight[N, K], bias[N]?)
+    """
+    graph = traced.model.graph
+    nodes = [node for node in graph if ops.is_op(node, ops.Op.LINEAR) and rank(node.inputs[0]) == 2]
+    for node in nodes:
+        gemm = ir.node("Gemm", list(node.inputs), {"transB": 1}, name=node.name)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [gemm], node.outputs, gemm.outputs)
+    return len(nodes)
+
+
+def rank(value: ir.Value | None) -> int:
+    """The number of dimensions.
+
+    Raises:
+        ExportError: it isn't known.
+    """
+    if value is None or value.shape is None:
+        raise ExportError(f"{value} has no known rank")
+    return len(value.shape)
 
 
 def fold_casts_of_initializers(traced: Traced) -> int:

@@ -1,13 +1,14 @@
 """The `standard` lowering: opset-24 ONNX only, for TensorRT, TensorRT-RTX and any ONNX runtime.
 
 Attention is `Attention` on a window of the cache, the cache is written by `TensorScatter`, experts are an `If` on the
-token count. Projections are MatMul with weights stored [K, N]; the head, which sees one token a row, is Gemm on the
-[V, M] matrix, so that tied embeddings are stored once.
+token count. Weights keep the checkpoint's [N, K], behind a Transpose: TensorRT then reads one copy from all profiles.
+docs/tensorrt.md has the measurements behind each choice.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,8 +19,9 @@ from exporter.lowering.passes import (
     clean_up,
     fold_casts_of_initializers,
     inline_definitions,
+    lower_head,
+    rank,
     remove_unused_inputs,
-    transpose_recipe,
 )
 from exporter.weights import Traced
 from qwen_aot_errors import ExportError
@@ -50,15 +52,6 @@ class StandardOptions:
             raise ExportError(f"weight format {self.weights!r} doesn't exist; accepted: {accepted}, or None")
 
 
-PASSES = (
-    lambda traced: lower_linear(traced),
-    inline_definitions,  # after the linears, whose definition would transpose weights in the graph
-    clean_up,
-    fold_casts_of_initializers,  # after clean_up has merged the layers' equal Casts
-    remove_unused_inputs,
-)
-
-
 def lower(traced: Traced, options: StandardOptions | None = None) -> Traced:
     """Lowers in place and returns the same object.
 
@@ -66,44 +59,54 @@ def lower(traced: Traced, options: StandardOptions | None = None) -> Traced:
         ExportError: the options ask for what this graph can't be lowered to.
     """
     options = options or StandardOptions()
-    if options.weights is not None:
-        raise ExportError(f"weight format {options.weights} isn't there yet; accepted: None")
-    for step in PASSES:
+    for name, step in passes(options):
         count = step(traced)
         if count:
-            logger.info("%s: %d", getattr(step, "__name__", "lower_linear"), count)
+            logger.info("%s: %d", name, count)
     traced.model.metadata_props["qwen_aot.lowering"] = "standard"
     return traced
 
 
-def lower_linear(traced: Traced) -> int:
-    """Linear -> MatMul (+ Add) with [K, N] weights, or Gemm with [N, K] where the input has rank 2.
+def passes(options: StandardOptions) -> list[tuple[str, Callable[[Traced], int]]]:
+    """The passes in order, by name."""
+    steps: list[tuple[str, Callable[[Traced], int]]] = []
+    return [
+        *steps,
+        ("lower_head", lower_head),
+        ("lower_swiglu", lower_swiglu),
+        ("inline_definitions", inline_definitions),  # what is left of ours
+        ("clean_up", clean_up),
+        ("fold_casts_of_initializers", fold_casts_of_initializers),  # after clean_up merged the layers' equal Casts
+        ("remove_unused_inputs", remove_unused_inputs),
+    ]
 
-    Requires: the weight of a MatMul form is used by that node alone. Returns the number of nodes lowered.
-    Before: y = qwen_aot.Linear(x[..., K], weight[N, K], bias[N]?)
+
+def lower_swiglu(traced: Traced) -> int:
+    """SwiGLU -> silu(gate) * up, with gate and up picked by Gather from a view. Returns the number of nodes lowered.
+
+    A Split instead makes TensorRT cut the projection in two for one profile and not for the other, and keep its weights
+    twice (docs/tensorrt.md).
+    Before: gate_up[..., 2F]   After: gate and up = gate_up viewed as [..., 2, F], at 0 and 1
     """
     graph = traced.model.graph
-    nodes = [node for node in graph if ops.is_op(node, ops.Op.LINEAR)]
+    nodes = [node for node in graph if ops.is_op(node, ops.Op.SWIGLU)]
     for node in nodes:
-        x, weight, *bias = node.inputs
-        assert x is not None and weight is not None and weight.name is not None
-        (result,) = node.outputs
-        if x.shape is None:
-            raise ExportError(f"input {x.name} of {node.name} has no known rank")
-        if len(x.shape) == 2:
-            new = [ir.node("Gemm", [x, weight, *bias], {"transB": 1})]
-        else:
-            if len(weight.uses()) > 1:
-                raise ExportError(f"weight {weight.name} of {node.name} is shared and can't be stored transposed")
-            traced.recipes[weight.name] = transpose_recipe(traced.recipes[weight.name])
-            assert weight.shape is not None
-            weight.shape = ir.Shape(list(reversed(list(weight.shape))))
-            new = [ir.node("MatMul", [x, weight])]
-            if bias:
-                product = new[0].outputs[0]
-                product.type, product.shape = result.type, result.shape
-                new.append(ir.node("Add", [product, bias[0]]))
-        for index, fresh in enumerate(new):
-            fresh.name = f"{node.name}_{index}"
+        (gate_up,), (result,) = node.inputs, node.outputs
+        axis = rank(gate_up) - 1
+        width = result.shape[axis] if result.shape is not None else None
+        if not isinstance(width, int):
+            raise ExportError(f"{node.name} has no known width: {result.shape}")
+        view = ir.node("Constant", [], {"value_ints": [*[0] * axis, 2, width]}, name=f"{node.name}_view")
+        halves = ir.node("Reshape", [gate_up, view.outputs[0]], name=f"{node.name}_halves")
+        new = [view, halves]
+        parts = []
+        for index, name in enumerate(("gate", "up")):
+            chosen = ir.node("Constant", [], {"value_int": index}, name=f"{node.name}_{name}_index")
+            part = ir.node("Gather", [halves.outputs[0], chosen.outputs[0]], {"axis": axis}, name=f"{node.name}_{name}")
+            new += [chosen, part]
+            parts.append(part.outputs[0])
+        sigmoid = ir.node("Sigmoid", [parts[0]], name=f"{node.name}_sigmoid")
+        silu = ir.node("Mul", [parts[0], sigmoid.outputs[0]], name=f"{node.name}_silu")
+        new += [sigmoid, silu, ir.node("Mul", [silu.outputs[0], parts[1]], name=node.name)]
         ir.convenience.replace_nodes_and_values(graph, node, [node], new, [result], new[-1].outputs)
     return len(nodes)
