@@ -68,14 +68,15 @@ def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
     `cpu`, whose kernel needs none, the causal mask [B, S, W] of one byte. On top comes the largest of
 
     - attention: its input [T, M], q, k and v as projected and as rotated, 2 x [T, (H + 2·Hkv)·D], and the result
-      [T, H·D], in c. The scores aren't kept: TensorRT fuses attention, and so does ONNX Runtime's kernel (512 tokens
-      of 16 heads took 3 MB of memory with a cache of 2,048 tokens and with one of 8,192);
+      [T, H·D], in c. Scores aren't kept where attention is fused, as ONNX Runtime's kernel does (512 tokens of 16 heads
+      took 15 MiB of memory with a cache of 2,048 tokens and with one of 8,192) and TensorRT; TensorRT doesn't fuse it
+      in a model with experts, whose `If` stands in the way, and then scores [B, H, S, W] fp32 are added;
     - an MLP: its input [T, M], gate and up [T, 2F], their product [T, F], in c;
     - routed experts: every expert on every token, E x [T, 3F] or E x [T, F + M] in c, or the gathered weights of a
       decode step, B x k x 3·M·F; ONNX Runtime's kernel runs each token's own experts, k x [T, 3F];
     - the head: [B, V] in c.
 
-    ONNX Runtime's arena keeps twice that: a step of 256 tokens took 2.0 to 2.1 times the sum above in models of the
+    ONNX Runtime's arena keeps twice that: steps of 256 tokens took 2.0 to 2.3 times the sum above in models of the
     widths of 0.5B, 7B and MoE-A2.7B. TensorRT's own number can't be had without its GPU; it may fuse more than this
     or keep a workspace beside it.
     """
@@ -85,19 +86,20 @@ def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
     M, V = config.hidden_size, config.vocab_size
     always = 4 * T * M + 4 * B * V + (B * S * W if spec.is_tensorrt else 0)
     projected = config.query_size + 2 * config.key_value_size
-    phases = [T * (M + 2 * projected + config.query_size), B * V]
     sparse = len(config.moe.sparse_layers) if config.moe is not None else 0
+    scores = 4 * T * config.num_attention_heads * W if spec.is_tensorrt and sparse else 0
+    phases = [c * T * (M + 2 * projected + config.query_size) + scores, c * B * V]
     if sparse < config.num_hidden_layers:
-        phases.append(T * (M + 3 * config.intermediate_size))
+        phases.append(c * T * (M + 3 * config.intermediate_size))
     if config.moe is not None and sparse:
         moe = config.moe
         E, k, F = moe.num_experts, moe.num_experts_per_tok, moe.moe_intermediate_size
-        phases.append(T * (M + 3 * moe.shared_expert_intermediate_size))
+        phases.append(c * T * (M + 3 * moe.shared_expert_intermediate_size))
         if _is_blockwise(spec):
-            phases.append(T * (M + 3 * k * F))
+            phases.append(c * T * (M + 3 * k * F))
         else:
-            phases += [T * M + E * T * (F + max(2 * F, M)), B * (M + k * 3 * M * F)]
-    return (always + c * max(phases)) * (1 if spec.is_tensorrt else _ARENA_FACTOR)
+            phases += [c * (T * M + E * T * (F + max(2 * F, M))), c * B * (M + k * 3 * M * F)]
+    return (always + max(phases)) * (1 if spec.is_tensorrt else _ARENA_FACTOR)
 
 
 def _cache_bytes(config: ModelConfig, spec: BuildSpec, tokens: int) -> int:
@@ -192,17 +194,17 @@ def _forms(spec: BuildSpec) -> _Forms:
 
 
 def _block_forms(spec: BuildSpec, plain: _Form) -> _Forms:
-    """Blocks with fp32 scales, filled up; the embedding's zero points are a byte each, the others' packed."""
+    """Blocks, filled up; the embedding's zero points are a byte each, the others' packed."""
 
     def blocks(bits: int, zero_point_bits: int) -> _Form:
         zero_points = 0 if spec.symmetric else zero_point_bits
-        return _Form(bits, 4, spec.effective_block_size, fills_blocks=True, zero_point_bits=zero_points)
+        return _Form(bits, plain.bits // 8, spec.effective_block_size, fills_blocks=True, zero_point_bits=zero_points)
 
     bits, sensitive = 8 if spec.precision == Precision.INT8 else 4, spec.effective_sensitive_bits
     assert sensitive is not None
     return _Forms(
         plain=plain,
-        rotary=_Form(32),
+        rotary=plain,
         embedding=blocks(sensitive, 8),
         head=blocks(sensitive, sensitive),
         down=blocks(sensitive, sensitive),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from engines import onnxruntime
 from engines.footprint import activation_bytes, footprint
-from engines.spec import BuildSpec
+from engines.spec import BuildSpec, Precision, Target
 from exporter.config import ModelConfig, MoeConfig
 from exporter.lowering import standard
 from exporter.trace import trace
@@ -62,12 +62,16 @@ def lower_standard(traced: Traced, spec: BuildSpec) -> Traced:
     return standard.lower(traced)
 
 
+def tensorrt_spec(precision: str, **options: int) -> BuildSpec:
+    return BuildSpec(target=Target.TENSORRT, precision=Precision(precision), **options)  # type: ignore[arg-type]
+
+
 def cpu(**options: Any) -> tuple[BuildSpec, Lower]:
-    return BuildSpec(target="cpu", max_context=CONTEXT, **options), onnxruntime.lower  # type: ignore[arg-type]
+    return BuildSpec(max_context=CONTEXT, **options), onnxruntime.lower
 
 
 def tensorrt(**options: Any) -> tuple[BuildSpec, Lower]:
-    return BuildSpec(target="tensorrt", max_context=CONTEXT, **options), lower_standard  # type: ignore[arg-type]
+    return BuildSpec(target=Target.TENSORRT, max_context=CONTEXT, **options), lower_standard
 
 
 FORMS: dict[str, tuple[BuildSpec, Lower]] = {
@@ -127,7 +131,7 @@ def test_weights_of_a_whole_model(form: str) -> None:
 def test_published_parameters_at_two_bytes_are_a_variants_weights() -> None:
     """What is more: norms at four bytes and the rotary tables."""
     for config in VARIANTS.values():
-        planned = footprint(config, BuildSpec(target="tensorrt", precision="fp16")).weight_bytes  # type: ignore[arg-type]
+        planned = footprint(config, tensorrt_spec("fp16")).weight_bytes
         assert planned == pytest.approx(2 * config.num_parameters, rel=0.002)
 
 
@@ -167,7 +171,7 @@ def tiny_moe(experts: int = 8, chosen: int = 2, shared: int = 0, **changes: Any)
 
 
 def test_a_decode_step_reads_the_weights_but_one_row_of_the_embedding_and_the_cache_to_the_context() -> None:
-    spec = BuildSpec(target="tensorrt", precision="fp16", max_context=100)  # type: ignore[arg-type]
+    spec = tensorrt_spec("fp16", max_context=100)
     layer = (4 + 2 + 2) * 16 * 64 + (4 + 2 + 2) * 16 + 64 * 64 + 3 * 64 * 128  # q, k, v, biases, output, MLP
     norms = 4 * 64 * 5
     cache = 2 * 2 * 2 * 16 * 100 * 2
@@ -176,7 +180,7 @@ def test_a_decode_step_reads_the_weights_but_one_row_of_the_embedding_and_the_ca
 
 
 def test_a_tied_head_is_read_but_not_stored_again() -> None:
-    spec = BuildSpec(target="tensorrt", precision="fp16")  # type: ignore[arg-type]
+    spec = tensorrt_spec("fp16")
     apart, tied = footprint(tiny(), spec), footprint(tiny(tie_word_embeddings=True), spec)
     assert apart.weight_bytes - tied.weight_bytes == 2 * 1000 * 64
     assert apart.step_bytes == tied.step_bytes
@@ -185,7 +189,7 @@ def test_a_tied_head_is_read_but_not_stored_again() -> None:
 @pytest.mark.parametrize(("batch", "experts_read"), [(1, 2), (2, 4), (3, 6), (4, 8), (64, 8)])
 def test_a_decode_step_reads_the_chosen_experts_alone(batch: int, experts_read: int) -> None:
     def read(experts: int, chosen: int, batch: int) -> int:
-        spec = BuildSpec(target="tensorrt", precision="fp16", max_batch=batch)  # type: ignore[arg-type]
+        spec = tensorrt_spec("fp16", max_batch=batch)
         return footprint(tiny_moe(experts, chosen), spec).step_bytes
 
     expert = 2 * 3 * 64 * 32
@@ -204,18 +208,27 @@ def test_prefill_alone_reads_the_second_form_of_its_projections() -> None:
 
 def test_activations_of_a_model_by_hand() -> None:
     """64 tokens of 16 x 4 wide attention: the MLP's 64 + 3 x 128 is less than 64 + 2 x 128 + 64, 2 bytes each."""
-    spec = BuildSpec(target="tensorrt", precision="fp16", max_context=192, prefill_chunk=64)  # type: ignore[arg-type]
+    spec = tensorrt_spec("fp16", max_context=192, prefill_chunk=64)
     always = 4 * 64 * 64 + 4 * 1000 + 64 * 256  # residual, logits, mask
     assert activation_bytes(tiny(), spec) == always + 2 * 64 * (64 + 3 * 128)
     assert activation_bytes(tiny(intermediate_size=16), spec) == always + 2 * 64 * (64 + 2 * 128 + 64)
 
 
 def test_experts_count_with_all_tokens_where_all_of_them_run() -> None:
-    every = BuildSpec(target="tensorrt", precision="fp16", prefill_chunk=64)  # type: ignore[arg-type]
-    more = activation_bytes(tiny_moe(16), every) - activation_bytes(tiny_moe(8), every)
-    assert more == 2 * 64 * 8 * (32 + 64)
+    every = tensorrt_spec("fp16", max_context=64, prefill_chunk=64)
+    more = activation_bytes(tiny_moe(64), every) - activation_bytes(tiny_moe(32), every)
+    assert more == 2 * 64 * 32 * (32 + 64)
     own = BuildSpec(precision="int4", prefill_chunk=64)  # type: ignore[arg-type]
     assert activation_bytes(tiny_moe(16), own) == activation_bytes(tiny_moe(8), own)
+
+
+def test_attention_scores_count_in_a_model_with_experts() -> None:
+    """A window of 4,352 slots: 4 heads x 64 tokens of fp32 scores, against one byte of mask a slot and token."""
+    longer, shorter = (
+        activation_bytes(tiny_moe(), tensorrt_spec("fp16", max_context=context, prefill_chunk=64))
+        for context in (4288, 4032)
+    )
+    assert longer - shorter == 256 * 64 * (4 * 4 + 1)
 
 
 SPECS = st.sampled_from([spec for spec, _ in FORMS.values()])
@@ -243,8 +256,5 @@ def test_bytes_grow_by_the_same_with_every_layer(spec: BuildSpec, layers: int) -
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_narrower_precision_takes_fewer_bytes(name: str) -> None:
-    sizes = [
-        footprint(VARIANTS[name], BuildSpec(target="tensorrt", precision=precision)).weight_bytes  # type: ignore[arg-type]
-        for precision in ("fp16", "int8", "int4")
-    ]
+    sizes = [footprint(VARIANTS[name], tensorrt_spec(precision)).weight_bytes for precision in ("fp16", "int8", "int4")]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,8 +20,8 @@ from qwen_aot_errors import BuildError
 PRECISIONS = ("fp16", "bf16", "int8", "int4", "fp8")
 
 
-def spec_of(precision: str, *, target: str = "tensorrt", **request: int) -> BuildSpec:
-    return BuildSpec(target=target, precision=precision, **request)  # type: ignore[arg-type]
+def spec_of(precision: str, target: str = "tensorrt", **request: Any) -> BuildSpec:
+    return BuildSpec(target=Target(target), precision=Precision(precision), **request)
 
 
 def planned(variant: str, device: str, spec: BuildSpec) -> Plan:
@@ -88,7 +89,10 @@ def test_what_a_remedy_names_fits(variant: str, device: str, precision: str, con
         changes = {kind: int(number) for kind, number in re.findall(r"a (context|batch) of (\d+)", named[2] or "")}
         trials = [changes] if joint or not changes else [{kind: number} for kind, number in changes.items()]
         for trial in trials:
-            request = {"max_context": trial.get("context", context), "max_batch": trial.get("batch", batch)}
+            request: dict[str, Any] = {
+                "max_context": trial.get("context", context),
+                "max_batch": trial.get("batch", batch),
+            }
             assert planned(variant, device, spec_of(named[1], **request)).fits, choice
 
 
