@@ -36,6 +36,11 @@ class Device:
     targets: tuple[Target, ...]
 
     @property
+    def capability_name(self) -> str:
+        """The compute capability as NVIDIA writes it: 8.7."""
+        return ".".join(map(str, self.capability))
+
+    @property
     def usable_bytes(self) -> int:
         """What is left for an engine."""
         return self.memory_bytes - self.reserved_bytes

@@ -127,16 +127,11 @@ def refusal_of(spec: BuildSpec, device: Device) -> str | None:
         accepted = ", ".join(device.targets)
         if spec.target == Target.CPU:
             return f"target cpu runs in the host's memory, which a card doesn't share; targets here: {accepted}"
-        return f"target {spec.target} doesn't run on SM {capability_name(device)}; targets here: {accepted}"
+        return f"target {spec.target} doesn't run on SM {device.capability_name}; targets here: {accepted}"
     if spec.precision == Precision.FP8 and device.capability < _FP8_CAPABILITY:
         least = ".".join(map(str, _FP8_CAPABILITY))
-        return f"fp8 needs SM {least} or later, and this is SM {capability_name(device)}; int8 is as small"
+        return f"fp8 needs SM {least} or later, and this is SM {device.capability_name}; int8 is as small"
     return None
-
-
-def capability_name(device: Device) -> str:
-    """As NVIDIA writes it: 8.7."""
-    return ".".join(map(str, device.capability))
 
 
 def longest_context(config: ModelConfig, spec: BuildSpec, usable_bytes: int) -> int:

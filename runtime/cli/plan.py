@@ -102,13 +102,12 @@ def _configs(names: Iterable[str]) -> list[tuple[str, ModelConfig]]:
 
 def _device_facts(key: str) -> dict[str, Any]:
     from engines.devices import DEVICES
-    from engines.planner import capability_name
 
     device = DEVICES[key]
     return {
         "device": key,
         "name": device.name,
-        "compute_capability": capability_name(device),
+        "compute_capability": device.capability_name,
         "memory_bytes": device.memory_bytes,
         "reserved_bytes_assumed": device.reserved_bytes,
         "usable_bytes": device.usable_bytes,
