@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from engines import onnxruntime
 from engines.footprint import activation_bytes, footprint
 from engines.spec import BuildSpec, Precision, Target
+from engines.tensorrt_options import TensorRtOptions
 from exporter.config import ModelConfig, MoeConfig
 from exporter.lowering import standard
 from exporter.trace import trace
@@ -62,8 +64,8 @@ def lower_standard(traced: Traced, spec: BuildSpec) -> Traced:
     return standard.lower(traced)
 
 
-def tensorrt_spec(precision: str, **options: int) -> BuildSpec:
-    return BuildSpec(target=Target.TENSORRT, precision=Precision(precision), **options)  # type: ignore[arg-type]
+def tensorrt_spec(precision: str, **options: Any) -> BuildSpec:
+    return BuildSpec(target=Target.TENSORRT, precision=Precision(precision), **options)
 
 
 def cpu(**options: Any) -> tuple[BuildSpec, Lower]:
@@ -133,6 +135,41 @@ def test_published_parameters_at_two_bytes_are_a_variants_weights() -> None:
     for config in VARIANTS.values():
         planned = footprint(config, tensorrt_spec("fp16")).weight_bytes
         assert planned == pytest.approx(2 * config.num_parameters, rel=0.002)
+
+
+def quantized_bytes(config: ModelConfig, bits: int, block_size: int | None) -> int:
+    """Of the checkpoint's tensors as a TensorRT engine stores them, one by one, without the rotary tables.
+
+    fp16, but codes with fp16 scales in the projections, and fp32 norms.
+    """
+    total = 0
+    for name, shape in config.tensor_shapes().items():
+        elements = math.prod(shape)
+        if name.endswith(("norm.weight", "layernorm.weight")):
+            total += 4 * elements
+        elif name.endswith("_proj.weight"):
+            total += elements * bits // 8 + 2 * shape[0] * (shape[1] // (block_size or shape[1]))
+        else:
+            total += 2 * elements
+    return total
+
+
+@pytest.mark.parametrize(("precision", "bits", "block_size"), [("int8", 8, None), ("fp8", 8, None), ("int4", 4, 128)])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_quantized_weights_for_tensorrt(name: str, precision: str, bits: int, block_size: int | None) -> None:
+    config, spec = VARIANTS[name], tensorrt_spec(precision, max_context=CONTEXT)
+    rotary = 2 * cache_capacity(CONTEXT, spec.prefill_chunk) * config.head_dim
+    assert footprint(config, spec).weight_bytes == quantized_bytes(config, bits, block_size) + rotary
+
+
+def test_a_quantized_head_is_stored_apart_from_the_embedding() -> None:
+    for config in (tiny(hidden_size=256), tiny(hidden_size=256, tie_word_embeddings=True)):
+        kept, quantized = (
+            footprint(config, tensorrt_spec("int4", tensorrt=TensorRtOptions(quantize_head=flag))).weight_bytes
+            for flag in (False, True)
+        )
+        head = 1000 * 256 // 2 + 2 * 1000 * 2
+        assert quantized - kept == head - (0 if config.tie_word_embeddings else 2 * 1000 * 256)
 
 
 @pytest.mark.parametrize("name", KINDS)
