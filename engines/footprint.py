@@ -73,7 +73,7 @@ def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
       in a model with experts, whose `If` stands in the way, and then scores [B, H, S, W] fp32 are added;
     - an MLP: its input [T, M], gate and up [T, 2F], their product [T, F], in c;
     - routed experts: every expert on every token, E x [T, 3F] or E x [T, F + M] in c, or the gathered weights of a
-      decode step, B x k x 3·M·F; ONNX Runtime's kernel runs each token's own experts, k x [T, 3F];
+      decode step, at most min(E, B·k) x 3·M·F; ONNX Runtime's kernel runs each token's own experts, k x [T, 3F];
     - the head: [B, V] in c.
 
     ONNX Runtime's arena keeps twice that: steps of 256 tokens took 2.0 to 2.3 times the sum above in models of the
@@ -98,7 +98,7 @@ def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
         if _is_blockwise(spec):
             phases.append(c * T * (M + 3 * k * F))
         else:
-            phases += [c * (T * M + E * T * (F + max(2 * F, M))), c * B * (M + k * 3 * M * F)]
+            phases += [c * (T * M + E * T * (F + max(2 * F, M))), c * (B * M + min(E, B * k) * 3 * M * F)]
     return (always + max(phases)) * (1 if spec.is_tensorrt else _ARENA_FACTOR)
 
 
