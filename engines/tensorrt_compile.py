@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import onnx_ir as ir
 
 from engines.builders import EngineFacts
+from engines.footprint import activation_bytes
 from engines.profiles import profile_shapes, profiles
 from engines.spec import BuildSpec
 from engines.tensorrt_config import TimingCache, make_config
@@ -24,7 +25,7 @@ from engines.tensorrt_network import (
     parse,
 )
 from engines.tensorrt_progress import make_monitor
-from engines.tensorrt_sizes import activation_bytes, cache_bytes, weight_bytes
+from engines.tensorrt_sizes import cache_bytes, weight_bytes
 from engines.write_folder import explained
 from exporter.io_spec import IoSpec, io_spec
 from exporter.save import MODEL_FILE
@@ -103,7 +104,7 @@ class Compilation:
                 layers=layers,
                 weight_bytes=self._weight_bytes,
                 cache_bytes=cache_bytes(inputs, spec.max_batch),
-                activation_bytes_estimated=activation_bytes(config, spec.max_batch, spec.prefill_chunk, capacity),
+                activation_bytes_estimated=activation_bytes(config, spec),
             ),
         )
 

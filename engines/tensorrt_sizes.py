@@ -1,11 +1,10 @@
-"""Bytes of an engine and of the device memory it needs: weights and cache exact, activations by a formula."""
+"""Exact bytes of an engine's weights and cache, and how large its file may be."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from exporter.config import ModelConfig
 from exporter.weights import Traced
 from runtime.manifest import CACHE_PREFIX, IoTensor, TensorRtFacts
 
@@ -35,25 +34,3 @@ def engine_size_bounds(facts: TensorRtFacts) -> tuple[int, int]:
     """The least and the most bytes that the engine's file may have."""
     stored = facts.weight_bytes if facts.has_weights else 0
     return int(stored * (1 - _TOLERANCE)), int(stored * (1 + _TOLERANCE)) + _KERNEL_BYTES
-
-
-def activation_bytes(config: ModelConfig, max_batch: int, prefill_chunk: int, capacity: int) -> int:
-    """An estimate of what a prefill step holds besides weights and cache; no GPU has checked it.
-
-    The residual stream and its normalised copy, the largest part of a layer, the mask and the logits. A model with
-    experts also holds attention scores in fp32, because TensorRT doesn't fuse attention behind the experts' `If`,
-    and runs every expert on every token in prefill.
-    """
-    tokens = max_batch * prefill_chunk
-    half, single = 2, 4
-    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    stream = tokens * config.hidden_size * (single + half)
-    qkv = (heads + 2 * kv_heads) * size
-    attention = tokens * half * (2 * qkv + heads * size)  # packed, rotated, result
-    mlp = tokens * half * 3 * config.intermediate_size  # gate and up, product
-    if (moe := config.moe) is not None:
-        attention += tokens * heads * capacity * single
-        mlp = tokens * half * moe.num_experts * (3 * moe.moe_intermediate_size + config.hidden_size)
-    mask = tokens * capacity
-    logits = max_batch * config.vocab_size * single
-    return stream + max(attention, mlp) + mask + logits
