@@ -55,6 +55,10 @@ _EXPLANATIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             "its library {what} isn't installed; install the whole package again",
         ),
         (
+            r"verifying IR|MyelinCheckException|internal error",
+            "its compiler failed on this graph; another precision may pass; please report it",
+        ),
+        (
             r"compiled with|different version|version (mis)?match|serialization version",
             "a file was written by another version of it; delete the file or name another one",
         ),
