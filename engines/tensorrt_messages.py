@@ -24,7 +24,7 @@ _EXPLANATIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE), text)
     for pattern, text in (
         (
-            r"out of memory|bad_alloc|MEM_ALLOC_FAILED|memory allocation|failed to allocate",
+            r"out ?of ?memory|bad_alloc|MEM_ALLOC_FAILED|memory allocation|failed to allocate",
             "it ran out of memory; close other programs, ask for less with --max-batch, --prefill-chunk or "
             "--max-context, or build on a larger machine",
         ),

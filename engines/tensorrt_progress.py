@@ -69,14 +69,15 @@ def run_watched(work: Callable[[], Result], cancel: Callable[[], None], watch: C
     exception goes on.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="compile") as pool:
-        future = pool.submit(work)
+        future: Future[Result] | None = None
         try:
+            future = pool.submit(work)
             while not wait([future], _POLL_SECONDS).done:
                 watch()
             return future.result()
         except BaseException:
-            if not future.done():
-                cancel()
+            cancel()  # before anything else can be interrupted
+            if future is not None and not future.done():
                 logger.warning("stopping; TensorRT ends the step that it is in first")
                 _outlast(future)
             raise
