@@ -89,9 +89,10 @@ def cached_attention_definition(
     """Rotate, write the new keys and values into the cache, attend to its first W slots.
 
     W is the last dimension of `attention_mask`, so that cost follows the window and not the capacity. Heads are picked
-    with Gather and the window is cut with Split, because TensorRT's parser makes the fewest layers of these (a Split of
-    heads, or a Slice with a bound that it doesn't know, becomes a chain of shape arithmetic; docs/tensorrt.md). The
-    softmax's precision is the runtime's choice, because TensorRT's parser refuses `softmax_precision`. Source of the rotation: RoFormer (arXiv 2104.09864), half-rotated as in Hugging Face.
+    with Gather and the window is cut with Split, because TensorRT's parser makes the fewest layers of these: a Split of
+    heads, or a Slice with a bound that it doesn't know, becomes a chain of shape arithmetic (docs/tensorrt.md). The
+    softmax's precision is the runtime's choice, because that parser refuses `softmax_precision`.
+    Source of the rotation: RoFormer (arXiv 2104.09864), half-rotated as in Hugging Face.
 
     Args:
         num_heads: H.

@@ -66,6 +66,24 @@ def lower_head(traced: Traced) -> int:
     return len(nodes)
 
 
+def decides(node: ir.Node) -> bool:
+    """Whether a Linear decides something, so that its weight isn't quantized.
+
+    A router's does (its top-k is a choice, and it is small), and one with a single output (the shared expert's gate).
+    """
+    weight = node.inputs[1]
+    assert weight is not None and weight.shape is not None
+    return weight.shape[0] == 1 or any(ops.is_op(user, ops.Op.SPARSE_MOE) for user in _behind_casts(node.outputs[0]))
+
+
+def _behind_casts(value: ir.Value) -> list[ir.Node]:
+    """The nodes that read a value, or read it cast."""
+    users: list[ir.Node] = []
+    for user in value.consumers():
+        users += _behind_casts(user.outputs[0]) if user.op_type == "Cast" else [user]
+    return users
+
+
 def rank(value: ir.Value | None) -> int:
     """The number of dimensions.
 

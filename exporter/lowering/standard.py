@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import onnx_ir as ir
 
@@ -23,12 +23,11 @@ from exporter.lowering.passes import (
     rank,
     remove_unused_inputs,
 )
+from exporter.lowering.standard_quantized import WeightFormat, quantize_experts, quantize_linears, refuse_experts
 from exporter.weights import Traced
 from qwen_aot_errors import ExportError
 
 logger = logging.getLogger(__name__)
-
-WeightFormat = Literal["int8", "int4", "fp8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +58,8 @@ def lower(traced: Traced, options: StandardOptions | None = None) -> Traced:
         ExportError: the options ask for what this graph can't be lowered to.
     """
     options = options or StandardOptions()
+    if options.weights is not None:
+        refuse_experts(traced, options.weights)
     for name, step in passes(options):
         count = step(traced)
         if count:
@@ -69,12 +70,20 @@ def lower(traced: Traced, options: StandardOptions | None = None) -> Traced:
 
 def passes(options: StandardOptions) -> list[tuple[str, Callable[[Traced], int]]]:
     """The passes in order, by name."""
-    steps: list[tuple[str, Callable[[Traced], int]]] = []
+    linears: list[tuple[str, Callable[[Traced], int]]] = []
+    experts: list[tuple[str, Callable[[Traced], int]]] = []
+    if options.weights is not None:
+        weights, quantize_head = options.weights, options.quantize_head
+        linears.append(
+            ("quantize_linears", lambda traced: quantize_linears(traced, weights, quantize_head=quantize_head))
+        )
+        experts.append(("quantize_experts", quantize_experts))
     return [
-        *steps,
+        *linears,  # first: it knows our ops
         ("lower_head", lower_head),
         ("lower_swiglu", lower_swiglu),
         ("inline_definitions", inline_definitions),  # what is left of ours
+        *experts,
         ("clean_up", clean_up),
         ("fold_casts_of_initializers", fold_casts_of_initializers),  # after clean_up merged the layers' equal Casts
         ("remove_unused_inputs", remove_unused_inputs),
