@@ -161,8 +161,6 @@ def export_tensorrt_bundle(
     return write_tensorrt_bundle(folder, model, manifest, flavour, texts=texts)
 
 
-
-
 def _sizes(tensor: IoTensor, ranges: Mapping[str, tuple[int, int]], end: int) -> list[int]:
     return [dim if isinstance(dim, int) else ranges[dim][end] for dim in tensor.shape]
 

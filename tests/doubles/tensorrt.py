@@ -247,7 +247,9 @@ class Context(_Counted):
 
     def set_device_memory(self, memory: int, size: int) -> None:
         if memory % 256 or size < self._core.activation_bytes:
-            raise self.gpu.misuse(f"{size} bytes of scratch memory at {memory:#x}; needed: {self._core.activation_bytes}")
+            raise self.gpu.misuse(
+                f"{size} bytes of scratch memory at {memory:#x}; needed: {self._core.activation_bytes}"
+            )
         self._scratch = (memory, size)
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
