@@ -25,7 +25,6 @@ from runtime.manifest import (
     IoTensor,
     Manifest,
     ModelFacts,
-    Profile,
     TensorRtFacts,
     cache_capacity,
 )

@@ -1,3 +1,4 @@
+# ruff: noqa: N801, N802, N815  # the library's names
 """cuda.bindings.runtime on a double GPU: the functions that the runtime calls, with the library's own signatures."""
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from enum import IntEnum
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from tests.doubles.gpu import Failure, Gpu, Graph, Stream
+from tests.doubles.gpu import Gpu, Graph, StatusError, Stream
 
 
-class cudaError_t(IntEnum):  # noqa: N801  # the library's name
+class cudaError_t(IntEnum):
     cudaSuccess = 0
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
@@ -26,12 +27,12 @@ class cudaError_t(IntEnum):  # noqa: N801  # the library's name
     cudaErrorUnknown = 999
 
 
-class cudaMemcpyKind(IntEnum):  # noqa: N801
+class cudaMemcpyKind(IntEnum):
     cudaMemcpyHostToDevice = 1
     cudaMemcpyDeviceToHost = 2
 
 
-class cudaStreamCaptureMode(IntEnum):  # noqa: N801
+class cudaStreamCaptureMode(IntEnum):
     cudaStreamCaptureModeGlobal = 0
     cudaStreamCaptureModeThreadLocal = 1
     cudaStreamCaptureModeRelaxed = 2
@@ -146,7 +147,7 @@ def make_cuda_runtime(gpu: Gpu) -> ModuleType:
                     try:
                         given = body(*arguments)
                         values = given if results > 1 else (given,) if results else ()
-                    except Failure as failure:
+                    except StatusError as failure:
                         status = failure.status
                 if status is None:
                     return (cudaError_t.cudaSuccess, *values)
@@ -161,67 +162,67 @@ def make_cuda_runtime(gpu: Gpu) -> ModuleType:
     # The machine
 
     @function(results=1)
-    def cudaDriverGetVersion() -> int:  # noqa: N802
+    def cudaDriverGetVersion() -> int:
         return gpu.driver
 
     @function(results=1)
-    def cudaRuntimeGetVersion() -> int:  # noqa: N802
+    def cudaRuntimeGetVersion() -> int:
         return 13000
 
     @function(results=1)
-    def cudaGetDeviceCount() -> int:  # noqa: N802
+    def cudaGetDeviceCount() -> int:
         if gpu.driver < 13000:
-            raise Failure("cudaErrorInsufficientDriver")
+            raise StatusError("cudaErrorInsufficientDriver")
         return gpu.count
 
     @function(results=1)
-    def cudaGetDevice() -> int:  # noqa: N802
+    def cudaGetDevice() -> int:
         return 0
 
     @function(results=1)
-    def cudaGetDeviceProperties(device: int) -> SimpleNamespace:  # noqa: N802
+    def cudaGetDeviceProperties(device: int) -> SimpleNamespace:
         major, minor = gpu.capability
         return SimpleNamespace(
             name=gpu.name.encode() + b"\0\0", major=major, minor=minor, integrated=int(gpu.is_integrated)
         )
 
     @function(results=2)
-    def cudaMemGetInfo() -> tuple[int, int]:  # noqa: N802
+    def cudaMemGetInfo() -> tuple[int, int]:
         return gpu.total_bytes - gpu.used_bytes, gpu.total_bytes
 
     # Memory
 
     @function(results=1)
-    def cudaMalloc(size: int) -> int:  # noqa: N802
+    def cudaMalloc(size: int) -> int:
         gpu.refuse_in_capture("cudaMalloc")
         return gpu.allocate(size, "device")
 
     @function(results=1)
-    def cudaMallocHost(size: int) -> int:  # noqa: N802
+    def cudaMallocHost(size: int) -> int:
         gpu.refuse_in_capture("cudaMallocHost")
         return gpu.allocate(size, "pinned")
 
     @function(destroys=True)
-    def cudaFree(address: int) -> None:  # noqa: N802
+    def cudaFree(address: int) -> None:
         gpu.refuse_in_capture("cudaFree")
         gpu.free(address, "device")
         gpu.log.append("free")
 
     @function(destroys=True)
-    def cudaFreeHost(address: int) -> None:  # noqa: N802
+    def cudaFreeHost(address: int) -> None:
         gpu.refuse_in_capture("cudaFreeHost")
         gpu.free(address, "pinned")
 
     # Streams
 
     @function(results=1)
-    def cudaStreamCreateWithFlags(flags: int) -> Handle:  # noqa: N802
+    def cudaStreamCreateWithFlags(flags: int) -> Handle:
         number = gpu.new_handle()
         gpu.streams[number] = Stream()
         return Handle(number)
 
     @function(destroys=True)
-    def cudaStreamDestroy(stream: Handle) -> None:  # noqa: N802
+    def cudaStreamDestroy(stream: Handle) -> None:
         gpu.stream(stream)
         if gpu.allocations:
             raise gpu.misuse("the stream was destroyed before the memory that its work uses")
@@ -229,38 +230,34 @@ def make_cuda_runtime(gpu: Gpu) -> ModuleType:
         gpu.log.append("stream")
 
     @function()
-    def cudaStreamSynchronize(stream: Handle) -> None:  # noqa: N802
+    def cudaStreamSynchronize(stream: Handle) -> None:
         gpu.refuse_in_capture("cudaStreamSynchronize")
         gpu.synchronize(gpu.stream(stream))
 
     @function()
-    def cudaMemcpyAsync(  # noqa: N802
-        target: int, source: int, size: int, kind: cudaMemcpyKind, stream: Handle
-    ) -> None:
+    def cudaMemcpyAsync(target: int, source: int, size: int, kind: cudaMemcpyKind, stream: Handle) -> None:
         copy = Copy(gpu, target, source, size, kind == cudaMemcpyKind.cudaMemcpyHostToDevice)
         gpu.submit(gpu.stream(stream), copy)
 
     @function()
-    def cudaMemsetAsync(address: int, value: int, size: int, stream: Handle) -> None:  # noqa: N802
+    def cudaMemsetAsync(address: int, value: int, size: int, stream: Handle) -> None:
         gpu.submit(gpu.stream(stream), Fill(gpu, address, size, value, size, 1))
 
     @function()
-    def cudaMemset2DAsync(  # noqa: N802
-        address: int, pitch: int, value: int, width: int, height: int, stream: Handle
-    ) -> None:
+    def cudaMemset2DAsync(address: int, pitch: int, value: int, width: int, height: int, stream: Handle) -> None:
         gpu.submit(gpu.stream(stream), Fill(gpu, address, pitch, value, width, height))
 
     # Graphs
 
     @function()
-    def cudaStreamBeginCapture(stream: Handle, mode: cudaStreamCaptureMode) -> None:  # noqa: N802
+    def cudaStreamBeginCapture(stream: Handle, mode: cudaStreamCaptureMode) -> None:
         found = gpu.stream(stream)
         if found.captured is not None or found.pending:
             raise gpu.misuse("a capture began while one is open, or before earlier work was waited for")
         found.captured = []
 
     @function(results=1, destroys=True)
-    def cudaStreamEndCapture(stream: Handle) -> Handle:  # noqa: N802
+    def cudaStreamEndCapture(stream: Handle) -> Handle:
         found = gpu.stream(stream)
         if found.captured is None:
             raise gpu.misuse("a capture ended that hadn't begun")
@@ -271,25 +268,25 @@ def make_cuda_runtime(gpu: Gpu) -> ModuleType:
         return Handle(number)
 
     @function(results=1)
-    def cudaGraphInstantiate(graph: Handle, flags: int) -> Handle:  # noqa: N802
+    def cudaGraphInstantiate(graph: Handle, flags: int) -> Handle:
         gpu.refuse_in_capture("cudaGraphInstantiate")
         number = gpu.new_handle()
         gpu.executables[number] = Graph(list(gpu.graphs[int(graph)].operations))
         return Handle(number)
 
     @function(destroys=True)
-    def cudaGraphDestroy(graph: Handle) -> None:  # noqa: N802
+    def cudaGraphDestroy(graph: Handle) -> None:
         if gpu.graphs.pop(int(graph), None) is None:
             raise gpu.misuse("a graph was destroyed that doesn't exist")
 
     @function(destroys=True)
-    def cudaGraphExecDestroy(executable: Handle) -> None:  # noqa: N802
+    def cudaGraphExecDestroy(executable: Handle) -> None:
         if gpu.executables.pop(int(executable), None) is None:
             raise gpu.misuse("an executable graph was destroyed that doesn't exist")
         gpu.log.append("graph")
 
     @function()
-    def cudaGraphLaunch(executable: Handle, stream: Handle) -> None:  # noqa: N802
+    def cudaGraphLaunch(executable: Handle, stream: Handle) -> None:
         if int(executable) not in gpu.executables:
             raise gpu.misuse("a graph was launched that doesn't exist")
         gpu.submit(gpu.stream(stream), Launch(gpu.executables[int(executable)]))

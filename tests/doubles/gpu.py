@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,11 +18,11 @@ POISON = 0xFF
 ALIGNMENT = 256
 
 
-class Misuse(AssertionError):
+class MisuseError(AssertionError):
     """The program did what CUDA or TensorRT leaves undefined, or says not to do."""
 
 
-class Failure(Exception):
+class StatusError(Exception):
     """A call fails with a status, as it would on hardware."""
 
     def __init__(self, status: str) -> None:
@@ -71,7 +69,7 @@ class Gpu:
     Attributes:
         calls: of each CUDA function and TensorRT method, so far.
         log: what was destroyed and executed, in order.
-        misuses: messages of every Misuse raised, whoever may have caught it.
+        misuses: messages of every MisuseError raised, whoever may have caught it.
         lost: the status that every call gives after a sticky error.
         fault: the status that the call now at work is to give.
     """
@@ -82,6 +80,7 @@ class Gpu:
         name: str = "Double RTX",
         capability: tuple[int, int] = (8, 9),
         total_bytes: int = 1 << 30,
+        others_bytes: int = 0,
         is_integrated: bool = False,
         count: int = 1,
         driver: int = 13000,
@@ -92,7 +91,8 @@ class Gpu:
         self.is_integrated = is_integrated
         self.count = count
         self.driver = driver
-        self.reserved_bytes = 0  # by other programs, and by engines for their weights
+        self.others_bytes = others_bytes  # of other programs
+        self.reserved_bytes = 0  # by engines for their weights
         self.allocations: dict[int, Allocation] = {}
         self.streams: dict[int, Stream] = {}
         self.graphs: dict[int, Graph] = {}
@@ -129,28 +129,32 @@ class Gpu:
         """Calls that were to fail and haven't been made."""
         return [call for call, (which, _) in self._faults.items() if which > self.calls[call]]
 
-    def misuse(self, message: str) -> Misuse:
+    def misuse(self, message: str) -> MisuseError:
         """Notes a misuse; to be raised."""
         self.misuses.append(message)
-        return Misuse(message)
+        return MisuseError(message)
 
     # Memory
 
     @property
     def used_bytes(self) -> int:
         """Of device memory."""
-        return self.reserved_bytes + sum(a.size for a in self.allocations.values() if a.kind == "device")
+        return (
+            self.others_bytes
+            + self.reserved_bytes
+            + sum(a.size for a in self.allocations.values() if a.kind == "device")
+        )
 
     def allocate(self, size: int, kind: str) -> int:
         """Poisoned memory.
 
         Raises:
-            Failure: there is none.
+            StatusError: there is none.
         """
         if size <= 0:
             raise self.misuse(f"{size} bytes of {kind} memory asked for")
         if kind == "device" and self.used_bytes + size > self.total_bytes:
-            raise Failure("cudaErrorMemoryAllocation")
+            raise StatusError("cudaErrorMemoryAllocation")
         memory = (ctypes.c_uint8 * (size + ALIGNMENT))()
         address = -(-ctypes.addressof(memory) // ALIGNMENT) * ALIGNMENT
         ctypes.memset(address, POISON, size)
@@ -207,7 +211,7 @@ class Gpu:
         """Does a stream's work.
 
         Raises:
-            Failure: some of it failed; nothing after it is done.
+            StatusError: some of it failed; nothing after it is done.
         """
         pending, stream.pending = stream.pending, []
         for operation in pending:
@@ -232,13 +236,3 @@ class Gpu:
         }
         assert not any(left.values()), f"left on the GPU: { {name: n for name, n in left.items() if n} }"
         assert self.reserved_bytes == 0
-
-
-@contextmanager
-def other_programs(gpu: Gpu, count: int) -> Iterator[None]:
-    """Device memory that somebody else holds."""
-    gpu.reserved_bytes += count
-    try:
-        yield
-    finally:
-        gpu.reserved_bytes -= count

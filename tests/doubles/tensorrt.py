@@ -1,11 +1,12 @@
 """TensorRT, both flavours, on a double GPU: engines are ONNX files with profiles, and ONNX Runtime computes them.
 
 What the library answers with False or None is answered so, with a message to the logger; what it leaves undefined, or
-its documentation says not to do, is a Misuse.
+its documentation says not to do, is a MisuseError.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import weakref
@@ -18,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from tests.doubles.cuda_runtime import STICKY
-from tests.doubles.gpu import Failure, Gpu
+from tests.doubles.gpu import Gpu, StatusError
 
 METADATA_KEY = "tensorrt_double"  # JSON: profiles, weight_bytes, activation_bytes
 
@@ -335,7 +336,7 @@ class Context(_Counted):
         ]
         ranges.append((self._scratch[0], sum(self._scratch), "scratch memory"))
         ranges.sort()
-        for (_, end, name), (start, _, other) in zip(ranges, ranges[1:], strict=False):
+        for (_, end, name), (start, _, other) in itertools.pairwise(ranges):
             if end > start:
                 raise self.gpu.misuse(f"{name} and {other} overlap")
 
@@ -344,7 +345,7 @@ class Context(_Counted):
         if status := self.gpu.count_call("kernel"):
             if status in STICKY:
                 self.gpu.lose(status)
-            raise Failure(status)
+            raise StatusError(status)
         tensors = self.resolve(state)
         if self._core.activation_bytes:
             self.gpu.check_range(self._scratch[0], self._core.activation_bytes, "device")
