@@ -126,6 +126,8 @@ class CudaStream:
 
     def close(self) -> None:
         """Frees graphs, memory and the stream, whatever failed before. Whoever uses the memory must be gone."""
+        if self._stream is not None:
+            self.drain()
         while self._graphs:
             self._release("cudaGraphExecDestroy", self._graphs.pop())
         while self._device:
