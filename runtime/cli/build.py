@@ -60,7 +60,7 @@ def _either(kinds: type[StrEnum]) -> str:
 @option(
     "--fast-prefill",
     is_flag=True,
-    help="Add an 8-bit form of the projections that long prompts run through about twice as fast.",
+    help="Add an 8-bit form of the projections that long prompts run through about twice as fast (needs VNNI on x86).",
     group="Quantization",
 )
 @option("--random-weights", is_flag=True, help="For a variant's name: weights drawn from --seed.", group="Trial")
