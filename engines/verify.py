@@ -92,6 +92,7 @@ class Scores:
         decisive_top1_agreement: share of those with the same first token; None without any.
         greedy_agreement: mean share of greedy tokens before the first that differs.
         perplexity, reference_perplexity: of the text's own next tokens.
+        log_ratio_error: standard error of the logarithm of their ratio, from the pairs of one position each.
     """
 
     positions: int
@@ -105,6 +106,7 @@ class Scores:
     greedy_agreement: float
     perplexity: float
     reference_perplexity: float
+    log_ratio_error: float
 
     @property
     def perplexity_ratio(self) -> float:
@@ -114,17 +116,24 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One bound and what was found."""
+    """One bound and what was found.
+
+    Attributes:
+        uncertainty: of `found`, by so few positions; only what lies outside by more than this has failed.
+    """
 
     name: str
     found: float
     bound: float
     is_upper: bool
+    uncertainty: float = 0.0
 
     @property
     def has_passed(self) -> bool:
         """Whether the value is inside. NaN is not."""
-        return self.found <= self.bound if self.is_upper else self.found >= self.bound
+        if self.is_upper:
+            return self.found - self.uncertainty <= self.bound
+        return self.found + self.uncertainty >= self.bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +240,12 @@ def _greedy_agreement(engine: ScoredEngine, prompt: NDArray[np.int64], expected:
 
 
 def checks(scores: Scores, bounds: Bounds) -> tuple[Check, ...]:
-    """One check a bound that is set; top-1 only where there are decisive positions."""
+    """One check a bound that is set; top-1 only where there are decisive positions.
+
+    A quantized model rates each token of a text a little higher or lower, and only the mean over many is its loss: a
+    ratio of perplexities counts as found within two standard errors.
+    """
+    uncertainty = {"perplexity_ratio": scores.perplexity_ratio * math.expm1(2 * scores.log_ratio_error)}
     found: Mapping[str, tuple[float | None, bool]] = {
         "max_logit_difference": (scores.max_logit_difference, True),
         "mean_logit_difference": (scores.mean_logit_difference, True),
@@ -244,7 +258,7 @@ def checks(scores: Scores, bounds: Bounds) -> tuple[Check, ...]:
     for name, (value, is_upper) in found.items():
         bound = getattr(bounds, name)
         if bound is not None and value is not None:
-            result.append(Check(name, value, bound, is_upper))
+            result.append(Check(name, value, bound, is_upper, uncertainty.get(name, 0.0)))
     return tuple(result)
 
 
@@ -289,7 +303,7 @@ class _Tally:
         self._max = self._mean = self._kl = 0.0
         self._same = self._decisive = self._decisive_same = 0
         self._targets = 0
-        self._nll = self._reference_nll = 0.0
+        self._nll = self._reference_nll = self._squared_loss = 0.0
 
     def add(self, found: NDArray[np.float32], expected: NDArray[np.float32], target: int | None) -> None:
         """Counts one position: logits [V] of both sides and the text's next token."""
@@ -309,9 +323,13 @@ class _Tally:
             self._targets += 1
             self._nll -= float(ours[target])
             self._reference_nll -= float(theirs[target])
+            self._squared_loss += float(theirs[target] - ours[target]) ** 2
 
     def scores(self, greedy_tokens: int, greedy_agreement: float) -> Scores:
         """The means."""
+        targets = max(self._targets, 1)
+        loss = (self._nll - self._reference_nll) / targets
+        variance = max(self._squared_loss / targets - loss**2, 0.0)
         return Scores(
             positions=self.positions,
             max_logit_difference=self._max,
@@ -322,8 +340,9 @@ class _Tally:
             decisive_top1_agreement=self._decisive_same / self._decisive if self._decisive else None,
             greedy_tokens=greedy_tokens,
             greedy_agreement=greedy_agreement,
-            perplexity=math.exp(self._nll / max(self._targets, 1)),
-            reference_perplexity=math.exp(self._reference_nll / max(self._targets, 1)),
+            perplexity=math.exp(self._nll / targets),
+            reference_perplexity=math.exp(self._reference_nll / targets),
+            log_ratio_error=math.sqrt(variance / targets),
         )
 
 

@@ -12,7 +12,7 @@ from qwen_aot_errors import EngineMismatchError, GenerationError
 from runtime.backends._io_table import cache_inputs
 from runtime.backends._ort_step import Step, library_errors
 from runtime.backends._rows import RowEngine
-from runtime.backends.cpus import usable_cores
+from runtime.backends.cpus import has_exact_integer_products, usable_cores
 from runtime.backends.huge_pages import collapse_new_memory
 from runtime.bundle import Bundle
 from runtime.kv_cache import KvCache
@@ -53,8 +53,13 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
             EngineMismatchError: ONNX Runtime is missing, too old, or can't run this graph.
         """
         manifest = bundle.manifest
+        if manifest.quantization.get("fast_prefill") and not has_exact_integer_products():
+            raise EngineMismatchError(
+                "the bundle was built with --fast-prefill, whose integer products need a CPU with VNNI (avx_vnni or "
+                "avx512_vnni), and this one has neither: its results would be wrong. Rebuild without --fast-prefill"
+            )
         with collapse_new_memory():  # the weights that ONNX Runtime packed
-            session = _open_session(bundle.engine_path, options or OrtOptions())
+            session = open_session(bundle.engine_path, options or OrtOptions())
         self._session: Any = session
         cache = KvCache(cache_inputs(manifest), max_batch=manifest.max_batch, max_capacity=manifest.max_capacity)
         # Two bindings, because prefill and decode alternate between shapes that each keep for long.
@@ -93,7 +98,12 @@ def _import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def _open_session(path: Path, options: OrtOptions) -> Any:
+def open_session(path: Path, options: OrtOptions) -> Any:
+    """An onnxruntime.InferenceSession of an ONNX file.
+
+    Raises:
+        EngineMismatchError: ONNX Runtime is missing, too old, or can't run this graph.
+    """
     ort = _import_onnxruntime()
     session_options = ort.SessionOptions()
     session_options.log_severity_level = 3  # errors; they are raised as well

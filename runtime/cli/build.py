@@ -67,7 +67,7 @@ def _either(kinds: type[StrEnum]) -> str:
 @option(
     "--fast-prefill",
     is_flag=True,
-    help="Add an 8-bit form of the projections that long prompts run through about twice as fast.",
+    help="Add an 8-bit form of the projections that long prompts run through about twice as fast (needs VNNI on x86).",
     group="Quantization",
 )
 @option(

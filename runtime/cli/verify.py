@@ -216,8 +216,9 @@ def _show(result: Verification) -> None:
     for name, found in rows.items():
         check = checked.get(name.partition(" ")[0]) if "(all)" not in name else None
         bound = f"{'<=' if check.is_upper else '>='} {check.bound:g}" if check else ""
+        error = f" ± {check.uncertainty:.2g}" if check and check.uncertainty else ""
         verdict = "" if check is None else "[green]ok[/]" if check.has_passed else "[bold red]failed[/]"
-        table.add_row(name, "-" if found is None else f"{found:.6g}", bound, verdict)
+        table.add_row(name, "-" if found is None else f"{found:.6g}{error}", bound, verdict)
     console.print(table)
     failed = [check.name for check in result.checks if not check.has_passed]
     console.print(f"[bold red]failed: {', '.join(failed)}[/]" if failed else "[bold green]all bounds hold[/]")

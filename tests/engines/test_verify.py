@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from engines.verify import (
     BOUNDS,
     Bounds,
+    Scores,
     bounds_for,
+    checks,
     engine_logits,
     require_passed,
     scored_positions,
@@ -129,6 +131,31 @@ def test_scores_are_those_of_torch() -> None:
     assert scores.perplexity == pytest.approx(math.exp(torch.nn.functional.cross_entropy(ours, targets)), rel=1e-6)
     reference = math.exp(torch.nn.functional.cross_entropy(theirs, targets))
     assert scores.reference_perplexity == pytest.approx(reference, rel=1e-6)
+    losses = [
+        torch.nn.functional.cross_entropy(logits, targets, reduction="none")[targets >= 0] for logits in (ours, theirs)
+    ]
+    error = (losses[0] - losses[1]).std(correction=0) / len(losses[0]) ** 0.5
+    assert scores.log_ratio_error == pytest.approx(float(error), rel=1e-6)
+
+
+@pytest.mark.parametrize(("bound", "has_passed"), [(1.06, True), (1.04, True), (1.02, False)])
+def test_a_perplexity_ratio_fails_beyond_two_standard_errors(bound: float, has_passed: bool) -> None:
+    scores = Scores(
+        positions=100,
+        max_logit_difference=0.0,
+        mean_logit_difference=0.0,
+        kl_divergence=0.0,
+        top1_agreement=1.0,
+        decisive_positions=0,
+        decisive_top1_agreement=None,
+        greedy_tokens=1,
+        greedy_agreement=1.0,
+        perplexity=10.5,
+        reference_perplexity=10.0,
+        log_ratio_error=0.01,
+    )
+    (check,) = checks(scores, Bounds(perplexity_ratio=bound))
+    assert check.has_passed is has_passed
 
 
 def test_greedy_agreement_ends_at_the_first_difference() -> None:

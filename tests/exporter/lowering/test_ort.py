@@ -24,6 +24,7 @@ from exporter.save import DATA_FILE, save_graph
 from exporter.trace import trace
 from exporter.weights import Traced, stitch
 from qwen_aot_errors import ExportError
+from runtime.backends.cpus import has_exact_integer_products
 from tests.checkpoints import reference_logits, save_tiny
 from tests.exporter.cases import CASES
 from tests.exporter.stepper import Stepper
@@ -31,6 +32,7 @@ from tests.exporter.test_trace import DENSE, MOE
 
 EXACT_BOUND = 1e-3  # fp32 sums in another order; seen: under 2e-5
 INT8_ACTIVATIONS_BOUND = 0.5  # logits have std 1; activations rounded to 8 bits block by block; seen: under 0.3
+QMOE_ORDER_BOUND = 1e-5  # fp32 sums in another order; seen: 5e-7
 FORMATS = {
     "int8": BlockFormat(8, 32),
     "int8_zero_points": BlockFormat(8, 32, symmetric=False),
@@ -255,7 +257,10 @@ def test_a_row_of_a_quantized_model_does_not_depend_on_other_rows(case, name, mo
         stepper = Stepper(onnx_file, rows=2, capacity=24)
         stepper.step([[1, 2, 3, 4, 5], ids])
         results.append(stepper.step([[6], ids[:1]])[0])
-    np.testing.assert_array_equal(results[0], results[1])
+    if case == "moe":  # without AVX-512, QMoE sums an expert's tokens in an order that depends on how many there are
+        np.testing.assert_allclose(results[0], results[1], atol=QMOE_ORDER_BOUND, rtol=0)
+    else:
+        np.testing.assert_array_equal(results[0], results[1])
 
 
 def dynamic_rows(x: torch.Tensor) -> torch.Tensor:
@@ -275,6 +280,12 @@ def with_integer_projections(model: Any) -> Any:
     return integer
 
 
+needs_vnni = pytest.mark.skipif(
+    not has_exact_integer_products(), reason="8-bit products saturate on this CPU; the runtime refuses such bundles"
+)
+
+
+@needs_vnni
 def test_fast_prefill_computes_integer_projections_and_decodes_from_the_cache_it_left(models, tmp_path):
     checkpoint, model = models("one_layer")  # the last layer's other projections stay in blocks: only q|k|v is integer
     layout = BlockFormat(8, 32)
@@ -296,6 +307,7 @@ def test_fast_prefill_computes_integer_projections_and_decodes_from_the_cache_it
     assert np.abs(got[1:] - rest.logits[0].detach().numpy()).max() < EXACT_BOUND
 
 
+@needs_vnni
 @pytest.mark.parametrize("case", ["gqa", "moe_k1"])
 def test_fast_prefill_stays_close_and_rows_stay_apart(case, models, tmp_path):
     checkpoint, model = models(case)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.backends.cpus import usable_cores
+from runtime.backends.cpus import has_exact_integer_products, usable_cores
 
 
 @pytest.fixture
@@ -61,3 +61,20 @@ def test_the_quota_of_the_first_version(root: Path) -> None:
 
 def test_this_machine() -> None:
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "is_exact"),
+    [
+        ("flags\t\t: fpu avx2 avx512_vnni\n", True),
+        ("flags\t\t: fpu avx2 avx_vnni\n", True),
+        ("flags\t\t: fpu avx2 avx512f\n", False),
+        ("Features\t: fp asimd asimddp\n", True),
+        (None, True),
+    ],
+)
+def test_integer_products_are_exact_with_vnni_or_off_x86(tmp_path: Path, cpuinfo: str | None, is_exact: bool) -> None:
+    if cpuinfo is not None:
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc/cpuinfo").write_text(cpuinfo)
+    assert has_exact_integer_products(tmp_path) is is_exact

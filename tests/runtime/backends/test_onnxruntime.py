@@ -1,5 +1,6 @@
 """The ONNX Runtime backend on toy graphs: every way to fill a cache gives the same logits."""
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -339,6 +340,16 @@ def test_a_step_that_the_library_fails_changes_nothing(checksum_bundle: Path, mo
         assert engine.cache_length.tolist() == [2, 0, 0, 0]
         monkeypatch.undo()
         assert engine.prefill(0, ids(3)).argmax() == checksum([1, 2, 3])
+
+
+def test_a_fast_prefill_is_refused_where_integer_products_saturate(
+    checksum_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = load_bundle(checksum_bundle)
+    quantized = dataclasses.replace(bundle.manifest, quantization={"fast_prefill": True})
+    monkeypatch.setattr("runtime.backends.onnxruntime.has_exact_integer_products", lambda: False)
+    with pytest.raises(EngineMismatchError, match="Rebuild without --fast-prefill"):
+        OnnxRuntimeEngine(dataclasses.replace(bundle, manifest=quantized))
 
 
 def test_a_fixed_capacity_is_kept(tmp_path: Path) -> None:
