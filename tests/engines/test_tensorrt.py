@@ -20,7 +20,7 @@ from engines.tensorrt import check
 from engines.tensorrt_options import TensorRtOptions
 from exporter.checkpoint import open_checkpoint
 from exporter.io_spec import io_spec
-from qwen_aot_errors import BuildError
+from qwen_aot_errors import BuildError, ExportError
 from runtime.manifest import Manifest, cache_capacity
 from tests.checkpoints import save_tiny
 
@@ -62,12 +62,12 @@ def build(checkpoint: Path, out: Path, spec: BuildSpec) -> tuple[Manifest, list[
     return Manifest.from_json((out / "manifest.json").read_text()), events
 
 
-def precisions() -> list[Precision]:
-    return [Precision.FP16, Precision.BF16, Precision.INT8, Precision.INT4]
+# int4 experts can't be gathered: `test_what_experts_cannot_be_stored_as`.
+PRECISIONS = (Precision.FP16, Precision.BF16, Precision.INT8, Precision.INT4)
+BUILT = [(kind, precision) for kind in KINDS for precision in PRECISIONS if (kind, precision) != ("moe", "int4")]
 
 
-@pytest.mark.parametrize("precision", precisions())
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "precision"), BUILT)
 def test_every_kind_is_built_and_says_what_it_is(
     checkpoints: Path, tmp_path: Path, kind: str, precision: Precision
 ) -> None:
@@ -91,6 +91,12 @@ def test_every_kind_is_built_and_says_what_it_is(
     assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in manifest.inputs] == expected
     assert {path.name for path in (tmp_path / "bundle").iterdir()} == {*manifest.files, "manifest.json"}
     assert "model.onnx" not in manifest.files
+
+
+@pytest.mark.parametrize("precision", [Precision.INT4, Precision.FP8])
+def test_what_experts_cannot_be_stored_as(checkpoints: Path, tmp_path: Path, precision: Precision) -> None:
+    with pytest.raises(ExportError, match=f"experts can't be stored as {precision} .*accepted here: int8"):
+        build(checkpoints / "moe", tmp_path / "bundle", spec_of(precision, compute_capabilities=("8.9",)))
 
 
 def test_fp8_is_built_for_the_gpus_that_have_it(checkpoints: Path, tmp_path: Path) -> None:
