@@ -43,11 +43,10 @@ def session(engine: TensorRtEngine) -> None:
 
 def calls_of(bundle: Path, *, while_open: bool) -> dict[str, int]:
     """How often each call is made by opening an engine, or by a session on an open one."""
-    with installed(Gpu()) as gpu:
-        with TensorRtEngine(load_bundle(bundle)) as engine:
-            at_open = gpu.calls.copy()
-            session(engine)
-            return dict(gpu.calls - at_open) if while_open else dict(at_open)
+    with installed(Gpu()) as gpu, TensorRtEngine(load_bundle(bundle)) as engine:
+        at_open = gpu.calls.copy()
+        session(engine)
+        return dict(gpu.calls - at_open) if while_open else dict(at_open)
 
 
 @pytest.mark.parametrize("status", ["cudaErrorUnknown", STICKY])
