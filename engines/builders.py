@@ -30,7 +30,7 @@ class Builder(Protocol):
 
 
 # Modules, imported when a build needs them: a target's library may be absent.
-BUILDERS: Mapping[Target, str] = {Target.CPU: "engines.onnxruntime"}
+BUILDERS: Mapping[Target, str] = {Target.CPU: "engines.onnxruntime", Target.CUDA: "engines.cuda"}
 
 
 def builder_for(target: Target) -> Builder:
