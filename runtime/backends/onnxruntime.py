@@ -1,8 +1,8 @@
-"""The engine over ONNX Runtime's CPU provider, past and present bound to one buffer."""
+"""The engine over ONNX Runtime's CPU or CUDA provider, past and present bound to one buffer."""
 
 from __future__ import annotations
 
-import re
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot_errors import EngineMismatchError, GenerationError
+from runtime.backends._ort_devices import (
+    DEVICES,
+    Device,
+    import_onnxruntime,
+    preload_libraries,
+    require_provider,
+)
 from runtime.backends._ort_step import Step, library_errors
 from runtime.backends.cpus import usable_cores
 from runtime.backends.huge_pages import collapse_new_memory
@@ -21,9 +28,6 @@ from runtime.kv_cache import KvCache
 from runtime.manifest import CACHE_PREFIX, Manifest
 
 __all__ = ["OnnxRuntimeEngine", "OrtOptions"]
-
-MINIMUM_VERSION = (1, 32)  # GroupQueryAttention's input 16, query_seqlens, is new in it
-INSTALL = "pip install 'qwen-aot[cpu]'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +58,30 @@ class OnnxRuntimeEngine:
     and what it wrote lies beyond the row's length, where slots are scratch.
     """
 
-    def __init__(self, bundle: Bundle, options: OrtOptions | None = None) -> None:
-        """Opens the bundle's graph; weights stay memory-mapped where ONNX Runtime doesn't repack them.
+    def __init__(self, bundle: Bundle, options: OrtOptions | None = None, device: Device | None = None) -> None:
+        """Opens the bundle's graph; on the CPU, weights stay memory-mapped where ONNX Runtime doesn't repack them.
+
+        Args:
+            bundle: checked.
+            options: how the session is made.
+            device: what runs the graph and holds its cache; None: what the bundle's target names.
 
         Raises:
-            EngineMismatchError: ONNX Runtime is missing, too old, or can't run this graph.
+            EngineMismatchError: ONNX Runtime is missing, too old or another build, can't run this graph, or finds no
+                GPU where the target needs one.
         """
         manifest = bundle.manifest
+        device = device or _device_of(manifest)
         self._manifest = manifest
-        with collapse_new_memory():  # the weights that ONNX Runtime packed
-            session = _open_session(bundle.engine_path, options or OrtOptions())
+        # The weights that ONNX Runtime packed for the CPU.
+        with contextlib.nullcontext() if device.is_gpu else collapse_new_memory():
+            session = _open_session(bundle.engine_path, options or OrtOptions(), device)
         self._session: Any = session
         self._cache = KvCache(
             [tensor for tensor in manifest.inputs if tensor.name.startswith(CACHE_PREFIX)],
             max_batch=manifest.max_batch,
             max_capacity=manifest.max_capacity,
+            memory=device.make_memory(),
         )
         # Two bindings, because prefill and decode alternate between shapes that each keep for long.
         self._prefill: Step | None = Step(session, manifest, self._cache, max_rows=1, max_tokens=manifest.prefill_chunk)
@@ -199,24 +212,16 @@ class OnnxRuntimeEngine:
             raise GenerationError(f"token id {largest} is not below the vocabulary's {vocab_size}")
 
 
-def _import_onnxruntime() -> Any:
-    """The onnxruntime module, if it is there and new enough."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EngineMismatchError(f"onnxruntime can't be imported ({error}): install it with {INSTALL}") from error
-    found = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
-    if found is None or (int(found[1]), int(found[2])) < MINIMUM_VERSION:
-        wanted = ".".join(map(str, MINIMUM_VERSION))
+def _device_of(manifest: Manifest) -> Device:
+    if manifest.target not in DEVICES:
         raise EngineMismatchError(
-            f"onnxruntime is {onnxruntime.__version__}, this bundle needs {wanted} or newer: {INSTALL} --upgrade. If "
-            "onnxruntime-gpu is installed beside it, uninstall both first: they share one folder"
+            f"the bundle's target is {manifest.target!r} and its engine an ONNX graph; accepted: {', '.join(DEVICES)}"
         )
-    return onnxruntime
+    return DEVICES[manifest.target]
 
 
-def _open_session(path: Path, options: OrtOptions) -> Any:
-    ort = _import_onnxruntime()
+def _open_session(path: Path, options: OrtOptions, device: Device) -> Any:
+    ort = import_onnxruntime(device)
     session_options = ort.SessionOptions()
     session_options.log_severity_level = 3  # errors; they are raised as well
     session_options.intra_op_num_threads = options.threads or usable_cores()
@@ -227,10 +232,14 @@ def _open_session(path: Path, options: OrtOptions) -> Any:
     session_options.graph_optimization_level = level.ORT_ENABLE_ALL if options.optimize else level.ORT_DISABLE_ALL
     for key, value in options.config.items():
         session_options.add_session_config_entry(key, value)
+    if device.is_gpu:
+        preload_libraries(ort)
     try:
-        return ort.InferenceSession(str(path), session_options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), session_options, providers=device.providers)
     except library_errors() as error:
         raise EngineMismatchError(
             f"onnxruntime {ort.__version__} can't load {path}: {error}. Rebuild the bundle, or install the version of "
             "onnxruntime that its manifest names"
         ) from error
+    require_provider(session, device, ort)
+    return session
