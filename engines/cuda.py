@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engines.onnxruntime import block_formats, check, finish
+from engines.onnxruntime import block_formats, check, finish, require
 from engines.spec import BuildSpec
 from exporter.lowering import ort
 from exporter.lowering.ort import OrtOptions
@@ -11,7 +11,7 @@ from exporter.weights import Traced
 
 # Nothing is done to model.onnx afterwards, and the session that checks it is one of the CPU provider: it proves that
 # the graph is valid and whole on a machine without a GPU.
-__all__ = ["check", "finish", "lower"]
+__all__ = ["check", "finish", "lower", "require"]
 
 
 def lower(traced: Traced, spec: BuildSpec) -> Traced:

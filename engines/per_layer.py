@@ -177,7 +177,7 @@ def compare_layers(
             accuracy = Comparator.compare_accuracy(results, compare_func=judge)
         except PolygraphyException as error:
             raise BuildError(f"Polygraphy couldn't compare the layers of {graph.path}: {error}") from error
-    ((_, (compared,)),) = accuracy.items()
+    ((_, (compared,)),) = accuracy[0].items()  # of one judge, one pair of runners, one set of inputs
     rows = [_row(name, result) for name, result in compared.items()]
     rows.sort(key=lambda row: (row.layer < 0, row.layer))
     return LayerReport(tuple(rows), bound, feeds[1]["input_ids"].shape[1], used[1])

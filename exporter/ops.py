@@ -88,7 +88,6 @@ def cached_attention_definition(
     """
     heads, kv_heads = num_heads, num_kv_heads
     inputs = "qkv, past_key, past_value, cos, sin, position_ids, cache_length, new_tokens, attention_mask"
-    softmax_precision = "" if dtype == ir.DataType.FLOAT else ", softmax_precision = 1"
     if dtype == ir.DataType.FLOAT:
         tables = ""
         cos, sin = "cos", "sin"
@@ -120,7 +119,7 @@ def cached_attention_definition(
             two = Constant <value_ints = [2]> ()
             window_key = Slice (present_key, zero, window, two)
             window_value = Slice (present_value, zero, window, two)
-            context = Attention <scale = {scale!r}{softmax_precision}> (
+            context = Attention <scale = {scale!r}> (
                 query_rotated, window_key, window_value, attention_mask)
             context_by_token = Transpose <perm = [0, 2, 1, 3]> (context)
             flat_shape = Constant <value_ints = [0, 0, {heads * head_dim}]> ()
