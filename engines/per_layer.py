@@ -160,7 +160,7 @@ def compare_layers(
         BuildError: one of them doesn't run.
     """
     os.environ.setdefault("POLYGRAPHY_AUTOINSTALL_DEPS", "0")
-    from polygraphy.comparator import Comparator, CompareFunc, RunResults
+    from polygraphy.comparator import Comparator, RunResults, SimpleCompareFunc
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER
 
@@ -173,7 +173,7 @@ def compare_layers(
                 results.extend(Comparator.run([runner], data_loader=[dict(feed)]))
                 used.append(provider())
             _keep_marked(results)
-            judge = CompareFunc.simple(atol=0, rtol=bound, check_error_stat="median", fail_fast=False)
+            judge = SimpleCompareFunc(atol=0, rtol=bound, check_error_stat="median", fail_fast=False)
             accuracy = Comparator.compare_accuracy(results, compare_func=judge)
         except PolygraphyException as error:
             raise BuildError(f"Polygraphy couldn't compare the layers of {graph.path}: {error}") from error
