@@ -108,7 +108,6 @@ def command(
     Examples:
       qwen-aot verify ./bundle --reference ./Qwen1.5-0.5B-Chat
       qwen-aot verify ./bundle --reference model.gguf --text page.txt --kl-divergence 0.1 --json
-      qwen-aot verify ./bundle --reference ./Qwen1.5-0.5B-Chat --per-layer
 
     The first quarter of each piece of text is the prompt, the rest is fed token by token, and every step's logits are
     compared. Exits with 1 if a bound fails, and says which.
