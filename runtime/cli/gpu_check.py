@@ -152,7 +152,7 @@ def _build_reference(model: str, folder: Path) -> Mapping[str, Any]:
 
 
 def _reference_target() -> str:
-    """onnxruntime for GPUs is too old for the cpu target's graph; its CPU provider runs the cuda target's in fp32."""
+    """Which target the CPU provider here can run in fp32: that of onnxruntime-gpu is too old for the cpu target."""
     from qwen_aot_errors import EngineMismatchError
     from runtime.backends._ort_devices import DEVICES, import_onnxruntime
 
