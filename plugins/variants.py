@@ -369,7 +369,7 @@ TILES = {
     # 163 KiB: 128 queries a program halve the traffic of K and V against 64.
     "ampere-large": Tiles(
         prefill={
-            64: Tile(block_m=128, block_n=64, num_warps=4, num_stages=3),
+            64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
             128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
         },
         decode=_DECODE,
@@ -381,7 +381,7 @@ TILES = {
     # 99 KiB: at head size 128 two programs of 64 queries fit an SM, and hide each other's waits.
     "ampere-small": Tiles(
         prefill={
-            64: Tile(block_m=128, block_n=64, num_warps=4, num_stages=2),
+            64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
             128: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
         },
         decode=_DECODE,
@@ -393,7 +393,7 @@ TILES = {
     # wgmma works on 64 rows for each group of four warps, and reads K and V from shared memory.
     "hopper": Tiles(
         prefill={
-            64: Tile(block_m=128, block_n=64, num_warps=4, num_stages=3),
+            64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
             128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
         },
         decode=_DECODE,
@@ -405,7 +405,7 @@ TILES = {
     # tcgen05 wants 64 or 128 rows; the accumulator lives in tensor memory, not in registers.
     "blackwell-large": Tiles(
         prefill={
-            64: Tile(block_m=128, block_n=64, num_warps=4, num_stages=3),
+            64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
             128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
         },
         decode=_DECODE,
@@ -417,7 +417,7 @@ TILES = {
     # Ampere's instructions and 99 KiB.
     "blackwell-small": Tiles(
         prefill={
-            64: Tile(block_m=128, block_n=64, num_warps=4, num_stages=2),
+            64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
             128: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
         },
         decode=_DECODE,
