@@ -206,7 +206,7 @@ def _weights(weights: ExpertWeights) -> dict[str, torch.Tensor | int | None]:
     return {
         "weight_ptr": weights.codes,
         "scale_ptr": weights.scale,
-        "zero_ptr": weights.zero,
+        "zero_ptr": weights.codes if weights.zero is None else weights.zero,  # not read without zeros
         "has_zeros": int(weights.zero is not None),
     }
 

@@ -4,6 +4,8 @@ bf16. NumPy has none, so the interpreter holds bf16 as uint16. It multiplies tho
 `+`, truncates where the GPU rounds to nearest even, and converts integers to bf16 by value. Here conversions round, a
 dot widens its operands to fp32, and arithmetic on bf16 itself is an error: kernels compute in fp32.
 
+Masks. A comparison keeps its operands' type, so that a scalar one becomes an integer when it is broadcast: typed int1.
+
 Speed. Calling one kernel function from another patches all of triton.language each time, though it is patched already.
 
 Bytes. `counting` records, for each tensor it is given, the unmasked lanes of each load and store times the element's
@@ -64,7 +66,8 @@ _ARITHMETIC = {np.add, np.subtract, np.multiply, np.divide, np.minimum, np.maxim
 def _binary(left: TensorHandle, right: TensorHandle, operation: np.ufunc) -> TensorHandle:
     if operation in _ARITHMETIC and left.dtype.scalar == tl.bfloat16:
         raise TypeError("arithmetic on bf16, which the interpreter computes on its bits; convert to fp32 first")
-    return _plain.binary_op(_builder, left, right, operation)
+    result = _plain.binary_op(_builder, left, right, operation)
+    return TensorHandle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
 
 
 _prepared: set[object] = set()
