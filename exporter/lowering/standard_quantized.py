@@ -1,8 +1,8 @@
 """Quantized weights in standard ONNX: int8 and fp8 with a scale for each output channel, int4 in blocks along K.
 
 Codes and scales become initializers made while the checkpoint streams through, and the graph multiplies them again:
-a projection's by DequantizeLinear in front of its Transpose, where TensorRT keeps the codes (docs/tensorrt.md); those of
-experts by Cast and Mul behind the Gather of the chosen ones, so that a step reads the codes of these alone.
+a projection's by DequantizeLinear in front of its Transpose, where TensorRT keeps the codes (docs/tensorrt.md); an
+expert's by Cast and Mul behind the Gather of the chosen ones, so that a step reads the codes of these alone.
 """
 
 from __future__ import annotations
