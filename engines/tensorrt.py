@@ -70,7 +70,7 @@ def check(folder: Path, manifest: Manifest) -> None:
     """
     assert manifest.tensorrt is not None
     found = (folder / manifest.engine).stat().st_size
-    low, high = engine_size_bounds(manifest.tensorrt)
+    low, high = engine_size_bounds(manifest.tensorrt, manifest.model.num_hidden_layers)
     if not low <= found <= high:
         raise BuildError(
             f"{manifest.engine} has {found:,} bytes where {low:,} to {high:,} are expected for "
