@@ -11,7 +11,7 @@ from runtime.manifest import CACHE_PREFIX, IoTensor, TensorRtFacts
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 # An engine is its weights, kernels and tables. Within 10 % of the weights, and these bytes more. TensorRT-RTX 1.7.1
-# adds 5 to 7 MB to a dense network of 2 layers and 12 MB to one with experts; 28 MB to one of 24 layers, 34 of 30, 46 of
+# adds 5 to 7 MB to a dense network of 2 layers, 12 MB to one with experts, 28 MB to one of 24 layers, 34 of 30, 46 of
 # 40, whatever their width, precision and number of compute capabilities.
 _TOLERANCE = 0.1
 _KERNEL_BYTES = 12_000_000
