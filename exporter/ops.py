@@ -45,8 +45,8 @@ def _function(text: str) -> ir.Function:
 
 
 def _indices(first: int, count: int) -> str:
-    """A list literal of consecutive integers."""
-    return str(list(range(first, first + count)))
+    """A tensor literal of consecutive integers, in the index type that TensorRT needn't cast."""
+    return f"int32[{count}] {{{', '.join(map(str, range(first, first + count)))}}}"
 
 
 def _header(op: Op, attributes: str, inputs: str, outputs: str) -> str:
@@ -125,9 +125,9 @@ def cached_attention_definition(
             heads_shape = Constant <value_ints = [0, 0, {heads + 2 * kv_heads}, {head_dim}]> ()
             by_token = Reshape (qkv, heads_shape)
             by_head = Transpose <perm = [0, 2, 1, 3]> (by_token)
-            query_heads = Constant <value_ints = {_indices(0, heads)}> ()
-            key_heads = Constant <value_ints = {_indices(heads, kv_heads)}> ()
-            value_heads = Constant <value_ints = {_indices(heads + kv_heads, kv_heads)}> ()
+            query_heads = Constant <value = {_indices(0, heads)}> ()
+            key_heads = Constant <value = {_indices(heads, kv_heads)}> ()
+            value_heads = Constant <value = {_indices(heads + kv_heads, kv_heads)}> ()
             query = Gather <axis = 1> (by_head, query_heads)
             key = Gather <axis = 1> (by_head, key_heads)
             value = Gather <axis = 1> (by_head, value_heads)
@@ -197,8 +197,8 @@ def sparse_moe_definition(
             is_few_1 = LessOrEqual (tokens, few)
             is_few = Squeeze (is_few_1, zero)
             one = Constant <value_ints = [1]> ()
-            gates = Constant <value_int = 0> ()
-            ups = Constant <value_int = 1> ()
+            gates = Constant <value = int32 {{0}}> ()
+            ups = Constant <value = int32 {{1}}> ()
             flat = If (is_few) <
                 then_branch = gathered () => (y_few) {{
                     chosen_gate_up = Gather <axis = 0> (gate_up, top_ids)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
+import numpy as np
 import onnx_ir as ir
 
 from exporter import ops
@@ -23,7 +24,7 @@ from exporter.lowering.passes import (
     rank,
     remove_unused_inputs,
 )
-from exporter.lowering.standard_quantized import WeightFormat, quantize_experts, quantize_linears, refuse_experts
+from exporter.lowering.standard_quantized import WeightFormat, quantize_linears, refuse_experts
 from exporter.weights import Traced
 from qwen_aot_errors import ExportError
 
@@ -71,19 +72,16 @@ def lower(traced: Traced, options: StandardOptions | None = None) -> Traced:
 def passes(options: StandardOptions) -> list[tuple[str, Callable[[Traced], int]]]:
     """The passes in order, by name."""
     linears: list[tuple[str, Callable[[Traced], int]]] = []
-    experts: list[tuple[str, Callable[[Traced], int]]] = []
     if options.weights is not None:
         weights, quantize_head = options.weights, options.quantize_head
         linears.append(
             ("quantize_linears", lambda traced: quantize_linears(traced, weights, quantize_head=quantize_head))
         )
-        experts.append(("quantize_experts", quantize_experts))
     return [
         *linears,  # first: it knows our ops
         ("lower_head", lower_head),
         ("lower_swiglu", lower_swiglu),
         ("inline_definitions", inline_definitions),  # what is left of ours
-        *experts,
         ("clean_up", clean_up),
         ("fold_casts_of_initializers", fold_casts_of_initializers),  # after clean_up merged the layers' equal Casts
         ("remove_unused_inputs", remove_unused_inputs),
@@ -110,7 +108,7 @@ def lower_swiglu(traced: Traced) -> int:
         new = [view, halves]
         parts = []
         for index, name in enumerate(("gate", "up")):
-            chosen = ir.node("Constant", [], {"value_int": index}, name=f"{node.name}_{name}_index")
+            chosen = ir.node("Constant", [], {"value": ir.tensor(np.int32(index))}, name=f"{node.name}_{name}_index")
             part = ir.node("Gather", [halves.outputs[0], chosen.outputs[0]], {"axis": axis}, name=f"{node.name}_{name}")
             new += [chosen, part]
             parts.append(part.outputs[0])
