@@ -1,9 +1,9 @@
 """Quantized weights in standard ONNX: int8 and fp8 with a scale for each output channel, int4 in blocks along K.
 
 Codes and scales become initializers made while the checkpoint streams through. int4 is dequantized block by block in
-front of the projection. int8 and fp8 codes are dequantized by one constant, and the projection's result is multiplied by
-the channels' scales: only such a DequantizeLinear does TensorRT fuse into a product of few tokens. With a scale a channel
-it would write all weights to scratch memory, in the compute type, at each step (docs/tensorrt.md).
+front of the projection. int8 and fp8 codes are dequantized by one constant, and the projection's result is multiplied
+by the channels' scales: only such a DequantizeLinear does TensorRT fuse into a product of few tokens. With a scale a
+channel it would write all weights to scratch memory, in the compute type, at each step (docs/tensorrt.md).
 """
 
 from __future__ import annotations
