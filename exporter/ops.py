@@ -45,8 +45,8 @@ def _function(text: str) -> ir.Function:
 
 
 def _indices(first: int, count: int) -> str:
-    """A list literal of consecutive integers."""
-    return str(list(range(first, first + count)))
+    """A tensor literal of consecutive integers, in the index type that TensorRT needn't cast."""
+    return f"int32[{count}] {{{', '.join(map(str, range(first, first + count)))}}}"
 
 
 def _header(op: Op, attributes: str, inputs: str, outputs: str) -> str:
@@ -125,9 +125,9 @@ def cached_attention_definition(
             heads_shape = Constant <value_ints = [0, 0, {heads + 2 * kv_heads}, {head_dim}]> ()
             by_token = Reshape (qkv, heads_shape)
             by_head = Transpose <perm = [0, 2, 1, 3]> (by_token)
-            query_heads = Constant <value_ints = {_indices(0, heads)}> ()
-            key_heads = Constant <value_ints = {_indices(heads, kv_heads)}> ()
-            value_heads = Constant <value_ints = {_indices(heads + kv_heads, kv_heads)}> ()
+            query_heads = Constant <value = {_indices(0, heads)}> ()
+            key_heads = Constant <value = {_indices(heads, kv_heads)}> ()
+            value_heads = Constant <value = {_indices(heads + kv_heads, kv_heads)}> ()
             query = Gather <axis = 1> (by_head, query_heads)
             key = Gather <axis = 1> (by_head, key_heads)
             value = Gather <axis = 1> (by_head, value_heads)
@@ -162,7 +162,8 @@ def sparse_moe_definition(
     """Softmax routing in fp32, top-k experts, SwiGLU experts, weighted sum.
 
     Up to `gather_up_to_tokens` tokens, the chosen experts' weights are gathered; with more, every expert runs on
-    every token and the routing weights (zero for experts that were not chosen) combine them.
+    every token and the routing weights (zero for experts that were not chosen) combine them. Experts stand on the right
+    of their products, transposed: on the left, TensorRT keeps them twice (docs/tensorrt.md).
     Source: `Qwen2MoeSparseMoeBlock` in transformers.
     """
     normalise = (
@@ -197,23 +198,27 @@ def sparse_moe_definition(
             is_few_1 = LessOrEqual (tokens, few)
             is_few = Squeeze (is_few_1, zero)
             one = Constant <value_ints = [1]> ()
-            gates = Constant <value_int = 0> ()
-            ups = Constant <value_int = 1> ()
+            gates = Constant <value = int32 {{0}}> ()
+            ups = Constant <value = int32 {{1}}> ()
             flat = If (is_few) <
                 then_branch = gathered () => (y_few) {{
                     chosen_gate_up = Gather <axis = 0> (gate_up, top_ids)
                     chosen_down = Gather <axis = 0> (down, top_ids)
-                    column_shape = Constant <value_ints = [-1, 1, {m}, 1]> ()
-                    column = Reshape (x, column_shape)
-                    both = MatMul (chosen_gate_up, column)
-                    half_shape = Constant <value_ints = [0, 0, 2, {f}, 1]> ()
+                    gate_up_columns = Transpose <perm = [0, 1, 3, 2]> (chosen_gate_up)
+                    down_columns = Transpose <perm = [0, 1, 3, 2]> (chosen_down)
+                    row_shape = Constant <value_ints = [-1, 1, 1, {m}]> ()
+                    row = Reshape (x, row_shape)
+                    both = MatMul (row, gate_up_columns)
+                    half_shape = Constant <value_ints = [0, 0, 2, {f}]> ()
                     halves = Reshape (both, half_shape)
                     gate = Gather <axis = 2> (halves, gates)
                     up = Gather <axis = 2> (halves, ups)
                     sigmoid = Sigmoid (gate)
                     silu = Mul (gate, sigmoid)
-                    inner = Mul (silu, up)
-                    outer = MatMul (chosen_down, inner)
+                    inner_flat = Mul (silu, up)
+                    inner_shape = Constant <value_ints = [0, 0, 1, {f}]> ()
+                    inner = Reshape (inner_flat, inner_shape)
+                    outer = MatMul (inner, down_columns)
                     weight_shape = Constant <value_ints = [-1, {k}, 1, 1]> ()
                     weight_f = Reshape (top, weight_shape)
                     weight = Cast <to = {to}> (weight_f)
@@ -222,24 +227,25 @@ def sparse_moe_definition(
                     y_few = Reshape (summed, token_shape)
                 }},
                 else_branch = every () => (y_many) {{
-                    columns = Transpose <perm = [1, 0]> (x)
-                    both_all = MatMul (gate_up, columns)
-                    half_shape_all = Constant <value_ints = [0, 2, {f}, -1]> ()
+                    every_gate_up = Transpose <perm = [0, 2, 1]> (gate_up)
+                    every_down = Transpose <perm = [0, 2, 1]> (down)
+                    x_all = Unsqueeze (x, zero)
+                    both_all = MatMul (x_all, every_gate_up)
+                    half_shape_all = Constant <value_ints = [0, 0, 2, {f}]> ()
                     halves_all = Reshape (both_all, half_shape_all)
-                    gate_all = Gather <axis = 1> (halves_all, gates)
-                    up_all = Gather <axis = 1> (halves_all, ups)
+                    gate_all = Gather <axis = 2> (halves_all, gates)
+                    up_all = Gather <axis = 2> (halves_all, ups)
                     sigmoid_all = Sigmoid (gate_all)
                     silu_all = Mul (gate_all, sigmoid_all)
                     inner_all = Mul (silu_all, up_all)
-                    outer_all = MatMul (down, inner_all)
+                    outer_all = MatMul (inner_all, every_down)
                     nothing = Sub (probabilities, probabilities)
                     route = ScatterElements <axis = 1> (nothing, top_ids, top)
                     route_columns = Transpose <perm = [1, 0]> (route)
-                    route_weight_f = Unsqueeze (route_columns, one)
+                    route_weight_f = Unsqueeze (route_columns, last)
                     route_weight = Cast <to = {to}> (route_weight_f)
                     weighted_all = Mul (outer_all, route_weight)
-                    summed_all = ReduceSum <keepdims = 0> (weighted_all, zero)
-                    y_many = Transpose <perm = [1, 0]> (summed_all)
+                    y_many = ReduceSum <keepdims = 0> (weighted_all, zero)
                 }}
             >
             hidden_shape = Shape (hidden)

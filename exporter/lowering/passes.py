@@ -14,6 +14,11 @@ from exporter.weights import Recipe, Traced, Transform, cast_to
 from qwen_aot_errors import ExportError
 
 
+_INDEX_ELEMENTS = (
+    1 << 16
+)  # constants up to this size are compared: indices of a gate's columns are 49152 in the largest
+
+
 def inline_definitions(traced: Traced) -> int:
     """Replaces every node that has a model-local definition by that definition. Returns the number of nodes."""
     nodes = sum(node.op_identifier() in traced.model.functions for node in traced.model.graph.all_nodes())
@@ -29,7 +34,7 @@ def clean_up(traced: Traced) -> int:
     before = traced.model.graph.num_nodes()
     for _pass in (
         common.IdentityEliminationPass(),
-        common.CommonSubexpressionEliminationPass(),
+        common.CommonSubexpressionEliminationPass(size_limit=_INDEX_ELEMENTS),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]  # its __init__ is not annotated
         common.RemoveUnusedOpsetsPass(),

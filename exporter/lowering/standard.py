@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
+import numpy as np
 import onnx_ir as ir
 
 from exporter import ops
@@ -23,7 +24,7 @@ from exporter.lowering.passes import (
     rank,
     remove_unused_inputs,
 )
-from exporter.lowering.standard_quantized import WeightFormat, quantize_experts, quantize_linears, refuse_experts
+from exporter.lowering.standard_quantized import WeightFormat, quantize_linears, refuse_experts
 from exporter.weights import Traced
 from qwen_aot_errors import ExportError
 
@@ -71,19 +72,16 @@ def lower(traced: Traced, options: StandardOptions | None = None) -> Traced:
 def passes(options: StandardOptions) -> list[tuple[str, Callable[[Traced], int]]]:
     """The passes in order, by name."""
     linears: list[tuple[str, Callable[[Traced], int]]] = []
-    experts: list[tuple[str, Callable[[Traced], int]]] = []
     if options.weights is not None:
         weights, quantize_head = options.weights, options.quantize_head
         linears.append(
             ("quantize_linears", lambda traced: quantize_linears(traced, weights, quantize_head=quantize_head))
         )
-        experts.append(("quantize_experts", quantize_experts))
     return [
         *linears,  # first: it knows our ops
         ("lower_head", lower_head),
         ("lower_swiglu", lower_swiglu),
         ("inline_definitions", inline_definitions),  # what is left of ours
-        *experts,
         ("clean_up", clean_up),
         ("fold_casts_of_initializers", fold_casts_of_initializers),  # after clean_up merged the layers' equal Casts
         ("remove_unused_inputs", remove_unused_inputs),
@@ -91,11 +89,11 @@ def passes(options: StandardOptions) -> list[tuple[str, Callable[[Traced], int]]
 
 
 def lower_swiglu(traced: Traced) -> int:
-    """SwiGLU -> silu(gate) * up, with gate and up picked by Gather from a view. Returns the number of nodes lowered.
+    """SwiGLU -> silu(gate) * up, with gate and up picked by Gather. Returns the number of nodes lowered.
 
     A Split instead makes TensorRT cut the projection in two for one profile and not for the other, and keep its weights
-    twice (docs/tensorrt.md).
-    Before: gate_up[..., 2F]   After: gate and up = gate_up viewed as [..., 2, F], at 0 and 1
+    twice; so does a view of [2, F] where there are experts (docs/tensorrt.md).
+    Before: gate_up[..., 2F]   After: gate and up are its elements 0 to F-1 and F to 2F-1
     """
     graph = traced.model.graph
     nodes = [node for node in graph if ops.is_op(node, ops.Op.SWIGLU)]
@@ -105,17 +103,15 @@ def lower_swiglu(traced: Traced) -> int:
         width = result.shape[axis] if result.shape is not None else None
         if not isinstance(width, int):
             raise ExportError(f"{node.name} has no known width: {result.shape}")
-        view = ir.node("Constant", [], {"value_ints": [*[0] * axis, 2, width]}, name=f"{node.name}_view")
-        halves = ir.node("Reshape", [gate_up, view.outputs[0]], name=f"{node.name}_halves")
-        new = [view, halves]
-        parts = []
-        for index, name in enumerate(("gate", "up")):
-            chosen = ir.node("Constant", [], {"value_int": index}, name=f"{node.name}_{name}_index")
-            part = ir.node("Gather", [halves.outputs[0], chosen.outputs[0]], {"axis": axis}, name=f"{node.name}_{name}")
-            new += [chosen, part]
-            parts.append(part.outputs[0])
-        sigmoid = ir.node("Sigmoid", [parts[0]], name=f"{node.name}_sigmoid")
-        silu = ir.node("Mul", [parts[0], sigmoid.outputs[0]], name=f"{node.name}_silu")
-        new += [sigmoid, silu, ir.node("Mul", [silu.outputs[0], parts[1]], name=node.name)]
+        new: list[ir.Node] = []
+        for name, first in (("gate", 0), ("up", width)):
+            elements = ir.tensor(np.arange(first, first + width, dtype=np.int32))  # int64 would be cast
+            index = ir.node("Constant", [], {"value": elements}, name=f"{node.name}_{name}_index")
+            part = ir.node("Gather", [gate_up, index.outputs[0]], {"axis": axis}, name=f"{node.name}_{name}")
+            new += [index, part]
+        gate, up = new[1].outputs[0], new[3].outputs[0]
+        sigmoid = ir.node("Sigmoid", [gate], name=f"{node.name}_sigmoid")
+        silu = ir.node("Mul", [gate, sigmoid.outputs[0]], name=f"{node.name}_silu")
+        new += [sigmoid, silu, ir.node("Mul", [silu.outputs[0], up], name=node.name)]
         ir.convenience.replace_nodes_and_values(graph, node, [node], new, [result], new[-1].outputs)
     return len(nodes)

@@ -1,7 +1,7 @@
-"""Symmetric weight-only forms that ONNX's DequantizeLinear reads: weight = code * scale, with every scale above 0.
+"""Symmetric weight-only forms for ONNX's DequantizeLinear: weight = code * scale, with every scale above 0.
 
 Codes are made for the scale as it is stored, in the compute type. A row or block of zeros has the smallest scale there
-is, since TensorRT wants none to be 0.
+is, since TensorRT refuses 0.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ _INT8_MAX = np.float32(127)  # of 128: codes stay symmetric, as TensorRT's own q
 _E4M3_MAX = np.float32(448)
 
 
-def int8_channels(rows: NDArray[np.float32], scale_dtype: DTypeLike) -> tuple[NDArray[np.int8], NDArray[Any]]:
-    """Rows [r, K] -> codes [r, K], and one scale a row [r]."""
-    scales, inverse = _channel_scales(rows, _INT8_MAX, scale_dtype)
+def int8_channels(
+    rows: NDArray[np.float32], unit: float, scale_dtype: DTypeLike
+) -> tuple[NDArray[np.int8], NDArray[Any]]:
+    """Rows [r, K] -> codes [r, K], and one scale a row [r] in multiples of `unit`, a power of two."""
+    scales, inverse = _channel_scales(rows, _INT8_MAX, unit, scale_dtype)
     codes = np.rint(rows * inverse)
     return np.clip(codes, -_INT8_MAX, _INT8_MAX, out=codes).astype(np.int8), scales
 
 
-def fp8_channels(rows: NDArray[np.float32], scale_dtype: DTypeLike) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Rows [r, K] -> codes [r, K] in E4M3, and one scale a row [r].
+def fp8_channels(rows: NDArray[np.float32], unit: float, scale_dtype: DTypeLike) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Rows [r, K] -> codes [r, K] in E4M3, and one scale a row [r] in multiples of `unit`, a power of two.
 
     Source of the format: Micikevicius et al., "FP8 Formats for Deep Learning" (arXiv 2209.05433).
     """
-    scales, inverse = _channel_scales(rows, _E4M3_MAX, scale_dtype)
+    scales, inverse = _channel_scales(rows, _E4M3_MAX, unit, scale_dtype)
     return np.clip(rows * inverse, -_E4M3_MAX, _E4M3_MAX).astype(ml_dtypes.float8_e4m3fn), scales
 
 
@@ -52,11 +54,12 @@ def int4_blocks(
 
 
 def _channel_scales(
-    rows: NDArray[np.float32], largest_code: np.float32, dtype: DTypeLike
+    rows: NDArray[np.float32], largest_code: np.float32, unit: float, dtype: DTypeLike
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """Scales [r] as they are stored, and what rows are multiplied by [r, 1]."""
-    scales = _stored(np.maximum(rows.max(axis=1), -rows.min(axis=1)) / largest_code, dtype)
-    return scales, reciprocal(scales.astype(np.float32))[:, None]
+    step = np.float32(unit)
+    scales = _stored(np.maximum(rows.max(axis=1), -rows.min(axis=1)) / largest_code / step, dtype)
+    return scales, reciprocal(scales.astype(np.float32) * step)[:, None]
 
 
 def _stored(scales: NDArray[np.float32], dtype: DTypeLike) -> NDArray[Any]:
