@@ -1,4 +1,4 @@
-"""Weights rounded as each form of the standard lowering stores them, in plain PyTorch: what its graphs are compared with.
+"""Weights rounded as each form of the standard lowering stores them, in plain PyTorch: its graphs must equal these.
 
 Written from the definitions (docs/tensorrt.md), apart from the code under test.
 """

@@ -19,7 +19,7 @@ FLOAT16_MAX = 65504
 
 
 def logits(model: Any, ids: list[int], compute: torch.dtype, residual: torch.dtype) -> tuple[torch.Tensor, float]:
-    """The decoder as it is lowered: `compute` for projections and attention, `residual` for the stream and the norms.
+    """The decoder as it is lowered: `compute` for projections and attention, `residual` for the stream; norms in fp32.
 
     Returns logits [S, V] fp32 and the largest magnitude of the stream.
     """
@@ -32,8 +32,9 @@ def logits(model: Any, ids: list[int], compute: torch.dtype, residual: torch.dty
         return linear(x, module.weight.to(compute), bias)
 
     def norm(x: torch.Tensor, module: Any) -> torch.Tensor:
-        variance = x.pow(2).mean(-1, keepdim=True)
-        return (x * torch.rsqrt(variance + config.rms_norm_eps) * module.weight.to(residual)).to(compute)
+        wide = x.float()
+        variance = wide.pow(2).mean(-1, keepdim=True)
+        return (wide * torch.rsqrt(variance + config.rms_norm_eps) * module.weight).to(compute)
 
     angles = torch.arange(S)[:, None] * model.model.rotary_emb.inv_freq
     cos, sin = (torch.cat((f(angles), f(angles)), -1).to(compute) for f in (torch.cos, torch.sin))
@@ -91,5 +92,5 @@ def test_with_an_fp32_residual_fp16_stays_finite_and_near_fp32(scaled):
 
 @torch.no_grad()
 def test_with_an_fp16_residual_it_overflows(scaled):
-    got, largest = logits(scaled, IDS, torch.float16, torch.float16)
-    assert not (torch.isfinite(got).all() and largest <= FLOAT16_MAX)
+    got, _ = logits(scaled, IDS, torch.float16, torch.float16)
+    assert not torch.isfinite(got).any()
