@@ -13,7 +13,6 @@ from exporter import ops
 from exporter.weights import Recipe, Traced, Transform, cast_to
 from qwen_aot_errors import ExportError
 
-
 _INDEX_ELEMENTS = (
     1 << 16
 )  # constants up to this size are compared: indices of a gate's columns are 49152 in the largest
