@@ -51,7 +51,7 @@ def test_requests_share_the_rows(gpu_bundle: Path, checkpoint: Path) -> None:
 
 def test_bench(run: Run, gpu_bundle: Path) -> None:
     with installed(Gpu()):
-        result = run("bench", gpu_bundle, "--prompt-tokens", 8, "--new-tokens", 4, "--repeat", 1, "--json")
+        result = run("bench", gpu_bundle, "--prompt-tokens", 8, "--gen-tokens", 4, "--rounds", 1, "--json")
     assert result.exit_code == 0, result.stderr
 
 
