@@ -25,7 +25,7 @@ trt = pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13"
 CAPACITY = 64
 GROUPED = dataclasses.replace(DENSE, num_key_value_heads=1)
 TIED = dataclasses.replace(DENSE, tie_word_embeddings=True)
-WIDE = dataclasses.replace(DENSE, hidden_size=128, intermediate_size=256)
+WIDE = dataclasses.replace(DENSE, hidden_size=128, intermediate_size=256, head_dim=32)
 
 
 class Parsed:
