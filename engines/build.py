@@ -11,7 +11,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from engines.builders import builder_for
+from engines.builders import Builder, EngineFacts, builder_for
+from engines.profiles import profiles
 from engines.progress import OnProgress, ignore_progress
 from engines.resources import Estimate, check_resources, estimate
 from engines.spec import BuildSpec
@@ -24,11 +25,13 @@ from exporter.config import ModelConfig
 from exporter.save import DATA_FILE, save_graph
 from exporter.trace import trace
 from exporter.weights import Traced, check_sources, chunk_bytes, output_bytes, stitch
-from runtime.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, Profile, cache_capacity
+from qwen_aot_errors import BuildError
+from runtime.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, cache_capacity
 
 logger = logging.getLogger(__name__)
 
 STAGES = ("trace", "lower", "write weights", "hash", "load check", "verify")
+TENSORRT_STAGES = ("trace", "lower", "write weights", "compile", "hash", "check")
 REPORT_NAME = "report.json"
 
 Verifier = Callable[[Path, Advance], Mapping[str, Any]]
@@ -40,12 +43,12 @@ class Plan:
 
     Attributes:
         texts: small files of the bundle, name -> content.
-        manifest_for: makes the manifest from the bundle's files.
+        manifest_for: makes the manifest from the bundle's files, and from what a compiled engine says about itself.
     """
 
     traced: Traced
     estimate: Estimate
-    manifest_for: Callable[[Mapping[str, FileEntry]], Manifest]
+    manifest_for: Callable[[Mapping[str, FileEntry], EngineFacts | None], Manifest]
     texts: Mapping[str, str]
     warnings: tuple[str, ...]
 
@@ -122,7 +125,12 @@ def build_bundle(
     if isinstance(checkpoint, str | Path):
         with open_checkpoint(checkpoint) as opened:
             return build_bundle(opened, spec, out, on_progress=on_progress, verifier=verifier)
-    stages = Stages(STAGES if verifier is not None else STAGES[:-1], on_progress)
+    if spec.is_tensorrt and verifier is not None:
+        raise BuildError(
+            f"a {spec.target} bundle can't be verified where it is built: its engine runs on its own GPU only; "
+            "leave out --verify, and run `qwen-aot verify` on a machine with that GPU"
+        )
+    stages = Stages(_stage_names(spec, with_verify=verifier is not None), on_progress)
     with BundleWriter(Path(out)) as writer:
         plan = _plan(checkpoint, spec, stages)
         check_resources(plan.estimate, writer.out)
@@ -130,9 +138,13 @@ def build_bundle(
         for name, text in plan.texts.items():
             writer.write_text(name, text)
         stages.run("write weights", lambda advance: _write_engine(plan.traced, checkpoint, writer, advance))
-        builder.finish(writer.folder, spec)
-        manifest = stages.run("hash", lambda advance: writer.seal(plan.manifest_for, advance))
-        stages.run("load check", lambda _: builder.check(writer.folder, manifest))
+        facts = _finish(builder, spec, plan.traced, writer.folder, stages)
+
+        def manifest_for(files: Mapping[str, FileEntry]) -> Manifest:
+            return plan.manifest_for(files, facts)
+
+        manifest = stages.run("hash", lambda advance: writer.seal(manifest_for, advance))
+        stages.run("check" if spec.is_tensorrt else "load check", lambda _: builder.check(writer.folder, manifest))
         verification: Mapping[str, Any] = {}
         if verifier is not None:
             verification = stages.run("verify", lambda advance: verifier(writer.folder, advance), "positions")
@@ -145,9 +157,21 @@ def build_bundle(
             verification=verification,
         )
         writer.write_text(REPORT_NAME, json.dumps(report.to_json(), indent=2) + "\n")
-        writer.seal(plan.manifest_for)
+        writer.seal(manifest_for)
         writer.commit()
     return report
+
+
+def _stage_names(spec: BuildSpec, *, with_verify: bool) -> tuple[str, ...]:
+    if spec.is_tensorrt:
+        return TENSORRT_STAGES
+    return STAGES if with_verify else STAGES[:-1]
+
+
+def _finish(builder: Builder, spec: BuildSpec, lowered: Traced, folder: Path, stages: Stages) -> EngineFacts | None:
+    if not spec.is_tensorrt:
+        return builder.finish(folder, spec, lowered, lambda done, total: None)
+    return stages.run("compile", lambda advance: builder.finish(folder, spec, lowered, advance), "%")
 
 
 def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages) -> Plan:
@@ -155,9 +179,11 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages) -> Plan:
     max_context = spec.context_for(config.max_position_embeddings)
     warnings = _warnings(checkpoint)
     builder = builder_for(spec.target)
+    builder.require(spec)
     dtype = ir.DataType[spec.combination.compute_type]
     positions = cache_capacity(max_context, spec.prefill_chunk)
-    traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions))
+    capacity = positions if spec.facts.has_fixed_capacity else None
+    traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions, capacity=capacity))
     check_sources(traced, checkpoint)
     lowered = stages.run("lower", lambda _: builder.lower(traced, spec))
     texts = dict(checkpoint.tokenizer.files)
@@ -166,6 +192,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages) -> Plan:
         text_bytes=sum(len(text.encode()) for text in texts.values()),
         chunk_bytes=chunk_bytes(lowered),
         bits=_bits(spec),
+        is_compiled=spec.is_tensorrt,
     )
     return Plan(lowered, needed, _manifest_maker(checkpoint, config, spec, max_context, lowered), texts, warnings)
 
@@ -191,10 +218,12 @@ def _write_engine(
 
 def _manifest_maker(
     checkpoint: Checkpoint, config: ModelConfig, spec: BuildSpec, max_context: int, traced: Traced
-) -> Callable[[Mapping[str, FileEntry]], Manifest]:
+) -> Callable[[Mapping[str, FileEntry], EngineFacts | None], Manifest]:
     graph = traced.model.graph
-    inputs = tuple(_io_tensor(value) for value in graph.inputs)
-    return lambda files: Manifest(
+    graph_inputs = tuple(_io_tensor(value) for value in graph.inputs)
+    graph_outputs = tuple(_io_tensor(value) for value in graph.outputs)
+    cache_dtype = next(tensor.dtype for tensor in graph_inputs if tensor.name == "past_key_values.0.key")
+    return lambda files, facts: Manifest(
         format_version=FORMAT_VERSION,
         model=ModelFacts(
             name=checkpoint.path.name,
@@ -218,14 +247,11 @@ def _manifest_maker(
         max_context=max_context,
         max_batch=spec.max_batch,
         prefill_chunk=spec.prefill_chunk,
-        cache_dtype=next(tensor.dtype for tensor in inputs if tensor.name == "past_key_values.0.key"),
-        inputs=inputs,
-        outputs=tuple(_io_tensor(value) for value in graph.outputs),
-        profiles=(
-            Profile(name="prefill", min_tokens=1, max_tokens=spec.prefill_chunk),
-            Profile(name="decode", min_tokens=1, max_tokens=1),
-        ),
-        tensorrt=None,
+        cache_dtype=cache_dtype,
+        inputs=graph_inputs if facts is None else facts.inputs,
+        outputs=graph_outputs if facts is None else facts.outputs,
+        profiles=profiles(spec.prefill_chunk),
+        tensorrt=None if facts is None else facts.tensorrt,
         tool_versions=tool_versions(),
         files=files,
     )
@@ -238,4 +264,4 @@ def _io_tensor(value: ir.Value) -> IoTensor:
 
 
 def _bits(spec: BuildSpec) -> int:
-    return {"int4": 4, "int8": 8}.get(str(spec.precision), 32)
+    return {"int4": 4, "int8": 8, "fp8": 8, "fp16": 16, "bf16": 16}.get(str(spec.precision), 32)

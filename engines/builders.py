@@ -4,33 +4,68 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
 from engines.spec import BuildSpec, Target
+from engines.stages import Advance
 from exporter.weights import Traced
-from runtime.manifest import Manifest
+from runtime.manifest import IoTensor, Manifest, TensorRtFacts
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What a compiled engine says about itself; the manifest is made from it."""
+
+    inputs: tuple[IoTensor, ...]
+    outputs: tuple[IoTensor, ...]
+    tensorrt: TensorRtFacts
 
 
 class Builder(Protocol):
-    """What a target does its own way. A module with these three functions."""
+    """What a target does its own way. A module with these four functions."""
+
+    def require(self, spec: BuildSpec) -> None:
+        """Checks that the target's library is here and can do what is asked for, before any work is done.
+
+        Raises:
+            BuildError: it isn't or can't; names the remedy.
+        """
 
     def lower(self, traced: Traced, spec: BuildSpec) -> Traced:
         """Rewrites the traced graph into what the target runs best."""
 
-    def finish(self, folder: Path, spec: BuildSpec) -> None:
-        """Turns the stitched model.onnx into the target's engine (ONNX Runtime runs it as it is)."""
+    def finish(self, folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> EngineFacts | None:
+        """Turns the stitched model.onnx in `folder` into the target's engine.
 
-    def check(self, folder: Path, manifest: Manifest) -> None:
-        """Opens the engine, where this machine can.
+        Args:
+            folder: the bundle under construction.
+            spec: the request.
+            lowered: the graph that model.onnx holds.
+            advance: called with percent done and 100.
+
+        Returns:
+            What the engine says about itself; None where model.onnx is the engine.
 
         Raises:
-            BuildError: it doesn't open.
+            BuildError: the target's library refuses.
+        """
+
+    def check(self, folder: Path, manifest: Manifest) -> None:
+        """Opens the engine, or checks what can be checked of it on this machine.
+
+        Raises:
+            BuildError: it doesn't open, or isn't what it should be.
         """
 
 
 # Modules, imported when a build needs them: a target's library may be absent.
-BUILDERS: Mapping[Target, str] = {Target.CPU: "engines.onnxruntime"}
+BUILDERS: Mapping[Target, str] = {
+    Target.CPU: "engines.onnxruntime",
+    Target.TENSORRT_RTX: "engines.tensorrt",
+    Target.TENSORRT: "engines.tensorrt",
+}
 
 
 def builder_for(target: Target) -> Builder:

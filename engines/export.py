@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import onnx_ir as ir
 
@@ -17,6 +18,7 @@ from engines.write_folder import FolderWriter, explained
 from exporter.checkpoint.base import Checkpoint
 from exporter.config import ModelConfig
 from exporter.lowering import standard
+from exporter.lowering.standard_quantized import WeightFormat
 from exporter.save import DATA_FILE, MODEL_FILE, save_graph
 from exporter.trace import trace
 from exporter.weights import Traced, chunk_bytes, output_bytes, stitch
@@ -37,7 +39,12 @@ class Lowering:
 
 
 def _lower_standard(traced: Traced, precision: str, block_size: int | None, symmetric: bool) -> Traced:
-    return standard.lower(traced)
+    if block_size is not None or not symmetric:
+        raise BuildError(
+            "the standard lowering is symmetric and chooses its blocks; leave out block size and asymmetric"
+        )
+    weights = next((form for form in get_args(WeightFormat) if form == precision), None)
+    return standard.lower(traced, standard.StandardOptions(weights))
 
 
 def _lower_ort(traced: Traced, precision: str, block_size: int | None, symmetric: bool) -> Traced:
@@ -46,7 +53,17 @@ def _lower_ort(traced: Traced, precision: str, block_size: int | None, symmetric
 
 
 LOWERINGS: Mapping[str, Lowering] = {
-    "standard": Lowering({"fp32": ("FLOAT", 32), "fp16": ("FLOAT16", 16), "bf16": ("BFLOAT16", 16)}, _lower_standard),
+    "standard": Lowering(
+        {
+            "fp32": ("FLOAT", 32),
+            "fp16": ("FLOAT16", 16),
+            "bf16": ("BFLOAT16", 16),
+            "int8": ("FLOAT16", 8),
+            "int4": ("FLOAT16", 4),
+            "fp8": ("FLOAT16", 8),
+        },
+        _lower_standard,
+    ),
     "ort": Lowering({"fp32": ("FLOAT", 32), "int8": ("FLOAT", 8), "int4": ("FLOAT", 4)}, _lower_ort),
 }
 

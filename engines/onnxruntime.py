@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from engines.spec import BuildSpec, Precision
+from engines.stages import Advance
 from exporter.lowering import ort
 from exporter.lowering.ort import OrtOptions
 from exporter.quantize.blockwise import BlockFormat
 from exporter.weights import Traced
 from qwen_aot_errors import BuildError
 from runtime.manifest import Manifest
+
+
+def require(spec: BuildSpec) -> None:
+    """Nothing: the graph is made without ONNX Runtime, and the check says what is missing."""
 
 
 def lower(traced: Traced, spec: BuildSpec) -> Traced:
@@ -24,7 +29,7 @@ def lower(traced: Traced, spec: BuildSpec) -> Traced:
     return ort.lower(traced, OrtOptions(layout, sensitive, fast_prefill=spec.fast_prefill))
 
 
-def finish(folder: Path, spec: BuildSpec) -> None:
+def finish(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> None:
     """Nothing: ONNX Runtime runs model.onnx as it is."""
 
 

@@ -19,6 +19,12 @@ _COPIES_OF_CHUNK = 6
 # Bundle bytes that one second of reading, converting, hashing and syncing makes on 2 cores, by bits per weight.
 _BYTES_PER_SECOND = {4: 40e6, 8: 100e6, 16: 200e6, 32: 250e6}
 
+# TensorRT-RTX 1.7.1 on the same machine, two profiles: resident memory over the weights, and bytes that it compiles and
+# writes in a second (docs/tensorrt.md).
+_COMPILER_COPIES = 2.1  # the weights mapped from their file, and the engine as it is made
+_COMPILER_BYTES = 900_000_000
+_COMPILED_BYTES_PER_SECOND = 75e6
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -26,16 +32,18 @@ class Estimate:
 
     Attributes:
         bundle_bytes: exact for the weights; the graph and text files are about a megabyte more.
+        disk_bytes: of the bundle under construction at its largest, beside what stands there now.
         peak_memory_bytes: resident memory of the building process.
         seconds: from here to the end; an order of magnitude, not a promise.
     """
 
     bundle_bytes: int
+    disk_bytes: int
     peak_memory_bytes: int
     seconds: float
 
 
-def estimate(*, weight_bytes: int, text_bytes: int, chunk_bytes: int, bits: int) -> Estimate:
+def estimate(*, weight_bytes: int, text_bytes: int, chunk_bytes: int, bits: int, is_compiled: bool = False) -> Estimate:
     """Sizes up a build once the graph is lowered.
 
     Args:
@@ -43,12 +51,17 @@ def estimate(*, weight_bytes: int, text_bytes: int, chunk_bytes: int, bits: int)
         text_bytes: of the graph, tokenizer and other small files.
         chunk_bytes: fp32 bytes of the rows that a thread converts at once (`exporter.weights.chunk_bytes`).
         bits: a stored weight's.
+        is_compiled: TensorRT makes an engine of the graph, which then stands beside it for a while.
     """
     threads = os.cpu_count() or 1
+    stitching_bytes = _COPIES_OF_CHUNK * threads * chunk_bytes
+    compiling_bytes = int(_COMPILER_COPIES * weight_bytes) + _COMPILER_BYTES if is_compiled else 0
+    seconds = weight_bytes / _BYTES_PER_SECOND[bits]
     return Estimate(
         bundle_bytes=weight_bytes + text_bytes,
-        peak_memory_bytes=_BASE_BYTES + _COPIES_OF_CHUNK * threads * chunk_bytes,
-        seconds=weight_bytes / _BYTES_PER_SECOND[bits],
+        disk_bytes=(2 if is_compiled else 1) * weight_bytes + text_bytes,
+        peak_memory_bytes=_BASE_BYTES + max(stitching_bytes, compiling_bytes),
+        seconds=seconds + (weight_bytes / _COMPILED_BYTES_PER_SECOND if is_compiled else 0),
     )
 
 
@@ -61,9 +74,9 @@ def check_resources(needed: Estimate, out: Path) -> None:
         BuildError: the disk or the memory won't do.
     """
     free = free_disk_bytes(out)
-    if needed.bundle_bytes > free:
+    if needed.disk_bytes > free:
         raise BuildError(
-            f"the bundle needs {needed.bundle_bytes:,} bytes and the disk of {out} has {free:,} free; "
+            f"the build needs {needed.disk_bytes:,} bytes and the disk of {out} has {free:,} free; "
             "free some space or give a folder on another disk"
         )
     available = available_memory_bytes()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from engines.tensorrt_flavours import FLAVOURS
 from engines.tensorrt_options import DEFAULT_OPTIONS, TensorRtOptions
 from qwen_aot_errors import BuildError
 
@@ -80,6 +81,8 @@ TARGETS: Mapping[Target, TargetFacts] = {
         Precision.FP16, 4096, default_prefill_chunk=512, engine_file="engine.plan", has_fixed_capacity=True
     ),
 }
+
+_QUANTIZED = (Precision.INT8, Precision.INT4, Precision.FP8)
 
 # KL to fp32 of SmolLM2-135M in nats (docs/performance.md). int8: 0.004 in blocks of 32, 0.010 of 128. int4: 0.36 in
 # blocks of 32, 0.55 of 128; with the sensitive matrices at 8 bits 0.17 in blocks of 32, 0.19 of 64, 0.24 of 128. 64 is
@@ -170,6 +173,12 @@ class BuildSpec:
             )
         if self.tensorrt != DEFAULT_OPTIONS and not self.is_tensorrt:
             raise BuildError(f"target {self.target} takes no TensorRT options, and these were given: {self.tensorrt}")
+        if self.is_tensorrt:
+            FLAVOURS[self.target].check(self.tensorrt, self.precision)
+        if self.tensorrt.quantize_head and self.precision not in _QUANTIZED:
+            raise BuildError(
+                f"quantize_head has nothing to quantize in {self.precision}; it goes with {', '.join(_QUANTIZED)}"
+            )
         for name in ("max_context", "max_batch", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -200,6 +209,11 @@ class BuildSpec:
         return self.target in (Target.TENSORRT_RTX, Target.TENSORRT)
 
     @property
+    def compute_capabilities(self) -> tuple[str, ...]:
+        """The GPUs that a TensorRT engine is built for, "8.9" for example; empty: the one that it is built on."""
+        return FLAVOURS[self.target].capabilities(self.tensorrt, self.precision) if self.is_tensorrt else ()
+
+    @property
     def effective_block_size(self) -> int | None:
         """Elements along K that share a scale: as asked for, or the default. None: no blocks."""
         return self.block_size or next(iter(self.combination.block_sizes), None)
@@ -213,6 +227,9 @@ class BuildSpec:
     def quantization(self) -> Mapping[str, int | str | bool]:
         """How the weights are quantized, as the manifest records it; empty where they are not."""
         block_size, sensitive_bits = self.effective_block_size, self.effective_sensitive_bits
+        if self.is_tensorrt and self.precision in _QUANTIZED:
+            blocks = {} if block_size is None else {"block_size": block_size}
+            return {**blocks, "symmetric": self.symmetric, "quantize_head": self.tensorrt.quantize_head}
         if block_size is None or sensitive_bits is None:
             return {}
         return {

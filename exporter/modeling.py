@@ -226,8 +226,10 @@ class Decoder(nn.Module):
             shape=[*input_ids.shape, self.embed_tokens.shape[1]],
             version=13,
         ).float()
-        mask = key_positions <= position_ids.unsqueeze(1).unsqueeze(-1)  # [B, 1, S, W]
-        last_token = (new_tokens - 1).clamp(min=0).unsqueeze(-1).unsqueeze(-1)
+        # Not `<=` and clamp, each of which becomes several ops in TensorRT; and TensorRT-RTX 1.7 can't compile `<` with
+        # `position_ids + 1` where it computes attention without a fused kernel.
+        mask = torch.logical_not(key_positions > position_ids.unsqueeze(1).unsqueeze(-1))  # [B, 1, S, W]
+        last_token = (new_tokens - (new_tokens > 0).long()).unsqueeze(-1).unsqueeze(-1)
         step = (self.rotary_cos, self.rotary_sin, position_ids, cache_length, new_tokens, mask)
         present: list[Cache] = []
         for index, layer in enumerate(self.layers):

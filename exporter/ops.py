@@ -44,6 +44,11 @@ def _function(text: str) -> ir.Function:
     return ir.serde.deserialize_function(onnx.parser.parse_function(text))
 
 
+def _indices(first: int, count: int) -> str:
+    """A tensor literal of consecutive integers, in the index type that TensorRT needn't cast."""
+    return f"int32[{count}] {{{', '.join(map(str, range(first, first + count)))}}}"
+
+
 def _header(op: Op, attributes: str, inputs: str, outputs: str) -> str:
     return f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]> {op} {attributes} ({inputs}) => ({outputs})'
 
@@ -79,16 +84,27 @@ def swiglu_definition() -> ir.Function:
 
 
 def cached_attention_definition(
-    *, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: ir.DataType
+    *, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: ir.DataType, capacity: int | None = None
 ) -> ir.Function:
     """Rotate, write the new keys and values into the cache, attend to its first W slots.
 
-    W is the last dimension of `attention_mask`, so that cost follows the window and not the capacity. The softmax
-    runs in fp32. Source of the rotation: RoFormer (arXiv 2104.09864), half-rotated as in Hugging Face.
+    W is the last dimension of `attention_mask`, so that cost follows the window and not the capacity. Heads are picked
+    with Gather and the window is cut with Split, because TensorRT's parser makes the fewest layers of these: a Split of
+    heads, or a Slice with a bound that it doesn't know, becomes a chain of shape arithmetic (docs/tensorrt.md). The
+    softmax's precision is the runtime's choice, because that parser refuses `softmax_precision`.
+    Source of the rotation: RoFormer (arXiv 2104.09864), half-rotated as in Hugging Face.
+
+    Args:
+        num_heads: H.
+        num_kv_heads: Hkv.
+        head_dim: D.
+        scale: of the scores.
+        dtype: compute type of q, k, v and the cache.
+        capacity: C where it is fixed, so that nothing works it out in the graph; None: from `past_key`.
     """
     heads, kv_heads = num_heads, num_kv_heads
     inputs = "qkv, past_key, past_value, cos, sin, position_ids, cache_length, new_tokens, attention_mask"
-    softmax_precision = "" if dtype == ir.DataType.FLOAT else ", softmax_precision = 1"
+    slots = "Shape <start = 2, end = 3> (past_key)" if capacity is None else f"Constant <value_ints = [{capacity}]> ()"
     if dtype == ir.DataType.FLOAT:
         tables = ""
         cos, sin = "cos", "sin"
@@ -109,18 +125,23 @@ def cached_attention_definition(
             heads_shape = Constant <value_ints = [0, 0, {heads + 2 * kv_heads}, {head_dim}]> ()
             by_token = Reshape (qkv, heads_shape)
             by_head = Transpose <perm = [0, 2, 1, 3]> (by_token)
-            split_sizes = Constant <value_ints = [{heads}, {kv_heads}, {kv_heads}]> ()
-            query, key, value = Split <axis = 1> (by_head, split_sizes)
+            query_heads = Constant <value = {_indices(0, heads)}> ()
+            key_heads = Constant <value = {_indices(heads, kv_heads)}> ()
+            value_heads = Constant <value = {_indices(heads + kv_heads, kv_heads)}> ()
+            query = Gather <axis = 1> (by_head, query_heads)
+            key = Gather <axis = 1> (by_head, key_heads)
+            value = Gather <axis = 1> (by_head, value_heads)
             query_rotated = RotaryEmbedding (query, {cos}, {sin}, position_ids)
             key_rotated = RotaryEmbedding (key, {cos}, {sin}, position_ids)
             present_key = TensorScatter <axis = 2> (past_key, key_rotated, cache_length)
             present_value = TensorScatter <axis = 2> (past_value, value, cache_length)
             window = Shape <start = 3, end = 4> (attention_mask)
-            zero = Constant <value_ints = [0]> ()
-            two = Constant <value_ints = [2]> ()
-            window_key = Slice (present_key, zero, window, two)
-            window_value = Slice (present_value, zero, window, two)
-            context = Attention <scale = {scale!r}{softmax_precision}> (
+            slots = {slots}
+            rest = Sub (slots, window)
+            window_sizes = Concat <axis = 0> (window, rest)
+            window_key, unread_key = Split <axis = 2> (present_key, window_sizes)
+            window_value, unread_value = Split <axis = 2> (present_value, window_sizes)
+            context = Attention <scale = {scale!r}> (
                 query_rotated, window_key, window_value, attention_mask)
             context_by_token = Transpose <perm = [0, 2, 1, 3]> (context)
             flat_shape = Constant <value_ints = [0, 0, {heads * head_dim}]> ()
@@ -132,6 +153,7 @@ def cached_attention_definition(
 def sparse_moe_definition(
     *,
     hidden_size: int,
+    intermediate_size: int,
     num_experts_per_tok: int,
     norm_topk_prob: bool,
     dtype: ir.DataType,
@@ -140,7 +162,8 @@ def sparse_moe_definition(
     """Softmax routing in fp32, top-k experts, SwiGLU experts, weighted sum.
 
     Up to `gather_up_to_tokens` tokens, the chosen experts' weights are gathered; with more, every expert runs on
-    every token and the routing weights (zero for experts that were not chosen) combine them.
+    every token and the routing weights (zero for experts that were not chosen) combine them. Experts stand on the right
+    of their products, transposed: on the left, TensorRT keeps them twice (docs/tensorrt.md).
     Source: `Qwen2MoeSparseMoeBlock` in transformers.
     """
     normalise = (
@@ -148,7 +171,7 @@ def sparse_moe_definition(
         if norm_topk_prob
         else "top = Identity (top_raw)"
     )
-    m, k, to = hidden_size, num_experts_per_tok, dtype.value
+    m, f, k, to = hidden_size, intermediate_size, num_experts_per_tok, dtype.value
     return _function(
         f"""{
             _header(
@@ -173,45 +196,56 @@ def sparse_moe_definition(
             tokens = Shape <start = 0, end = 1> (x)
             few = Constant <value_ints = [{gather_up_to_tokens}]> ()
             is_few_1 = LessOrEqual (tokens, few)
-            scalar = Constant <value_ints = [0]> ()
-            is_few = Squeeze (is_few_1, scalar)
+            is_few = Squeeze (is_few_1, zero)
+            one = Constant <value_ints = [1]> ()
+            gates = Constant <value = int32 {{0}}> ()
+            ups = Constant <value = int32 {{1}}> ()
             flat = If (is_few) <
                 then_branch = gathered () => (y_few) {{
                     chosen_gate_up = Gather <axis = 0> (gate_up, top_ids)
                     chosen_down = Gather <axis = 0> (down, top_ids)
-                    column_shape = Constant <value_ints = [-1, 1, {m}, 1]> ()
-                    column = Reshape (x, column_shape)
-                    both = MatMul (chosen_gate_up, column)
-                    gate, up = Split <axis = 2, num_outputs = 2> (both)
+                    gate_up_columns = Transpose <perm = [0, 1, 3, 2]> (chosen_gate_up)
+                    down_columns = Transpose <perm = [0, 1, 3, 2]> (chosen_down)
+                    row_shape = Constant <value_ints = [-1, 1, 1, {m}]> ()
+                    row = Reshape (x, row_shape)
+                    both = MatMul (row, gate_up_columns)
+                    half_shape = Constant <value_ints = [0, 0, 2, {f}]> ()
+                    halves = Reshape (both, half_shape)
+                    gate = Gather <axis = 2> (halves, gates)
+                    up = Gather <axis = 2> (halves, ups)
                     sigmoid = Sigmoid (gate)
                     silu = Mul (gate, sigmoid)
-                    inner = Mul (silu, up)
-                    outer = MatMul (chosen_down, inner)
+                    inner_flat = Mul (silu, up)
+                    inner_shape = Constant <value_ints = [0, 0, 1, {f}]> ()
+                    inner = Reshape (inner_flat, inner_shape)
+                    outer = MatMul (inner, down_columns)
                     weight_shape = Constant <value_ints = [-1, {k}, 1, 1]> ()
                     weight_f = Reshape (top, weight_shape)
                     weight = Cast <to = {to}> (weight_f)
                     weighted = Mul (outer, weight)
-                    one = Constant <value_ints = [1]> ()
                     summed = ReduceSum <keepdims = 0> (weighted, one)
                     y_few = Reshape (summed, token_shape)
                 }},
                 else_branch = every () => (y_many) {{
-                    columns = Transpose <perm = [1, 0]> (x)
-                    both_all = MatMul (gate_up, columns)
-                    gate_all, up_all = Split <axis = 1, num_outputs = 2> (both_all)
+                    every_gate_up = Transpose <perm = [0, 2, 1]> (gate_up)
+                    every_down = Transpose <perm = [0, 2, 1]> (down)
+                    x_all = Unsqueeze (x, zero)
+                    both_all = MatMul (x_all, every_gate_up)
+                    half_shape_all = Constant <value_ints = [0, 0, 2, {f}]> ()
+                    halves_all = Reshape (both_all, half_shape_all)
+                    gate_all = Gather <axis = 2> (halves_all, gates)
+                    up_all = Gather <axis = 2> (halves_all, ups)
                     sigmoid_all = Sigmoid (gate_all)
                     silu_all = Mul (gate_all, sigmoid_all)
                     inner_all = Mul (silu_all, up_all)
-                    outer_all = MatMul (down, inner_all)
+                    outer_all = MatMul (inner_all, every_down)
                     nothing = Sub (probabilities, probabilities)
                     route = ScatterElements <axis = 1> (nothing, top_ids, top)
                     route_columns = Transpose <perm = [1, 0]> (route)
-                    one_axis = Constant <value_ints = [1]> ()
-                    route_weight_f = Unsqueeze (route_columns, one_axis)
+                    route_weight_f = Unsqueeze (route_columns, last)
                     route_weight = Cast <to = {to}> (route_weight_f)
                     weighted_all = Mul (outer_all, route_weight)
-                    summed_all = ReduceSum <keepdims = 0> (weighted_all, zero)
-                    y_many = Transpose <perm = [1, 0]> (summed_all)
+                    y_many = ReduceSum <keepdims = 0> (weighted_all, zero)
                 }}
             >
             hidden_shape = Shape (hidden)

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from exporter import ops
 from exporter.config import ModelConfig
+from exporter.experts import gather_limit
 from exporter.io_spec import IoSpec, io_spec
 from exporter.modeling import Decoder
 from exporter.recipes import decoder_recipes
@@ -43,7 +44,7 @@ def trace(
     *,
     positions: int | None = None,
     capacity: int | None = None,
-    gather_up_to_tokens: int = 4,
+    gather_up_to_tokens: int | None = None,
 ) -> Traced:
     """Traces the decoder that `config` describes.
 
@@ -52,7 +53,7 @@ def trace(
         dtype: compute type (FLOAT, FLOAT16, BFLOAT16) of projections, attention and cache.
         positions: rows of the rotary tables, at least the cache's capacity; None: `max_position_embeddings`.
         capacity: cache capacity C in tokens where the target fixes it; None leaves it dynamic.
-        gather_up_to_tokens: for SparseMoE's definition (see `ops.sparse_moe_definition`).
+        gather_up_to_tokens: for SparseMoE's definition (see `ops.sparse_moe_definition`); None: by its cost.
 
     Returns:
         The graph (inputs and outputs: `io_spec`), its recipes, and definitions of our ops as local functions.
@@ -76,7 +77,7 @@ def trace(
             "qwen_aot.torch": torch.__version__,
         }
     )
-    _attach_definitions(model, config, dtype, gather_up_to_tokens)
+    _attach_definitions(model, config, dtype, capacity, gather_up_to_tokens)
     return Traced(model, config, decoder_recipes(config, dtype, positions))
 
 
@@ -283,7 +284,9 @@ def _value(name: str, dtype: ir.DataType, dims: tuple[int | str, ...]) -> ir.Val
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(dims))
 
 
-def _attach_definitions(model: ir.Model, config: ModelConfig, dtype: ir.DataType, gather_up_to_tokens: int) -> None:
+def _attach_definitions(
+    model: ir.Model, config: ModelConfig, dtype: ir.DataType, capacity: int | None, gather_up_to_tokens: int | None
+) -> None:
     """Gives the model the definition of each of our ops that it uses."""
     definitions: list[ir.Function] = [
         ops.linear_definition(has_bias=False),
@@ -295,16 +298,18 @@ def _attach_definitions(model: ir.Model, config: ModelConfig, dtype: ir.DataType
             head_dim=config.head_dim,
             scale=config.head_dim**-0.5,
             dtype=dtype,
+            capacity=capacity,
         ),
     ]
     if config.moe is not None:
         definitions.append(
             ops.sparse_moe_definition(
                 hidden_size=config.hidden_size,
+                intermediate_size=config.moe.moe_intermediate_size,
                 num_experts_per_tok=config.moe.num_experts_per_tok,
                 norm_topk_prob=config.moe.norm_topk_prob,
                 dtype=dtype,
-                gather_up_to_tokens=gather_up_to_tokens,
+                gather_up_to_tokens=gather_up_to_tokens or gather_limit(config.moe),
             )
         )
     available: Mapping[ir.OperatorIdentifier, ir.Function] = {f.identifier(): f for f in definitions}

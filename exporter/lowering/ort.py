@@ -16,8 +16,13 @@ import onnx_ir as ir
 from exporter import ops
 from exporter.lowering.ort_prefill import split_prefill
 from exporter.lowering.ort_quantized import quantize_embedding, quantize_experts, quantize_linears
-from exporter.lowering.passes import clean_up, inline_definitions, remove_unused_inputs
-from exporter.lowering.standard import lower_linear
+from exporter.lowering.passes import (
+    clean_up,
+    inline_definitions,
+    lower_head,
+    remove_unused_inputs,
+    transpose_recipe,
+)
 from exporter.quantize.blockwise import BlockFormat
 from exporter.quantize.store import QuantizedWeights
 from exporter.weights import Traced
@@ -96,7 +101,8 @@ def passes(traced: Traced, options: OrtOptions) -> list[tuple[str, Callable[[Tra
             last.append(("split_prefill", lambda traced: split_prefill(traced, weights)))
     return [
         *steps,
-        ("lower_linear", lower_linear),  # what stays fp32
+        ("lower_head", lower_head),  # these two: what stays fp32
+        ("lower_linear", lower_linear),
         ("inline_definitions", inline_definitions),  # what no kernel takes
         ("clean_up", clean_up),
         ("remove_unused_inputs", remove_unused_inputs),  # after clean_up dropped what computed the mask
@@ -219,3 +225,31 @@ def _adds_equal_shapes(add: ir.Node) -> bool:
 def _is_last_axis(norm: ir.Node) -> bool:
     axis = norm.attributes.get("axis")
     return axis is None or axis.as_int() == -1
+
+
+def lower_linear(traced: Traced) -> int:
+    """Linear -> MatMul (+ Add) with [K, N] weights. Returns the number of nodes lowered.
+
+    Requires: the weight is used by that node alone.
+    Before: y = qwen_aot.Linear(x[..., K], weight[N, K], bias[N]?)
+    """
+    graph = traced.model.graph
+    nodes = [node for node in graph if ops.is_op(node, ops.Op.LINEAR)]
+    for node in nodes:
+        x, weight, *bias = node.inputs
+        assert x is not None and weight is not None and weight.name is not None
+        (result,) = node.outputs
+        if len(weight.uses()) > 1:
+            raise ExportError(f"weight {weight.name} of {node.name} is shared and can't be stored transposed")
+        traced.recipes[weight.name] = transpose_recipe(traced.recipes[weight.name])
+        assert weight.shape is not None
+        weight.shape = ir.Shape(list(reversed(list(weight.shape))))
+        new = [ir.node("MatMul", [x, weight])]
+        if bias:
+            product = new[0].outputs[0]
+            product.type, product.shape = result.type, result.shape
+            new.append(ir.node("Add", [product, bias[0]]))
+        for index, fresh in enumerate(new):
+            fresh.name = f"{node.name}_{index}"
+        ir.convenience.replace_nodes_and_values(graph, node, [node], new, [result], new[-1].outputs)
+    return len(nodes)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporter import ops
+from exporter.lowering.passes import decides
 from exporter.quantize.blockwise import BLOCK_SIZES
 from exporter.quantize.store import Arrange, QuantizedWeights, dims
 from exporter.weights import Traced
@@ -23,11 +24,10 @@ MS_DOMAIN = "com.microsoft"
 def quantize_linears(traced: Traced, weights: QuantizedWeights, accuracy_level: int) -> int:
     """Linear -> MatMulNBits, bias included. Returns the number of nodes replaced.
 
-    Linears that decide something stay fp32: a router's (its top-k is a choice, and it is small) and those with
-    one output (the shared expert's gate).
+    Linears that decide something stay fp32.
     """
     graph = traced.model.graph
-    nodes = [node for node in graph if ops.is_op(node, ops.Op.LINEAR) and not _decides(node)]
+    nodes = [node for node in graph if ops.is_op(node, ops.Op.LINEAR) and not decides(node)]
     for node in nodes:
         x, weight, *bias = node.inputs
         assert weight is not None
@@ -48,12 +48,6 @@ def quantize_linears(traced: Traced, weights: QuantizedWeights, accuracy_level: 
         )
         ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
     return len(nodes)
-
-
-def _decides(node: ir.Node) -> bool:
-    weight = node.inputs[1]
-    assert weight is not None and weight.shape is not None
-    return weight.shape[0] == 1 or any(ops.is_op(user, ops.Op.SPARSE_MOE) for user in node.outputs[0].consumers())
 
 
 def quantize_embedding(traced: Traced, weights: QuantizedWeights) -> int:

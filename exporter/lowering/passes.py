@@ -9,7 +9,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from exporter import ops
 from exporter.weights import Recipe, Traced, Transform, cast_to
+from qwen_aot_errors import ExportError
+
+_INDEX_ELEMENTS = (
+    1 << 16
+)  # constants up to this size are compared: indices of a gate's columns are 49152 in the largest
 
 
 def inline_definitions(traced: Traced) -> int:
@@ -27,7 +33,7 @@ def clean_up(traced: Traced) -> int:
     before = traced.model.graph.num_nodes()
     for _pass in (
         common.IdentityEliminationPass(),
-        common.CommonSubexpressionEliminationPass(),
+        common.CommonSubexpressionEliminationPass(size_limit=_INDEX_ELEMENTS),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]  # its __init__ is not annotated
         common.RemoveUnusedOpsetsPass(),
@@ -48,6 +54,49 @@ def remove_unused_inputs(traced: Traced) -> int:
     for value in unused:
         inputs.remove(value)
     return len(unused)
+
+
+def lower_head(traced: Traced) -> int:
+    """Linear of an input of rank 2 -> Gemm, whose weight stays [N, K]. Returns the number of nodes lowered.
+
+    Only the head sees one token a row, so its input is [B, M]; tied embeddings stay one initializer.
+    Before: y = qwen_aot.Linear(x[B, K], weight[N, K], bias[N]?)
+    """
+    graph = traced.model.graph
+    nodes = [node for node in graph if ops.is_op(node, ops.Op.LINEAR) and rank(node.inputs[0]) == 2]
+    for node in nodes:
+        gemm = ir.node("Gemm", list(node.inputs), {"transB": 1}, name=node.name)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [gemm], node.outputs, gemm.outputs)
+    return len(nodes)
+
+
+def decides(node: ir.Node) -> bool:
+    """Whether a Linear decides something, so that its weight isn't quantized.
+
+    A router's does (its top-k is a choice, and it is small), and one with a single output (the shared expert's gate).
+    """
+    weight = node.inputs[1]
+    assert weight is not None and weight.shape is not None
+    return weight.shape[0] == 1 or any(ops.is_op(user, ops.Op.SPARSE_MOE) for user in _behind_casts(node.outputs[0]))
+
+
+def _behind_casts(value: ir.Value) -> list[ir.Node]:
+    """The nodes that read a value, or read it cast."""
+    users: list[ir.Node] = []
+    for user in value.consumers():
+        users += _behind_casts(user.outputs[0]) if user.op_type == "Cast" else [user]
+    return users
+
+
+def rank(value: ir.Value | None) -> int:
+    """The number of dimensions.
+
+    Raises:
+        ExportError: it isn't known.
+    """
+    if value is None or value.shape is None:
+        raise ExportError(f"{value} has no known rank")
+    return len(value.shape)
 
 
 def fold_casts_of_initializers(traced: Traced) -> int:

@@ -95,7 +95,7 @@ def quantize(rows: NDArray[np.float32], layout: BlockFormat) -> Quantized:
     step = max(1, _SLICE_ELEMENTS // (n * b))
     for start in range(0, r, step):
         part = slice(start, min(start + step, r))
-        columns = _as_columns(rows[part], n, b)
+        columns = as_columns(rows[part], n, b)
         if zeros is None:
             found, scale = _symmetric(columns, layout.bits)
         else:
@@ -110,7 +110,7 @@ def quantize(rows: NDArray[np.float32], layout: BlockFormat) -> Quantized:
 def quantize_channels(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Rows [r, K] as signed bytes [r, K], symmetric, and one scale a row [r]."""
     scales = np.maximum(rows.max(axis=1), -rows.min(axis=1)) / np.float32(127)
-    codes = rows * _reciprocal(scales)[:, None]
+    codes = rows * reciprocal(scales)[:, None]
     return np.rint(codes, out=codes).astype(np.int8), scales
 
 
@@ -132,7 +132,7 @@ def dequantize(quantized: Quantized, layout: BlockFormat, width: int) -> NDArray
 _FACTORS = {4: (1.0, 1.04, 1.08, 1.14), 8: (1.0,)}
 
 
-def _as_columns(rows: NDArray[np.float32], n: int, b: int) -> NDArray[np.float32]:
+def as_columns(rows: NDArray[np.float32], n: int, b: int) -> NDArray[np.float32]:
     """[r, K] -> [b, r * n]: a block is a column, so that every operation runs along long rows. Zeros beyond K."""
     r, width = rows.shape
     if width != n * b:
@@ -147,26 +147,34 @@ def _symmetric(x: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], ND
     half = float(1 << (bits - 1))
     low, high = x.min(axis=0), x.max(axis=0)
     base = np.where(high > -low, high, low) / np.float32(-half)
-    scales = base
-    if len(_FACTORS[bits]) > 1:
-        least = np.full(base.shape, np.inf, np.float32)
-        for factor in _FACTORS[bits]:
-            candidate = base * np.float32(factor)
-            exact = x * _reciprocal(candidate)
-            rounded = _rounded(exact, half)
-            rounded -= exact
-            error = np.einsum("bc,bc->c", rounded, rounded) * np.float32(factor * factor)  # in units of base squared
-            scales = np.where(error < least, candidate, scales)
-            np.minimum(error, least, out=least)
-    codes = _rounded(x * _reciprocal(scales), half)
+    scales = best_scales(x, base, bits)
+    codes = rounded(x * reciprocal(scales), half)
     codes += half
     return codes.astype(np.uint8), scales
 
 
-def _rounded(exact: NDArray[np.float32], half: float) -> NDArray[np.float32]:
-    rounded = np.rint(exact)
-    np.maximum(rounded, -half, out=rounded)
-    return np.minimum(rounded, half - 1, out=rounded)
+def best_scales(x: NDArray[np.float32], base: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """Of a few multiples of `base` [c], the one by which columns x [b, c] round with the least squared error."""
+    scales = base
+    if len(_FACTORS[bits]) > 1:
+        half = float(1 << (bits - 1))
+        least = np.full(base.shape, np.inf, np.float32)
+        for factor in _FACTORS[bits]:
+            candidate = base * np.float32(factor)
+            exact = x * reciprocal(candidate)
+            difference = rounded(exact, half)
+            difference -= exact
+            error = np.einsum("bc,bc->c", difference, difference) * np.float32(factor * factor)  # of base squared
+            scales = np.where(error < least, candidate, scales)
+            np.minimum(error, least, out=least)
+    return scales
+
+
+def rounded(exact: NDArray[np.float32], half: float) -> NDArray[np.float32]:
+    """The nearest integers from -half to half - 1."""
+    result = np.rint(exact)
+    np.maximum(result, -half, out=result)
+    return np.minimum(result, half - 1, out=result)
 
 
 def _asymmetric(x: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
@@ -174,7 +182,7 @@ def _asymmetric(x: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], N
     top = float((1 << bits) - 1)
     low, high = np.minimum(x.min(axis=0), 0), np.maximum(x.max(axis=0), 0)
     scales = high / top - low / top
-    inverse = _reciprocal(scales)
+    inverse = reciprocal(scales)
     zeros = np.rint(-low * inverse)
     codes = x * inverse
     codes += zeros
@@ -183,7 +191,7 @@ def _asymmetric(x: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], N
     return codes.astype(np.uint8), scales, zeros.astype(np.uint8)
 
 
-def _reciprocal(x: NDArray[np.float32]) -> NDArray[np.float32]:
+def reciprocal(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """1 / x, and 0 where x is 0 or so small that 1 / x overflows."""
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.float32(1) / x

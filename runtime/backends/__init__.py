@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-from qwen_aot_errors import EngineMismatchError
+from qwen_aot_errors import EngineMismatchError, GenerationError
+from runtime.backends._tensorrt_library import FLAVOURS, flavour_of
 from runtime.bundle import Bundle
 from runtime.engine import Engine
 
@@ -19,14 +20,22 @@ def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
         threads: CPU threads for one operator; None: see `runtime.backends.cpus.usable_cores`.
 
     Raises:
-        EngineMismatchError: no backend runs this engine, or its library is missing or too old.
+        EngineMismatchError: no backend runs this engine, its library is missing or too old, or this machine's GPU
+            can't run it.
+        GenerationError: `threads` was given for an engine that runs on a GPU.
     """
     kind = PurePosixPath(bundle.manifest.engine).suffix
     if kind == ".onnx":
         from runtime.backends.onnxruntime import OnnxRuntimeEngine, OrtOptions
 
         return OnnxRuntimeEngine(bundle, OrtOptions(threads=threads))
+    if flavour_of(bundle.manifest.engine) is not None:
+        if threads is not None:
+            raise GenerationError(f"threads is {threads}, and the bundle's engine runs on a GPU: leave it out")
+        from runtime.backends.tensorrt import TensorRtEngine
+
+        return TensorRtEngine(bundle)
     raise EngineMismatchError(
         f"the bundle's engine is {bundle.manifest.engine!r} for target {bundle.manifest.target!r}, which this version "
-        "of the runtime can't run; accepted: an .onnx file"
+        f"of the runtime can't run; accepted: {', '.join(['.onnx', *(flavour.suffix for flavour in FLAVOURS)])} files"
     )

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot_errors import EngineMismatchError, GenerationError
+from runtime.backends._io_table import cache_inputs, check_table, present_name
 from runtime.kv_cache import KvCache
-from runtime.manifest import CACHE_PREFIX, IoTensor, Manifest
+from runtime.manifest import Manifest
 
 __all__ = ["Step", "library_errors"]
 
@@ -77,8 +78,8 @@ class Step:
         self._session = session
         self._binding = session.io_binding()
         self._cache = cache
-        self._past = [t for t in manifest.inputs if t.name.startswith(CACHE_PREFIX)]
-        _check_table(manifest, self._past)
+        self._past = cache_inputs(manifest)
+        check_table(manifest)
         self._names = {tensor.name for tensor in manifest.inputs}
         self.new_tokens: NDArray[np.int64] = np.zeros(max_rows, np.int64)
         self._input_ids: NDArray[np.int64] = np.zeros(max_rows * max_tokens, np.int64)
@@ -136,7 +137,7 @@ class Step:
             element_type = _ELEMENT_TYPES[tensor.dtype]
             shape, pointer = list(view.shape), view.ctypes.data
             self._binding.bind_input(tensor.name, "cpu", 0, element_type, shape, pointer)
-            self._binding.bind_output(_present(tensor.name), "cpu", 0, element_type, shape, pointer)
+            self._binding.bind_output(present_name(tensor.name), "cpu", 0, element_type, shape, pointer)
         self._bind_input("cache_length", self._cache.lengths[first_row : first_row + rows])
         self._bind_input("new_tokens", self.new_tokens[:rows])
         logits = self._logits[:rows]
@@ -161,10 +162,6 @@ class Step:
         """Binds an input if the graph has it; the array's memory must outlive the binding."""
         if name in self._names:
             self._binding.bind_input(name, "cpu", 0, np.int64, list(array.shape), array.ctypes.data)
-
-
-def _present(past: str) -> str:
-    return past.replace(CACHE_PREFIX, "present.", 1)
 
 
 def _make_logits(rows: int, vocab_size: int) -> NDArray[np.float32]:
@@ -199,22 +196,3 @@ def _check_signature(session: Any, manifest: Manifest) -> None:
                     f"{name!r} is {graph[name].type} {list(shape)} in the graph, {type_} {list(tensor.shape)} in the "
                     "manifest; rebuild the bundle"
                 )
-
-
-def _check_table(manifest: Manifest, past: list[IoTensor]) -> None:
-    """Refuses inputs and outputs that `Step` can't feed."""
-    known = {"input_ids", "position_ids", "cache_length", "new_tokens", "key_positions"}
-    for tensor in manifest.inputs:
-        if tensor not in past and (tensor.name not in known or tensor.dtype != "int64"):
-            raise EngineMismatchError(
-                f"the bundle's graph has the input {tensor.name!r} of dtype {tensor.dtype}, which this runtime can't "
-                f"feed; accepted: past_key_values.* and {', '.join(sorted(known))} (int64)"
-            )
-    logits = IoTensor("logits", "float32", ("B", manifest.model.vocab_size))
-    outputs = {"logits", *(_present(tensor.name) for tensor in past)}
-    found = {tensor.name for tensor in manifest.outputs}
-    if outputs != found or logits not in manifest.outputs:
-        raise EngineMismatchError(
-            f"the bundle's graph has the outputs {sorted(found)}; accepted: logits (float32 [B, "
-            f"{manifest.model.vocab_size}]) and a present.* for each past_key_values.*, {sorted(outputs)}"
-        )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engines.spec import BuildSpec, Precision, Target
+from engines.tensorrt_options import TensorRtOptions
 from runtime.cli.command import VerbCommand, option
 from runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
 from runtime.cli.options import CONTEXT
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from engines.build import BuildReport, Plan
 
 DEFAULT = BuildSpec()
+_TENSORRT = "TensorRT"
 
 
 def _either(kinds: type[StrEnum]) -> str:
@@ -39,7 +41,12 @@ def _either(kinds: type[StrEnum]) -> str:
 @option("--precision", help=f"{_either(Precision)}: the weights.  [default: the target's]", group="Main")
 @option("--dry-run", is_flag=True, help="Show sizes, memory and time, and write nothing.", group="Main")
 @option("--json", "as_json", is_flag=True, help="One JSON object on stdout.", group="Main")
-@option("--max-context", type=int, help="Tokens a row can hold.  [default: the model's]", group="Capacity")
+@option(
+    "--max-context",
+    type=int,
+    help="Tokens a row can hold.  [default: the model's; TensorRT: at most 4096]",
+    group="Capacity",
+)
 @option("--max-batch", type=int, default=DEFAULT.max_batch, help="Rows that run together.", group="Capacity")
 @option("--prefill-chunk", type=int, help="Prompt tokens in one step.  [default: the target's]", group="Capacity")
 @option(
@@ -63,13 +70,35 @@ def _either(kinds: type[StrEnum]) -> str:
     help="Add an 8-bit form of the projections that long prompts run through about twice as fast (needs VNNI on x86).",
     group="Quantization",
 )
+@option(
+    "--compute-capability",
+    help="GPUs that the engine will run on: 8.6,8.9,12.0.  [default: RTX 30, 40 and 50]",
+    group=_TENSORRT,
+)
+@option("--workspace-mib", type=click.IntRange(1), help="Most scratch memory that a kernel may take.", group=_TENSORRT)
+@option(
+    "--optimization-level",
+    type=click.IntRange(0, 5),
+    help="0 builds fastest, 5 runs fastest.  [default: TensorRT's own]",
+    group=_TENSORRT,
+)
+@option(
+    "--timing-cache",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A file of kernel timings, read and written (tensorrt).",
+    group=_TENSORRT,
+)
+@option("--hardware-compatible", is_flag=True, help="Run on every GPU of Ampere or later (tensorrt).", group=_TENSORRT)
+@option("--version-compatible", is_flag=True, help="Run on later versions too (tensorrt).", group=_TENSORRT)
+@option("--strip-weights", is_flag=True, help="Leave the weights out, to be refitted (tensorrt).", group=_TENSORRT)
+@option("--quantize-lm-head", "quantize_head", is_flag=True, help="Quantize the head too.", group=_TENSORRT)
 @option("--random-weights", is_flag=True, help="For a variant's name: weights drawn from --seed.", group="Trial")
 @option("--seed", type=int, default=0, help="Of the random weights.", group="Trial")
 @option(
     "--verify",
     "with_verify",
     is_flag=True,
-    help="Compare with transformers before installing.",
+    help="Compare with transformers before installing (cpu).",
     group="Trial",
 )
 def command(
@@ -80,6 +109,14 @@ def command(
     random_weights: bool,
     seed: int,
     with_verify: bool,
+    compute_capability: str | None,
+    workspace_mib: int | None,
+    optimization_level: int | None,
+    timing_cache: Path | None,
+    hardware_compatible: bool,
+    version_compatible: bool,
+    strip_weights: bool,
+    quantize_head: bool,
     **request: Any,
 ) -> None:
     """Build a bundle from a checkpoint.
@@ -87,7 +124,7 @@ def command(
     \b
     Examples:
       build-engine ./Qwen1.5-0.5B-Chat -o ./bundle
-      build-engine qwen1.5-7b --random-weights -o ./trial --precision int8 --dry-run
+      build-engine qwen1.5-7b --random-weights -o ./trial --target tensorrt-rtx --compute-capability 8.9 --dry-run
 
     CHECKPOINT is a Hugging Face folder, a .gguf file, or a variant's name with --random-weights. What stands
     at the output stays until the new bundle is whole; a failed or interrupted build changes nothing.
@@ -96,7 +133,17 @@ def command(
 
     show_logs()
     try:
-        spec = BuildSpec(**request)
+        options = TensorRtOptions(
+            compute_capabilities=tuple(compute_capability.split(",")) if compute_capability is not None else (),
+            workspace_bytes=workspace_mib << 20 if workspace_mib is not None else None,
+            optimization_level=optimization_level,
+            timing_cache=timing_cache,
+            hardware_compatible=hardware_compatible,
+            version_compatible=version_compatible,
+            strip_weights=strip_weights,
+            quantize_head=quantize_head,
+        )
+        spec = BuildSpec(tensorrt=options, **request)
     except BuildError as error:
         raise click.UsageError(str(error)) from None
 
@@ -127,6 +174,7 @@ def _show_plan(plan: Plan, out: Path, as_json: bool) -> None:
     facts = {
         "bundle": str(out),
         "bundle_bytes": plan.estimate.bundle_bytes,
+        "disk_bytes": plan.estimate.disk_bytes,
         "free_disk_bytes": free_disk_bytes(out),
         "peak_memory_bytes": plan.estimate.peak_memory_bytes,
         "available_memory_bytes": available_memory_bytes(),
@@ -137,7 +185,10 @@ def _show_plan(plan: Plan, out: Path, as_json: bool) -> None:
         print_json(facts)
         return
     console = stdout()
-    console.print(f"bundle   {size(plan.estimate.bundle_bytes)} ({size(free_disk_bytes(out))} free on disk)")
+    console.print(
+        f"bundle   {size(plan.estimate.bundle_bytes)} ({size(plan.estimate.disk_bytes)} on disk meanwhile, "
+        f"{size(free_disk_bytes(out))} free)"
+    )
     console.print(
         f"memory   about {size(plan.estimate.peak_memory_bytes)} ({size(available_memory_bytes())} available)"
     )

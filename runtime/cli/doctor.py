@@ -28,11 +28,12 @@ CPU_FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "am
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """A package that a target needs, from which version on, and the extra that brings it."""
+    """A package that a target needs, from which version on, and the extra that brings it (with pip's `options`)."""
 
     package: str
     extra: str
     at_least: tuple[int, ...] = ()
+    options: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +42,28 @@ class TargetNeeds:
 
     build: tuple[Need, ...]
     run: tuple[Need, ...]
+    build_on_gpu: bool = False
+    run_on_gpu: bool = False
 
 
 _EXPORT = tuple(Need(name, "build") for name in ("torch", "onnx", "onnx-ir", "onnxscript", "ml-dtypes"))
 _ONNXRUNTIME = Need("onnxruntime", "cpu", (1, 32))
-TARGETS: Mapping[str, TargetNeeds] = {"cpu": TargetNeeds(build=(*_EXPORT, _ONNXRUNTIME), run=(_ONNXRUNTIME,))}
+_TENSORRT_RTX = Need("tensorrt-rtx-cu13", "tensorrt-rtx", (1, 7))
+_TENSORRT = Need("tensorrt", "tensorrt", (10, 13), options=" --extra-index-url https://pypi.nvidia.com")
+TARGETS: Mapping[str, TargetNeeds] = {
+    "cpu": TargetNeeds(build=(*_EXPORT, _ONNXRUNTIME), run=(_ONNXRUNTIME,)),
+    "tensorrt-rtx": TargetNeeds(
+        build=(*_EXPORT, _TENSORRT_RTX),
+        run=(_TENSORRT_RTX, Need("cuda-python", "tensorrt-rtx", (13,))),
+        run_on_gpu=True,
+    ),
+    "tensorrt": TargetNeeds(
+        build=(*_EXPORT, _TENSORRT),
+        run=(_TENSORRT, Need("cuda-python", "tensorrt", (13,))),
+        build_on_gpu=True,
+        run_on_gpu=True,
+    ),
+}
 OPTIONAL = (Need("gguf", "build"), Need("transformers", "verify"), Need("safetensors", "verify"))
 
 
@@ -72,6 +90,7 @@ def examine() -> dict[str, Any]:
 
     needs = {need.package: need for row in TARGETS.values() for need in (*row.build, *row.run)}
     needs |= {need.package: need for need in OPTIONAL}
+    found_gpus = gpus()
     return {
         "qwen_aot": __version__,
         "python": platform.python_version(),
@@ -82,15 +101,15 @@ def examine() -> dict[str, Any]:
             "available_bytes": available_memory_bytes(),
         },
         "free_disk_bytes": free_disk_bytes(Path.cwd()),
-        "gpus": gpus(),
+        "gpus": found_gpus,
         "packages": {name: version(name) for name in RUNTIME_PACKAGES},
         "extras": {
             name: {"version": version(name), "extra": need.extra, "lacks": lack(need)} for name, need in needs.items()
         },
         "targets": {
             target: {
-                "build_lacks": [text for need in row.build if (text := lack(need))],
-                "run_lacks": [text for need in row.run if (text := lack(need))],
+                "build_lacks": lacks(row.build, has_gpu=bool(found_gpus) or not row.build_on_gpu),
+                "run_lacks": lacks(row.run, has_gpu=bool(found_gpus) or not row.run_on_gpu),
             }
             for target, row in TARGETS.items()
         },
@@ -105,9 +124,15 @@ def version(package: str) -> str | None:
         return None
 
 
+def lacks(needs: tuple[Need, ...], *, has_gpu: bool) -> list[str]:
+    """Everything that is missing for a task."""
+    missing = [text for need in needs if (text := lack(need))]
+    return missing if has_gpu else [*missing, "no NVIDIA GPU or driver"]
+
+
 def lack(need: Need) -> str | None:
     """What is missing for a need and how to get it; None if it is met."""
-    remedy = f"pip install 'qwen-aot[{need.extra}]'"
+    remedy = f"pip install 'qwen-aot[{need.extra}]'{need.options}"
     found = version(need.package)
     if found is None:
         return f"{need.package} isn't installed: {remedy}"
@@ -147,6 +172,7 @@ def cpu() -> dict[str, Any]:
 
 
 def _show(facts: Mapping[str, Any]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     console = stdout()
@@ -175,7 +201,8 @@ def _show(facts: Mapping[str, Any]) -> None:
     console.print(packages)
     for target, entry in facts["targets"].items():
         for task in ("build", "run"):
-            lacks = entry[f"{task}_lacks"]
+            missing = entry[f"{task}_lacks"]
             console.print(
-                f"[bold]{target}[/] {task}: " + ("; ".join(lacks) if lacks else "[green]ready[/]"), soft_wrap=True
+                f"[bold]{target}[/] {task}: " + (escape("; ".join(missing)) if missing else "[green]ready[/]"),
+                soft_wrap=True,
             )

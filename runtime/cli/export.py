@@ -24,7 +24,11 @@ from runtime.cli.options import CONTEXT, json_option
     help="Standard ONNX (opset 24), or ONNX Runtime's fastest ops.",
     group="Main",
 )
-@option("--precision", help="standard: fp32, fp16, bf16; ort: fp32, int8, int4.  [default: fp32]", group="Main")
+@option(
+    "--precision",
+    help="standard: fp32, fp16, bf16, int8, int4, fp8; ort: fp32, int8, int4.  [default: fp32]",
+    group="Main",
+)
 @option("--max-context", type=int, help="Rows of the rotary tables.  [default: the model's context]", group="Main")
 @option("--block-size", type=int, help="Weights that share a scale (int8, int4).", group="Quantization")
 @option("--symmetric/--asymmetric", default=True, help="Without or with zero points.", group="Quantization")

@@ -81,7 +81,7 @@ def _cell(name: str, value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int) and name.endswith("bytes"):
+    if isinstance(value, int) and name.endswith(("bytes", "bytes_estimated")):
         return f"{size(value)} ({value:,})"
     if isinstance(value, int):
         return f"{value:,}" if value >= 10_000 else str(value)

@@ -33,6 +33,7 @@ def facts(path: Path, *, with_hash: bool) -> dict[str, Any]:
         **{name: values[name] for name in ("max_batch", "prefill_chunk", "cache_dtype", "format_version")},
         "total_bytes": sum(entry.bytes for entry in manifest.files.values()),
         "cache_tensors": len(layers),
+        **_engine_facts(manifest),
         "source": model["source"],
         "tool_versions": values["tool_versions"],
         "io": [
@@ -50,6 +51,19 @@ def facts(path: Path, *, with_hash: bool) -> dict[str, Any]:
             }
             for name, entry in manifest.files.items()
         ],
+    }
+
+
+def _engine_facts(manifest: Manifest) -> dict[str, Any]:
+    """What an engine can't be asked without its GPU; nothing of a bundle without one."""
+    if manifest.tensorrt is None:
+        return {}
+    engine = asdict(manifest.tensorrt)
+    layers = engine.pop("layers")
+    return {
+        **{("tensorrt_version" if name == "version" else name): value for name, value in engine.items()},
+        "network_layers": sum(layers.values()),
+        "layers": [{"type": kind, "count": count} for kind, count in layers.items()],
     }
 
 

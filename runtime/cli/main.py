@@ -18,6 +18,7 @@ VERBS = {
     "verify": Verb("runtime.cli.verify", "Compare a bundle with Hugging Face transformers in fp32."),
     "bench": Verb("runtime.cli.bench", "Measure a bundle's speed and memory."),
     "inspect": Verb("runtime.cli.inspect", "Show a checkpoint, an ONNX file or a bundle as a table."),
+    "plan": Verb("runtime.cli.plan", "Show which models fit which devices, and how fast at most."),
     "doctor": Verb("runtime.cli.doctor", "Show versions, hardware and what each target lacks here."),
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engines import resources
-from engines.resources import Estimate, available_memory_bytes, check_resources, free_disk_bytes
+from engines.resources import Estimate, available_memory_bytes, check_resources, estimate, free_disk_bytes
 from qwen_aot_errors import BuildError
 
 KIB = 1024
@@ -46,11 +46,20 @@ def test_disk_of_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
 
 
 def test_refuses_what_the_disk_or_the_memory_cannot_take(tmp_path: Path) -> None:
-    check_resources(Estimate(bundle_bytes=1, peak_memory_bytes=1, seconds=0), tmp_path)
-    with pytest.raises(BuildError, match=r"the bundle needs 1,000,000,000,000,000,000 bytes and the disk"):
-        check_resources(Estimate(bundle_bytes=10**18, peak_memory_bytes=1, seconds=0), tmp_path)
+    check_resources(Estimate(bundle_bytes=1, disk_bytes=1, peak_memory_bytes=1, seconds=0), tmp_path)
+    with pytest.raises(BuildError, match=r"the build needs 1,000,000,000,000,000,000 bytes and the disk"):
+        check_resources(Estimate(bundle_bytes=1, disk_bytes=10**18, peak_memory_bytes=1, seconds=0), tmp_path)
     with pytest.raises(BuildError, match=r"the build needs about .* bytes of memory"):
-        check_resources(Estimate(bundle_bytes=1, peak_memory_bytes=10**18, seconds=0), tmp_path)
+        check_resources(Estimate(bundle_bytes=1, disk_bytes=1, peak_memory_bytes=10**18, seconds=0), tmp_path)
+
+
+def test_a_compiled_engine_stands_beside_its_graph_and_takes_the_compilers_memory() -> None:
+    sizes = {"weight_bytes": 10**9, "text_bytes": 7, "chunk_bytes": 1000, "bits": 16}
+    plain, compiled = estimate(**sizes), estimate(**sizes, is_compiled=True)
+    assert (plain.disk_bytes, compiled.disk_bytes) == (10**9 + 7, 2 * 10**9 + 7)
+    assert plain.bundle_bytes == compiled.bundle_bytes == 10**9 + 7
+    assert compiled.peak_memory_bytes - plain.peak_memory_bytes > 2 * 10**9
+    assert compiled.seconds > plain.seconds
 
 
 def test_where_peaks_cannot_be_reset(monkeypatch: pytest.MonkeyPatch) -> None:

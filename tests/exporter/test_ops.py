@@ -60,6 +60,7 @@ def test_sparse_moe_on_both_sides_of_its_threshold(norm_topk_prob, tokens, top_k
     gate_up, down = normal(experts, 2 * f, m), normal(experts, m, f)
     definition = ops.sparse_moe_definition(
         hidden_size=m,
+        intermediate_size=f,
         num_experts_per_tok=top_k,
         norm_topk_prob=norm_topk_prob,
         dtype=FLOAT,
@@ -79,7 +80,8 @@ def test_sparse_moe_on_both_sides_of_its_threshold(norm_topk_prob, tokens, top_k
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_cached_attention_writes_in_place_and_attends_to_the_window(kv_heads):
+@pytest.mark.parametrize("has_capacity", [False, True])
+def test_cached_attention_writes_in_place_and_attends_to_the_window(kv_heads, has_capacity):
     heads, d, B, S, C, W = 4, 8, 2, 3, 12, 9
     lengths = np.array([5, 0], np.int64)
     past_key, past_value = normal(B, kv_heads, C, d), normal(B, kv_heads, C, d)
@@ -99,7 +101,12 @@ def test_cached_attention_writes_in_place_and_attends_to_the_window(kv_heads):
         "attention_mask": mask,
     }
     definition = ops.cached_attention_definition(
-        num_heads=heads, num_kv_heads=kv_heads, head_dim=d, scale=0.3, dtype=FLOAT
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=d,
+        scale=0.3,
+        dtype=FLOAT,
+        capacity=C if has_capacity else None,
     )
     attention, present_key, present_value = evaluate(definition, feeds)
 

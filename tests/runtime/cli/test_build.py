@@ -50,6 +50,11 @@ def test_a_dry_run_shows_and_writes_nothing(run: Run, tmp_path: Path) -> None:
         (("--precision", "fp32", "--block-size", "32"), 2, "fp32 has no blocks"),
         (("--max-context", "0"), 2, "max_context is 0"),
         (("--max-context", "99999"), 1, "max_context 99999 is more than the model's 512"),
+        (("--compute-capability", "8.9"), 2, "target cpu takes no TensorRT options"),
+        (("--target", "tensorrt-rtx", "--compute-capability", "ada"), 2, "'ada' isn't one; accepted: numbers like"),
+        (("--target", "tensorrt-rtx", "--timing-cache", "x"), 2, "tensorrt-rtx doesn't take timing_cache: it times no"),
+        (("--target", "tensorrt-rtx", "--precision", "fp8", "--compute-capability", "8.6"), 2, "fp8 needs compute"),
+        (("--target", "tensorrt-rtx", "--optimization-level", "6"), 2, "6 is not in the range 0<=x<=5"),
         (("--random-weights",), 2, "--random-weights goes with a variant's name"),
     ],
 )
@@ -60,6 +65,31 @@ def test_refusals(
     assert result.exit_code == code
     assert message in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.trt
+def test_builds_an_engine_without_a_gpu(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX isn't installed")
+    out = tmp_path / "bundle"
+    arguments = ("--target", "tensorrt-rtx", "--compute-capability", "8.6,12.0", "--max-context", 192)
+    arguments += ("--prefill-chunk", 64, "--workspace-mib", 512, "--optimization-level", 1)
+    facts = json.loads(run("build", checkpoint, "-o", out, *arguments, "--dry-run", "--json").stdout)
+    assert facts["disk_bytes"] > facts["bundle_bytes"] > 0
+    assert not out.exists()
+    result = run("build", checkpoint, "-o", out, *arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "[4/6] compile ..." in result.stderr
+    assert json.loads(result.stdout)["bundle"] == str(out)
+    facts = json.loads(run("inspect", out, "--json").stdout)
+    assert facts["compute_capabilities"] == ["8.6", "12.0"]
+    assert facts["network_layers"] == sum(row["count"] for row in facts["layers"])
+    assert facts["weight_bytes"] > 0 and facts["cache_bytes"] > 0 and facts["activation_bytes_estimated"] > 0
+    assert {row["name"] for row in facts["files"]} >= {"engine.rtx", "report.json"}
+    table = run("inspect", out).stdout
+    assert "8.6, 12.0" in table and "KV_CACHE_UPDATE" in table
+    result = run("build", checkpoint, "-o", out, *arguments, "--verify")
+    assert result.exit_code == 1
+    assert "leave out --verify" in result.stderr
 
 
 def test_a_variant_needs_random_weights(run: Run, tmp_path: Path) -> None:

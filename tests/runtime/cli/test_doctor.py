@@ -26,6 +26,23 @@ def test_table(run: Run) -> None:
     assert "onnxruntime" in text
 
 
+def test_what_the_tensorrt_targets_lack(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"tensorrt-rtx-cu13": "1.7.1.116", "cuda-python": "13.0.1", "tensorrt": "10.9.0"}
+    monkeypatch.setattr(doctor, "version", lambda package: installed.get(package, "99"))
+    monkeypatch.setattr(doctor, "gpus", lambda: [])
+    targets = json.loads(run("doctor", "--json").stdout)["targets"]
+    no_gpu = "no NVIDIA GPU or driver"
+    assert targets["tensorrt-rtx"] == {"build_lacks": [], "run_lacks": [no_gpu]}
+    upgrade = (
+        "tensorrt is 10.9.0, 10.13 or newer is needed: "
+        "pip install 'qwen-aot[tensorrt]' --extra-index-url https://pypi.nvidia.com --upgrade"
+    )
+    assert targets["tensorrt"] == {"build_lacks": [upgrade, no_gpu], "run_lacks": [upgrade, no_gpu]}
+    assert "'qwen-aot[tensorrt]'" in run("doctor").stdout  # brackets are text here, not markup
+    monkeypatch.setattr(doctor, "gpus", lambda: [dict.fromkeys(("name", "compute_cap", "driver_version"), "1")])
+    assert json.loads(run("doctor", "--json").stdout)["targets"]["tensorrt-rtx"]["run_lacks"] == []
+
+
 @pytest.mark.parametrize(
     ("found", "message"),
     [

@@ -40,7 +40,11 @@ def test_a_variant_gives_the_graph_alone(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--precision", "int4"), "lowering standard has no precision 'int4'; what exists: standard: fp32, fp16, bf16"),
+        (
+            ("--precision", "w8a8"),
+            "lowering standard has no precision 'w8a8'; what exists: standard: fp32, fp16, bf16, int8, int4, fp8",
+        ),
+        (("--precision", "int4", "--block-size", "32"), "the standard lowering is symmetric and chooses its blocks"),
         (("--max-context", "100000"), "more than the model's 512"),
     ],
 )

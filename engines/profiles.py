@@ -1,0 +1,39 @@
+"""Optimization profiles: the ranges of input shapes that an engine is made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from exporter.io_spec import IoSpec, TensorSpec
+from runtime.manifest import Profile
+
+_TYPICAL_WINDOW = 1024  # tokens that kernels are chosen for, if the cache has as many
+
+
+def profiles(prefill_chunk: int) -> tuple[Profile, ...]:
+    """Prefill takes a chunk or less; decode one token."""
+    return (
+        Profile(name="prefill", min_tokens=1, max_tokens=prefill_chunk),
+        Profile(name="decode", min_tokens=1, max_tokens=1),
+    )
+
+
+def profile_shapes(
+    contract: IoSpec, profile: Profile, max_batch: int, capacity: int
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """Smallest, typical and largest shape of every input that has a letter among its dimensions."""
+    window = min(_TYPICAL_WINDOW, capacity)
+    sizes = (
+        {"B": 1, "S": profile.min_tokens, "W": 1},
+        {"B": max_batch, "S": profile.max_tokens, "W": max(window, profile.max_tokens)},
+        {"B": max_batch, "S": profile.max_tokens, "W": capacity},
+    )
+    return {
+        spec.name: (_shape(spec, sizes[0]), _shape(spec, sizes[1]), _shape(spec, sizes[2]))
+        for spec in contract.inputs
+        if any(isinstance(dim, str) for dim in spec.dims)
+    }
+
+
+def _shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims)

@@ -1,0 +1,162 @@
+"""One compilation: model.onnx in, the engine's file and its facts out.
+
+TensorRT maps the graph's weights itself and hands the engine over in pieces, so that no step of ours holds a copy.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import onnx_ir as ir
+
+from engines.builders import EngineFacts
+from engines.footprint import activation_bytes
+from engines.profiles import profile_shapes, profiles
+from engines.spec import BuildSpec
+from engines.tensorrt_config import TimingCache, make_config
+from engines.tensorrt_flavours import Flavour
+from engines.tensorrt_messages import failure, make_logger
+from engines.tensorrt_network import (
+    allow_decomposed_attention,
+    io_tables,
+    layer_counts,
+    parse,
+)
+from engines.tensorrt_progress import make_monitor
+from engines.tensorrt_sizes import cache_bytes, weight_bytes
+from engines.write_folder import explained
+from exporter.io_spec import IoSpec, io_spec
+from exporter.save import MODEL_FILE
+from exporter.weights import Traced
+from runtime.manifest import Profile, TensorRtFacts, cache_capacity
+
+logger = logging.getLogger(__name__)
+
+_COMPILE_PERCENT = 80  # of the time; the rest is writing (0.5B fp16 on 2 cores: 20 of 24 s)
+
+
+class Compilation:
+    """Runs the builder, in whichever thread; `percent` and `cancel` are for another one.
+
+    Args:
+        trt: the library's module.
+        flavour: its row.
+        spec: the request.
+        lowered: the graph that stands as model.onnx in `folder`.
+        folder: where the engine is written too.
+    """
+
+    def __init__(self, trt: Any, flavour: Flavour, spec: BuildSpec, lowered: Traced, folder: Path) -> None:
+        self._trt = trt
+        self._spec = spec
+        self._lowered = lowered
+        self._folder = folder
+        self._title = f"{flavour.title} {trt.__version__}"
+        self._logger = make_logger(trt)
+        self._monitor = make_monitor(trt)
+        self._weight_bytes = weight_bytes(lowered)
+        self._writer: Any = None
+
+    @property
+    def percent(self) -> int:
+        """Of the whole, below 100; never falls."""
+        written = 0.0 if self._writer is None else self._writer.written / (self._weight_bytes + 1)
+        done = _COMPILE_PERCENT * self._monitor.fraction + (100 - _COMPILE_PERCENT) * written
+        return min(99, int(done))
+
+    def cancel(self) -> None:
+        """Ends the run at TensorRT's next callback."""
+        self._monitor.is_cancelled = True
+
+    def run(self) -> EngineFacts:
+        """Parses, configures, compiles, writes.
+
+        Raises:
+            BuildError: TensorRT refuses, or the file can't be written.
+        """
+        spec, config = self._spec, self._lowered.config
+        capacity = cache_capacity(spec.context_for(config.max_position_embeddings), spec.prefill_chunk)
+        contract = io_spec(config, ir.DataType[spec.combination.compute_type], capacity)
+        builder = self._make_builder()
+        network = parse(self._trt, builder, self._logger, self._folder / MODEL_FILE, self._title)
+        allow_decomposed_attention(self._trt, network)
+        inputs, outputs = io_tables(network, contract, self._title)
+        layers = layer_counts(network)  # before the build, which may take the network apart
+        timing_cache = TimingCache(spec.tensorrt.timing_cache)
+        build_config = make_config(self._trt, builder, spec)
+        build_config.progress_monitor = self._monitor
+        timing_cache.load(build_config, self._logger, self._title)
+        for profile in profiles(spec.prefill_chunk):
+            self._add_profile(builder, build_config, network, contract, profile, capacity)
+        self._write_engine(builder, network, build_config)
+        timing_cache.save(build_config)
+        return EngineFacts(
+            inputs=inputs,
+            outputs=outputs,
+            tensorrt=TensorRtFacts(
+                version=self._trt.__version__,
+                compute_capabilities=spec.compute_capabilities,
+                hardware_compatible=spec.tensorrt.hardware_compatible,
+                version_compatible=spec.tensorrt.version_compatible,
+                has_weights=not spec.tensorrt.strip_weights,
+                layers=layers,
+                weight_bytes=self._weight_bytes,
+                cache_bytes=cache_bytes(inputs, spec.max_batch),
+                activation_bytes_estimated=activation_bytes(config, spec),
+            ),
+        )
+
+    def _make_builder(self) -> Any:
+        try:
+            return self._trt.Builder(self._logger)
+        except TypeError as error:  # what the bindings make of a null pointer
+            raise failure(self._title, "start", self._logger.errors or [str(error)]) from error
+
+    def _add_profile(
+        self, builder: Any, config: Any, network: Any, contract: IoSpec, profile: Profile, capacity: int
+    ) -> None:
+        present = {network.get_input(index).name for index in range(network.num_inputs)}
+        shapes = builder.create_optimization_profile()
+        for name, (least, typical, most) in profile_shapes(contract, profile, self._spec.max_batch, capacity).items():
+            if name in present:
+                shapes.set_shape(name, least, typical, most)
+        if config.add_optimization_profile(shapes) < 0:
+            raise failure(self._title, f"take the {profile.name} profile", self._logger.errors)
+
+    def _write_engine(self, builder: Any, network: Any, config: Any) -> None:
+        self._logger.clear()
+        path = self._folder / self._spec.facts.engine_file
+        with explained(path), path.open("wb") as file:
+            self._writer = _make_writer(self._trt, file)
+            is_built = builder.build_serialized_network_to_stream(network, config, self._writer)
+            if self._writer.error is not None:
+                raise self._writer.error
+        if not is_built:
+            raise failure(self._title, "compile the graph", self._logger.errors)
+        for text in self._logger.warnings:
+            logger.info("%s: %s", self._title, text)
+
+
+def _make_writer(trt: Any, file: BinaryIO) -> Any:
+    """An `IStreamWriter` into a file. TensorRT takes no notice of a failed write, so `error` must be looked at."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.written = 0
+            self.error: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            if self.error is not None:
+                return 0
+            try:
+                file.write(data)
+            except OSError as error:
+                self.error = error
+                return 0
+            self.written += len(data)
+            return len(data)
+
+    return Writer()

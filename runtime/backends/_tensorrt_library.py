@@ -1,0 +1,141 @@
+"""The two flavours of TensorRT: one Python API under two names, and the few things in which they differ."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+from collections import deque
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from qwen_aot_errors import EngineMismatchError
+from runtime.manifest import Manifest, TensorRtFacts
+
+__all__ = ["FLAVOURS", "Flavour", "Library", "flavour_of", "load_library"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Flavour:
+    """What one flavour's name stands for.
+
+    Attributes:
+        suffix: of its engine files.
+        module: that is imported.
+        name: for messages.
+        install: a command.
+        captures_graphs: the library captures CUDA graphs itself, if asked through its runtime configuration. It
+            compiles kernels for a shape while slower ones already run; a graph captured from outside would keep the
+            slow ones for good. Source: TensorRT-RTX's documentation, "Working with RTX CUDA Graphs".
+    """
+
+    suffix: str
+    module: str
+    name: str
+    install: str
+    captures_graphs: bool
+
+
+FLAVOURS = (
+    Flavour(".rtx", "tensorrt_rtx", "TensorRT-RTX", "pip install tensorrt-rtx-cu13", captures_graphs=True),
+    Flavour(
+        ".plan",
+        "tensorrt",
+        "TensorRT",
+        "pip install tensorrt --extra-index-url https://pypi.nvidia.com (on a Jetson: apt install python3-libnvinfer)",
+        captures_graphs=False,
+    ),
+)
+
+
+def flavour_of(engine: str) -> Flavour | None:
+    """The flavour that an engine file's name belongs to; None: neither."""
+    suffix = PurePosixPath(engine).suffix
+    return next((flavour for flavour in FLAVOURS if flavour.suffix == suffix), None)
+
+
+class Library:
+    """An imported flavour, and what it logged last: its calls say no more than that they failed.
+
+    Attributes:
+        flavour: which.
+        api: the module.
+        logger: the ILogger that every object of the library is made with; must outlive them.
+    """
+
+    def __init__(self, flavour: Flavour, api: Any) -> None:
+        self.flavour = flavour
+        self.api = api
+        self._errors: deque[str] = deque(maxlen=4)
+        self.logger = _make_logger(api, self._errors)
+
+    def take_errors(self) -> str:
+        """The library's latest error messages, oldest first; forgets them."""
+        text = "; ".join(dict.fromkeys(self._errors))
+        self._errors.clear()
+        return text or "it gave no reason"
+
+
+def load_library(manifest: Manifest, facts: TensorRtFacts) -> Library:
+    """Imports the flavour of a bundle's engine.
+
+    Raises:
+        EngineMismatchError: it is missing, or of a version that can't run the engine.
+    """
+    flavour = flavour_of(manifest.engine)
+    assert flavour is not None  # what `open_engine` chose this backend by
+    try:
+        api = importlib.import_module(flavour.module)
+    except ImportError as error:
+        raise EngineMismatchError(
+            f"{flavour.name} can't be imported ({error}): install version {_major_minor(facts.version)}, which built "
+            f"this bundle: {flavour.install}"
+        ) from error
+    found = str(api.__version__)
+    if not _can_run(found, facts):
+        accepted = (
+            f"version {facts.version} or later of the same major version"
+            if facts.version_compatible
+            else f"version {_major_minor(facts.version)}.*"
+        )
+        raise EngineMismatchError(
+            f"{flavour.name} is {found}, and the bundle's engine was built by {facts.version}; accepted: {accepted}. "
+            f"Install it ({flavour.install}), or rebuild the bundle with the version that is installed"
+        )
+    return Library(flavour, api)
+
+
+def _can_run(found: str, facts: TensorRtFacts) -> bool:
+    has, wants = _numbers(found), _numbers(facts.version)
+    return has[:2] == wants[:2] or (facts.version_compatible and has[:1] == wants[:1] and has > wants)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version, "1.7.1.116" or "10.13.3.9.post1"."""
+    return tuple(int(part) for part in re.match(r"(?:\d+\.)*\d*", version)[0].split(".") if part)  # type: ignore[index]
+
+
+def _major_minor(version: str) -> str:
+    return ".".join(map(str, _numbers(version)[:2]))
+
+
+def _make_logger(api: Any, errors: deque[str]) -> Any:
+    """An ILogger that keeps errors and sends the rest to `logging`.
+
+    The class can be made only once its base has been imported.
+    """
+    severity = api.ILogger.Severity
+
+    class Logger(api.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            api.ILogger.__init__(self)
+
+        def log(self, level: Any, message: str) -> None:
+            if level in (severity.ERROR, severity.INTERNAL_ERROR):
+                errors.append(message)
+            logger.debug("%s", message)
+
+    return Logger()

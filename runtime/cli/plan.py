@@ -1,0 +1,191 @@
+"""`plan`: which model fits which device, and how fast it could be at most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from engines.spec import Precision, Target
+from runtime.cli.command import VerbCommand, option
+from runtime.cli.console import print_json, show_logs, size, stdout
+from runtime.cli.options import CONTEXT, json_option
+
+if TYPE_CHECKING:
+    from engines.planner import Plan
+    from exporter.config import ModelConfig
+
+
+@click.command("plan", cls=VerbCommand, context_settings=CONTEXT)
+@click.argument("models", nargs=-1, metavar="[CHECKPOINT|VARIANT]...")
+@option("--device", "devices", multiple=True, help="One device; may be given again.  [default: all]", group="Where")
+@option("--target", help=f"{', '.join(Target)}.  [default: each device's]", group="Where")
+@option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    help=f"{', '.join(Precision)}; may be given again.  [default: the target's]",
+    group="What",
+)
+@option("--context", type=int, help="Tokens a row can hold.  [default: the target's]", group="What")
+@option("--batch", type=int, default=1, help="Rows that run together.", group="What")
+@json_option
+def command(
+    models: tuple[str, ...],
+    devices: tuple[str, ...],
+    target: str | None,
+    precisions: tuple[str, ...],
+    context: int | None,
+    batch: int,
+    as_json: bool,
+) -> None:
+    """Show which models fit which devices, and how fast at most.
+
+    \b
+    Examples:
+      qwen-aot plan
+      qwen-aot plan qwen1.5-7b --device orin-nano-8gb --precision int8 --precision int4 --context 2048
+
+    Of a Hugging Face folder or a .gguf file only the configuration is read. Without one, every published variant is
+    planned; without --device, for every device. Nothing is built, and no GPU is needed. Weights and cache are exact,
+    activations an estimate. The speed is what the memory's bandwidth allows with full contexts: no engine is faster.
+    """
+    show_logs()
+    from engines.devices import DEVICES, find_device
+    from engines.planner import plans
+    from qwen_aot_errors import BuildError
+
+    try:
+        keys = tuple(dict.fromkeys(map(find_device, devices))) or tuple(DEVICES)
+        found = list(
+            plans(
+                _configs(models),
+                keys,
+                target=target,  # type: ignore[arg-type]  # BuildSpec takes its name
+                precisions=dict.fromkeys(precisions) or (None,),  # type: ignore[arg-type]  # and theirs
+                max_context=context,
+                max_batch=batch,
+            )
+        )
+    except BuildError as error:
+        raise click.UsageError(str(error)) from None
+    if as_json:
+        print_json({"devices": [_device_facts(key) for key in keys], "plans": [_facts(plan) for plan in found]})
+        return
+    for key in keys:
+        _show(key, [plan for plan in found if plan.device == key])
+    stdout().print(
+        "* estimated. longest, batch: the most tokens and rows that fit with the rest as it is. tokens/s: of all rows\n"
+        "together, with full contexts, at the memory's whole bandwidth: no engine is faster.",
+        highlight=False,
+    )
+
+
+def _configs(names: Iterable[str]) -> list[tuple[str, ModelConfig]]:
+    """Names and facts of what the user named, or of every variant."""
+    from exporter.variants import VARIANTS
+    from runtime.cli.source import find_variant
+
+    configs = []
+    for name in dict.fromkeys(names):
+        if Path(name).exists():
+            from exporter.checkpoint import open_checkpoint
+
+            with open_checkpoint(name) as checkpoint:
+                configs.append((checkpoint.path.name, checkpoint.config))
+        else:
+            configs.append(find_variant(name))
+    return configs or list(VARIANTS.items())
+
+
+def _device_facts(key: str) -> dict[str, Any]:
+    from engines.devices import DEVICES
+
+    device = DEVICES[key]
+    return {
+        "device": key,
+        "name": device.name,
+        "compute_capability": device.capability_name,
+        "memory_bytes": device.memory_bytes,
+        "reserved_bytes_assumed": device.reserved_bytes,
+        "usable_bytes": device.usable_bytes,
+        "bandwidth_bytes_per_second": device.bytes_per_second,
+        "targets": list(device.targets),
+    }
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    needed = plan.footprint
+    return {
+        "model": plan.model,
+        "device": plan.device,
+        "target": plan.spec.target,
+        "precision": plan.spec.precision,
+        "context": plan.context,
+        "batch": plan.spec.max_batch,
+        "prefill_chunk": plan.spec.prefill_chunk,
+        "weight_bytes": needed.weight_bytes,
+        "cache_bytes": needed.cache_bytes,
+        "activation_bytes_estimated": needed.activation_bytes_estimated,
+        "total_bytes": needed.total_bytes,
+        "fits": plan.fits,
+        "missing_bytes": plan.missing_bytes,
+        "refusal": plan.refusal,
+        "remedy": plan.remedy,
+        "longest_context": plan.longest_context,
+        "largest_batch": plan.largest_batch,
+        "decode_step_bytes": needed.step_bytes,
+        "ceiling_tokens_per_second": plan.ceiling,
+    }
+
+
+def _show(key: str, found: Sequence[Plan]) -> None:
+    """One table for a device, and below it what to do about what doesn't fit."""
+    from rich import box
+    from rich.table import Table
+
+    console = stdout()
+    device, spec = _device_facts(key), found[0].spec
+    console.print(
+        f"[bold]{key}[/]: {device['name']}, SM {device['compute_capability']}, "
+        f"{device['bandwidth_bytes_per_second'] / 1e9:g} GB/s, {size(device['usable_bytes'])} usable of "
+        f"{size(device['memory_bytes'])}; target {spec.target}, batch {spec.max_batch}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    shown = [plan for plan in found if plan.refusal is None]
+    if shown:
+        table = Table(box=box.SIMPLE_HEAD, padding=0)
+        for heading in ("model", "precision"):
+            table.add_column(heading, no_wrap=True)
+        for heading in ("context", "weights", "cache", "activations*", "total", "fits", "longest", "batch", "tokens/s"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for plan in shown:
+            table.add_row(*_cells(plan))
+        console.print(table)
+    for note in dict.fromkeys(filter(None, map(_note, found))):
+        console.print(f"  {note}", highlight=False, soft_wrap=True)
+    console.print()
+
+
+def _cells(plan: Plan) -> tuple[str, ...]:
+    needed = plan.footprint
+    parts = (needed.weight_bytes, needed.cache_bytes, needed.activation_bytes_estimated, needed.total_bytes)
+    return (
+        plan.model,
+        plan.spec.precision,
+        str(plan.context),
+        *map(size, parts),
+        "[green]yes[/]" if plan.fits else f"[red]lacks {size(plan.missing_bytes)}[/]",
+        str(plan.longest_context or "-"),
+        str(plan.largest_batch or "-"),
+        "-" if plan.ceiling is None else f"{plan.ceiling:.1f}" if plan.ceiling < 100 else f"{plan.ceiling:.0f}",
+    )
+
+
+def _note(plan: Plan) -> str:
+    if plan.refusal is not None:
+        return f"refused: {plan.refusal}"
+    return f"{plan.model} {plan.spec.precision}: {plan.remedy}" if plan.remedy else ""

@@ -1,0 +1,170 @@
+"""Bundles for the double of TensorRT: engine.rtx or engine.plan is an ONNX file with profiles in its metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from exporter.checkpoint import open_checkpoint
+from exporter.lowering import standard
+from exporter.save import DATA_FILE, save_graph
+from exporter.trace import trace
+from exporter.weights import stitch
+from runtime.manifest import (
+    CACHE_PREFIX,
+    MANIFEST_NAME,
+    FileEntry,
+    IoTensor,
+    Manifest,
+    ModelFacts,
+    TensorRtFacts,
+    cache_capacity,
+)
+from tests.doubles.install import VERSIONS
+from tests.doubles.tensorrt import METADATA_KEY
+from tests.runtime.toys import make_manifest
+
+ENGINE_FILES = {"tensorrt_rtx": "engine.rtx", "tensorrt": "engine.plan"}
+TARGETS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
+ACTIVATION_BYTES = 4096
+WEIGHT_BYTES = 1 << 20
+ITEM_BYTES = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def facts_for(flavour: str, manifest: Manifest, **overrides: Any) -> TensorRtFacts:
+    """What a build for SM 8.9 would have written down."""
+    cache = [tensor for tensor in manifest.inputs if tensor.name.startswith(CACHE_PREFIX)]
+    facts = TensorRtFacts(
+        version=VERSIONS[flavour],
+        compute_capabilities=("8.6", "8.9"),
+        hardware_compatible=False,
+        version_compatible=False,
+        has_weights=True,
+        layers={"MATRIX_MULTIPLY": 1},
+        weight_bytes=WEIGHT_BYTES,
+        cache_bytes=sum(
+            manifest.max_batch * math.prod(int(size) for size in tensor.shape[1:]) * ITEM_BYTES[tensor.dtype]
+            for tensor in cache
+        ),
+        activation_bytes_estimated=ACTIVATION_BYTES,
+    )
+    return replace(facts, **overrides)
+
+
+def write_tensorrt_bundle(
+    folder: Path,
+    model: onnx.ModelProto,
+    manifest: Manifest,
+    flavour: str,
+    *,
+    texts: Mapping[str, str] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    decode_tokens: int = 1,
+) -> Path:
+    """Writes a bundle whose engine the double can load; returns its folder.
+
+    Args:
+        folder: is made.
+        model: with its weights inside and a cache of fixed capacity.
+        manifest: everything but engine, target, `tensorrt` and files is kept.
+        flavour: tensorrt_rtx or tensorrt.
+        texts: further files.
+        facts: what differs from `facts_for`.
+        decode_tokens: the largest S of the engine's decode profile, which may be more than is ever asked for.
+    """
+    folder.mkdir(parents=True)
+    capacity = next(int(t.shape[2]) for t in manifest.inputs if t.name.startswith(CACHE_PREFIX))
+    ranges = {
+        "prefill": {"B": (1, manifest.max_batch), "S": (1, manifest.prefill_chunk), "W": (1, capacity)},
+        "decode": {"B": (1, manifest.max_batch), "S": (1, decode_tokens), "W": (1, capacity)},
+    }
+    profiles = [
+        {t.name: [_sizes(t, ranges[p.name], end) for end in (0, 1, 1)] for t in manifest.inputs}
+        for p in manifest.profiles
+    ]
+    metadata = {"profiles": profiles, "weight_bytes": WEIGHT_BYTES, "activation_bytes": ACTIVATION_BYTES}
+    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata)})
+    contents = {ENGINE_FILES[flavour]: model.SerializeToString()}
+    contents |= {name: text.encode() for name, text in (texts or {}).items()}
+    files = {}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+        files[name] = FileEntry(len(content), hashlib.sha256(content).hexdigest())
+    written = replace(
+        manifest,
+        engine=ENGINE_FILES[flavour],
+        target=TARGETS[flavour],
+        tensorrt=facts_for(flavour, manifest, **(facts or {})),
+        files=files,
+    )
+    (folder / MANIFEST_NAME).write_text(written.to_json(), encoding="utf-8")
+    return folder
+
+
+def export_tensorrt_bundle(
+    checkpoint: Path,
+    folder: Path,
+    flavour: str,
+    *,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    max_context: int = 600,
+    max_batch: int = 4,
+    prefill_chunk: int = 16,
+) -> Path:
+    """A checkpoint's standard lowering as a bundle for the double, with tokenizer and defaults if it has any."""
+    capacity = cache_capacity(max_context, prefill_chunk)
+    scratch = folder.with_name(f"{folder.name}-onnx")
+    scratch.mkdir(parents=True)
+    with open_checkpoint(checkpoint) as source:
+        config, texts = source.config, dict(source.tokenizer.files)
+        traced = standard.lower(trace(config, dtype, positions=capacity, capacity=capacity))
+        stitch(traced, source, scratch / DATA_FILE)
+        model = onnx.load(save_graph(traced, scratch))
+        if "generation_config.json" in texts or (checkpoint / "generation_config.json").is_file():
+            texts["generation_config.json"] = (checkpoint / "generation_config.json").read_text(encoding="utf-8")
+    inputs, outputs = (tuple(map(_io_tensor, values)) for values in (model.graph.input, model.graph.output))
+    manifest = replace(
+        make_manifest(
+            inputs=inputs,
+            outputs=outputs,
+            max_context=max_context,
+            max_batch=max_batch,
+            prefill_chunk=prefill_chunk,
+            cache_dtype=next(t.dtype for t in inputs if t.name.startswith(CACHE_PREFIX)),
+        ),
+        model=ModelFacts(
+            name=checkpoint.name,
+            model_type=config.model_type,
+            num_parameters=config.num_parameters,
+            vocab_size=config.vocab_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            bos_token_id=config.bos_token_id,
+            eos_token_ids=config.eos_token_ids,
+            pad_token_id=config.pad_token_id,
+            source=dict(source.source),
+        ),
+        precision="fp32",
+    )
+    return write_tensorrt_bundle(folder, model, manifest, flavour, texts=texts)
+
+
+def _sizes(tensor: IoTensor, ranges: Mapping[str, tuple[int, int]], end: int) -> list[int]:
+    return [dim if isinstance(dim, int) else ranges[dim][end] for dim in tensor.shape]
+
+
+def _io_tensor(value: onnx.ValueInfoProto) -> IoTensor:
+    kind = value.type.tensor_type
+    shape = tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim)
+    return IoTensor(value.name, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name, shape)

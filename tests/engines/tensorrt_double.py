@@ -1,0 +1,206 @@
+"""A strict double of the `tensorrt` module, which can't run without a GPU.
+
+It has what our builder uses of the API and nothing else: any other attribute is an AttributeError, wrong argument types
+are refused as the bindings refuse them, and every setting is recorded. "Building" writes the graph's weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+
+import onnx
+
+_DTYPES = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.INT64: "INT64"}
+VERSION = "10.14.1"
+CACHE_HEADER = f"cache {VERSION}|".encode()
+
+
+class Strict:
+    """Only attributes that a class names may be set."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and not hasattr(type(self), name):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name}")
+        object.__setattr__(self, name, value)
+
+
+class ILogger:
+    ERROR, INTERNAL_ERROR, WARNING, INFO, VERBOSE = "ERROR", "INTERNAL_ERROR", "WARNING", "INFO", "VERBOSE"
+
+    def log(self, severity: str, message: str) -> None:
+        raise NotImplementedError
+
+
+class IProgressMonitor:
+    pass
+
+
+class IStreamWriter:
+    pass
+
+
+class TimingCache:
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def serialize(self) -> memoryview:
+        return memoryview(CACHE_HEADER + self.content.removeprefix(CACHE_HEADER) + b"timed ")
+
+
+class Profile:
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
+
+    def set_shape(self, name: str, *shapes: tuple[int, ...]) -> None:
+        least, typical, most = shapes
+        assert all(a <= b <= c for a, b, c in zip(least, typical, most, strict=True)), (name, shapes)
+        self.shapes[name] = shapes
+
+
+class Config(Strict):
+    progress_monitor: Any = None
+    builder_optimization_level = 3
+    hardware_compatibility_level = "NONE"
+
+    def __init__(self, logger: ILogger) -> None:
+        self._logger = logger
+        self._flags: set[str] = set()
+        self._pools: dict[str, int] = {}
+        self._profiles: list[Profile] = []
+        self._cache: TimingCache | None = None
+
+    def set_flag(self, flag: str) -> None:
+        self._flags.add(flag)
+
+    def set_memory_pool_limit(self, pool: str, size: int) -> None:
+        self._pools[pool] = size
+
+    def add_optimization_profile(self, profile: Profile) -> int:
+        self._profiles.append(profile)
+        return len(self._profiles) - 1
+
+    def create_timing_cache(self, content: bytes) -> TimingCache:
+        if content and not content.startswith(b"cache "):
+            self._logger.log(ILogger.WARNING, "Failed to deserialize timing cache. Returning an empty timing cache.")
+        return TimingCache(content)
+
+    def set_timing_cache(self, cache: TimingCache, ignore_mismatch: bool) -> bool:
+        if cache.content and not cache.content.startswith(CACHE_HEADER) and not ignore_mismatch:
+            self._logger.log(ILogger.ERROR, "the timing cache was made by a different version")
+            return False
+        self._cache = cache
+        return True
+
+    def get_timing_cache(self) -> TimingCache:
+        assert self._cache is not None
+        return self._cache
+
+
+class Network:
+    def __init__(self, flags: int) -> None:
+        self.flags = flags
+        self.graph = onnx.GraphProto()
+
+    num_inputs = property(lambda self: len(self.graph.input))
+    num_outputs = property(lambda self: len(self.graph.output))
+    num_layers = property(lambda self: len(self.graph.node))
+
+    def get_input(self, index: int) -> SimpleNamespace:
+        return _tensor(self.graph.input[index])
+
+    def get_output(self, index: int) -> SimpleNamespace:
+        return _tensor(self.graph.output[index])
+
+    def get_layer(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(type=SimpleNamespace(name=self.graph.node[index].op_type.upper()))
+
+
+def _tensor(info: onnx.ValueInfoProto) -> SimpleNamespace:
+    kind = info.type.tensor_type
+    shape = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim]
+    return SimpleNamespace(name=info.name, dtype=SimpleNamespace(name=_DTYPES[kind.elem_type]), shape=shape)
+
+
+class OnnxParser:
+    num_errors = 0
+
+    def __init__(self, network: Network, logger: ILogger) -> None:
+        self._network = network
+
+    def parse_from_file(self, path: str) -> bool:
+        assert isinstance(path, str)  # the bindings take no Path
+        self._network.graph = onnx.load(path, load_external_data=False).graph
+        self._folder = Path(path).parent
+        return True
+
+
+class Builder:
+    has_gpu = True
+    errors: ClassVar[tuple[str, ...]] = ()  # what the next build fails with
+    configs: ClassVar[list[Config]] = []
+
+    def __init__(self, logger: ILogger) -> None:
+        if not self.has_gpu:
+            logger.log(ILogger.ERROR, "CUDA initialization failure with error: 35. no CUDA-capable device")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+        self._logger = logger
+
+    def create_network(self, flags: int) -> Network:
+        assert flags == 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED
+        return Network(flags)
+
+    def create_builder_config(self) -> Config:
+        config = Config(self._logger)
+        self.configs.append(config)
+        return config
+
+    def create_optimization_profile(self) -> Profile:
+        return Profile()
+
+    def build_serialized_network_to_stream(self, network: Network, config: Config, writer: Any) -> bool:
+        monitor = config.progress_monitor
+        monitor.phase_start("Computing profile costs", None, 2)
+        for step in range(2):
+            if not monitor.step_complete("Computing profile costs", step):
+                self._logger.log(ILogger.ERROR, "BuildCanceled")
+                return False
+        monitor.phase_finish("Computing profile costs")
+        for error in self.errors:
+            self._logger.log(ILogger.ERROR, error)
+        if self.errors:
+            return False
+        size = (
+            1000
+            if "STRIP_PLAN" in config._flags
+            else sum(
+                int(entry.value)
+                for tensor in network.graph.initializer
+                for entry in tensor.external_data
+                if entry.key == "length"
+            )
+        )
+        writer.write(b"\0" * size)
+        return True
+
+
+class NetworkDefinitionCreationFlag:
+    STRONGLY_TYPED = 1
+
+
+def make_module(**changes: Any) -> ModuleType:
+    """A fresh module; `changes` replace attributes of Builder, or `version` the module's."""
+    module = ModuleType("tensorrt")
+    module.__version__ = changes.pop("version", VERSION)  # type: ignore[attr-defined]
+    builder = type("Builder", (Builder,), {"configs": [], **changes})
+    for item in (ILogger, IProgressMonitor, IStreamWriter, OnnxParser, NetworkDefinitionCreationFlag):
+        setattr(module, item.__name__, item)
+    module.Builder = builder  # type: ignore[attr-defined]
+    module.LayerType = SimpleNamespace(ATTENTION_INPUT="ATTENTION_INPUT")  # type: ignore[attr-defined]
+    module.MemoryPoolType = SimpleNamespace(WORKSPACE="WORKSPACE")  # type: ignore[attr-defined]
+    module.HardwareCompatibilityLevel = SimpleNamespace(AMPERE_PLUS="AMPERE_PLUS")  # type: ignore[attr-defined]
+    module.BuilderFlag = SimpleNamespace(  # type: ignore[attr-defined]
+        VERSION_COMPATIBLE="VERSION_COMPATIBLE", STRIP_PLAN="STRIP_PLAN"
+    )
+    return module

@@ -1,0 +1,128 @@
+"""The `tensorrt` target on a strict double of its module: the real one needs a GPU and was not run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from engines.build import build_bundle
+from engines.spec import BuildSpec, Target
+from engines.tensorrt_options import TensorRtOptions
+from qwen_aot_errors import BuildError
+from runtime.manifest import Manifest
+from tests.checkpoints import save_tiny
+from tests.engines.tensorrt_double import CACHE_HEADER, make_module
+
+pytestmark = pytest.mark.usefixtures("trace_once")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    save_tiny(path)
+    return path
+
+
+@pytest.fixture
+def trt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = make_module()
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    return module
+
+
+def build(checkpoint: Path, out: Path, *, max_batch: int = 1, **options: Any) -> Manifest:
+    spec = BuildSpec(
+        target=Target.TENSORRT,
+        max_context=192,
+        prefill_chunk=64,
+        max_batch=max_batch,
+        tensorrt=TensorRtOptions(**options),
+    )
+    return build_bundle(checkpoint, spec, out).manifest
+
+
+def test_a_bundle_for_the_gpu_that_built_it(trt: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+    manifest = build(checkpoint, tmp_path / "bundle", max_batch=3)
+    assert manifest.engine == "engine.plan"
+    assert manifest.tensorrt is not None
+    assert (manifest.tensorrt.version, manifest.tensorrt.compute_capabilities) == ("10.14.1", ())
+    assert manifest.tensorrt.has_weights
+    # 2 layers of keys and values for 3 rows of 4 heads, 256 slots, 16 elements of 2 bytes
+    assert manifest.tensorrt.cache_bytes == 2 * 2 * 3 * 4 * 256 * 16 * 2
+    assert (tmp_path / "bundle/engine.plan").stat().st_size == manifest.tensorrt.weight_bytes
+    (config,) = trt.Builder.configs
+    prefill, decode = (profile.shapes for profile in config._profiles)
+    assert prefill["input_ids"] == ((1, 1), (3, 64), (3, 64))
+    assert decode["input_ids"] == ((1, 1), (3, 1), (3, 1))
+    assert prefill["key_positions"] == decode["key_positions"] == ((1,), (256,), (256,))
+    assert prefill["past_key_values.1.value"] == ((1, 4, 256, 16), (3, 4, 256, 16), (3, 4, 256, 16))
+    assert config._flags == set() and config._pools == {}
+
+
+def test_every_option_reaches_the_builder(trt: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+    manifest = build(
+        checkpoint,
+        tmp_path / "bundle",
+        workspace_bytes=1 << 20,
+        optimization_level=5,
+        hardware_compatible=True,
+        version_compatible=True,
+        strip_weights=True,
+    )
+    (config,) = trt.Builder.configs
+    assert config._pools == {"WORKSPACE": 1 << 20}
+    assert config.builder_optimization_level == 5
+    assert config.hardware_compatibility_level == "AMPERE_PLUS"
+    assert config._flags == {"VERSION_COMPATIBLE", "STRIP_PLAN"}
+    assert manifest.tensorrt is not None
+    assert manifest.tensorrt.hardware_compatible and manifest.tensorrt.version_compatible
+    assert not manifest.tensorrt.has_weights  # and the small engine passed the check
+
+
+def test_the_timing_cache_is_made_read_and_added_to(trt: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "timing.cache"
+    build(checkpoint, tmp_path / "bundle", timing_cache=cache)
+    assert cache.read_bytes() == CACHE_HEADER + b"timed "
+    build(checkpoint, tmp_path / "bundle", timing_cache=cache)
+    assert cache.read_bytes() == CACHE_HEADER + b"timed timed "
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "timing.cache"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"cache 10.9.0|timed ", "made by a different version"), (b"junk", "Failed to deserialize timing cache")],
+    ids=["another version", "damaged"],
+)
+def test_a_timing_cache_that_does_not_fit(
+    trt: ModuleType, checkpoint: Path, tmp_path: Path, content: bytes, said: str
+) -> None:
+    cache = tmp_path / "timing.cache"
+    cache.write_bytes(content)
+    with pytest.raises(BuildError, match=f"can't use the timing cache {cache}: .*delete it or name another.*{said}"):
+        build(checkpoint, tmp_path / "bundle", timing_cache=cache)
+    assert cache.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["timing.cache"]
+
+
+def test_a_timing_cache_that_cannot_be_written(trt: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"can't write .*nowhere"):
+        build(checkpoint, tmp_path / "bundle", timing_cache=tmp_path / "nowhere/timing.cache")
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", make_module(has_gpu=False))
+    with pytest.raises(BuildError, match=r"TensorRT 10.14.1 couldn't start: it needs a GPU and its driver"):
+        build(checkpoint, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_that_fails(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:
+    errors = ("10: Could not find any implementation for node head.",)
+    monkeypatch.setitem(sys.modules, "tensorrt", make_module(errors=errors))
+    with pytest.raises(BuildError, match=r"couldn't compile the graph: it has no kernel for head on this GPU"):
+        build(checkpoint, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,149 @@
+"""`plan`: tables and JSON for variants and checkpoints, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.devices import DEVICES
+from exporter.variants import VARIANTS
+from runtime.backends.onnxruntime import OnnxRuntimeEngine
+from runtime.bundle import load_bundle
+from tests.checkpoints import tiny_config, tiny_model
+from tests.gguf_files import save_gguf
+from tests.runtime.cli.conftest import Run
+
+ROOT = Path(__file__).parents[3]
+
+
+def planned(run: Run, *arguments: object) -> list[dict[str, Any]]:
+    result = run("plan", *arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    plans: list[dict[str, Any]] = json.loads(result.stdout)["plans"]
+    return plans
+
+
+def test_all_variants_against_all_devices(run: Run) -> None:
+    table = run("plan")
+    assert table.exit_code == 0
+    for key, device in DEVICES.items():
+        assert f"{key}: {device.name}, SM " in table.stdout
+    for name in VARIANTS:
+        assert sum(line.startswith(f" {name} ") for line in table.stdout.splitlines()) == len(DEVICES)
+    assert max(map(len, table.stdout.splitlines())) <= 120
+    assert [(p["device"], p["model"]) for p in planned(run)] == [(d, name) for d in DEVICES for name in VARIANTS]
+
+
+def test_a_row_says_what_its_json_says(run: Run) -> None:
+    arguments = ("Qwen/Qwen1.5-7B-Chat", "--device", "RTX 4090", "--precision", "int8", "--context", 1000, "--batch", 2)
+    (plan,) = planned(run, *arguments)
+    assert (plan["model"], plan["device"], plan["target"]) == ("qwen1.5-7b", "rtx-4090", "tensorrt-rtx")
+    assert (plan["precision"], plan["context"], plan["batch"], plan["fits"]) == ("int8", 1000, 2, True)
+    parts = ("weight_bytes", "cache_bytes", "activation_bytes_estimated")
+    assert plan["total_bytes"] == sum(plan[part] for part in parts)
+    (row,) = (line.split() for line in run("plan", *arguments).stdout.splitlines() if line.startswith(" qwen1.5-7b"))
+    shown = [f"{plan[part] / 1e9:.3g}" for part in parts if plan[part] > 1e9]
+    assert row[:3] == ["qwen1.5-7b", "int8", "1000"]
+    assert all(number in row for number in shown) and len(shown) == 2
+    assert row[-4:] == [
+        "yes",
+        str(plan["longest_context"]),
+        str(plan["largest_batch"]),
+        f"{plan['ceiling_tokens_per_second']:.0f}",
+    ]
+
+
+def test_filters_repeat(run: Run) -> None:
+    plans = planned(
+        run,
+        *("qwen1.5-0.5b", "qwen1.5-4b", "qwen1.5-0.5b"),
+        *("--device", "l4", "--device", "orin-nx-16gb", "--device", "L4"),
+        *("--precision", "int4", "--precision", "fp16"),
+    )
+    assert [(p["device"], p["model"], p["precision"]) for p in plans] == [
+        (device, model, precision)
+        for device in ("l4", "orin-nx-16gb")
+        for model in ("qwen1.5-0.5b", "qwen1.5-4b")
+        for precision in ("int4", "fp16")
+    ]
+
+
+def test_what_does_not_fit_comes_with_advice(run: Run) -> None:
+    result = run("plan", "qwen1.5-14b", "--device", "orin-nx-16gb")
+    (plan,) = planned(run, "qwen1.5-14b", "--device", "orin-nx-16gb")
+    assert plan["fits"] is False and plan["ceiling_tokens_per_second"] is None
+    assert f"lacks {plan['missing_bytes'] / 1e9:.3g} GB" in result.stdout
+    assert "  qwen1.5-14b fp16: int4 fits\n" in result.stdout
+
+
+def test_a_precision_that_the_gpu_lacks_is_refused(run: Run) -> None:
+    result = run("plan", "qwen1.5-0.5b", "--device", "agx-orin-64gb", "--precision", "fp8")
+    assert result.exit_code == 0
+    assert "  refused: fp8 needs SM 8.9 or later, and this is SM 8.7" in result.stdout
+    assert " qwen1.5-0.5b " not in result.stdout
+
+
+def test_bytes_are_those_of_the_built_bundle(run: Run, checkpoint: Path, bundle: Path) -> None:
+    (plan,) = planned(
+        run, checkpoint, *("--target", "cpu", "--precision", "fp32", "--context", 256, "--device", "orin-nx-16gb")
+    )
+    assert plan["model"] == "tiny-model"
+    assert plan["weight_bytes"] == json.loads(run("inspect", bundle / "model.onnx", "--json").stdout)["weight_bytes"]
+    with OnnxRuntimeEngine(load_bundle(bundle)) as engine:
+        engine.cache.reserve(engine.manifest.max_capacity)
+        assert plan["cache_bytes"] == engine.cache.nbytes
+
+
+def test_a_gguf_file(run: Run, tmp_path: Path) -> None:
+    save_gguf(tmp_path / "tiny.gguf", tiny_model(tiny_config()), "qwen2")
+    (plan,) = planned(run, tmp_path / "tiny.gguf", "--device", "l4")
+    assert (plan["model"], plan["context"]) == ("tiny.gguf", 512)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--device", "rtx-4091"), 2, "device 'rtx-4091' isn't known; accepted: orin-nano-8gb, orin-nx-16gb,"),
+        (("qwen1.5-8b",), 1, "qwen1.5-8b doesn't exist and isn't a variant's name; accepted: a folder saved by"),
+        (("no/such/model.gguf",), 1, "no/such/model.gguf doesn't exist and isn't a variant's name"),
+        (("--context", "40000"), 2, "max_context 40000 is more than the model's 32768 tokens"),
+        (("--context", "0"), 2, "max_context is 0; it must be at least 1"),
+        (("--batch", "0"), 2, "max_batch is 0; it must be at least 1"),
+        (("--precision", "fp7"), 2, "precision 'fp7' doesn't exist; what exists: cpu: fp32, int8, int4"),
+        (("--target", "npu"), 2, "target 'npu' doesn't exist; what exists: cpu: fp32"),
+        (("--target", "cpu", "--precision", "fp16"), 2, "target cpu with precision fp16 doesn't exist"),
+    ],
+)
+def test_refusals(run: Run, arguments: tuple[str, ...], code: int, message: str) -> None:
+    result = run("plan", *arguments)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_folder_that_is_no_checkpoint(run: Run, tmp_path: Path) -> None:
+    result = run("plan", tmp_path)
+    assert result.exit_code == 1
+    assert "has no config.json and .safetensors files" in result.stderr
+
+
+@pytest.mark.parametrize("is_variant", [True, False], ids=["variant", "checkpoint"])
+def test_planning_imports_nothing_heavy(checkpoint: Path, is_variant: bool) -> None:
+    model = "qwen1.5-7b" if is_variant else str(checkpoint)
+    heavy = {"torch", "onnx", "onnx_ir", "onnxruntime", "tensorrt_rtx", "transformers"}
+    if is_variant:  # a checkpoint's reader looks at its tokenizer too
+        heavy |= {"tokenizers", "ml_dtypes", "safetensors"}
+    code = (
+        "import sys\n"
+        "from runtime.cli.main import qwen_aot\n"
+        f"try:\n    qwen_aot.main(['plan', {model!r}, '--json'])\n"
+        f"finally:\n    print(sorted({heavy} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == ["[]"]

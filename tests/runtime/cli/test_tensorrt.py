@@ -1,0 +1,62 @@
+"""A TensorRT bundle under the generator and the command line, which don't know what runs: on the doubles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from runtime.generator import Generator
+from tests.doubles.bundles import export_tensorrt_bundle
+from tests.doubles.gpu import Gpu
+from tests.doubles.install import installed
+from tests.runtime.backends.tensorrt_engines import FLAVOURS
+from tests.runtime.cli.conftest import Run
+
+
+@pytest.fixture(scope="module", params=FLAVOURS)
+def gpu_bundle(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_tensorrt_bundle(checkpoint, tmp_path_factory.mktemp("gpu") / "bundle", request.param, max_context=256)
+
+
+def reference(checkpoint: Path, prompt: list[int], count: int) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    made = model.generate(
+        torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return [int(token) for token in made[0, len(prompt) :]]
+
+
+def test_generate(run: Run, gpu_bundle: Path, checkpoint: Path) -> None:
+    prompt = [5, 9, 77, 30, 200, 41]
+    with installed(Gpu()):
+        result = run("generate", gpu_bundle, "--prompt-ids", ",".join(map(str, prompt)), "--temperature", 0,
+                     "--ignore-eos", "--max-new-tokens", 12, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["token_ids"] == reference(checkpoint, prompt, 12)
+    assert answer["finish_reason"] == "length"
+
+
+def test_requests_share_the_rows(gpu_bundle: Path, checkpoint: Path) -> None:
+    prompts = [[5, 9, 77], [30] * 40, [200, 41], [7, 8], [9] * 17, [1]]  # more than the 4 rows
+    with installed(Gpu()), Generator.open(gpu_bundle) as generator:
+        config = generator.defaults.resolve(temperature=0, max_new_tokens=9, ignore_eos=True)
+        completions = generator.generate(prompts, config)
+    assert [list(c.token_ids) for c in completions] == [reference(checkpoint, prompt, 9) for prompt in prompts]
+
+
+def test_bench(run: Run, gpu_bundle: Path) -> None:
+    with installed(Gpu()):
+        result = run("bench", gpu_bundle, "--prompt-tokens", 8, "--gen-tokens", 4, "--rounds", 1, "--json")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_a_machine_without_a_gpu(run: Run, gpu_bundle: Path) -> None:
+    with installed(Gpu(driver=0)):
+        result = run("generate", gpu_bundle, "--prompt", "fox")
+    assert result.exit_code == 1
+    assert "no NVIDIA driver was found" in result.stderr and "Traceback" not in result.stderr
