@@ -137,6 +137,13 @@ def test_targets_that_a_device_does_not_run(device: str, target: str, precision:
     assert refusal is not None and message in refusal
 
 
+def test_experts_are_not_quantized_for_cuda() -> None:
+    int4 = planned("qwen1.5-moe-a2.7b", "rtx-4090", spec_of("int4", target="cuda", max_context=512))
+    assert int4.refusal == "quantized experts don't exist for cuda (int4 asked for); fp16 does"
+    assert planned("qwen1.5-moe-a2.7b", "rtx-5090", spec_of("fp16", target="cuda", max_context=512)).fits
+    assert planned("qwen1.5-7b", "rtx-4090", spec_of("int4", target="cuda", max_context=512)).fits
+
+
 def test_the_ceiling_is_bandwidth_over_bytes_of_a_step() -> None:
     """Of 7B in fp16 that is all but the embedding, and the cache: 2 x 32 layers x 4096 wide x 2 bytes a token."""
     config = VARIANTS["qwen1.5-7b"]
