@@ -119,6 +119,10 @@ def plans(
                 yield plan(model, config, spec, device)
 
 
+# What the standard lowering stores experts in is the compute type alone (`exporter.lowering.standard_quantized`).
+_WEIGHT_ONLY = (Precision.INT8, Precision.INT4, Precision.FP8)
+
+
 def refusal_of(config: ModelConfig, spec: BuildSpec, device: Device) -> str | None:
     """Why a model's target or precision can't run on a device; None where it can."""
     if spec.target not in device.targets:
@@ -132,6 +136,10 @@ def refusal_of(config: ModelConfig, spec: BuildSpec, device: Device) -> str | No
         return f"{spec.precision} needs SM {lowest} or later, and this is SM {device.capability_name}{smaller}"
     if spec.target == Target.CUDA and config.moe is not None and spec.effective_block_size is not None:
         return f"quantized experts don't exist for cuda ({spec.precision} asked for); fp16 does"
+    if spec.is_tensorrt and config.moe is not None and spec.precision in _WEIGHT_ONLY:
+        return (
+            f"quantized experts don't exist for {spec.target} without a plugin ({spec.precision} asked for); fp16 does"
+        )
     return None
 
 
