@@ -124,8 +124,7 @@ def command(
     \b
     Examples:
       build-engine ./Qwen1.5-0.5B-Chat -o ./bundle
-      build-engine ./Qwen1.5-0.5B-Chat -o ./engine --target tensorrt-rtx --compute-capability 8.6,8.9,12.0
-      build-engine qwen1.5-7b --random-weights -o ./trial --precision int8 --dry-run
+      build-engine qwen1.5-7b --random-weights -o ./trial --target tensorrt-rtx --compute-capability 8.9 --dry-run
 
     CHECKPOINT is a Hugging Face folder, a .gguf file, or a variant's name with --random-weights. What stands
     at the output stays until the new bundle is whole; a failed or interrupted build changes nothing.

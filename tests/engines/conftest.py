@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,3 +29,11 @@ def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(engines.build, "trace", cached)
     monkeypatch.setattr(engines.export, "trace", cached)
+
+
+@pytest.fixture
+def answers_ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt; a shell starts background jobs with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

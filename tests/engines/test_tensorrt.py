@@ -174,6 +174,7 @@ def test_a_full_disk_while_the_engine_is_written(checkpoints: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+@pytest.mark.usefixtures("answers_ctrl_c")
 def test_ctrl_c_ends_the_build_and_leaves_the_old_bundle(checkpoints: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     build(checkpoints / "mha", out, spec_of())

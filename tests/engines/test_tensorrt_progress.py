@@ -42,6 +42,7 @@ def test_the_work_is_watched_meanwhile() -> None:
     assert run_watched(lambda: watched.wait(10), lambda: None, watched.set)
 
 
+@pytest.mark.usefixtures("answers_ctrl_c")
 @pytest.mark.parametrize("presses", [1, 3])
 def test_ctrl_c_cancels_and_outlasts_the_work(presses: int) -> None:
     watched, cancelled, ended = threading.Event(), threading.Event(), threading.Event()

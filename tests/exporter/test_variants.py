@@ -106,7 +106,7 @@ def test_the_largest_variant_exports_in_seconds_and_little_memory(tmp_path: Path
     graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
     assert len(graph.output) == 1 + 2 * 80
     by_name = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    assert by_name["model.layers.79.self_attn.qkv_proj.weight"] == (8192, (64 + 2 * 8) * 128)
+    assert by_name["model.layers.79.self_attn.qkv_proj.weight"] == ((64 + 2 * 8) * 128, 8192)
     assert by_name["lm_head.weight"] == (152064, 8192)
     cache = next(value for value in graph.input if value.name == "past_key_values.79.key").type.tensor_type
     assert [dim.dim_param or dim.dim_value for dim in cache.shape.dim] == ["B", 8, "C", 128]
