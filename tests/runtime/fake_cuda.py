@@ -6,6 +6,7 @@ import ctypes
 from enum import IntEnum
 from types import SimpleNamespace
 
+from runtime.backends._cuda import Cuda
 from runtime.backends._cuda_memory import CudaMemory
 
 
@@ -52,8 +53,20 @@ class FakeCuda:
     def cudaGetDeviceCount(self) -> tuple[Code, int]:  # noqa: N802
         return self.devices
 
-    def cudaGetErrorString(self, code: Code) -> tuple[Code, bytes]:  # noqa: N802
-        return Code.cudaSuccess, code.name.encode()
+    def cudaDriverGetVersion(self) -> tuple[Code, int]:  # noqa: N802
+        return Code.cudaSuccess, 13000
+
+    def cudaRuntimeGetVersion(self) -> tuple[Code, int]:  # noqa: N802
+        return Code.cudaSuccess, 13000
+
+    def cudaGetDevice(self) -> tuple[Code, int]:  # noqa: N802
+        return Code.cudaSuccess, 0
+
+    def cudaGetDeviceProperties(self, device: int) -> tuple[Code, SimpleNamespace]:  # noqa: N802
+        return Code.cudaSuccess, SimpleNamespace(name=b"fake", major=8, minor=9, integrated=0)
+
+    def cudaMemGetInfo(self) -> tuple[Code, int, int]:  # noqa: N802
+        return Code.cudaSuccess, self.free_bytes, self.free_bytes
 
     def cudaMalloc(self, nbytes: int) -> tuple[Code, int | None]:  # noqa: N802
         if nbytes > self.free_bytes:
@@ -109,6 +122,6 @@ class HostedCudaMemory(CudaMemory):
 
     device = "cpu"
 
-    def __init__(self, library: FakeCuda | None = None) -> None:
-        self.fake = library or FakeCuda()
-        super().__init__(self.fake)
+    def __init__(self) -> None:
+        self.fake = FakeCuda()
+        super().__init__(Cuda(self.fake))
