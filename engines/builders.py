@@ -63,6 +63,7 @@ class Builder(Protocol):
 # Modules, imported when a build needs them: a target's library may be absent.
 BUILDERS: Mapping[Target, str] = {
     Target.CPU: "engines.onnxruntime",
+    Target.CUDA: "engines.cuda",
     Target.TENSORRT_RTX: "engines.tensorrt",
     Target.TENSORRT: "engines.tensorrt",
 }

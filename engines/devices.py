@@ -51,7 +51,8 @@ def _jetson(name: str, capability: tuple[int, int], gib: int, bytes_per_second: 
 
     Assumed reserve: a sixteenth for the carve-outs that Linux doesn't see (an AGX Orin 64 GB shows 62,841 of
     65,536 MiB in tegrastats), 1 GiB for a system without a desktop, 0.5 GiB for the CUDA context and this runtime.
-    TensorRT-RTX doesn't list these capabilities (docs.nvidia.com/deeplearning/tensorrt-rtx, support matrix).
+    TensorRT-RTX doesn't list these capabilities (docs.nvidia.com/deeplearning/tensorrt-rtx, support matrix), and the
+    package index has no onnxruntime-gpu for them.
     """
     memory = gib * _GIB
     reserved = memory // 16 + _GIB + _GIB // 2
@@ -60,7 +61,8 @@ def _jetson(name: str, capability: tuple[int, int], gib: int, bytes_per_second: 
 
 def _geforce(name: str, capability: tuple[int, int], gib: int, bytes_per_second: float) -> Device:
     """A GeForce card. Assumed reserve: 0.5 GiB for the driver and a CUDA context, 0.5 GiB for a desktop."""
-    return Device(name, capability, gib * _GIB, bytes_per_second, _GIB, (Target.TENSORRT_RTX, Target.TENSORRT))
+    targets = (Target.TENSORRT_RTX, Target.TENSORRT, Target.CUDA)
+    return Device(name, capability, gib * _GIB, bytes_per_second, _GIB, targets)
 
 
 DEVICES: Mapping[str, Device] = {
@@ -83,7 +85,12 @@ DEVICES: Mapping[str, Device] = {
     # kept in the same memory, and 0.5 GiB for the driver and a CUDA context. Of TensorRT-RTX's table it has the
     # capability, but it isn't among the RTX cards that the table names, so full TensorRT is the default.
     "l4": Device(
-        "NVIDIA L4", (8, 9), 24 * _GIB, 300e9, 24 * _GIB // 16 + _GIB // 2, (Target.TENSORRT, Target.TENSORRT_RTX)
+        "NVIDIA L4",
+        (8, 9),
+        24 * _GIB,
+        300e9,
+        24 * _GIB // 16 + _GIB // 2,
+        (Target.TENSORRT, Target.TENSORRT_RTX, Target.CUDA),
     ),
 }
 

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engines.spec import BuildSpec, Precision
+from engines.spec import BuildSpec, Precision, Target
 from exporter.config import ModelConfig
 from exporter.quantize.blockwise import BLOCK_SIZES
 from runtime.manifest import cache_capacity
@@ -194,10 +194,13 @@ def _forms(spec: BuildSpec) -> _Forms:
 
 
 def _block_forms(spec: BuildSpec, plain: _Form) -> _Forms:
-    """Blocks, filled up; the embedding's zero points are a byte each, the others' packed."""
+    """Blocks, filled up; the embedding's zero points are a byte each, the others' packed.
 
-    def blocks(bits: int, zero_point_bits: int) -> _Form:
-        zero_points = 0 if spec.symmetric else zero_point_bits
+    On CUDA the embedding has zero points in any case (`exporter.lowering.ort_provider`).
+    """
+
+    def blocks(bits: int, zero_point_bits: int, *, always: bool = False) -> _Form:
+        zero_points = zero_point_bits if always or not spec.symmetric else 0
         return _Form(bits, plain.bits // 8, spec.effective_block_size, fills_blocks=True, zero_point_bits=zero_points)
 
     bits, sensitive = 8 if spec.precision == Precision.INT8 else 4, spec.effective_sensitive_bits
@@ -205,7 +208,7 @@ def _block_forms(spec: BuildSpec, plain: _Form) -> _Forms:
     return _Forms(
         plain=plain,
         rotary=plain,
-        embedding=blocks(sensitive, 8),
+        embedding=blocks(sensitive, 8, always=spec.target == Target.CUDA),
         head=blocks(sensitive, sensitive),
         down=blocks(sensitive, sensitive),
         projection=blocks(bits, bits),

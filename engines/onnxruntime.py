@@ -20,13 +20,17 @@ def require(spec: BuildSpec) -> None:
 
 def lower(traced: Traced, spec: BuildSpec) -> Traced:
     """The ort lowering, with weights in the blocks that the spec asks for."""
+    layout, sensitive = block_formats(spec)
+    return ort.lower(traced, OrtOptions(layout, sensitive, fast_prefill=spec.fast_prefill))
+
+
+def block_formats(spec: BuildSpec) -> tuple[BlockFormat | None, BlockFormat | None]:
+    """How most matrices and how the sensitive ones are quantized; (None, None): not at all."""
     block_size, sensitive_bits = spec.effective_block_size, spec.effective_sensitive_bits
     if block_size is None or sensitive_bits is None:
-        return ort.lower(traced)
+        return None, None
     bits = {Precision.INT8: 8, Precision.INT4: 4}[spec.precision]
-    layout = BlockFormat(bits, block_size, spec.symmetric)
-    sensitive = BlockFormat(sensitive_bits, block_size, spec.symmetric)
-    return ort.lower(traced, OrtOptions(layout, sensitive, fast_prefill=spec.fast_prefill))
+    return BlockFormat(bits, block_size, spec.symmetric), BlockFormat(sensitive_bits, block_size, spec.symmetric)
 
 
 def finish(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> None:

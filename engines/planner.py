@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from engines.devices import DEVICES, Device
 from engines.footprint import Footprint, footprint
 from engines.spec import COMBINATIONS, BuildSpec, Precision, Target
+from engines.tensorrt_flavours import LOWEST_CAPABILITY, capability
 from exporter.config import ModelConfig
 from runtime.manifest import MAX_COUNT
-
-# Tensor cores take fp8 from Ada on. Source: TensorRT-RTX support matrix, docs.nvidia.com/deeplearning/tensorrt-rtx.
-_FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ def plan(model: str, config: ModelConfig, spec: BuildSpec, device: str) -> Plan:
     facts = DEVICES[device]
     context = spec.context_for(config.max_position_embeddings)
     needed = footprint(config, spec)
-    refusal = refusal_of(spec, facts)
+    refusal = refusal_of(config, spec, facts)
     longest = largest = 0
     ceiling, remedy = None, ""
     if refusal is None:
@@ -121,16 +119,27 @@ def plans(
                 yield plan(model, config, spec, device)
 
 
-def refusal_of(spec: BuildSpec, device: Device) -> str | None:
-    """Why a target or precision can't run on a device; None where it can."""
+# What the standard lowering stores experts in is the compute type alone (`exporter.lowering.standard_quantized`).
+_WEIGHT_ONLY = (Precision.INT8, Precision.INT4, Precision.FP8)
+
+
+def refusal_of(config: ModelConfig, spec: BuildSpec, device: Device) -> str | None:
+    """Why a model's target or precision can't run on a device; None where it can."""
     if spec.target not in device.targets:
         accepted = ", ".join(device.targets)
         if spec.target == Target.CPU:
             return f"target cpu runs in the host's memory, which a card doesn't share; targets here: {accepted}"
         return f"target {spec.target} doesn't run on SM {device.capability_name}; targets here: {accepted}"
-    if spec.precision == Precision.FP8 and device.capability < _FP8_CAPABILITY:
-        least = ".".join(map(str, _FP8_CAPABILITY))
-        return f"fp8 needs SM {least} or later, and this is SM {device.capability_name}; int8 is as small"
+    lowest = LOWEST_CAPABILITY.get(spec.precision, "0.0")
+    if device.capability < capability(lowest):
+        smaller = "; int8 is as small" if spec.precision == Precision.FP8 else ""
+        return f"{spec.precision} needs SM {lowest} or later, and this is SM {device.capability_name}{smaller}"
+    if spec.target == Target.CUDA and config.moe is not None and spec.effective_block_size is not None:
+        return f"quantized experts don't exist for cuda ({spec.precision} asked for); fp16 does"
+    if spec.is_tensorrt and config.moe is not None and spec.precision in _WEIGHT_ONLY:
+        return (
+            f"quantized experts don't exist for {spec.target} without a plugin ({spec.precision} asked for); fp16 does"
+        )
     return None
 
 
@@ -208,5 +217,5 @@ def _smaller(config: ModelConfig, spec: BuildSpec, device: Device) -> list[Build
         for row in COMBINATIONS
         if row.target == spec.target
     )
-    kept = [other for other in others if size(other) < size(spec) and refusal_of(other, device) is None]
+    kept = [other for other in others if size(other) < size(spec) and refusal_of(config, other, device) is None]
     return sorted(kept, key=size, reverse=True)

@@ -16,6 +16,7 @@ class Target(StrEnum):
     """Where a bundle runs."""
 
     CPU = "cpu"
+    CUDA = "cuda"
     TENSORRT_RTX = "tensorrt-rtx"
     TENSORRT = "tensorrt"
 
@@ -74,6 +75,7 @@ class Combination:
 TARGETS: Mapping[Target, TargetFacts] = {
     # Attention of 512 tokens at once computes more masked scores (docs/performance.md).
     Target.CPU: TargetFacts(Precision.INT4, None, default_prefill_chunk=256, engine_file="model.onnx"),
+    Target.CUDA: TargetFacts(Precision.FP16, None, default_prefill_chunk=512, engine_file="model.onnx"),
     Target.TENSORRT_RTX: TargetFacts(
         Precision.FP16, 4096, default_prefill_chunk=512, engine_file="engine.rtx", has_fixed_capacity=True
     ),
@@ -107,6 +109,21 @@ COMBINATIONS: tuple[Combination, ...] = (
         fast_prefill=True,
         sensitive_bits=(8, 4),
     ),
+    Combination(Target.CUDA, Precision.FP16, "FLOAT16"),
+    Combination(Target.CUDA, Precision.FP32, "FLOAT"),
+    # Blocks of 32 are what onnxruntime-gpu's fused weight-only kernels are compiled for. The embedding and what is
+    # quantized as it is have 8 bits: GatherBlockQuantized wants zero points, and packs 4-bit ones its own way on CUDA.
+    *(
+        Combination(
+            Target.CUDA,
+            precision,
+            "FLOAT16",
+            block_sizes=(32, 16, 64, 128),
+            asymmetric=True,
+            sensitive_bits=(8,),
+        )
+        for precision in (Precision.INT8, Precision.INT4)
+    ),
     *(
         Combination(target, precision, compute_type, block_sizes=block_sizes)
         for target in (Target.TENSORRT_RTX, Target.TENSORRT)
@@ -135,7 +152,7 @@ class BuildSpec:
     symmetric: bool = True
     sensitive_bits: int | None = None  # of embedding, head and down projections; None: the precision's measured default
     fast_prefill: bool = False  # cpu: a second, 8-bit form of the projections for steps of many tokens
-    max_context: int | None = None  # tokens; None: the model's (cpu) or min(4096, the model's) (TensorRT)
+    max_context: int | None = None  # tokens; None: the model's (cpu, cuda) or min(4096, the model's) (TensorRT)
     max_batch: int = 1  # rows
     prefill_chunk: int = None  # type: ignore[assignment]  # tokens; None: the target's default; never None once made
     tensorrt: TensorRtOptions = DEFAULT_OPTIONS

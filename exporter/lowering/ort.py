@@ -1,8 +1,9 @@
-"""The `ort` lowering: the graph that ONNX Runtime's CPU kernels run fastest, with its contrib ops.
+"""The `ort` lowering: the graph that ONNX Runtime's CPU or CUDA kernels run fastest, with its contrib ops.
 
 Attention, its rotation and the cache write are one GroupQueryAttention; each residual addition and the norm behind it
 are one SkipSimplifiedLayerNormalization; quantized weights are read by MatMulNBits, GatherBlockQuantized and QMoE
-(`exporter.lowering.ort_quantized`). docs/performance.md has the measurements behind each choice.
+(`exporter.lowering.ort_quantized`). docs/performance.md has the measurements behind each choice for the CPU; what the
+CUDA kernels lack is in `exporter.lowering.ort_provider`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import onnx_ir as ir
 
 from exporter import ops
 from exporter.lowering.ort_prefill import split_prefill
+from exporter.lowering.ort_provider import PROVIDERS, Provider, ProviderFacts
 from exporter.lowering.ort_quantized import quantize_embedding, quantize_experts, quantize_linears
 from exporter.lowering.passes import (
     clean_up,
+    fold_casts_of_initializers,
     inline_definitions,
     lower_head,
     remove_unused_inputs,
@@ -39,20 +42,24 @@ class OrtOptions:
     """What the lowering leaves to choose.
 
     Attributes:
-        weights: how projections, experts, head and embedding are stored; None: fp32.
+        weights: how projections, experts, head and embedding are stored; None: in the trace's compute type.
         sensitive: how the matrices are stored whose rounding costs most (`exporter.quantize.store.SENSITIVE`: head,
             embedding, down projections, but not those of experts); None: as the others.
         accuracy_level: of MatMulNBits: 4 quantizes activations to int8 inside (block by block, so that rows don't
             touch each other), 1 computes in fp32.
         fast_prefill: steps of many tokens read a second, 8-bit copy of the projections (`split_prefill`).
+        provider: whose kernels will run the graph.
     """
 
     weights: BlockFormat | None = None
     sensitive: BlockFormat | None = None
     accuracy_level: int = 4
     fast_prefill: bool = False
+    provider: Provider = Provider.CPU
 
     def __post_init__(self) -> None:
+        if self.fast_prefill and self.provider is not Provider.CPU:
+            raise ExportError(f"fast_prefill exists for the CPU's kernels, not for those of {self.provider}")
         if self.fast_prefill and self.weights is None:
             raise ExportError("fast_prefill goes with quantized weights, and these are fp32; choose a block format")
         if self.sensitive is not None and self.weights is None:
@@ -62,15 +69,24 @@ class OrtOptions:
 
 
 def lower(traced: Traced, options: OrtOptions | None = None) -> Traced:
-    """Lowers an fp32 trace in place and returns the same object.
+    """Lowers a trace in place and returns the same object.
 
     Raises:
-        ExportError: the trace isn't fp32 (ONNX Runtime's CPU kernels of these ops are).
+        ExportError: the provider has no kernels of these ops in the trace's compute type, or none for its experts.
     """
     options = options or OrtOptions()
-    compute_dtype = traced.model.metadata_props.get("qwen_aot.compute_dtype", "float")
-    if compute_dtype != "float":
-        raise ExportError(f"the ort lowering takes an fp32 trace, this one is {compute_dtype}; trace in FLOAT")
+    facts, compute_type = PROVIDERS[options.provider], _compute_type(traced)
+    if compute_type not in facts.compute_types:
+        accepted = " or ".join(_COMMON_NAMES[dtype] for dtype in facts.compute_types)
+        raise ExportError(
+            f"the ort lowering for {options.provider} takes an {accepted} trace, this one is "
+            f"{compute_type.name.lower()}; trace in {' or '.join(dtype.name for dtype in facts.compute_types)}"
+        )
+    if options.weights is not None and traced.config.moe is not None and not facts.has_quantized_experts:
+        raise ExportError(
+            f"quantized experts don't exist for {options.provider}: ONNX Runtime's QMoE kernel there takes another "
+            "layout of weights than the one that can be checked without a GPU; store this model in fp16"
+        )
     traced.model.opset_imports[MS_DOMAIN] = MS_VERSION
     for name, step in passes(traced, options):
         count = step(traced)
@@ -80,20 +96,29 @@ def lower(traced: Traced, options: OrtOptions | None = None) -> Traced:
     return traced
 
 
+_COMMON_NAMES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16"}
+
+
+def _compute_type(traced: Traced) -> ir.DataType:
+    return ir.DataType[traced.model.metadata_props.get("qwen_aot.compute_dtype", "float").upper()]
+
+
 def passes(traced: Traced, options: OrtOptions) -> list[tuple[str, Callable[[Traced], int]]]:
     """The passes in order, by name."""
+    facts, compute_type = PROVIDERS[options.provider], _compute_type(traced)
     last: list[tuple[str, Callable[[Traced], int]]] = []
     steps: list[tuple[str, Callable[[Traced], int]]] = [
-        ("fuse_attention", fuse_attention),
         ("fuse_swiglu", fuse_swiglu),
         ("fuse_skip_norm", fuse_skip_norm),
     ]
+    if compute_type in facts.attention_types:
+        steps.insert(0, ("fuse_attention", lambda traced: fuse_attention(traced, facts)))
     if options.weights is not None:
-        weights = QuantizedWeights(
-            traced, options.weights, options.sensitive
-        )  # one for all: a tied weight is met twice
+        # One for all: a tied weight is met twice.
+        weights = QuantizedWeights(traced, options.weights, options.sensitive, scale_type=compute_type)
+        explicit = not facts.has_default_zero_point
         steps += [
-            ("quantize_embedding", lambda traced: quantize_embedding(traced, weights)),
+            ("quantize_embedding", lambda traced: quantize_embedding(traced, weights, with_zero_points=explicit)),
             ("quantize_linears", lambda traced: quantize_linears(traced, weights, options.accuracy_level)),
             ("quantize_experts", lambda traced: quantize_experts(traced, weights, options.accuracy_level)),
         ]
@@ -101,20 +126,24 @@ def passes(traced: Traced, options: OrtOptions) -> list[tuple[str, Callable[[Tra
             last.append(("split_prefill", lambda traced: split_prefill(traced, weights)))
     return [
         *steps,
-        ("lower_head", lower_head),  # these two: what stays fp32
+        ("lower_head", lower_head),  # these two: what isn't quantized
         ("lower_linear", lower_linear),
         ("inline_definitions", inline_definitions),  # what no kernel takes
         ("clean_up", clean_up),
+        ("fold_casts_of_initializers", fold_casts_of_initializers),  # after clean_up has merged equal Casts
         ("remove_unused_inputs", remove_unused_inputs),  # after clean_up dropped what computed the mask
         *last,  # copies the whole graph, so it wants it finished
     ]
 
 
-def fuse_attention(traced: Traced) -> int:
+def fuse_attention(traced: Traced, facts: ProviderFacts) -> int:
     """CachedAttention -> GroupQueryAttention. Returns the number of nodes replaced.
 
     The kernel takes each row's cached and new tokens as `seqlens_k` (their sum less one) and `query_seqlens`, so it
-    needs neither positions nor a mask; `total_sequence_length`, an upper bound, is the capacity C.
+    needs neither positions nor a mask; `total_sequence_length`, an upper bound, is the capacity C. A kernel without
+    `query_seqlens` is told that all S tokens of a row are new: what it writes for padding and for an idle row lies at
+    and beyond `cache_length + new_tokens`, which is scratch, and no valid token attends to it. Such a step is of one
+    row, or of one token a row (the kernel's rule).
     Requires: head_dim a multiple of 16 (the kernel's rule); other nodes keep their definition.
     """
     graph = traced.model.graph
@@ -122,14 +151,16 @@ def fuse_attention(traced: Traced) -> int:
     nodes = [node for node in nodes if node.attributes["head_dim"].as_int() % 16 == 0]
     if not nodes:
         return 0
-    lengths = _attention_lengths(graph, nodes[0])
+    lengths = _attention_lengths(graph, nodes[0], has_query_lengths=facts.has_query_lengths)
+    tables = _rotary_tables(graph, nodes[0])
     for node in nodes:
-        qkv, past_key, past_value, cos, sin = node.inputs[:5]
-        inputs = [qkv, None, None, past_key, past_value, lengths.last_key, lengths.total, cos, sin]
-        unused = [None] * 7  # position_ids … k_norm_weight
+        qkv, past_key, past_value = node.inputs[:3]
+        inputs = [qkv, None, None, past_key, past_value, lengths.last_key, lengths.total, *tables]
+        if lengths.new is not None:
+            inputs += [None] * 7 + [lengths.new]  # position_ids … k_norm_weight are unused
         new = ir.node(
             "GroupQueryAttention",
-            [*inputs, *unused, lengths.new],
+            inputs,
             {
                 "num_heads": node.attributes["num_heads"].as_int(),
                 "kv_num_heads": node.attributes["num_kv_heads"].as_int(),
@@ -147,24 +178,43 @@ def fuse_attention(traced: Traced) -> int:
 @dataclass(frozen=True, slots=True)
 class _Lengths:
     last_key: ir.Value  # [B] int32: cached and new tokens, less one
-    new: ir.Value  # [B] int32: new tokens
+    new: ir.Value | None  # [B] int32: new tokens; None: all S are
     total: ir.Value  # [] int32: the capacity
 
 
-def _attention_lengths(graph: ir.Graph, attention: ir.Node) -> _Lengths:
+def _attention_lengths(graph: ir.Graph, attention: ir.Node, *, has_query_lengths: bool) -> _Lengths:
     """Computes the kernel's int32 lengths once, before the first attention node."""
-    past_key, cache_length, new_tokens = attention.inputs[1], attention.inputs[6], attention.inputs[7]
+    qkv, past_key, cache_length, new_tokens = (attention.inputs[index] for index in (0, 1, 6, 7))
     to_int32 = {"to": ir.DataType.INT32.value}
     one = ir.node("Constant", [], {"value_int": 1}, name="one_token")
-    held = ir.node("Add", [cache_length, new_tokens], name="tokens_after_step")
-    last = ir.node("Sub", [held.outputs[0], one.outputs[0]], name="last_key_int64")
-    last_key = ir.node("Cast", [last.outputs[0]], to_int32, name="last_key")
-    new = ir.node("Cast", [new_tokens], to_int32, name="new_tokens_int32")
     capacity = ir.node("Shape", [past_key], {"start": 2, "end": 3}, name="capacity")
     scalar = ir.node("Squeeze", [capacity.outputs[0]], name="capacity_scalar")
     total = ir.node("Cast", [scalar.outputs[0]], to_int32, name="capacity_int32")
-    graph.insert_before(attention, [one, held, last, last_key, new, capacity, scalar, total])
-    return _Lengths(last_key.outputs[0], new.outputs[0], total.outputs[0])
+    if has_query_lengths:
+        query = ir.node("Cast", [new_tokens], to_int32, name="new_tokens_int32")
+        tokens, new = new_tokens, query.outputs[0]
+    else:
+        query = ir.node("Shape", [qkv], {"start": 1, "end": 2}, name="step_tokens")
+        tokens, new = query.outputs[0], None
+    held = ir.node("Add", [cache_length, tokens], name="tokens_after_step")
+    last = ir.node("Sub", [held.outputs[0], one.outputs[0]], name="last_key_int64")
+    last_key = ir.node("Cast", [last.outputs[0]], to_int32, name="last_key")
+    graph.insert_before(attention, [one, query, held, last, last_key, capacity, scalar, total])
+    return _Lengths(last_key.outputs[0], new, total.outputs[0])
+
+
+def _rotary_tables(graph: ir.Graph, attention: ir.Node) -> list[ir.Value | None]:
+    """Cosine and sine [P, D/2] in the dtype of q, k and v, which the kernel wants them in."""
+    qkv, *tables = (attention.inputs[index] for index in (0, 3, 4))
+    assert qkv is not None and qkv.dtype is not None
+    if qkv.dtype == ir.DataType.FLOAT:
+        return tables
+    to = {"to": qkv.dtype.value}
+    casts = [
+        ir.node("Cast", [table], to, name=f"rotary_{part}") for part, table in zip(("cos", "sin"), tables, strict=True)
+    ]
+    graph.insert_before(attention, casts)
+    return [cast.outputs[0] for cast in casts]
 
 
 def fuse_swiglu(traced: Traced) -> int:

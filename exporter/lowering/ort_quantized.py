@@ -50,11 +50,16 @@ def quantize_linears(traced: Traced, weights: QuantizedWeights, accuracy_level: 
     return len(nodes)
 
 
-def quantize_embedding(traced: Traced, weights: QuantizedWeights) -> int:
+def quantize_embedding(traced: Traced, weights: QuantizedWeights, *, with_zero_points: bool = False) -> int:
     """Gather(embedding, ids) -> GatherBlockQuantized on MatMulNBits' own layout. Returns the number of nodes replaced.
 
     The codes stay [V, n, bytes], gathered as rows of n blocks, so that a tied head reads the same initializer; only
     scales and zero points are viewed anew. Columns beyond M, where the last block isn't full, are cut off.
+
+    Args:
+        traced: worked on in place.
+        weights: makes the initializers.
+        with_zero_points: zero points are given even where they are the middle of the range.
     """
     graph = traced.model.graph
     nodes = [node for node in graph if node.op_type == "Gather" and _is_matrix_of_recipe(traced, node.inputs[0])]
@@ -62,7 +67,7 @@ def quantize_embedding(traced: Traced, weights: QuantizedWeights) -> int:
         weight, ids = node.inputs
         assert weight is not None
         rows, width = dims(weight)
-        matrix = weights.table(weight)
+        matrix = weights.table(weight, with_zero_points=with_zero_points)
         layout = matrix.layout
         n = layout.blocks(width)
         scale_nodes = _reshape(matrix.scales, [rows, n, 1], f"{node.name}_scales")

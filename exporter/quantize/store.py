@@ -45,7 +45,7 @@ class _Entry:
         inner, arrange, layout, picks = self.recipe.transform, self.arrange, self.layout, tuple(self.picks)
 
         def transform(rows: NDArray[np.float32]) -> tuple[NDArray[np.generic], ...]:
-            values = arrange(inner(rows)[0])
+            values = arrange(inner(rows)[0].astype(np.float32, copy=False))
             quantized = quantize(values, layout)
             return tuple(pick(values, quantized) for pick in picks)
 
@@ -73,11 +73,25 @@ class QuantizedWeights:
     | channels [N, K] (MatMulIntegerToFloat) | [K, N] int8 | [N] | none |
     """
 
-    def __init__(self, traced: Traced, layout: BlockFormat, sensitive: BlockFormat | None = None) -> None:
-        """`sensitive`: the format of SENSITIVE matrices; None: `layout`."""
+    def __init__(
+        self,
+        traced: Traced,
+        layout: BlockFormat,
+        sensitive: BlockFormat | None = None,
+        scale_type: ir.DataType = ir.DataType.FLOAT,
+    ) -> None:
+        """Nothing is quantized yet.
+
+        Args:
+            traced: its recipes and initializers are replaced as weights are asked for.
+            layout: the format of most matrices.
+            sensitive: that of SENSITIVE matrices; None: `layout`.
+            scale_type: of scales, but not those of channels: the compute type, which the kernels want.
+        """
         self._traced = traced
         self.layout = layout
         self._sensitive = sensitive or layout
+        self._scale_type = scale_type
         self._entries: dict[str, _Entry] = {}
 
     def _layout_of(self, weight: ir.Value) -> BlockFormat:
@@ -89,16 +103,22 @@ class QuantizedWeights:
         entry = self._entry(weight, self._layout_of(weight))
         return self._matrix(weight, entry, self._packed_zero_points(weight, entry, (rows,), width))
 
-    def table(self, weight: ir.Value) -> QuantizedWeight:
-        """For GatherBlockQuantized, with the rows' blocks as an axis of their own."""
+    def table(self, weight: ir.Value, *, with_zero_points: bool = False) -> QuantizedWeight:
+        """For GatherBlockQuantized, with the rows' blocks as an axis of their own.
+
+        `with_zero_points`: a symmetric format has them too, all at the middle of the range.
+        """
         rows, width = dims(weight)
         entry = self._entry(weight, self._layout_of(weight))
-        n, zeros = entry.layout.blocks(width), None
-        if not entry.layout.symmetric:
-            shape = (rows, n, 1)
-            zeros = self._output(
-                weight, entry, "block_zero_points", ir.DataType.UINT8, shape, lambda _, q: q.found_zero_points
-            )
+        layout, n, zeros = entry.layout, entry.layout.blocks(width), None
+        if with_zero_points or not layout.symmetric:
+
+            def pick(values: NDArray[np.float32], quantized: Quantized) -> NDArray[np.generic]:
+                if layout.symmetric:
+                    return np.full((len(values), n, 1), 1 << (layout.bits - 1), np.uint8)
+                return quantized.found_zero_points
+
+            zeros = self._output(weight, entry, "block_zero_points", ir.DataType.UINT8, (rows, n, 1), pick)
         return self._matrix(weight, entry, zeros)
 
     def channels_of(self, matrix_codes: ir.Value) -> ChannelWeight:
@@ -137,7 +157,7 @@ class QuantizedWeights:
         return QuantizedWeight(
             entry.layout,
             self._output(weight, entry, "codes", ir.DataType.UINT8, codes_shape, lambda _, q: q.codes),
-            self._output(weight, entry, "scales", ir.DataType.FLOAT, (*lead, n), lambda _, q: q.scales),
+            self._scales(weight, entry, (*lead, n)),
             self._packed_zero_points(weight, entry, lead, width),
         )
 
@@ -148,8 +168,14 @@ class QuantizedWeights:
         return QuantizedWeight(
             entry.layout,
             self._output(weight, entry, "codes", ir.DataType.UINT8, codes_shape, lambda _, q: q.codes),
-            self._output(weight, entry, "scales", ir.DataType.FLOAT, (rows, n), lambda _, q: q.scales),
+            self._scales(weight, entry, (rows, n)),
             zero_points,
+        )
+
+    def _scales(self, weight: ir.Value, entry: _Entry, shape: tuple[int, ...]) -> ir.Value:
+        dtype = self._scale_type
+        return self._output(
+            weight, entry, "scales", dtype, shape, lambda _, q: q.scales.astype(dtype.numpy(), copy=False)
         )
 
     def _packed_zero_points(

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen_aot_errors import EngineMismatchError, GenerationError
 
-__all__ = ["Cuda", "CudaError", "Device", "find_device", "load_cuda"]
+__all__ = ["OUT_OF_MEMORY", "Cuda", "CudaError", "Device", "find_device", "load_cuda"]
 
 INSTALL = (
     "pip install cuda-bindings (of the CUDA version that the driver supports: 'cuda-bindings==12.*' or "
@@ -34,7 +34,7 @@ _STICKY = frozenset(
     }
 )
 
-_OUT_OF_MEMORY = "cudaErrorMemoryAllocation"
+OUT_OF_MEMORY = "cudaErrorMemoryAllocation"
 
 
 class CudaError(GenerationError):
@@ -50,7 +50,7 @@ class CudaError(GenerationError):
         self.is_sticky = status in _STICKY
         if self.is_sticky:
             remedy = "this process can't use the GPU any more: open the bundle again in a new one"
-        elif status == _OUT_OF_MEMORY:
+        elif status == OUT_OF_MEMORY:
             remedy = (
                 "the GPU's memory ran out: end other programs that use it, or rebuild the bundle with a smaller "
                 "--max-context, --max-batch or --prefill-chunk"

@@ -132,12 +132,11 @@ class Step:
 
     def _bind_rows(self, first_row: int, rows: int) -> None:
         """Binds what depends on the range of rows and on where the cache lies."""
-        views = self._cache.views(first_row, rows)
-        for tensor, view in zip(self._past, views, strict=True):
-            element_type = _ELEMENT_TYPES[tensor.dtype]
-            shape, pointer = list(view.shape), view.ctypes.data
-            self._binding.bind_input(tensor.name, "cpu", 0, element_type, shape, pointer)
-            self._binding.bind_output(present_name(tensor.name), "cpu", 0, element_type, shape, pointer)
+        device = self._cache.memory.device
+        for tensor, region in zip(self._past, self._cache.regions(first_row, rows), strict=True):
+            element_type, shape = _ELEMENT_TYPES[tensor.dtype], list(region.shape)
+            self._binding.bind_input(tensor.name, device, 0, element_type, shape, region.pointer)
+            self._binding.bind_output(present_name(tensor.name), device, 0, element_type, shape, region.pointer)
         self._bind_input("cache_length", self._cache.lengths[first_row : first_row + rows])
         self._bind_input("new_tokens", self.new_tokens[:rows])
         logits = self._logits[:rows]

@@ -1,8 +1,8 @@
-"""The engine over ONNX Runtime's CPU provider, past and present bound to one buffer."""
+"""The engine over ONNX Runtime's CPU or CUDA provider, past and present bound to one buffer."""
 
 from __future__ import annotations
 
-import re
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,17 +10,22 @@ from typing import Any
 
 from qwen_aot_errors import EngineMismatchError, GenerationError
 from runtime.backends._io_table import cache_inputs
+from runtime.backends._ort_devices import (
+    DEVICES,
+    Device,
+    import_onnxruntime,
+    preload_libraries,
+    require_provider,
+)
 from runtime.backends._ort_step import Step, library_errors
 from runtime.backends._rows import RowEngine
 from runtime.backends.cpus import has_exact_integer_products, usable_cores
 from runtime.backends.huge_pages import collapse_new_memory
 from runtime.bundle import Bundle
 from runtime.kv_cache import KvCache
+from runtime.manifest import Manifest
 
 __all__ = ["OnnxRuntimeEngine", "OrtOptions"]
-
-MINIMUM_VERSION = (1, 32)  # GroupQueryAttention's input 16, query_seqlens, is new in it
-INSTALL = "pip install 'qwen-aot[cpu]'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +51,17 @@ class OrtOptions:
 class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
     """`runtime.engine.Engine` for the targets whose engine file is an ONNX graph."""
 
-    def __init__(self, bundle: Bundle, options: OrtOptions | None = None) -> None:
-        """Opens the bundle's graph; weights stay memory-mapped where ONNX Runtime doesn't repack them.
+    def __init__(self, bundle: Bundle, options: OrtOptions | None = None, device: Device | None = None) -> None:
+        """Opens the bundle's graph; on the CPU, weights stay memory-mapped where ONNX Runtime doesn't repack them.
+
+        Args:
+            bundle: checked.
+            options: how the session is made.
+            device: what runs the graph and holds its cache; None: what the bundle's target names.
 
         Raises:
-            EngineMismatchError: ONNX Runtime is missing, too old, or can't run this graph.
+            EngineMismatchError: ONNX Runtime is missing, too old or another build, can't run this graph, or finds no
+                GPU where the target needs one.
         """
         manifest = bundle.manifest
         if manifest.quantization.get("fast_prefill") and not has_exact_integer_products():
@@ -58,10 +69,17 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
                 "the bundle was built with --fast-prefill, whose integer products need a CPU with VNNI (avx_vnni or "
                 "avx512_vnni), and this one has neither: its results would be wrong. Rebuild without --fast-prefill"
             )
-        with collapse_new_memory():  # the weights that ONNX Runtime packed
-            session = open_session(bundle.engine_path, options or OrtOptions())
+        device = device or _device_of(manifest)
+        # The weights that ONNX Runtime packed for the CPU.
+        with contextlib.nullcontext() if device.is_gpu else collapse_new_memory():
+            session = _open_session(bundle.engine_path, options or OrtOptions(), device)
         self._session: Any = session
-        cache = KvCache(cache_inputs(manifest), max_batch=manifest.max_batch, max_capacity=manifest.max_capacity)
+        cache = KvCache(
+            cache_inputs(manifest),
+            max_batch=manifest.max_batch,
+            max_capacity=manifest.max_capacity,
+            memory=device.make_memory(),
+        )
         # Two bindings, because prefill and decode alternate between shapes that each keep for long.
         super().__init__(
             manifest,
@@ -82,29 +100,16 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
         self._cache.release()
 
 
-def _import_onnxruntime() -> Any:
-    """The onnxruntime module, if it is there and new enough."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EngineMismatchError(f"onnxruntime can't be imported ({error}): install it with {INSTALL}") from error
-    found = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
-    if found is None or (int(found[1]), int(found[2])) < MINIMUM_VERSION:
-        wanted = ".".join(map(str, MINIMUM_VERSION))
+def _device_of(manifest: Manifest) -> Device:
+    if manifest.target not in DEVICES:
         raise EngineMismatchError(
-            f"onnxruntime is {onnxruntime.__version__}, this bundle needs {wanted} or newer: {INSTALL} --upgrade. If "
-            "onnxruntime-gpu is installed beside it, uninstall both first: they share one folder"
+            f"the bundle's target is {manifest.target!r} and its engine an ONNX graph; accepted: {', '.join(DEVICES)}"
         )
-    return onnxruntime
+    return DEVICES[manifest.target]
 
 
-def open_session(path: Path, options: OrtOptions) -> Any:
-    """An onnxruntime.InferenceSession of an ONNX file.
-
-    Raises:
-        EngineMismatchError: ONNX Runtime is missing, too old, or can't run this graph.
-    """
-    ort = _import_onnxruntime()
+def _open_session(path: Path, options: OrtOptions, device: Device) -> Any:
+    ort = import_onnxruntime(device)
     session_options = ort.SessionOptions()
     session_options.log_severity_level = 3  # errors; they are raised as well
     session_options.intra_op_num_threads = options.threads or usable_cores()
@@ -115,10 +120,14 @@ def open_session(path: Path, options: OrtOptions) -> Any:
     session_options.graph_optimization_level = level.ORT_ENABLE_ALL if options.optimize else level.ORT_DISABLE_ALL
     for key, value in options.config.items():
         session_options.add_session_config_entry(key, value)
+    if device.is_gpu:
+        preload_libraries(ort)
     try:
-        return ort.InferenceSession(str(path), session_options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), session_options, providers=device.providers)
     except library_errors() as error:
         raise EngineMismatchError(
             f"onnxruntime {ort.__version__} can't load {path}: {error}. Rebuild the bundle, or install the version of "
             "onnxruntime that its manifest names"
         ) from error
+    require_provider(session, device, ort)
+    return session

@@ -68,6 +68,21 @@ def command(bundle: Path, prompt_tokens: int, gen_tokens: int, rounds: int, as_j
     with the lowest and the highest beside it. "Own code" is what a decoded token costs outside the engine's run call.
     """
     show_logs()
+    result = measure_bundle(bundle, prompt_tokens, gen_tokens, rounds, threads)
+    if as_json:
+        print_json(result)
+    else:
+        _show(result)
+
+
+def measure_bundle(
+    bundle: Path, prompt_tokens: int, gen_tokens: int, rounds: int, threads: int | None = None
+) -> dict[str, Any]:
+    """What `bench` reports, as plain JSON values.
+
+    Raises:
+        click.UsageError: prompt and answer don't fit the bundle's context.
+    """
     from engines.resources import peak_memory_bytes, reset_peak
     from runtime.backends.cpus import usable_cores
     from runtime.cli.doctor import cpu
@@ -84,7 +99,7 @@ def command(bundle: Path, prompt_tokens: int, gen_tokens: int, rounds: int, as_j
                 f"{manifest.max_context}; give less"
             )
         greedy, sampled = _measure(generator, prompt_tokens, gen_tokens, rounds)
-    result = {
+    return {
         "bundle": str(bundle),
         "model": manifest.model.name,
         "target": manifest.target,
@@ -106,10 +121,6 @@ def command(bundle: Path, prompt_tokens: int, gen_tokens: int, rounds: int, as_j
         "sampled_own_share_of_step": asdict(Spread.of([(r.decode - r.run) / r.decode for r in sampled])),
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    if as_json:
-        print_json(result)
-    else:
-        _show(result)
 
 
 def _measure(generator: Generator, prompt_tokens: int, gen_tokens: int, rounds: int) -> tuple[list[Round], list[Round]]:

@@ -27,6 +27,7 @@ EXTRA_OF = {
     "onnx_ir": "build",
     "onnxruntime": "cpu",
     "onnxscript": "build",
+    "polygraphy": "verify",
     "safetensors": "verify",
     "torch": "build",
     "transformers": "verify",

@@ -52,14 +52,19 @@ _TENSORRT_RTX = Need("tensorrt-rtx-cu13", "tensorrt-rtx", (1, 7))
 _TENSORRT = Need("tensorrt", "tensorrt", (10, 13), options=" --extra-index-url https://pypi.nvidia.com")
 TARGETS: Mapping[str, TargetNeeds] = {
     "cpu": TargetNeeds(build=(*_EXPORT, _ONNXRUNTIME), run=(_ONNXRUNTIME,)),
+    "cuda": TargetNeeds(
+        build=_EXPORT,
+        run=(Need("onnxruntime-gpu", "cuda", (1, 31)), Need("cuda-bindings", "cuda", (13,))),
+        run_on_gpu=True,
+    ),
     "tensorrt-rtx": TargetNeeds(
         build=(*_EXPORT, _TENSORRT_RTX),
-        run=(_TENSORRT_RTX, Need("cuda-python", "tensorrt-rtx", (13,))),
+        run=(_TENSORRT_RTX, Need("cuda-bindings", "tensorrt-rtx", (13,))),
         run_on_gpu=True,
     ),
     "tensorrt": TargetNeeds(
         build=(*_EXPORT, _TENSORRT),
-        run=(_TENSORRT, Need("cuda-python", "tensorrt", (13,))),
+        run=(_TENSORRT, Need("cuda-bindings", "tensorrt", (13,))),
         build_on_gpu=True,
         run_on_gpu=True,
     ),

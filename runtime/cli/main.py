@@ -19,6 +19,7 @@ VERBS = {
     "bench": Verb("runtime.cli.bench", "Measure a bundle's speed and memory."),
     "inspect": Verb("runtime.cli.inspect", "Show a checkpoint, an ONNX file or a bundle as a table."),
     "plan": Verb("runtime.cli.plan", "Show which models fit which devices, and how fast at most."),
+    "gpu-check": Verb("runtime.cli.gpu_check", "Build, test, compare and measure on this machine's GPU."),
     "doctor": Verb("runtime.cli.doctor", "Show versions, hardware and what each target lacks here."),
 }
 

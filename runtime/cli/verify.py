@@ -77,6 +77,13 @@ def _bound_options(command: Any) -> Any:
 @option("--window", type=click.IntRange(4), default=256, help="Tokens scored in one piece.", group="Input")
 @option("--windows", type=click.IntRange(1), default=4, help="Most pieces of the text.", group="Input")
 @option("--greedy-tokens", type=click.IntRange(1), default=32, help="Generated after each prompt.", group="Input")
+@option("--per-layer", is_flag=True, help="Compare what each layer gives instead of the logits.", group="Layers")
+@option(
+    "--layer-bound",
+    type=click.FloatRange(0, min_open=True),
+    help="Of the median relative difference.  [default: the precision's]",
+    group="Layers",
+)
 @_bound_options
 @json_option
 @threads_option
@@ -89,6 +96,8 @@ def command(
     window: int,
     windows: int,
     greedy_tokens: int,
+    per_layer: bool,
+    layer_bound: float | None,
     as_json: bool,
     threads: int | None,
     **bounds: float | None,
@@ -102,8 +111,17 @@ def command(
 
     The first quarter of each piece of text is the prompt, the rest is fed token by token, and every step's logits are
     compared. Exits with 1 if a bound fails, and says which.
+
+    --per-layer compares the residual stream after each layer with that of the checkpoint's fp32 graph over one prompt,
+    with Polygraphy, and names the first layer over the bound. Of a TensorRT bundle it runs the ONNX behind the engine.
     """
     show_logs()
+    if layer_bound is not None and not per_layer:
+        raise click.UsageError("--layer-bound goes with --per-layer")
+    content = TEXT if text is None else _read_text(text)
+    if per_layer:
+        _run_per_layer(bundle, reference, random_weights, weights_seed, content, window, layer_bound, as_json)
+        return
     from engines.verify import bounds_for
     from runtime.cli.source import open_source
     from runtime.generator import Generator
@@ -118,7 +136,7 @@ def command(
                 generator,
                 checkpoint,
                 limits,
-                text=TEXT if text is None else _read_text(text),
+                text=content,
                 window=window,
                 windows=windows,
                 greedy_tokens=greedy_tokens,
@@ -129,6 +147,34 @@ def command(
     else:
         _show(result)
     if not result.has_passed:
+        click.get_current_context().exit(EXIT_FAILED)
+
+
+def _run_per_layer(
+    path: Path,
+    reference: str,
+    random_weights: bool,
+    weights_seed: int,
+    text: str,
+    window: int,
+    bound: float | None,
+    as_json: bool,
+) -> None:
+    from runtime.bundle import load_bundle
+    from runtime.cli import verify_layers
+    from runtime.cli.source import open_source
+
+    bundle = load_bundle(path)
+    with (
+        open_source(reference, random_weights=random_weights, seed=weights_seed) as checkpoint,
+        progress_on_stderr() as show,
+    ):
+        report = verify_layers.compare(bundle, checkpoint, text, window, bound, show)
+    if as_json:
+        print_json({"bundle": str(path), "reference": reference, **report.to_json()})
+    else:
+        verify_layers.show(report, path, bundle.manifest.target)
+    if report.first_failed is not None:
         click.get_current_context().exit(EXIT_FAILED)
 
 

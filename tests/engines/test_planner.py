@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,8 +15,10 @@ from engines.devices import DEVICES
 from engines.footprint import footprint
 from engines.planner import Plan, largest_batch, longest_context, plan, plans
 from engines.spec import BuildSpec, Precision, Target
+from exporter.lowering import standard
+from exporter.trace import trace
 from exporter.variants import VARIANTS
-from qwen_aot_errors import BuildError
+from qwen_aot_errors import BuildError, ExportError
 
 PRECISIONS = ("fp16", "bf16", "int8", "int4", "fp8")
 
@@ -135,6 +138,23 @@ def test_fp8_is_refused_below_sm_8_9(device: str) -> None:
 def test_targets_that_a_device_does_not_run(device: str, target: str, precision: str, message: str) -> None:
     refusal = planned("qwen1.5-0.5b", device, spec_of(precision, target=target)).refusal
     assert refusal is not None and message in refusal
+
+
+def test_experts_are_not_quantized_for_cuda() -> None:
+    int4 = planned("qwen1.5-moe-a2.7b", "rtx-4090", spec_of("int4", target="cuda", max_context=512))
+    assert int4.refusal == "quantized experts don't exist for cuda (int4 asked for); fp16 does"
+    assert planned("qwen1.5-moe-a2.7b", "rtx-5090", spec_of("fp16", target="cuda", max_context=512)).fits
+    assert planned("qwen1.5-7b", "rtx-4090", spec_of("int4", target="cuda", max_context=512)).fits
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp8"])
+def test_experts_are_not_quantized_for_tensorrt(precision: str) -> None:
+    spec = spec_of(precision, target="tensorrt-rtx", max_context=512)
+    refusal = planned("qwen1.5-moe-a2.7b", "rtx-4090", spec).refusal
+    assert refusal is not None and "without a plugin" in refusal
+    with pytest.raises(ExportError, match="QwenMoE plugin"):  # the build says the same
+        traced = trace(VARIANTS["qwen1.5-moe-a2.7b"], ir.DataType.FLOAT16)
+        standard.lower(traced, standard.StandardOptions(precision))
 
 
 def test_the_ceiling_is_bandwidth_over_bytes_of_a_step() -> None:

@@ -19,6 +19,7 @@ from exporter.checkpoint import open_checkpoint
 from exporter.lowering import ort
 from exporter.lowering.ort import OrtOptions
 from exporter.lowering.ort_prefill import FROM_TOKENS
+from exporter.lowering.ort_provider import Provider
 from exporter.quantize.blockwise import BlockFormat, dequantize, quantize
 from exporter.save import DATA_FILE, save_graph
 from exporter.trace import trace
@@ -138,9 +139,16 @@ def test_sensitive_matrices_get_their_own_format(tied):
     assert (gather.attributes["bits"].as_int(), gather.attributes["block_size"].as_int()) == (8, 16)
 
 
-def test_only_an_fp32_trace_is_taken():
-    with pytest.raises(ExportError, match="takes an fp32 trace, this one is float16"):
-        ort.lower(trace(DENSE, ir.DataType.FLOAT16))
+@pytest.mark.parametrize(
+    ("provider", "dtype", "message"),
+    [
+        (Provider.CPU, ir.DataType.FLOAT16, "for cpu takes an fp32 trace, this one is float16; trace in FLOAT"),
+        (Provider.CUDA, ir.DataType.BFLOAT16, "for cuda takes an fp16 or fp32 trace, this one is bfloat16"),
+    ],
+)
+def test_a_trace_that_the_provider_has_no_kernels_for_is_refused(provider, dtype, message):
+    with pytest.raises(ExportError, match=message):
+        ort.lower(trace(DENSE, dtype), OrtOptions(provider=provider))
 
 
 def test_accuracy_levels_that_do_not_exist_are_refused():
@@ -162,6 +170,66 @@ def test_fast_prefill_is_a_choice_between_two_forms_of_the_same_layers():
     assert many["MatMulNBits"] == 4
     # q|k|v's input, o's, gate|up's and down's are quantized once each
     assert many["QuantizeLinear"] == many["MatMulIntegerToFloat"]
+
+
+# --- passes, for CUDA
+
+FLOAT16 = ir.DataType.FLOAT16
+HEADS_OF_16 = dataclasses.replace(DENSE, head_dim=16)
+
+
+def for_cuda(config: Any = HEADS_OF_16, dtype: ir.DataType = FLOAT16, **options: Any) -> Traced:
+    return ort.lower(trace(config, dtype), OrtOptions(**options, accuracy_level=1, provider=Provider.CUDA))
+
+
+def test_attention_for_cuda_has_no_query_lengths_and_its_tables_are_in_its_type():
+    traced = for_cuda()
+    nodes = [node for node in traced.model.graph if node.op_type == "GroupQueryAttention"]
+    assert len(nodes) == HEADS_OF_16.num_hidden_layers
+    for node in nodes:
+        assert len(node.inputs) == 9
+        assert [node.inputs[index].dtype for index in (0, 3, 4, 7, 8)] == [FLOAT16] * 5
+        assert all(node.inputs[index].is_initializer() for index in (7, 8))  # cast when weights are written
+    for name in ("model.rotary.cos", "model.rotary.sin"):
+        assert traced.recipes[name].outputs[0].dtype == FLOAT16
+
+
+def test_the_residual_stream_and_norms_for_cuda_are_fp32():
+    traced = for_cuda()
+    skips = [node for node in traced.model.graph if node.op_type == "SkipSimplifiedLayerNormalization"]
+    assert len(skips) == 2 * DENSE.num_hidden_layers
+    for node in skips:
+        assert {value.dtype for value in node.inputs} == {ir.DataType.FLOAT}
+
+
+def test_fp32_attention_for_cuda_keeps_its_definition():
+    counts = op_counts(for_cuda(dtype=ir.DataType.FLOAT))
+    assert counts["GroupQueryAttention"] == 0
+    assert counts["Attention"] == counts["TensorScatter"] / 2 == HEADS_OF_16.num_hidden_layers
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_quantized_embedding_for_cuda_has_zero_points_and_scales_in_fp16(symmetric):
+    traced = for_cuda(weights=BlockFormat(8, 16, symmetric))
+    (gather,) = (node for node in traced.model.graph if node.op_type == "GatherBlockQuantized")
+    assert gather.inputs[3] is not None and gather.inputs[3].dtype == ir.DataType.UINT8
+    multiplications = [node for node in traced.model.graph if node.op_type == "MatMulNBits"]
+    assert {node.inputs[2].dtype for node in multiplications} == {FLOAT16}
+    has_zero_points = {len(node.inputs) > 3 and node.inputs[3] is not None for node in multiplications}
+    assert has_zero_points == {not symmetric}
+
+
+def test_quantized_experts_for_cuda_are_refused_and_others_stay_standard():
+    with pytest.raises(ExportError, match="quantized experts don't exist for cuda"):
+        for_cuda(MOE, weights=BlockFormat(8, 16))
+    counts = op_counts(for_cuda(MOE))
+    assert counts["If"] == len(MOE.moe.sparse_layers)
+    assert counts["QMoE"] == 0
+
+
+def test_fast_prefill_for_cuda_is_refused():
+    with pytest.raises(ExportError, match="fast_prefill exists for the CPU's kernels, not for those of cuda"):
+        OrtOptions(BlockFormat(8, 32), fast_prefill=True, provider=Provider.CUDA)
 
 
 def test_fast_prefill_of_fp32_weights_is_refused():
@@ -322,3 +390,80 @@ def test_fast_prefill_stays_close_and_rows_stay_apart(case, models, tmp_path):
     np.testing.assert_array_equal(results[0], results[1])
     want = reference_logits(model, [mine])[0, -1].numpy()
     assert np.abs(results[0] - want).max() < INT8_ACTIVATIONS_BOUND
+
+
+# --- whole models, for CUDA (the CPU provider computes fp16 through fp32 where it has no kernel of its own)
+
+FP16_BOUND = 2e-2  # logits of std 1 from activations of 11 bits; seen: 7e-3
+BITS = {"int8": BlockFormat(8, 32), "int4": BlockFormat(4, 32), "int8_zero_points": BlockFormat(8, 32, symmetric=False)}
+
+
+def export_for_cuda(checkpoint: Path, folder: Path, dtype: ir.DataType, weights: BlockFormat | None = None) -> Path:
+    sensitive = None if weights is None else dataclasses.replace(weights, bits=8)
+    folder.mkdir()
+    with open_checkpoint(checkpoint) as source:
+        options = OrtOptions(weights, sensitive, accuracy_level=1, provider=Provider.CUDA)
+        traced = ort.lower(trace(source.config, dtype), options)
+        stitch(traced, source, folder / DATA_FILE)
+        return save_graph(traced, folder)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(FLOAT16, FP16_BOUND), (ir.DataType.FLOAT, EXACT_BOUND)])
+@pytest.mark.parametrize("case", CASES)
+def test_models_for_cuda_equal_transformers(case, dtype, bound, models, tmp_path):
+    """A padded prompt, then one token a step: padding counts as tokens, and what it wrote is overwritten.
+
+    No router is near a tie on these tokens, where fp16 may choose another expert.
+    """
+    checkpoint, model = models(case)
+    ids = np.random.default_rng(2).integers(0, model.config.vocab_size, 15).tolist()
+    stepper = Stepper(export_for_cuda(checkpoint, tmp_path / "onnx", dtype), rows=1, capacity=32)
+    got = [stepper.step([ids[:6]], pad=3)[0]] + [stepper.step([[token]])[0] for token in ids[6:]]
+    want = reference_logits(model, [ids])[0, 5:].numpy()
+    np.testing.assert_allclose(np.stack(got), want, atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize("name", BITS)
+@pytest.mark.parametrize("case", ["gqa", "tied", "odd_vocab"])
+def test_quantized_models_for_cuda_are_those_of_the_rounded_weights(case, name, models, tmp_path):
+    checkpoint, model = models(case)
+    layout = BITS[name]
+    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, 15).tolist()
+    in_fp16 = copy.deepcopy(model).half().float()  # what is quantized is what the trace's type holds
+    rounded = with_rounded_weights(in_fp16, layout, dataclasses.replace(layout, bits=8))
+    want = reference_logits(rounded, [ids])[0, 5:].numpy()
+    got = stepped_logits(export_for_cuda(checkpoint, tmp_path / "onnx", FLOAT16, layout), ids, 6)
+    assert np.abs(got - want).max() < FP16_BOUND
+
+
+def test_decode_for_cuda_takes_rows_of_unequal_length_and_idle_ones(models, tmp_path):
+    checkpoint, model = models("gqa")
+    onnx_file = export_for_cuda(checkpoint, tmp_path / "onnx", FLOAT16)
+    rows = [np.random.default_rng(seed).integers(0, model.config.vocab_size, 9).tolist() for seed in (1, 2)]
+    stepper = Stepper(onnx_file, rows=2, capacity=24)
+    held: list[list[int]] = [[], []]
+    for tokens in ([rows[0][:1], rows[1][:1]], [rows[0][1:2], []], [rows[0][2:3], rows[1][1:2]], [[], rows[1][2:3]]):
+        logits = stepper.step(tokens)
+        for row, new in enumerate(tokens):
+            held[row] += new
+            if new:
+                want = reference_logits(model, [held[row]])[0, -1].numpy()
+                np.testing.assert_allclose(logits[row], want, atol=FP16_BOUND, rtol=0)
+
+
+def test_a_residual_stream_beyond_float16_does_not_overflow_for_cuda(tmp_path):
+    """Every projection's result fits float16, their sum doesn't."""
+    model = save_tiny(tmp_path / "checkpoint", **CASES["gqa"], layers=4)
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= 1e5
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 3e4
+            layer.mlp.down_proj.weight *= 3e4
+    model.save_pretrained(tmp_path / "checkpoint")
+    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, 9).tolist()
+    with torch.no_grad():
+        streams = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    assert max(float(stream.abs().max()) for stream in streams) > 65504
+    stepper = Stepper(export_for_cuda(tmp_path / "checkpoint", tmp_path / "onnx", FLOAT16), rows=1, capacity=16)
+    want = reference_logits(model, [ids])[0, -1].numpy()
+    np.testing.assert_allclose(stepper.step([ids])[0], want, atol=FP16_BOUND, rtol=0)

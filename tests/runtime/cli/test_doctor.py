@@ -27,7 +27,7 @@ def test_table(run: Run) -> None:
 
 
 def test_what_the_tensorrt_targets_lack(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {"tensorrt-rtx-cu13": "1.7.1.116", "cuda-python": "13.0.1", "tensorrt": "10.9.0"}
+    installed = {"tensorrt-rtx-cu13": "1.7.1.116", "cuda-bindings": "13.0.1", "tensorrt": "10.9.0"}
     monkeypatch.setattr(doctor, "version", lambda package: installed.get(package, "99"))
     monkeypatch.setattr(doctor, "gpus", lambda: [])
     targets = json.loads(run("doctor", "--json").stdout)["targets"]

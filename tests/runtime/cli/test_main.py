@@ -36,7 +36,7 @@ def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
     assert done.returncode == 0
     assert done.stderr.splitlines() == ["[]"]
     for name, verb in VERBS.items():
-        assert f"{name:<8}  {verb.help}" in done.stdout
+        assert f"{name:<{max(map(len, VERBS))}}  {verb.help}" in done.stdout
 
 
 @pytest.mark.parametrize("verb", VERBS)

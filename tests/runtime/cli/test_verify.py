@@ -40,3 +40,23 @@ def test_a_text_that_is_not_utf8(run: Run, bundle: Path, checkpoint: Path, tmp_p
     result = run("verify", bundle, "--reference", checkpoint, "--text", tmp_path / "page.txt")
     assert result.exit_code == 2
     assert "isn't UTF-8" in result.stderr
+
+
+def test_per_layer(run: Run, bundle: Path, checkpoint: Path) -> None:
+    result = run("verify", bundle, "--reference", checkpoint, "--per-layer", "--window", 40, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["passed"] is True and report["tokens"] == 40
+    assert [row["layer"] for row in report["layers"]] == [0, 1, -1]
+
+
+def test_per_layer_names_the_first_layer_over_a_bound(run: Run, bundle: Path, checkpoint: Path) -> None:
+    result = run("verify", bundle, "--reference", checkpoint, "--per-layer", "--layer-bound", "1e-12")
+    assert result.exit_code == 1
+    assert "first over the bound of 1e-12: layer 0" in result.stdout
+
+
+def test_a_layer_bound_alone_is_a_usage_error(run: Run, bundle: Path, checkpoint: Path) -> None:
+    result = run("verify", bundle, "--reference", checkpoint, "--layer-bound", "0.1")
+    assert result.exit_code == 2
+    assert "--layer-bound goes with --per-layer" in result.stderr

@@ -1,0 +1,258 @@
+"""`gpu-check`: everything that only a GPU can show, in one report to attach to a bug."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtime.cli.check_steps import Failure, Skip, Step, StepResult, has_passed, run_steps, write_report
+from runtime.cli.command import EXIT_FAILED, VerbCommand, option
+from runtime.cli.console import print_json, show_logs, stdout
+from runtime.cli.doctor import examine
+from runtime.cli.options import CONTEXT, json_option
+
+if TYPE_CHECKING:
+    from exporter.checkpoint.base import Checkpoint
+
+TINY = "tiny"
+REFERENCE = "build cpu"  # the step whose bundle the others are compared with
+MAX_CONTEXT, CHUNK = 512, 128  # tokens
+WINDOW, GREEDY = 128, 32  # tokens compared, and generated freely
+TEST_SECONDS = 3600
+TESTS = Path(__file__).parents[2] / "tests"  # beside the packages in a clone; not in a wheel
+
+# Target -> the module whose presence says that its library is installed.
+FLAVOURS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "cuda": "onnxruntime"}
+
+
+@click.command("gpu-check", cls=VerbCommand, context_settings=CONTEXT)
+@option(
+    "-o",
+    "--output",
+    "report",
+    type=click.Path(path_type=Path),
+    default=Path("gpu-check"),
+    help="REPORT.json and REPORT.md are written.",
+    group="Main",
+)
+@option("--model", default=TINY, metavar="CHECKPOINT", help="A checkpoint, or a small random model.", group="Main")
+@json_option
+def command(report: Path, model: str, as_json: bool) -> None:
+    """Build, test, compare and measure on this machine's GPU.
+
+    \b
+    Examples:
+      qwen-aot gpu-check
+      qwen-aot gpu-check -o report --model ./Qwen1.5-0.5B-Chat
+
+    Builds a bundle with each of TensorRT-RTX, TensorRT and ONNX Runtime's CUDA provider that is installed, runs the
+    tests that need a GPU, compares each engine with the CPU's fp32 bundle and measures its speed. A step that fails
+    doesn't end the others. Exits with 0 if at least one step ran on the GPU and none failed.
+    """
+    show_logs()
+    machine = examine()
+    with tempfile.TemporaryDirectory(prefix="qwen-aot-gpu-check-") as folder:
+        results = run_steps(plan(machine, model, Path(folder)), _progress)
+    files = write_report(report, machine, results)
+    if as_json:
+        print_json({"passed": has_passed(results), "report": [str(file) for file in files], "steps": _plain(results)})
+    else:
+        _show(results, files)
+    if not has_passed(results):
+        click.get_current_context().exit(EXIT_FAILED)
+
+
+def plan(machine: Mapping[str, Any], model: str, folder: Path) -> list[Step]:
+    """The steps for this machine; without a GPU the first one fails and says what is missing.
+
+    Args:
+        machine: of `runtime.cli.doctor.examine`.
+        model: a checkpoint's place, or `tiny`.
+        folder: for bundles; removed afterwards.
+    """
+    gpu = "find a GPU"
+    steps = [
+        Step(gpu, False, lambda: _find_gpu(machine)),
+        Step(REFERENCE, False, lambda: _build_reference(model, folder), needs=(gpu,)),
+        Step("gpu tests", True, _run_tests, needs=(gpu,)),
+    ]
+    for target in FLAVOURS:
+        steps += _steps_of(target, model, folder, gpu)
+    return steps
+
+
+def _steps_of(target: str, model: str, folder: Path, gpu: str) -> list[Step]:
+    library, build = f"find {target}", f"build {target}"
+    return [
+        Step(library, False, lambda: _find_library(target), needs=(gpu,)),
+        Step(build, False, lambda: _build(model, target, "fp16", folder / target), needs=(library,)),
+        Step(f"compare {target}", True, lambda: _compare(folder, target), needs=(REFERENCE, build)),
+        Step(f"measure {target}", True, lambda: _measure(folder / target), needs=(build,)),
+    ]
+
+
+def _find_gpu(machine: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not machine["gpus"]:
+        raise Failure(
+            "nothing could be checked: nvidia-smi lists no GPU. An NVIDIA GPU and its driver are needed, and one of "
+            "TensorRT-RTX, TensorRT, or ONNX Runtime for CUDA (`pip install 'qwen-aot[cuda]'`)",
+            {},
+        )
+    return {"gpus": machine["gpus"]}
+
+
+def _find_library(target: str) -> Mapping[str, Any]:
+    module = FLAVOURS[target]
+    if importlib.util.find_spec(module) is None:
+        raise Skip(f"{module} isn't installed")
+    if target == "cuda":
+        import onnxruntime
+
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise Skip("the installed onnxruntime has no CUDAExecutionProvider: pip install 'qwen-aot[cuda]'")
+    return {"module": module}
+
+
+def _open(model: str) -> Checkpoint:
+    from exporter.checkpoint import RandomCheckpoint, open_checkpoint
+
+    if model != TINY:
+        return open_checkpoint(model)
+    from exporter.config import ModelConfig
+
+    config = ModelConfig(
+        model_type="qwen2",
+        vocab_size=1024,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=2 * MAX_CONTEXT,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+    )
+    return RandomCheckpoint(config, 0, TINY)
+
+
+def _build_reference(model: str, folder: Path) -> Mapping[str, Any]:
+    """The CPU's fp32 bundle, in the form that the installed ONNX Runtime can run."""
+    target = _reference_target()
+    return {"target": target, **_build(model, target, "fp32", folder / "reference")}
+
+
+def _reference_target() -> str:
+    """Which target the CPU provider here can run in fp32: that of onnxruntime-gpu is too old for the cpu target."""
+    from qwen_aot_errors import EngineMismatchError
+    from runtime.backends._ort_devices import DEVICES, import_onnxruntime
+
+    try:
+        import_onnxruntime(DEVICES["cpu"])
+    except EngineMismatchError:
+        return "cuda"
+    return "cpu"
+
+
+def _build(model: str, target: str, precision: str, out: Path) -> Mapping[str, Any]:
+    from engines.build import build_bundle
+    from engines.spec import BuildSpec
+
+    spec = BuildSpec(
+        target=target,  # type: ignore[arg-type]  # BuildSpec takes strings
+        precision=precision,  # type: ignore[arg-type]
+        max_context=MAX_CONTEXT,
+        prefill_chunk=CHUNK,
+        max_batch=2,
+    )
+    with _open(model) as checkpoint:
+        report = build_bundle(checkpoint, spec, out)
+    return {
+        "seconds": report.seconds,
+        "peak_memory_bytes": report.peak_memory_bytes,
+        "bundle_bytes": sum(entry.bytes for entry in report.manifest.files.values()),
+    }
+
+
+def _compare(folder: Path, target: str) -> Mapping[str, Any]:
+    """Scores an engine against the CPU's fp32 bundle, teacher-forced."""
+    import numpy as np
+
+    from engines.engine_reference import EngineReference
+    from engines.verify import BOUNDS, verify, windows
+    from runtime.backends import open_engine
+    from runtime.backends._ort_devices import DEVICES
+    from runtime.backends.onnxruntime import OnnxRuntimeEngine
+    from runtime.bundle import load_bundle
+
+    reference = load_bundle(folder / "reference")
+    version = DEVICES[reference.manifest.target].minimum_version
+    on_cpu = replace(DEVICES["cpu"], minimum_version=version)
+    with OnnxRuntimeEngine(reference, device=on_cpu) as theirs, open_engine(load_bundle(folder / target)) as ours:
+        ids = np.random.default_rng(0).integers(0, ours.manifest.model.vocab_size, 2 * WINDOW).tolist()
+        bounds = BOUNDS[ours.manifest.precision]
+        result = verify(ours, EngineReference(theirs), windows(ids, WINDOW, 2), bounds, greedy_tokens=GREEDY)
+    details = result.to_json()
+    failed = [check.name for check in result.checks if not check.has_passed]
+    if failed:
+        raise Failure(f"differs from the CPU bundle: {', '.join(failed)}", details)
+    return details
+
+
+def _measure(bundle: Path) -> Mapping[str, Any]:
+    from runtime.cli.bench import measure_bundle
+
+    return measure_bundle(bundle, prompt_tokens=256, gen_tokens=128, rounds=5)
+
+
+def _run_tests(tests: Path = TESTS) -> Mapping[str, Any]:
+    """The tests marked `gpu`, in a process of their own: a fault of the driver ends that one only."""
+    if not tests.is_dir():
+        raise Skip("the tests aren't here (a wheel has none): run this from a clone of the repository")
+    if importlib.util.find_spec("pytest") is None:
+        raise Skip("pytest isn't installed: pip install 'qwen-aot[dev]'")
+    # Exit code 5: no test was collected. -rs lists what skipped and why.
+    arguments = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", str(tests)]
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=TEST_SECONDS, check=False, cwd=tests.parent
+    )
+    output = (done.stdout + done.stderr)[-20_000:]
+    details = {"exit_code": done.returncode, "output": output}
+    if done.returncode == 5:
+        raise Skip("no test is marked gpu")
+    if done.returncode != 0:
+        raise Failure(f"pytest exited with {done.returncode}", details)
+    if " passed" not in output:
+        raise Skip(f"every gpu test skipped itself: {output[-2000:]}")
+    return details
+
+
+def _plain(results: list[StepResult]) -> list[dict[str, Any]]:
+    return [asdict(result) for result in results]
+
+
+def _progress(result: StepResult) -> None:
+    click.echo(
+        f"{result.name}: {result.outcome} ({result.seconds:.1f} s) {result.message.partition(chr(10))[0]}", err=True
+    )
+
+
+def _show(results: list[StepResult], files: tuple[Path, Path]) -> None:
+    console = stdout()
+    failed = [result for result in results if result.outcome == "failed"]
+    for result in failed:
+        console.print(f"[bold red]{result.name}[/]: {result.message}", soft_wrap=True)
+    if has_passed(results):
+        console.print("[bold green]every step that could run passed[/]")
+    elif not failed:
+        console.print("[bold red]no step ran on the GPU[/]: install what the skipped steps name")
+    console.print(f"report: {files[0]} and {files[1]}", soft_wrap=True, highlight=False)

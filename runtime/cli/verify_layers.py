@@ -1,0 +1,72 @@
+"""What `verify --per-layer` does and shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.cli.console import stdout
+
+if TYPE_CHECKING:
+    from engines.per_layer import LayerReport
+    from engines.progress import OnProgress
+    from exporter.checkpoint.base import Checkpoint
+    from runtime.bundle import Bundle
+
+
+def compare(
+    bundle: Bundle, checkpoint: Checkpoint, text: str, window: int, bound: float | None, on_progress: OnProgress
+) -> LayerReport:
+    """Compares the layers over the text's first tokens (random ones for a bundle without a tokenizer)."""
+    from engines.layer_graphs import bound_for, compare_bundle_layers
+
+    manifest = bundle.manifest
+    limit = min(window, manifest.max_context, manifest.prefill_chunk)
+    token_ids = _token_ids(bundle, text)[:limit]
+    return compare_bundle_layers(
+        bundle.path,
+        manifest,
+        checkpoint,
+        token_ids,
+        bound_for(manifest.precision) if bound is None else bound,
+        on_progress,
+    )
+
+
+def _token_ids(bundle: Bundle, text: str) -> list[int]:
+    if bundle.has("tokenizer.json"):
+        from tokenizers import Tokenizer
+
+        return list(Tokenizer.from_file(str(bundle.path / "tokenizer.json")).encode(text, add_special_tokens=False).ids)
+    import numpy as np
+
+    drawn: list[int] = np.random.default_rng(0).integers(0, bundle.manifest.model.vocab_size, 256).tolist()
+    return drawn
+
+
+def show(report: LayerReport, bundle: Path, target: str) -> None:
+    """A table, and the first layer over the bound."""
+    from rich.table import Table
+
+    console = stdout()
+    table = Table(title=f"residual stream after each layer, {report.tokens} tokens, by {report.provider}")
+    for heading in ("layer", "max abs", "mean abs", "median relative", ""):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in report.layers:
+        verdict = "[green]ok[/]" if row.has_passed else "[bold red]over the bound[/]"
+        name = "logits" if row.layer < 0 else str(row.layer)
+        table.add_row(
+            name, f"{row.max_absolute:.3g}", f"{row.mean_absolute:.3g}", f"{row.median_relative:.3g}", verdict
+        )
+    console.print(table)
+    if target.startswith("tensorrt"):
+        console.print(
+            f"{bundle} is a TensorRT engine, whose layers can't be looked at: this is the ONNX that it was compiled "
+            "from, made again from the checkpoint and run on the CPU; the engine itself was not run"
+        )
+    first = report.first_failed
+    if first is None:
+        console.print(f"[bold green]every median is within {report.bound:g}[/]")
+    else:
+        where = "the logits" if first < 0 else f"layer {first}"
+        console.print(f"[bold red]first over the bound of {report.bound:g}: {where}[/]")

@@ -1,0 +1,13 @@
+"""Every test here needs a GPU; without one it is skipped, and says so."""
+
+from __future__ import annotations
+
+import pytest
+
+from runtime.cli.doctor import gpus
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _gpu() -> None:
+    if not gpus():
+        pytest.skip("no NVIDIA GPU or driver (nvidia-smi lists none)")

@@ -1,0 +1,122 @@
+"""`gpu-check` without a GPU, and its steps with the CPU in the GPU's place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines.engine_reference import EngineReference
+from runtime.backends import open_engine
+from runtime.bundle import load_bundle
+from runtime.cli import gpu_check
+from runtime.cli.check_steps import Failure, Skip, Step, run_steps
+from tests.runtime.cli.conftest import Run
+
+NO_GPU: Mapping[str, Any] = {"gpus": []}
+ONE_GPU: Mapping[str, Any] = {"gpus": [{"name": "made up"}]}
+
+
+def test_without_a_gpu_nothing_is_checked_and_it_says_what_is_missing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.cli.doctor.gpus", lambda: [])
+    result = run("gpu-check", "-o", tmp_path / "report", "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert report["passed"] is False
+    outcomes = {step["name"]: step["outcome"] for step in report["steps"]}
+    assert outcomes.pop("find a GPU") == "failed"
+    assert set(outcomes.values()) == {"skipped"}
+    assert "nvidia-smi lists no GPU" in report["steps"][0]["message"]
+    machine = json.loads((tmp_path / "report.json").read_text())["machine"]
+    assert machine["packages"]["numpy"] and machine["targets"]
+    assert "nvidia-smi lists no GPU" in (tmp_path / "report.md").read_text()
+
+
+def test_every_flavour_is_found_built_compared_and_measured(tmp_path: Path) -> None:
+    names = [step.name for step in gpu_check.plan(ONE_GPU, "tiny", tmp_path)]
+    for target in ("tensorrt-rtx", "tensorrt", "cuda"):
+        assert [name for name in names if name.endswith(f" {target}")] == [
+            f"{verb} {target}" for verb in ("find", "build", "compare", "measure")
+        ]
+
+
+def test_a_library_that_is_not_installed_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(Skip, match=r"no CUDAExecutionProvider: pip install 'qwen-aot\[cuda\]'"):
+        gpu_check._find_library("cuda")
+    monkeypatch.setitem(gpu_check.FLAVOURS, "tensorrt", "no_such_module")
+    with pytest.raises(Skip, match="no_such_module isn't installed"):
+        gpu_check._find_library("tensorrt")
+
+
+def test_build_compare_and_measure_with_the_cpu_in_the_gpus_place(tmp_path: Path) -> None:
+    steps = [
+        Step("reference", False, lambda: gpu_check._build_reference("tiny", tmp_path)),
+        Step("build", False, lambda: gpu_check._build("tiny", "cpu", "fp32", tmp_path / "cpu")),
+        Step("compare", True, lambda: gpu_check._compare(tmp_path, "cpu")),
+        Step("measure", True, lambda: gpu_check._measure(tmp_path / "cpu")),
+    ]
+    results = {result.name: result for result in run_steps(steps)}
+    assert {str(result.outcome) for result in results.values()} == {"passed"}, results
+    assert results["reference"].details["target"] == "cpu"
+    assert results["compare"].details["max_logit_difference"] < 1e-3
+    assert results["measure"].details["decode_tokens_per_second"]["median"] > 0
+
+
+def test_an_engine_that_differs_fails_with_its_scores(tmp_path: Path) -> None:
+    gpu_check._build_reference("tiny", tmp_path)
+    gpu_check._build("tiny", "cpu", "int4", tmp_path / "cpu")
+    manifest = tmp_path / "cpu" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"precision": "int4"', '"precision": "fp32"'))
+    with pytest.raises(Failure, match="differs from the CPU bundle: max_logit_difference") as caught:
+        gpu_check._compare(tmp_path, "cpu")
+    assert caught.value.details["kl_divergence"] > 0
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome"),
+    [
+        ("assert True", "passed"),
+        ("assert False", "pytest exited with 1"),
+        ("pytest.skip('no card')", "every gpu test skipped itself"),
+        ("import os; os.abort()", "pytest exited with -6"),
+        (None, "no test is marked gpu"),
+    ],
+)
+def test_the_gpu_tests_run_in_a_process_of_their_own(body: str | None, outcome: str, tmp_path: Path) -> None:
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: x\n")
+    marked = f"@pytest.mark.gpu\ndef test_b():\n    {body}\n" if body else ""
+    (tests / "test_a.py").write_text(f"import pytest\n\ndef test_a():\n    assert False\n\n{marked}")
+    if outcome == "passed":
+        assert gpu_check._run_tests(tests)["exit_code"] == 0
+        return
+    with pytest.raises((Skip, Failure), match=outcome):
+        gpu_check._run_tests(tests)
+
+
+def test_a_wheel_has_no_tests(tmp_path: Path) -> None:
+    with pytest.raises(Skip, match="run this from a clone"):
+        gpu_check._run_tests(tmp_path / "none")
+
+
+def test_an_engine_as_reference_gives_the_logits_of_every_position(bundle: Path) -> None:
+    ids = np.arange(20, dtype=np.int64)
+    with open_engine(load_bundle(bundle)) as engine:
+        logits = EngineReference(engine).logits(ids, 5)
+        assert logits.shape[0] == 15
+        for place in (5, 12, 19):
+            engine.truncate(0, 0)
+            np.testing.assert_allclose(logits[place - 5], engine.prefill(0, ids[: place + 1]), atol=1e-4)
+        engine.truncate(0, 0)
+        first, second = EngineReference(engine).greedy(ids, 2)
+        assert engine.prefill(0, np.append(ids, first)).argmax() == second
