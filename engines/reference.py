@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,9 @@ class Reference:
                 .from_pretrained(None, config=config, state_dict=_state_dict(checkpoint), dtype=torch.float32)
                 .eval()
             )
+            # transformers 5.24 renamed the cache, as an argument and in the output
+            takes = inspect.signature(self._model.forward).parameters
+            self._cache = "cache" if "cache" in takes else "past_key_values"
         finally:
             if was_shown:
                 transformers.utils.logging.enable_progress_bar()
@@ -56,8 +60,8 @@ class Reference:
         tokens: list[int] = []
         step, cache = torch.from_numpy(prompt)[None], None
         for _ in range(count):
-            output = self._model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            step, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            output = self._model(step, **{self._cache: cache}, use_cache=True, logits_to_keep=1)
+            step, cache = output.logits[:, -1:].argmax(-1), output[self._cache]
             tokens.append(int(step))
         return tokens
 

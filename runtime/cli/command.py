@@ -62,28 +62,13 @@ class _Terminal(click.Command):
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Runs the command and exits: 0 ok, 1 failed, 2 usage, 130 Ctrl-C, 143 SIGTERM."""
         kwargs["standalone_mode"] = False
-        previous = signal.signal(signal.SIGTERM, _terminate)
-        try:
-            result = super().main(*args, **kwargs)
-            sys.stdout.flush()
-            code = result if isinstance(result, int) else EXIT_OK
-        except click.ClickException as error:
-            error.show()
-            code = error.exit_code
-        except DeployError as error:
-            click.echo(f"error: {error}", err=True)
-            code = EXIT_FAILED
-        except ModuleNotFoundError as error:
-            click.echo(f"error: {missing_dependency(error)}", err=True)
-            code = EXIT_FAILED
-        except (KeyboardInterrupt, click.Abort):
-            click.echo("interrupted", err=True)
-            code = EXIT_INTERRUPTED
-        except BrokenPipeError:  # `qwen-aot inspect … | head`; while the command runs, click does the same
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = EXIT_FAILED
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+        with _Stop() as stop:
+            try:
+                result = super().main(*args, **kwargs)
+                sys.stdout.flush()
+                code = result if isinstance(result, int) else EXIT_OK
+            except BaseException as error:
+                code = _report(stop.reason or error)
         sys.exit(code)
 
 
@@ -136,7 +121,56 @@ def missing_dependency(error: ModuleNotFoundError) -> str:
     )
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM unwinds like an exception, so that half-written files are cleaned up."""
-    click.echo("terminated", err=True)
-    sys.exit(EXIT_TERMINATED)
+class _Terminated(BaseException):
+    """SIGTERM, raised like Ctrl-C's KeyboardInterrupt, so that half-written files are cleaned up."""
+
+
+class _Stop:
+    """While entered, Ctrl-C and SIGTERM raise, and `reason` keeps what they raised.
+
+    Libraries turn an exception that strikes within them into one of their own; the reason is still the signal.
+    """
+
+    def __init__(self) -> None:
+        self.reason: BaseException | None = None
+        self._previous: list[tuple[int, Any]] = []
+
+    def __enter__(self) -> _Stop:
+        for number, reason in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, _Terminated)):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as for a shell's background jobs
+                self._previous.append((number, signal.signal(number, self._handler(reason))))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous:
+            signal.signal(number, handler)
+
+    def _handler(self, reason: type[BaseException]) -> Callable[[int, FrameType | None], NoReturn]:
+        def stop(number: int, frame: FrameType | None) -> NoReturn:
+            self.reason = reason()
+            raise self.reason
+
+        return stop
+
+
+def _report(error: BaseException) -> int:
+    """Says on stderr what ended a command, and gives its exit code. What we don't know is our bug: raises."""
+    match error:
+        case click.ClickException():
+            error.show()
+            return error.exit_code
+        case DeployError():
+            click.echo(f"error: {error}", err=True)
+        case ModuleNotFoundError():
+            click.echo(f"error: {missing_dependency(error)}", err=True)
+        case KeyboardInterrupt() | click.Abort():
+            click.echo("interrupted", err=True)
+            return EXIT_INTERRUPTED
+        case _Terminated():
+            click.echo("terminated", err=True)
+            return EXIT_TERMINATED
+        case BrokenPipeError():  # `qwen-aot inspect … | head`; while the command runs, click does the same
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        case _:
+            raise error
+    return EXIT_FAILED

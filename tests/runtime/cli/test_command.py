@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from types import ModuleType
 
@@ -45,6 +46,32 @@ def test_what_is_raised_becomes_a_code_and_a_message(error: BaseException, code:
 def test_our_bugs_keep_their_traceback(error: Exception) -> None:
     result = CliRunner().invoke(verb_that_raises(error))
     assert result.exception is error
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "message"), [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n")]
+)
+@pytest.mark.parametrize("raised", [ValueError("wrapped"), BuildError("wrapped"), SystemExit(1)])
+def test_a_signal_is_the_reason_whatever_a_library_makes_of_it(
+    number: signal.Signals, code: int, message: str, raised: BaseException
+) -> None:
+    @click.command("work", cls=VerbCommand)
+    def command() -> None:
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:
+            raise raised from error
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
+    try:
+        result = CliRunner().invoke(command)
+        assert (result.exit_code, result.stderr) == (code, message)
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == (
+            signal.default_int_handler,
+            before[1],
+        )
+    finally:
+        signal.signal(signal.SIGINT, before[0])
 
 
 def test_options_stand_under_their_headings_with_defaults() -> None:
