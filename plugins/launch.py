@@ -67,7 +67,7 @@ def min_split(group: int, cache: str) -> int:
 def num_splits(batch: int, num_kv_heads: int, capacity: int, group: int, cache: str, sm_count: int) -> int:
     """Parts that a row of full length is split into: enough programs for every SM, none smaller than `min_split`."""
     wanted = math.ceil(_PROGRAMS_PER_SM * sm_count / (batch * num_kv_heads))
-    return max(1, min(wanted, math.ceil(capacity / min_split(group, cache))))
+    return max(1, min(wanted, capacity // min_split(group, cache)))
 
 
 def gqa_launches(

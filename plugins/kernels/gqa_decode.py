@@ -10,8 +10,9 @@ _SPLIT_UNIT = tl.constexpr(128)
 
 @triton.jit
 def split_length(length, num_splits, min_split):
-    """Slots that one part takes of a row of `length`: at least min_split, a multiple of 128."""
-    return tl.cdiv(tl.maximum(tl.cdiv(length, num_splits), min_split), _SPLIT_UNIT) * _SPLIT_UNIT
+    """Slots that one part takes of a row: of as many parts as have min_split slots each, a multiple of 128."""
+    parts = tl.minimum(tl.maximum(length // min_split, 1), num_splits)
+    return tl.cdiv(tl.cdiv(length, parts), _SPLIT_UNIT) * _SPLIT_UNIT
 
 
 @triton.jit
