@@ -58,10 +58,10 @@ def _dtype_name(tensor: torch.Tensor) -> str:
 def min_split(group: int, cache: str) -> int:
     """Fewest slots of a part of decode attention.
 
-    A part's result, group · D fp32 values, is written and read once more. 32 · group slots of a 16-bit cache, twice that
-    of an int8 one, keep that at 1/32 of the part's keys and values.
+    A part's result, group · D fp32 values, is written and read once more. 40 · group slots of a 16-bit cache, twice that
+    of an int8 one, keep that at 1/40 of the part's keys and values.
     """
-    return max(_MIN_SPLIT, 32 * group * (2 if cache == "int8" else 1))
+    return max(_MIN_SPLIT, 40 * group * (2 if cache == "int8" else 1))
 
 
 def num_splits(batch: int, num_kv_heads: int, capacity: int, group: int, cache: str, sm_count: int) -> int:

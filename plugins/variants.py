@@ -381,7 +381,7 @@ TILES = {
     # 99 KiB: at head size 128 two programs of 64 queries fit an SM, and hide each other's waits.
     "ampere-small": Tiles(
         prefill={
-            64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+            64: Tile(block_m=128, block_n=32, num_warps=8, num_stages=3),
             128: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
         },
         decode=_DECODE,
@@ -417,7 +417,7 @@ TILES = {
     # Ampere's instructions and 99 KiB.
     "blackwell-small": Tiles(
         prefill={
-            64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+            64: Tile(block_m=128, block_n=32, num_warps=8, num_stages=3),
             128: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
         },
         decode=_DECODE,

@@ -90,7 +90,9 @@ def gate_up_product(
         gate_weight = weight_tile(
             weight_ptr, zero_ptr, gate_row, mask_n, start_k, M, has_zeros, dtype, WEIGHT_BITS, BLOCK_K
         )
-        up_weight = weight_tile(weight_ptr, zero_ptr, up_row, mask_n, start_k, M, has_zeros, dtype, WEIGHT_BITS, BLOCK_K)
+        up_weight = weight_tile(
+            weight_ptr, zero_ptr, up_row, mask_n, start_k, M, has_zeros, dtype, WEIGHT_BITS, BLOCK_K
+        )
         if WEIGHT_BITS == 4:
             gate_scale = scale_tile(scale_ptr, gate_row, mask_n, start_k, M, WEIGHT_BITS)
             up_scale = scale_tile(scale_ptr, up_row, mask_n, start_k, M, WEIGHT_BITS)

@@ -83,7 +83,9 @@ class MoeStep:
         chosen = [expert for expert in ids.unique().tolist() if 0 <= expert < self.num_experts]
         sizes = {"chosen": chosen, "form": self.form, "dtype": dtype}
         self.num_chosen = len(chosen)
-        self.gate_up = make_weights(self.num_experts, 2 * self.inner_size, self.hidden_size, seed=self.seed + 1, **sizes)
+        self.gate_up = make_weights(
+            self.num_experts, 2 * self.inner_size, self.hidden_size, seed=self.seed + 1, **sizes
+        )
         self.down = make_weights(self.num_experts, self.hidden_size, self.inner_size, seed=self.seed + 2, **sizes)
         self.tensors = {
             "hidden": torch.randn(self.num_tokens, self.hidden_size, generator=random).to(dtype),

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
+from tests.plugins.bounds import assert_close
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.gqa_cases import GqaStep
 from tests.plugins.moe_cases import MoeStep
@@ -30,9 +31,7 @@ def count(step: GqaStep | MoeStep) -> list[Traffic]:
 
 
 def total(traffic: list[Traffic]) -> Traffic:
-    return Traffic(
-        sum((part.read for part in traffic), Counter()), sum((part.written for part in traffic), Counter())
-    )
+    return Traffic(sum((part.read for part in traffic), Counter()), sum((part.written for part in traffic), Counter()))
 
 
 @pytest.mark.parametrize("group", [1, 3, 8, 16])
@@ -57,8 +56,8 @@ def test_decode_attention_reads_each_valid_key_and_value_once(group, is_int8, he
     assert traffic.read["key"] == traffic.read["value"] == valid * head_dim * element
     assert traffic.read["key_scale"] == traffic.read["value_scale"] == (valid * 2 if is_int8 else 0)
     cache = sum(traffic.read[name] for name in ("key", "value", "key_scale", "value_scale"))
-    # With q and the parts' results, of both kernels.
-    assert sum(traffic.read.values()) <= ALLOWED * cache
+    # With q, lengths and the parts' results, of both kernels. 16 heads' q and result are 5 % of 512 slots by themselves.
+    assert sum(traffic.read.values()) <= (ALLOWED if group <= 8 else 1.10) * cache
     # What is written of the cache: one slot of each row and head that isn't idle.
     assert rotate.written["key"] == sum(length > 0 for length in lengths) * 2 * head_dim * element
 
@@ -94,14 +93,11 @@ def test_decode_experts_read_each_chosen_expert_once(form, num_tokens, routing):
     assert traffic.written["output"] == num_tokens * hidden_size * 2
 
 
+@pytest.mark.slow
 def test_experts_of_a_real_size():
     """Qwen1.5-MoE-A2.7B: hidden 2048, 60 experts of 1408, 4 a token."""
     ids = torch.tensor([[59, 0, 31, 7], [7, 12, 59, 58]], dtype=torch.int32)
-    step = MoeStep(
-        num_tokens=2, num_experts=60, k=4, hidden_size=2048, inner_size=1408, form="4z", dtype="bf16", expert_ids=ids
-    )
-    from tests.plugins.bounds import assert_close
-
+    step = MoeStep(num_tokens=2, num_experts=60, k=4, hidden_size=2048, inner_size=1408, form="8", expert_ids=ids)
     tensors, launches = step.prepare(CPU)
     with counting(tensors) as traffic:
         for launch in launches:
@@ -109,4 +105,4 @@ def test_experts_of_a_real_size():
     assert_close(tensors["output"], step.expected())
     numbers = 6 * 3 * 2048 * 1408  # of 6 different experts
     weights = sum(count for name, count in traffic.read.items() if name.startswith(("gate_up", "down")))
-    assert weights == numbers // 2 + numbers // 128 * 3
+    assert weights == numbers + 6 * (2 * 1408 + 2048) * 2

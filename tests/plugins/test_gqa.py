@@ -124,7 +124,9 @@ def test_int8_scale_of_a_head_of_zeros_and_of_huge_values(device):
 
 def test_a_request_that_nothing_serves_is_printed():
     step = GqaStep(lengths=[(0, 1)], steps=1, group=17)
-    message = r"no variant of gqa_decode for SM 8.9 serves dtype=fp16, cache=same, head_dim=64, group=17; there are: .*g2_16"
+    message = (
+        r"no variant of gqa_decode for SM 8.9 serves dtype=fp16, cache=same, head_dim=64, group=17; there are: .*g2_16"
+    )
     with pytest.raises(BuildError, match=message):
         step.prepare(torch.device("cpu"))
     with pytest.raises(BuildError, match="head_dim=96"):
@@ -135,6 +137,4 @@ def test_fp32_is_refused():
     step = GqaStep(lengths=[(0, 1)], steps=1)
     tensors = {**step.tensors, "qkv": step.tensors["qkv"].float()}
     with pytest.raises(BuildError, match=r"fp16, bf16, not in torch\.float32"):
-        gqa_launches(
-            SM, 1, **tensors, output=tensors["qkv"], workspace={"query": None}, num_heads=2, scale=1.0
-        )
+        gqa_launches(SM, 1, **tensors, output=tensors["qkv"], workspace={"query": None}, num_heads=2, scale=1.0)
