@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from plugins.kernels.moe_reference import ExpertWeights
 
+    Arguments = dict[str, torch.Tensor | int | float | None]  # None: a pointer that the variant doesn't touch
+
 _DTYPE_NAMES = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
 _PROGRAMS_PER_SM = 4  # of decode attention: what fits beside each other, so that no program waits for another to end
 _MIN_SPLIT = 256  # slots: a part's start and its result cost about what 100 slots do
@@ -58,8 +60,8 @@ def _dtype_name(tensor: torch.Tensor) -> str:
 def min_split(group: int, cache: str) -> int:
     """Fewest slots of a part of decode attention.
 
-    A part's result, group · D fp32 values, is written and read once more. 40 · group slots of a 16-bit cache, twice that
-    of an int8 one, keep that at 1/40 of the part's keys and values.
+    A part's result, group · D fp32 values, is written and read once more. 40 · group slots of a 16-bit cache, twice
+    that of an int8 one, keep that at 1/40 of the part's keys and values.
     """
     return max(_MIN_SPLIT, 40 * group * (2 if cache == "int8" else 1))
 
@@ -96,15 +98,15 @@ def gqa_launches(
         sm_count: Streaming multiprocessors of the GPU.
         qkv: As in `plugins.kernels.gqa_reference`, and so are all tensors up to new_tokens; key, value and their
             scales are written.
-        key: ...
-        value: ...
-        key_scale: ...
-        value_scale: ...
-        cos: ...
-        sin: ...
-        position_ids: ...
-        cache_length: ...
-        new_tokens: ...
+        key: [B, Hkv, C, D].
+        value: Like key.
+        key_scale: [B, Hkv, C] with an int8 cache, else None.
+        value_scale: Like key_scale.
+        cos: [P, D/2].
+        sin: [P, D/2].
+        position_ids: [B, S].
+        cache_length: [B].
+        new_tokens: [B].
         output: [B, S, H·D] in qkv's dtype, written.
         workspace: As `gqa_workspace` describes.
         num_heads: H.
@@ -119,7 +121,7 @@ def gqa_launches(
     dtype, cache = _dtype_name(qkv), "same" if key_scale is None else "int8"
     facts: dict[str, str | int] = {"dtype": dtype, "cache": cache, "head_dim": head_dim, "group": group}
     sizes = {"B": batch, "S": steps, "H": num_heads, "Hkv": num_kv_heads, "all_heads": num_heads + 2 * num_kv_heads}
-    cached = {
+    cached: Arguments = {
         "query_ptr": workspace["query"],
         "key_ptr": key,
         "value_ptr": value,
@@ -144,15 +146,27 @@ def gqa_launches(
         },
         sizes,
     )
-    scaled = {"scale_log2e": scale * math.log2(math.e), "C": capacity, "num_heads": num_heads, "group": group}
+    scaled: Arguments = {
+        "scale_log2e": scale * math.log2(math.e),
+        "C": capacity,
+        "num_heads": num_heads,
+        "group": group,
+    }
     if steps > 1:
-        attend = {**cached, "output_ptr": output, **scaled, "S": steps}
+        attend: Arguments = {**cached, "output_ptr": output, **scaled, "S": steps}
         return [rotate, Launch(select(sm, "gqa_prefill", **facts), attend, sizes)]
     splits = num_splits(batch, num_kv_heads, capacity, group, cache, sm_count)
-    split = {"num_splits": splits, "min_split": min_split(group, cache)}
-    partial = {"partial_ptr": workspace["partial"], "partial_lse_ptr": workspace["partial_lse"]}
-    lengths = {"cache_length_ptr": cache_length, "new_tokens_ptr": new_tokens}
-    reduce = {**partial, **lengths, "output_ptr": output, "num_heads": num_heads, "head_dim": head_dim, **split}
+    split: Arguments = {"num_splits": splits, "min_split": min_split(group, cache)}
+    partial: Arguments = {"partial_ptr": workspace["partial"], "partial_lse_ptr": workspace["partial_lse"]}
+    lengths: Arguments = {"cache_length_ptr": cache_length, "new_tokens_ptr": new_tokens}
+    reduce: Arguments = {
+        **partial,
+        **lengths,
+        "output_ptr": output,
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+        **split,
+    }
     return [
         rotate,
         Launch(
@@ -202,7 +216,7 @@ def moe_workspace(
     return shapes
 
 
-def _weights(weights: ExpertWeights) -> dict[str, torch.Tensor | int | None]:
+def _weights(weights: ExpertWeights) -> Arguments:
     return {
         "weight_ptr": weights.codes,
         "scale_ptr": weights.scale,
@@ -247,29 +261,29 @@ def moe_launches(
     entries = num_tokens * k
     blocks = most_blocks(entries, num_experts)
     sizes = {"T": num_tokens, "k": k, "E": num_experts, "M": hidden_size, "F": inner_size, "blocks": blocks}
-    widths = {"M": hidden_size, "F": inner_size}
-    first = {"hidden_ptr": hidden, **_weights(gate_up), "inner_ptr": workspace["inner"], **widths}
-    second = {
+    widths: Arguments = {"M": hidden_size, "F": inner_size}
+    first: Arguments = {"hidden_ptr": hidden, **_weights(gate_up), "inner_ptr": workspace["inner"], **widths}
+    second: Arguments = {
         "inner_ptr": workspace["inner"],
         **_weights(down),
         "expert_weights_ptr": expert_weights,
         "partial_ptr": workspace["partial"],
         **widths,
     }
-    chosen = {"expert_ids_ptr": expert_ids, "num_experts": num_experts}
-    add = {"partial_ptr": workspace["partial"], "output_ptr": output, **chosen, "k": k, "M": hidden_size}
+    chosen: Arguments = {"expert_ids_ptr": expert_ids, "num_experts": num_experts}
+    add: Arguments = {"partial_ptr": workspace["partial"], "output_ptr": output, **chosen, "k": k, "M": hidden_size}
     total = Launch(select(sm, "moe_sum", **facts), add, sizes)
     if is_moe_decode(num_tokens, k):
-        few = {**chosen, "num_tokens": num_tokens, "k": k}
+        few: Arguments = {**chosen, "num_tokens": num_tokens, "k": k}
         return [
             Launch(select(sm, "moe_decode_gate_up", **facts), {**first, **few}, sizes),
             Launch(select(sm, "moe_decode_down", **facts), {**second, **few}, sizes),
             total,
         ]
-    counts = {"expert_ids_ptr": expert_ids, "counts_ptr": workspace["counts"], "num_entries": entries}
-    grouped = {f"{name}_ptr": workspace[name] for name in ("sorted_entries", "block_experts", "num_blocks")}
-    scatter = {**counts, **grouped, "num_experts": num_experts, "block_m": MOE_BLOCK_M}
-    many = {**grouped, "num_entries": entries}
+    counts: Arguments = {"expert_ids_ptr": expert_ids, "counts_ptr": workspace["counts"], "num_entries": entries}
+    grouped: Arguments = {f"{name}_ptr": workspace[name] for name in ("sorted_entries", "block_experts", "num_blocks")}
+    scatter: Arguments = {**counts, **grouped, "num_experts": num_experts, "block_m": MOE_BLOCK_M}
+    many: Arguments = {**grouped, "num_entries": entries}
     return [
         Launch(select(sm, "moe_count", **facts), counts, sizes),
         Launch(select(sm, "moe_scatter", **facts), scatter, sizes),

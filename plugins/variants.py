@@ -2,8 +2,8 @@
 
 `aot` compiles it, `launch` and the library choose from it, tests take their parameters from it. A variant serves the
 requests that its `match` describes: each fact named there equals the value, or lies in the [first, last] range.
-To add a head size, add it to `HEAD_DIMS` and to the prefill and decode columns of each row of `TILES`. To add an SM, add
-it to `FAMILIES` (and, if no row of `TILES` suits it, a row).
+To add a head size, add it to `HEAD_DIMS` and to the prefill and decode columns of each row of `TILES`. To add an SM,
+add it to `SMS` and `FAMILIES` (and, if no row of `TILES` suits it, a row).
 """
 
 from __future__ import annotations

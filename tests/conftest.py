@@ -1,4 +1,4 @@
-"""Before any test module is imported: one of them may import triton, which decides then whether kernels are interpreted.
+"""Runs before any test module is imported: one may import triton, which then decides whether kernels are interpreted.
 
 Without a GPU, the plugins' kernels run in Triton's interpreter. Nothing else in the tests runs a Triton kernel.
 """

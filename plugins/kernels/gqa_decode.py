@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-
 # Parts start at multiples of it, whatever a variant's BLOCK_N is, so that one reduction serves them all.
 _SPLIT_UNIT = tl.constexpr(128)
 

@@ -6,7 +6,7 @@ import torch
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [..., heads, D] with element i and i + D/2 rotated by the angle of cos, sin [..., D/2]; fp32.
+    """Gives x [..., heads, D] with element i and i + D/2 rotated by the angle of cos, sin [..., D/2]; fp32.
 
     Source: RoFormer (arXiv 2104.09864), half-rotated as in Hugging Face.
     """
@@ -16,7 +16,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes int8 like x [..., D] and scales [...] fp16, max-abs / 127 over the last axis; codes are for that fp16 scale."""
+    """Codes int8 like x [..., D] and scales [...] fp16, max-abs / 127 over the last axis."""
     scale = (x.float().abs().amax(dim=-1) / 127).clamp(max=torch.finfo(torch.float16).max).half()
     divisor = torch.where(scale > 0, scale.float(), 1.0).unsqueeze(-1)
     return (x.float() / divisor).round().clamp(-127, 127).to(torch.int8), scale

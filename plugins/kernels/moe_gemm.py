@@ -45,10 +45,7 @@ def weight_tile(
 @triton.jit
 def scale_tile(scale_ptr, row, mask, start_k, K, WEIGHT_BITS: tl.constexpr):
     """Scales [BLOCK_N] of rows `row` for the block of K that holds start_k, fp32."""
-    if WEIGHT_BITS == 4:
-        place = row * (K // _QUANT_BLOCK) + start_k // _QUANT_BLOCK
-    else:
-        place = row
+    place = row * (K // _QUANT_BLOCK) + start_k // _QUANT_BLOCK if WEIGHT_BITS == 4 else row
     return tl.load(scale_ptr + place, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -129,7 +126,7 @@ def down_product(
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """partial[entry] = (down · inner[entry]) · expert_weights[entry], BLOCK_N columns from program_id(1) · BLOCK_N on."""
+    """partial[entry] = (down · inner[entry]) · expert_weights[entry], for the columns of program_id(1)."""
     dtype = inner_ptr.dtype.element_ty
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     offs_k = tl.arange(0, BLOCK_K)  # [BLOCK_K]

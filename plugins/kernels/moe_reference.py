@@ -39,7 +39,7 @@ class ExpertWeights:
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """Codes 0 … 15 [..., K] to bytes [..., K/2] int8: element 2i in the low nibble of byte i, 2i + 1 in the high one."""
+    """Codes 0 … 15 [..., K] to bytes [..., K/2] int8: 2i in the low nibble of byte i, 2i + 1 in the high one."""
     codes = codes.to(torch.uint8)
     return (codes[..., 0::2] | (codes[..., 1::2] << 4)).view(torch.int8)
 

@@ -15,8 +15,7 @@ def make_weights(
 ) -> ExpertWeights:
     """[E, N, K] with random weights of the chosen experts and NaN (in scales, where there are some) elsewhere.
 
-    Args:
-        form: "16", "8", "4" (symmetric) or "4z" (with zeros, some of them 0 and 16).
+    `form` is "16", "8", "4" (symmetric) or "4z" (with zeros, some of them 0 and 16).
     """
     random = torch.Generator().manual_seed(seed)
     at = torch.tensor(chosen, dtype=torch.long)

@@ -56,7 +56,7 @@ def test_decode_attention_reads_each_valid_key_and_value_once(group, is_int8, he
     assert traffic.read["key"] == traffic.read["value"] == valid * head_dim * element
     assert traffic.read["key_scale"] == traffic.read["value_scale"] == (valid * 2 if is_int8 else 0)
     cache = sum(traffic.read[name] for name in ("key", "value", "key_scale", "value_scale"))
-    # With q, lengths and the parts' results, of both kernels. 16 heads' q and result are 5 % of 512 slots by themselves.
+    # With q, lengths and the parts' results, of both kernels. 16 heads' q and result alone are 5 % of 512 slots.
     assert sum(traffic.read.values()) <= (ALLOWED if group <= 8 else 1.10) * cache
     # What is written of the cache: one slot of each row and head that isn't idle.
     assert rotate.written["key"] == sum(length > 0 for length in lengths) * 2 * head_dim * element
