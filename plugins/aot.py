@@ -2,7 +2,8 @@
 
 FOLDER then holds, for each SM, a folder `sm_89` with one cubin a variant, a JSON record beside it and
 `manifest.json`, which lists them all; and with SM 8.0 a folder `ptx` with the PTX of its variants, which later GPUs can
-compile. A record also is the cache: a variant whose sources, constants and compiler are those of its record is not compiled again.
+compile. A record also is the cache: a variant whose sources, constants and compiler are those of its record isn't compiled
+again.
 
 An entry of a manifest: `name`; `kernel`; `match`, `constants`, `arguments`, `grid` (plugins/variants.py explains them);
 `symbol`, the entry point, which takes `arguments` in that order and two null pointers; `num_warps` (32 threads each),
@@ -174,6 +175,7 @@ def _cached(folder: Path, variant: Variant, expected_hash: str) -> dict[str, Any
 def _start_worker(cache: str) -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # a kernel imported under it can't be compiled
     os.environ["TRITON_CACHE_DIR"] = cache
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same cubin wherever the sources lie, and a smaller one
 
 
 def problems(sm: str, entries: Iterable[dict[str, Any]]) -> list[str]:

@@ -306,10 +306,15 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Tiles of one SM family; those of attention by head size, those of experts by weight bits."""
+    """Tiles of one SM family; those of attention by head size, those of experts by weight bits.
+
+    `prefill_int8` is prefill over an int8 cache, `decode_one` decode for groups of one head.
+    """
 
     prefill: Mapping[int, Tile]
+    prefill_int8: Mapping[int, Tile]
     decode: Mapping[int, Tile]
+    decode_one: Mapping[int, Tile]
     gate_up: Mapping[int, Tile]
     down: Mapping[int, Tile]
     decode_gate_up: Mapping[int, Tile]
@@ -365,6 +370,23 @@ _DECODE = {
     128: Tile(block_n=64, num_warps=4, num_stages=2),
 }
 
+# Without tensor cores the tile is multiplied in fp32 registers: 64 slots of 128 elements spill on SM 8.0 and 10.0.
+_DECODE_ONE = {
+    64: Tile(block_n=128, num_warps=4, num_stages=2),
+    128: Tile(block_n=32, num_warps=4, num_stages=2),
+}
+
+# Dequantizing values takes registers: 64 slots a step spill (up to 464 bytes a thread on SM 8.0), 32 don't; nor do
+# 64 queries where SM 12.0 spills with 128.
+_PREFILL_INT8_LARGE = {
+    64: Tile(block_m=128, block_n=32, num_warps=8, num_stages=2),
+    128: Tile(block_m=128, block_n=32, num_warps=8, num_stages=2),
+}
+_PREFILL_INT8_SMALL = {
+    64: Tile(block_m=128, block_n=32, num_warps=8, num_stages=2),
+    128: Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
+}
+
 TILES = {
     # 163 KiB: 128 queries a program halve the traffic of K and V against 64.
     "ampere-large": Tiles(
@@ -372,7 +394,9 @@ TILES = {
             64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
             128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
         },
+        prefill_int8=_PREFILL_INT8_LARGE,
         decode=_DECODE,
+        decode_one=_DECODE_ONE,
         gate_up=_GATE_UP,
         down=_DOWN,
         decode_gate_up=_DECODE_GATE_UP,
@@ -384,7 +408,9 @@ TILES = {
             64: Tile(block_m=128, block_n=32, num_warps=8, num_stages=3),
             128: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
         },
+        prefill_int8=_PREFILL_INT8_SMALL,
         decode=_DECODE,
+        decode_one=_DECODE_ONE,
         gate_up=_GATE_UP,
         down=_DOWN,
         decode_gate_up=_DECODE_GATE_UP,
@@ -396,19 +422,23 @@ TILES = {
             64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
             128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
         },
+        prefill_int8=_PREFILL_INT8_LARGE,
         decode=_DECODE,
+        decode_one=_DECODE_ONE,
         gate_up=_GATE_UP,
         down=_DOWN,
         decode_gate_up=_DECODE_GATE_UP,
         decode_down=_DECODE_DOWN,
     ),
-    # tcgen05 wants 64 or 128 rows; the accumulator lives in tensor memory, not in registers.
+    # tcgen05 wants 64 or 128 rows; the accumulator lives in tensor memory, not in registers. Three stages spill.
     "blackwell-large": Tiles(
         prefill={
-            64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
+            64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
             128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
         },
+        prefill_int8=_PREFILL_INT8_LARGE,
         decode=_DECODE,
+        decode_one=_DECODE_ONE,
         gate_up=_GATE_UP,
         down=_DOWN,
         decode_gate_up=_DECODE_GATE_UP,
@@ -420,7 +450,9 @@ TILES = {
             64: Tile(block_m=128, block_n=32, num_warps=8, num_stages=3),
             128: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
         },
+        prefill_int8=_PREFILL_INT8_SMALL,
         decode=_DECODE,
+        decode_one=_DECODE_ONE,
         gate_up=_GATE_UP,
         down=_DOWN,
         decode_gate_up=_DECODE_GATE_UP,
@@ -437,13 +469,13 @@ def _attention_variants(tiles: Tiles, dtype: str, cache: str) -> list[Variant]:
     rotate = {"IS_INT8": is_int8, "HEADS": 16, "HALF": 64}
     result = [Variant("gqa_rotate", {**facts, "head_dim": (64, 128)}, rotate, types, num_warps=4)]
     for head_dim in HEAD_DIMS:
-        tile = tiles.prefill[head_dim]
+        tile = (tiles.prefill_int8 if is_int8 else tiles.prefill)[head_dim]
         constants = {"IS_INT8": is_int8, "D": head_dim, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         constants["NUM_STAGES"] = tile.num_stages
         match = {**facts, "head_dim": head_dim}
         result.append(Variant("gqa_prefill", match, constants, types, tile.num_warps, tile.num_stages))
-        tile = tiles.decode[head_dim]
         for group_tile, groups in GROUP_TILES.items():
+            tile = (tiles.decode_one if group_tile == 1 else tiles.decode)[head_dim]
             constants = {"IS_INT8": is_int8, "D": head_dim, "GROUP": group_tile, "BLOCK_N": tile.block_n}
             constants["NUM_STAGES"] = tile.num_stages
             match = {**facts, "head_dim": head_dim, "group": groups}
