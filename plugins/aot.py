@@ -1,0 +1,327 @@
+"""Compiles the kernels ahead of time, with no GPU: `python -m plugins.aot --sm 8.9 -o FOLDER`.
+
+FOLDER then holds, for each SM, a folder `sm_89` with one cubin a variant, a JSON record beside it and
+`manifest.json`, which lists them all; and with SM 8.0 a folder `ptx` with the PTX of its variants, which later GPUs
+can compile. A record also is the cache: a variant whose sources, constants and compiler are those of its record isn't
+compiled again.
+
+An entry of a manifest: `name`; `kernel`; `match`, `constants`, `arguments`, `grid` (plugins/variants.py explains them);
+`symbol`, the entry point, which takes `arguments` in that order and two null pointers; `num_warps` (32 threads each),
+`shared_bytes` (dynamic shared memory of a launch); `file`, `bytes`, `sha256`; `source_hash`; `resources`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import fnmatch
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from plugins.variants import FAMILIES, KERNELS, SHARED_BYTES, SMS, Variant, variants
+from qwen_aot_errors import BuildError
+
+FORMAT_VERSION = 1
+PTX_SM = "8.0"  # every later GPU can compile its PTX
+_TENSOR_CORE_KERNELS = ("gqa_prefill", "moe_gate_up", "moe_down")
+_NO_SPILL_KERNELS = ("gqa_decode", "gqa_reduce", "moe_decode_gate_up", "moe_decode_down", "moe_sum")
+# Spills that were looked at and accepted: (SM or "*", pattern of variant names) to the reason.
+ACCEPTED_SPILLS: dict[tuple[str, str], str] = {}
+
+# Tensor-core instructions of SASS: Ampere, Ada and small Blackwell; Hopper; large Blackwell (tcgen05).
+_TENSOR_CORE = re.compile(r"\b(?:[HIQO]MMA|[HIQO]GMMA|UTC[HIQO]MMA)\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one program of a variant takes.
+
+    Attributes:
+        registers: Of each thread.
+        spill_bytes: Stack of each thread; these kernels have no other use for one than spilled registers.
+        tensor_core_instructions: In the machine code, counted once each.
+    """
+
+    registers: int
+    spill_bytes: int
+    tensor_core_instructions: int
+
+
+def source_hash(sm: str, variant: Variant) -> str:
+    """Hash of everything that the compiled form depends on: sources, constants, types, target, compiler."""
+    kernel = KERNELS[variant.kernel]
+    specification = importlib.util.find_spec(kernel.module)
+    if specification is None or specification.origin is None:
+        raise BuildError(f"the source of kernel {variant.kernel}, module {kernel.module}, isn't installed")
+    facts = {"format": FORMAT_VERSION, "sm": sm, "triton": importlib.metadata.version("triton"), **asdict(variant)}
+    facts["arguments"] = [asdict(argument) for argument in variant.arguments]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    digest.update(Path(specification.origin).read_bytes())
+    return digest.hexdigest()
+
+
+def _arch(sm: str) -> int:
+    return int(sm.replace(".", ""))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes aside and renames, so that a reader never sees half a file."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """Output of one of the CUDA tools that come with triton."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def measure(cubin: Path) -> Resources:
+    """Reads a cubin's resource usage and machine code with `cuobjdump`."""
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "--dump-resource-usage", str(cubin)))
+    if usage is None:
+        raise BuildError(f"cuobjdump reports no resource usage for {cubin}")
+    registers, stack = map(int, usage.groups())
+    return Resources(registers, stack, len(_TENSOR_CORE.findall(_tool("cuobjdump", "--dump-sass", str(cubin)))))
+
+
+def compile_variant(sm: str, variant: Variant, folder: Path) -> dict[str, Any]:
+    """Compiles one variant into `folder`/sm_NN (and `folder`/ptx for SM 8.0), and returns its manifest entry.
+
+    Raises:
+        BuildError: If the kernel's signature isn't that of `KERNELS`, or it needs scratch memory.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(KERNELS[variant.kernel].module), variant.kernel)
+    names = [argument.name for argument in variant.arguments]
+    taken, constants = kernel.arg_names[: len(names)], kernel.arg_names[len(names) :]
+    if taken != names or set(constants) != set(variant.constants):
+        listed = [*names, *variant.constants]
+        raise BuildError(f"{variant.kernel} takes {kernel.arg_names}, but plugins/variants.py lists {listed}")
+    signature = {argument.name: argument.type for argument in variant.arguments}
+    signature |= dict.fromkeys(variant.constants, "constexpr")
+    aligned = {
+        (index,): [["tt.divisibility", 16]] for index, argument in enumerate(variant.arguments) if argument.is_aligned
+    }
+    source = ASTSource(kernel, signature, constexprs=dict(variant.constants), attrs=aligned)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", _arch(sm), 32), options=options)
+    metadata = compiled.metadata
+    if metadata.global_scratch_size or metadata.profile_scratch_size:
+        raise BuildError(f"{variant.name} for SM {sm} needs scratch memory, which the library doesn't give")
+
+    target = folder / f"sm_{_arch(sm)}"
+    cubin = target / f"{variant.name}.cubin"
+    _write(cubin, compiled.asm["cubin"])
+    entry = {
+        "name": variant.name,
+        "kernel": variant.kernel,
+        "match": dict(variant.match),
+        "constants": dict(variant.constants),
+        "arguments": [{"name": argument.name, "type": argument.type} for argument in variant.arguments],
+        "grid": [{"sizes": list(sizes), "per": per} for sizes, per in KERNELS[variant.kernel].grid],
+        "symbol": metadata.name,
+        "num_warps": metadata.num_warps,
+        "shared_bytes": metadata.shared,
+        "source_hash": source_hash(sm, variant),
+        "resources": asdict(measure(cubin)),
+    }
+    if sm == PTX_SM:
+        text = compiled.asm["ptx"].rstrip("\0").encode()
+        _write_entry(folder / "ptx", entry, "ptx", text)
+    return _write_entry(target, entry, "cubin", compiled.asm["cubin"])
+
+
+def _write_entry(folder: Path, entry: dict[str, Any], suffix: str, data: bytes) -> dict[str, Any]:
+    name = f"{entry['name']}.{suffix}"
+    _write(folder / name, data)
+    facts = {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    complete = json.loads(json.dumps({**entry, **facts}))  # as a reader of the file sees it
+    _write(folder / f"{entry['name']}.json", json.dumps(complete, indent=1).encode())
+    return dict(complete)
+
+
+def _cached(folder: Path, variant: Variant, expected_hash: str) -> dict[str, Any] | None:
+    """The entry that an earlier build left, if it is of these sources and its file is whole."""
+    try:
+        entry: dict[str, Any] = json.loads((folder / f"{variant.name}.json").read_bytes())
+        data = (folder / entry["file"]).read_bytes()
+    except (OSError, ValueError, KeyError):
+        return None
+    is_whole = hashlib.sha256(data).hexdigest() == entry["sha256"]
+    return entry if is_whole and entry["source_hash"] == expected_hash else None
+
+
+def _start_worker(cache: str) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)  # a kernel imported under it can't be compiled
+    os.environ["TRITON_CACHE_DIR"] = cache
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same cubin wherever the sources lie, and a smaller one
+
+
+def problems(sm: str, entries: Iterable[dict[str, Any]]) -> list[str]:
+    """What is wrong with the resources of one SM's variants, a sentence each."""
+    found = []
+    limit = SHARED_BYTES[FAMILIES[sm]]
+    for entry in entries:
+        name, kernel, used = entry["name"], entry["kernel"], Resources(**entry["resources"])
+        if entry["shared_bytes"] > limit:
+            found.append(f"{name} takes {entry['shared_bytes']} bytes of shared memory; SM {sm} has {limit}")
+        if kernel in _TENSOR_CORE_KERNELS and not used.tensor_core_instructions:
+            found.append(f"{name} for SM {sm} has no tensor-core instruction")
+        is_accepted = kernel not in _NO_SPILL_KERNELS and any(
+            fnmatch.fnmatch(sm, accepted_sm) and fnmatch.fnmatch(name, pattern)
+            for accepted_sm, pattern in ACCEPTED_SPILLS
+        )
+        if used.spill_bytes and not is_accepted:
+            found.append(f"{name} for SM {sm} spills {used.spill_bytes} bytes of each thread's registers")
+    return found
+
+
+def _write_manifest(folder: Path, target: str, entries: list[dict[str, Any]], suffix: str) -> None:
+    """Writes the manifest and removes files of variants that are no more."""
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "target": target,
+        "triton": importlib.metadata.version("triton"),
+        "variants": entries,
+    }
+    _write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+    names = {entry["name"] for entry in entries}
+    for path in folder.iterdir():
+        if path.suffix in (f".{suffix}", ".json", ".part") and path.stem not in {*names, "manifest"}:
+            path.unlink()
+
+
+def build(
+    sms: Sequence[str], folder: Path, *, only: str = "*", jobs: int | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Compiles all variants of some SMs whose names match the pattern `only`, and writes the manifests.
+
+    Args:
+        sms: Of `SMS`.
+        folder: Where to write; what an earlier build left there is used again where it is still right.
+        only: A pattern of variant names ("gqa_decode-*"). The manifest then lists these alone.
+        jobs: Processes; the number of CPU cores by default.
+
+    Returns:
+        The manifest's entries of each SM, with `is_cached` added.
+
+    Raises:
+        BuildError: If an SM isn't known, nothing matches, or a variant's resources are wrong (`problems`).
+    """
+    work = [(sm, variant) for sm in sms for variant in variants(sm) if fnmatch.fnmatch(variant.name, only)]
+    if not work:
+        raise BuildError(f"no variant of SM {', '.join(sms)} has a name like {only!r}")
+    for sm in sms:
+        (folder / f"sm_{_arch(sm)}").mkdir(parents=True, exist_ok=True)
+    if PTX_SM in sms:
+        (folder / "ptx").mkdir(exist_ok=True)
+
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
+    missing = []
+    for sm, variant in work:
+        expected = source_hash(sm, variant)
+        entry = _cached(folder / f"sm_{_arch(sm)}", variant, expected)
+        if sm == PTX_SM and _cached(folder / "ptx", variant, expected) is None:
+            entry = None
+        if entry is None:
+            missing.append((sm, variant))
+        else:
+            entries[sm, variant.name] = {**entry, "is_cached": True}
+    if missing:
+        with (
+            tempfile.TemporaryDirectory(prefix="qwen-aot-triton-") as cache,
+            concurrent.futures.ProcessPoolExecutor(
+                min(jobs or os.cpu_count() or 1, len(missing)),
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(cache,),
+            ) as pool,
+        ):
+            pending = {pool.submit(compile_variant, sm, variant, folder): (sm, variant) for sm, variant in missing}
+            for number, future in enumerate(concurrent.futures.as_completed(pending), 1):
+                sm, variant = pending[future]
+                entries[sm, variant.name] = {**future.result(), "is_cached": False}
+                print(f"[{number}/{len(missing)}] SM {sm} {variant.name}", file=sys.stderr)
+
+    by_sm = {sm: [entries[sm, variant.name] for of, variant in work if of == sm] for sm in sms}
+    for sm, listed in by_sm.items():
+        written = [{key: value for key, value in entry.items() if key != "is_cached"} for entry in listed]
+        _write_manifest(folder / f"sm_{_arch(sm)}", f"sm_{_arch(sm)}", written, "cubin")
+        if sm == PTX_SM:
+            as_ptx = [json.loads((folder / "ptx" / f"{entry['name']}.json").read_bytes()) for entry in listed]
+            _write_manifest(folder / "ptx", f"sm_{_arch(sm)}", as_ptx, "ptx")
+    found = [problem for sm, listed in by_sm.items() for problem in problems(sm, listed)]
+    if found:
+        raise BuildError(
+            "the compiled kernels don't fit their SM; change the row in plugins/variants.py or, for a spill, give the"
+            " reason in plugins/aot.py:\n  " + "\n  ".join(found)
+        )
+    return by_sm
+
+
+def report(by_sm: dict[str, list[dict[str, Any]]]) -> str:
+    """A Markdown table of what each variant takes."""
+    lines = [
+        "| SM | variant | warps | registers | spilled bytes | shared memory | tensor-core instructions | cubin bytes |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for sm, entries in by_sm.items():
+        for entry in entries:
+            used = Resources(**entry["resources"])
+            cells = (sm, entry["name"], entry["num_warps"], used.registers, used.spill_bytes, entry["shared_bytes"])
+            lines.append(f"| {' | '.join(map(str, (*cells, used.tensor_core_instructions, entry['bytes'])))} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The command line. Exit codes: 0 ok, 1 failed, 2 usage."""
+    parser = argparse.ArgumentParser(
+        prog="python -m plugins.aot",
+        description="Compile the plugins' kernels ahead of time, with no GPU.",
+        epilog="Examples:\n  python -m plugins.aot -o build/kernels\n"
+        "  python -m plugins.aot --sm 8.9 --only 'gqa_decode-fp16-*' -o build/kernels",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--sm", action="append", choices=SMS, help="an SM, may be given again (default: all)")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--only", default="*", help="pattern of variant names (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, help="processes (default: the CPU cores)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    try:
+        by_sm = build(arguments.sm or SMS, arguments.output, only=arguments.only, jobs=arguments.jobs)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    seconds = time.monotonic() - started
+    count = sum(map(len, by_sm.values()))
+    size = sum(entry["bytes"] for entries in by_sm.values() for entry in entries)
+    print(json.dumps({"build_seconds": seconds, "variants": by_sm}) if arguments.json else report(by_sm))
+    print(f"{count} variants, {size / 1e6:.1f} MB of cubin, {seconds:.0f} s", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

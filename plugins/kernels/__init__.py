@@ -1,0 +1,1 @@
+"""Triton kernels of the plugins, each beside a plain PyTorch reference. Importing one imports triton."""

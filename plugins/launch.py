@@ -1,0 +1,293 @@
+"""The launches of one step of each plugin: which kernels, in which order, over which grid, with which arguments.
+
+The Python twin of what the library does in `enqueue`: tests run it, on the CPU under Triton's interpreter or on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from plugins.variants import DECODE_CHOICES, DECODE_TOKENS, MOE_BLOCK_M, SIZE_MULTIPLE, Variant, select
+from qwen_aot_errors import BuildError
+
+if TYPE_CHECKING:
+    import torch
+
+    from plugins.kernels.moe_reference import ExpertWeights
+
+    Arguments = dict[str, torch.Tensor | int | float | None]  # None: a pointer that the variant doesn't touch
+
+_DTYPE_NAMES = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
+_PROGRAMS_PER_SM = 4  # of decode attention: what fits beside each other, so that no program waits for another to end
+_MIN_SPLIT = 256  # slots: a part's start and its result cost about what 100 slots do
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        arguments: By name; None is a pointer that the variant doesn't touch.
+        sizes: What the kernel's grid is made of.
+    """
+
+    variant: Variant
+    arguments: Mapping[str, torch.Tensor | int | float | None]
+    sizes: Mapping[str, int]
+
+    def run(self) -> None:
+        """Runs it through Triton: compiled just in time, or interpreted where TRITON_INTERPRET=1 was set at import."""
+        from plugins.variants import KERNELS
+
+        variant = self.variant
+        kernel = getattr(importlib.import_module(KERNELS[variant.kernel].module), variant.kernel)
+        grid = variant.grid(self.sizes)
+        options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+        kernel[grid](**self.arguments, **variant.constants, **options)
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    name = _DTYPE_NAMES.get(str(tensor.dtype))
+    if name is None:
+        raise BuildError(f"kernels compute in {', '.join(_DTYPE_NAMES.values())}, not in {tensor.dtype}")
+    return name
+
+
+def min_split(group: int, cache: str) -> int:
+    """Fewest slots of a part of decode attention.
+
+    A part's result, group · D fp32 values, is written and read once more. 40 · group slots of a 16-bit cache, twice
+    that of an int8 one, keep that at 1/40 of the part's keys and values.
+    """
+    return max(_MIN_SPLIT, 40 * group * (2 if cache == "int8" else 1))
+
+
+def num_splits(batch: int, num_kv_heads: int, capacity: int, group: int, cache: str, sm_count: int) -> int:
+    """Parts that a row of full length is split into: enough programs for every SM, none smaller than `min_split`."""
+    wanted = math.ceil(_PROGRAMS_PER_SM * sm_count / (batch * num_kv_heads))
+    return max(1, min(wanted, capacity // min_split(group, cache)))
+
+
+def gqa_launches(
+    sm: str,
+    sm_count: int,
+    *,
+    qkv: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_scale: torch.Tensor | None,
+    value_scale: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position_ids: torch.Tensor,
+    cache_length: torch.Tensor,
+    new_tokens: torch.Tensor,
+    output: torch.Tensor,
+    workspace: Mapping[str, torch.Tensor],
+    num_heads: int,
+    scale: float,
+) -> list[Launch]:
+    """The launches of `QwenGQA`: rotate and write, then prefill, or decode and reduce where S is 1.
+
+    Args:
+        sm: Whose variants to take.
+        sm_count: Streaming multiprocessors of the GPU.
+        qkv: As in `plugins.kernels.gqa_reference`, and so are all tensors up to new_tokens; key, value and their
+            scales are written.
+        key: [B, Hkv, C, D].
+        value: Like key.
+        key_scale: [B, Hkv, C] with an int8 cache, else None.
+        value_scale: Like key_scale.
+        cos: [P, D/2].
+        sin: [P, D/2].
+        position_ids: [B, S].
+        cache_length: [B].
+        new_tokens: [B].
+        output: [B, S, H·D] in qkv's dtype, written.
+        workspace: As `gqa_workspace` describes.
+        num_heads: H.
+        scale: Of the scores before the softmax.
+
+    Raises:
+        BuildError: If no variant serves the request.
+    """
+    batch, steps, _ = qkv.shape
+    num_kv_heads, capacity, head_dim = key.shape[1:]
+    group = num_heads // num_kv_heads
+    dtype, cache = _dtype_name(qkv), "same" if key_scale is None else "int8"
+    facts: dict[str, str | int] = {"dtype": dtype, "cache": cache, "head_dim": head_dim, "group": group}
+    sizes = {"B": batch, "S": steps, "H": num_heads, "Hkv": num_kv_heads, "all_heads": num_heads + 2 * num_kv_heads}
+    cached: Arguments = {
+        "query_ptr": workspace["query"],
+        "key_ptr": key,
+        "value_ptr": value,
+        "key_scale_ptr": key_scale,
+        "value_scale_ptr": value_scale,
+        "cache_length_ptr": cache_length,
+        "new_tokens_ptr": new_tokens,
+    }
+    rotate = Launch(
+        select(sm, "gqa_rotate", **facts),
+        {
+            "qkv_ptr": qkv,
+            "cos_ptr": cos,
+            "sin_ptr": sin,
+            "position_ids_ptr": position_ids,
+            **cached,
+            "S": steps,
+            "C": capacity,
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+        },
+        sizes,
+    )
+    scaled: Arguments = {
+        "scale_log2e": scale * math.log2(math.e),
+        "C": capacity,
+        "num_heads": num_heads,
+        "group": group,
+    }
+    if steps > 1:
+        attend: Arguments = {**cached, "output_ptr": output, **scaled, "S": steps}
+        return [rotate, Launch(select(sm, "gqa_prefill", **facts), attend, sizes)]
+    splits = num_splits(batch, num_kv_heads, capacity, group, cache, sm_count)
+    split: Arguments = {"num_splits": splits, "min_split": min_split(group, cache)}
+    partial: Arguments = {"partial_ptr": workspace["partial"], "partial_lse_ptr": workspace["partial_lse"]}
+    lengths: Arguments = {"cache_length_ptr": cache_length, "new_tokens_ptr": new_tokens}
+    reduce: Arguments = {
+        **partial,
+        **lengths,
+        "output_ptr": output,
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+        **split,
+    }
+    return [
+        rotate,
+        Launch(
+            select(sm, "gqa_decode", **facts), {**cached, **partial, **scaled, **split}, {**sizes, "num_splits": splits}
+        ),
+        Launch(select(sm, "gqa_reduce", **facts), reduce, sizes),
+    ]
+
+
+def gqa_workspace(
+    *, batch: int, steps: int, num_heads: int, head_dim: int, splits: int, dtype: str
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name to shape and dtype of what `gqa_launches` needs besides inputs and outputs; splits from `num_splits`."""
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {"query": ((batch, steps, num_heads, head_dim), dtype)}
+    if steps == 1:
+        shapes["partial"] = ((batch, num_heads, splits, head_dim), "fp32")
+        shapes["partial_lse"] = ((batch, num_heads, splits), "fp32")
+    return shapes
+
+
+def is_moe_decode(num_tokens: int, k: int) -> bool:
+    """Whether `QwenMoE` takes the path for few tokens."""
+    return num_tokens <= DECODE_TOKENS and k <= DECODE_CHOICES
+
+
+def most_blocks(num_entries: int, num_experts: int) -> int:
+    """Most blocks that `moe_scatter` can fill: each expert that is chosen pads less than a block."""
+    chosen = min(num_experts, num_entries)
+    return (num_entries + chosen * (MOE_BLOCK_M - 1)) // MOE_BLOCK_M
+
+
+def moe_workspace(
+    *, num_tokens: int, k: int, num_experts: int, hidden_size: int, inner_size: int, dtype: str
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name to shape and dtype of what `moe_launches` needs besides inputs and outputs."""
+    entries = num_tokens * k
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "inner": ((entries, inner_size), dtype),
+        "partial": ((entries, hidden_size), "fp32"),
+    }
+    if not is_moe_decode(num_tokens, k):
+        blocks = most_blocks(entries, num_experts)
+        shapes["counts"] = ((num_experts,), "i32")
+        shapes["sorted_entries"] = ((blocks * MOE_BLOCK_M,), "i32")
+        shapes["block_experts"] = ((blocks,), "i32")
+        shapes["num_blocks"] = ((1,), "i32")
+    return shapes
+
+
+def _weights(weights: ExpertWeights) -> Arguments:
+    return {
+        "weight_ptr": weights.codes,
+        "scale_ptr": weights.scale,
+        "zero_ptr": weights.codes if weights.zero is None else weights.zero,  # not read without zeros
+        "has_zeros": int(weights.zero is not None),
+    }
+
+
+def moe_launches(
+    sm: str,
+    *,
+    hidden: torch.Tensor,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    output: torch.Tensor,
+    workspace: Mapping[str, torch.Tensor],
+) -> list[Launch]:
+    """The launches of `QwenMoE`: both products by chosen expert for few tokens, by blocks for many; then the sum.
+
+    Args:
+        sm: Whose variants to take.
+        hidden: [T, M] fp16 or bf16.
+        expert_ids: [T, k] int32, distinct within a token.
+        expert_weights: [T, k] fp32.
+        gate_up: [E, 2F, M], see `plugins.kernels.moe_reference`.
+        down: [E, M, F].
+        output: [T, M] in hidden's dtype, written.
+        workspace: As `moe_workspace` describes.
+
+    Raises:
+        BuildError: If no variant serves the request, or M or F isn't a multiple of 128.
+    """
+    num_tokens, k = expert_ids.shape
+    num_experts, hidden_size = down.codes.shape[:2]
+    inner_size = gate_up.codes.shape[1] // 2
+    for name, size in (("hidden size", hidden_size), ("expert's intermediate size", inner_size)):
+        if size % SIZE_MULTIPLE:
+            raise BuildError(f"the {name} must be a multiple of {SIZE_MULTIPLE}, not {size}")
+    facts: dict[str, str | int] = {"dtype": _dtype_name(hidden), "weight_bits": gate_up.bits}
+    entries = num_tokens * k
+    blocks = most_blocks(entries, num_experts)
+    sizes = {"T": num_tokens, "k": k, "E": num_experts, "M": hidden_size, "F": inner_size, "blocks": blocks}
+    widths: Arguments = {"M": hidden_size, "F": inner_size}
+    first: Arguments = {"hidden_ptr": hidden, **_weights(gate_up), "inner_ptr": workspace["inner"], **widths}
+    second: Arguments = {
+        "inner_ptr": workspace["inner"],
+        **_weights(down),
+        "expert_weights_ptr": expert_weights,
+        "partial_ptr": workspace["partial"],
+        **widths,
+    }
+    chosen: Arguments = {"expert_ids_ptr": expert_ids, "num_experts": num_experts}
+    add: Arguments = {"partial_ptr": workspace["partial"], "output_ptr": output, **chosen, "k": k, "M": hidden_size}
+    total = Launch(select(sm, "moe_sum", **facts), add, sizes)
+    if is_moe_decode(num_tokens, k):
+        few: Arguments = {**chosen, "num_tokens": num_tokens, "k": k}
+        return [
+            Launch(select(sm, "moe_decode_gate_up", **facts), {**first, **few}, sizes),
+            Launch(select(sm, "moe_decode_down", **facts), {**second, **few}, sizes),
+            total,
+        ]
+    counts: Arguments = {"expert_ids_ptr": expert_ids, "counts_ptr": workspace["counts"], "num_entries": entries}
+    grouped: Arguments = {f"{name}_ptr": workspace[name] for name in ("sorted_entries", "block_experts", "num_blocks")}
+    scatter: Arguments = {**counts, **grouped, "num_experts": num_experts, "block_m": MOE_BLOCK_M}
+    many: Arguments = {**grouped, "num_entries": entries}
+    return [
+        Launch(select(sm, "moe_count", **facts), counts, sizes),
+        Launch(select(sm, "moe_scatter", **facts), scatter, sizes),
+        Launch(select(sm, "moe_gate_up", **facts), {**first, **many, "k": k}, sizes),
+        Launch(select(sm, "moe_down", **facts), {**second, **many}, sizes),
+        total,
+    ]

@@ -1,0 +1,555 @@
+"""Every compiled form of every kernel, for each SM: one table, plain data, standard library only.
+
+`aot` compiles it, `launch` and the library choose from it, tests take their parameters from it. A variant serves the
+requests that its `match` describes: each fact named there equals the value, or lies in the [first, last] range.
+To add a head size, add it to `HEAD_DIMS` and to the prefill and decode columns of each row of `TILES`. To add an SM,
+add it to `SMS` and `FAMILIES` (and, if no row of `TILES` suits it, a row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from qwen_aot_errors import BuildError
+
+SMS = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0", "12.1")
+DTYPES = ("fp16", "bf16")  # what attention and experts compute in
+CACHES = ("same", "int8")  # the cache's dtype: that of the computation, or int8 with a scale per head and token
+HEAD_DIMS = (64, 128)
+WEIGHT_BITS = (16, 8, 4)  # see plugins/kernels/moe_gemm.py
+DECODE_TOKENS = 16  # most tokens of the experts' decode path: one tile of a tensor-core instruction
+DECODE_CHOICES = 8  # most experts per token of the decode path
+MOE_BLOCK_M = 64  # rows of a block of `moe_scatter`, which both grouped products must share
+QUANT_BLOCK = 128  # elements along K that share a scale of int4 weights
+# Sizes M and F must be multiples of it: no load along K is masked, and int4 blocks are whole.
+SIZE_MULTIPLE = 128
+
+# Query heads of a group over the tile that holds them. A tensor-core tile has 16 rows, so 2 … 16 heads cost the same
+# loads and the same instructions; one head alone is cheaper without tensor cores.
+GROUP_TILES = {1: (1, 1), 16: (2, 16)}
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One run-time argument of a kernel, in the order of its signature.
+
+    Attributes:
+        name: As in the kernel's Python signature.
+        type: A Triton type; `{dtype}`, `{cache}` and `{weight}` stand for the variant's.
+        is_aligned: A pointer that is a multiple of 16 bytes, or a size that is a multiple of 16: the compiler then
+            loads 16 bytes at once. The launcher must hold the promise.
+    """
+
+    name: str
+    type: str
+    is_aligned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What the variants of one kernel share.
+
+    Attributes:
+        module: Where its source is.
+        arguments: Run-time arguments. The compiled entry takes two more pointers after them, null for these kernels.
+        grid: For each axis, the sizes whose product it covers and the constant (or 1) it is divided by, rounded up.
+    """
+
+    name: str
+    module: str
+    arguments: tuple[Argument, ...]
+    grid: tuple[tuple[tuple[str, ...], str | int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One compiled form of a kernel.
+
+    Attributes:
+        match: The facts of a request that this variant serves: a value, or a (first, last) range of integers.
+        constants: The kernel's constexpr arguments.
+        types: What stands for `{dtype}`, `{cache}` and `{weight}` in the arguments' types.
+    """
+
+    kernel: str
+    match: Mapping[str, str | int | tuple[int, int]]
+    constants: Mapping[str, int]
+    types: Mapping[str, str]
+    num_warps: int
+    num_stages: int = 1
+
+    @property
+    def name(self) -> str:
+        """Unique within an SM, for example `gqa_decode-fp16-int8-d64-g2_16`."""
+        return "-".join([self.kernel, *(_match_name(fact, value) for fact, value in self.match.items())])
+
+    @property
+    def arguments(self) -> tuple[Argument, ...]:
+        """The run-time arguments with their types filled in."""
+        return tuple(
+            Argument(argument.name, argument.type.format(**self.types), argument.is_aligned)
+            for argument in KERNELS[self.kernel].arguments
+        )
+
+    def serves(self, request: Mapping[str, str | int]) -> bool:
+        """Whether each fact of `match` holds for a request that names all of them."""
+        return all(fact in request and _matches(request[fact], value) for fact, value in self.match.items())
+
+    def grid(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Programs along each axis, for the sizes that the kernel's grid names."""
+        return tuple(
+            _cdiv(_product(sizes[name] for name in names), per if isinstance(per, int) else self.constants[per])
+            for names, per in KERNELS[self.kernel].grid
+        )
+
+
+def _match_name(fact: str, value: str | int | tuple[int, int]) -> str:
+    prefix = {"head_dim": "d", "group": "g", "weight_bits": "w"}.get(fact, "")
+    return prefix + ("_".join(map(str, value)) if isinstance(value, tuple) else str(value))
+
+
+def _matches(value: str | int, accepted: str | int | tuple[int, int]) -> bool:
+    if isinstance(accepted, tuple):
+        return isinstance(value, int) and accepted[0] <= value <= accepted[1]
+    return value == accepted
+
+
+def _product(values: Iterable[int]) -> int:
+    result = 1
+    for value in values:
+        result *= value
+    return result
+
+
+def _cdiv(value: int, per: int) -> int:
+    return -(-value // per)
+
+
+def _pointers(*names: str, to: str, is_aligned: bool = False) -> tuple[Argument, ...]:
+    return tuple(Argument(f"{name}_ptr", f"*{to}", is_aligned) for name in names)
+
+
+def _sizes(*names: str, is_aligned: bool = False) -> tuple[Argument, ...]:
+    return tuple(Argument(name, "i32", is_aligned) for name in names)
+
+
+# Lengths and ids aren't aligned: a step may run on any contiguous range of rows, which starts anywhere in them.
+_LENGTHS = _pointers("cache_length", "new_tokens", to="i64")
+_CACHE = (
+    *_pointers("key", "value", to="{cache}", is_aligned=True),
+    *_pointers("key_scale", "value_scale", to="fp16"),
+)
+_WEIGHTS = (
+    *_pointers("weight", to="{weight}", is_aligned=True),
+    *_pointers("scale", to="{dtype}"),
+    *_pointers("zero", to="i8"),
+)
+_BLOCKS = _pointers("sorted_entries", "block_experts", "num_blocks", to="i32")
+_EXPERT_SIZES = (*_sizes("M", "F", is_aligned=True), *_sizes("has_zeros"))
+
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel(
+            "gqa_rotate",
+            "plugins.kernels.gqa_rotate",
+            (
+                *_pointers("qkv", to="{dtype}", is_aligned=True),
+                *_pointers("cos", "sin", to="fp32", is_aligned=True),
+                *_pointers("position_ids", to="i64"),
+                *_LENGTHS,
+                *_pointers("query", to="{dtype}", is_aligned=True),
+                *_CACHE,
+                *_sizes("S", "C", "num_heads", "num_kv_heads"),
+                *_sizes("head_dim", is_aligned=True),
+            ),
+            ((("B", "S"), 1), (("all_heads",), "HEADS")),
+        ),
+        Kernel(
+            "gqa_prefill",
+            "plugins.kernels.gqa_prefill",
+            (
+                *_pointers("query", to="{dtype}", is_aligned=True),
+                *_CACHE,
+                *_LENGTHS,
+                *_pointers("output", to="{dtype}", is_aligned=True),
+                Argument("scale_log2e", "fp32"),
+                *_sizes("S", "C", "num_heads", "group"),
+            ),
+            ((("S",), "BLOCK_M"), (("H",), 1), (("B",), 1)),
+        ),
+        Kernel(
+            "gqa_decode",
+            "plugins.kernels.gqa_decode",
+            (
+                *_pointers("query", to="{dtype}", is_aligned=True),
+                *_CACHE,
+                *_LENGTHS,
+                *_pointers("partial", to="fp32", is_aligned=True),
+                *_pointers("partial_lse", to="fp32"),
+                Argument("scale_log2e", "fp32"),
+                *_sizes("C", "num_heads", "group", "num_splits", "min_split"),
+            ),
+            ((("num_splits",), 1), (("Hkv",), 1), (("B",), 1)),
+        ),
+        Kernel(
+            "gqa_reduce",
+            "plugins.kernels.gqa_decode",
+            (
+                *_pointers("partial", to="fp32", is_aligned=True),
+                *_pointers("partial_lse", to="fp32"),
+                *_LENGTHS,
+                *_pointers("output", to="{dtype}", is_aligned=True),
+                *_sizes("num_heads"),
+                *_sizes("head_dim", is_aligned=True),
+                *_sizes("num_splits", "min_split"),
+            ),
+            ((("H",), 1), (("B",), 1)),
+        ),
+        Kernel(
+            "moe_count",
+            "plugins.kernels.moe_align",
+            (*_pointers("expert_ids", "counts", to="i32"), *_sizes("num_entries")),
+            ((("E",), 1),),
+        ),
+        Kernel(
+            "moe_scatter",
+            "plugins.kernels.moe_align",
+            (
+                *_pointers("expert_ids", "counts", to="i32"),
+                *_BLOCKS,
+                *_sizes("num_entries", "num_experts", "block_m"),
+            ),
+            ((("E",), 1),),
+        ),
+        Kernel(
+            "moe_gate_up",
+            "plugins.kernels.moe_gemm",
+            (
+                *_pointers("hidden", to="{dtype}", is_aligned=True),
+                *_WEIGHTS,
+                *_BLOCKS,
+                *_pointers("inner", to="{dtype}", is_aligned=True),
+                *_sizes("num_entries", "k"),
+                *_EXPERT_SIZES,
+            ),
+            ((("blocks",), 1), (("F",), "BLOCK_N")),
+        ),
+        Kernel(
+            "moe_down",
+            "plugins.kernels.moe_gemm",
+            (
+                *_pointers("inner", to="{dtype}", is_aligned=True),
+                *_WEIGHTS,
+                *_BLOCKS,
+                *_pointers("expert_weights", to="fp32"),
+                *_pointers("partial", to="fp32", is_aligned=True),
+                *_sizes("num_entries"),
+                *_EXPERT_SIZES,
+            ),
+            ((("blocks",), 1), (("M",), "BLOCK_N")),
+        ),
+        Kernel(
+            "moe_decode_gate_up",
+            "plugins.kernels.moe_gemm",
+            (
+                *_pointers("hidden", to="{dtype}", is_aligned=True),
+                *_WEIGHTS,
+                *_pointers("expert_ids", to="i32"),
+                *_pointers("inner", to="{dtype}", is_aligned=True),
+                *_sizes("num_tokens", "k", "num_experts"),
+                *_EXPERT_SIZES,
+            ),
+            ((("T", "k"), 1), (("F",), "BLOCK_N")),
+        ),
+        Kernel(
+            "moe_decode_down",
+            "plugins.kernels.moe_gemm",
+            (
+                *_pointers("inner", to="{dtype}", is_aligned=True),
+                *_WEIGHTS,
+                *_pointers("expert_ids", to="i32"),
+                *_pointers("expert_weights", to="fp32"),
+                *_pointers("partial", to="fp32", is_aligned=True),
+                *_sizes("num_tokens", "k", "num_experts"),
+                *_EXPERT_SIZES,
+            ),
+            ((("T", "k"), 1), (("M",), "BLOCK_N")),
+        ),
+        Kernel(
+            "moe_sum",
+            "plugins.kernels.moe_gemm",
+            (
+                *_pointers("partial", to="fp32", is_aligned=True),
+                *_pointers("expert_ids", to="i32"),
+                *_pointers("output", to="{dtype}", is_aligned=True),
+                *_sizes("k", "num_experts"),
+                *_sizes("M", is_aligned=True),
+            ),
+            ((("T",), 1), (("M",), "BLOCK")),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Tile sizes of one kernel: M rows of queries or tokens, N slots or output columns, K the summed axis."""
+
+    num_warps: int
+    num_stages: int
+    block_m: int = 0
+    block_n: int = 0
+    block_k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Tiles of one SM family; those of attention by head size, those of experts by weight bits.
+
+    `prefill_int8` is prefill over an int8 cache, `decode_one` decode for groups of one head.
+    """
+
+    prefill: Mapping[int, Tile]
+    prefill_int8: Mapping[int, Tile]
+    decode: Mapping[int, Tile]
+    decode_one: Mapping[int, Tile]
+    gate_up: Mapping[int, Tile]
+    down: Mapping[int, Tile]
+    decode_gate_up: Mapping[int, Tile]
+    decode_down: Mapping[int, Tile]
+
+
+# SMs that differ only in how many there are and how fast their memory is share a row.
+FAMILIES = {
+    "8.0": "ampere-large",
+    "8.7": "ampere-large",
+    "8.6": "ampere-small",
+    "8.9": "ampere-small",
+    "9.0": "hopper",
+    "10.0": "blackwell-large",
+    "11.0": "blackwell-large",
+    "12.0": "blackwell-small",
+    "12.1": "blackwell-small",
+}
+
+# Shared memory that one program can have, in bytes. Source: CUDA C++ Programming Guide, table of technical
+# specifications by compute capability ("maximum amount of shared memory per thread block").
+SHARED_BYTES = {
+    "ampere-large": 163 * 1024,
+    "ampere-small": 99 * 1024,
+    "hopper": 227 * 1024,
+    "blackwell-large": 227 * 1024,
+    "blackwell-small": 99 * 1024,
+}
+
+# The decode products read weights and little else. 16 or 32 columns a program make hundreds of programs out of one
+# layer (A2.7B, one token: 4 · 88 for gate and up, 4 · 64 for down), which fills 16 … 132 SMs several times over;
+# 128 elements of K are 256 bytes a row, two full lines of L2. Two warps: a tile of 16 tokens has no work for more.
+_DECODE_GATE_UP = {bits: Tile(block_n=16, block_k=128, num_warps=2, num_stages=3) for bits in WEIGHT_BITS}
+_DECODE_DOWN = {bits: Tile(block_n=32, block_k=128, num_warps=2, num_stages=3) for bits in WEIGHT_BITS}
+
+# The grouped products: 64 rows, because 512 tokens choosing 4 of 60 experts leave each 34 rows. int4 needs K in whole
+# quantization blocks for one scale a step, 128; the others take 64, so that three stages fit 99 KiB.
+_GATE_UP = {
+    16: Tile(block_m=MOE_BLOCK_M, block_n=64, block_k=64, num_warps=4, num_stages=3),
+    8: Tile(block_m=MOE_BLOCK_M, block_n=64, block_k=64, num_warps=4, num_stages=3),
+    4: Tile(block_m=MOE_BLOCK_M, block_n=32, block_k=128, num_warps=4, num_stages=2),
+}
+_DOWN = {
+    16: Tile(block_m=MOE_BLOCK_M, block_n=128, block_k=64, num_warps=4, num_stages=3),
+    8: Tile(block_m=MOE_BLOCK_M, block_n=128, block_k=64, num_warps=4, num_stages=3),
+    4: Tile(block_m=MOE_BLOCK_M, block_n=64, block_k=128, num_warps=4, num_stages=2),
+}
+
+# Decode attention: 64 slots a step keep two stages of K and V within 64 KiB at head size 128, so that more than one
+# program runs on an SM even where one may use 99 KiB; head size 64 halves that, and takes 128 slots.
+_DECODE = {
+    64: Tile(block_n=128, num_warps=4, num_stages=2),
+    128: Tile(block_n=64, num_warps=4, num_stages=2),
+}
+
+# Without tensor cores the tile is multiplied in fp32 registers: 64 slots of 128 elements spill on SM 8.0 and 10.0.
+_DECODE_ONE = {
+    64: Tile(block_n=128, num_warps=4, num_stages=2),
+    128: Tile(block_n=32, num_warps=4, num_stages=2),
+}
+
+# Dequantizing values takes registers: 64 slots a step spill (up to 464 bytes a thread on SM 8.0), 32 don't; nor do
+# 64 queries where SM 12.0 spills with 128.
+_PREFILL_INT8_LARGE = {
+    64: Tile(block_m=128, block_n=32, num_warps=8, num_stages=2),
+    128: Tile(block_m=128, block_n=32, num_warps=8, num_stages=2),
+}
+_PREFILL_INT8_SMALL = {
+    64: Tile(block_m=128, block_n=32, num_warps=8, num_stages=2),
+    128: Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
+}
+
+TILES = {
+    # 163 KiB: 128 queries a program halve the traffic of K and V against 64.
+    "ampere-large": Tiles(
+        prefill={
+            64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
+            128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+        },
+        prefill_int8=_PREFILL_INT8_LARGE,
+        decode=_DECODE,
+        decode_one=_DECODE_ONE,
+        gate_up=_GATE_UP,
+        down=_DOWN,
+        decode_gate_up=_DECODE_GATE_UP,
+        decode_down=_DECODE_DOWN,
+    ),
+    # 99 KiB: at head size 128 two programs of 64 queries fit an SM, and hide each other's waits.
+    "ampere-small": Tiles(
+        prefill={
+            64: Tile(block_m=128, block_n=32, num_warps=8, num_stages=3),
+            128: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
+        },
+        prefill_int8=_PREFILL_INT8_SMALL,
+        decode=_DECODE,
+        decode_one=_DECODE_ONE,
+        gate_up=_GATE_UP,
+        down=_DOWN,
+        decode_gate_up=_DECODE_GATE_UP,
+        decode_down=_DECODE_DOWN,
+    ),
+    # wgmma works on 64 rows for each group of four warps, and reads K and V from shared memory.
+    "hopper": Tiles(
+        prefill={
+            64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
+            128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+        },
+        prefill_int8=_PREFILL_INT8_LARGE,
+        decode=_DECODE,
+        decode_one=_DECODE_ONE,
+        gate_up=_GATE_UP,
+        down=_DOWN,
+        decode_gate_up=_DECODE_GATE_UP,
+        decode_down=_DECODE_DOWN,
+    ),
+    # tcgen05 wants 64 or 128 rows; the accumulator lives in tensor memory, not in registers. Three stages spill.
+    "blackwell-large": Tiles(
+        prefill={
+            64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+            128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+        },
+        prefill_int8=_PREFILL_INT8_LARGE,
+        decode=_DECODE,
+        decode_one=_DECODE_ONE,
+        gate_up=_GATE_UP,
+        down=_DOWN,
+        decode_gate_up=_DECODE_GATE_UP,
+        decode_down=_DECODE_DOWN,
+    ),
+    # Ampere's instructions and 99 KiB.
+    "blackwell-small": Tiles(
+        prefill={
+            64: Tile(block_m=128, block_n=32, num_warps=8, num_stages=3),
+            128: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
+        },
+        prefill_int8=_PREFILL_INT8_SMALL,
+        decode=_DECODE,
+        decode_one=_DECODE_ONE,
+        gate_up=_GATE_UP,
+        down=_DOWN,
+        decode_gate_up=_DECODE_GATE_UP,
+        decode_down=_DECODE_DOWN,
+    ),
+}
+
+
+def _attention_variants(tiles: Tiles, dtype: str, cache: str) -> list[Variant]:
+    types = {"dtype": dtype, "cache": "i8" if cache == "int8" else dtype}
+    facts: dict[str, str | int | tuple[int, int]] = {"dtype": dtype, "cache": cache}
+    is_int8 = int(cache == "int8")
+    # 16 heads of 64 pairs: 8 pairs a thread. One variant serves every head size up to 128.
+    rotate = {"IS_INT8": is_int8, "HEADS": 16, "HALF": 64}
+    result = [Variant("gqa_rotate", {**facts, "head_dim": (64, 128)}, rotate, types, num_warps=4)]
+    for head_dim in HEAD_DIMS:
+        tile = (tiles.prefill_int8 if is_int8 else tiles.prefill)[head_dim]
+        constants = {"IS_INT8": is_int8, "D": head_dim, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        constants["NUM_STAGES"] = tile.num_stages
+        match = {**facts, "head_dim": head_dim}
+        result.append(Variant("gqa_prefill", match, constants, types, tile.num_warps, tile.num_stages))
+        for group_tile, groups in GROUP_TILES.items():
+            tile = (tiles.decode_one if group_tile == 1 else tiles.decode)[head_dim]
+            constants = {"IS_INT8": is_int8, "D": head_dim, "GROUP": group_tile, "BLOCK_N": tile.block_n}
+            constants["NUM_STAGES"] = tile.num_stages
+            match = {**facts, "head_dim": head_dim, "group": groups}
+            result.append(Variant("gqa_decode", match, constants, types, tile.num_warps, tile.num_stages))
+    return result
+
+
+def _expert_variants(tiles: Tiles, dtype: str, bits: int) -> list[Variant]:
+    types = {"dtype": dtype, "weight": dtype if bits == 16 else "i8"}
+    result = []
+    for kernel, tile in (
+        ("moe_gate_up", tiles.gate_up[bits]),
+        ("moe_down", tiles.down[bits]),
+        ("moe_decode_gate_up", tiles.decode_gate_up[bits]),
+        ("moe_decode_down", tiles.decode_down[bits]),
+    ):
+        is_decode = kernel.startswith("moe_decode")
+        constants = {
+            "WEIGHT_BITS": bits,
+            "BLOCK_M": DECODE_TOKENS if is_decode else tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+            "NUM_STAGES": tile.num_stages,
+        }
+        if is_decode:
+            constants["CHOICES"] = DECODE_CHOICES
+        match: dict[str, str | int | tuple[int, int]] = {"dtype": dtype, "weight_bits": bits}
+        result.append(Variant(kernel, match, constants, types, tile.num_warps, tile.num_stages))
+    return result
+
+
+def variants(sm: str) -> tuple[Variant, ...]:
+    """All variants of one SM ("8.9").
+
+    Raises:
+        BuildError: If the SM isn't in `SMS`.
+    """
+    if sm not in FAMILIES:
+        raise BuildError(f"no kernels for SM {sm}; there are for {', '.join(SMS)}")
+    tiles = TILES[FAMILIES[sm]]
+    result = [
+        Variant("moe_count", {}, {"BLOCK": 1024}, {}, num_warps=4),
+        Variant("moe_scatter", {}, {"BLOCK": 1024}, {}, num_warps=4),
+    ]
+    for dtype in DTYPES:
+        for cache in CACHES:
+            result += _attention_variants(tiles, dtype, cache)
+        facts: dict[str, str | int | tuple[int, int]] = {"dtype": dtype}
+        # 16 parts of a row a step: rarely more than one step.
+        result.append(
+            Variant(
+                "gqa_reduce",
+                {**facts, "head_dim": (64, 128)},
+                {"SPLITS": 16, "BLOCK_D": 128},
+                {"dtype": dtype},
+                num_warps=4,
+            )
+        )
+        for bits in WEIGHT_BITS:
+            result += _expert_variants(tiles, dtype, bits)
+        result.append(Variant("moe_sum", facts, {"BLOCK": 1024}, {"dtype": dtype}, num_warps=4))
+    return tuple(result)
+
+
+def select(sm: str, kernel: str, **request: str | int) -> Variant:
+    """The variant of a kernel that serves a request, for example dtype="fp16", cache="int8", head_dim=64, group=5.
+
+    Raises:
+        BuildError: If none does; the message prints the request and what there is.
+    """
+    candidates = [variant for variant in variants(sm) if variant.kernel == kernel]
+    for variant in candidates:
+        if variant.serves(request):
+            return variant
+    asked = ", ".join(f"{fact}={value}" for fact, value in request.items())
+    served = "; ".join(variant.name for variant in candidates) or "no variant of it at all"
+    raise BuildError(f"no variant of {kernel} for SM {sm} serves {asked}; there are: {served}")

@@ -1,0 +1,108 @@
+"""What the kernels read and write, counted while the interpreter runs them: no more than they must."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.plugins.bounds import assert_close
+from tests.plugins.conftest import IS_INTERPRETED
+from tests.plugins.gqa_cases import GqaStep
+from tests.plugins.moe_cases import MoeStep
+
+if not IS_INTERPRETED:
+    pytest.skip("bytes are counted in Triton's interpreter only", allow_module_level=True)
+
+from tests.plugins.interpreter import Traffic, counting
+
+CPU = torch.device("cpu")
+ALLOWED = 1.05  # times what must be read
+
+
+def count(step: GqaStep | MoeStep) -> list[Traffic]:
+    """The traffic of each launch."""
+    tensors, launches = step.prepare(CPU)
+    result = []
+    for launch in launches:
+        with counting({name: tensor for name, tensor in tensors.items() if tensor is not None}) as traffic:
+            launch.run()
+        result.append(traffic)
+    return result
+
+
+def total(traffic: list[Traffic]) -> Traffic:
+    return Traffic(sum((part.read for part in traffic), Counter()), sum((part.written for part in traffic), Counter()))
+
+
+@pytest.mark.parametrize("group", [1, 3, 8, 16])
+@pytest.mark.parametrize("is_int8", [False, True], ids=["same", "int8"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("lengths", [(512,), (513, 1500, 0), (2048,)], ids=str)
+def test_decode_attention_reads_each_valid_key_and_value_once(group, is_int8, head_dim, lengths):
+    step = GqaStep(
+        lengths=[(length - 1, 1) if length else (700, 0) for length in lengths],
+        steps=1,
+        group=group,
+        num_kv_heads=2,
+        is_int8=is_int8,
+        head_dim=head_dim,
+        capacity=4096,
+        sm_count=64,
+    )
+    rotate, *attention = count(step)
+    traffic = total(attention)
+    valid = sum(lengths) * 2  # (slot, head) pairs
+    element = 1 if is_int8 else 2
+    assert traffic.read["key"] == traffic.read["value"] == valid * head_dim * element
+    assert traffic.read["key_scale"] == traffic.read["value_scale"] == (valid * 2 if is_int8 else 0)
+    cache = sum(traffic.read[name] for name in ("key", "value", "key_scale", "value_scale"))
+    # With q, lengths and the parts' results, of both kernels. 16 heads' q and result alone are 5 % of 512 slots.
+    assert sum(traffic.read.values()) <= (ALLOWED if group <= 8 else 1.10) * cache
+    # What is written of the cache: one slot of each row and head that isn't idle.
+    assert rotate.written["key"] == sum(length > 0 for length in lengths) * 2 * head_dim * element
+
+
+def test_prefill_reads_nothing_beyond_what_a_tile_of_queries_sees():
+    traffic = total(count(GqaStep(lengths=[(200, 100), (0, 40), (90, 0)], steps=128, group=2, capacity=1000)))
+    # One tile of 128 queries a row and query head: all of the row's slots once for each of 4 heads.
+    assert traffic.read["key"] == traffic.read["value"] == (300 + 40) * 4 * 64 * 2
+
+
+@pytest.mark.parametrize("form", ["16", "8", "4", "4z"])
+@pytest.mark.parametrize(("num_tokens", "routing"), [(1, "random"), (5, "random"), (16, "same")])
+def test_decode_experts_read_each_chosen_expert_once(form, num_tokens, routing):
+    hidden_size, inner_size = 512, 256
+    step = MoeStep(
+        num_tokens=num_tokens,
+        num_experts=12,
+        k=2,
+        hidden_size=hidden_size,
+        inner_size=inner_size,
+        form=form,
+        routing=routing,
+    )
+    traffic = total(count(step))
+    bits, numbers = int(form[0:2].rstrip("z")), 3 * hidden_size * inner_size
+    scales = {16: 0, 8: (2 * inner_size + hidden_size) * 2, 4: numbers // 128 * 2}[bits]
+    zeros = numbers // 128 if form == "4z" else 0
+    expected = step.num_chosen * (numbers * bits // 8 + scales + zeros)
+    weights = sum(count for name, count in traffic.read.items() if name.startswith(("gate_up", "down")))
+    assert weights == expected
+    if num_tokens == 1 and bits == 16:  # with activations; those are read from cache, once a program
+        assert sum(traffic.read.values()) <= ALLOWED * expected
+    assert traffic.written["output"] == num_tokens * hidden_size * 2
+
+
+@pytest.mark.slow
+def test_experts_of_a_real_size():
+    """Qwen1.5-MoE-A2.7B: hidden 2048, 60 experts of 1408, 4 a token."""
+    ids = torch.tensor([[59, 0, 31, 7], [7, 12, 59, 58]], dtype=torch.int32)
+    step = MoeStep(num_tokens=2, num_experts=60, k=4, hidden_size=2048, inner_size=1408, form="8", expert_ids=ids)
+    tensors, launches = step.prepare(CPU)
+    with counting(tensors) as traffic:
+        for launch in launches:
+            launch.run()
+    assert_close(tensors["output"], step.expected())
+    numbers = 6 * 3 * 2048 * 1408  # of 6 different experts
+    weights = sum(count for name, count in traffic.read.items() if name.startswith(("gate_up", "down")))
+    assert weights == numbers + 6 * (2 * 1408 + 2048) * 2

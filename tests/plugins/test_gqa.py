@@ -1,0 +1,140 @@
+import pytest
+import torch
+
+from plugins.launch import gqa_launches
+from plugins.variants import select
+from qwen_aot_errors import BuildError
+from tests.plugins.bounds import assert_close
+from tests.plugins.gqa_cases import SM, GqaStep
+from tests.plugins.pairs import identifier, pairwise
+
+# Blocks: 128 queries and 64 slots (head size 64), 64 and 32 (head size 128) for prefill; 128 or 64 slots for decode, in
+# parts that are multiples of 128. Lengths sit on, before and after these edges; (n, 0) is an idle row.
+PREFILL = pairwise(
+    {
+        "dtype": ["fp16", "bf16"],
+        "is_int8": [False, True],
+        "head_dim": [64, 128],
+        "group": [1, 2, 3, 5, 8],
+        "rows": [
+            (2, [(0, 2)]),
+            (3, [(0, 1), (64, 3), (5, 0)]),
+            (17, [(47, 17), (1, 16), (130, 1)]),
+            (64, [(0, 64)]),
+            (64, [(64, 63)]),
+            (65, [(63, 65), (0, 64)]),
+            (128, [(0, 128)]),
+            (130, [(7, 130), (191, 129)]),
+        ],
+    }
+)
+DECODE = pairwise(
+    {
+        "dtype": ["fp16", "bf16"],
+        "is_int8": [False, True],
+        "head_dim": [64, 128],
+        "group": [1, 2, 3, 5, 7, 8, 16],
+        "pasts": [[0], [1, -5, 62], [63], [64, 126], [127, 128], [255], [256, -300], [257, 511], [1023, 0, 700]],
+        "sm_count": [1, 4, 64],  # one part a row, a few, many
+    }
+)
+
+
+def check(step: GqaStep, device: torch.device) -> None:
+    expected, actual = step.expected(), step.run(device)
+    assert_close(actual["output"], expected["output"])
+    for name in ("key", "value", "key_scale", "value_scale"):
+        cache, reference = actual[name], expected[name]
+        if reference is None:
+            continue
+        # Nothing but this step's slots changed: NaN and untouched codes are compared too. A product that fuses into a
+        # sum may land on the other side of a rounding, so one step of the dtype is allowed on a GPU.
+        if device.type == "cpu":
+            torch.testing.assert_close(cache, reference, rtol=0, atol=0, equal_nan=True)
+        else:
+            tolerance = {"atol": 1, "rtol": 0} if cache.dtype == torch.int8 else {"atol": 1e-3, "rtol": 2.0**-7}
+            torch.testing.assert_close(cache.cpu(), reference, equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize("case", PREFILL, ids=identifier)
+def test_prefill(case, device):
+    steps, lengths = case.pop("rows")
+    check(GqaStep(lengths=lengths, steps=steps, **case), device)
+
+
+@pytest.mark.parametrize("case", DECODE, ids=identifier)
+def test_decode(case, device):
+    # A negative number is an idle row with that many tokens in its cache.
+    lengths = [(abs(past), int(past >= 0)) for past in case.pop("pasts")]
+    check(GqaStep(lengths=lengths, steps=1, **case), device)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(40, 8), (64, 8), (28, 4), (9, 3)])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_head_counts_of_real_models(num_heads, num_kv_heads, steps, device):
+    head_dim = 64 if num_heads == 9 else 128
+    step = GqaStep(
+        lengths=[(140, steps)],
+        steps=steps,
+        num_kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
+        head_dim=head_dim,
+        sm_count=64,
+    )
+    check(step, device)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_cache_that_is_full_to_its_last_slot(steps, device):
+    check(GqaStep(lengths=[(131 - steps, steps), (3, steps)], steps=steps, capacity=131, group=2), device)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_all_rows_idle(steps, device):
+    check(GqaStep(lengths=[(3, 0), (60, 0)], steps=steps, group=2), device)
+
+
+def test_chunks_and_decode_steps_fill_one_cache_as_one_prefill_does(device):
+    whole = GqaStep(lengths=[(0, 70)], steps=70, group=2, seed=3)
+    expected = whole.expected()
+    key, value = (torch.full_like(whole.tensors[name], float("nan")) for name in ("key", "value"))
+    outputs, past = [], 0
+    for steps in (33, 1, 35, 1):
+        step = GqaStep(lengths=[(past, steps)], steps=steps, group=2, capacity=whole.capacity)
+        step.tensors |= {"qkv": whole.tensors["qkv"][:, past : past + steps].contiguous(), "key": key, "value": value}
+        actual = step.run(device)
+        outputs.append(actual["output"].cpu())
+        key, value = actual["key"].cpu(), actual["value"].cpu()
+        past += steps
+    assert_close(torch.cat(outputs, dim=1), expected["output"])
+
+
+def test_scale_is_of_the_scores(device):
+    step = GqaStep(lengths=[(70, 1)], steps=1, group=2)
+    step.scale = 1.0
+    check(step, device)
+
+
+def test_int8_scale_of_a_head_of_zeros_and_of_huge_values(device):
+    step = GqaStep(lengths=[(0, 2)], steps=2, is_int8=True, dtype="bf16", num_kv_heads=1)
+    step.tensors["qkv"][0, 0] = 0
+    step.tensors["qkv"][0, 1, 64:128] = 1e7  # a scale beyond fp16 is held at its largest value
+    check(step, device)
+
+
+def test_a_request_that_nothing_serves_is_printed():
+    step = GqaStep(lengths=[(0, 1)], steps=1, group=17)
+    message = (
+        r"no variant of gqa_decode for SM 8.9 serves dtype=fp16, cache=same, head_dim=64, group=17; there are: .*g2_16"
+    )
+    with pytest.raises(BuildError, match=message):
+        step.prepare(torch.device("cpu"))
+    with pytest.raises(BuildError, match="head_dim=96"):
+        select(SM, "gqa_prefill", dtype="fp16", cache="same", head_dim=96, group=1)
+
+
+def test_fp32_is_refused():
+    step = GqaStep(lengths=[(0, 1)], steps=1)
+    tensors = {**step.tensors, "qkv": step.tensors["qkv"].float()}
+    with pytest.raises(BuildError, match=r"fp16, bf16, not in torch\.float32"):
+        gqa_launches(SM, 1, **tensors, output=tensors["qkv"], workspace={"query": None}, num_heads=2, scale=1.0)
