@@ -25,7 +25,11 @@ from tests.bench.workers.protocol import READY
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = Path(__file__).resolve().parent / "workers"
-PEERS = {"onnxruntime-genai": "onnxruntime_genai.py", "openvino-genai": "openvino_genai.py"}
+PEERS = {
+    "llama-cpp": "llama_cpp.py",
+    "onnxruntime-genai": "onnxruntime_genai.py",
+    "openvino-genai": "openvino_genai.py",
+}
 MEASURES = ("prefill", "decode")
 
 

@@ -58,7 +58,7 @@ def test_every_contender_gets_the_same_new_prompt_each_round():
 
 
 def test_a_peer_of_unknown_kind_is_refused_with_the_kinds_there_are():
-    with pytest.raises(SystemExit, match="KIND one of onnxruntime-genai, openvino-genai"):
+    with pytest.raises(SystemExit, match="KIND one of llama-cpp, onnxruntime-genai, openvino-genai"):
         commands(parse(["--peer", "vllm=python:model"]))
 
 
