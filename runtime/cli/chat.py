@@ -56,7 +56,9 @@ def command(bundle: Path, system: str | None, threads: int | None, **settings: A
     from runtime.generator import Generator
 
     console = stdout()
-    with console.status("loading"), Generator.open(bundle, threads=threads) as generator:
+    with console.status("loading"):  # it redraws itself over whatever is typed, so it ends before the conversation
+        opened = Generator.open(bundle, threads=threads)
+    with opened as generator:
         config = generation_config(generator.defaults, settings)
         conversation = Conversation(generator, config, system, console)
         console.print(f"[bold]{escape(generator.engine.manifest.model.name)}[/] - /help for commands, Ctrl-D to leave")
