@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_aot_errors import BundleError
 from runtime.cli import chat
 from tests.runtime.cli.conftest import Run
 
@@ -105,11 +106,11 @@ class Terminal:
         if select.select([self._parent], [], [], seconds)[0]:
             self.seen += os.read(self._parent, 65536).decode(errors="replace")
 
-    def read_until(self, mark: str, start: int = 0) -> None:
+    def read_until(self, mark: str) -> None:
         deadline = time.monotonic() + 40
-        while mark not in self.seen[start:] and time.monotonic() < deadline:
+        while mark not in self.seen and time.monotonic() < deadline:
             self.read(0.5)
-        assert mark in self.seen[start:], self.seen[-500:]
+        assert mark in self.seen, self.seen[-500:]
 
     def __enter__(self) -> Terminal:
         return self
@@ -145,3 +146,38 @@ def test_the_loading_line_is_gone_when_the_user_types(bundle: Path) -> None:
         terminal.read_until("ended by length")
     assert "loading" in terminal.seen[:before]
     assert "loading" not in terminal.seen[before:]
+
+
+def test_a_message_that_can_not_be_answered_is_a_note_and_the_chat_goes_on(run: Run, bundle: Path) -> None:
+    result = run("chat", bundle, *SHORT, "--system", "caf\udce9", input="Hi\n/system Be brief.\nHi\n")
+    assert result.exit_code == 0
+    assert "isn't valid Unicode" in result.stdout
+    assert "[6 tokens" in result.stdout
+
+
+def test_input_that_is_not_utf8_is_a_usage_error(bundle: Path) -> None:
+    chat_command = [sys.executable, "-m", "runtime.cli.main", "chat", str(bundle)]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in a UTF-8 locale that has a language
+    result = subprocess.run(chat_command, cwd=ROOT, env=strict, input=b"caf\xe9\n", capture_output=True, timeout=60)
+    assert result.returncode == 2
+    assert b"standard input isn't UTF-8" in result.stderr
+    assert b"Traceback" not in result.stderr
+
+
+def test_an_error_after_ctrl_c_at_the_prompt_keeps_its_own_code(
+    run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C there only drops a line, so what ends the program later isn't it."""
+
+    def answers_badly(*arguments: object, **options: object) -> None:
+        raise BundleError("the file is damaged")
+
+    def interrupts_then_types(console: object, prompt: str) -> str:
+        monkeypatch.setattr("rich.console.Console.input", lambda console, prompt: "Hello")
+        signal.raise_signal(signal.SIGINT)
+        return ""
+
+    monkeypatch.setattr("rich.console.Console.input", interrupts_then_types)
+    monkeypatch.setattr("runtime.chat.Chat.send", answers_badly)
+    result = run("chat", bundle)
+    assert (result.exit_code, result.stderr) == (1, "error: the file is damaged\n")
