@@ -71,7 +71,9 @@ def command(
         if as_chat:
             roles = (("system", system), ("user", request))
             messages = [{"role": role, "content": text} for role, text in roles if isinstance(text, str)]
-            request = ChatTemplate.from_tokenizer(generator.tokenizer).render(messages)
+            text = ChatTemplate.from_tokenizer(generator.tokenizer).render(messages)
+            assert generator.tokenizer is not None
+            request = generator.tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
         for event in generator.stream([Request(request, config)]):
             if isinstance(event, Completion):
                 if not as_json:

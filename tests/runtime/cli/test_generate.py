@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM
 
 from runtime.generator import Generator
@@ -106,3 +109,25 @@ def test_a_folder_that_is_no_bundle(run: Run, checkpoint: Path) -> None:
     result = run("generate", checkpoint, "--prompt", "a")
     assert result.exit_code == 1
     assert "is a checkpoint, not a bundle" in result.stderr
+
+
+def test_a_chat_gets_no_special_token_beside_its_templates(run: Run, bundle: Path, tmp_path: Path) -> None:
+    """Of a tokenizer that puts one before every text."""
+    copy = shutil.copytree(bundle, tmp_path / "bundle")
+    tokenizer, bos = Tokenizer.from_file(str(copy / "tokenizer.json")), "<|endoftext|>"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    tokenizer.save(str(copy / "tokenizer.json"))
+    data = (copy / "tokenizer.json").read_bytes()
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["tokenizer.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+
+    def prompt_tokens(folder: Path, *options: str) -> int:
+        result = run("generate", folder, "--prompt", "Hi", "--max-new-tokens", 1, "--json", *options)
+        assert result.exit_code == 0, result.stderr
+        return int(json.loads(result.stdout)["prompt_tokens"])
+
+    assert prompt_tokens(copy) == prompt_tokens(bundle) + 1
+    assert prompt_tokens(copy, "--chat") == prompt_tokens(bundle, "--chat")
