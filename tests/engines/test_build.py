@@ -148,3 +148,12 @@ def test_a_missing_tensor_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match=r"model\.norm\.weight"):
         build(tmp_path / "model", tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [("/", "is the root of the file system|isn't empty"), ("x" * 300, "File name too long")]
+)
+@pytest.mark.parametrize("work", [build_bundle, plan_build])
+def test_a_folder_that_can_not_be_is_refused(work, out: str, message: str, checkpoint: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    with open_checkpoint(checkpoint) as source, pytest.raises(BuildError, match=message):
+        work(source, FP32, tmp_path / out)
