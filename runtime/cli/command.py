@@ -170,7 +170,18 @@ def _report(error: BaseException) -> int:
             click.echo("terminated", err=True)
             return EXIT_TERMINATED
         case BrokenPipeError():  # `qwen-aot inspect … | head`; while the command runs, click does the same
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_stdout()
+        case OSError():  # a full disk behind stdout, a file that may not be read
+            click.echo(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", err=True)
+            try:
+                sys.stdout.flush()
+            except OSError:
+                _drop_stdout()
         case _:
             raise error
     return EXIT_FAILED
+
+
+def _drop_stdout() -> None:
+    """Sends what stdout still holds nowhere: Python would fail on it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
