@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -62,6 +63,9 @@ class _Terminal(click.Command):
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Runs the command and exits: 0 ok, 1 failed, 2 usage, 130 Ctrl-C, 143 SIGTERM."""
         kwargs["standalone_mode"] = False
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="replace")  # a locale without the characters of an answer
         with _Stop() as stop:
             try:
                 result = super().main(*args, **kwargs)

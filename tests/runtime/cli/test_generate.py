@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from runtime.generator import Generator
 from tests.runtime.cli.conftest import Run
+
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_greedy_ids_are_those_of_transformers(run: Run, bundle: Path, checkpoint: Path) -> None:
@@ -131,3 +137,19 @@ def test_a_chat_gets_no_special_token_beside_its_templates(run: Run, bundle: Pat
 
     assert prompt_tokens(copy) == prompt_tokens(bundle) + 1
     assert prompt_tokens(copy, "--chat") == prompt_tokens(bundle, "--chat")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_locale_without_the_characters_gets_others_and_whole_json(bundle: Path, encoding: str) -> None:
+    command = [sys.executable, "-m", "runtime.cli.main", "generate", str(bundle), "--prompt-ids", "5", "--ignore-eos",
+               "--max-new-tokens", "40", "--temperature", "0"]  # fmt: skip
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+
+    def output(*options: str) -> bytes:
+        result = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    text = json.loads(output("--json").decode(encoding))["text"]
+    assert "\ufffd" in text  # random weights: some of it is no UTF-8
+    assert output().decode(encoding) == text.encode(encoding, "replace").decode(encoding) + "\n"
