@@ -26,7 +26,7 @@ class HfFolderCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.path = Path(os.path.abspath(folder))  # "." has no name
         self.config = ModelConfig.from_hf(folder)
-        self.tokenizer: TokenizerFiles = read_tokenizer_files(folder)
+        self.tokenizer: TokenizerFiles = read_tokenizer_files(folder, vocab_size=self.config.vocab_size)
         self._shards = SafetensorsShards(folder)
 
     @property
