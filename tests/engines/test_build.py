@@ -157,3 +157,11 @@ def test_a_missing_tensor_leaves_nothing(tmp_path: Path) -> None:
 def test_a_folder_that_can_not_be_is_refused(work, out: str, message: str, checkpoint: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     with open_checkpoint(checkpoint) as source, pytest.raises(BuildError, match=message):
         work(source, FP32, tmp_path / out)
+
+
+def test_without_onnxruntime_nothing_is_begun(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with open_checkpoint(checkpoint) as source, pytest.raises(BuildError, match="onnxruntime, which isn't installed"):
+        plan_build(source, FP32, tmp_path / "bundle")
