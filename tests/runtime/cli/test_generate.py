@@ -41,7 +41,7 @@ def test_greedy_ids_are_those_of_transformers(run: Run, bundle: Path, checkpoint
 def test_text_streams_to_stdout_and_speed_to_stderr(run: Run, bundle: Path) -> None:
     given = ("generate", bundle, "--temperature", 0, "--max-new-tokens", 8, "--ignore-eos")
     result = run(*given, "--prompt", "The quick brown")
-    piped = run(*given, input="The quick brown")
+    piped = run(*given, input="The quick brown\n")
     with Generator.open(bundle) as generator:
         config = generator.defaults.resolve(temperature=0, max_new_tokens=8, ignore_eos=True)
         expected = generator.generate(["The quick brown"], config)[0].text
