@@ -23,7 +23,8 @@ def require(spec: BuildSpec) -> None:
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise BuildError(
-            "a cpu bundle is checked with onnxruntime, which isn't installed; install it with `pip install 'qwen-aot[cpu]'`"
+            "a cpu bundle is checked with onnxruntime, which isn't installed; install it with "
+            "`pip install 'qwen-aot[cpu]'`"
         )
 
 

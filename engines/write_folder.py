@@ -36,8 +36,8 @@ class FolderWriter:
         check: raises BuildError if replacing what stands at `out` would destroy something foreign.
 
     Raises:
-        BuildError: `out` is the root; on entry, if `out` can't be written or holds something that `check` refuses, or if another
-            process is writing there.
+        BuildError: `out` is the root; on entry, if `out` can't be written or holds something that `check` refuses, or
+            if another process is writing there.
     """
 
     def __init__(self, out: Path, check: Callable[[Path], None]) -> None:

@@ -238,7 +238,7 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
 def _as_ids(prompt: Sequence[int]) -> list[int]:
     """Token ids as whole numbers; bytes and fractions would pass for them."""
     try:
-        if isinstance(prompt, bytes):
+        if isinstance(prompt, bytes | bytearray):
             raise TypeError
         return [operator.index(token_id) for token_id in prompt]
     except TypeError:

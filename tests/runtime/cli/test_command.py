@@ -15,7 +15,6 @@ from click.testing import CliRunner
 from qwen_aot_errors import BuildError
 from runtime.cli.command import LazyGroup, Verb, VerbCommand, option
 
-
 ROOT = Path(__file__).parents[3]
 
 

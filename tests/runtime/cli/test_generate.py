@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 from runtime.generator import Generator
 from tests.runtime.cli.conftest import Run
 
-
 ROOT = Path(__file__).parents[3]
 
 
@@ -139,8 +138,8 @@ def test_a_chat_gets_no_special_token_beside_its_templates(run: Run, bundle: Pat
     assert prompt_tokens(copy, "--chat") == prompt_tokens(bundle, "--chat")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_locale_without_the_characters_gets_others_and_whole_json(bundle: Path, encoding: str) -> None:
+def test_a_locale_without_the_characters_gets_others_and_whole_json(bundle: Path) -> None:
+    encoding = "latin-1"  # where the locale says ASCII, click writes UTF-8 all the same
     command = [sys.executable, "-m", "runtime.cli.main", "generate", str(bundle), "--prompt-ids", "5", "--ignore-eos",
                "--max-new-tokens", "40", "--temperature", "0"]  # fmt: skip
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
