@@ -64,6 +64,7 @@ def test_a_full_context_is_a_note_and_the_chat_goes_on(run: Run, bundle: Path) -
     result = run("chat", bundle, *SHORT, input=f"{'word ' * 400}\n/clear\nHi\n")
     assert result.exit_code == 0
     assert "the context holds 256" in result.stdout
+    assert "/clear" in result.stdout and "/clear" in chat.COMMANDS
     assert "[6 tokens" in result.stdout
 
 
