@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_aot_errors import CheckpointError
+from qwen_aot_errors import BuildError, CheckpointError
 from runtime.cli.command import EXIT_FAILED, VerbCommand, option
 from runtime.cli.console import print_json, progress_on_stderr, show_logs, stdout
 from runtime.cli.options import CONTEXT, bundle_argument, json_option, threads_option
@@ -196,6 +196,7 @@ def compare(
 
     Raises:
         CheckpointError: it was built from another model.
+        BuildError: its context or the text is too short to be scored.
     """
     import numpy as np
 
@@ -205,11 +206,17 @@ def compare(
 
     manifest = generator.engine.manifest
     _require_same_model(manifest, checkpoint)
+    length = min(window, manifest.max_context - greedy_tokens)
+    if length < verify.SHORTEST_WINDOW:
+        raise BuildError(
+            f"the bundle's context of {manifest.max_context} tokens has no room for a window of at least "
+            f"{verify.SHORTEST_WINDOW} and {greedy_tokens} greedy tokens: give fewer --greedy-tokens, or build with a "
+            "larger --max-context"
+        )
     if generator.tokenizer is not None:
         ids = generator.tokenizer.encode(text)
     else:
         ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, RANDOM_TOKENS).tolist()
-    length = min(window, manifest.max_context - greedy_tokens)
     on_progress(ProgressEvent("load reference", 1, 2))
     reference = Reference(checkpoint)
     on_progress(ProgressEvent("load reference", 1, 2, 1, 1))

@@ -42,6 +42,13 @@ def test_a_reference_of_another_size_is_refused(
     assert said in result.stderr and "give the checkpoint that the bundle was built from" in result.stderr
 
 
+@pytest.mark.parametrize("greedy", [253, 256, 300])
+def test_a_context_without_room_is_refused(run: Run, bundle: Path, checkpoint: Path, greedy: int) -> None:
+    result = run("verify", bundle, "--reference", checkpoint, "--greedy-tokens", greedy)
+    assert result.exit_code == 1
+    assert f"context of 256 tokens has no room for a window of at least 4 and {greedy} greedy tokens" in result.stderr
+
+
 def test_bounds_can_be_given(run: Run, bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "page.txt").write_text("The quick brown fox jumps over the lazy dog. " * 3)
     result = run("verify", bundle, "--reference", checkpoint, "--text", tmp_path / "page.txt",
