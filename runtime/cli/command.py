@@ -64,8 +64,9 @@ class _Terminal(click.Command):
         """Runs the command and exits: 0 ok, 1 failed, 2 usage, 130 Ctrl-C, 143 SIGTERM."""
         kwargs["standalone_mode"] = False
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-                stream.reconfigure(errors="replace")  # a locale without the characters of an answer
+            # A locale without the characters of an answer; C's lets through what came in as bytes and nothing else.
+            if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+                stream.reconfigure(errors="replace")
         with _Stop() as stop:
             try:
                 result = super().main(*args, **kwargs)
