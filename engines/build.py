@@ -95,7 +95,8 @@ def plan_build(
         BuildError: the request, `out`, the disk or the memory won't do.
     """
     out = out.expanduser().resolve()
-    refuse_unless_replaceable(out)
+    with explained(out):
+        refuse_unless_replaceable(out)
     plan = _plan(checkpoint, spec, Stages(("trace", "lower"), on_progress))
     check_resources(plan.estimate, out)
     return plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from engines.spec import BuildSpec, Precision
@@ -15,7 +16,16 @@ from runtime.manifest import Manifest
 
 
 def require(spec: BuildSpec) -> None:
-    """Nothing: the graph is made without ONNX Runtime, and the check says what is missing."""
+    """Refuses a machine without ONNX Runtime: only the check at the end needs it, when all else has been spent.
+
+    Raises:
+        BuildError: it isn't installed.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise BuildError(
+            "a cpu bundle is checked with onnxruntime, which isn't installed; install it with "
+            "`pip install 'qwen-aot[cpu]'`"
+        )
 
 
 def lower(traced: Traced, spec: BuildSpec) -> Traced:

@@ -260,16 +260,20 @@ class BuildSpec:
         """The context in tokens for a model that was trained for `model_limit`.
 
         Raises:
-            BuildError: more was asked for than the model has.
+            BuildError: more was asked for than the model has, or a prefill chunk that no prompt fills.
         """
-        if self.max_context is None:
-            return min(model_limit, self.facts.default_context_limit or model_limit)
-        if self.max_context > model_limit:
+        context = self.max_context or min(model_limit, self.facts.default_context_limit or model_limit)
+        if context > model_limit:
             raise BuildError(
                 f"max_context {self.max_context} is more than the model's {model_limit} tokens "
                 f"(max_position_embeddings); ask for at most {model_limit}"
             )
-        return self.max_context
+        if self.prefill_chunk > max(context, self.facts.default_prefill_chunk):
+            raise BuildError(
+                f"prefill_chunk {self.prefill_chunk} is more than the context of {context} tokens: no prompt fills it, "
+                f"and the graph's tables would grow with it; ask for at most {context}"
+            )
+        return context
 
 
 def _member(kind: type[StrEnum], field: str, value: Any) -> StrEnum:

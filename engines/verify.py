@@ -19,6 +19,8 @@ from qwen_aot_errors import BuildError
 # model that differs would write another text. Elsewhere (always, with random weights) near ties decide.
 DECISIVE_PROBABILITY = 0.5
 
+SHORTEST_WINDOW = 4  # tokens: a quarter is the prompt
+
 
 class ScoredEngine(Protocol):
     """What scoring needs of a loaded bundle (`runtime.engine.Engine` has it)."""
@@ -286,16 +288,18 @@ def require_passed(verification: Verification) -> Mapping[str, Any]:
 
 
 def windows(token_ids: Sequence[int], length: int, count: int) -> list[NDArray[np.int64]]:
-    """Cuts a text's tokens into at most `count` pieces of `length`; a last piece below 4 tokens is left out.
+    """Cuts a text's tokens into at most `count` pieces of `length`; a last piece below SHORTEST_WINDOW is left out.
 
     Raises:
-        BuildError: fewer than 4 tokens.
+        BuildError: fewer tokens than that.
     """
     ids = np.asarray(token_ids, np.int64)
     pieces = [ids[start : start + length] for start in range(0, len(ids), length)][:count]
-    pieces = [piece for piece in pieces if len(piece) >= 4]
+    pieces = [piece for piece in pieces if len(piece) >= SHORTEST_WINDOW]
     if not pieces:
-        raise BuildError(f"the text has {len(ids)} tokens; verification needs at least 4: give a longer --text")
+        raise BuildError(
+            f"the text has {len(ids)} tokens; verification needs at least {SHORTEST_WINDOW}: give a longer --text"
+        )
     return pieces
 
 

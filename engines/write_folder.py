@@ -36,12 +36,14 @@ class FolderWriter:
         check: raises BuildError if replacing what stands at `out` would destroy something foreign.
 
     Raises:
-        BuildError: on entry, if `out` can't be written or holds something that `check` refuses, or if another
-            process is writing there.
+        BuildError: `out` is the root; on entry, if `out` can't be written or holds something that `check` refuses, or
+            if another process is writing there.
     """
 
     def __init__(self, out: Path, check: Callable[[Path], None]) -> None:
         self.out = out.expanduser().resolve()
+        if not self.out.name:
+            raise BuildError(f"{out} is the root of the file system; give a folder in it")
         self.folder = self.out.with_name(f".{self.out.name}.building")
         self._lock = self.out.with_name(f".{self.out.name}.lock")
         self._old = self.out.with_name(f".{self.out.name}.old")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +62,7 @@ class Batch:
             assert self._tokenizer is not None
             ids = self._tokenizer.encode(request.prompt)
         else:
-            ids = [int(token_id) for token_id in request.prompt]
+            ids = _as_ids(request.prompt)
         if not ids:
             if manifest.model.bos_token_id is None:
                 raise GenerationError("the prompt is empty and the model has no BOS token: give at least one token")
@@ -231,3 +233,13 @@ class Batch:
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _as_ids(prompt: Sequence[int]) -> list[int]:
+    """Token ids as whole numbers; bytes and fractions would pass for them."""
+    try:
+        if isinstance(prompt, bytes | bytearray):
+            raise TypeError
+        return [operator.index(token_id) for token_id in prompt]
+    except TypeError:
+        raise GenerationError(f"the prompt is {str(prompt)[:80]!r}; accepted: text, or a list of token ids") from None

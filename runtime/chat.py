@@ -162,7 +162,8 @@ class Chat:
         if len(ids) > max_context:
             raise ContextFullError(
                 f"the conversation has {len(ids)} tokens with this turn, the context holds {max_context}: start a new "
-                "conversation (/reset), say less at once, or rebuild the bundle with a larger --max-context"
+                "conversation (/clear in the terminal), say less at once, or rebuild the bundle with a larger "
+                "--max-context"
             )
         request = Request(ids, self._config, cancel, keep_cache=True)
         return self._answer(messages, self._generator.stream([request]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ class HfFolderCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder
+        self.path = Path(os.path.abspath(folder))  # "." has no name
         self.config = ModelConfig.from_hf(folder)
-        self.tokenizer: TokenizerFiles = read_tokenizer_files(folder)
+        self.tokenizer: TokenizerFiles = read_tokenizer_files(folder, vocab_size=self.config.vocab_size)
         self._shards = SafetensorsShards(folder)
 
     @property

@@ -19,20 +19,24 @@ GENERATION_CONFIG_NAME = "generation_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"  # where transformers 5 saves the template
 
 
-def read_tokenizer_files(folder: Path) -> TokenizerFiles:
+def read_tokenizer_files(folder: Path, *, vocab_size: int) -> TokenizerFiles:
     """tokenizer.json, tokenizer_config.json with the chat template folded in, generation_config.json.
 
     A folder with only vocab.json and merges.txt gets a tokenizer.json made of them, cut as Qwen cuts text.
     Without either, the result has no tokenizer.json.
 
+    Args:
+        folder: of the checkpoint.
+        vocab_size: the model's; often larger than the tokenizer's, being padded.
+
     Raises:
-        CheckpointError: a file is there and can't be used.
+        CheckpointError: a file is there and can't be used, or the tokenizer has an id that the model lacks.
     """
     files: dict[str, str] = {}
     config_path = folder / TOKENIZER_CONFIG_NAME
     config = read_json(config_path) if config_path.is_file() else {}
     if (folder / TOKENIZER_NAME).is_file():
-        files[TOKENIZER_NAME] = _read_tokenizer(folder / TOKENIZER_NAME)
+        files[TOKENIZER_NAME] = _read_tokenizer(folder / TOKENIZER_NAME, vocab_size)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         files[TOKENIZER_NAME] = _from_vocab_and_merges(folder, config)
     template_path = folder / CHAT_TEMPLATE_NAME
@@ -54,12 +58,18 @@ def _read_text(path: Path) -> str:
         raise CheckpointError(f"{path} is not UTF-8 text ({error}); download it again") from error
 
 
-def _read_tokenizer(path: Path) -> str:
+def _read_tokenizer(path: Path, vocab_size: int) -> str:
     text = _read_text(path)
     try:
-        tokenizers.Tokenizer.from_str(text)
+        tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception for every defect of the file
         raise CheckpointError(f"{path} is not a tokenizer that can be loaded ({error}); download it again") from error
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"{path} has ids to {largest}, but the model's vocabulary ends before {vocab_size}: it is the tokenizer of "
+            "another model; put the model's own beside the weights"
+        )
     return text
 
 

@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from qwen_aot_errors import ContextFullError
+from qwen_aot_errors import GenerationError
 from runtime.cli.command import VerbCommand, option
 from runtime.cli.console import show_logs, stdout
 from runtime.cli.generate import speeds
@@ -56,7 +56,9 @@ def command(bundle: Path, system: str | None, threads: int | None, **settings: A
     from runtime.generator import Generator
 
     console = stdout()
-    with console.status("loading"), Generator.open(bundle, threads=threads) as generator:
+    with console.status("loading"):  # it redraws itself over whatever is typed, so it ends before the conversation
+        opened = Generator.open(bundle, threads=threads)
+    with opened as generator:
         config = generation_config(generator.defaults, settings)
         conversation = Conversation(generator, config, system, console)
         console.print(f"[bold]{escape(generator.engine.manifest.model.name)}[/] - /help for commands, Ctrl-D to leave")
@@ -113,7 +115,7 @@ class Conversation:
                         self._finish(event)
                     else:
                         self._console.out(event.text, end="", highlight=False)
-        except ContextFullError as error:
+        except GenerationError as error:  # the conversation is as it was before
             self._note(str(error))
 
     def _finish(self, completion: Completion) -> None:
@@ -144,7 +146,18 @@ def _ctrl_c_sets(event: threading.Event) -> Iterator[None]:
     def on_interrupt(number: int, frame: FrameType | None) -> None:
         event.set()
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+    with _on_ctrl_c(on_interrupt):
+        yield
+
+
+def _ctrl_c_raises() -> contextlib.AbstractContextManager[None]:
+    """Within it Ctrl-C is a KeyboardInterrupt and nothing else: the program doesn't take it for its end."""
+    return _on_ctrl_c(signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def _on_ctrl_c(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    previous = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
@@ -158,9 +171,12 @@ def _inputs(console: Console) -> Iterator[str]:
             import readline  # noqa: F401  # line editing and history for input()
     while True:
         try:
-            text = console.input("[bold green]> [/]")
-            if text.lstrip().startswith(MULTILINE_MARK):
-                text = _multiline(console, text.lstrip().removeprefix(MULTILINE_MARK))
+            with _ctrl_c_raises():
+                text = console.input("[bold green]> [/]")
+                if text.lstrip().startswith(MULTILINE_MARK):
+                    text = _multiline(console, text.lstrip().removeprefix(MULTILINE_MARK))
+        except UnicodeDecodeError as error:
+            raise click.UsageError(f"standard input isn't UTF-8 ({error.reason} at byte {error.start})") from None
         except EOFError:
             console.print()
             return

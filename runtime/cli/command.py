@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -62,6 +63,10 @@ class _Terminal(click.Command):
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Runs the command and exits: 0 ok, 1 failed, 2 usage, 130 Ctrl-C, 143 SIGTERM."""
         kwargs["standalone_mode"] = False
+        for stream in (sys.stdout, sys.stderr):
+            # A locale without the characters of an answer; C's lets through what came in as bytes and nothing else.
+            if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+                stream.reconfigure(errors="replace")
         with _Stop() as stop:
             try:
                 result = super().main(*args, **kwargs)
@@ -170,7 +175,18 @@ def _report(error: BaseException) -> int:
             click.echo("terminated", err=True)
             return EXIT_TERMINATED
         case BrokenPipeError():  # `qwen-aot inspect … | head`; while the command runs, click does the same
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_stdout()
+        case OSError():  # a full disk behind stdout, a file that may not be read
+            click.echo(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", err=True)
+            try:
+                sys.stdout.flush()
+            except OSError:
+                _drop_stdout()
         case _:
             raise error
     return EXIT_FAILED
+
+
+def _drop_stdout() -> None:
+    """Sends what stdout still holds nowhere: Python would fail on it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

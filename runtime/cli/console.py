@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import logging
@@ -57,8 +58,9 @@ def stdout() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    """One JSON object on stdout; escaped where stdout can't hold every character."""
+    is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+    click.echo(json.dumps(value, indent=2, ensure_ascii=not is_utf8, default=str))
 
 
 def show_logs(level: int = logging.WARNING) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @click.command("generate", cls=VerbCommand, context_settings=CONTEXT)
 @bundle_argument
-@option("--prompt", help="Text to continue.  [default: standard input]", group="Prompt")
+@option("--prompt", help="Text to continue.  [default: standard input, less a last line end]", group="Prompt")
 @option("--prompt-ids", help="Token ids to continue, such as 1,2,3.", group="Prompt")
 @option("--chat", "as_chat", is_flag=True, help="The prompt is a user's message: answer it.", group="Prompt")
 @option("--system", help="System prompt, with --chat.  [default: the chat template's]", group="Prompt")
@@ -71,7 +71,9 @@ def command(
         if as_chat:
             roles = (("system", system), ("user", request))
             messages = [{"role": role, "content": text} for role, text in roles if isinstance(text, str)]
-            request = ChatTemplate.from_tokenizer(generator.tokenizer).render(messages)
+            text = ChatTemplate.from_tokenizer(generator.tokenizer).render(messages)
+            assert generator.tokenizer is not None
+            request = generator.tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
         for event in generator.stream([Request(request, config)]):
             if isinstance(event, Completion):
                 if not as_json:
@@ -99,6 +101,7 @@ def _prompt(text: str | None, ids: str | None) -> str | list[int]:
             text = sys.stdin.read()
         except UnicodeDecodeError as error:
             raise click.UsageError(f"standard input isn't UTF-8 ({error.reason} at byte {error.start})") from None
+        text = text.removesuffix("\n")  # which `echo` and editors add; a model takes it for the end of its sentence
     return text
 
 

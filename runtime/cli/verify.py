@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen_aot_errors import BuildError, CheckpointError
 from runtime.cli.command import EXIT_FAILED, VerbCommand, option
 from runtime.cli.console import print_json, progress_on_stderr, show_logs, stdout
 from runtime.cli.options import CONTEXT, bundle_argument, json_option, threads_option
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from engines.verify import Bounds, Verification
     from exporter.checkpoint.base import Checkpoint
     from runtime.generator import Generator
+    from runtime.manifest import Manifest
 
 POSITIONS = "positions"  # what progress counts
 RANDOM_TOKENS = 256  # where there is no tokenizer and so no text
@@ -169,6 +171,7 @@ def _run_per_layer(
         open_source(reference, random_weights=random_weights, seed=weights_seed) as checkpoint,
         progress_on_stderr() as show,
     ):
+        _require_same_model(bundle.manifest, checkpoint)
         report = verify_layers.compare(bundle, checkpoint, text, window, bound, show)
     if as_json:
         print_json({"bundle": str(path), "reference": reference, **report.to_json()})
@@ -189,7 +192,12 @@ def compare(
     greedy_tokens: int = 32,
     on_progress: OnProgress,
 ) -> Verification:
-    """Scores an open bundle against the checkpoint it was built from."""
+    """Scores an open bundle against the checkpoint it was built from.
+
+    Raises:
+        CheckpointError: it was built from another model.
+        BuildError: its context or the text is too short to be scored.
+    """
     import numpy as np
 
     from engines import verify
@@ -197,11 +205,18 @@ def compare(
     from engines.reference import Reference
 
     manifest = generator.engine.manifest
+    _require_same_model(manifest, checkpoint)
+    length = min(window, manifest.max_context - greedy_tokens)
+    if length < verify.SHORTEST_WINDOW:
+        raise BuildError(
+            f"the bundle's context of {manifest.max_context} tokens has no room for a window of at least "
+            f"{verify.SHORTEST_WINDOW} and {greedy_tokens} greedy tokens: give fewer --greedy-tokens, or build with a "
+            "larger --max-context"
+        )
     if generator.tokenizer is not None:
         ids = generator.tokenizer.encode(text)
     else:
         ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, RANDOM_TOKENS).tolist()
-    length = min(window, manifest.max_context - greedy_tokens)
     on_progress(ProgressEvent("load reference", 1, 2))
     reference = Reference(checkpoint)
     on_progress(ProgressEvent("load reference", 1, 2, 1, 1))
@@ -213,6 +228,16 @@ def compare(
         greedy_tokens=greedy_tokens,
         on_progress=lambda done, total: on_progress(ProgressEvent("compare", 2, 2, done, total, POSITIONS)),
     )
+
+
+def _require_same_model(manifest: Manifest, checkpoint: Checkpoint) -> None:
+    for name in ("vocab_size", "num_hidden_layers", "num_parameters"):
+        ours, theirs = getattr(manifest.model, name), getattr(checkpoint.config, name)
+        if ours != theirs:
+            raise CheckpointError(
+                f"the reference {checkpoint.path} has {name} {theirs:,}, the bundle's model {manifest.model.name} has "
+                f"{ours:,}: give the checkpoint that the bundle was built from"
+            )
 
 
 def _read_text(path: Path) -> str:

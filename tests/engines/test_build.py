@@ -148,3 +148,20 @@ def test_a_missing_tensor_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match=r"model\.norm\.weight"):
         build(tmp_path / "model", tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [("/", "is the root of the file system|isn't empty"), ("x" * 300, "File name too long")]
+)
+@pytest.mark.parametrize("work", [build_bundle, plan_build])
+def test_a_folder_that_can_not_be_is_refused(work, out: str, message: str, checkpoint: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    with open_checkpoint(checkpoint) as source, pytest.raises(BuildError, match=message):
+        work(source, FP32, tmp_path / out)
+
+
+def test_without_onnxruntime_nothing_is_begun(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with open_checkpoint(checkpoint) as source, pytest.raises(BuildError, match="onnxruntime, which isn't installed"):
+        plan_build(source, FP32, tmp_path / "bundle")

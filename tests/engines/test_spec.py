@@ -56,3 +56,10 @@ def test_context_defaults_to_the_models_and_is_capped_by_it() -> None:
     assert BuildSpec(max_context=4096).context_for(32768) == 4096
     with pytest.raises(BuildError, match="max_context 40000 is more than the model's 32768"):
         BuildSpec(max_context=40000).context_for(32768)
+
+
+def test_a_prefill_chunk_longer_than_the_context_is_refused() -> None:
+    assert BuildSpec(prefill_chunk=512).context_for(512) == 512
+    assert BuildSpec(max_context=16).context_for(512) == 16  # the default chunk goes with every context
+    with pytest.raises(BuildError, match="prefill_chunk 100000000 is more than the context of 512 tokens"):
+        BuildSpec(prefill_chunk=100_000_000).context_for(512)

@@ -184,7 +184,7 @@ def test_a_conversation_that_is_too_long_says_what_to_do() -> None:
     chat, engine = make_chat(["one", "two"], max_context=120)
     say(chat, "a")
     before, rows = chat.messages, [list(row) for row in engine.rows]
-    with pytest.raises(ContextFullError, match=r"the context holds 120: start a new conversation \(/reset\)"):
+    with pytest.raises(ContextFullError, match=r"the context holds 120: start a new conversation \(/clear in"):
         chat.send("long " * 100)
     assert chat.messages == before and engine.rows == rows
     assert say(chat, "b").text == "two"

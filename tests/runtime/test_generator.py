@@ -399,3 +399,9 @@ def test_defaults_of_a_bare_engine_are_greedy_with_the_models_eos() -> None:
     generator, _ = make_generator(eos=(3,))
     assert generator.defaults == GenerationDefaults(eos_token_ids=(3,))
     assert generator.defaults.resolve().is_greedy
+
+
+@pytest.mark.parametrize("prompt", [b"text", bytearray(b"text"), [1.7, 2], [[1, 2]], ["1"], None, 5])
+def test_what_is_neither_text_nor_ids_is_refused(prompt: object) -> None:
+    with pytest.raises(GenerationError, match="accepted: text, or a list of token ids"):
+        writer("x").generate([prompt])  # type: ignore[list-item]

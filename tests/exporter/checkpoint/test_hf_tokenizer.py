@@ -52,7 +52,7 @@ def test_vocab_and_merges_make_transformers_qwen_tokenizer(form: str, tmp_path: 
     vocab, merges = parts(tmp_path)
     write_old_files(tmp_path, vocab, merges)
     added_tokens(tmp_path, vocab, form)
-    ours = Tokenizer.from_str(read_tokenizer_files(tmp_path).files["tokenizer.json"])
+    ours = Tokenizer.from_str(read_tokenizer_files(tmp_path, vocab_size=400).files["tokenizer.json"])
     reference = Qwen2Tokenizer(vocab=vocab, merges=merges)
     reference.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     for text in TEXTS:
@@ -67,7 +67,7 @@ def test_agrees_with_transformers_on_any_text(text: str, tmp_path_factory: pytes
     folder = tmp_path_factory.mktemp("tokenizer")
     vocab, merges = parts(folder)
     write_old_files(folder, vocab, merges)
-    ours = Tokenizer.from_str(read_tokenizer_files(folder).files["tokenizer.json"])
+    ours = Tokenizer.from_str(read_tokenizer_files(folder, vocab_size=400).files["tokenizer.json"])
     reference = Qwen2Tokenizer(vocab=vocab, merges=merges)
     assert ours.encode(text).ids == reference.encode(text)
 
@@ -75,7 +75,7 @@ def test_agrees_with_transformers_on_any_text(text: str, tmp_path_factory: pytes
 def test_files_are_passed_on(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, 300)
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.7}')
-    files = read_tokenizer_files(tmp_path).files
+    files = read_tokenizer_files(tmp_path, vocab_size=400).files
     assert files["tokenizer.json"] == (tmp_path / "tokenizer.json").read_text()
     assert json.loads(files["tokenizer_config.json"])["chat_template"] == CHATML
     assert json.loads(files["generation_config.json"]) == {"temperature": 0.7}
@@ -84,13 +84,13 @@ def test_files_are_passed_on(tmp_path: Path) -> None:
 def test_a_template_file_is_folded_in(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, 300)
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    config = json.loads(read_tokenizer_files(tmp_path).files["tokenizer_config.json"])
+    config = json.loads(read_tokenizer_files(tmp_path, vocab_size=400).files["tokenizer_config.json"])
     assert config["chat_template"] == "{{ messages }}"
     assert config["eos_token"] == "<|im_end|>"
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
-    assert read_tokenizer_files(tmp_path).files == {}
+    assert read_tokenizer_files(tmp_path, vocab_size=400).files == {}
 
 
 def broken(folder: Path, **files: Any) -> None:
@@ -126,4 +126,11 @@ BROKEN = {
 def test_broken_files_are_named(files: dict[str, Any], message: str, tmp_path: Path) -> None:
     broken(tmp_path, **files)
     with pytest.raises(CheckpointError, match=message):
-        read_tokenizer_files(tmp_path)
+        read_tokenizer_files(tmp_path, vocab_size=400)
+
+
+def test_the_tokenizer_of_a_larger_model_is_refused(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, 320)
+    assert read_tokenizer_files(tmp_path, vocab_size=320).files
+    with pytest.raises(CheckpointError, match="has ids to 319, but the model's vocabulary ends before 319"):
+        read_tokenizer_files(tmp_path, vocab_size=319)

@@ -122,3 +122,12 @@ def test_quantized_checkpoints_are_refused_by_name(method: str, tmp_path: Path) 
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}))
     with pytest.raises(CheckpointError, match=rf"config\.json: quantization_config says '{method}'; .*not supported"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("here", [".", "../model", "../model/../model", "sub/.."])
+def test_the_working_folder_has_its_name(here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path / "model")
+    (tmp_path / "model" / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    with open_checkpoint(here) as checkpoint:
+        assert checkpoint.path.name == "model"

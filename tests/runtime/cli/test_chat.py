@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_aot_errors import BundleError
 from runtime.cli import chat
 from tests.runtime.cli.conftest import Run
 
@@ -63,6 +64,7 @@ def test_a_full_context_is_a_note_and_the_chat_goes_on(run: Run, bundle: Path) -
     result = run("chat", bundle, *SHORT, input=f"{'word ' * 400}\n/clear\nHi\n")
     assert result.exit_code == 0
     assert "the context holds 256" in result.stdout
+    assert "/clear" in result.stdout and "/clear" in chat.COMMANDS
     assert "[6 tokens" in result.stdout
 
 
@@ -78,41 +80,105 @@ def test_a_bundle_without_a_template_is_refused(run: Run, tmp_path: Path) -> Non
     assert "has no tokenizer, so it can't chat" in result.stderr
 
 
+class Terminal:
+    """`chat` in a pseudo terminal, as a user sits at it.
+
+    Attributes:
+        seen: everything that the terminal has shown.
+    """
+
+    def __init__(self, *arguments: str) -> None:
+        self._parent, child = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "runtime.cli.main", "chat", *arguments],
+            cwd=ROOT,
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            start_new_session=True,
+        )
+        os.close(child)
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._parent, text.encode())
+
+    def read(self, seconds: float) -> None:
+        if select.select([self._parent], [], [], seconds)[0]:
+            self.seen += os.read(self._parent, 65536).decode(errors="replace")
+
+    def read_until(self, mark: str) -> None:
+        deadline = time.monotonic() + 40
+        while mark not in self.seen and time.monotonic() < deadline:
+            self.read(0.5)
+        assert mark in self.seen, self.seen[-500:]
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._parent)
+
+
 @pytest.mark.timeout(60)
 def test_ctrl_c_stops_the_answer_and_not_the_program(bundle: Path) -> None:
-    """In a pseudo terminal, as a user sits at it."""
-    parent, child = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "runtime.cli.main", "chat", str(bundle), "--ignore-eos", "--max-new-tokens", "100000"],
-        cwd=ROOT,
-        stdin=child,
-        stdout=child,
-        stderr=child,
-        start_new_session=True,
-    )
-    os.close(child)
-    seen = ""
+    with Terminal(str(bundle), "--ignore-eos", "--max-new-tokens", "100000") as terminal:
+        terminal.read_until("> ")
+        before = len(terminal.seen)
+        terminal.type("Hello\n")
+        while len(terminal.seen) < before + 20:  # some of the answer is there
+            terminal.read(40)
+        os.kill(terminal.process.pid, signal.SIGINT)
+        terminal.read_until("ended by")
+        terminal.type("/exit\n")
+        assert terminal.process.wait(20) == 0
+    assert "ended by cancelled" in terminal.seen or "ended by length" in terminal.seen
 
-    def read_until(mark: str) -> None:
-        nonlocal seen
-        deadline = time.monotonic() + 40
-        while mark not in seen and time.monotonic() < deadline:
-            if select.select([parent], [], [], 0.5)[0]:
-                seen += os.read(parent, 65536).decode(errors="replace")
-        assert mark in seen, seen[-500:]
 
-    try:
-        read_until("> ")
-        before = len(seen)
-        os.write(parent, b"Hello\n")
-        while len(seen) < before + 20:  # some of the answer is there
-            seen += os.read(parent, 65536).decode(errors="replace")
-        os.kill(process.pid, signal.SIGINT)
-        read_until("ended by")
-        os.write(parent, b"/exit\n")
-        assert process.wait(20) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(parent)
-    assert "ended by cancelled" in seen or "ended by length" in seen
+@pytest.mark.timeout(60)
+def test_the_loading_line_is_gone_when_the_user_types(bundle: Path) -> None:
+    with Terminal(str(bundle), *map(str, SHORT)) as terminal:
+        terminal.read_until("> ")
+        before = len(terminal.seen)
+        terminal.read(1)  # a line that moves is drawn ten times a second
+        terminal.type("Hello\n")
+        terminal.read_until("ended by length")
+    assert "loading" in terminal.seen[:before]
+    assert "loading" not in terminal.seen[before:]
+
+
+def test_a_message_that_can_not_be_answered_is_a_note_and_the_chat_goes_on(run: Run, bundle: Path) -> None:
+    result = run("chat", bundle, *SHORT, "--system", "caf\udce9", input="Hi\n/system Be brief.\nHi\n")
+    assert result.exit_code == 0
+    assert "isn't valid Unicode" in result.stdout
+    assert "[6 tokens" in result.stdout
+
+
+def test_input_that_is_not_utf8_is_a_usage_error(bundle: Path) -> None:
+    chat_command = [sys.executable, "-m", "runtime.cli.main", "chat", str(bundle)]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in a UTF-8 locale that has a language
+    result = subprocess.run(chat_command, cwd=ROOT, env=strict, input=b"caf\xe9\n", capture_output=True, timeout=60)
+    assert result.returncode == 2
+    assert b"standard input isn't UTF-8" in result.stderr
+    assert b"Traceback" not in result.stderr
+
+
+def test_an_error_after_ctrl_c_at_the_prompt_keeps_its_own_code(
+    run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C there only drops a line, so what ends the program later isn't it."""
+
+    def answers_badly(*arguments: object, **options: object) -> None:
+        raise BundleError("the file is damaged")
+
+    def interrupts_then_types(console: object, prompt: str) -> str:
+        monkeypatch.setattr("rich.console.Console.input", lambda console, prompt: "Hello")
+        signal.raise_signal(signal.SIGINT)
+        return ""
+
+    monkeypatch.setattr("rich.console.Console.input", interrupts_then_types)
+    monkeypatch.setattr("runtime.chat.Chat.send", answers_badly)
+    result = run("chat", bundle)
+    assert (result.exit_code, result.stderr) == (1, "error: the file is damaged\n")

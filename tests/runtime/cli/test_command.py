@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import click
@@ -12,6 +14,8 @@ from click.testing import CliRunner
 
 from qwen_aot_errors import BuildError
 from runtime.cli.command import LazyGroup, Verb, VerbCommand, option
+
+ROOT = Path(__file__).parents[3]
 
 
 def verb_that_raises(error: BaseException) -> click.Command:
@@ -29,6 +33,7 @@ def verb_that_raises(error: BaseException) -> click.Command:
         (click.UsageError("give one"), 2, "give one"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (click.Abort(), 130, "interrupted\n"),
+        (PermissionError(13, "Permission denied", "/x/config.json"), 1, "error: /x/config.json: Permission denied\n"),
         (ModuleNotFoundError("no", name="torch.nn"), 1, "needs the package 'torch'"),
         (ModuleNotFoundError("no", name="torch"), 1, "pip install 'qwen-aot[build]'"),
         (ModuleNotFoundError("no", name="onnxruntime"), 1, "pip install 'qwen-aot[cpu]'"),
@@ -101,3 +106,11 @@ def test_an_unknown_verb_is_a_usage_error() -> None:
     result = CliRunner().invoke(LazyGroup("tool", verbs={}), ["fly"])
     assert result.exit_code == 2
     assert "No such command 'fly'" in result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_behind_stdout_is_a_message() -> None:
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "runtime.cli.main", "doctor", "--json"]
+        result = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert (result.returncode, result.stderr) == (1, b"error: No space left on device\n")

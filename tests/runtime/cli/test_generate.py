@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM
 
 from runtime.generator import Generator
 from tests.runtime.cli.conftest import Run
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_greedy_ids_are_those_of_transformers(run: Run, bundle: Path, checkpoint: Path) -> None:
@@ -32,7 +40,7 @@ def test_greedy_ids_are_those_of_transformers(run: Run, bundle: Path, checkpoint
 def test_text_streams_to_stdout_and_speed_to_stderr(run: Run, bundle: Path) -> None:
     given = ("generate", bundle, "--temperature", 0, "--max-new-tokens", 8, "--ignore-eos")
     result = run(*given, "--prompt", "The quick brown")
-    piped = run(*given, input="The quick brown")
+    piped = run(*given, input="The quick brown\n")
     with Generator.open(bundle) as generator:
         config = generator.defaults.resolve(temperature=0, max_new_tokens=8, ignore_eos=True)
         expected = generator.generate(["The quick brown"], config)[0].text
@@ -106,3 +114,41 @@ def test_a_folder_that_is_no_bundle(run: Run, checkpoint: Path) -> None:
     result = run("generate", checkpoint, "--prompt", "a")
     assert result.exit_code == 1
     assert "is a checkpoint, not a bundle" in result.stderr
+
+
+def test_a_chat_gets_no_special_token_beside_its_templates(run: Run, bundle: Path, tmp_path: Path) -> None:
+    """Of a tokenizer that puts one before every text."""
+    copy = shutil.copytree(bundle, tmp_path / "bundle")
+    tokenizer, bos = Tokenizer.from_file(str(copy / "tokenizer.json")), "<|endoftext|>"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    tokenizer.save(str(copy / "tokenizer.json"))
+    data = (copy / "tokenizer.json").read_bytes()
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["tokenizer.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+
+    def prompt_tokens(folder: Path, *options: str) -> int:
+        result = run("generate", folder, "--prompt", "Hi", "--max-new-tokens", 1, "--json", *options)
+        assert result.exit_code == 0, result.stderr
+        return int(json.loads(result.stdout)["prompt_tokens"])
+
+    assert prompt_tokens(copy) == prompt_tokens(bundle) + 1
+    assert prompt_tokens(copy, "--chat") == prompt_tokens(bundle, "--chat")
+
+
+def test_a_locale_without_the_characters_gets_others_and_whole_json(bundle: Path) -> None:
+    encoding = "latin-1"  # where the locale says ASCII, click writes UTF-8 all the same
+    command = [sys.executable, "-m", "runtime.cli.main", "generate", str(bundle), "--prompt-ids", "5", "--ignore-eos",
+               "--max-new-tokens", "40", "--temperature", "0"]  # fmt: skip
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+
+    def output(*options: str) -> bytes:
+        result = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    text = json.loads(output("--json").decode(encoding))["text"]
+    assert "\ufffd" in text  # random weights: some of it is no UTF-8
+    assert output().decode(encoding) == text.encode(encoding, "replace").decode(encoding) + "\n"

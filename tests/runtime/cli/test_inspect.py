@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +78,13 @@ def test_what_is_nothing_of_these(run: Run, tmp_path: Path) -> None:
     result = run("inspect", tmp_path)
     assert result.exit_code == 1
     assert "has no config.json" in result.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii:surrogateescape", "latin-1"])
+def test_a_locale_without_the_characters_of_a_path(bundle: Path, tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "Bündel 束").symlink_to(bundle)
+    command = [sys.executable, "-m", "runtime.cli.main", "inspect", str(tmp_path / "Bündel 束"), "--no-hash"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    result = subprocess.run(command, cwd=Path(__file__).parents[3], env=environment, capture_output=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert b"ndel ?" in result.stdout

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.checkpoints import save_tiny
 from tests.runtime.cli.conftest import Run
 
@@ -25,6 +27,26 @@ def test_another_models_bundle_fails_and_says_where(run: Run, bundle: Path, tmp_
     result = run("verify", bundle, "--reference", tmp_path / "other", "--window", 32, "--windows", 1)
     assert result.exit_code == 1
     assert "failed: max_logit_difference, mean_logit_difference, kl_divergence" in result.stdout
+
+
+@pytest.mark.parametrize("how", [(), ("--per-layer",)])
+@pytest.mark.parametrize(
+    ("facts", "said"), [({"vocab": 400}, "vocab_size 400"), ({"layers": 3}, "num_hidden_layers 3")]
+)
+def test_a_reference_of_another_size_is_refused(
+    run: Run, bundle: Path, tmp_path: Path, how: tuple[str, ...], facts: dict[str, int], said: str
+) -> None:
+    save_tiny(tmp_path / "other", **{"vocab": 320, **facts})
+    result = run("verify", bundle, "--reference", tmp_path / "other", *how)
+    assert result.exit_code == 1
+    assert said in result.stderr and "give the checkpoint that the bundle was built from" in result.stderr
+
+
+@pytest.mark.parametrize("greedy", [253, 256, 300])
+def test_a_context_without_room_is_refused(run: Run, bundle: Path, checkpoint: Path, greedy: int) -> None:
+    result = run("verify", bundle, "--reference", checkpoint, "--greedy-tokens", greedy)
+    assert result.exit_code == 1
+    assert f"context of 256 tokens has no room for a window of at least 4 and {greedy} greedy tokens" in result.stderr
 
 
 def test_bounds_can_be_given(run: Run, bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
