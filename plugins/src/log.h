@@ -29,8 +29,7 @@ std::string text(Parts const&... parts)
 /** TensorRT gives it after loading the library. The finder must outlive the library. */
 void set_logger_finder(nvinfer1::ILoggerFinder* finder) noexcept;
 
-/** Logs "qwen_aot WHERE: MESSAGE" to the logger that TensorRT's finder gives. Where it gives none (TensorRT-RTX 1.7 has
- *  none for a creator, and its getLogger() one that prints nothing), errors go to stderr and the rest nowhere. */
+/** Logs "qwen_aot WHERE: MESSAGE" to TensorRT's logger. Without one, errors go to stderr and the rest nowhere. */
 void log(nvinfer1::ILogger::Severity severity, char const* where, char const* message) noexcept;
 
 /** body(), or, if it throws, `failed` and a logged error. */
