@@ -108,9 +108,7 @@ def _match(fact: str, value: Any) -> str:
 
 
 def _variant(entry: Mapping[str, Any], image: str) -> str:
-    per = [
-        axis["per"] if isinstance(axis["per"], int) else entry["constants"][axis["per"]] for axis in entry["grid"]
-    ]
+    per = [axis["per"] if isinstance(axis["per"], int) else entry["constants"][axis["per"]] for axis in entry["grid"]]
     matches = ", ".join(_match(fact, value) for fact, value in entry["match"].items())
     return (
         f'{{"{entry["name"]}", Kernel::{entry["kernel"]}, {len(entry["match"])}, {{{matches}}}, "{entry["symbol"]}", '
@@ -127,9 +125,7 @@ def _target(name: str, number: int, entries: Sequence[Mapping[str, Any]]) -> tup
         declarations.append(f'extern "C" unsigned char const {image}[];\n')
         rows.append(_variant(entry, image))
         # Text must end with a zero byte.
-        assembly.append(
-            f'.balign 16\n.globl {image}\n.hidden {image}\n{image}:\n.incbin "{path}"\n.byte 0\n'
-        )
+        assembly.append(f'.balign 16\n.globl {image}\n.hidden {image}\n{image}:\n.incbin "{path}"\n.byte 0\n')
     table = f"Variant const {name}_variants[] = {{\n{''.join(rows)}}};\n"
     return "".join(declarations) + table, "".join(assembly)
 
@@ -139,17 +135,17 @@ def _manifest(folder: Path) -> list[dict[str, Any]]:
     return [{**entry, "path": (folder / entry["file"]).resolve()} for entry in entries]
 
 
-def write(kernels: Path, sms: Sequence[str], folder: Path) -> None:
-    """Writes the three files for what `plugins.aot.build(sms, kernels)` compiled; unchanged ones keep their time.
-
-    Raises:
-        BuildError: If `sms` names an SM twice or one that there are no kernels for.
-    """
-    if len(set(sms)) != len(sms) or not set(sms) <= set(SMS):
+def check_sms(sms: Sequence[str]) -> None:
+    """Raises BuildError unless the SMs are known, and each is named once."""
+    if not sms or len(set(sms)) != len(sms) or not set(sms) <= set(SMS):
         raise BuildError(f"SMs must be some of {', '.join(SMS)}, each once; not {', '.join(sms)}")
+
+
+def write(kernels: Path, sms: Sequence[str], folder: Path) -> None:
+    """Writes the three files for what `plugins.aot.build(sms, kernels)` compiled; unchanged ones keep their time."""
     source = [_ORIGIN, '#include "kernels.h"\n\nnamespace qwen_aot\n{\nnamespace\n{\n']
     source += [_kernel(kernel) for kernel in KERNELS.values()]
-    assembly = ['.section .rodata\n']
+    assembly = [".section .rodata\n"]
     targets = []
     compiled = [(f"sm_{_number(sm)}", sm, False) for sm in sorted(sms, key=_number)]
     if PTX_SM in sms:

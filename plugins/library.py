@@ -100,13 +100,18 @@ def tensorrt_headers(build: Path, given: Path | None = None) -> Path:
     return downloaded
 
 
-def _compile(build: Path, headers: Path, jobs: int | None) -> Path:
-    """Configures and builds with CMake, and returns the library."""
+def _find_cmake() -> str:
+    """The path of cmake, once there is a compiler for it to use."""
     cmake = shutil.which("cmake")
     if cmake is None:
         raise BuildError("no cmake; install it with `pip install cmake`, or your system's package")
     if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))):
         raise BuildError("no C++ compiler; install one (Debian: apt install g++), or name it in CXX")
+    return cmake
+
+
+def _compile(cmake: str, build: Path, headers: Path, jobs: int | None) -> Path:
+    """Configures and builds with CMake, and returns the library."""
     target = build / "cmake"
     settings = {
         "CMAKE_BUILD_TYPE": "Release",
@@ -139,12 +144,14 @@ def build_library(
     Raises:
         BuildError: If something to build with is missing, or a step fails.
     """
+    kernel_table.check_sms(sms)
+    cmake = _find_cmake()
     build = folder.resolve() / "build"
     build.mkdir(parents=True, exist_ok=True)
     headers = tensorrt_headers(build, tensorrt_include)
     aot.build(sms, build / "kernels", jobs=jobs)
     kernel_table.write(build / "kernels", sms, build / "table")
-    built = _compile(build, headers, jobs)
+    built = _compile(cmake, build, headers, jobs)
     library = folder / FILE_NAME
     part = library.with_suffix(".part")
     shutil.copyfile(built, part)  # aside, because a process may have the standing one mapped

@@ -160,6 +160,15 @@ int64_t GqaPlugin::min_split() const
     return std::max(kMinSplit, kMinSplitPerHead * group() * (is_int8() ? 2 : 1));
 }
 
+/** Parts that a row of full length is split into: enough for every SM, none smaller than `min_split`
+ *  (plugins/launch.py, num_splits). */
+int64_t GqaPlugin::num_splits(int64_t batch, int64_t capacity) const
+{
+    int64_t const rows = batch * attributes_.num_kv_heads;
+    int64_t const wanted = (int64_t{kProgramsPerSm} * sm_count_ + rows - 1) / rows;
+    return std::max<int64_t>(1, std::min(wanted, capacity / min_split()));
+}
+
 void GqaPlugin::check_extents(Extents const& extents) const
 {
     // Inside one head of the cache, kernels count elements with 32 bits; tokens too.
@@ -188,21 +197,14 @@ size_t GqaPlugin::workspace_bytes(Extents const& smallest, Extents const& larges
     return std::max(prefill, GqaWorkspace(nullptr, attributes_, batch, 1, most_splits).workspace.bytes());
 }
 
-void GqaPlugin::prepare(Kernels& kernels, Extents const& extents, nvinfer1::DataType compute)
+void GqaPlugin::load(Kernels& kernels, nvinfer1::DataType compute)
 {
     Request const request = request_of(attributes_, compute == nvinfer1::DataType::kBF16 ? Dtype::bf16 : Dtype::fp16);
     rotate_ = kernels.function(Kernel::gqa_rotate, request);
-    if (extents.get(Letter::S) != 1)
-    {
-        prefill_ = kernels.function(Kernel::gqa_prefill, request);
-        return;
-    }
+    prefill_ = kernels.function(Kernel::gqa_prefill, request);
     decode_ = kernels.function(Kernel::gqa_decode, request);
     reduce_ = kernels.function(Kernel::gqa_reduce, request);
-    // Enough parts for every SM, none smaller than min_split (plugins/launch.py, num_splits).
-    int64_t const rows = std::max<int64_t>(1, extents.get(Letter::B) * attributes_.num_kv_heads);
-    int64_t const wanted = (int64_t{kProgramsPerSm} * kernels.sm_count() + rows - 1) / rows;
-    num_splits_ = std::max<int64_t>(1, std::min(wanted, extents.get(Letter::C) / min_split()));
+    sm_count_ = kernels.sm_count();
 }
 
 void GqaPlugin::launch_step(Extents const& extents, void const* const* inputs, void* const* outputs, void* workspace,
@@ -217,7 +219,9 @@ void GqaPlugin::launch_step(Extents const& extents, void const* const* inputs, v
     }
     int64_t const batch = extents.get(Letter::B);
     int64_t const steps = extents.get(Letter::S);
-    GqaWorkspace const memory(workspace, attributes_, batch, steps, num_splits_);
+    int64_t const capacity = extents.get(Letter::C);
+    int64_t const splits = num_splits(batch, capacity);
+    GqaWorkspace const memory(workspace, attributes_, batch, steps, splits);
 
     Sizes sizes;
     sizes.set(Size::B, batch)
@@ -225,7 +229,7 @@ void GqaPlugin::launch_step(Extents const& extents, void const* const* inputs, v
         .set(Size::H, attributes_.num_heads)
         .set(Size::Hkv, attributes_.num_kv_heads)
         .set(Size::all_heads, attributes_.num_heads + int64_t{2} * attributes_.num_kv_heads)
-        .set(Size::num_splits, num_splits_);
+        .set(Size::num_splits, splits);
     Arguments arguments;
     arguments.pointer(Argument::qkv_ptr, inputs[kQkv])
         .pointer(Argument::cos_ptr, inputs[kCos])
@@ -243,12 +247,12 @@ void GqaPlugin::launch_step(Extents const& extents, void const* const* inputs, v
         .pointer(Argument::partial_lse_ptr, memory.partial_lse)
         .real(Argument::scale_log2e, static_cast<float>(attributes_.scale * std::log2(std::exp(1.0))))
         .integer(Argument::S, steps)
-        .integer(Argument::C, extents.get(Letter::C))
+        .integer(Argument::C, capacity)
         .integer(Argument::num_heads, attributes_.num_heads)
         .integer(Argument::num_kv_heads, attributes_.num_kv_heads)
         .integer(Argument::head_dim, attributes_.head_dim)
         .integer(Argument::group, group())
-        .integer(Argument::num_splits, num_splits_)
+        .integer(Argument::num_splits, splits)
         .integer(Argument::min_split, min_split());
 
     launch(rotate_, arguments, sizes, stream);

@@ -35,22 +35,23 @@ public:
 private:
     void check_extents(Extents const& extents) const final;
     size_t workspace_bytes(Extents const& smallest, Extents const& largest) const final;
-    void prepare(Kernels& kernels, Extents const& extents, nvinfer1::DataType compute) final;
+    void load(Kernels& kernels, nvinfer1::DataType compute) final;
     void launch_step(Extents const& extents, void const* const* inputs, void* const* outputs, void* workspace,
         CUstream stream) const final;
 
     bool is_int8() const { return attributes_.cache_bits == 8; }
     int32_t group() const { return attributes_.num_heads / attributes_.num_kv_heads; }
     int64_t min_split() const;
+    int64_t num_splits(int64_t batch, int64_t capacity) const;
 
     GqaAttributes attributes_;
     FieldList<kFields.size()> fields_{kFields, &attributes_};
-    // Of the steps that `prepare` was called for; a decode step has no `prefill_`, a prefill step no `decode_`.
+    // What `load` loaded.
     Function rotate_;
     Function prefill_;
     Function decode_;
     Function reduce_;
-    int64_t num_splits_{0};
+    int32_t sm_count_{0};
 };
 
 } // namespace qwen_aot

@@ -87,8 +87,7 @@ Target const& select_target(int32_t sm)
         }
         there_are += text(i == 0 ? "" : ", ", sm_words(kTargets[i].sm), kTargets[i].is_ptx ? " and later (PTX)" : "");
     }
-    throw Error(text("no kernels for SM ", sm_words(sm), "; this library has them for ", there_are,
-        "; build it with --sm ", sm_words(sm)));
+    throw Error(text("no kernels for SM ", sm_words(sm), "; this library has them for ", there_are));
 }
 
 Variant const& select_variant(Target const& target, Kernel kernel, Request const& request)

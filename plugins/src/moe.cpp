@@ -174,20 +174,16 @@ size_t MoePlugin::workspace_bytes(Extents const&, Extents const& largest) const
     return memory.workspace.bytes();
 }
 
-void MoePlugin::prepare(Kernels& kernels, Extents const& extents, nvinfer1::DataType compute)
+void MoePlugin::load(Kernels& kernels, nvinfer1::DataType compute)
 {
     Request const request = request_of(attributes_, compute == nvinfer1::DataType::kBF16 ? Dtype::bf16 : Dtype::fp16);
-    sum_ = kernels.function(Kernel::moe_sum, request);
-    if (is_decode(extents.get(Letter::B) * extents.get(Letter::S)))
-    {
-        gate_up_ = kernels.function(Kernel::moe_decode_gate_up, request);
-        down_ = kernels.function(Kernel::moe_decode_down, request);
-        return;
-    }
+    decode_gate_up_ = kernels.function(Kernel::moe_decode_gate_up, request);
+    decode_down_ = kernels.function(Kernel::moe_decode_down, request);
     count_ = kernels.function(Kernel::moe_count, request);
     scatter_ = kernels.function(Kernel::moe_scatter, request);
     gate_up_ = kernels.function(Kernel::moe_gate_up, request);
     down_ = kernels.function(Kernel::moe_down, request);
+    sum_ = kernels.function(Kernel::moe_sum, request);
 }
 
 void MoePlugin::launch_step(Extents const& extents, void const* const* inputs, void* const* outputs, void* workspace,
@@ -199,7 +195,8 @@ void MoePlugin::launch_step(Extents const& extents, void const* const* inputs, v
     int64_t const hidden_size = extents.get(Letter::M);
     int64_t const inner_size = extents.get(Letter::F);
     int64_t const entries = tokens * choices;
-    MoeWorkspace const memory(workspace, entries, hidden_size, inner_size, experts, is_decode(tokens));
+    bool const is_few = is_decode(tokens);
+    MoeWorkspace const memory(workspace, entries, hidden_size, inner_size, experts, is_few);
 
     Sizes sizes;
     sizes.set(Size::T, tokens)
@@ -235,15 +232,15 @@ void MoePlugin::launch_step(Extents const& extents, void const* const* inputs, v
             .pointer(Argument::zero_ptr, has_zeros ? inputs[zero] : inputs[codes]); // not read without zeros
     };
 
-    if (!is_decode(tokens))
+    if (!is_few)
     {
         launch(count_, arguments, sizes, stream);
         launch(scatter_, arguments, sizes, stream);
     }
     use_matrix(kGateUp, kGateUpScale, kGateUpZero);
-    launch(gate_up_, arguments, sizes, stream);
+    launch(is_few ? decode_gate_up_ : gate_up_, arguments, sizes, stream);
     use_matrix(kDown, kDownScale, kDownZero);
-    launch(down_, arguments, sizes, stream);
+    launch(is_few ? decode_down_ : down_, arguments, sizes, stream);
     launch(sum_, arguments, sizes, stream);
 }
 

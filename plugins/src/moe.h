@@ -33,7 +33,7 @@ public:
 private:
     void check_extents(Extents const& extents) const final;
     size_t workspace_bytes(Extents const& smallest, Extents const& largest) const final;
-    void prepare(Kernels& kernels, Extents const& extents, nvinfer1::DataType compute) final;
+    void load(Kernels& kernels, nvinfer1::DataType compute) final;
     void launch_step(Extents const& extents, void const* const* inputs, void* const* outputs, void* workspace,
         CUstream stream) const final;
 
@@ -41,7 +41,9 @@ private:
 
     MoeAttributes attributes_;
     FieldList<kFields.size()> fields_{kFields, &attributes_};
-    // Of the steps that `prepare` was called for; steps of few tokens have no `count_` and no `scatter_`.
+    // What `load` loaded.
+    Function decode_gate_up_;
+    Function decode_down_;
     Function count_;
     Function scatter_;
     Function gate_up_;

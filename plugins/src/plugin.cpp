@@ -81,25 +81,31 @@ size_t Plugin::getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs,
 {
     // There is no error value. Without workspace, enqueue refuses to run.
     return guarded<size_t>(name_, 0, [&] {
-        return workspace_bytes(
-            bind(table_, inputs, num_inputs, Bound::smallest), bind(table_, inputs, num_inputs, Bound::largest));
+        Extents const largest = bind(table_, inputs, num_inputs, Bound::largest);
+        check_known(table_, largest);
+        return workspace_bytes(bind(table_, inputs, num_inputs, Bound::smallest), largest);
     });
 }
 
 void Plugin::prepare_step(nvinfer1::PluginTensorDesc const* inputs, Extents const& extents)
 {
-    prepared_ = Extents();
-    check_extents(extents);
-    if (!is_compute(inputs[0].type))
+    nvinfer1::DataType const compute = inputs[0].type;
+    if (!is_compute(compute))
     {
-        throw Error(text(table_.inputs[0].name, " is of type ", static_cast<int32_t>(inputs[0].type),
+        throw Error(text(table_.inputs[0].name, " is of type ", static_cast<int32_t>(compute),
             " (DataType); it must be fp16 or bf16"));
     }
+    check_known(table_, extents);
+    check_extents(extents);
     std::shared_ptr<Kernels> kernels = Kernels::of_current_context();
-    prepare(*kernels, extents, inputs[0].type);
-    kernels_ = std::move(kernels);
-    prepared_compute_ = inputs[0].type;
-    prepared_ = extents;
+    if (kernels != kernels_ || compute != compute_)
+    {
+        kernels_ = nullptr;
+        load(*kernels, compute);
+        kernels_ = std::move(kernels);
+        compute_ = compute;
+    }
+    checked_ = extents;
 }
 
 int32_t Plugin::onShapeChange(nvinfer1::PluginTensorDesc const* inputs, int32_t num_inputs,
@@ -117,7 +123,7 @@ int32_t Plugin::enqueue(nvinfer1::PluginTensorDesc const* input_descriptions, nv
 {
     return guarded(name_, kFailed, [&] {
         Extents const extents = bind(table_, input_descriptions, static_cast<int32_t>(table_.inputs.size()));
-        if (!(extents == prepared_) || input_descriptions[0].type != prepared_compute_)
+        if (kernels_ == nullptr || input_descriptions[0].type != compute_ || !(extents == checked_))
         {
             prepare_step(input_descriptions, extents);
         }

@@ -45,9 +45,9 @@ private:
 /** A plugin whose methods are the table's doing; a subclass says what its kernels need. Each override of TensorRT's
  *  catches and logs what is thrown, and returns its error value.
  *
- *  Kernels are chosen and loaded in onShapeChange, which TensorRT calls before the first step of a shape. A step whose
- *  shape wasn't announced so does the same in enqueue; any other enqueue neither loads, allocates nor waits, and may be
- *  captured in a CUDA graph. */
+ *  All kernels that a plugin can need are loaded at its first onShapeChange in a CUDA context, which TensorRT calls before
+ *  the first step; later shapes load nothing. So enqueue neither loads, allocates nor waits, and may be captured in a CUDA
+ *  graph. (A first step that wasn't announced by onShapeChange loads them itself.) */
 class Plugin : public nvinfer1::IPluginV3,
                public nvinfer1::IPluginV3OneCore,
                public nvinfer1::IPluginV3OneBuild,
@@ -95,10 +95,10 @@ protected:
     /** Bytes of workspace that suffice for every step from the smallest to the largest. */
     virtual size_t workspace_bytes(Extents const& smallest, Extents const& largest) const = 0;
 
-    /** Chooses and loads the functions for steps of these extents and this compute type. Throws Error. */
-    virtual void prepare(Kernels& kernels, Extents const& extents, nvinfer1::DataType compute) = 0;
+    /** Chooses and loads the functions for all steps of a compute type. Throws Error. */
+    virtual void load(Kernels& kernels, nvinfer1::DataType compute) = 0;
 
-    /** Launches a step of the extents that were prepared last. Throws Error. */
+    /** Launches a step, with the functions that were loaded last. Throws Error. */
     virtual void launch_step(Extents const& extents, void const* const* inputs, void* const* outputs, void* workspace,
         CUstream stream) const = 0;
 
@@ -107,9 +107,9 @@ private:
 
     char const* name_;
     TensorTable table_;
-    std::shared_ptr<Kernels> kernels_; // keeps the functions alive that `prepare` chose
-    Extents prepared_;
-    nvinfer1::DataType prepared_compute_{};
+    std::shared_ptr<Kernels> kernels_; // keeps the functions alive that `load` chose; null: none yet
+    nvinfer1::DataType compute_{};     // what they compute in
+    Extents checked_;                  // of the last step that may run with them
 };
 
 /** What a concrete plugin P declares: kName, its Attributes and their kFields, and a constructor from Attributes that

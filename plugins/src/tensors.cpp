@@ -105,6 +105,20 @@ Extents bind(TensorTable const& table, Description const* inputs, int32_t num_in
 template Extents bind(TensorTable const&, nvinfer1::PluginTensorDesc const*, int32_t, Bound);
 template Extents bind(TensorTable const&, nvinfer1::DynamicPluginTensorDesc const*, int32_t, Bound);
 
+void check_known(TensorTable const& table, Extents const& extents)
+{
+    for (Tensor const& tensor : table.inputs)
+    {
+        for (Axis const& axis : tensor.axes)
+        {
+            if (extents.get(axis.letter) == kUnknown)
+            {
+                throw Error(text("dimension ", axis_words(axis), " of ", tensor.name, " isn't known"));
+            }
+        }
+    }
+}
+
 bool is_compute(nvinfer1::DataType type)
 {
     return type == nvinfer1::DataType::kHALF || type == nvinfer1::DataType::kBF16;

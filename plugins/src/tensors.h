@@ -102,6 +102,9 @@ template <class Description>
 Extents bind(
     TensorTable const& table, Description const* inputs, int32_t num_inputs, Bound bound = Bound::largest);
 
+/** Throws Error if a dimension of an input isn't known. */
+void check_known(TensorTable const& table, Extents const& extents);
+
 bool is_compute(nvinfer1::DataType type);
 
 /** The TensorRT type of `type` where `compute` is the compute type. */

@@ -50,6 +50,21 @@ struct Register
         }                                                                                                              \
     } while (false)
 
+/** Runs one test. 0: it holds; 1: it doesn't; 2: there is none of that name. */
+inline int run_test(std::string const& name)
+{
+    for (Test const& test : tests())
+    {
+        if (name == test.name)
+        {
+            test.body();
+            return failures() == 0 ? 0 : 1;
+        }
+    }
+    std::printf("there is no test %s\n", name.c_str());
+    return 2;
+}
+
 // ---- Doubles ----
 
 /** Keeps what is logged. */

@@ -686,6 +686,14 @@ TEST(a_dimension_that_is_not_known_yet_is_accepted)
     CHECK(configure(*plugin, node) == 0);
 }
 
+TEST(workspace_of_an_unknown_size_is_a_logged_error)
+{
+    Case of{"QwenMoE", moe_attributes(), moe_node()};
+    of.node.inputs[0].largest[1] = of.node.inputs[1].largest[1] = of.node.inputs[2].largest[1] = -1;
+    CHECK(workspace_of(of) == 0);
+    CHECK(has(last_error(), "dimension S of hidden isn't known"));
+}
+
 // ---- Running without a GPU ----
 
 TEST(without_a_driver_a_step_is_a_logged_error)
@@ -776,14 +784,5 @@ int main(int count, char** arguments)
             [](char const* digits) { return std::atoll(digits); });
         return print_workspace(name, numbers);
     }
-    for (Test const& test : tests())
-    {
-        if (name == test.name)
-        {
-            test.body();
-            return failures() == 0 ? 0 : 1;
-        }
-    }
-    std::printf("there is no test %s\n", name.c_str());
-    return 2;
+    return run_test(name);
 }
