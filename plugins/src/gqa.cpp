@@ -207,8 +207,8 @@ void GqaPlugin::load(Kernels& kernels, nvinfer1::DataType compute)
     sm_count_ = kernels.sm_count();
 }
 
-void GqaPlugin::launch_step(Extents const& extents, void const* const* inputs, void* const* outputs, void* workspace,
-    CUstream stream) const
+void GqaPlugin::launch_step(
+    Extents const& extents, void const* const* inputs, void* const* outputs, void* workspace, CUstream stream) const
 {
     check_in_place(inputs[kPastKey], outputs[kPresentKey], "key");
     check_in_place(inputs[kPastValue], outputs[kPresentValue], "value");

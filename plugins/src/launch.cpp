@@ -28,8 +28,8 @@ Arguments& Arguments::integer(Argument argument, int64_t value)
 {
     if (value < std::numeric_limits<int32_t>::min() || value > std::numeric_limits<int32_t>::max())
     {
-        throw Error(text("argument ", kArgumentNames[static_cast<size_t>(argument)], " is ", value,
-            ", more than 32 bits hold"));
+        throw Error(text(
+            "argument ", kArgumentNames[static_cast<size_t>(argument)], " is ", value, ", more than 32 bits hold"));
     }
     Entry& entry = entries_[static_cast<size_t>(argument)];
     entry.value.integer = static_cast<int32_t>(value);

@@ -36,8 +36,8 @@ struct QWEN_AOT_FOREIGN Unversioned
     };
 };
 
-/** The same in TensorRT 11 and TensorRT-RTX, where both became versioned interfaces: the virtual functions of these come
- *  first. */
+/** The same in TensorRT 11 and TensorRT-RTX, where both became versioned interfaces: the virtual functions of these
+ *  come first. */
 struct QWEN_AOT_FOREIGN Versioned
 {
     class QWEN_AOT_FOREIGN Logger : public nvinfer1::IVersionedInterface
@@ -59,15 +59,16 @@ namespace
 std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
 std::atomic<bool> is_versioned{false};
 
-/** Major version of the TensorRT library that a finder belongs to (TensorRT-RTX: 1), which needn't be that of the headers
- *  this was compiled with. The library isn't linked; the finder's table of virtual functions tells which it is. */
+/** Major version of the TensorRT library that a finder belongs to (TensorRT-RTX: 1), which needn't be that of the
+ *  headers this was compiled with. The library isn't linked; the finder's table of virtual functions tells which it
+ *  is. */
 int32_t major_version_of(nvinfer1::ILoggerFinder const* finder)
 {
     void const* virtual_functions = nullptr;
     std::memcpy(&virtual_functions, static_cast<void const*>(finder), sizeof(virtual_functions));
     Dl_info info{};
-    void* const library
-        = dladdr(virtual_functions, &info) == 0 ? nullptr : dlopen(info.dli_fname, RTLD_NOW | RTLD_NOLOAD);
+    void* const library =
+        dladdr(virtual_functions, &info) == 0 ? nullptr : dlopen(info.dli_fname, RTLD_NOW | RTLD_NOLOAD);
     if (library == nullptr)
     {
         return NV_TENSORRT_MAJOR;

@@ -65,9 +65,7 @@ TensorTable table_of(MoeAttributes const& attributes)
 /** What its variants are chosen by. */
 Request request_of(MoeAttributes const& attributes, Dtype dtype)
 {
-    return Request()
-        .with(Fact::dtype, static_cast<int32_t>(dtype))
-        .with(Fact::weight_bits, attributes.weight_bits);
+    return Request().with(Fact::dtype, static_cast<int32_t>(dtype)).with(Fact::weight_bits, attributes.weight_bits);
 }
 
 MoeAttributes const& checked(MoeAttributes const& attributes)
@@ -81,8 +79,8 @@ MoeAttributes const& checked(MoeAttributes const& attributes)
     }
     if (attributes.experts_per_token < 1 || attributes.experts_per_token > attributes.num_experts)
     {
-        refuse("experts_per_token", attributes.experts_per_token, "it must be 1 to num_experts, ",
-            attributes.num_experts);
+        refuse(
+            "experts_per_token", attributes.experts_per_token, "it must be 1 to num_experts, ", attributes.num_experts);
     }
     if (attributes.weight_bits != 16 && attributes.weight_bits != 8 && attributes.weight_bits != 4)
     {
@@ -103,8 +101,8 @@ int64_t most_blocks(int64_t num_entries, int64_t num_experts)
 
 struct MoeWorkspace
 {
-    MoeWorkspace(void* memory, int64_t entries, int64_t hidden_size, int64_t inner_size, int64_t num_experts,
-        bool is_decode)
+    MoeWorkspace(
+        void* memory, int64_t entries, int64_t hidden_size, int64_t inner_size, int64_t num_experts, bool is_decode)
         : workspace(memory)
     {
         inner = workspace.take(entries * inner_size * kHalfBytes);
@@ -186,8 +184,8 @@ void MoePlugin::load(Kernels& kernels, nvinfer1::DataType compute)
     sum_ = kernels.function(Kernel::moe_sum, request);
 }
 
-void MoePlugin::launch_step(Extents const& extents, void const* const* inputs, void* const* outputs, void* workspace,
-    CUstream stream) const
+void MoePlugin::launch_step(
+    Extents const& extents, void const* const* inputs, void* const* outputs, void* workspace, CUstream stream) const
 {
     int64_t const tokens = extents.get(Letter::B) * extents.get(Letter::S);
     int64_t const choices = attributes_.experts_per_token;

@@ -65,8 +65,8 @@ bool Plugin::supportsFormatCombination(int32_t position, nvinfer1::DynamicPlugin
         nvinfer1::PluginTensorDesc const& asked = tensors[position].desc;
         Tensor const& tensor = position < num_inputs ? table_.inputs[static_cast<size_t>(position)]
                                                      : table_.outputs[static_cast<size_t>(position - num_inputs)];
-        bool const is_type = position == 0 ? is_compute(asked.type)
-                                           : asked.type == data_type(tensor.type, tensors[0].desc.type);
+        bool const is_type =
+            position == 0 ? is_compute(asked.type) : asked.type == data_type(tensor.type, tensors[0].desc.type);
         return is_type && asked.format == nvinfer1::TensorFormat::kLINEAR;
     });
 }

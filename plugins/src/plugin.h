@@ -45,9 +45,9 @@ private:
 /** A plugin whose methods are the table's doing; a subclass says what its kernels need. Each override of TensorRT's
  *  catches and logs what is thrown, and returns its error value.
  *
- *  All kernels that a plugin can need are loaded at its first onShapeChange in a CUDA context, which TensorRT calls before
- *  the first step; later shapes load nothing. So enqueue neither loads, allocates nor waits, and may be captured in a CUDA
- *  graph. (A first step that wasn't announced by onShapeChange loads them itself.) */
+ *  All kernels that a plugin can need are loaded at its first onShapeChange in a CUDA context, which TensorRT calls
+ *  before the first step; later shapes load nothing. So enqueue neither loads, allocates nor waits, and may be captured
+ *  in a CUDA graph. (A first step that wasn't announced by onShapeChange loads them itself.) */
 class Plugin : public nvinfer1::IPluginV3,
                public nvinfer1::IPluginV3OneCore,
                public nvinfer1::IPluginV3OneBuild,
@@ -67,8 +67,8 @@ public:
         nvinfer1::DynamicPluginTensorDesc const* outputs, int32_t num_outputs) noexcept final;
     int32_t getOutputDataTypes(nvinfer1::DataType* output_types, int32_t num_outputs,
         nvinfer1::DataType const* input_types, int32_t num_inputs) const noexcept final;
-    int32_t getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t num_inputs, nvinfer1::DimsExprs const*,
-        int32_t, nvinfer1::DimsExprs* outputs, int32_t num_outputs, nvinfer1::IExprBuilder& builder) noexcept final;
+    int32_t getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t num_inputs, nvinfer1::DimsExprs const*, int32_t,
+        nvinfer1::DimsExprs* outputs, int32_t num_outputs, nvinfer1::IExprBuilder& builder) noexcept final;
     bool supportsFormatCombination(int32_t position, nvinfer1::DynamicPluginTensorDesc const* tensors,
         int32_t num_inputs, int32_t num_outputs) noexcept final;
     int32_t getNbOutputs() const noexcept final;
@@ -118,8 +118,8 @@ template <class P>
 class Creator final : public nvinfer1::IPluginCreatorV3One
 {
 public:
-    nvinfer1::IPluginV3* createPlugin(char const*, nvinfer1::PluginFieldCollection const* fields,
-        nvinfer1::TensorRTPhase) noexcept final
+    nvinfer1::IPluginV3* createPlugin(
+        char const*, nvinfer1::PluginFieldCollection const* fields, nvinfer1::TensorRTPhase) noexcept final
     {
         return guarded<nvinfer1::IPluginV3*>(P::kName, nullptr, [&] {
             auto const attributes = parse_fields(P::kFields, fields);

@@ -7,8 +7,8 @@ namespace qwen_aot
 namespace
 {
 
-constexpr char const* kLetterNames[kNumLetters]
-    = {"B", "S", "C", "P", "Hkv", "D", "(H+2Hkv)D", "HD", "M", "F", "E", "k"};
+constexpr char const* kLetterNames[kNumLetters] = {
+    "B", "S", "C", "P", "Hkv", "D", "(H+2Hkv)D", "HD", "M", "F", "E", "k"};
 
 std::string axis_words(Axis const& axis)
 {
@@ -178,8 +178,8 @@ void check_count(char const* what, int32_t count, std::vector<Tensor> const& tab
     {
         names += text(names.empty() ? "" : ", ", tensor.name);
     }
-    throw Error(text("there are ", count, ' ', what, "; with these attributes there must be ", table.size(), ": ",
-        names));
+    throw Error(
+        text("there are ", count, ' ', what, "; with these attributes there must be ", table.size(), ": ", names));
 }
 
 } // namespace qwen_aot

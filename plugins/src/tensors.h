@@ -99,8 +99,7 @@ nvinfer1::Dims const& dims_of(nvinfer1::DynamicPluginTensorDesc const& tensor, B
 /** The extents that inputs have, where a dimension of -1 says nothing. Throws Error, with the input's name, if there
  *  are not as many inputs as the table has, or one's rank or a dimension isn't what the table and other inputs say. */
 template <class Description>
-Extents bind(
-    TensorTable const& table, Description const* inputs, int32_t num_inputs, Bound bound = Bound::largest);
+Extents bind(TensorTable const& table, Description const* inputs, int32_t num_inputs, Bound bound = Bound::largest);
 
 /** Throws Error if a dimension of an input isn't known. */
 void check_known(TensorTable const& table, Extents const& extents);

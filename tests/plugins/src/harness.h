@@ -45,7 +45,7 @@ struct Register
     {                                                                                                                  \
         if (!(claim))                                                                                                  \
         {                                                                                                              \
-            std::printf("%s:%d: not true: %s\n", __FILE__, __LINE__, #claim);                                         \
+            std::printf("%s:%d: not true: %s\n", __FILE__, __LINE__, #claim);                                          \
             ++failures();                                                                                              \
         }                                                                                                              \
     } while (false)
@@ -164,8 +164,8 @@ private:
         {
         }
         nvinfer1::IDimensionExpr const* constant(int64_t value) override { return of_.make("constant", value); }
-        nvinfer1::IDimensionExpr const* operation(nvinfer1::DimensionOperation, nvinfer1::IDimensionExpr const&,
-            nvinfer1::IDimensionExpr const&) override
+        nvinfer1::IDimensionExpr const* operation(
+            nvinfer1::DimensionOperation, nvinfer1::IDimensionExpr const&, nvinfer1::IDimensionExpr const&) override
         {
             return nullptr;
         }

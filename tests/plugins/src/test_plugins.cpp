@@ -33,8 +33,8 @@ void load(char const* path)
         std::exit(2);
     }
     auto const set_finder = reinterpret_cast<void (*)(nvinfer1::ILoggerFinder*)>(dlsym(library, "setLoggerFinder"));
-    auto const get_creators = reinterpret_cast<nvinfer1::IPluginCreatorInterface* const* (*) (int32_t&)>(
-        dlsym(library, "getCreators"));
+    auto const get_creators =
+        reinterpret_cast<nvinfer1::IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(library, "getCreators"));
     set_finder(&finder);
     creators = get_creators(num_creators);
 }
@@ -211,7 +211,8 @@ Node moe_node(DataType compute = kHalf, int weight_bits = 16, bool has_zeros = f
     if (weight_bits == 4)
     {
         node.inputs.insert(node.inputs.end(),
-            {{weight, {60, 2816, 1024}}, {weight, {60, 2048, 704}}, {compute, {60, 2816, 16}}, {compute, {60, 2048, 11}}});
+            {{weight, {60, 2816, 1024}}, {weight, {60, 2048, 704}}, {compute, {60, 2816, 16}},
+                {compute, {60, 2048, 11}}});
     }
     else
     {
@@ -256,8 +257,8 @@ int32_t configure(nvinfer1::IPluginV3& plugin, Node const& node)
     auto const inputs = describe(node.inputs);
     auto const outputs = describe(node.outputs);
     finder.logger.errors.clear();
-    return build_of(plugin).configurePlugin(inputs.data(), static_cast<int32_t>(inputs.size()), outputs.data(),
-        static_cast<int32_t>(outputs.size()));
+    return build_of(plugin).configurePlugin(
+        inputs.data(), static_cast<int32_t>(inputs.size()), outputs.data(), static_cast<int32_t>(outputs.size()));
 }
 
 /** Whether the node is refused with these words. */
@@ -273,8 +274,8 @@ size_t workspace_of(Case const& of)
     auto const inputs = describe(of.node.inputs);
     auto const outputs = describe(of.node.outputs);
     finder.logger.errors.clear();
-    return build_of(*plugin).getWorkspaceSize(inputs.data(), static_cast<int32_t>(inputs.size()), outputs.data(),
-        static_cast<int32_t>(outputs.size()));
+    return build_of(*plugin).getWorkspaceSize(
+        inputs.data(), static_cast<int32_t>(inputs.size()), outputs.data(), static_cast<int32_t>(outputs.size()));
 }
 
 } // namespace
@@ -354,18 +355,18 @@ TEST(a_field_of_another_type_or_length_is_refused_by_name)
             integers.push_back(static_cast<int32_t>(value));
             if (field != bad.name)
             {
-                fields.push_back(field == "scale" ? PluginField("scale", &scale, PluginFieldType::kFLOAT32, 1)
-                                                  : PluginField(field.c_str(), &integers.back(),
-                                                      PluginFieldType::kINT32, 1));
+                fields.push_back(field == "scale"
+                        ? PluginField("scale", &scale, PluginFieldType::kFLOAT32, 1)
+                        : PluginField(field.c_str(), &integers.back(), PluginFieldType::kINT32, 1));
             }
         }
         nvinfer1::PluginFieldCollection const collection{static_cast<int32_t>(fields.size()), fields.data()};
         finder.logger.errors.clear();
-        auto* const plugin
-            = creator("QwenGQA").createPlugin("node", &collection, nvinfer1::TensorRTPhase::kBUILD);
+        auto* const plugin = creator("QwenGQA").createPlugin("node", &collection, nvinfer1::TensorRTPhase::kBUILD);
         return plugin == nullptr && has(last_error(), words);
     };
-    CHECK(refuses_field(PluginField("num_heads", wide, PluginFieldType::kINT64, 1), "field num_heads must be one int32"));
+    CHECK(
+        refuses_field(PluginField("num_heads", wide, PluginFieldType::kINT64, 1), "field num_heads must be one int32"));
     CHECK(refuses_field(PluginField("head_dim", wide, PluginFieldType::kINT32, 2), "field head_dim must be one int32"));
     CHECK(refuses_field(PluginField("scale", wide, PluginFieldType::kFLOAT64, 1), "field scale must be one float32"));
     CHECK(refuses_field(
@@ -448,15 +449,14 @@ TEST(a_clone_outlives_its_original)
         plugin.reset();
         for (auto const& copy : {clone.get(), attached.get()})
         {
-            auto const& core
-                = capability<nvinfer1::IPluginV3OneCore>(*copy, nvinfer1::PluginCapabilityType::kCORE);
+            auto const& core = capability<nvinfer1::IPluginV3OneCore>(*copy, nvinfer1::PluginCapabilityType::kCORE);
             CHECK(of.name == core.getPluginName());
             CHECK(std::strcmp(core.getPluginNamespace(), "qwen_aot") == 0);
             CHECK(std::strcmp(core.getPluginVersion(), "1") == 0);
             CHECK(configure(*copy, of.node) == 0);
             auto const* const fields = runtime_of(*copy).getFieldsToSerialize();
-            CHECK(*static_cast<int32_t const*>(fields->fields[0].data)
-                == static_cast<int32_t>(of.attributes[0].second));
+            CHECK(
+                *static_cast<int32_t const*>(fields->fields[0].data) == static_cast<int32_t>(of.attributes[0].second));
         }
     }
 }
@@ -754,8 +754,8 @@ static int print_workspace(std::string const& which, std::vector<int64_t> const&
     {
         int64_t const B = n[0], low = n[1], high = n[2], E = n[3], k = n[4], M = n[6], F = n[7];
         of.name = "QwenMoE";
-        of.attributes = {{"num_experts", double(E)}, {"experts_per_token", double(k)},
-            {"weight_bits", double(n[5])}, {"has_zeros", 0}};
+        of.attributes = {{"num_experts", double(E)}, {"experts_per_token", double(k)}, {"weight_bits", double(n[5])},
+            {"has_zeros", 0}};
         of.node.inputs = {{kHalf, {B, high, M}, {1, low, M}}, {kInt32, {B, high, k}, {1, low, k}},
             {kFloat, {B, high, k}, {1, low, k}}, {kHalf, {E, 2 * F, M}}, {kHalf, {E, M, F}}};
         of.node.outputs = {{kHalf, {B, high, M}, {1, low, M}}};

@@ -56,8 +56,10 @@ std::string refusal(std::function<void()> const& body)
 
 Request request(int32_t head_dim, int32_t group)
 {
-    return Request().with(Fact::dtype, static_cast<int32_t>(Dtype::bf16)).with(Fact::head_dim, head_dim).with(
-        Fact::group, group);
+    return Request()
+        .with(Fact::dtype, static_cast<int32_t>(Dtype::bf16))
+        .with(Fact::head_dim, head_dim)
+        .with(Fact::group, group);
 }
 
 } // namespace
@@ -103,7 +105,8 @@ TEST(a_request_that_none_serves_is_printed)
         == "no variant of gqa_decode for SM 8.6 serves dtype=bf16, head_dim=96, group=2; there are: small; large");
     CHECK(!refusal([] { select_variant(kTargets[1], Kernel::gqa_decode, request(64, 17)); }).empty());
     // A fact that isn't named serves nothing that asks for it.
-    CHECK(!refusal([] { select_variant(kTargets[1], Kernel::gqa_decode, Request().with(Fact::head_dim, 64)); }).empty());
+    CHECK(
+        !refusal([] { select_variant(kTargets[1], Kernel::gqa_decode, Request().with(Fact::head_dim, 64)); }).empty());
 }
 
 int main(int count, char** arguments)
