@@ -55,19 +55,22 @@ def _unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _argument_names() -> list[str]:
+    return _unique(argument.name for kernel in KERNELS.values() for argument in kernel.arguments)
+
+
 def _number(sm: str) -> int:
     return int(sm.replace(".", ""))
 
 
 def header() -> str:
     """`kernel_table.h`."""
-    arguments = _unique(argument.name for kernel in KERNELS.values() for argument in kernel.arguments)
     sizes = _unique(name for kernel in KERNELS.values() for names, _ in kernel.grid for name in names)
     parts = [
         _ORIGIN,
         "#pragma once\n\n#include <cstdint>\n\nnamespace qwen_aot\n{\n",
         _enumeration("Kernel", KERNELS),
-        _enumeration("Argument", arguments),
+        _enumeration("Argument", _argument_names()),
         _enumeration("Size", sizes),
         _enumeration("Fact", FACTS),
         *(_enumeration(fact.capitalize(), values) for fact, values in FACTS.items() if values),
@@ -116,8 +119,8 @@ def _variant(entry: Mapping[str, Any], image: str) -> str:
     )
 
 
-def _target(name: str, number: int, entries: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """C++ and assembly of one target's variants."""
+def _target(name: str, entries: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+    """Declarations of the code of one target's variants, their C++ table, and the assembly that embeds them."""
     declarations, rows, assembly = [], [], []
     for index, entry in enumerate(entries):
         image = f"qwen_aot_{name}_{index}"
@@ -127,7 +130,7 @@ def _target(name: str, number: int, entries: Sequence[Mapping[str, Any]]) -> tup
         # Text must end with a zero byte.
         assembly.append(f'.balign 16\n.globl {image}\n.hidden {image}\n{image}:\n.incbin "{path}"\n.byte 0\n')
     table = f"Variant const {name}_variants[] = {{\n{''.join(rows)}}};\n"
-    return "".join(declarations) + table, "".join(assembly)
+    return "".join(declarations), table, "".join(assembly)
 
 
 def _manifest(folder: Path) -> list[dict[str, Any]]:
@@ -141,48 +144,55 @@ def check_sms(sms: Sequence[str]) -> None:
         raise BuildError(f"SMs must be some of {', '.join(SMS)}, each once; not {', '.join(sms)}")
 
 
-def write(kernels: Path, sms: Sequence[str], folder: Path) -> None:
-    """Writes the three files for what `plugins.aot.build(sms, kernels)` compiled; unchanged ones keep their time."""
-    source = [_ORIGIN, '#include "kernels.h"\n\nnamespace qwen_aot\n{\nnamespace\n{\n']
-    source += [_kernel(kernel) for kernel in KERNELS.values()]
-    assembly = [".section .rodata\n"]
-    targets = []
-    compiled = [(f"sm_{_number(sm)}", sm, False) for sm in sorted(sms, key=_number)]
-    if PTX_SM in sms:
-        compiled.append(("ptx", PTX_SM, True))
-    for name, sm, is_ptx in compiled:
-        entries = _manifest(kernels / name)
-        table, code = _target(name, _number(sm), entries)
-        source.append(table)
-        assembly.append(code)
-        targets.append(f"{{{_number(sm)}, {str(is_ptx).lower()}, {len(entries)}, {name}_variants}},\n")
-    for fact, values in FACTS.items():
-        if values:
-            source.append(_names(f"{fact}_values", values))
-    source.append("} // namespace\n\n")
-    rows = [
+def _common_tables() -> tuple[str, str]:
+    """What doesn't depend on compiled code: what is seen in the file only, and the tables that kernels.h declares."""
+    inner = [_kernel(kernel) for kernel in KERNELS.values()]
+    inner += [_names(f"{fact}_values", values) for fact, values in FACTS.items() if values]
+    kernels = "".join(
         f'{{"{kernel.name}", {len(kernel.arguments)}, {kernel.name}_parameters, {len(kernel.grid)}, '
         f"{kernel.name}_axes}},\n"
         for kernel in KERNELS.values()
+    )
+    values_of_facts = ", ".join(f"{fact}_values" if values else "nullptr" for fact, values in FACTS.items())
+    pairs = [f"{{{_number(sm)}, {_number(other)}}}" for sm, others in COMPATIBLE.items() for other in others]
+    outer = [
+        f"KernelInfo const kKernels[] = {{\n{kernels}}};\n",
+        _names("kArgumentNames", _argument_names()),
+        _names("kFactNames", FACTS),
+        f"char const* const* const kFactValues[] = {{{values_of_facts}}};\n",
+        f"Compatible const kCompatible[] = {{{', '.join(pairs)}}};\n",
+        f"int32_t const kNumCompatible = {len(pairs)};\n",
     ]
-    source.append(f"KernelInfo const kKernels[] = {{\n{''.join(rows)}}};\n")
-    arguments = _unique(argument.name for kernel in KERNELS.values() for argument in kernel.arguments)
-    source.append(_names("kArgumentNames", arguments))
-    source.append(_names("kFactNames", FACTS))
-    listed = ", ".join(f"{fact}_values" if values else "nullptr" for fact, values in FACTS.items())
-    source.append(f"char const* const* const kFactValues[] = {{{listed}}};\n")
-    source.append(f"Target const kTargets[] = {{\n{''.join(targets)}}};\nint32_t const kNumTargets = {len(targets)};\n")
-    pairs = [f"{{{_number(sm)}, {_number(other)}}}, " for sm, others in COMPATIBLE.items() for other in others]
-    source.append(f"Compatible const kCompatible[] = {{{''.join(pairs)}}};\n")
-    source.append(f"int32_t const kNumCompatible = {len(pairs)};\n}} // namespace qwen_aot\n")
-    assembly.append('.section .note.GNU-stack, "", %progbits\n')
+    return "".join(inner), "".join(outer)
 
+
+def source_and_assembly(kernels: Path, sms: Sequence[str]) -> tuple[str, str]:
+    """`kernel_table.cpp` and `kernel_images.S`."""
+    compiled = [(f"sm_{_number(sm)}", sm, "false") for sm in sorted(sms, key=_number)]
+    if PTX_SM in sms:
+        compiled.append(("ptx", PTX_SM, "true"))
+    declarations, tables, targets, assembly = "", "", "", ".section .rodata\n"
+    for name, sm, is_ptx in compiled:
+        entries = _manifest(kernels / name)
+        declared, table, code = _target(name, entries)
+        declarations += declared
+        tables += table
+        assembly += code
+        targets += f"{{{_number(sm)}, {is_ptx}, {len(entries)}, {name}_variants}},\n"
+    inner, outer = _common_tables()
+    source = (
+        f'{_ORIGIN}#include "kernels.h"\n\n{declarations}\nnamespace qwen_aot\n{{\nnamespace\n{{\n{inner}{tables}'
+        f"}} // namespace\n\n{outer}Target const kTargets[] = {{\n{targets}}};\n"
+        f"int32_t const kNumTargets = {len(compiled)};\n}} // namespace qwen_aot\n"
+    )
+    return source, assembly + '.section .note.GNU-stack, "", %progbits\n'
+
+
+def write(kernels: Path, sms: Sequence[str], folder: Path) -> None:
+    """Writes the three files for what `plugins.aot.build(sms, kernels)` compiled; unchanged ones keep their time."""
+    source, assembly = source_and_assembly(kernels, sms)
     folder.mkdir(parents=True, exist_ok=True)
-    for file_name, text in (
-        ("kernel_table.h", header()),
-        ("kernel_table.cpp", "".join(source)),
-        ("kernel_images.S", "".join(assembly)),
-    ):
-        path = folder / file_name
+    for name, text in (("kernel_table.h", header()), ("kernel_table.cpp", source), ("kernel_images.S", assembly)):
+        path = folder / name
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
