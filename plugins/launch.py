@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     Arguments = dict[str, torch.Tensor | int | float | None]  # None: a pointer that the variant doesn't touch
 
 _DTYPE_NAMES = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
-_PROGRAMS_PER_SM = 4  # of decode attention: what fits beside each other, so that no program waits for another to end
-_MIN_SPLIT = 256  # slots: a part's start and its result cost about what 100 slots do
+PROGRAMS_PER_SM = 4  # of decode attention: what fits beside each other, so that no program waits for another to end
+MIN_SPLIT = 256  # slots: a part's start and its result cost about what 100 slots do
+# A part's result, group · D fp32 values, is written and read once more. 40 slots a query head of a 16-bit cache, twice
+# that of an int8 one, keep that at 1/40 of the part's keys and values.
+MIN_SPLIT_PER_HEAD = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +61,13 @@ def _dtype_name(tensor: torch.Tensor) -> str:
 
 
 def min_split(group: int, cache: str) -> int:
-    """Fewest slots of a part of decode attention.
-
-    A part's result, group · D fp32 values, is written and read once more. 40 · group slots of a 16-bit cache, twice
-    that of an int8 one, keep that at 1/40 of the part's keys and values.
-    """
-    return max(_MIN_SPLIT, 40 * group * (2 if cache == "int8" else 1))
+    """Fewest slots of a part of decode attention."""
+    return max(MIN_SPLIT, MIN_SPLIT_PER_HEAD * group * (2 if cache == "int8" else 1))
 
 
 def num_splits(batch: int, num_kv_heads: int, capacity: int, group: int, cache: str, sm_count: int) -> int:
     """Parts that a row of full length is split into: enough programs for every SM, none smaller than `min_split`."""
-    wanted = math.ceil(_PROGRAMS_PER_SM * sm_count / (batch * num_kv_heads))
+    wanted = math.ceil(PROGRAMS_PER_SM * sm_count / (batch * num_kv_heads))
     return max(1, min(wanted, capacity // min_split(group, cache)))
 
 

@@ -6,4 +6,5 @@ fetch_model
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
+.venv/bin/clang-format --dry-run --Werror plugins/src/*.cpp plugins/src/*.h tests/plugins/src/*.cpp tests/plugins/src/*.h
 exec .venv/bin/python -m pytest -n 2 --dist loadfile -m "not gpu and not network" "$@"

@@ -1,0 +1,63 @@
+#include "driver.h"
+
+#include "log.h"
+
+#include <dlfcn.h>
+
+namespace qwen_aot
+{
+namespace
+{
+
+void* find(void* library, char const* symbol)
+{
+    void* const found = dlsym(library, symbol);
+    if (found == nullptr)
+    {
+        throw Error(text("the CUDA driver (libcuda.so.1) has no function ", symbol, "; update the driver"));
+    }
+    return found;
+}
+
+Driver load()
+{
+    // Never closed: functions of it may be running until the process ends.
+    void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (library == nullptr)
+    {
+        throw Error(text("the CUDA driver can't be loaded, which running this plugin needs: ", dlerror()));
+    }
+    Driver functions{};
+#define QWEN_AOT_FIND(member, symbol) functions.member = reinterpret_cast<decltype(&symbol)>(find(library, #symbol));
+    QWEN_AOT_DRIVER_FUNCTIONS(QWEN_AOT_FIND)
+#undef QWEN_AOT_FIND
+    if (CUresult const result = functions.init(0); result != CUDA_SUCCESS)
+    {
+        throw Error(text("cuInit failed with error ", static_cast<int>(result)));
+    }
+    return functions;
+}
+
+} // namespace
+
+Driver const& driver()
+{
+    static Driver const functions = load(); // after an exception, the next call loads again
+    return functions;
+}
+
+void check(CUresult result, char const* what)
+{
+    if (result == CUDA_SUCCESS)
+    {
+        return;
+    }
+    char const* words = nullptr;
+    if (driver().get_error_string(result, &words) != CUDA_SUCCESS || words == nullptr)
+    {
+        words = "unknown error";
+    }
+    throw Error(text(what, ": ", words, " (CUDA error ", static_cast<int>(result), ")"));
+}
+
+} // namespace qwen_aot

@@ -1,0 +1,268 @@
+#include "gqa.h"
+
+#include "launch.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace qwen_aot
+{
+namespace
+{
+
+enum Input
+{
+    kQkv,
+    kPastKey,
+    kPastValue,
+    kCos,
+    kSin,
+    kPositionIds,
+    kCacheLength,
+    kNewTokens,
+    kKeyScale, // with an int8 cache
+    kValueScale
+};
+
+enum Output
+{
+    kAttention,
+    kPresentKey,
+    kPresentValue,
+    kPresentKeyScale, // with an int8 cache
+    kPresentValueScale
+};
+
+constexpr int64_t kHalfBytes = 2;  // fp16 and bf16
+constexpr int64_t kFloatBytes = 4; // fp32
+
+TensorTable table_of(GqaAttributes const& attributes)
+{
+    using L = Letter;
+    bool const is_int8 = attributes.cache_bits == 8;
+    Type const cache = is_int8 ? Type::int8 : Type::compute;
+    std::vector<Axis> const slots{L::B, L::Hkv, L::C, L::D};
+    std::vector<Axis> const slot_scales{L::B, L::Hkv, L::C};
+    TensorTable table;
+    table.inputs = {
+        {"qkv", Type::compute, {L::B, L::S, L::qkv}},
+        {"past_key", cache, slots},
+        {"past_value", cache, slots},
+        {"cos", Type::float32, {L::P, Axis(L::D, 1, 2)}},
+        {"sin", Type::float32, {L::P, Axis(L::D, 1, 2)}},
+        {"position_ids", Type::int64, {L::B, L::S}},
+        {"cache_length", Type::int64, {L::B}},
+        {"new_tokens", Type::int64, {L::B}},
+    };
+    table.outputs = {
+        {"attention", Type::compute, {L::B, L::S, L::HD}},
+        {"present_key", cache, slots},
+        {"present_value", cache, slots},
+    };
+    if (is_int8)
+    {
+        table.inputs.push_back({"key_scale", Type::float16, slot_scales});
+        table.inputs.push_back({"value_scale", Type::float16, slot_scales});
+        table.outputs.push_back({"present_key_scale", Type::float16, slot_scales});
+        table.outputs.push_back({"present_value_scale", Type::float16, slot_scales});
+    }
+    int64_t const head_dim = attributes.head_dim;
+    table.known.set(L::Hkv, attributes.num_kv_heads)
+        .set(L::D, head_dim)
+        .set(L::HD, attributes.num_heads * head_dim)
+        .set(L::qkv, (attributes.num_heads + int64_t{2} * attributes.num_kv_heads) * head_dim);
+    return table;
+}
+
+/** What its variants are chosen by. */
+Request request_of(GqaAttributes const& attributes, Dtype dtype)
+{
+    Cache const cache = attributes.cache_bits == 8 ? Cache::int8 : Cache::same;
+    return Request()
+        .with(Fact::dtype, static_cast<int32_t>(dtype))
+        .with(Fact::cache, static_cast<int32_t>(cache))
+        .with(Fact::head_dim, attributes.head_dim)
+        .with(Fact::group, attributes.num_heads / attributes.num_kv_heads);
+}
+
+GqaAttributes const& checked(GqaAttributes const& attributes)
+{
+    auto const refuse = [](char const* field, auto value, auto const&... why) {
+        throw Error(text("field ", field, " is ", value, "; ", why...));
+    };
+    if (attributes.num_kv_heads < 1)
+    {
+        refuse("num_kv_heads", attributes.num_kv_heads, "it must be at least 1");
+    }
+    if (attributes.num_heads < 1 || attributes.num_heads % attributes.num_kv_heads != 0)
+    {
+        refuse("num_heads", attributes.num_heads, "it must be a multiple of num_kv_heads, ", attributes.num_kv_heads);
+    }
+    if (attributes.cache_bits != 8 && attributes.cache_bits != 16)
+    {
+        refuse("cache_bits", attributes.cache_bits, "it must be 16 (the compute type) or 8 (int8)");
+    }
+    if (!std::isfinite(attributes.scale) || attributes.scale <= 0)
+    {
+        refuse("scale", attributes.scale, "it must be positive");
+    }
+    // Head sizes and groups are the same for every SM and type.
+    select_variant(kTargets[0], Kernel::gqa_decode, request_of(attributes, Dtype::fp16));
+    return attributes;
+}
+
+struct GqaWorkspace
+{
+    GqaWorkspace(void* memory, GqaAttributes const& attributes, int64_t batch, int64_t steps, int64_t num_splits)
+        : workspace(memory)
+    {
+        int64_t const heads = attributes.num_heads;
+        query = workspace.take(batch * steps * heads * attributes.head_dim * kHalfBytes);
+        if (steps == 1)
+        {
+            partial = workspace.take(batch * heads * num_splits * attributes.head_dim * kFloatBytes);
+            partial_lse = workspace.take(batch * heads * num_splits * kFloatBytes);
+        }
+    }
+
+    Workspace workspace;
+    void* query;                // [B, S, H, D], rotated
+    void* partial{nullptr};     // [B, H, num_splits, D]
+    void* partial_lse{nullptr}; // [B, H, num_splits]
+};
+
+void check_in_place(void const* past, void const* present, char const* name)
+{
+    if (past != present)
+    {
+        throw Error(text("present_", name, " isn't at the address of its past, ", past, ", but at ", present,
+            "; bind both to the same memory"));
+    }
+}
+
+} // namespace
+
+GqaPlugin::GqaPlugin(GqaAttributes const& attributes)
+    : Plugin(kName, table_of(checked(attributes)))
+    , attributes_(attributes)
+{
+}
+
+nvinfer1::IPluginV3* GqaPlugin::clone() noexcept
+{
+    return guarded<nvinfer1::IPluginV3*>(kName, nullptr, [&] { return new GqaPlugin(attributes_); });
+}
+
+/** Fewest slots of a part of decode attention (plugins/launch.py, min_split). */
+int64_t GqaPlugin::min_split() const
+{
+    return std::max(kMinSplit, kMinSplitPerHead * group() * (is_int8() ? 2 : 1));
+}
+
+/** Parts that a row of full length is split into: enough for every SM, none smaller than `min_split`
+ *  (plugins/launch.py, num_splits). */
+int64_t GqaPlugin::num_splits(int64_t batch, int64_t capacity) const
+{
+    int64_t const rows = batch * attributes_.num_kv_heads;
+    int64_t const wanted = (int64_t{kProgramsPerSm} * sm_count_ + rows - 1) / rows;
+    return std::max<int64_t>(1, std::min(wanted, capacity / min_split()));
+}
+
+void GqaPlugin::check_extents(Extents const& extents) const
+{
+    // Inside one head of the cache, kernels count elements with 32 bits; tokens too.
+    int64_t const largest = std::numeric_limits<int32_t>::max();
+    if (extents.get(Letter::C) * attributes_.head_dim > largest)
+    {
+        throw Error(text("a cache of ", extents.get(Letter::C), " slots of ", attributes_.head_dim,
+            " elements is too large; one head may have 2^31"));
+    }
+    if (extents.get(Letter::B) * extents.get(Letter::S) > largest)
+    {
+        throw Error(text(extents.get(Letter::B), " rows of ", extents.get(Letter::S), " tokens are more than 2^31"));
+    }
+}
+
+size_t GqaPlugin::workspace_bytes(Extents const& smallest, Extents const& largest) const
+{
+    int64_t const batch = largest.get(Letter::B);
+    size_t const prefill = GqaWorkspace(nullptr, attributes_, batch, largest.get(Letter::S), 0).workspace.bytes();
+    if (smallest.get(Letter::S) > 1)
+    {
+        return prefill;
+    }
+    // The most parts for any GPU: an engine may run on another than it was built on.
+    int64_t const most_splits = std::max<int64_t>(1, largest.get(Letter::C) / min_split());
+    return std::max(prefill, GqaWorkspace(nullptr, attributes_, batch, 1, most_splits).workspace.bytes());
+}
+
+void GqaPlugin::load(Kernels& kernels, nvinfer1::DataType compute)
+{
+    Request const request = request_of(attributes_, compute == nvinfer1::DataType::kBF16 ? Dtype::bf16 : Dtype::fp16);
+    rotate_ = kernels.function(Kernel::gqa_rotate, request);
+    prefill_ = kernels.function(Kernel::gqa_prefill, request);
+    decode_ = kernels.function(Kernel::gqa_decode, request);
+    reduce_ = kernels.function(Kernel::gqa_reduce, request);
+    sm_count_ = kernels.sm_count();
+}
+
+void GqaPlugin::launch_step(
+    Extents const& extents, void const* const* inputs, void* const* outputs, void* workspace, CUstream stream) const
+{
+    check_in_place(inputs[kPastKey], outputs[kPresentKey], "key");
+    check_in_place(inputs[kPastValue], outputs[kPresentValue], "value");
+    if (is_int8())
+    {
+        check_in_place(inputs[kKeyScale], outputs[kPresentKeyScale], "key_scale");
+        check_in_place(inputs[kValueScale], outputs[kPresentValueScale], "value_scale");
+    }
+    int64_t const batch = extents.get(Letter::B);
+    int64_t const steps = extents.get(Letter::S);
+    int64_t const capacity = extents.get(Letter::C);
+    int64_t const splits = num_splits(batch, capacity);
+    GqaWorkspace const memory(workspace, attributes_, batch, steps, splits);
+
+    Sizes sizes;
+    sizes.set(Size::B, batch)
+        .set(Size::S, steps)
+        .set(Size::H, attributes_.num_heads)
+        .set(Size::Hkv, attributes_.num_kv_heads)
+        .set(Size::all_heads, attributes_.num_heads + int64_t{2} * attributes_.num_kv_heads)
+        .set(Size::num_splits, splits);
+    Arguments arguments;
+    arguments.pointer(Argument::qkv_ptr, inputs[kQkv])
+        .pointer(Argument::cos_ptr, inputs[kCos])
+        .pointer(Argument::sin_ptr, inputs[kSin])
+        .pointer(Argument::position_ids_ptr, inputs[kPositionIds])
+        .pointer(Argument::cache_length_ptr, inputs[kCacheLength])
+        .pointer(Argument::new_tokens_ptr, inputs[kNewTokens])
+        .pointer(Argument::query_ptr, memory.query)
+        .pointer(Argument::key_ptr, outputs[kPresentKey])
+        .pointer(Argument::value_ptr, outputs[kPresentValue])
+        .pointer(Argument::key_scale_ptr, is_int8() ? outputs[kPresentKeyScale] : nullptr)
+        .pointer(Argument::value_scale_ptr, is_int8() ? outputs[kPresentValueScale] : nullptr)
+        .pointer(Argument::output_ptr, outputs[kAttention])
+        .pointer(Argument::partial_ptr, memory.partial)
+        .pointer(Argument::partial_lse_ptr, memory.partial_lse)
+        .real(Argument::scale_log2e, static_cast<float>(attributes_.scale * std::log2(std::exp(1.0))))
+        .integer(Argument::S, steps)
+        .integer(Argument::C, capacity)
+        .integer(Argument::num_heads, attributes_.num_heads)
+        .integer(Argument::num_kv_heads, attributes_.num_kv_heads)
+        .integer(Argument::head_dim, attributes_.head_dim)
+        .integer(Argument::group, group())
+        .integer(Argument::num_splits, splits)
+        .integer(Argument::min_split, min_split());
+
+    launch(rotate_, arguments, sizes, stream);
+    if (steps != 1)
+    {
+        launch(prefill_, arguments, sizes, stream);
+        return;
+    }
+    launch(decode_, arguments, sizes, stream);
+    launch(reduce_, arguments, sizes, stream);
+}
+
+} // namespace qwen_aot

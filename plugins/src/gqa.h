@@ -1,0 +1,57 @@
+/** QwenGQA: rotates queries and keys, writes the cache, attends. docs/plugins.md lists its tensors and attributes. */
+#pragma once
+
+#include "plugin.h"
+
+namespace qwen_aot
+{
+
+struct GqaAttributes
+{
+    int32_t num_heads;
+    int32_t num_kv_heads;
+    int32_t head_dim;
+    int32_t cache_bits; // 16: the cache is of qkv's type; 8: int8 with a scale per head and token
+    float scale;        // of the scores before the softmax
+};
+
+class GqaPlugin final : public Plugin
+{
+public:
+    using Attributes = GqaAttributes;
+    static constexpr char const* kName = "QwenGQA";
+    static constexpr FieldTable<GqaAttributes, 5> kFields{{
+        {"num_heads", &GqaAttributes::num_heads},
+        {"num_kv_heads", &GqaAttributes::num_kv_heads},
+        {"head_dim", &GqaAttributes::head_dim},
+        {"cache_bits", &GqaAttributes::cache_bits},
+        {"scale", &GqaAttributes::scale},
+    }};
+
+    explicit GqaPlugin(GqaAttributes const& attributes);
+    nvinfer1::IPluginV3* clone() noexcept final;
+    nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept final { return fields_.collection(); }
+
+private:
+    void check_extents(Extents const& extents) const final;
+    size_t workspace_bytes(Extents const& smallest, Extents const& largest) const final;
+    void load(Kernels& kernels, nvinfer1::DataType compute) final;
+    void launch_step(Extents const& extents, void const* const* inputs, void* const* outputs, void* workspace,
+        CUstream stream) const final;
+
+    bool is_int8() const { return attributes_.cache_bits == 8; }
+    int32_t group() const { return attributes_.num_heads / attributes_.num_kv_heads; }
+    int64_t min_split() const;
+    int64_t num_splits(int64_t batch, int64_t capacity) const;
+
+    GqaAttributes attributes_;
+    FieldList<kFields.size()> fields_{kFields, &attributes_};
+    // What `load` loaded.
+    Function rotate_;
+    Function prefill_;
+    Function decode_;
+    Function reduce_;
+    int32_t sm_count_{0};
+};
+
+} // namespace qwen_aot

@@ -1,0 +1,364 @@
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import onnx
+import pytest
+
+from plugins import kernel_table, launch, library
+from plugins.library import build_library, library_hash, tensorrt_headers
+from plugins.variants import variants
+from qwen_aot_errors import BuildError
+
+REPOSITORY = Path(__file__).parents[2]
+CPP_TESTS = Path(__file__).parent / "src"
+
+
+def cpp_test_names(file: str) -> list[str]:
+    return re.findall(r"^TEST\((\w+)\)", (CPP_TESTS / file).read_text(), flags=re.MULTILINE)
+
+
+def output_of(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# ---- The library through its interface (tests/plugins/src) ----
+
+
+def compile_test(plugin_build: Path, program: Path, *sources: str | Path) -> Path:
+    warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+    includes = ["-I", CPP_TESTS, "-I", library.SOURCES, "-I", plugin_build / "build" / "table"]
+    for folder in (library.SOURCES / "cuda", tensorrt_headers(plugin_build / "build"), library.cuda_headers()):
+        includes += ["-isystem", folder]
+    output_of(os.environ.get("CXX", "c++"), "-std=c++17", *warnings, *includes, "-o", program, *sources, "-ldl")
+    return program
+
+
+@pytest.fixture(scope="module")
+def cpp_tests(plugin_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_test(plugin_build, tmp_path_factory.mktemp("cpp") / "plugins", CPP_TESTS / "test_plugins.cpp")
+
+
+@pytest.mark.parametrize("name", cpp_test_names("test_plugins.cpp"))
+def test_interface(cpp_tests, plugin_library, name):
+    if name == "without_a_driver_a_step_is_a_logged_error" and shutil.which("nvidia-smi"):
+        pytest.skip("this machine has a CUDA driver")
+    done = subprocess.run([cpp_tests, plugin_library, name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == done.stderr == ""  # what is logged goes to the logger
+
+
+@pytest.fixture(scope="module")
+def selection_tests(plugin_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sources = [library.SOURCES / f"{name}.cpp" for name in ("kernels", "driver", "log")]
+    program = tmp_path_factory.mktemp("cpp") / "selection"
+    return compile_test(plugin_build, program, CPP_TESTS / "test_selection.cpp", *sources)
+
+
+@pytest.mark.parametrize("name", cpp_test_names("test_selection.cpp"))
+def test_selection(selection_tests, name):
+    done = subprocess.run([selection_tests, name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_only_desktop_gpus_of_major_8_take_the_cubins_of_another_sm():
+    assert kernel_table.COMPATIBLE == {"8.6": ("8.0",), "8.9": ("8.6", "8.0")}
+
+
+def aligned(size: int) -> int:
+    return -(-size // 256) * 256
+
+
+ITEM_BYTES = {"fp16": 2, "fp32": 4, "i32": 4}
+
+
+def workspace_bytes(shapes: dict[str, tuple[tuple[int, ...], str]]) -> int:
+    total = 0
+    for shape, dtype in shapes.values():
+        count = 1
+        for size in shape:
+            count *= size
+        total += aligned(count * ITEM_BYTES[dtype])
+    return total
+
+
+# rows, fewest and most tokens of a step, H, Hkv, D, bits of the cache, C
+GQA_PROFILES = [
+    (1, 1, 1, 16, 16, 64, 16, 4096),
+    (1, 1, 512, 16, 16, 64, 16, 4096),
+    (1, 16, 512, 16, 16, 64, 16, 32768),  # never decodes
+    (4, 1, 1, 40, 8, 128, 16, 32768),
+    (4, 1, 1, 64, 8, 128, 8, 32768),
+    (8, 1, 1, 9, 3, 64, 16, 200),  # too short to be split
+]
+
+
+@pytest.mark.parametrize("profile", GQA_PROFILES)
+def test_workspace_of_attention_suffices_for_each_step_on_each_gpu(cpp_tests, plugin_library, profile):
+    batch, fewest, most, num_heads, num_kv_heads, head_dim, cache_bits, capacity = profile
+    given = int(output_of(cpp_tests, plugin_library, "workspace-gqa", *map(str, profile)))
+    cache = "int8" if cache_bits == 8 else "same"
+    needed = [
+        workspace_bytes(
+            launch.gqa_workspace(
+                batch=rows,
+                steps=steps,
+                num_heads=num_heads,
+                head_dim=head_dim,
+                splits=launch.num_splits(rows, num_kv_heads, capacity, num_heads // num_kv_heads, cache, sm_count),
+                dtype="fp16",
+            )
+        )
+        for rows in range(1, batch + 1)
+        for steps in {fewest, most}
+        for sm_count in (8, 128, 10_000)  # the last: as many parts as there may be
+    ]
+    assert given == max(needed)
+
+
+MOE_PROFILES = [  # rows, fewest and most tokens of a step, E, k, weight bits, M, F
+    (1, 1, 1, 60, 4, 16, 2048, 1408),
+    (2, 1, 8, 60, 4, 16, 2048, 1408),  # 16 tokens: the last that decode
+    (1, 1, 17, 60, 4, 16, 2048, 1408),
+    (1, 1, 512, 60, 4, 16, 2048, 1408),
+    (1, 1, 1, 64, 9, 16, 128, 256),  # too many experts a token to decode
+    (1, 1, 3, 2, 1, 16, 128, 128),
+]
+
+
+@pytest.mark.parametrize("profile", MOE_PROFILES)
+def test_workspace_of_experts_suffices_for_each_step(cpp_tests, plugin_library, profile):
+    batch, fewest, most, num_experts, k, _, hidden_size, inner_size = profile
+    given = int(output_of(cpp_tests, plugin_library, "workspace-moe", *map(str, profile)))
+    needed = [
+        workspace_bytes(
+            launch.moe_workspace(
+                num_tokens=batch * steps,
+                k=k,
+                num_experts=num_experts,
+                hidden_size=hidden_size,
+                inner_size=inner_size,
+                dtype="fp16",
+            )
+        )
+        for steps in range(fewest, most + 1)
+    ]
+    assert given == max(needed)
+
+
+# ---- The file ----
+
+
+def test_nothing_of_cuda_or_tensorrt_is_linked(plugin_library):
+    needed = set(re.findall(r"NEEDED.*\[(.*)\]", output_of("readelf", "--dynamic", plugin_library)))
+    system = {"libc.so.6", "libdl.so.2", "libgcc_s.so.1", "libm.so.6", "libpthread.so.0", "libstdc++.so.6"}
+    assert needed and needed <= system
+
+
+def test_the_two_entry_points_are_all_that_is_seen(plugin_library):
+    symbols = output_of("nm", "--dynamic", "--defined-only", plugin_library).split()[2::3]
+    assert symbols == ["getCreators", "setLoggerFinder"]
+
+
+def test_every_cubin_is_embedded_and_aligned(plugin_build, plugin_library):
+    data = plugin_library.read_bytes()
+    cubins = sorted((plugin_build / "build" / "kernels" / "sm_89").glob("*.cubin"))
+    assert len(cubins) == len(variants("8.9"))
+    for cubin in cubins:
+        place = data.find(cubin.read_bytes())
+        assert place >= 0 and place % 16 == 0, cubin.name
+
+
+def test_hash(plugin_library):
+    assert library_hash(plugin_library) == hashlib.sha256(plugin_library.read_bytes()).hexdigest()
+
+
+# ---- Building ----
+
+
+def test_command_line_builds_what_the_function_does(plugin_build, plugin_library):
+    before = library_hash(plugin_library)
+    command = [sys.executable, "-m", "plugins.library", "-o", plugin_build, "--sm", "8.9", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["library"] == str(plugin_library) and facts["bytes"] == plugin_library.stat().st_size
+    assert facts["sha256"] == before  # nothing changed, and nothing was compiled again
+    assert "[1/" not in done.stderr
+
+
+def test_command_line_says_what_is_wrong(tmp_path):
+    command = [sys.executable, "-m", "plugins.library", "-o", tmp_path]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    unknown = subprocess.run([*command, "--sm", "7.5"], capture_output=True, text=True, env=environment)
+    assert unknown.returncode == 2 and "7.5" in unknown.stderr
+    headers = ["--tensorrt-include", tmp_path]
+    without = subprocess.run([*command, *headers], capture_output=True, text=True, env=environment)
+    assert without.returncode == 1
+    assert without.stderr.startswith(f"error: {tmp_path} has no NvInferRuntime.h; give the include folder")
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [([], "no cmake; install it with `pip install cmake`"), (["cmake"], "no C++ compiler; install one")],
+)
+def test_a_missing_tool_is_named_with_its_remedy(tmp_path, monkeypatch, there, message):
+    for tool in there:
+        (tmp_path / tool).symlink_to("/bin/false")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(library.aot, "build", lambda *_, **__: pytest.fail("kernels were compiled before the check"))
+    (tmp_path / "NvInferRuntime.h").touch()
+    with pytest.raises(BuildError, match=re.escape(message)):
+        build_library(tmp_path / "out", ["8.9"], tensorrt_include=tmp_path)
+
+
+def test_a_failing_step_shows_the_tools_own_words(plugin_build, tmp_path):
+    (tmp_path / "NvInferRuntime.h").write_text("#error these are no headers\n")
+    copy = tmp_path / "copy"
+    shutil.copytree(plugin_build / "build" / "kernels", copy / "build" / "kernels")
+    with pytest.raises(BuildError, match=r"compiling the library failed:(.|\n)*these are no headers"):
+        build_library(copy, ["8.9"], tensorrt_include=tmp_path)
+    assert not (copy / library.FILE_NAME).exists()
+
+
+def test_an_sm_given_twice_is_refused(tmp_path):
+    with pytest.raises(BuildError, match=r"each once; not 8\.9, 8\.9"):
+        build_library(tmp_path, ["8.9", "8.9"])
+
+
+def test_only_headers_are_taken_out_of_the_package(tmp_path, monkeypatch):
+    def download(command, failure):
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "package.whl", "w") as wheel:
+            wheel.writestr("kernel_lens/include/tensorrt/NvInferRuntime.h", "// header")
+            wheel.writestr("kernel_lens/include/tensorrt/readme.txt", "")
+            wheel.writestr("kernel_lens/__init__.py", "")
+
+    monkeypatch.setattr(library, "_SDK_FOLDERS", ())
+    monkeypatch.setattr(library, "_run", download)
+    with pytest.raises(BuildError, match=r"package\.whl has SHA-256 [0-9a-f]{64}, not [0-9a-f]{64}"):
+        tensorrt_headers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(library, "HEADERS_SHA256", library_hash_of_download(tmp_path, download))
+    folder = tensorrt_headers(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["NvInferRuntime.h"]
+
+
+def library_hash_of_download(folder: Path, download) -> str:
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    download(["--dest", scratch], "")
+    digest = library_hash(scratch / "package.whl")
+    shutil.rmtree(scratch)
+    return digest
+
+
+def test_an_installed_sdk_goes_before_a_download(tmp_path, monkeypatch):
+    (tmp_path / "NvInferRuntime.h").touch()
+    monkeypatch.setattr(library, "_SDK_FOLDERS", ("/nowhere", str(tmp_path)))
+    assert tensorrt_headers(tmp_path / "build") == tmp_path
+
+
+# ---- A real TensorRT's registry and parser ----
+
+HALF, FLOAT, INT8, INT32, INT64 = (
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.INT8,
+    onnx.TensorProto.INT32,
+    onnx.TensorProto.INT64,
+)
+CACHE = [1, 8, 1024, 128]
+GQA = {
+    "op": "QwenGQA",
+    "attributes": {"num_heads": 40, "num_kv_heads": 8, "head_dim": 128, "cache_bits": 8, "scale": 0.0625},
+    "inputs": [
+        (HALF, ["B", "S", 7168]),
+        *[(INT8, CACHE)] * 2,
+        *[(FLOAT, [4096, 64])] * 2,
+        (INT64, ["B", "S"]),
+        *[(INT64, ["B"])] * 2,
+        *[(HALF, CACHE[:3])] * 2,
+    ],
+    "outputs": [(HALF, ["B", "S", 5120]), *[(INT8, CACHE)] * 2, *[(HALF, CACHE[:3])] * 2],
+}
+MOE = {
+    "op": "QwenMoE",
+    "attributes": {"num_experts": 60, "experts_per_token": 4, "weight_bits": 4, "has_zeros": 1},
+    "inputs": [
+        (HALF, ["B", "S", 2048]),
+        (INT32, ["B", "S", 4]),
+        (FLOAT, ["B", "S", 4]),
+        (INT8, [60, 2816, 1024]),
+        (INT8, [60, 2048, 704]),
+        (HALF, [60, 2816, 16]),
+        (HALF, [60, 2048, 11]),
+        (INT8, [60, 2816, 16]),
+        (INT8, [60, 2048, 11]),
+    ],
+    "outputs": [(HALF, ["B", "S", 2048])],
+}
+
+
+def parse(plugin_library: Path, node: dict | None = None) -> list[list]:
+    """What the child printed. It ends with an abort where a plugin was created: TensorRT-RTX has no plugin layers."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX isn't installed")
+    command = [sys.executable, Path(__file__).parent / "parse_plugin.py", plugin_library]
+    command += [] if node is None else [json.dumps(node)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines, done.stderr
+    return lines
+
+
+@pytest.mark.trt
+def test_a_real_registry_finds_both_creators(plugin_library):
+    assert [line for line in parse(plugin_library) if line[0] == "creator"] == [
+        [
+            "creator",
+            node["op"],
+            "qwen_aot",
+            "1",
+            [[name, "FLOAT32" if name == "scale" else "INT32"] for name in node["attributes"]],
+        ]
+        for node in (GQA, MOE)
+    ]
+
+
+@pytest.mark.trt
+@pytest.mark.parametrize(
+    ("node", "fields"),
+    [
+        (GQA, "num_heads=40, num_kv_heads=8, head_dim=128, cache_bits=8, scale=0.0625"),
+        (MOE, "num_experts=60, experts_per_token=4, weight_bits=4, has_zeros=1"),
+    ],
+    ids=["gqa", "moe"],
+)
+def test_a_real_parser_creates_the_plugin_with_the_nodes_attributes(plugin_library, node, fields):
+    lines = parse(plugin_library, node)
+    assert ["log", "VERBOSE", f"qwen_aot {node['op']}: created with {fields}"] in lines
+    assert ["log", "INFO", f"Successfully created plugin: {node['op']}"] in lines
+
+
+@pytest.mark.trt
+@pytest.mark.parametrize(
+    ("node", "name", "value", "message"),
+    [
+        (GQA, "head_dim", 96, "serves dtype=fp16, cache=int8, head_dim=96, group=5"),
+        (GQA, "scale", None, "field scale, one float32, is missing"),
+        (GQA, "scale", 1, "field scale must be one float32"),
+        (MOE, "weight_bits", 3, "field weight_bits is 3; it must be 16, 8 or 4"),
+    ],
+)
+def test_what_is_wrong_with_a_node_reaches_tensorrts_logger(plugin_library, node, name, value, message):
+    attributes = {**node["attributes"], name: value}
+    if value is None:
+        del attributes[name]
+    errors = [line[2] for line in parse(plugin_library, {**node, "attributes": attributes}) if line[1] == "ERROR"]
+    assert any(error.startswith(f"qwen_aot {node['op']}: ") and message in error for error in errors), errors
