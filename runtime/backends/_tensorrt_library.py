@@ -30,6 +30,7 @@ class Flavour:
         captures_graphs: the library captures CUDA graphs itself, if asked through its runtime configuration. It
             compiles kernels for a shape while slower ones already run; a graph captured from outside would keep the
             slow ones for good. Source: TensorRT-RTX's documentation, "Working with RTX CUDA Graphs".
+        builds_for_others: it builds engines for GPUs that aren't there.
     """
 
     suffix: str
@@ -37,10 +38,18 @@ class Flavour:
     name: str
     install: str
     captures_graphs: bool
+    builds_for_others: bool
 
 
 FLAVOURS = (
-    Flavour(".rtx", "tensorrt_rtx", "TensorRT-RTX", "pip install tensorrt-rtx-cu13=={version}", captures_graphs=True),
+    Flavour(
+        ".rtx",
+        "tensorrt_rtx",
+        "TensorRT-RTX",
+        "pip install tensorrt-rtx-cu13=={version}",
+        captures_graphs=True,
+        builds_for_others=True,
+    ),
     Flavour(
         ".plan",
         "tensorrt",
@@ -48,6 +57,7 @@ FLAVOURS = (
         "pip install tensorrt=={version} --extra-index-url https://pypi.nvidia.com (on a Jetson: apt install "
         "python3-libnvinfer)",
         captures_graphs=False,
+        builds_for_others=False,
     ),
 )
 

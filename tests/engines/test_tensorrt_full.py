@@ -45,11 +45,14 @@ def build(checkpoint: Path, out: Path, *, max_batch: int = 1, **options: Any) ->
     return build_bundle(checkpoint, spec, out).manifest
 
 
-def test_a_bundle_for_the_gpu_that_built_it(trt: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_bundle_for_the_gpu_that_built_it(
+    trt: ModuleType, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.tensorrt_compile.own_capabilities", lambda: ("8.7",))
     manifest = build(checkpoint, tmp_path / "bundle", max_batch=3)
     assert manifest.engine == "engine.plan"
     assert manifest.tensorrt is not None
-    assert (manifest.tensorrt.version, manifest.tensorrt.compute_capabilities) == ("10.15.1", ())
+    assert (manifest.tensorrt.version, manifest.tensorrt.compute_capabilities) == ("10.15.1", ("8.7",))
     assert manifest.tensorrt.has_weights
     # 2 layers of keys and values for 3 rows of 4 heads, 256 slots, 16 elements of 2 bytes
     assert manifest.tensorrt.cache_bytes == 2 * 2 * 3 * 4 * 256 * 16 * 2
