@@ -174,6 +174,7 @@ def sparse_moe_definition(
         else "top = Identity (top_raw)"
     )
     m, f, k, to = hidden_size, intermediate_size, num_experts_per_tok, dtype.value
+    every_row = ", ".join(map(str, range(gather_up_to_tokens)))  # one Slice of it costs fewer layers than three
     return _function(
         f"""{
             _header(
@@ -204,9 +205,11 @@ def sparse_moe_definition(
             ups = Constant <value = int32 {{1}}> ()
             flat = If (is_few) <
                 then_branch = gathered () => (y_few) {{
-                    few_ids = Slice (top_ids, zero, few, zero)
-                    few_tops = Slice (top, zero, few, zero)
-                    few_x = Slice (x, zero, few, zero)
+                    every_row = Constant <value = int32[{gather_up_to_tokens}] {{{every_row}}}> ()
+                    rows = Slice (every_row, zero, tokens)
+                    few_ids = Gather <axis = 0> (top_ids, rows)
+                    few_tops = Gather <axis = 0> (top, rows)
+                    few_x = Gather <axis = 0> (x, rows)
                     chosen_gate_up = Gather <axis = 0> (gate_up, few_ids)
                     chosen_down = Gather <axis = 0> (down, few_ids)
                     gate_up_columns = Transpose <perm = [0, 1, 3, 2]> (chosen_gate_up)
