@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from engines.spec import BuildSpec, Precision, Target
 from exporter.config import ModelConfig
+from exporter.experts import gather_limit
 from exporter.quantize.blockwise import BLOCK_SIZES
 from runtime.manifest import cache_capacity
 
@@ -64,41 +65,45 @@ def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
     """The largest tensors that live at once in a prefill step, in bytes: an estimate.
 
     Derived from the graph, with T = B·S tokens (S the prefill chunk), the window W at the capacity, and c bytes an
-    element of the compute type. Always alive: the residual stream [T, M] fp32, logits [B, V] fp32, and, except on
-    `cpu`, whose kernel needs none, the causal mask [B, S, W] of one byte. On top comes the largest of
+    element of the compute type. Always alive: the residual stream [T, M] fp32, logits [B, V] fp32, and, on TensorRT,
+    the causal mask [B, S, W] of two bytes. On top comes the largest of
 
     - attention: its input [T, M], q, k and v as projected and as rotated, 2 x [T, (H + 2·Hkv)·D], and the result
-      [T, H·D], in c. Scores aren't kept where attention is fused, as ONNX Runtime's kernel does (512 tokens of 16 heads
-      took 15 MiB of memory with a cache of 2,048 tokens and with one of 8,192) and TensorRT; TensorRT doesn't fuse it
-      in a model with experts, whose `If` stands in the way, and then scores [B, H, S, W] fp32 are added;
-    - an MLP: its input [T, M], gate and up [T, 2F], their product [T, F], in c;
-    - routed experts: every expert on every token, E x [T, 3F] or E x [T, F + M] in c, or the gathered weights of a
-      decode step, at most min(E, B·k) x 3·M·F; ONNX Runtime's kernel runs each token's own experts, k x [T, 3F];
+      [T, H·D], in c. Scores aren't kept: ONNX Runtime's kernel fuses attention (512 tokens of 16 heads took 15 MiB of
+      memory with a cache of 2,048 tokens and with one of 8,192), and so does TensorRT. TensorRT copies the window out
+      of the cache, 2 x [B, W, Hkv·D];
+    - an MLP: its input [T, M], gate and up [T, 2F], their product [T, F], in c; TensorRT keeps gate, up and silu(gate)
+      apart as well;
+    - routed experts: every expert on every token, E x [T, 3F] or E x [T, F + M] in c, or the weights that a step of few
+      tokens gathers, n·k x 3·M·F for the most tokens n that it is done for; ONNX Runtime's kernel runs each token's
+      own experts, k x [T, 3F];
     - the head: [B, V] in c.
 
     ONNX Runtime's arena keeps twice that: steps of 256 tokens took 2.0 to 2.3 times the sum above in models of the
-    widths of 0.5B, 7B and MoE-A2.7B. TensorRT's own number can't be had without its GPU; it may fuse more than this
-    or keep a workspace beside it.
+    widths of 0.5B, 7B and MoE-A2.7B. TensorRT-RTX 1.7's builder says what it will need ("Total Activation
+    Memory"): this is 0.98 to 1.21 times as much in seven dense graphs, and 0.69 to 0.99 in five with experts.
     """
     B, S = spec.max_batch, spec.prefill_chunk
     T, c = B * S, _COMPUTE_BYTES[spec.combination.compute_type]
     W = cache_capacity(spec.context_for(config.max_position_embeddings), S)
     M, V = config.hidden_size, config.vocab_size
-    always = 4 * T * M + 4 * B * V + (B * S * W if spec.is_tensorrt else 0)
+    always = 4 * T * M + 4 * B * V + (2 * B * S * W if spec.is_tensorrt else 0)
     projected = config.query_size + 2 * config.key_value_size
+    window = 2 * c * B * W * config.key_value_size if spec.is_tensorrt else 0
+    gated = 6 if spec.is_tensorrt else 3  # values of width F that an MLP keeps
     sparse = len(config.moe.sparse_layers) if config.moe is not None else 0
-    scores = 4 * T * config.num_attention_heads * W if spec.is_tensorrt and sparse else 0
-    phases = [c * T * (M + 2 * projected + config.query_size) + scores, c * B * V]
+    phases = [c * T * (M + 2 * projected + config.query_size) + window, c * B * V]
     if sparse < config.num_hidden_layers:
-        phases.append(c * T * (M + 3 * config.intermediate_size))
+        phases.append(c * T * (M + gated * config.intermediate_size))
     if config.moe is not None and sparse:
         moe = config.moe
         E, k, F = moe.num_experts, moe.num_experts_per_tok, moe.moe_intermediate_size
-        phases.append(c * T * (M + 3 * moe.shared_expert_intermediate_size))
+        phases.append(c * T * (M + gated * moe.shared_expert_intermediate_size))
         if _is_blockwise(spec):
             phases.append(c * T * (M + 3 * k * F))
         else:
-            phases += [c * (T * M + E * T * (F + max(2 * F, M))), c * (B * M + min(E, B * k) * 3 * M * F)]
+            few = min(T, gather_limit(moe))
+            phases += [c * (T * M + E * T * (F + max(2 * F, M))), c * (few * M + few * k * 3 * M * F)]
     return (always + max(phases)) * (1 if spec.is_tensorrt else _ARENA_FACTOR)
 
 

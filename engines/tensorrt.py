@@ -10,7 +10,7 @@ from engines.spec import BuildSpec, Precision
 from engines.stages import Advance
 from engines.tensorrt_compile import Compilation
 from engines.tensorrt_flavours import FLAVOURS
-from engines.tensorrt_library import load, require_capabilities
+from engines.tensorrt_library import load, require_capabilities, require_standard_layers
 from engines.tensorrt_progress import run_watched
 from engines.tensorrt_sizes import engine_size_bounds
 from exporter.lowering import standard
@@ -29,13 +29,15 @@ _WEIGHT_FORMATS: Mapping[Precision, WeightFormat] = {
 
 
 def require(spec: BuildSpec) -> None:
-    """Loads the library and asks it for the compute capabilities.
+    """Loads the library and asks it for the layers of the graph and the compute capabilities.
 
     Raises:
         BuildError: it isn't there, is too old, or doesn't know a capability.
     """
     flavour = FLAVOURS[spec.target]
-    require_capabilities(load(flavour), flavour, spec.compute_capabilities)
+    library = load(flavour)
+    require_standard_layers(library, flavour)
+    require_capabilities(library, flavour, spec.compute_capabilities)
 
 
 def lower(traced: Traced, spec: BuildSpec) -> Traced:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from engines.builders import EngineFacts
 from engines.footprint import activation_bytes
+from engines.gpu import own_capabilities
 from engines.profiles import profile_shapes, profiles
 from engines.spec import BuildSpec
 from engines.tensorrt_config import TimingCache, make_config
@@ -97,7 +98,7 @@ class Compilation:
             outputs=outputs,
             tensorrt=TensorRtFacts(
                 version=self._trt.__version__,
-                compute_capabilities=spec.compute_capabilities,
+                compute_capabilities=spec.compute_capabilities or own_capabilities(),
                 hardware_compatible=spec.tensorrt.hardware_compatible,
                 version_compatible=spec.tensorrt.version_compatible,
                 has_weights=not spec.tensorrt.strip_weights,

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from engines.tensorrt_options import DEFAULT_OPTIONS, TensorRtOptions
 from qwen_aot_errors import BuildError
 
-# The oldest GPUs with arithmetic in a precision. Source: NVIDIA's support matrices of both libraries.
-LOWEST_CAPABILITY: Mapping[str, str] = {"fp8": "8.9", "bf16": "8.0"}
+# The oldest GPUs that have a precision. Source: NVIDIA's support matrices of both libraries. TensorRT-RTX's says no to
+# int8 for 7.5, which its builder compiles without complaint.
+LOWEST_CAPABILITY: Mapping[str, str] = {"fp8": "8.9", "bf16": "8.0", "int8": "8.0", "int4": "8.0"}
 
 
 @dataclass(frozen=True, slots=True)

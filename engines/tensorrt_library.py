@@ -55,6 +55,23 @@ def require_capabilities(trt: Any, flavour: Flavour, names: tuple[str, ...]) -> 
         )
 
 
+# What TensorScatter, RotaryEmbedding and Attention become; TensorRT has all of them from 10.15 on.
+_STANDARD_LAYERS = ("KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "ATTENTION_INPUT")
+
+
+def require_standard_layers(trt: Any, flavour: Flavour) -> None:
+    """Refuses a library that can't hold a graph of the standard lowering, before anything is traced.
+
+    Raises:
+        BuildError: names the layers that it lacks.
+    """
+    if lacks := [name for name in _STANDARD_LAYERS if not hasattr(trt.LayerType, name)]:
+        raise BuildError(
+            f"{flavour.title} {trt.__version__} lacks the layers {', '.join(lacks)} of this graph, which TensorRT has "
+            f"from 10.15 on; upgrade it with `{flavour.install} --upgrade`"
+        )
+
+
 def capability_member(trt: Any, name: str) -> Any:
     """The library's member for "8.9": `ComputeCapability.SM89`."""
     return getattr(trt.ComputeCapability, f"SM{name.replace('.', '')}")

@@ -163,7 +163,9 @@ def sparse_moe_definition(
 
     Up to `gather_up_to_tokens` tokens, the chosen experts' weights are gathered; with more, every expert runs on
     every token and the routing weights (zero for experts that were not chosen) combine them. Experts stand on the right
-    of their products, transposed: on the left, TensorRT keeps them twice (docs/tensorrt.md).
+    of their products, transposed: on the left, TensorRT keeps them twice (docs/tensorrt.md). The gathering branch cuts
+    its inputs to the tokens that it is for: TensorRT gives it scratch memory for as many as its shapes allow, and would
+    plan for the gathered experts of a whole prefill chunk.
     Source: `Qwen2MoeSparseMoeBlock` in transformers.
     """
     normalise = (
@@ -172,6 +174,7 @@ def sparse_moe_definition(
         else "top = Identity (top_raw)"
     )
     m, f, k, to = hidden_size, intermediate_size, num_experts_per_tok, dtype.value
+    every_row = ", ".join(map(str, range(gather_up_to_tokens)))  # one Slice of it costs fewer layers than three
     return _function(
         f"""{
             _header(
@@ -202,12 +205,17 @@ def sparse_moe_definition(
             ups = Constant <value = int32 {{1}}> ()
             flat = If (is_few) <
                 then_branch = gathered () => (y_few) {{
-                    chosen_gate_up = Gather <axis = 0> (gate_up, top_ids)
-                    chosen_down = Gather <axis = 0> (down, top_ids)
+                    every_row = Constant <value = int32[{gather_up_to_tokens}] {{{every_row}}}> ()
+                    rows = Slice (every_row, zero, tokens)
+                    few_ids = Gather <axis = 0> (top_ids, rows)
+                    few_tops = Gather <axis = 0> (top, rows)
+                    few_x = Gather <axis = 0> (x, rows)
+                    chosen_gate_up = Gather <axis = 0> (gate_up, few_ids)
+                    chosen_down = Gather <axis = 0> (down, few_ids)
                     gate_up_columns = Transpose <perm = [0, 1, 3, 2]> (chosen_gate_up)
                     down_columns = Transpose <perm = [0, 1, 3, 2]> (chosen_down)
                     row_shape = Constant <value_ints = [-1, 1, 1, {m}]> ()
-                    row = Reshape (x, row_shape)
+                    row = Reshape (few_x, row_shape)
                     both = MatMul (row, gate_up_columns)
                     half_shape = Constant <value_ints = [0, 0, 2, {f}]> ()
                     halves = Reshape (both, half_shape)
@@ -220,7 +228,7 @@ def sparse_moe_definition(
                     inner = Reshape (inner_flat, inner_shape)
                     outer = MatMul (inner, down_columns)
                     weight_shape = Constant <value_ints = [-1, {k}, 1, 1]> ()
-                    weight_f = Reshape (top, weight_shape)
+                    weight_f = Reshape (few_tops, weight_shape)
                     weight = Cast <to = {to}> (weight_f)
                     weighted = Mul (outer, weight)
                     summed = ReduceSum <keepdims = 0> (weighted, one)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qwen_aot_errors import EngineMismatchError
 from runtime.backends._cuda import Device
+from runtime.backends._tensorrt_library import flavour_of
 from runtime.manifest import Manifest, TensorRtFacts
 
 __all__ = ["check_device", "tensorrt_facts"]
@@ -37,12 +38,12 @@ def check_device(manifest: Manifest, facts: TensorRtFacts, device: Device) -> No
     Raises:
         EngineMismatchError: says what was found, what is accepted and what to do.
     """
-    _check_capability(facts, device)
+    _check_capability(manifest, facts, device)
     _check_memory(manifest, facts, device)
 
 
-def _check_capability(facts: TensorRtFacts, device: Device) -> None:
-    """An engine without capabilities belongs to the GPU that built it: TensorRT itself checks that."""
+def _check_capability(manifest: Manifest, facts: TensorRtFacts, device: Device) -> None:
+    """An engine that names no capability belongs to the GPU that built it: TensorRT itself checks that."""
     if facts.hardware_compatible:
         major, minor = (int(part) for part in device.compute_capability.split("."))
         is_accepted = (major, minor) >= _OLDEST_COMPATIBLE or device.compute_capability in facts.compute_capabilities
@@ -51,10 +52,12 @@ def _check_capability(facts: TensorRtFacts, device: Device) -> None:
         is_accepted = not facts.compute_capabilities or device.compute_capability in facts.compute_capabilities
         accepted = ", ".join(facts.compute_capabilities)
     if not is_accepted:
+        flavour = flavour_of(manifest.engine)
+        builds_for_others = flavour is not None and flavour.builds_for_others
+        remedy = f"with --compute-capability {device.compute_capability}" if builds_for_others else "on this machine"
         raise EngineMismatchError(
             f"the GPU {device.name} has compute capability {device.compute_capability}; the bundle's engine runs on "
-            f"{accepted}. Use another GPU (CUDA_VISIBLE_DEVICES), or rebuild the bundle with --compute-capability "
-            f"{device.compute_capability}"
+            f"{accepted}. Use another GPU (CUDA_VISIBLE_DEVICES), or rebuild the bundle {remedy}"
         )
 
 

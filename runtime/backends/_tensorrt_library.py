@@ -26,10 +26,11 @@ class Flavour:
         suffix: of its engine files.
         module: that is imported.
         name: for messages.
-        install: a command.
+        install: a command, with the place for a version.
         captures_graphs: the library captures CUDA graphs itself, if asked through its runtime configuration. It
             compiles kernels for a shape while slower ones already run; a graph captured from outside would keep the
             slow ones for good. Source: TensorRT-RTX's documentation, "Working with RTX CUDA Graphs".
+        builds_for_others: it builds engines for GPUs that aren't there.
     """
 
     suffix: str
@@ -37,16 +38,26 @@ class Flavour:
     name: str
     install: str
     captures_graphs: bool
+    builds_for_others: bool
 
 
 FLAVOURS = (
-    Flavour(".rtx", "tensorrt_rtx", "TensorRT-RTX", "pip install tensorrt-rtx-cu13", captures_graphs=True),
+    Flavour(
+        ".rtx",
+        "tensorrt_rtx",
+        "TensorRT-RTX",
+        "pip install tensorrt-rtx-cu13=={version}",
+        captures_graphs=True,
+        builds_for_others=True,
+    ),
     Flavour(
         ".plan",
         "tensorrt",
         "TensorRT",
-        "pip install tensorrt --extra-index-url https://pypi.nvidia.com (on a Jetson: apt install python3-libnvinfer)",
+        "pip install tensorrt=={version} --extra-index-url https://pypi.nvidia.com (on a Jetson: apt install "
+        "python3-libnvinfer)",
         captures_graphs=False,
+        builds_for_others=False,
     ),
 )
 
@@ -87,39 +98,37 @@ def load_library(manifest: Manifest, facts: TensorRtFacts) -> Library:
     """
     flavour = flavour_of(manifest.engine)
     assert flavour is not None  # what `open_engine` chose this backend by
+    install = flavour.install.format(version=".".join(map(str, _numbers(facts.version))))
     try:
         api = importlib.import_module(flavour.module)
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: the bindings are there, the libraries aren't
         raise EngineMismatchError(
-            f"{flavour.name} can't be imported ({error}): install version {_major_minor(facts.version)}, which built "
-            f"this bundle: {flavour.install}"
+            f"{flavour.name} can't be imported ({error}): install version {facts.version}, which built this bundle: "
+            f"{install}"
         ) from error
     found = str(api.__version__)
     if not _can_run(found, facts):
-        accepted = (
-            f"version {facts.version} or later of the same major version"
-            if facts.version_compatible
-            else f"version {_major_minor(facts.version)}.*"
-        )
+        later = " or later" if facts.version_compatible else ""
         raise EngineMismatchError(
-            f"{flavour.name} is {found}, and the bundle's engine was built by {facts.version}; accepted: {accepted}. "
-            f"Install it ({flavour.install}), or rebuild the bundle with the version that is installed"
+            f"{flavour.name} is {found}, and the bundle's engine was built by {facts.version}; accepted: version "
+            f"{facts.version}{later}. Install it ({install}), or rebuild the bundle with the version that is installed"
         )
     return Library(flavour, api)
 
 
 def _can_run(found: str, facts: TensorRtFacts) -> bool:
+    """Whether a version loads the engine: the one that built it, to its build number, or with leave a later one.
+
+    Sources: NVIDIA's documentation, "Version Compatibility" and "Engine Compatibility" (TensorRT-RTX).
+    """
     has, wants = _numbers(found), _numbers(facts.version)
-    return has[:2] == wants[:2] or (facts.version_compatible and has[:1] == wants[:1] and has > wants)
+    known = min(len(has), len(wants))  # some packages leave the build number out
+    return has[:known] == wants[:known] or (facts.version_compatible and has > wants)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version, "1.7.1.116" or "10.13.3.9.post1"."""
     return tuple(int(part) for part in re.match(r"(?:\d+\.)*\d*", version)[0].split(".") if part)  # type: ignore[index]
-
-
-def _major_minor(version: str) -> str:
-    return ".".join(map(str, _numbers(version)[:2]))
 
 
 def _make_logger(api: Any, errors: deque[str]) -> Any:

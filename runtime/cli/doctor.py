@@ -148,7 +148,30 @@ def lack(need: Need) -> str | None:
 
 
 def gpus() -> list[dict[str, str]]:
-    """NVIDIA GPUs as the driver's tool lists them; empty without a driver."""
+    """NVIDIA GPUs as the driver's tool lists them, or the one that CUDA finds; empty without a driver."""
+    return _gpus_of_tool() or _gpu_of_cuda()
+
+
+def _gpu_of_cuda() -> list[dict[str, str]]:
+    """Where nvidia-smi is missing or doesn't know, as on Jetsons of JetPack 6 and before; needs CUDA's bindings."""
+    from qwen_aot_errors import EngineMismatchError
+    from runtime.backends._cuda import find_device, load_cuda
+
+    try:
+        device = find_device(load_cuda())
+    except EngineMismatchError:
+        return []
+    return [
+        {
+            "name": device.name,
+            "compute_cap": device.compute_capability,
+            "memory.total": f"{device.total_bytes >> 20} MiB",
+            "driver_version": "unknown",
+        }
+    ]
+
+
+def _gpus_of_tool() -> list[dict[str, str]]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
@@ -158,7 +181,8 @@ def gpus() -> list[dict[str, str]]:
         listing = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [dict(zip(fields, map(str.strip, line.split(",")), strict=False)) for line in listing.splitlines()]
+    found = [dict(zip(fields, map(str.strip, line.split(",")), strict=False)) for line in listing.splitlines()]
+    return [gpu for gpu in found if re.fullmatch(r"\d+\.\d+", gpu.get("compute_cap", ""))]
 
 
 def cpu() -> dict[str, Any]:

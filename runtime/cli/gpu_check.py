@@ -102,8 +102,8 @@ def _steps_of(target: str, model: str, folder: Path, gpu: str) -> list[Step]:
 def _find_gpu(machine: Mapping[str, Any]) -> Mapping[str, Any]:
     if not machine["gpus"]:
         raise Failure(
-            "nothing could be checked: nvidia-smi lists no GPU. An NVIDIA GPU and its driver are needed, and one of "
-            "TensorRT-RTX, TensorRT, or ONNX Runtime for CUDA (`pip install 'qwen-aot[cuda]'`)",
+            "nothing could be checked: neither nvidia-smi nor CUDA finds a GPU. An NVIDIA GPU and its driver are "
+            "needed, and one of TensorRT-RTX, TensorRT, or ONNX Runtime for CUDA (`pip install 'qwen-aot[cuda]'`)",
             {},
         )
     return {"gpus": machine["gpus"]}
@@ -166,13 +166,18 @@ def _reference_target() -> str:
 def _build(model: str, target: str, precision: str, out: Path) -> Mapping[str, Any]:
     from engines.build import build_bundle
     from engines.spec import BuildSpec
+    from engines.tensorrt_options import TensorRtOptions
+    from runtime.backends._cuda import find_device, load_cuda
 
+    # Its default is three generations of cards; this machine's may be another.
+    here = (find_device(load_cuda()).compute_capability,) if target == "tensorrt-rtx" else ()
     spec = BuildSpec(
         target=target,  # type: ignore[arg-type]  # BuildSpec takes strings
         precision=precision,  # type: ignore[arg-type]
         max_context=MAX_CONTEXT,
         prefill_chunk=CHUNK,
         max_batch=2,
+        tensorrt=TensorRtOptions(compute_capabilities=here),
     )
     with _open(model) as checkpoint:
         report = build_bundle(checkpoint, spec, out)

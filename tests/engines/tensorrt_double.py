@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import onnx
 
 _DTYPES = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.INT64: "INT64"}
-VERSION = "10.14.1"
+VERSION = "10.15.1"
+LAYERS = ("ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING")
 CACHE_HEADER = f"cache {VERSION}|".encode()
 
 
@@ -197,7 +198,7 @@ def make_module(**changes: Any) -> ModuleType:
     for item in (ILogger, IProgressMonitor, IStreamWriter, OnnxParser, NetworkDefinitionCreationFlag):
         setattr(module, item.__name__, item)
     module.Builder = builder  # type: ignore[attr-defined]
-    module.LayerType = SimpleNamespace(ATTENTION_INPUT="ATTENTION_INPUT")  # type: ignore[attr-defined]
+    module.LayerType = SimpleNamespace(**{name: name for name in LAYERS})  # type: ignore[attr-defined]
     module.MemoryPoolType = SimpleNamespace(WORKSPACE="WORKSPACE")  # type: ignore[attr-defined]
     module.HardwareCompatibilityLevel = SimpleNamespace(AMPERE_PLUS="AMPERE_PLUS")  # type: ignore[attr-defined]
     module.BuilderFlag = SimpleNamespace(  # type: ignore[attr-defined]

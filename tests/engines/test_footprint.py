@@ -267,11 +267,12 @@ def test_prefill_alone_reads_the_second_form_of_its_projections() -> None:
 
 
 def test_activations_of_a_model_by_hand() -> None:
-    """64 tokens of 16 x 4 wide attention: the MLP's 64 + 3 x 128 is less than 64 + 2 x 128 + 64, 2 bytes each."""
+    """64 tokens, 4 heads and 2 of keys and values of 16, 256 slots; 2 bytes each."""
     spec = tensorrt_spec("fp16", max_context=192, prefill_chunk=64)
-    always = 4 * 64 * 64 + 4 * 1000 + 64 * 256  # residual, logits, mask
-    assert activation_bytes(tiny(), spec) == always + 2 * 64 * (64 + 3 * 128)
-    assert activation_bytes(tiny(intermediate_size=16), spec) == always + 2 * 64 * (64 + 2 * 128 + 64)
+    always = 4 * 64 * 64 + 4 * 1000 + 2 * 64 * 256  # residual, logits, mask
+    window = 2 * 256 * 2 * 16  # keys and values
+    assert activation_bytes(tiny(), spec) == always + 2 * 64 * (64 + 6 * 128)
+    assert activation_bytes(tiny(intermediate_size=16), spec) == always + 2 * (64 * (64 + 2 * 128 + 64) + window)
 
 
 def test_experts_count_with_all_tokens_where_all_of_them_run() -> None:
@@ -282,13 +283,22 @@ def test_experts_count_with_all_tokens_where_all_of_them_run() -> None:
     assert activation_bytes(tiny_moe(16), own) == activation_bytes(tiny_moe(8), own)
 
 
-def test_attention_scores_count_in_a_model_with_experts() -> None:
-    """A window of 4,352 slots: 4 heads x 64 tokens of fp32 scores, against one byte of mask a slot and token."""
+@pytest.mark.parametrize("config", [tiny(intermediate_size=16), tiny_moe()], ids=["dense", "experts"])
+def test_tensorrt_copies_the_window_and_keeps_no_scores(config: ModelConfig) -> None:
+    """256 slots more: keys and values of 2 heads of 16 in fp16, and two bytes of mask for each of 64 tokens."""
     longer, shorter = (
-        activation_bytes(tiny_moe(), tensorrt_spec("fp16", max_context=context, prefill_chunk=64))
+        activation_bytes(config, tensorrt_spec("fp16", max_context=context, prefill_chunk=64))
         for context in (4288, 4032)
     )
-    assert longer - shorter == 256 * 64 * (4 * 4 + 1)
+    assert longer - shorter == 256 * (2 * 2 * 2 * 16 + 2 * 64)
+
+
+def test_only_the_tokens_that_gather_their_experts_count_with_them() -> None:
+    """A step of more runs all experts: MoE-A2.7B gathers those of 5 tokens, 4 each, not of a chunk's 512."""
+    config = VARIANTS["qwen1.5-moe-a2.7b"]
+    gathered = 2 * 5 * 4 * 3 * 2048 * 1408
+    assert gathered < activation_bytes(config, tensorrt_spec("fp16", max_context=512)) < 2 * gathered
+    assert activation_bytes(config, tensorrt_spec("fp16", max_context=512, prefill_chunk=1)) < gathered / 4
 
 
 SPECS = st.sampled_from([spec for spec, _ in FORMS.values()])

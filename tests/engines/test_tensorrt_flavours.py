@@ -38,6 +38,14 @@ def test_what_rtx_refuses(option: dict[str, Any], message: str) -> None:
         spec(Target.TENSORRT_RTX, precision, **option)
 
 
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT4, Precision.BF16])
+def test_turing_has_fp16_alone(precision: Precision) -> None:
+    spec(Target.TENSORRT_RTX, compute_capabilities=("7.5", "8.0"))
+    spec(Target.TENSORRT_RTX, precision, compute_capabilities=("8.0",))
+    with pytest.raises(BuildError, match=f"{precision} needs compute capability 8.0 or later, and 7.5 is asked for"):
+        spec(Target.TENSORRT_RTX, precision, compute_capabilities=("7.5", "8.0"))
+
+
 def test_what_tensorrt_refuses() -> None:
     with pytest.raises(BuildError, match="doesn't take compute_capabilities: it builds for the GPU that it runs on"):
         spec(Target.TENSORRT, compute_capabilities=("8.9",))

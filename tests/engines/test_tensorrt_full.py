@@ -45,11 +45,14 @@ def build(checkpoint: Path, out: Path, *, max_batch: int = 1, **options: Any) ->
     return build_bundle(checkpoint, spec, out).manifest
 
 
-def test_a_bundle_for_the_gpu_that_built_it(trt: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_bundle_for_the_gpu_that_built_it(
+    trt: ModuleType, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.tensorrt_compile.own_capabilities", lambda: ("8.7",))
     manifest = build(checkpoint, tmp_path / "bundle", max_batch=3)
     assert manifest.engine == "engine.plan"
     assert manifest.tensorrt is not None
-    assert (manifest.tensorrt.version, manifest.tensorrt.compute_capabilities) == ("10.14.1", ())
+    assert (manifest.tensorrt.version, manifest.tensorrt.compute_capabilities) == ("10.15.1", ("8.7",))
     assert manifest.tensorrt.has_weights
     # 2 layers of keys and values for 3 rows of 4 heads, 256 slots, 16 elements of 2 bytes
     assert manifest.tensorrt.cache_bytes == 2 * 2 * 3 * 4 * 256 * 16 * 2
@@ -115,9 +118,20 @@ def test_a_timing_cache_that_cannot_be_written(trt: ModuleType, checkpoint: Path
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", make_module(has_gpu=False))
-    with pytest.raises(BuildError, match=r"TensorRT 10.14.1 couldn't start: it needs a GPU and its driver"):
+    with pytest.raises(BuildError, match=r"TensorRT 10.15.1 couldn't start: it needs a GPU and its driver"):
         build(checkpoint, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_version_without_the_layers_of_the_graph(trt: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+    trt.__version__ = "10.13.3.9"
+    del trt.LayerType.KV_CACHE_UPDATE, trt.LayerType.ATTENTION_INPUT
+    message = (
+        r"TensorRT 10\.13\.3\.9 lacks the layers KV_CACHE_UPDATE, ATTENTION_INPUT .* from 10\.15 on; upgrade it with"
+    )
+    with pytest.raises(BuildError, match=message):
+        build(checkpoint, tmp_path / "bundle")
+    assert trt.Builder.configs == [] and list(tmp_path.iterdir()) == []
 
 
 def test_a_build_that_fails(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:

@@ -10,4 +10,4 @@ from runtime.cli.doctor import gpus
 @pytest.fixture(scope="session", autouse=True)
 def _gpu() -> None:
     if not gpus():
-        pytest.skip("no NVIDIA GPU or driver (nvidia-smi lists none)")
+        pytest.skip("no NVIDIA GPU or driver (neither nvidia-smi nor CUDA finds one)")

@@ -4,13 +4,15 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from qwen_aot_errors import EngineMismatchError
-from runtime.backends import open_engine
+from runtime.backends import _tensorrt_library, open_engine
 from runtime.backends._cuda import _available_host_bytes
+from runtime.backends.tensorrt import TensorRtEngine
 from runtime.bundle import Bundle, load_bundle
 from runtime.manifest import IoTensor, Profile
 from tests.doubles.bundles import write_tensorrt_bundle
@@ -51,10 +53,11 @@ def test_another_gpu(
 ) -> None:
     bundle = write_checksum_bundle(tmp_path / "bundle", flavour, facts=facts)
     found = ".".join(map(str, capability))
+    remedy = rf"with --compute-capability {found}" if flavour == "tensorrt_rtx" else "on this machine"
     refused(
         bundle,
         rf"GPU Double RTX has compute capability {found}; the bundle's engine runs on {accepted}.*"
-        rf"--compute-capability {found}",
+        rf"rebuild the bundle {remedy}$",
         Gpu(capability=capability),
     )
 
@@ -118,14 +121,21 @@ def test_a_gpu_that_does_not_answer(tmp_path: Path, call: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flavour", "found"), [("tensorrt_rtx", "1.6.9"), ("tensorrt_rtx", "1.8.0.1"), ("tensorrt", "11.0.0.1")]
+    ("flavour", "found"),
+    [
+        ("tensorrt_rtx", "1.6.9"),
+        ("tensorrt_rtx", "1.7.0.5"),  # a patch apart: neither library loads it
+        ("tensorrt_rtx", "1.8.0.1"),
+        ("tensorrt", "10.13.2.6"),
+        ("tensorrt", "11.0.0.1"),
+    ],
 )
 def test_another_version(tmp_path: Path, flavour: str, found: str) -> None:
     built = VERSIONS[flavour]
-    accepted = rf"version {'.'.join(built.split('.')[:2])}\.\*"
     refused(
         write_checksum_bundle(tmp_path / "bundle", flavour),
-        rf"is {found}, and the bundle's engine was built by {built}; accepted: {accepted}\. Install it \(.*pip",
+        rf"is {found}, and the bundle's engine was built by {built}; accepted: version {built}\. "
+        rf"Install it \(pip install tensorrt[-a-z0-9]*=={built}",
         **{flavour: found},
     )
 
@@ -133,17 +143,18 @@ def test_another_version(tmp_path: Path, flavour: str, found: str) -> None:
 @pytest.mark.parametrize(
     ("found", "compatible", "is_accepted"),
     [
-        ("10.13.0.1", False, True),
         ("10.13.3.9.post1", False, True),
+        ("10.13.3", False, True),  # a package that leaves the build number out
         ("10.14.1.1", True, True),
+        ("11.0.0.0", True, True),
         ("10.12.9.9", True, False),
-        ("11.0.0.0", True, False),
+        ("10.13.2.6", True, False),
     ],
 )
 def test_versions_that_run_it(tmp_path: Path, found: str, compatible: bool, is_accepted: bool) -> None:
     bundle = write_checksum_bundle(tmp_path / "bundle", "tensorrt", facts={"version_compatible": compatible})
     if not is_accepted:
-        refused(bundle, r"accepted: version 10\.13\.3\.9 or later of the same major version", tensorrt=found)
+        refused(bundle, r"accepted: version 10\.13\.3\.9 or later\. Install", tensorrt=found)
         return
     with installed(Gpu(), VERSIONS | {"tensorrt": found}):
         open_engine(load_bundle(bundle)).close()
@@ -152,7 +163,10 @@ def test_versions_that_run_it(tmp_path: Path, found: str, compatible: bool, is_a
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        ("tensorrt", r"TensorRT can't be imported .*install version 10\.13, which built this bundle: pip install"),
+        (
+            "tensorrt",
+            r"TensorRT can't be imported .*install version 10\.13\.3\.9, which built this bundle: pip install",
+        ),
         ("cuda.bindings", "CUDA's Python bindings can't be imported .*install them with pip install cuda-bindings"),
     ],
 )
@@ -162,6 +176,18 @@ def test_a_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, modu
         patch.setitem(sys.modules, module, None)
         with pytest.raises(EngineMismatchError, match=message):
             open_engine(bundle)
+
+
+def test_bindings_without_their_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: str) -> None:
+    """The index has TensorRT's bindings alone: their import fails to open libnvinfer."""
+    bundle = load_bundle(write_checksum_bundle(tmp_path / "bundle", flavour))
+
+    def import_module(name: str) -> None:
+        raise OSError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr(_tensorrt_library, "importlib", SimpleNamespace(import_module=import_module))
+    with pytest.raises(EngineMismatchError, match=r"can't be imported \(libnvinfer.so.10: cannot open .*pip install"):
+        TensorRtEngine(bundle)
 
 
 def test_an_engine_without_weights(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from runtime.cli import doctor
 from runtime.cli.doctor import Need, gpus, lack
+from tests.doubles.gpu import Gpu
+from tests.doubles.install import installed
 from tests.runtime.cli.conftest import Run
 
 
@@ -70,7 +73,22 @@ def test_gpus_as_the_driver_lists_them(monkeypatch: pytest.MonkeyPatch, tmp_path
             "driver_version": "570.86",
         }
     ]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     tool.write_text("#!/bin/sh\necho 'no driver' >&2; exit 9\n")
     assert gpus() == []
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     assert gpus() == []
+
+
+@pytest.mark.parametrize("listing", ["Orin (nvgpu), [N/A], [N/A], 540.4.0", None], ids=["a dumb tool", "no tool"])
+def test_a_jetsons_gpu_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listing: str | None) -> None:
+    if listing is not None:
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\necho '{listing}'\n")
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with installed(Gpu(name="Orin", capability=(8, 7), total_bytes=8 << 30)):
+        (found,) = gpus()
+    assert (found["name"], found["compute_cap"], found["memory.total"]) == ("Orin", "8.7", "8192 MiB")
+    with installed(Gpu(driver=0)):
+        assert gpus() == []

@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 
 from engines.engine_reference import EngineReference
+from engines.spec import BuildSpec
+from qwen_aot_errors import BuildError
 from runtime.backends import open_engine
 from runtime.bundle import load_bundle
 from runtime.cli import gpu_check
 from runtime.cli.check_steps import Failure, Skip, Step, run_steps
+from tests.doubles.gpu import Gpu
+from tests.doubles.install import installed
 from tests.runtime.cli.conftest import Run
 
 NO_GPU: Mapping[str, Any] = {"gpus": []}
@@ -32,10 +36,10 @@ def test_without_a_gpu_nothing_is_checked_and_it_says_what_is_missing(
     outcomes = {step["name"]: step["outcome"] for step in report["steps"]}
     assert outcomes.pop("find a GPU") == "failed"
     assert set(outcomes.values()) == {"skipped"}
-    assert "nvidia-smi lists no GPU" in report["steps"][0]["message"]
+    assert "neither nvidia-smi nor CUDA finds a GPU" in report["steps"][0]["message"]
     machine = json.loads((tmp_path / "report.json").read_text())["machine"]
     assert machine["packages"]["numpy"] and machine["targets"]
-    assert "nvidia-smi lists no GPU" in (tmp_path / "report.md").read_text()
+    assert "neither nvidia-smi nor CUDA finds a GPU" in (tmp_path / "report.md").read_text()
 
 
 def test_every_flavour_is_found_built_compared_and_measured(tmp_path: Path) -> None:
@@ -69,6 +73,22 @@ def test_build_compare_and_measure_with_the_cpu_in_the_gpus_place(tmp_path: Path
     assert results["reference"].details["target"] == "cpu"
     assert results["compare"].details["max_logit_difference"] < 1e-3
     assert results["measure"].details["decode_tokens_per_second"]["median"] > 0
+
+
+def test_an_engine_of_tensorrt_rtx_is_built_for_the_gpu_that_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[BuildSpec] = []
+
+    def build_bundle(checkpoint: object, spec: BuildSpec, out: Path) -> None:
+        asked.append(spec)
+        raise BuildError("no further")
+
+    monkeypatch.setattr("engines.build.build_bundle", build_bundle)
+    for target in ("tensorrt-rtx", "tensorrt"):
+        with installed(Gpu(capability=(12, 1))), pytest.raises(BuildError, match="no further"):
+            gpu_check._build("tiny", target, "fp16", tmp_path)
+    assert [spec.compute_capabilities for spec in asked] == [("12.1",), ()]
 
 
 def test_an_engine_that_differs_fails_with_its_scores(tmp_path: Path) -> None:
