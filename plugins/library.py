@@ -128,13 +128,19 @@ def _compile(cmake: str, build: Path, headers: Path, jobs: int | None) -> Path:
 
 
 def build_library(
-    folder: Path, sms: Sequence[str] = SMS, *, jobs: int | None = None, tensorrt_include: Path | None = None
+    folder: Path,
+    sms: Sequence[str] = SMS,
+    *,
+    only: str = "*",
+    jobs: int | None = None,
+    tensorrt_include: Path | None = None,
 ) -> Path:
     """Compiles the kernels for some SMs and the library around them.
 
     Args:
         folder: Where to write. What an earlier build left in it is used again where it is still right.
         sms: Of `plugins.variants.SMS`, each once. With 8.0 the library also holds PTX for later GPUs.
+        only: A pattern of variant names ("gqa_*-fp16-*"). The library then serves these alone.
         jobs: Processes; the number of CPU cores by default.
         tensorrt_include: Folder of TensorRT's headers; see `tensorrt_headers` for the default.
 
@@ -149,7 +155,7 @@ def build_library(
     build = folder.resolve() / "build"
     build.mkdir(parents=True, exist_ok=True)
     headers = tensorrt_headers(build, tensorrt_include)
-    aot.build(sms, build / "kernels", jobs=jobs)
+    aot.build(sms, build / "kernels", only=only, jobs=jobs)
     kernel_table.write(build / "kernels", sms, build / "table")
     built = _compile(cmake, build, headers, jobs)
     library = folder / FILE_NAME

@@ -6,5 +6,6 @@ fetch_model
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/clang-format --dry-run --Werror plugins/src/*.cpp plugins/src/*.h tests/plugins/src/*.cpp tests/plugins/src/*.h
+.venv/bin/clang-format --dry-run --Werror plugins/src/*.cpp plugins/src/*.h tests/plugins/src/*.cpp tests/plugins/src/*.h \
+  tests/plugins/driver/*.cpp tests/plugins/driver/*.h
 exec .venv/bin/python -m pytest -n 2 --dist loadfile -m "not gpu and not network" "$@"

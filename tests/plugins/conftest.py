@@ -1,13 +1,16 @@
 """Kernels run interpreted on the CPU, or on a GPU where TRITON_INTERPRET=0 was set (tests/plugins/test_gpu.py does)."""
 
+import concurrent.futures
 import fcntl
+import multiprocessing
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from plugins.library import FILE_NAME, build_library
+from plugins.library import FILE_NAME, build_library, cuda_headers, tensorrt_headers
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -36,3 +39,19 @@ def plugin_build(pytestconfig: pytest.Config) -> Path:
 def plugin_library(plugin_build: Path) -> Path:
     """The plugins' library, built for SM 8.9."""
     return plugin_build / FILE_NAME
+
+
+@pytest.fixture(scope="session")
+def driver_files(plugin_build: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The double of the CUDA driver, and the harness that calls the library as TensorRT does."""
+    from tests.plugins.enqueue import compile_driver
+
+    headers = [tensorrt_headers(plugin_build / "build"), cuda_headers()]
+    return compile_driver(tmp_path_factory.mktemp("driver"), headers)
+
+
+@pytest.fixture(scope="session")
+def other_process() -> Iterator[concurrent.futures.Executor]:
+    """A process where the double can be loaded: from then on, it is what libraries there take for the driver."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool

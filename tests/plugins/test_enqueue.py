@@ -1,0 +1,323 @@
+"""The library's `enqueue`, proven by numbers: under the double of the driver, each launch runs in the interpreter.
+
+Every result here is also a proof that each pointer lies where it may, that grids, blocks and shared memory are those of
+the variant, and that the workspace is as large as was said (tests/plugins/enqueue.py).
+"""
+
+import dataclasses
+import fcntl
+import functools
+import multiprocessing
+import pickle
+import re
+import struct
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from plugins.launch import Launch, is_moe_decode
+from plugins.library import build_library, tensorrt_headers
+from plugins.variants import KERNELS
+from tests.plugins.bounds import assert_close
+from tests.plugins.conftest import IS_INTERPRETED
+from tests.plugins.driver.execution import LAUNCH_FAILED, Gpu, Recorded
+from tests.plugins.enqueue import Enqueue, Fault, Outcome, Paths, run
+from tests.plugins.gqa_cases import GqaStep
+from tests.plugins.moe_cases import MoeStep
+from tests.plugins.pairs import identifier, pairwise
+
+if not IS_INTERPRETED:
+    pytest.skip("launches are executed in Triton's interpreter only", allow_module_level=True)
+
+CPU = torch.device("cpu")
+Enqueuer = Callable[..., list[Outcome]]
+SM80_VARIANTS = "gqa_*-fp16-[sd]*"  # fp16 attention
+
+PREFILL = pairwise(
+    {
+        "dtype": ["fp16", "bf16"],
+        "is_int8": [False, True],
+        "head_dim": [64, 128],
+        "group": [1, 3],
+        "rows": [(2, [(0, 2)]), (9, [(47, 9), (1, 8), (30, 1), (9, 0)]), (66, [(3, 66)])],
+        "phase": ["build", "runtime"],
+    }
+)
+DECODE = pairwise(
+    {
+        "dtype": ["fp16", "bf16"],
+        "is_int8": [False, True],
+        "head_dim": [64, 128],
+        "group": [1, 2, 5, 16],
+        "lengths": [[(0, 1)], [(63, 1), (5, 0), (300, 1)], [(767, 1), (0, 1)]],
+        "multiprocessors": [1, 64],  # one part a row, or several
+        "phase": ["build", "runtime"],
+    }
+)
+MOE = pairwise(
+    {
+        "dtype": ["fp16", "bf16"],
+        "form": ["16", "8", "4", "4z"],
+        "experts": [(2, 1), (5, 3)],
+        "tokens": [(1, 1), (3, 2), (1, 17)],  # B, S
+        "sizes": [(128, 128), (256, 128), (128, 256)],
+        "phase": ["build", "runtime"],
+    }
+)
+
+
+def make_enqueuer(library: Path, driver_files: tuple[Path, Path], pool: Executor) -> Enqueuer:
+    paths = Paths(*driver_files, library, library.parent / "build" / "kernels")
+
+    def enqueue(
+        enqueues: Sequence[Enqueue], *, gpus: Sequence[Gpu] = (Gpu(),), phase: str = "runtime"
+    ) -> list[Outcome]:
+        pickled = pickle.dumps((list(enqueues), list(gpus), phase))
+        return pickle.loads(pool.submit(run, paths, pickled).result())
+
+    return enqueue
+
+
+@pytest.fixture(scope="module")
+def enqueuer(plugin_library, driver_files, other_process) -> Enqueuer:
+    return make_enqueuer(plugin_library, driver_files, other_process)
+
+
+@pytest.fixture(scope="module")
+def enqueuer_of_sm80(driver_files, other_process, pytestconfig, plugin_build) -> Enqueuer:
+    """Of a library for SM 8.0, with PTX, whose tiles take more than the 48 KiB that every kernel gets."""
+    folder = Path(pytestconfig.cache.mkdir("plugin_library_sm80"))
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        headers = tensorrt_headers(plugin_build / "build")
+        library = build_library(folder, ["8.0"], only=SM80_VARIANTS, tensorrt_include=headers)
+    return make_enqueuer(library, driver_files, other_process)
+
+
+def assert_clean(outcome: Outcome) -> None:
+    assert outcome.status == 0 and outcome.misuses == [] and outcome.log == ""
+
+
+def assert_same_as_launch(
+    launches: list[Recorded], twin: list[Launch], tensors: dict[str, torch.Tensor | None]
+) -> None:
+    """Variants, grids and arguments are those of `plugins.launch`; pointers by the name of what they point to."""
+    names = {tensor.data_ptr(): name for name, tensor in tensors.items() if tensor is not None}
+    assert [launch.variant for launch in launches] == [launch.variant.name for launch in twin]
+    for launch, other in zip(launches, twin, strict=True):
+        grid = other.variant.grid(other.sizes)
+        assert launch.grid == grid + (1,) * (3 - len(grid))
+        assert list(launch.arguments) == [argument.name for argument in KERNELS[other.variant.kernel].arguments]
+        for name, value in launch.arguments.items():
+            expected = other.arguments[name]
+            if isinstance(expected, torch.Tensor):
+                expected = names[expected.data_ptr()]
+            elif isinstance(expected, float):
+                expected = struct.unpack("f", struct.pack("f", expected))[0]
+            if name == "zero_ptr" and not launch.arguments["has_zeros"]:
+                continue  # not read, so that any pointer will do
+            assert value == expected, f"{launch.variant}: {name}"
+
+
+def check_gqa(outcome: Outcome, step: GqaStep) -> None:
+    assert_clean(outcome)
+    expected = step.expected()
+    assert_close(outcome.tensors["output"], expected["output"])
+    for name in ("key", "value", "key_scale", "value_scale"):
+        if expected[name] is not None:
+            torch.testing.assert_close(outcome.tensors[name], expected[name], rtol=0, atol=0, equal_nan=True)
+    assert_same_as_launch(outcome.launches, *reversed(step.prepare(CPU)))
+
+
+def check_moe(outcome: Outcome, step: MoeStep) -> None:
+    assert_clean(outcome)
+    assert_close(outcome.tensors["output"], step.expected())
+    assert_same_as_launch(outcome.launches, *reversed(step.prepare(CPU)))
+
+
+@pytest.mark.parametrize("case", PREFILL, ids=identifier)
+def test_gqa_prefill(case, enqueuer):
+    (steps, lengths), phase = case.pop("rows"), case.pop("phase")
+    step = GqaStep(lengths=lengths, steps=steps, **case)
+    (outcome,) = enqueuer([Enqueue(step)], phase=phase)
+    check_gqa(outcome, step)
+
+
+@pytest.mark.parametrize("case", DECODE, ids=identifier)
+def test_gqa_decode(case, enqueuer):
+    multiprocessors, phase = case.pop("multiprocessors"), case.pop("phase")
+    step = GqaStep(steps=1, sm_count=multiprocessors, **case)
+    (outcome,) = enqueuer([Enqueue(step)], gpus=[Gpu(multiprocessors=multiprocessors)], phase=phase)
+    check_gqa(outcome, step)
+
+
+@pytest.mark.parametrize("case", MOE, ids=identifier)
+def test_moe(case, enqueuer):
+    (num_experts, k), (hidden_size, inner_size) = case["experts"], case["sizes"]
+    batch, steps = case["tokens"]
+    step = MoeStep(
+        num_tokens=batch * steps,
+        num_experts=num_experts,
+        k=k,
+        hidden_size=hidden_size,
+        inner_size=inner_size,
+        dtype=case["dtype"],
+        form=case["form"],
+    )
+    (outcome,) = enqueuer([Enqueue(step, batch=batch)], phase=case["phase"])
+    check_moe(outcome, step)
+    assert any("decode" in launch.variant for launch in outcome.launches) == is_moe_decode(step.num_tokens, k)
+
+
+def test_one_plugin_takes_prefill_and_decode_in_turn(enqueuer):
+    """As in one engine, in a workspace for both."""
+    make = functools.partial(GqaStep, group=2, capacity=600)
+    steps = [
+        make(lengths=[(0, 4), (3, 3)], steps=4),
+        make(lengths=[(520, 1), (7, 1), (0, 1)], steps=1),
+        make(lengths=[(5, 2)], steps=2),
+    ]
+    outcomes = enqueuer([Enqueue(step) for step in steps])
+    for outcome, step in zip(outcomes, steps, strict=True):
+        check_gqa(outcome, step)
+    tokens = [MoeStep(num_tokens=number) for number in (3, 17, 16)]
+    outcomes = enqueuer([Enqueue(step) for step in tokens])
+    for outcome, step in zip(outcomes, tokens, strict=True):
+        check_moe(outcome, step)
+
+
+@pytest.mark.parametrize("is_int8", [False, True], ids=["same", "int8"])
+def test_workspace_of_any_gpu_and_shape_fits_what_the_profile_gave(is_int8, enqueuer):
+    """Parts of decode follow the number of multiprocessors, which isn't known when the size is asked for."""
+    gpus = [Gpu(multiprocessors=count) for count in (1, 2, 200)]
+    make = functools.partial(GqaStep, group=5, num_kv_heads=1, capacity=2100, is_int8=is_int8)
+    enqueues = [
+        Enqueue(
+            make(lengths=[(7, steps)] * batch, steps=steps, sm_count=gpus[gpu].multiprocessors),
+            gpu=gpu,
+            is_executed=False,
+        )
+        for batch in (1, 2, 5)
+        for steps, gpu in ((1, 0), (1, 1), (1, 2), (2, 0), (5, 0))
+    ]
+    for outcome, enqueue in zip(enqueuer(enqueues, gpus=gpus), enqueues, strict=True):
+        assert_clean(outcome)
+        assert_same_as_launch(outcome.launches, *reversed(enqueue.step.prepare(CPU)))
+
+
+def test_moe_workspace_of_each_shape_fits_what_the_profile_gave(enqueuer):
+    for num_experts, k in ((60, 4), (3, 2), (40, 9)):
+        steps = [MoeStep(num_tokens=number, num_experts=num_experts, k=k) for number in (1, 16, 17, 64, 65, 300)]
+        for outcome, step in zip(enqueuer([Enqueue(step, is_executed=False) for step in steps]), steps, strict=True):
+            assert_clean(outcome)
+            assert_same_as_launch(outcome.launches, *reversed(step.prepare(CPU)))
+
+
+def test_the_second_enqueue_only_launches(enqueuer):
+    """Modules are loaded once a context: a step costs its launches, and a CUDA graph can be captured."""
+    step = GqaStep(lengths=[(300, 1)], steps=1)
+    first, second = enqueuer([Enqueue(step, is_executed=False)] * 2)
+    assert first.calls.count("cuLaunchKernel") == second.calls.count("cuLaunchKernel") == 3
+    assert any(call.startswith("cuModuleLoadData") for call in first.calls)
+    assert set(second.calls) <= {"cuCtxGetCurrent", "cuStreamGetCtx", "cuLaunchKernel"}
+
+
+def test_two_contexts(enqueuer):
+    """A module belongs to a context: each has its own, and the launches of its GPU."""
+    step = GqaStep(lengths=[(1000, 1)], steps=1, sm_count=1)
+    other = dataclasses.replace(step, sm_count=64)
+    enqueues = [Enqueue(step, gpu=0), Enqueue(other, gpu=1), Enqueue(step, gpu=0)]
+    outcomes = enqueuer(enqueues, gpus=[Gpu(multiprocessors=1), Gpu(multiprocessors=64)])
+    for outcome, enqueue in zip(outcomes, enqueues, strict=True):
+        check_gqa(outcome, enqueue.step)
+
+
+@pytest.mark.parametrize(("sm", "target"), [("8.0", "sm_80"), ("8.9", "sm_80"), ("9.0", "ptx"), ("12.0", "ptx")])
+def test_more_shared_memory_than_every_kernel_gets_and_ptx_on_later_gpus(sm, target, enqueuer_of_sm80):
+    step = GqaStep(lengths=[(7, 3)], steps=3, head_dim=128)
+    (outcome,) = enqueuer_of_sm80([Enqueue(step)], gpus=[Gpu(sm=sm)])
+    assert_clean(outcome)
+    assert_close(outcome.tensors["output"], step.expected()["output"])
+    assert {launch.target for launch in outcome.launches} == {target}
+    assert "cuFuncSetAttribute" in outcome.calls
+
+
+def test_a_driver_that_cannot_be_initialised(plugin_library, driver_files):
+    """In a process of its own, because one that can be is kept."""
+    step = GqaStep(lengths=[(7, 1)], steps=1)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        enqueuer = make_enqueuer(plugin_library, driver_files, pool)
+        failed, next_one = enqueuer([Enqueue(step, fault=Fault("cuInit")), Enqueue(step)])
+    assert failed.status != 0 and failed.calls == ["cuInit"]
+    assert f"cuInit failed with error {LAUNCH_FAILED}" in failed.log
+    check_gqa(next_one, step)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("is_int8", [False, True], ids=["same", "int8"])
+def test_present_elsewhere_than_past_is_refused(steps, is_int8, enqueuer):
+    step = GqaStep(lengths=[(7, steps)], steps=steps, is_int8=is_int8)
+    refused, accepted = enqueuer([Enqueue(step, is_copied=True), Enqueue(step)])
+    assert refused.status != 0 and refused.launches == [] and refused.misuses == []
+    assert "error: " in refused.log and "present" in refused.log and "past" in refused.log
+    check_gqa(accepted, step)
+
+
+@pytest.mark.parametrize(
+    "step", [GqaStep(lengths=[(7, 1)], steps=1), MoeStep(num_tokens=3, form="4")], ids=["gqa", "moe"]
+)
+@pytest.mark.parametrize("sm", ["7.5", "8.6", "9.0"])
+def test_a_gpu_that_no_variant_is_for(step, sm, enqueuer):
+    refused, accepted = enqueuer([Enqueue(step, gpu=1), Enqueue(step)], gpus=[Gpu(), Gpu(sm=sm)])
+    assert refused.status != 0 and refused.launches == [] and refused.misuses == []
+    assert re.search(rf"error: .*no kernels for SM {sm}; this library has them for 8\.9", refused.log)
+    assert_clean(accepted)
+
+
+@pytest.mark.parametrize(
+    ("step", "asked"),
+    [
+        (GqaStep(lengths=[(7, 1)], steps=1, group=17), "head_dim=64, group=17"),
+        (GqaStep(lengths=[(7, 5)], steps=5, head_dim=96), "head_dim=96, group=1"),
+    ],
+)
+def test_a_request_that_no_variant_serves_is_printed(step, asked, enqueuer):
+    with pytest.raises(AssertionError, match=f"no variant of gqa_.* for SM 8.9 serves dtype=fp16, .*{asked}; there"):
+        enqueuer([Enqueue(step)])
+
+
+def calls_of(outcome: Outcome) -> list[Fault]:
+    """A fault for each driver call of an enqueue."""
+    return [Fault(name, outcome.calls[: at + 1].count(name)) for at, name in enumerate(outcome.calls)]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        GqaStep(lengths=[(7, 1)], steps=1),
+        GqaStep(lengths=[(7, 5)], steps=5, is_int8=True),
+        MoeStep(num_tokens=3),
+        MoeStep(num_tokens=20, form="8"),
+    ],
+    ids=["decode", "prefill", "few", "many"],
+)
+def test_a_driver_that_fails_at_any_call(step, enqueuer):
+    """The error is logged and returned, nothing is launched after it, and the next enqueue works."""
+    (whole,) = enqueuer([Enqueue(step, is_executed=False)])
+    assert_clean(whole)
+    faults = calls_of(whole)
+    enqueues, gpus = [], []
+    for fault in faults:  # in a context of its own, where the calls are those of a first enqueue
+        gpus.append(Gpu())
+        at = {"gpu": len(gpus) - 1, "is_executed": False}
+        enqueues += [Enqueue(step, fault=fault, **at), Enqueue(step, **at)]
+    outcomes = enqueuer(enqueues, gpus=gpus)
+    for fault, failed, next_one in zip(faults, outcomes[::2], outcomes[1::2], strict=True):
+        assert failed.status != 0, fault
+        assert "error: " in failed.log and f"error {LAUNCH_FAILED}" in failed.log, fault
+        assert failed.calls[-1] == fault.function or failed.calls.count("cuLaunchKernel") == 0, fault
+        assert_clean(next_one)
+        assert next_one.launches == whole.launches
