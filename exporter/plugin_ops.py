@@ -37,7 +37,8 @@ class PluginOp(StrEnum):
 
 # Attributes of the nodes, which are the plugins' fields: integers, but for the float `scale`.
 ATTRIBUTES: dict[PluginOp, tuple[str, ...]] = {
-    PluginOp.GQA: ("num_heads", "num_kv_heads", "head_dim", "scale"),
+    # cache_bits: 16 (the cache is of qkv's type, whatever that is) or 8 (int8); a plugin must know it before its inputs
+    PluginOp.GQA: ("num_heads", "num_kv_heads", "head_dim", "cache_bits", "scale"),
     PluginOp.MOE: ("num_experts", "experts_per_token", "weight_bits", "has_zeros"),
 }
 

@@ -128,6 +128,7 @@ def plug_attention(traced: Traced, *, int8_cache: bool) -> int:
             inputs,
             {
                 **{name: node.attributes[name].as_int() for name in ("num_heads", "num_kv_heads", "head_dim")},
+                "cache_bits": 8 if int8_cache else 16,
                 "scale": node.attributes["scale"].as_float(),
             },
             domain=ops.DOMAIN,
@@ -231,7 +232,7 @@ def attach_definitions(traced: Traced) -> int:
                 num_kv_heads=attributes["num_kv_heads"].as_int(),
                 head_dim=attributes["head_dim"].as_int(),
                 scale=attributes["scale"].as_float(),
-                int8_cache=len(node.inputs) == 10,
+                int8_cache=attributes["cache_bits"].as_int() == 8,
                 opset=opset,
             )
         else:

@@ -87,7 +87,7 @@ def run_gqa(step: GqaStep) -> dict[str, torch.Tensor]:
         "scale": step.scale,
     }
     definition = gqa_definition(**attributes, int8_cache=step.is_int8)
-    return run(definition, attributes, inputs, outputs)
+    return run(definition, attributes | {"cache_bits": 8 if step.is_int8 else 16}, inputs, outputs)
 
 
 STEPS = {
