@@ -84,7 +84,9 @@ def check(folder: Path, manifest: Manifest) -> None:
     """
     assert manifest.tensorrt is not None
     found = (folder / manifest.engine).stat().st_size
-    low, high = engine_size_bounds(manifest.tensorrt, manifest.model.num_hidden_layers)
+    plugins = manifest.tensorrt.plugins
+    library_bytes = manifest.files[plugins.file].bytes if plugins is not None and plugins.in_engine else 0
+    low, high = engine_size_bounds(manifest.tensorrt, manifest.model.num_hidden_layers, library_bytes)
     if not low <= found <= high:
         raise BuildError(
             f"{manifest.engine} has {found:,} bytes where {low:,} to {high:,} are expected for "

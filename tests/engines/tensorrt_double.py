@@ -233,6 +233,8 @@ class Builder:
             )
         )
         writer.write(b"\0" * size)
+        for library in config.plugins_to_serialize:
+            writer.write(Path(library).read_bytes())
         return True
 
 

@@ -113,12 +113,14 @@ def test_the_library_may_be_named_by_the_environment(
 def test_a_version_compatible_engine_holds_the_library(
     trt: ModuleType, checkpoint: Path, library: Path, tmp_path: Path
 ) -> None:
+    library.write_bytes(LIBRARY_HEADER + bytes(20_000_000))  # more than an engine of this size has of kernels
     manifest = build(checkpoint, tmp_path / "bundle", plugin_library=library, version_compatible=True)
     (config,) = trt.Builder.configs
     assert [Path(path).name for path in config.plugins_to_serialize] == [PLUGIN_LIBRARY]
     assert manifest.tensorrt is not None and manifest.tensorrt.plugins is not None
     assert manifest.tensorrt.plugins.in_engine
     assert (tmp_path / "bundle" / PLUGIN_LIBRARY).is_file()
+    assert (tmp_path / "bundle" / manifest.engine).stat().st_size == manifest.tensorrt.weight_bytes + 20_000_004
 
 
 @pytest.mark.usefixtures("trt", "library")
