@@ -17,7 +17,7 @@ from engines.stages import StageCost, Stages
 from engines.write_folder import FolderWriter, explained
 from exporter.checkpoint.base import Checkpoint
 from exporter.config import ModelConfig
-from exporter.lowering import standard
+from exporter.lowering import plugin, standard
 from exporter.lowering.standard_quantized import WeightFormat
 from exporter.save import DATA_FILE, MODEL_FILE, save_graph
 from exporter.trace import trace
@@ -38,6 +38,16 @@ class Lowering:
     lower: Callable[[Traced, str, int | None, bool], Traced]
 
 
+_TENSORRT_PRECISIONS = {
+    "fp32": ("FLOAT", 32),
+    "fp16": ("FLOAT16", 16),
+    "bf16": ("BFLOAT16", 16),
+    "int8": ("FLOAT16", 8),
+    "int4": ("FLOAT16", 4),
+    "fp8": ("FLOAT16", 8),
+}
+
+
 def _lower_standard(traced: Traced, precision: str, block_size: int | None, symmetric: bool) -> Traced:
     if block_size is not None or not symmetric:
         raise BuildError(
@@ -52,18 +62,16 @@ def _lower_ort(traced: Traced, precision: str, block_size: int | None, symmetric
     return onnxruntime.lower(traced, spec)
 
 
+def _lower_plugin(traced: Traced, precision: str, block_size: int | None, symmetric: bool) -> Traced:
+    if block_size is not None or not symmetric:
+        raise BuildError("the plugin lowering is symmetric and chooses its blocks; leave out block size and asymmetric")
+    weights = next((form for form in get_args(WeightFormat) if form == precision), None)
+    return plugin.lower(traced, plugin.PluginOptions(weights))
+
+
 LOWERINGS: Mapping[str, Lowering] = {
-    "standard": Lowering(
-        {
-            "fp32": ("FLOAT", 32),
-            "fp16": ("FLOAT16", 16),
-            "bf16": ("BFLOAT16", 16),
-            "int8": ("FLOAT16", 8),
-            "int4": ("FLOAT16", 4),
-            "fp8": ("FLOAT16", 8),
-        },
-        _lower_standard,
-    ),
+    "standard": Lowering(_TENSORRT_PRECISIONS, _lower_standard),
+    "plugin": Lowering(_TENSORRT_PRECISIONS, _lower_plugin),
     "ort": Lowering({"fp32": ("FLOAT", 32), "int8": ("FLOAT", 8), "int4": ("FLOAT", 4)}, _lower_ort),
 }
 

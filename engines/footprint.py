@@ -17,6 +17,8 @@ from runtime.manifest import cache_capacity
 
 _ARENA_FACTOR = 2  # see `activation_bytes`
 _COMPUTE_BYTES = {"FLOAT": 4, "FLOAT16": 2, "BFLOAT16": 2}
+_CACHE_BYTES = _COMPUTE_BYTES | {"INT8": 1}
+_CACHE_SCALE_BYTES = 2  # fp16: one for each key and each value of a head and token
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +67,20 @@ def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
     """The largest tensors that live at once in a prefill step, in bytes: an estimate.
 
     Derived from the graph, with T = B·S tokens (S the prefill chunk), the window W at the capacity, and c bytes an
-    element of the compute type. Always alive: the residual stream [T, M] fp32, logits [B, V] fp32, and, on TensorRT,
-    the causal mask [B, S, W] of two bytes. On top comes the largest of
+    element of the compute type. Always alive: the residual stream [T, M] fp32, logits [B, V] fp32, and, on TensorRT
+    without the attention plugin, the causal mask [B, S, W] of two bytes. On top comes the largest of
 
     - attention: its input [T, M], q, k and v as projected and as rotated, 2 x [T, (H + 2·Hkv)·D], and the result
       [T, H·D], in c. Scores aren't kept: ONNX Runtime's kernel fuses attention (512 tokens of 16 heads took 15 MiB of
       memory with a cache of 2,048 tokens and with one of 8,192), and so does TensorRT. TensorRT copies the window out
-      of the cache, 2 x [B, W, Hkv·D];
+      of the cache, 2 x [B, W, Hkv·D]; the plugin doesn't, and its workspace, the rotated queries and the parts of
+      decode attention, is within the above;
     - an MLP: its input [T, M], gate and up [T, 2F], their product [T, F], in c; TensorRT keeps gate, up and silu(gate)
       apart as well;
     - routed experts: every expert on every token, E x [T, 3F] or E x [T, F + M] in c, or the weights that a step of few
       tokens gathers, n·k x 3·M·F for the most tokens n that it is done for; ONNX Runtime's kernel runs each token's
-      own experts, k x [T, 3F];
+      own experts, k x [T, 3F]; so does the plugin, k x [T, F] in c and k x [T, M] fp32
+      (`plugins.launch.moe_workspace`);
     - the head: [B, V] in c.
 
     ONNX Runtime's arena keeps twice that: steps of 256 tokens took 2.0 to 2.3 times the sum above in models of the
@@ -87,9 +91,10 @@ def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
     T, c = B * S, _COMPUTE_BYTES[spec.combination.compute_type]
     W = cache_capacity(spec.context_for(config.max_position_embeddings), S)
     M, V = config.hidden_size, config.vocab_size
-    always = 4 * T * M + 4 * B * V + (2 * B * S * W if spec.is_tensorrt else 0)
+    is_windowed = spec.is_tensorrt and spec.attention == "native"
+    always = 4 * T * M + 4 * B * V + (2 * B * S * W if is_windowed else 0)
     projected = config.query_size + 2 * config.key_value_size
-    window = 2 * c * B * W * config.key_value_size if spec.is_tensorrt else 0
+    window = 2 * c * B * W * config.key_value_size if is_windowed else 0
     gated = 6 if spec.is_tensorrt else 3  # values of width F that an MLP keeps
     sparse = len(config.moe.sparse_layers) if config.moe is not None else 0
     phases = [c * T * (M + 2 * projected + config.query_size) + window, c * B * V]
@@ -101,6 +106,8 @@ def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
         phases.append(c * T * (M + gated * moe.shared_expert_intermediate_size))
         if _is_blockwise(spec):
             phases.append(c * T * (M + 3 * k * F))
+        elif spec.moe == "plugin":
+            phases.append(c * T * (M + k * F) + 4 * T * k * M)
         else:
             few = min(T, gather_limit(moe))
             phases += [c * (T * M + E * T * (F + max(2 * F, M))), c * (few * M + few * k * 3 * M * F)]
@@ -108,8 +115,9 @@ def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
 
 
 def _cache_bytes(config: ModelConfig, spec: BuildSpec, tokens: int) -> int:
-    itemsize = _COMPUTE_BYTES[spec.combination.compute_type]
-    return spec.max_batch * tokens * config.kv_bytes_per_token(itemsize)
+    itemsize = _CACHE_BYTES[spec.cache_type]
+    scales = 2 * config.num_hidden_layers * config.num_key_value_heads if spec.cache_type == "INT8" else 0
+    return spec.max_batch * tokens * (config.kv_bytes_per_token(itemsize) + scales * _CACHE_SCALE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +195,10 @@ def _forms(spec: BuildSpec) -> _Forms:
     plain = _Form(8 * _COMPUTE_BYTES[spec.combination.compute_type])
     if _is_blockwise(spec):
         return _block_forms(spec, plain)
-    # RotaryEmbedding wants its tables in the type of its input, so they are cast when they are written.
-    forms = _Forms(plain, plain, plain, plain, plain, plain, plain)
+    # RotaryEmbedding wants its tables in the type of its input, so they are cast when they are written; the plugin
+    # reads fp32.
+    rotary = _Form(32) if spec.attention == "plugin" else plain
+    forms = _Forms(plain, rotary, plain, plain, plain, plain, plain)
     if spec.precision in (Precision.INT8, Precision.INT4, Precision.FP8):
         bits = 4 if spec.precision == Precision.INT4 else 8
         weights = _Form(bits, plain.bits // 8, spec.effective_block_size)

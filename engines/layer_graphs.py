@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from engines.resources import check_resources, estimate
 from engines.spec import BuildSpec
 from engines.tensorrt_options import TensorRtOptions
 from exporter.checkpoint.base import Checkpoint
+from exporter.plugin_ops import PluginOp
 from exporter.save import DATA_FILE, save_graph
 from exporter.trace import trace
 from exporter.weights import chunk_bytes, output_bytes, stitch
@@ -76,7 +78,7 @@ def compare_bundle_layers(
         ).graph
         graph = folder / manifest.engine
         if manifest.tensorrt is not None:
-            graph = _onnx_of_engine(manifest, checkpoint, root)
+            graph = _onnx_of_engine(folder, manifest, checkpoint, root)
         capacities = (None, next(t.shape[2] for t in manifest.inputs if t.name == "past_key_values.0.key"))
         feeds = [
             step_feeds(
@@ -97,8 +99,8 @@ def compare_bundle_layers(
         )
 
 
-def _onnx_of_engine(manifest: Manifest, checkpoint: Checkpoint, root: Path) -> Path:
-    """The ONNX that a TensorRT engine was compiled from, made from the checkpoint again."""
+def _onnx_of_engine(folder: Path, manifest: Manifest, checkpoint: Checkpoint, root: Path) -> Path:
+    """The ONNX that a TensorRT engine was compiled from, made from the checkpoint again; plugins by definitions."""
     block_size, head = manifest.quantization.get("block_size"), manifest.quantization.get("quantize_head", False)
     spec = BuildSpec(
         target=manifest.target,  # type: ignore[arg-type]  # BuildSpec takes strings
@@ -106,18 +108,31 @@ def _onnx_of_engine(manifest: Manifest, checkpoint: Checkpoint, root: Path) -> P
         block_size=block_size if isinstance(block_size, int) else None,
         max_context=manifest.max_context,
         prefill_chunk=manifest.prefill_chunk,
-        tensorrt=TensorRtOptions(quantize_head=bool(head)),
+        tensorrt=dataclasses.replace(_plugin_options(folder, manifest), quantize_head=bool(head)),
     )
     positions = cache_capacity(manifest.max_context, manifest.prefill_chunk)
     dtype = ir.DataType[spec.combination.compute_type]
     traced = trace(checkpoint.config, dtype, positions=positions, capacity=positions)
     lowered = builder_for(spec.target).lower(traced, spec)
-    folder = root / "engine"
-    folder.mkdir()
+    made = root / "engine"
+    made.mkdir()
     needed = estimate(weight_bytes=output_bytes(lowered), text_bytes=0, chunk_bytes=chunk_bytes(lowered), bits=16)
-    check_resources(needed, folder)
-    stitch(lowered, checkpoint, folder / DATA_FILE)
-    return save_graph(lowered, folder)
+    check_resources(needed, made)
+    stitch(lowered, checkpoint, made / DATA_FILE)
+    return save_graph(lowered, made)
+
+
+def _plugin_options(folder: Path, manifest: Manifest) -> TensorRtOptions:
+    """What the bundle was asked to have of plugins."""
+    assert manifest.tensorrt is not None
+    plugins = manifest.tensorrt.plugins
+    ops = () if plugins is None else plugins.ops
+    return TensorRtOptions(
+        attention="plugin" if PluginOp.GQA in ops else "native",
+        moe="plugin" if PluginOp.MOE in ops else "native",
+        kv_precision="int8" if manifest.cache_dtype == "int8" else "auto",
+        plugin_library=None if plugins is None else folder / plugins.file,
+    )
 
 
 def _has_cuda() -> bool:

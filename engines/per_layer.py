@@ -103,9 +103,18 @@ def mark_layers(path: Path, num_layers: int) -> MarkedGraph:
 
 
 def _normalised(norm: ir.Node) -> ir.Value:
-    """What a norm normalises: its input, or the sum that a fused addition gives beside its result."""
+    """What a norm normalises: its input, or the sum that a fused addition gives beside its result.
+
+    Where norms are lowered (`exporter.lowering.plugin.lower_norms`), the gain is read by a Mul of a quotient by it.
+    """
     if norm.op_type == "SkipSimplifiedLayerNormalization":
         return norm.outputs[3]
+    if norm.op_type == "Mul":
+        quotient = norm.inputs[0]
+        assert quotient is not None
+        division = quotient.producer()
+        assert division is not None and division.op_type == "Div"
+        norm = division
     stream = norm.inputs[0]
     assert stream is not None
     return stream
@@ -136,6 +145,7 @@ def step_feeds(
         for part in ("key", "value"):
             # Polygraphy casts it to each graph's own type.
             feeds[f"past_key_values.{layer}.{part}"] = np.zeros((1, num_kv_heads, slots, head_dim), np.float32)
+            feeds[f"past_key_values.{layer}.{part}_scale"] = np.zeros((1, num_kv_heads, slots), np.float32)
     return feeds
 
 

@@ -10,6 +10,7 @@ from engines.devices import DEVICES, Device
 from engines.footprint import Footprint, footprint
 from engines.spec import COMBINATIONS, BuildSpec, Precision, Target
 from engines.tensorrt_flavours import LOWEST_CAPABILITY, capability
+from engines.tensorrt_options import DEFAULT_OPTIONS, TensorRtOptions
 from exporter.config import ModelConfig
 from runtime.manifest import MAX_COUNT
 
@@ -89,6 +90,7 @@ def plans(
     precisions: Iterable[Precision | None] = (None,),
     max_context: int | None = None,
     max_batch: int = 1,
+    kv_precision: str = DEFAULT_OPTIONS.kv_precision,
 ) -> Iterator[Plan]:
     """Plans every model at every precision on every device.
 
@@ -99,6 +101,7 @@ def plans(
         precisions: None stands for the target's default.
         max_context: tokens; None: the target's default.
         max_batch: rows.
+        kv_precision: of the TensorRT targets' cache (`engines.tensorrt_options.KV_PRECISIONS`).
 
     Raises:
         BuildError: a combination that doesn't exist, a context beyond a model's, or a count below 1.
@@ -111,6 +114,7 @@ def plans(
                 precision=precision,  # type: ignore[arg-type]  # BuildSpec takes None for the target's default
                 max_context=max_context,
                 max_batch=max_batch,
+                tensorrt=TensorRtOptions(kv_precision=kv_precision),
             )
             for precision in precisions
         ]
@@ -119,7 +123,8 @@ def plans(
                 yield plan(model, config, spec, device)
 
 
-# What the standard lowering stores experts in is the compute type alone (`exporter.lowering.standard_quantized`).
+# What the standard lowering stores experts in is the compute type alone (`exporter.lowering.standard_quantized`), the
+# plugin reads int8 and int4 too (`exporter.lowering.plugin_experts`).
 _WEIGHT_ONLY = (Precision.INT8, Precision.INT4, Precision.FP8)
 
 
@@ -137,9 +142,13 @@ def refusal_of(config: ModelConfig, spec: BuildSpec, device: Device) -> str | No
     if spec.target == Target.CUDA and config.moe is not None and spec.effective_block_size is not None:
         return f"quantized experts don't exist for cuda ({spec.precision} asked for); fp16 does"
     if spec.is_tensorrt and config.moe is not None and spec.precision in _WEIGHT_ONLY:
-        return (
-            f"quantized experts don't exist for {spec.target} without a plugin ({spec.precision} asked for); fp16 does"
-        )
+        if spec.moe == "native":
+            return (
+                f"quantized experts don't exist for {spec.target} without a plugin ({spec.precision} asked for); fp16 "
+                "does"
+            )
+        if spec.precision == Precision.FP8:
+            return "fp8 experts don't exist in the plugin; int8 is as small"
     return None
 
 
@@ -200,6 +209,11 @@ def _remedy(config: ModelConfig, spec: BuildSpec, device: Device, longest: int, 
     return f"nothing fits: even {least.precision} with one token in one row lacks {missing / 1e9:.3g} GB"
 
 
+def _kv_of(spec: BuildSpec) -> str:
+    """The cache's precision that goes with any other of the weights."""
+    return "int8" if spec.cache_type == "INT8" else "auto"
+
+
 def _smaller(config: ModelConfig, spec: BuildSpec, device: Device) -> list[BuildSpec]:
     """The spec at each precision with fewer bytes that runs on the device, in its default form, the largest first."""
 
@@ -213,6 +227,7 @@ def _smaller(config: ModelConfig, spec: BuildSpec, device: Device) -> list[Build
             max_context=spec.max_context,
             max_batch=spec.max_batch,
             prefill_chunk=spec.prefill_chunk,
+            tensorrt=dataclasses.replace(DEFAULT_OPTIONS, kv_precision=_kv_of(spec)),
         )
         for row in COMBINATIONS
         if row.target == spec.target

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from engines.tensorrt_flavours import FLAVOURS
-from engines.tensorrt_options import DEFAULT_OPTIONS, TensorRtOptions
+from engines.tensorrt_options import DEFAULT_OPTIONS, Form, TensorRtOptions
 from qwen_aot_errors import BuildError
 
 
@@ -56,7 +56,7 @@ class Combination:
     """One target and precision that exists, with the choices it leaves.
 
     Attributes:
-        compute_type: what the graph is traced in and the cache is stored in, by its ONNX name.
+        compute_type: what the graph is traced in and the cache is stored in unless it is int8, by its ONNX name.
         block_sizes: allowed elements along K that share a scale, the default first. Empty: no blocks.
         asymmetric: whether zero points can be asked for.
         fast_prefill: whether a second form of the projections for long prompts can be asked for.
@@ -84,6 +84,7 @@ TARGETS: Mapping[Target, TargetFacts] = {
     ),
 }
 
+_CACHE_NAMES = {"FLOAT16": "fp16", "BFLOAT16": "bf16"}  # of the TensorRT targets' compute types
 _QUANTIZED = (Precision.INT8, Precision.INT4, Precision.FP8)
 
 # KL to fp32 of SmolLM2-135M in nats (docs/performance.md). int8: 0.004 in blocks of 32, 0.010 of 128. int4: 0.36 in
@@ -192,6 +193,7 @@ class BuildSpec:
             raise BuildError(f"target {self.target} takes no TensorRT options, and these were given: {self.tensorrt}")
         if self.is_tensorrt:
             FLAVOURS[self.target].check(self.tensorrt, self.precision)
+            self._check_kv_precision()
         if self.tensorrt.quantize_head and self.precision not in _QUANTIZED:
             raise BuildError(
                 f"quantize_head has nothing to quantize in {self.precision}; it goes with {', '.join(_QUANTIZED)}"
@@ -231,6 +233,21 @@ class BuildSpec:
         return FLAVOURS[self.target].capabilities(self.tensorrt, self.precision) if self.is_tensorrt else ()
 
     @property
+    def attention(self) -> Form:
+        """Who computes attention: the project's "plugin", or the target's "native" layers."""
+        return FLAVOURS[self.target].form(self.tensorrt.attention) if self.is_tensorrt else "native"
+
+    @property
+    def moe(self) -> Form:
+        """Who computes routed experts: the project's "plugin", or the target's "native" layers."""
+        return FLAVOURS[self.target].form(self.tensorrt.moe) if self.is_tensorrt else "native"
+
+    @property
+    def cache_type(self) -> str:
+        """Element type of the KV cache, by its ONNX name."""
+        return "INT8" if self.tensorrt.kv_precision == "int8" else self.combination.compute_type
+
+    @property
     def effective_block_size(self) -> int | None:
         """Elements along K that share a scale: as asked for, or the default. None: no blocks."""
         return self.block_size or next(iter(self.combination.block_sizes), None)
@@ -255,6 +272,20 @@ class BuildSpec:
             "sensitive_bits": sensitive_bits,
             "fast_prefill": self.fast_prefill,
         }
+
+    def _check_kv_precision(self) -> None:
+        asked, own = self.tensorrt.kv_precision, _CACHE_NAMES[self.combination.compute_type]
+        if asked == "int8" and self.attention != "plugin":
+            raise BuildError(
+                f"kv_precision int8 needs the plugin's attention, and {self.target} has attention {self.attention} "
+                f"here: TensorRT's own reads a cache in its compute type; leave it out ({own}), or use target tensorrt "
+                "with attention plugin"
+            )
+        if asked not in ("auto", "int8", own):
+            raise BuildError(
+                f"kv_precision {asked} doesn't go with precision {self.precision}, which computes in {own}: attention "
+                f"reads a cache of its own type, or int8; accepted: auto, {own}, int8"
+            )
 
     def context_for(self, model_limit: int) -> int:
         """The context in tokens for a model that was trained for `model_limit`.

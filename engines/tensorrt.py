@@ -1,4 +1,4 @@
-"""The tensorrt-rtx and tensorrt targets: the standard graph, compiled into one engine with two profiles."""
+"""The tensorrt-rtx and tensorrt targets: the standard or the plugin graph, as one engine with two profiles."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engines.builders import EngineFacts
+from engines.plugin_library import copy_plugin_library, find_plugin_library
 from engines.spec import BuildSpec, Precision
 from engines.stages import Advance
 from engines.tensorrt_compile import Compilation
@@ -13,10 +14,10 @@ from engines.tensorrt_flavours import FLAVOURS
 from engines.tensorrt_library import load, require_capabilities, require_standard_layers
 from engines.tensorrt_progress import run_watched
 from engines.tensorrt_sizes import engine_size_bounds
-from exporter.lowering import standard
+from exporter.lowering import plugin, standard
 from exporter.lowering.standard import StandardOptions
 from exporter.lowering.standard_quantized import WeightFormat
-from exporter.save import DATA_FILE, MODEL_FILE
+from exporter.save import DATA_FILE, MODEL_FILE, save_graph
 from exporter.weights import Traced
 from qwen_aot_errors import BuildError
 from runtime.manifest import Manifest
@@ -29,35 +30,49 @@ _WEIGHT_FORMATS: Mapping[Precision, WeightFormat] = {
 
 
 def require(spec: BuildSpec) -> None:
-    """Loads the library and asks it for the layers of the graph and the compute capabilities.
+    """Loads the library and asks it for the compute capabilities and the layers of the graph, or finds the plugins.
 
     Raises:
-        BuildError: it isn't there, is too old, or doesn't know a capability.
+        BuildError: it isn't there, is too old, or doesn't know a capability; the plugins aren't there.
     """
     flavour = FLAVOURS[spec.target]
     library = load(flavour)
-    require_standard_layers(library, flavour)
     require_capabilities(library, flavour, spec.compute_capabilities)
+    if spec.attention == "plugin":
+        find_plugin_library(spec.tensorrt)
+    else:
+        require_standard_layers(library, flavour)
 
 
 def lower(traced: Traced, spec: BuildSpec) -> Traced:
-    """The standard lowering, with weights stored as the precision says.
+    """The standard lowering, or the plugins' where one is used, with weights stored as the precision says.
 
     Raises:
+        BuildError: the plugins are needed and aren't there.
         ExportError: the model can't be stored so.
     """
-    options = StandardOptions(_WEIGHT_FORMATS.get(spec.precision), quantize_head=spec.tensorrt.quantize_head)
-    return standard.lower(traced, options)
+    weights, quantize_head = _WEIGHT_FORMATS.get(spec.precision), spec.tensorrt.quantize_head
+    has_experts = traced.config.moe is not None
+    if spec.attention == "native" and not (spec.moe == "plugin" and has_experts):
+        return standard.lower(traced, StandardOptions(weights, quantize_head))
+    find_plugin_library(spec.tensorrt)
+    options = plugin.PluginOptions(
+        weights, quantize_head, spec.attention, spec.moe, int8_cache=spec.cache_type == "INT8"
+    )
+    return plugin.lower(traced, options)
 
 
 def finish(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> EngineFacts:
-    """Compiles model.onnx into the engine, and removes it.
+    """Compiles model.onnx into the engine, and removes it; plugins that the engine needs join the bundle.
 
     Raises:
         BuildError: TensorRT refuses the graph or an option, or the engine can't be written.
     """
-    flavour = FLAVOURS[spec.target]
-    compilation = Compilation(load(flavour), flavour, spec, lowered, folder)
+    flavour, library = FLAVOURS[spec.target], None
+    if plugin.strip_definitions(lowered):
+        save_graph(lowered, folder)
+        library = copy_plugin_library(find_plugin_library(spec.tensorrt), folder)
+    compilation = Compilation(load(flavour), flavour, spec, lowered, folder, library)
     facts = run_watched(compilation.run, compilation.cancel, lambda: advance(compilation.percent, 100))
     for name in (MODEL_FILE, DATA_FILE):
         (folder / name).unlink()
@@ -72,7 +87,9 @@ def check(folder: Path, manifest: Manifest) -> None:
     """
     assert manifest.tensorrt is not None
     found = (folder / manifest.engine).stat().st_size
-    low, high = engine_size_bounds(manifest.tensorrt, manifest.model.num_hidden_layers)
+    plugins = manifest.tensorrt.plugins
+    library_bytes = manifest.files[plugins.file].bytes if plugins is not None and plugins.in_engine else 0
+    low, high = engine_size_bounds(manifest.tensorrt, manifest.model.num_hidden_layers, library_bytes)
     if not low <= found <= high:
         raise BuildError(
             f"{manifest.engine} has {found:,} bytes where {low:,} to {high:,} are expected for "

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from engines.builders import EngineFacts
 from engines.footprint import activation_bytes
 from engines.gpu import own_capabilities
+from engines.plugin_library import is_serialized, sha256_of
 from engines.profiles import profile_shapes, profiles
 from engines.spec import BuildSpec
 from engines.tensorrt_config import TimingCache, make_config
@@ -29,9 +30,10 @@ from engines.tensorrt_progress import make_monitor
 from engines.tensorrt_sizes import cache_bytes, weight_bytes
 from engines.write_folder import explained
 from exporter.io_spec import IoSpec, io_spec
+from exporter.plugin_ops import is_plugin
 from exporter.save import MODEL_FILE
 from exporter.weights import Traced
-from runtime.manifest import Profile, TensorRtFacts, cache_capacity
+from runtime.manifest import PluginFacts, Profile, TensorRtFacts, cache_capacity
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +49,23 @@ class Compilation:
         spec: the request.
         lowered: the graph that stands as model.onnx in `folder`.
         folder: where the engine is written too.
+        plugin_library: that the graph's plugin nodes need; None: it has none.
     """
 
-    def __init__(self, trt: Any, flavour: Flavour, spec: BuildSpec, lowered: Traced, folder: Path) -> None:
+    def __init__(
+        self,
+        trt: Any,
+        flavour: Flavour,
+        spec: BuildSpec,
+        lowered: Traced,
+        folder: Path,
+        plugin_library: Path | None = None,
+    ) -> None:
         self._trt = trt
         self._spec = spec
         self._lowered = lowered
         self._folder = folder
+        self._plugin_library = plugin_library
         self._title = f"{flavour.title} {trt.__version__}"
         self._logger = make_logger(trt)
         self._monitor = make_monitor(trt)
@@ -79,14 +91,16 @@ class Compilation:
         """
         spec, config = self._spec, self._lowered.config
         capacity = cache_capacity(spec.context_for(config.max_position_embeddings), spec.prefill_chunk)
-        contract = io_spec(config, ir.DataType[spec.combination.compute_type], capacity)
+        contract = io_spec(config, ir.DataType[spec.cache_type], capacity)
         builder = self._make_builder()
+        if self._plugin_library is not None:
+            self._load_plugins(builder, self._plugin_library)
         network = parse(self._trt, builder, self._logger, self._folder / MODEL_FILE, self._title)
         allow_decomposed_attention(self._trt, network)
         inputs, outputs = io_tables(network, contract, self._title)
         layers = layer_counts(network)  # before the build, which may take the network apart
         timing_cache = TimingCache(spec.tensorrt.timing_cache)
-        build_config = make_config(self._trt, builder, spec)
+        build_config = make_config(self._trt, builder, spec, self._plugin_library)
         build_config.progress_monitor = self._monitor
         timing_cache.load(build_config, self._logger, self._title)
         for profile in profiles(spec.prefill_chunk):
@@ -106,6 +120,7 @@ class Compilation:
                 weight_bytes=self._weight_bytes,
                 cache_bytes=cache_bytes(inputs, spec.max_batch),
                 activation_bytes_estimated=activation_bytes(config, spec),
+                plugins=self._plugin_facts(),
             ),
         )
 
@@ -114,6 +129,22 @@ class Compilation:
             return self._trt.Builder(self._logger)
         except TypeError as error:  # what the bindings make of a null pointer
             raise failure(self._title, "start", self._logger.errors or [str(error)]) from error
+
+    def _load_plugins(self, builder: Any, library: Path) -> None:
+        """Into the builder's own registry, where the parser looks, and which ends with the builder."""
+        self._logger.clear()
+        if builder.get_plugin_registry().load_library(str(library)) is None:
+            raise failure(self._title, f"load the plugin library {library}", self._logger.errors)
+
+    def _plugin_facts(self) -> PluginFacts | None:
+        if self._plugin_library is None:
+            return None
+        return PluginFacts(
+            file=self._plugin_library.name,
+            sha256=sha256_of(self._plugin_library),
+            in_engine=is_serialized(self._spec),
+            ops=tuple(sorted({node.op_type for node in self._lowered.model.graph if is_plugin(node)})),
+        )
 
     def _add_profile(
         self, builder: Any, config: Any, network: Any, contract: IoSpec, profile: Profile, capacity: int

@@ -6,14 +6,22 @@ import os
 from pathlib import Path
 from typing import Any
 
+from engines.plugin_library import is_serialized
 from engines.spec import BuildSpec
 from engines.tensorrt_library import capability_member
 from engines.write_folder import explained
 from qwen_aot_errors import BuildError
 
 
-def make_config(trt: Any, builder: Any, spec: BuildSpec) -> Any:
-    """An `IBuilderConfig` with everything that the request says, profiles and timing cache apart."""
+def make_config(trt: Any, builder: Any, spec: BuildSpec, plugin_library: Path | None = None) -> Any:
+    """An `IBuilderConfig` with everything that the request says, profiles and timing cache apart.
+
+    Args:
+        trt: the library's module.
+        builder: makes it.
+        spec: the request.
+        plugin_library: that the network's plugin layers come from; None: it has none.
+    """
     options = spec.tensorrt
     config = builder.create_builder_config()
     if spec.compute_capabilities:
@@ -30,6 +38,8 @@ def make_config(trt: Any, builder: Any, spec: BuildSpec) -> Any:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.strip_weights:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    if plugin_library is not None and is_serialized(spec):
+        config.plugins_to_serialize = [str(plugin_library)]
     return config
 
 

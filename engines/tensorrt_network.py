@@ -88,10 +88,11 @@ def allow_decomposed_attention(trt: Any, network: Any) -> int:
     With a fused kernel the engine is the same. Without leave, TensorRT refuses the whole network: attention in fp32,
     and attention after a mixture of experts' `If`.
     """
+    attention = getattr(trt.LayerType, "ATTENTION_INPUT", None)  # none before 10.15, which plugins can do without
     count = 0
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
+        if layer.type == attention:
             layer.__class__ = trt.IAttentionInputLayer  # Python sees a plain ILayer until it is told
             layer.attention.decomposable = True
             count += 1

@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from qwen_aot_errors import BuildError
+
+Form = Literal["plugin", "native"]
+KV_PRECISIONS = ("auto", "fp16", "bf16", "int8")
 
 _CAPABILITY = re.compile(r"[1-9]\d*\.\d")
 
@@ -25,6 +29,10 @@ class TensorRtOptions:
         version_compatible: runs on later versions of the library too.
         strip_weights: leaves the weights out of the engine, to be refitted on the device.
         quantize_head: the head too is stored as the precision says, and not in the compute type.
+        attention: computed by the project's plugin, or by TensorRT's own layers. None: the flavour's own.
+        moe: the same of routed experts.
+        kv_precision: one of KV_PRECISIONS, of the KV cache; auto: the compute type.
+        plugin_library: the plugins' library; None: as `engines.plugin_library` finds it.
     """
 
     compute_capabilities: tuple[str, ...] = ()
@@ -35,6 +43,10 @@ class TensorRtOptions:
     version_compatible: bool = False
     strip_weights: bool = False
     quantize_head: bool = False
+    attention: Form | None = None
+    moe: Form | None = None
+    kv_precision: str = "auto"
+    plugin_library: Path | None = None
 
     def __post_init__(self) -> None:
         for capability in self.compute_capabilities:
@@ -46,6 +58,12 @@ class TensorRtOptions:
             raise BuildError(f"the workspace limit is {self.workspace_bytes} bytes; accepted: at least 1")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise BuildError(f"optimization level {self.optimization_level} doesn't exist; accepted: 0 to 5")
+        for name in ("attention", "moe"):
+            value = getattr(self, name)
+            if value is not None and value not in get_args(Form):
+                raise BuildError(f"{name} {value!r} doesn't exist; accepted: {', '.join(get_args(Form))}")
+        if self.kv_precision not in KV_PRECISIONS:
+            raise BuildError(f"kv_precision {self.kv_precision!r} doesn't exist; accepted: {', '.join(KV_PRECISIONS)}")
 
 
 DEFAULT_OPTIONS = TensorRtOptions()

@@ -32,8 +32,14 @@ def cache_bytes(inputs: Sequence[IoTensor], max_batch: int) -> int:
     )
 
 
-def engine_size_bounds(facts: TensorRtFacts, num_hidden_layers: int) -> tuple[int, int]:
-    """The least and the most bytes that the engine's file may have."""
+def engine_size_bounds(facts: TensorRtFacts, num_hidden_layers: int, library_bytes: int = 0) -> tuple[int, int]:
+    """The least and the most bytes that the engine's file may have.
+
+    Args:
+        facts: of the manifest.
+        num_hidden_layers: of the model.
+        library_bytes: of the plugin library, where the engine holds it.
+    """
     stored = facts.weight_bytes if facts.has_weights else 0
     kernels = _KERNEL_BYTES + num_hidden_layers * _KERNEL_BYTES_PER_LAYER
-    return int(stored * (1 - _TOLERANCE)), int(stored * (1 + _TOLERANCE)) + kernels
+    return int(stored * (1 - _TOLERANCE)), int(stored * (1 + _TOLERANCE)) + kernels + library_bytes

@@ -9,7 +9,7 @@ from pathlib import Path
 from qwen_aot_errors import BundleError
 from runtime.manifest import MANIFEST_NAME, FileEntry, Manifest
 
-__all__ = ["Bundle", "load_bundle"]
+__all__ = ["Bundle", "file_sha256", "load_bundle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,12 @@ def load_bundle(path: str | Path, *, skip_hash_above: int | None = None) -> Bund
     return Bundle(folder, manifest)
 
 
+def file_sha256(path: Path) -> str:
+    """Of a file's content, in lower-case hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _check_file(folder: Path, name: str, entry: FileEntry, skip_hash_above: int | None) -> None:
     path = folder / name
     try:
@@ -79,8 +85,7 @@ def _check_file(folder: Path, name: str, entry: FileEntry, skip_hash_above: int 
             )
         if skip_hash_above is not None and size > skip_hash_above:
             return
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_sha256(path)
     except OSError as error:
         raise BundleError(f"{path} can't be read ({error.strerror}): check its permissions and the disk") from error
     except RuntimeError as error:  # what resolve() makes of a link to itself before Python 3.13

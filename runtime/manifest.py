@@ -24,6 +24,7 @@ __all__ = [
     "IoTensor",
     "Manifest",
     "ModelFacts",
+    "PluginFacts",
     "Profile",
     "TensorRtFacts",
     "cache_capacity",
@@ -135,6 +136,23 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True)
+class PluginFacts:
+    """The library of plugins that an engine's layers need.
+
+    Attributes:
+        file: one of the bundle's files.
+        sha256: of it; 64 lower-case hex digits.
+        in_engine: the engine holds the library too, and TensorRT loads it from there.
+        ops: names of the plugins that the engine has layers of.
+    """
+
+    file: str
+    sha256: str
+    in_engine: bool
+    ops: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRtFacts:
     """What an engine can't be asked without its GPU, written down when it was built.
 
@@ -145,6 +163,7 @@ class TensorRtFacts:
         weight_bytes: of device memory, exact.
         cache_bytes: of device memory for all rows, exact.
         activation_bytes_estimated: of device memory, by a formula.
+        plugins: what must be loaded before the engine; None: it has no plugin layers.
     """
 
     version: str
@@ -156,6 +175,7 @@ class TensorRtFacts:
     weight_bytes: int
     cache_bytes: int
     activation_bytes_estimated: int
+    plugins: PluginFacts | None
 
     def __post_init__(self) -> None:
         for capability in self.compute_capabilities:
@@ -197,6 +217,14 @@ class Manifest:
         if self.engine not in self.files:
             raise BundleError(
                 f"the engine file {self.engine!r} is not among the bundle's files ({', '.join(self.files)})"
+            )
+        plugins = None if self.tensorrt is None else self.tensorrt.plugins
+        if plugins is not None and (
+            plugins.file not in self.files or self.files[plugins.file].sha256 != plugins.sha256
+        ):
+            raise BundleError(
+                f"the plugin library {plugins.file!r} with SHA-256 {plugins.sha256!r} is not among the bundle's files "
+                f"({', '.join(self.files)})"
             )
         for kind, tensors in (("input", self.inputs), ("output", self.outputs)):
             names = [tensor.name for tensor in tensors]

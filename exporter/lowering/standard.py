@@ -71,14 +71,20 @@ def lower(traced: Traced, options: StandardOptions | None = None) -> Traced:
 
 def passes(options: StandardOptions) -> list[tuple[str, Callable[[Traced], int]]]:
     """The passes in order, by name."""
-    linears: list[tuple[str, Callable[[Traced], int]]] = []
-    if options.weights is not None:
-        weights, quantize_head = options.weights, options.quantize_head
-        linears.append(
-            ("quantize_linears", lambda traced: quantize_linears(traced, weights, quantize_head=quantize_head))
-        )
+    return [*quantizing_passes(options), *common_passes()]  # quantizing first: it knows our ops
+
+
+def quantizing_passes(options: StandardOptions) -> list[tuple[str, Callable[[Traced], int]]]:
+    """Those that store weights as codes; none where they keep the compute type."""
+    if options.weights is None:
+        return []
+    weights, quantize_head = options.weights, options.quantize_head
+    return [("quantize_linears", lambda traced: quantize_linears(traced, weights, quantize_head=quantize_head))]
+
+
+def common_passes() -> list[tuple[str, Callable[[Traced], int]]]:
+    """Those that turn our ops into standard ones; the `plugin` lowering ends with them too."""
     return [
-        *linears,  # first: it knows our ops
         ("lower_head", lower_head),
         ("lower_swiglu", lower_swiglu),
         ("inline_definitions", inline_definitions),  # what is left of ours

@@ -51,6 +51,7 @@ def refuse_experts(traced: Traced, weights: WeightFormat) -> None:
             f"{weights} weights of a mixture of experts don't exist in the standard lowering: TensorRT takes {weights}"
             " codes only right in front of a DequantizeLinear, not from a Gather, so that each step would dequantize"
             " every expert. Accepted: the compute type (fp16, bf16); the QwenMoE plugin is what reads quantized experts"
+            " (target tensorrt, --moe plugin)"
         )
 
 
@@ -82,13 +83,13 @@ def quantize_linears(traced: Traced, weights: WeightFormat, *, quantize_head: bo
 
 def _quantize_blocks(traced: Traced, node: ir.Node, weight: ir.Value, block: int) -> None:
     rows, width = dims(weight)
-    dtype = _dtype(weight)
+    dtype = dtype_of(weight)
 
     def quantize(values: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
         codes, scales = int4_blocks(values, block, dtype.numpy())
         return pack(codes.view(np.uint8) & np.uint8(15), 4), scales
 
-    codes, scales = _initializers(
+    codes, scales = quantized_initializers(
         traced,
         weight,
         Output(f"{weight.name}_codes", ir.DataType.INT4, (rows, width)),
@@ -102,9 +103,9 @@ def _quantize_blocks(traced: Traced, node: ir.Node, weight: ir.Value, block: int
 
 def _quantize_channels(traced: Traced, node: ir.Node, weight: ir.Value, form: str) -> None:
     rows, width = dims(weight)
-    dtype = _dtype(weight)
+    dtype = dtype_of(weight)
     make, stored, unit = _CHANNELS[form]
-    codes, scales = _initializers(
+    codes, scales = quantized_initializers(
         traced,
         weight,
         Output(f"{weight.name}_codes", stored, (rows, width)),
@@ -132,12 +133,13 @@ def _dequantize(
     return result
 
 
-def _dtype(weight: ir.Value) -> ir.DataType:
+def dtype_of(weight: ir.Value) -> ir.DataType:
+    """The element type of an initializer."""
     assert weight.dtype is not None
     return weight.dtype
 
 
-def _initializers(
+def quantized_initializers(
     traced: Traced,
     weight: ir.Value,
     codes: Output,

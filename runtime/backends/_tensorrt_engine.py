@@ -42,17 +42,29 @@ class LoadedEngine:
         self._contexts: list[Context] = []
         self._activations = 0  # address
 
-    def load(self, path: Path, facts: TensorRtFacts) -> None:
+    def load(self, path: Path, facts: TensorRtFacts, plugins: Path | None = None) -> None:
         """Deserializes an engine file: its weights are in device memory then.
 
+        Args:
+            path: of the engine.
+            facts: of the manifest.
+            plugins: the library of its plugin layers, into the registry of this runtime alone; None: nothing to load.
+
         Raises:
-            EngineMismatchError: the library refuses it.
+            EngineMismatchError: TensorRT refuses the engine or the plugins.
         """
         self._library.take_errors()
         self._runtime = self._library.api.Runtime(self._library.logger)
         if facts.version_compatible:
             # Such an engine carries the code that runs it on later versions. A bundle is as trusted as a program.
             self._runtime.engine_host_code_allowed = True
+        # No local variable: see the class.
+        if plugins is not None and self._runtime.get_plugin_registry().load_library(str(plugins)) is None:
+            raise EngineMismatchError(
+                f"{self._library.flavour.name} {self._library.api.__version__} can't load the plugin library "
+                f"{plugins}: {self._library.take_errors()}. Rebuild the bundle with a library that was built for this "
+                "machine and version"
+            )
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:

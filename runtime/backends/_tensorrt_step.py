@@ -94,6 +94,9 @@ class TensorRtStep:
         return buffers.logits[:rows]
 
     def _window(self, longest: int) -> int:
+        """W of a step; the same for all where the engine has none, because a plugin follows the rows' lengths."""
+        if "key_positions" not in self._bindings.addresses:
+            return self._cache.capacity
         return min(-(-longest // WINDOW_STEP) * WINDOW_STEP, self._cache.capacity)
 
     def _submit(self, shape: StepShape) -> None:

@@ -19,6 +19,7 @@ from runtime.backends._tensorrt_context import Bindings
 from runtime.backends._tensorrt_engine import LoadedEngine
 from runtime.backends._tensorrt_graphs import DecodeGraphs
 from runtime.backends._tensorrt_library import load_library
+from runtime.backends._tensorrt_plugins import plugin_library
 from runtime.backends._tensorrt_step import WINDOW_STEP, TensorRtStep
 from runtime.bundle import Bundle
 from runtime.manifest import Manifest
@@ -46,6 +47,7 @@ class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
         check_table(manifest)
         prefill, decode = (_profile(manifest, name) for name in ("prefill", "decode"))
         limits = _limits(manifest, fixed_capacity(manifest))
+        plugins = plugin_library(bundle, facts)
         library = load_library(manifest, facts)
         cuda = load_cuda()
         check_device(manifest, facts, find_device(cuda))
@@ -54,7 +56,7 @@ class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
             resources.callback(stream.close)
             engine = LoadedEngine(library, stream)
             resources.callback(engine.close)
-            engine.load(bundle.engine_path, facts)
+            engine.load(bundle.engine_path, facts, plugins)
             engine.check_signature(manifest, limits)
             cache = DeviceCache(cuda, stream, manifest)
             engine.allocate_activations()

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from engines.plugin_library import ENVIRONMENT, PLUGIN_LIBRARY
 from engines.spec import BuildSpec, Precision, Target
-from engines.tensorrt_options import TensorRtOptions
+from engines.tensorrt_options import KV_PRECISIONS, TensorRtOptions
 from runtime.cli.command import VerbCommand, option
 from runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
 from runtime.cli.options import CONTEXT
@@ -92,6 +93,24 @@ def _either(kinds: type[StrEnum]) -> str:
 @option("--version-compatible", is_flag=True, help="Run on later versions too (tensorrt).", group=_TENSORRT)
 @option("--strip-weights", is_flag=True, help="Leave the weights out, to be refitted (tensorrt).", group=_TENSORRT)
 @option("--quantize-lm-head", "quantize_head", is_flag=True, help="Quantize the head too.", group=_TENSORRT)
+@option(
+    "--attention",
+    help="plugin or native: the project's kernels or TensorRT's own.  [default: plugin with tensorrt]",
+    group=_TENSORRT,
+)
+@option("--moe", help="plugin or native: the same of routed experts.  [default: plugin with tensorrt]", group=_TENSORRT)
+@option(
+    "--kv-precision",
+    default=DEFAULT.tensorrt.kv_precision,
+    help=f"{', '.join(KV_PRECISIONS)}: the KV cache; auto is the compute type; int8 needs the attention plugin.",
+    group=_TENSORRT,
+)
+@option(
+    "--plugin-library",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help=f"{PLUGIN_LIBRARY}, as `python -m plugins.library` writes it.  [default: ${ENVIRONMENT}]",
+    group=_TENSORRT,
+)
 @option("--random-weights", is_flag=True, help="For a variant's name: weights drawn from --seed.", group="Trial")
 @option("--seed", type=int, default=0, help="Of the random weights.", group="Trial")
 @option(
@@ -117,6 +136,10 @@ def command(
     version_compatible: bool,
     strip_weights: bool,
     quantize_head: bool,
+    attention: Any,  # TensorRtOptions refuses what isn't one of its forms
+    moe: Any,
+    kv_precision: str,
+    plugin_library: Path | None,
     **request: Any,
 ) -> None:
     """Build a bundle from a checkpoint.
@@ -142,6 +165,10 @@ def command(
             version_compatible=version_compatible,
             strip_weights=strip_weights,
             quantize_head=quantize_head,
+            attention=attention,
+            moe=moe,
+            kv_precision=kv_precision,
+            plugin_library=plugin_library,
         )
         spec = BuildSpec(tensorrt=options, **request)
     except BuildError as error:

@@ -19,14 +19,14 @@ from runtime.cli.options import CONTEXT, json_option
 )
 @option(
     "--lowering",
-    type=click.Choice(["standard", "ort"]),
+    type=click.Choice(["standard", "plugin", "ort"]),
     default="standard",
-    help="Standard ONNX (opset 24), or ONNX Runtime's fastest ops.",
+    help="Standard ONNX (opset 24), the same around TensorRT plugins, or ONNX Runtime's fastest ops.",
     group="Main",
 )
 @option(
     "--precision",
-    help="standard: fp32, fp16, bf16, int8, int4, fp8; ort: fp32, int8, int4.  [default: fp32]",
+    help="standard, plugin: fp32, fp16, bf16, int8, int4, fp8; ort: fp32, int8, int4.  [default: fp32]",
     group="Main",
 )
 @option("--max-context", type=int, help="Rows of the rotary tables.  [default: the model's context]", group="Main")

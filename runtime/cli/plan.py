@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engines.spec import Precision, Target
+from engines.tensorrt_options import DEFAULT_OPTIONS, KV_PRECISIONS
 from runtime.cli.command import VerbCommand, option
 from runtime.cli.console import print_json, show_logs, size, stdout
 from runtime.cli.options import CONTEXT, json_option
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
 )
 @option("--context", type=int, help="Tokens a row can hold.  [default: the target's]", group="What")
 @option("--batch", type=int, default=1, help="Rows that run together.", group="What")
+@option(
+    "--kv-precision",
+    default=DEFAULT_OPTIONS.kv_precision,
+    help=f"{', '.join(KV_PRECISIONS)}: the KV cache (tensorrt).",
+    group="What",
+)
 @json_option
 def command(
     models: tuple[str, ...],
@@ -39,6 +46,7 @@ def command(
     precisions: tuple[str, ...],
     context: int | None,
     batch: int,
+    kv_precision: str,
     as_json: bool,
 ) -> None:
     """Show which models fit which devices, and how fast at most.
@@ -67,6 +75,7 @@ def command(
                 precisions=dict.fromkeys(precisions) or (None,),  # type: ignore[arg-type]  # and theirs
                 max_context=context,
                 max_batch=batch,
+                kv_precision=kv_precision,
             )
         )
     except BuildError as error:
@@ -123,6 +132,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "device": plan.device,
         "target": plan.spec.target,
         "precision": plan.spec.precision,
+        "kv_precision": plan.spec.tensorrt.kv_precision,
         "context": plan.context,
         "batch": plan.spec.max_batch,
         "prefill_chunk": plan.spec.prefill_chunk,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from exporter.checkpoint import open_checkpoint
 from exporter.lowering import standard
 from exporter.save import DATA_FILE, save_graph
 from exporter.trace import trace
-from exporter.weights import stitch
+from exporter.weights import Traced, stitch
 from runtime.manifest import (
     CACHE_PREFIX,
     MANIFEST_NAME,
@@ -25,18 +25,20 @@ from runtime.manifest import (
     IoTensor,
     Manifest,
     ModelFacts,
+    PluginFacts,
     TensorRtFacts,
     cache_capacity,
 )
 from tests.doubles.install import VERSIONS
-from tests.doubles.tensorrt import METADATA_KEY
+from tests.doubles.tensorrt import METADATA_KEY, PLUGINS_KEY
 from tests.runtime.toys import make_manifest
 
 ENGINE_FILES = {"tensorrt_rtx": "engine.rtx", "tensorrt": "engine.plan"}
 TARGETS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 ACTIVATION_BYTES = 4096
 WEIGHT_BYTES = 1 << 20
-ITEM_BYTES = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+ITEM_BYTES = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+PLUGIN_LIBRARY, PLUGIN_CONTENT = "libqwen_aot_plugins.so", "what plugins are"
 
 
 def facts_for(flavour: str, manifest: Manifest, **overrides: Any) -> TensorRtFacts:
@@ -55,6 +57,7 @@ def facts_for(flavour: str, manifest: Manifest, **overrides: Any) -> TensorRtFac
             for tensor in cache
         ),
         activation_bytes_estimated=ACTIVATION_BYTES,
+        plugins=None,
     )
     return replace(facts, **overrides)
 
@@ -68,6 +71,7 @@ def write_tensorrt_bundle(
     texts: Mapping[str, str] | None = None,
     facts: Mapping[str, Any] | None = None,
     decode_tokens: int = 1,
+    plugins: bool = False,
 ) -> Path:
     """Writes a bundle whose engine the double can load; returns its folder.
 
@@ -78,6 +82,7 @@ def write_tensorrt_bundle(
         flavour: tensorrt_rtx or tensorrt.
         texts: further files.
         facts: what differs from `facts_for`.
+        plugins: the engine has plugin layers, and the bundle their library.
         decode_tokens: the largest S of the engine's decode profile, which may be more than is ever asked for.
     """
     folder.mkdir(parents=True)
@@ -91,7 +96,13 @@ def write_tensorrt_bundle(
         for p in manifest.profiles
     ]
     metadata = {"profiles": profiles, "weight_bytes": WEIGHT_BYTES, "activation_bytes": ACTIVATION_BYTES}
-    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata)})
+    properties = {METADATA_KEY: json.dumps(metadata)}
+    if plugins:
+        properties[PLUGINS_KEY] = PLUGIN_CONTENT
+        texts = {**(texts or {}), PLUGIN_LIBRARY: PLUGIN_CONTENT}
+        digest = hashlib.sha256(PLUGIN_CONTENT.encode()).hexdigest()
+        facts = {"plugins": PluginFacts(PLUGIN_LIBRARY, digest, in_engine=False, ops=("QwenGQA",)), **(facts or {})}
+    onnx.helper.set_model_props(model, properties)
     contents = {ENGINE_FILES[flavour]: model.SerializeToString()}
     contents |= {name: text.encode() for name, text in (texts or {}).items()}
     files = {}
@@ -118,14 +129,18 @@ def export_tensorrt_bundle(
     max_context: int = 600,
     max_batch: int = 4,
     prefill_chunk: int = 16,
+    lower: Callable[[Traced], Traced] = standard.lower,
 ) -> Path:
-    """A checkpoint's standard lowering as a bundle for the double, with tokenizer and defaults if it has any."""
+    """A checkpoint's standard lowering, or one with plugins, as a bundle for the double.
+
+    It has tokenizer and defaults if the checkpoint has any.
+    """
     capacity = cache_capacity(max_context, prefill_chunk)
     scratch = folder.with_name(f"{folder.name}-onnx")
     scratch.mkdir(parents=True)
     with open_checkpoint(checkpoint) as source:
         config, texts = source.config, dict(source.tokenizer.files)
-        traced = standard.lower(trace(config, dtype, positions=capacity, capacity=capacity))
+        traced = lower(trace(config, dtype, positions=capacity, capacity=capacity))
         stitch(traced, source, scratch / DATA_FILE)
         model = onnx.load(save_graph(traced, scratch))
         if "generation_config.json" in texts or (checkpoint / "generation_config.json").is_file():
@@ -157,7 +172,8 @@ def export_tensorrt_bundle(
         ),
         precision="fp32",
     )
-    return write_tensorrt_bundle(folder, model, manifest, flavour, texts=texts)
+    has_plugins = lower is not standard.lower
+    return write_tensorrt_bundle(folder, model, manifest, flavour, texts=texts, plugins=has_plugins)
 
 
 def _sizes(tensor: IoTensor, ranges: Mapping[str, tuple[int, int]], end: int) -> list[int]:

@@ -12,6 +12,7 @@ import math
 import weakref
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.doubles.cuda_runtime import STICKY
 from tests.doubles.gpu import Gpu, StatusError
 
 METADATA_KEY = "tensorrt_double"  # JSON: profiles, weight_bytes, activation_bytes
+PLUGINS_KEY = "tensorrt_double_plugins"  # of an engine with plugin layers: the content of the library that they need
 
 DataType = Enum("DataType", ["FLOAT", "HALF", "BF16", "INT8", "INT32", "INT64"])
 TensorIOMode = Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
@@ -37,6 +39,7 @@ _TYPES: dict[str, tuple[DataType, int, Any]] = {
     "tensor(float16)": (DataType.HALF, 2, np.float16),
     "tensor(bfloat16)": (DataType.BF16, 2, 16),
     "tensor(int64)": (DataType.INT64, 8, np.int64),
+    "tensor(int8)": (DataType.INT8, 1, np.int8),
 }
 
 
@@ -107,6 +110,27 @@ class _Counted:
         """What is checked when the object ends; raises nothing, for Python would swallow it."""
 
 
+class PluginRegistry(_Counted):
+    """A runtime's own; it ends with its runtime at the latest."""
+
+    kind = "registry"
+
+    def __init__(self, gpu: Gpu, logger: ILogger) -> None:
+        super().__init__(gpu)
+        self._logger = logger
+        self.contents: list[bytes] = []
+
+    def load_library(self, plugin_path: str) -> object | None:
+        if not isinstance(plugin_path, str):
+            raise TypeError(f"load_library takes text, not {plugin_path!r}")
+        content = Path(plugin_path).read_bytes()
+        if self.gpu.count_call("load_library") or content in self.contents:
+            self._logger.log(Severity.ERROR, "the double was told to fail: load_library")
+            return None
+        self.contents.append(content)
+        return object()
+
+
 class Runtime(_Counted):
     kind = "runtime"
 
@@ -117,6 +141,10 @@ class Runtime(_Counted):
         self._flavour = flavour
         self._logger = logger
         self.engine_host_code_allowed = False
+        self._registry = PluginRegistry(gpu, logger)
+
+    def get_plugin_registry(self) -> PluginRegistry:
+        return self._registry
 
     def deserialize_cuda_engine(self, serialized: Any) -> Engine | None:
         with memoryview(serialized) as view:
@@ -129,7 +157,11 @@ class Runtime(_Counted):
         options.log_severity_level = 3
         options.enable_mem_pattern = False
         session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        facts = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+        metadata = session.get_modelmeta().custom_metadata_map
+        facts = json.loads(metadata[METADATA_KEY])
+        if PLUGINS_KEY in metadata and metadata[PLUGINS_KEY].encode() not in self._registry.contents:
+            self._logger.log(Severity.ERROR, "Cannot find plugin: QwenGQA, version: 1, namespace: qwen_aot")
+            return None
         if self.gpu.used_bytes + facts["weight_bytes"] > self.gpu.total_bytes:
             self._logger.log(Severity.ERROR, "out of memory for the weights")
             return None

@@ -12,7 +12,14 @@ from typing import Any, ClassVar
 
 import onnx
 
-_DTYPES = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.INT64: "INT64"}
+_DTYPES = {
+    onnx.TensorProto.FLOAT: "FLOAT",
+    onnx.TensorProto.FLOAT16: "HALF",
+    onnx.TensorProto.INT64: "INT64",
+    onnx.TensorProto.INT8: "INT8",
+}
+PLUGIN_DOMAIN = "qwen_aot"
+LIBRARY_HEADER = b"\x7fELF"
 VERSION = "10.15.1"
 LAYERS = ("ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING")
 CACHE_HEADER = f"cache {VERSION}|".encode()
@@ -64,6 +71,7 @@ class Config(Strict):
     progress_monitor: Any = None
     builder_optimization_level = 3
     hardware_compatibility_level = "NONE"
+    plugins_to_serialize: ClassVar[list[str]] = []
 
     def __init__(self, logger: ILogger) -> None:
         self._logger = logger
@@ -99,9 +107,27 @@ class Config(Strict):
         return self._cache
 
 
+class PluginRegistry:
+    """A builder's own: a library is a file that begins as one does."""
+
+    def __init__(self, logger: ILogger) -> None:
+        self._logger = logger
+        self.libraries: list[str] = []
+
+    def load_library(self, plugin_path: str) -> object | None:
+        assert isinstance(plugin_path, str)  # the bindings take no Path
+        if plugin_path in self.libraries or not Path(plugin_path).read_bytes().startswith(LIBRARY_HEADER):
+            message = f"Unable to load library: {plugin_path}: invalid ELF header"
+            self._logger.log(ILogger.ERROR, message)
+            return None
+        self.libraries.append(plugin_path)
+        return object()
+
+
 class Network:
-    def __init__(self, flags: int) -> None:
+    def __init__(self, flags: int, registry: PluginRegistry) -> None:
         self.flags = flags
+        self.registry = registry
         self.graph = onnx.GraphProto()
 
     num_inputs = property(lambda self: len(self.graph.input))
@@ -125,16 +151,37 @@ def _tensor(info: onnx.ValueInfoProto) -> SimpleNamespace:
 
 
 class OnnxParser:
-    num_errors = 0
+    """Takes no local function: the real one would take a node apart that has one, and not look for a plugin."""
 
     def __init__(self, network: Network, logger: ILogger) -> None:
         self._network = network
+        self._errors: list[SimpleNamespace] = []
+
+    num_errors = property(lambda self: len(self._errors))
+
+    def get_error(self, index: int) -> SimpleNamespace:
+        return self._errors[index]
 
     def parse_from_file(self, path: str) -> bool:
         assert isinstance(path, str)  # the bindings take no Path
-        self._network.graph = onnx.load(path, load_external_data=False).graph
-        self._folder = Path(path).parent
-        return True
+        model = onnx.load(path, load_external_data=False)
+        assert not model.functions
+        for node in model.graph.node:
+            fields = {attribute.name: attribute for attribute in node.attribute}
+            asked = [fields[name].s.decode() for name in ("plugin_namespace", "plugin_version") if name in fields]
+            if node.domain == PLUGIN_DOMAIN and (asked != [PLUGIN_DOMAIN, "1"] or not self._network.registry.libraries):
+                self._errors.append(_parser_error(node))
+        self._network.graph = model.graph
+        return not self._errors
+
+
+def _parser_error(node: onnx.NodeProto) -> SimpleNamespace:
+    return SimpleNamespace(
+        code=lambda: SimpleNamespace(name="UNSUPPORTED_NODE"),
+        node_operator=lambda: node.op_type,
+        node_name=lambda: node.name,
+        desc=lambda: "Plugin not found, are the plugin name, version, and namespace correct?",
+    )
 
 
 class Builder:
@@ -147,10 +194,14 @@ class Builder:
             logger.log(ILogger.ERROR, "CUDA initialization failure with error: 35. no CUDA-capable device")
             raise TypeError("pybind11::init(): factory function returned nullptr")
         self._logger = logger
+        self._registry = PluginRegistry(logger)
+
+    def get_plugin_registry(self) -> PluginRegistry:
+        return self._registry
 
     def create_network(self, flags: int) -> Network:
         assert flags == 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED
-        return Network(flags)
+        return Network(flags, self._registry)
 
     def create_builder_config(self) -> Config:
         config = Config(self._logger)
@@ -183,6 +234,8 @@ class Builder:
             )
         )
         writer.write(b"\0" * size)
+        for library in config.plugins_to_serialize:
+            writer.write(Path(library).read_bytes())
         return True
 
 

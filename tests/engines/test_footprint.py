@@ -18,7 +18,7 @@ from engines.footprint import activation_bytes, footprint
 from engines.spec import BuildSpec, Precision, Target
 from engines.tensorrt_options import TensorRtOptions
 from exporter.config import ModelConfig, MoeConfig
-from exporter.lowering import standard
+from exporter.lowering import plugin, standard
 from exporter.trace import trace
 from exporter.variants import VARIANTS
 from exporter.weights import Traced, output_bytes
@@ -65,8 +65,14 @@ def lower_standard(traced: Traced, spec: BuildSpec) -> Traced:
     return standard.lower(traced, standard.StandardOptions(quantized, spec.tensorrt.quantize_head))
 
 
+def lower_plugin(traced: Traced, spec: BuildSpec) -> Traced:
+    quantized = spec.precision if spec.precision in get_args(standard.WeightFormat) else None
+    return plugin.lower(traced, plugin.PluginOptions(quantized, int8_cache=spec.cache_type == "INT8"))
+
+
 def tensorrt_spec(precision: str, **options: Any) -> BuildSpec:
-    return BuildSpec(target=Target.TENSORRT, precision=Precision(precision), **options)
+    """Of the flavour without plugins."""
+    return BuildSpec(target=Target.TENSORRT_RTX, precision=Precision(precision), **options)
 
 
 def cpu(**options: Any) -> tuple[BuildSpec, Lower]:
@@ -74,7 +80,11 @@ def cpu(**options: Any) -> tuple[BuildSpec, Lower]:
 
 
 def tensorrt(**options: Any) -> tuple[BuildSpec, Lower]:
-    return BuildSpec(target=Target.TENSORRT, max_context=CONTEXT, **options), lower_standard
+    return BuildSpec(target=Target.TENSORRT_RTX, max_context=CONTEXT, **options), lower_standard
+
+
+def with_plugins(**options: Any) -> tuple[BuildSpec, Lower]:
+    return BuildSpec(target=Target.TENSORRT, max_context=CONTEXT, **options), lower_plugin
 
 
 def on_cuda(**options: Any) -> tuple[BuildSpec, Lower]:
@@ -99,6 +109,9 @@ FORMS: dict[str, tuple[BuildSpec, Lower]] = {
     "tensorrt-int4": tensorrt(precision="int4"),
     "tensorrt-int4-head": tensorrt(precision="int4", tensorrt=TensorRtOptions(quantize_head=True)),
     "tensorrt-fp8": tensorrt(precision="fp8"),
+    "plugin-fp16": with_plugins(precision="fp16"),
+    "plugin-int8": with_plugins(precision="int8", tensorrt=TensorRtOptions(kv_precision="int8")),
+    "plugin-int4": with_plugins(precision="int4"),
 }
 
 
@@ -207,6 +220,25 @@ def test_cache_is_what_the_runtime_allocates(name: str, target: str, dtype: str)
     assert footprint(config, spec).cache_bytes == cache.nbytes
 
 
+def test_an_int8_cache_is_what_the_runtime_allocates() -> None:
+    config = cut(VARIANTS[KINDS[1]], 2)
+    options = TensorRtOptions(kv_precision="int8")
+    spec = BuildSpec(target=Target.TENSORRT, max_context=700, max_batch=3, tensorrt=options)
+    capacity = cache_capacity(700, spec.prefill_chunk)
+    shape = ("B", config.num_key_value_heads, capacity, config.head_dim)
+    tensors = [
+        tensor
+        for i in range(2)
+        for part in ("key", "value")
+        for tensor in (
+            IoTensor(f"past_key_values.{i}.{part}", "int8", shape),
+            IoTensor(f"past_key_values.{i}.{part}_scale", "float16", shape[:3]),
+        )
+    ]
+    cache = KvCache(tensors, max_batch=3, max_capacity=capacity)
+    assert footprint(config, spec).cache_bytes == cache.nbytes
+
+
 def tiny(**changes: Any) -> ModelConfig:
     values: dict[str, Any] = {
         "model_type": "qwen2",
@@ -281,6 +313,14 @@ def test_experts_count_with_all_tokens_where_all_of_them_run() -> None:
     assert more == 2 * 64 * 32 * (32 + 64)
     own = BuildSpec(precision="int4", prefill_chunk=64)  # type: ignore[arg-type]
     assert activation_bytes(tiny_moe(16), own) == activation_bytes(tiny_moe(8), own)
+
+
+def test_plugins_keep_no_mask_no_window_and_run_chosen_experts_alone() -> None:
+    """64 tokens of four chosen experts: their inner activations [64 x 4, 32] fp16 and results [64 x 4, 64] fp32."""
+    spec = BuildSpec(target=Target.TENSORRT, max_context=192, prefill_chunk=64)
+    always = 4 * 64 * 64 + 4 * 1000
+    assert activation_bytes(tiny_moe(64, 4), spec) == always + 2 * 64 * (64 + 4 * 32) + 4 * 64 * 4 * 64
+    assert activation_bytes(tiny(), spec) == always + 2 * 64 * (64 + 6 * 128)
 
 
 @pytest.mark.parametrize("config", [tiny(intermediate_size=16), tiny_moe()], ids=["dense", "experts"])

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from engines.devices import DEVICES
 from engines.footprint import footprint
-from engines.planner import Plan, largest_batch, longest_context, plan, plans
+from engines.planner import Plan, largest_batch, longest_context, plan, plans, refusal_of
 from engines.spec import BuildSpec, Precision, Target
+from engines.tensorrt_options import TensorRtOptions
 from exporter.lowering import standard
 from exporter.trace import trace
 from exporter.variants import VARIANTS
@@ -155,6 +156,27 @@ def test_experts_are_not_quantized_for_tensorrt(precision: str) -> None:
     with pytest.raises(ExportError, match="QwenMoE plugin"):  # the build says the same
         traced = trace(VARIANTS["qwen1.5-moe-a2.7b"], ir.DataType.FLOAT16)
         standard.lower(traced, standard.StandardOptions(precision))
+
+
+def test_plugins_read_quantized_experts() -> None:
+    fp16, int8, int4, fp8 = (
+        refusal_of(VARIANTS["qwen1.5-moe-a2.7b"], spec_of(precision, max_context=512), DEVICES["agx-orin-64gb"])
+        for precision in ("fp16", "int8", "int4", "fp8")
+    )
+    assert (fp16, int8, int4) == (None, None, None)
+    assert fp8 is not None and "SM 8.9" in fp8
+    on_thor = refusal_of(VARIANTS["qwen1.5-moe-a2.7b"], spec_of("fp8", max_context=512), DEVICES["agx-thor-128gb"])
+    assert on_thor == "fp8 experts don't exist in the plugin; int8 is as small"
+
+
+def test_an_int8_cache_leaves_room_for_a_longer_context() -> None:
+    own, int8 = (
+        planned("qwen1.5-7b", "orin-nx-16gb", spec_of("int4", tensorrt=TensorRtOptions(kv_precision=kv_precision)))
+        for kv_precision in ("auto", "int8")
+    )
+    assert int8.footprint.cache_bytes == own.footprint.cache_bytes * (128 + 2) // 256  # codes and a scale of 128
+    assert own.longest_context < int8.longest_context
+    assert int8.ceiling is not None and own.ceiling is not None and int8.ceiling > own.ceiling
 
 
 def test_the_ceiling_is_bandwidth_over_bytes_of_a_step() -> None:

@@ -1,4 +1,7 @@
-"""The `tensorrt` target on a strict double of its module: the real one needs a GPU and was not run."""
+"""The `tensorrt` target on a strict double of its module: the real one needs a GPU and was not run.
+
+Without plugins here; those have tests/engines/test_tensorrt_plugins.py.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def build(checkpoint: Path, out: Path, *, max_batch: int = 1, **options: Any) ->
         max_context=192,
         prefill_chunk=64,
         max_batch=max_batch,
-        tensorrt=TensorRtOptions(**options),
+        tensorrt=TensorRtOptions(attention="native", **options),
     )
     return build_bundle(checkpoint, spec, out).manifest
 

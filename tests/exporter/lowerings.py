@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from exporter.checkpoint import open_checkpoint
-from exporter.lowering import ort, standard
+from exporter.lowering import ort, plugin, standard
 from exporter.save import DATA_FILE, save_graph
 from exporter.trace import trace
 from exporter.weights import Traced, stitch
@@ -16,6 +16,7 @@ from exporter.weights import Traced, stitch
 LOWERINGS: dict[str, Callable[[Traced], Traced]] = {
     "traced": lambda traced: traced,  # our own ops, run through their model-local definitions
     "standard": standard.lower,
+    "plugin": plugin.lower,  # both plugins, run through their model-local functions
     "ort": ort.lower,
 }
 

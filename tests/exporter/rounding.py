@@ -14,11 +14,11 @@ INT8_UNIT, FP8_UNIT = 2.0**-12, 2.0**-14
 SMALLEST = 2.0**-24  # of float16
 
 
-def rounded_model(model: Any, form: str) -> Any:
+def rounded_model(model: Any, form: str, *, rounds_rotary: bool = True) -> Any:
     """A copy of a transformers model, fp32, that holds the values of `form`: fp16, bf16, int8, int4 or fp8.
 
     Projections take the form, and everything that isn't a norm the compute type: bf16 for itself, else fp16. So do the
-    rotary tables.
+    rotary tables, unless a plugin reads them.
     """
     compute = torch.bfloat16 if form == "bf16" else torch.float16
     result = copy.deepcopy(model)
@@ -32,6 +32,8 @@ def rounded_model(model: Any, form: str) -> Any:
             parameter.copy_(values)
     rotary = result.model.rotary_emb
     tables = rotary.forward
+    if not rounds_rotary:
+        return result
 
     def rounded_tables(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         return tuple(table.to(compute).float() for table in tables(*args, **kwargs))
@@ -40,9 +42,19 @@ def rounded_model(model: Any, form: str) -> Any:
     return result
 
 
-def int8(weight: torch.Tensor) -> torch.Tensor:
+def rounded_experts(model: Any, form: str) -> Any:
+    """The model with its routed experts [E, N, K] in a form of the QwenMoE plugin, in place: int8 or int4."""
+    for name, parameter in model.named_parameters():
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            rows = parameter.data.reshape(-1, parameter.shape[-1])
+            rounded = int8(rows, unit=1.0) if form == "int8" else int4(rows)
+            parameter.data.copy_(rounded.reshape(parameter.shape))
+    return model
+
+
+def int8(weight: torch.Tensor, unit: float = INT8_UNIT) -> torch.Tensor:
     """One scale a row: the largest magnitude is code 127."""
-    scale = _channel_scale(weight, 127, INT8_UNIT)
+    scale = _channel_scale(weight, 127, unit)
     return (weight / scale).round().clamp(-127, 127) * scale
 
 

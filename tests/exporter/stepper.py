@@ -15,6 +15,7 @@ _NUMPY = {
     onnx.TensorProto.FLOAT: np.float32,
     onnx.TensorProto.FLOAT16: np.float16,
     onnx.TensorProto.BFLOAT16: ml_dtypes.bfloat16,
+    onnx.TensorProto.INT8: np.int8,
 }
 
 
@@ -41,7 +42,8 @@ class Stepper:
             if value.name.startswith("past_key_values."):
                 dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
                 dtype = _NUMPY[value.type.tensor_type.elem_type]
-                self.cache[value.name] = np.full((rows, dims[1], capacity, dims[3]), fill, dtype)
+                content = np.iinfo(np.int8).max if dtype == np.int8 and np.isnan(fill) else fill
+                self.cache[value.name] = np.full((rows, dims[1], capacity, *dims[3:]), content, dtype)
 
     def step(self, tokens: Sequence[Sequence[int]], pad: int = 0) -> NDArray[np.float32]:
         """Appends tokens (one list a row, [] for an idle row), right-padded; returns logits [B, V]."""

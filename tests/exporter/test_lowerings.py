@@ -120,12 +120,14 @@ def test_a_row_does_not_depend_on_what_other_rows_hold(case, lowering, exported)
         stepper = Stepper(onnx_file, rows=2, capacity=24)
         stepper.step([mine[:5], random_ids(model, 5, seed)])
         results.append(stepper.step([[mine[5]], [seed]])[0])
-    np.testing.assert_array_equal(results[0], results[1])
+    # QwenMoE's definition multiplies all tokens of an expert at once, and BLAS sums by the shape; the kernels don't.
+    bound = 1e-5 if (case, lowering) == ("moe", "plugin") else 0
+    np.testing.assert_allclose(results[0], results[1], atol=bound, rtol=0)
 
 
 # Attention of the standard ops multiplies masked slots by a zero weight, and 0 x NaN is NaN: the runtime zero-fills.
-# GroupQueryAttention reads no further than a row's length.
-SURVIVES_NAN = {"traced": False, "standard": False, "ort": True}
+# GroupQueryAttention and QwenGQA read no further than a row's length.
+SURVIVES_NAN = {"traced": False, "standard": False, "plugin": True, "ort": True}
 
 
 @pytest.mark.parametrize("fill", [65504.0, float("nan")])

@@ -57,7 +57,9 @@ TENSORRT: dict[str, Any] = {
     "weight_bytes": 100,
     "cache_bytes": 100,
     "activation_bytes_estimated": 0,
+    "plugins": None,
 }
+PLUGINS = {"file": "model.onnx", "sha256": SHA256, "in_engine": False, "ops": ["QwenGQA"]}
 REMOVED = object()
 
 # (what, path, value, accepted)
@@ -70,6 +72,15 @@ EDITS: list[tuple[str, list[str | int], Any, bool]] = [
     ("facts of TensorRT for the GPU that built it", ["tensorrt"], TENSORRT | {"compute_capabilities": []}, True),
     ("facts of TensorRT with a key too many", ["tensorrt"], TENSORRT | {"sm": "8.9"}, False),
     ("a compute capability without a dot", ["tensorrt"], TENSORRT | {"compute_capabilities": ["89"]}, False),
+    ("plugins of TensorRT", ["tensorrt"], TENSORRT | {"plugins": PLUGINS}, True),
+    ("a plugin library of another hash", ["tensorrt"], TENSORRT | {"plugins": PLUGINS | {"sha256": "0" * 64}}, False),
+    ("a plugin library that isn't a file", ["tensorrt"], TENSORRT | {"plugins": PLUGINS | {"file": "x.so"}}, False),
+    (
+        "plugins without a hash",
+        ["tensorrt"],
+        TENSORRT | {"plugins": {"file": "model.onnx", "in_engine": False, "ops": []}},
+        False,
+    ),
     ("negative weights", ["tensorrt"], TENSORRT | {"weight_bytes": -1}, False),
     ("a list in the place of facts", ["tensorrt"], [], False),
     ("a fixed capacity", ["inputs", 1, "shape", 2], 33280, True),

@@ -1,6 +1,7 @@
 """The TensorRT backend on a GPU: whichever flavours are installed, with tiny engines built here.
 
-Without a GPU the same logic is tested on doubles (tests/runtime/backends/test_tensorrt.py).
+Without a GPU the same logic is tested on doubles (tests/runtime/backends/test_tensorrt.py). TensorRT's own layers;
+those of plugins have tests/gpu/test_tensorrt_plugins.py.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def build(checkpoint: Path, out: Path, target: str, device: Device) -> None:
         max_context=CONTEXT,
         max_batch=ROWS,
         prefill_chunk=CHUNK,
-        tensorrt=TensorRtOptions(compute_capabilities=capabilities),
+        tensorrt=TensorRtOptions(compute_capabilities=capabilities, attention="native", moe="native"),
     )
     build_bundle(checkpoint, spec, out)
 

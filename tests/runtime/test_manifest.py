@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from runtime.manifest import (
     IoTensor,
     Manifest,
     ModelFacts,
+    PluginFacts,
     Profile,
     TensorRtFacts,
 )
@@ -65,6 +67,7 @@ tensorrt_facts = st.builds(
     weight_bytes=st.integers(0, 2**63 - 1),
     cache_bytes=st.integers(0, 2**63 - 1),
     activation_bytes_estimated=st.integers(0, 2**63 - 1),
+    plugins=st.none(),
 )
 
 
@@ -81,6 +84,7 @@ def unique_tensors() -> st.SearchStrategy[tuple[IoTensor, ...]]:
     outputs=unique_tensors(),
     profile_list=st.lists(profiles, max_size=3).map(tuple),
     tensorrt=st.none() | tensorrt_facts,
+    in_engine=st.none() | st.booleans(),
     versions=st.dictionaries(st.text(), st.text(), max_size=3),
 )
 def test_json_round_trip(
@@ -92,8 +96,12 @@ def test_json_round_trip(
     outputs: tuple[IoTensor, ...],
     profile_list: tuple[Profile, ...],
     tensorrt: TensorRtFacts | None,
+    in_engine: bool | None,
     versions: dict[str, str],
 ) -> None:
+    if tensorrt is not None and in_engine is not None:
+        name, entry = next(iter(files.items()))
+        tensorrt = replace(tensorrt, plugins=PluginFacts(name, entry.sha256, in_engine, ("QwenGQA",)))
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         model=model,

@@ -55,6 +55,10 @@ def test_a_dry_run_shows_and_writes_nothing(run: Run, tmp_path: Path) -> None:
         (("--target", "tensorrt-rtx", "--timing-cache", "x"), 2, "tensorrt-rtx doesn't take timing_cache: it times no"),
         (("--target", "tensorrt-rtx", "--precision", "fp8", "--compute-capability", "8.6"), 2, "fp8 needs compute"),
         (("--target", "tensorrt-rtx", "--optimization-level", "6"), 2, "6 is not in the range 0<=x<=5"),
+        (("--target", "tensorrt-rtx", "--attention", "plugin"), 2, "TensorRT-RTX has no plugin layers"),
+        (("--target", "tensorrt", "--moe", "fast"), 2, "moe 'fast' doesn't exist; accepted: plugin, native"),
+        (("--target", "tensorrt-rtx", "--plugin-library", "x.so"), 2, "doesn't take plugin_library: it has no plugin"),
+        (("--kv-precision", "int8"), 2, "target cpu takes no TensorRT options"),
         (("--random-weights",), 2, "--random-weights goes with a variant's name"),
     ],
 )

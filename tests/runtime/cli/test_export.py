@@ -27,6 +27,14 @@ def test_a_checkpoint_gives_graph_and_weights(run: Run, checkpoint: Path, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["graph"]
 
 
+def test_the_plugin_lowering_carries_its_definitions(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    result = run("export", checkpoint, "-o", tmp_path / "graph", "--lowering", "plugin", "--precision", "int8")
+    assert result.exit_code == 0, result.stderr
+    model = onnx.load(tmp_path / "graph" / "model.onnx", load_external_data=False)
+    assert [function.name for function in model.functions] == ["QwenGQA"]
+    assert "key_positions" not in {value.name for value in model.graph.input}
+
+
 def test_a_variant_gives_the_graph_alone(run: Run, tmp_path: Path) -> None:
     result = run("export", "qwen1.5-0.5b", "-o", tmp_path / "graph", "--precision", "bf16", "--json")
     assert result.exit_code == 0, result.stderr
@@ -45,6 +53,7 @@ def test_a_variant_gives_the_graph_alone(run: Run, tmp_path: Path) -> None:
             "lowering standard has no precision 'w8a8'; what exists: standard: fp32, fp16, bf16, int8, int4, fp8",
         ),
         (("--precision", "int4", "--block-size", "32"), "the standard lowering is symmetric and chooses its blocks"),
+        (("--lowering", "plugin", "--asymmetric"), "the plugin lowering is symmetric and chooses its blocks"),
         (("--max-context", "100000"), "more than the model's 512"),
     ],
 )

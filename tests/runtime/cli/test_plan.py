@@ -99,6 +99,14 @@ def test_bytes_are_those_of_the_built_bundle(run: Run, checkpoint: Path, bundle:
         assert plan["cache_bytes"] == engine.cache.nbytes
 
 
+def test_an_int8_cache(run: Run) -> None:
+    arguments = ("qwen1.5-7b", "--device", "agx-orin-64gb", "--target", "tensorrt")
+    (own,), (int8,) = planned(run, *arguments), planned(run, *arguments, "--kv-precision", "int8")
+    assert (own["kv_precision"], int8["kv_precision"]) == ("auto", "int8")
+    assert int8["cache_bytes"] * 256 == own["cache_bytes"] * 130  # heads of 128: a byte each, and a scale of two
+    assert int8["weight_bytes"] == own["weight_bytes"]
+
+
 def test_a_gguf_file(run: Run, tmp_path: Path) -> None:
     save_gguf(tmp_path / "tiny.gguf", tiny_model(tiny_config()), "qwen2")
     (plan,) = planned(run, tmp_path / "tiny.gguf", "--device", "l4")
@@ -115,6 +123,8 @@ def test_a_gguf_file(run: Run, tmp_path: Path) -> None:
         (("--context", "0"), 2, "max_context is 0; it must be at least 1"),
         (("--batch", "0"), 2, "max_batch is 0; it must be at least 1"),
         (("--precision", "fp7"), 2, "precision 'fp7' doesn't exist; what exists: cpu: fp32, int8, int4"),
+        (("--target", "tensorrt-rtx", "--kv-precision", "int8"), 2, "kv_precision int8 needs the plugin's attention"),
+        (("--kv-precision", "int2"), 2, "kv_precision 'int2' doesn't exist; accepted: auto, fp16, bf16, int8"),
         (("--target", "npu"), 2, "target 'npu' doesn't exist; what exists: cpu: fp32"),
         (("--target", "cpu", "--precision", "fp16"), 2, "target cpu with precision fp16 doesn't exist"),
     ],

@@ -1,0 +1,61 @@
+"""The library of the project's TensorRT plugins: where a build finds it, and how it gets into a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from engines.spec import BuildSpec
+from engines.tensorrt_options import TensorRtOptions
+from engines.write_folder import explained
+from qwen_aot_errors import BuildError
+
+PLUGIN_LIBRARY = "libqwen_aot_plugins.so"  # as `python -m plugins.library` writes it, and its name in a bundle
+ENVIRONMENT = "QWEN_AOT_PLUGIN_LIBRARY"  # names it where the option doesn't
+
+
+def find_plugin_library(options: TensorRtOptions) -> Path:
+    """The library that the option names, or else the environment.
+
+    Raises:
+        BuildError: there is none; says how to build it.
+    """
+    named = options.plugin_library or os.environ.get(ENVIRONMENT)
+    build = (
+        f"build it with `python -m plugins.library -o FOLDER` and name it with --plugin-library "
+        f"FOLDER/{PLUGIN_LIBRARY} or in {ENVIRONMENT}, or do without it: --attention native --moe native"
+    )
+    if not named:
+        raise BuildError(f"the plugins of target tensorrt need their library, and none is named; {build}")
+    path = Path(named).expanduser().resolve()
+    if not path.is_file():
+        raise BuildError(f"the plugin library {path} doesn't exist; {build}")
+    return path
+
+
+def copy_plugin_library(library: Path, folder: Path) -> Path:
+    """Copies it into a bundle under construction; returns the copy.
+
+    Raises:
+        BuildError: it can't be read or written.
+    """
+    copy = folder / PLUGIN_LIBRARY
+    with explained(copy):
+        shutil.copyfile(library, copy)
+    return copy
+
+
+def sha256_of(library: Path) -> str:
+    """Of the file's content, in lower-case hex digits."""
+    with library.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_serialized(spec: BuildSpec) -> bool:
+    """Whether the engine holds the library: version-compatible engines can, which carry code of TensorRT's own too.
+
+    Source: TensorRT's documentation, "Plugin Shared Libraries".
+    """
+    return spec.tensorrt.version_compatible
