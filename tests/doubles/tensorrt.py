@@ -110,13 +110,11 @@ class _Counted:
         """What is checked when the object ends; raises nothing, for Python would swallow it."""
 
 
-class PluginRegistry(_Counted):
-    """A runtime's own; it ends with its runtime at the latest."""
-
-    kind = "registry"
+class PluginRegistry:
+    """A runtime's own, and a part of it."""
 
     def __init__(self, gpu: Gpu, logger: ILogger) -> None:
-        super().__init__(gpu)
+        self.gpu = gpu
         self._logger = logger
         self.contents: list[bytes] = []
 
