@@ -91,11 +91,9 @@ def _geforce(
 
 DEVICES: Mapping[str, Device] = {
     # 128-bit LPDDR5 at 6,400 MT/s in the Super power modes of JetPack 6.1 and later (25 W, MAXN SUPER). Without them,
-    # as first sold, the same module gives 68 GB/s. Jetson Orin Nano Super Developer Kit data sheet, whose 67 sparse int8
-    # TOPS at 1,020 MHz are 16.7 dense fp16 TFLOPS. L2: as CUDA reports it for this module.
-    "orin-nano-8gb": _jetson(
-        "Jetson Orin Nano 8 GB (Super)", (8, 7), 8, 102e9, Compute(8, 1.02e9, 16.7e12, 2 << 20)
-    ),
+    # as first sold, the same module gives 68 GB/s. Jetson Orin Nano Super Developer Kit data sheet, whose 67 sparse
+    # int8 TOPS at 1,020 MHz are 16.7 dense fp16 TFLOPS. L2: as CUDA reports it for this module.
+    "orin-nano-8gb": _jetson("Jetson Orin Nano 8 GB (Super)", (8, 7), 8, 102e9, Compute(8, 1.02e9, 16.7e12, 2 << 20)),
     # 128-bit LPDDR5 at 6,400 MT/s. Jetson Orin NX series data sheet, DS-10712-001.
     "orin-nx-16gb": _jetson("Jetson Orin NX 16 GB", (8, 7), 16, 102.4e9),
     # 256-bit LPDDR5 at 6,400 MT/s. Jetson AGX Orin series technical brief, whose 170 sparse int8 TOPS of the GPU at
@@ -112,8 +110,8 @@ DEVICES: Mapping[str, Device] = {
     "rtx-5090": _geforce("GeForce RTX 5090", (12, 0), 32, 1792e9),
     # 192-bit GDDR6 at 12.5 Gb/s. NVIDIA L4 data sheet. Assumed reserve: a sixteenth for ECC, which is on as shipped and
     # kept in the same memory, and 0.5 GiB for the driver and a CUDA context. Of TensorRT-RTX's table it has the
-    # capability, but it isn't among the RTX cards that the table names, so full TensorRT is the default. 242 sparse fp16
-    # TFLOPS are 121 dense; 30.3 fp32 TFLOPS at 2.04 GHz are 58 SMs. 72 W rarely allow that clock.
+    # capability, but it isn't among the RTX cards that the table names, so full TensorRT is the default. 242 sparse
+    # fp16 TFLOPS are 121 dense; 30.3 fp32 TFLOPS at 2.04 GHz are 58 SMs. 72 W rarely allow that clock.
     "l4": Device(
         "NVIDIA L4",
         (8, 9),

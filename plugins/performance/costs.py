@@ -45,9 +45,8 @@ class Cost:
         useful_flops: What of all products is of valid tokens and heads.
         conversions: Integers that are converted to floating point, each counted once a tile.
         steps: Of the loop over K or over slots, in the program that has most.
-        live_bytes: Of what programs that run at the same time read again and again, for one head: keys and values
-            under prefill; else 0.
-        readers: Programs that read them.
+        live_bytes: Keys and values of one row and head under prefill, which several programs read; else 0.
+        readers: Programs that read them, those of a group's query heads together.
         splits: Parts that decode divides a row into.
     """
 
