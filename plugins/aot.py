@@ -85,7 +85,7 @@ def _write(path: Path, data: bytes) -> None:
     os.replace(file.name, path)
 
 
-def _tool(name: str, *arguments: str) -> str:
+def cuda_tool(name: str, *arguments: str) -> str:
     """Output of one of the CUDA tools that come with triton."""
     import triton
 
@@ -95,11 +95,11 @@ def _tool(name: str, *arguments: str) -> str:
 
 def measure(cubin: Path) -> Resources:
     """Reads a cubin's resource usage and machine code with `cuobjdump`."""
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "--dump-resource-usage", str(cubin)))
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", cuda_tool("cuobjdump", "--dump-resource-usage", str(cubin)))
     if usage is None:
         raise BuildError(f"cuobjdump reports no resource usage for {cubin}")
     registers, stack = map(int, usage.groups())
-    return Resources(registers, stack, len(_TENSOR_CORE.findall(_tool("cuobjdump", "--dump-sass", str(cubin)))))
+    return Resources(registers, stack, len(_TENSOR_CORE.findall(cuda_tool("cuobjdump", "--dump-sass", str(cubin)))))
 
 
 def compile_variant(sm: str, variant: Variant, folder: Path) -> dict[str, Any]:

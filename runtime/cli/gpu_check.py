@@ -83,6 +83,7 @@ def plan(machine: Mapping[str, Any], model: str, folder: Path) -> list[Step]:
         Step(gpu, False, lambda: _find_gpu(machine)),
         Step(REFERENCE, False, lambda: _build_reference(model, folder), needs=(gpu,)),
         Step("gpu tests", True, _run_tests, needs=(gpu,)),
+        Step("measure plugin kernels", True, _measure_kernels, needs=(gpu,)),
     ]
     for target in FLAVOURS:
         steps += _steps_of(target, model, folder, gpu)
@@ -238,6 +239,25 @@ def _run_tests(tests: Path = TESTS) -> Mapping[str, Any]:
         raise Failure(f"pytest exited with {done.returncode}", details)
     if " passed" not in output:
         raise Skip(f"every gpu test skipped itself: {output[-2000:]}")
+    return details
+
+
+def _measure_kernels(tests: Path = TESTS) -> Mapping[str, Any]:
+    """The benchmark of the plugins' kernels, in a process of its own."""
+    if not tests.is_dir():
+        raise Skip("the benchmark isn't here (a wheel has none): run this from a clone of the repository")
+    for module in ("torch", "triton"):
+        if importlib.util.find_spec(module) is None:
+            raise Skip(f"{module} isn't installed: pip install 'qwen-aot[dev]'")
+    arguments = [sys.executable, "-m", "tests.bench.plugin_kernels", "--model", "qwen1.5-0.5b"]
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=TEST_SECONDS, check=False, cwd=tests.parent
+    )
+    details = {"exit_code": done.returncode, "output": (done.stdout + done.stderr)[-20_000:]}
+    if "no CUDA device" in done.stderr or "--device" in done.stderr:
+        raise Skip(done.stderr.strip())
+    if done.returncode != 0:
+        raise Failure(f"the benchmark exited with {done.returncode}", details)
     return details
 
 

@@ -34,6 +34,24 @@ def test_memory_bandwidth_and_capability(key: str) -> None:
     assert device.capability == capability
 
 
+# SMs, Hz, fp16 multiply-adds of one SM's tensor cores in a cycle (half of Ampere's on GeForce cards with fp32 sums).
+COMPUTE = {
+    "orin-nano-8gb": (8, 1.02e9, 1024),
+    "agx-orin-64gb": (16, 1.3e9, 1024),
+    "rtx-4090": (128, 2.52e9, 256),
+    "l4": (58, 2.04e9, 512),
+}
+
+
+def test_tensor_throughput_is_that_of_the_sms() -> None:
+    assert {key for key, device in DEVICES.items() if device.compute is not None} == set(COMPUTE)
+    for key, (sm_count, clock, products) in COMPUTE.items():
+        compute = DEVICES[key].compute
+        assert compute is not None
+        assert (compute.sm_count, compute.clock_hz) == (sm_count, clock)
+        assert compute.tensor_flops == pytest.approx(2 * products * sm_count * clock, rel=0.005)
+
+
 @pytest.mark.parametrize("key", DEVICES)
 def test_what_is_reserved_is_a_small_part(key: str) -> None:
     device = DEVICES[key]

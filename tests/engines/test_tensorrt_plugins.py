@@ -85,6 +85,14 @@ def build(checkpoint: Path, out: Path, precision: str = "fp16", **options: Any) 
     return build_bundle(checkpoint, spec, out).manifest
 
 
+def test_a_version_without_the_standard_graphs_layers_takes_the_plugins(
+    trt: ModuleType, checkpoint: Path, tmp_path: Path, library: Path
+) -> None:
+    del trt.LayerType.KV_CACHE_UPDATE, trt.LayerType.ATTENTION_INPUT
+    manifest = build(checkpoint, tmp_path / "bundle", plugin_library=library)
+    assert manifest.tensorrt is not None and manifest.tensorrt.plugins == FACTS
+
+
 @pytest.mark.usefixtures("trt")
 def test_attention_is_a_plugin_and_the_bundle_holds_its_library(
     checkpoint: Path, library: Path, parsed: list[onnx.ModelProto], tmp_path: Path

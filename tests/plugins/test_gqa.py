@@ -125,7 +125,7 @@ def test_int8_scale_of_a_head_of_zeros_and_of_huge_values(device):
 def test_a_request_that_nothing_serves_is_printed():
     step = GqaStep(lengths=[(0, 1)], steps=1, group=17)
     message = (
-        r"no variant of gqa_decode for SM 8.9 serves dtype=fp16, cache=same, head_dim=64, group=17; there are: .*g2_16"
+        f"no variant of gqa_decode for SM {SM} serves dtype=fp16, cache=same, head_dim=64, group=17; there are: .*g2_16"
     )
     with pytest.raises(BuildError, match=message):
         step.prepare(torch.device("cpu"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from engines.engine_reference import EngineReference
 from engines.spec import BuildSpec
@@ -127,6 +128,15 @@ def test_the_gpu_tests_run_in_a_process_of_their_own(body: str | None, outcome: 
 def test_a_wheel_has_no_tests(tmp_path: Path) -> None:
     with pytest.raises(Skip, match="run this from a clone"):
         gpu_check._run_tests(tmp_path / "none")
+
+
+def test_the_kernels_benchmark_runs_in_a_clone_with_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(Skip, match="run this from a clone"):
+        gpu_check._measure_kernels(tmp_path / "none")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(Skip, match="no CUDA device: a GPU, its driver and a CUDA build of torch are needed"):
+        gpu_check._measure_kernels()
 
 
 def test_an_engine_as_reference_gives_the_logits_of_every_position(bundle: Path) -> None:

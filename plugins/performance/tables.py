@@ -1,0 +1,264 @@
+"""The tables of docs/plugins-performance.md: the model of published shapes on the devices that it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from engines.devices import DEVICES
+from exporter.config import ModelConfig
+from exporter.variants import VARIANTS
+from plugins.performance.bounds import Bound, Gpu, bound, occupancy
+from plugins.performance.costs import Cost, attention_costs, even_counts, expert_costs
+from plugins.performance.resources import resources_of
+from plugins.variants import WEIGHT_BITS
+from qwen_aot_errors import BuildError
+
+GPUS = ("orin-nano-8gb", "agx-orin-64gb", "rtx-4090", "l4")  # keys of engines.devices.DEVICES
+MODELS = ("qwen1.5-0.5b", "qwen1.5-7b", "qwen1.5-32b", "qwen1.5-moe-a2.7b")
+CAPACITY = 32768  # of the cache, in tokens
+TOKENS = (1, 8, 512)  # of experts' steps
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of attention: rows, new tokens of each, and tokens that each row's cache holds before."""
+
+    batch: int
+    new: int
+    cached: int
+
+    @property
+    def name(self) -> str:
+        """For a table."""
+        if self.new == 1:
+            return f"decode {self.batch} × {self.cached + 1}"
+        return f"prefill {self.new} over {self.cached}"
+
+
+# Decode of 1 and 8 rows that then hold 512, 4,096 and 32,768 tokens, and prefill of one row.
+STEPS = (
+    *(Step(batch, 1, length - 1) for batch in (1, 8) for length in (512, 4096, 32768)),
+    Step(1, 512, 0),
+    Step(1, 512, 4096),
+)
+
+
+def gpu_of(device: str) -> Gpu:
+    """A device of `engines.devices` as the model sees it.
+
+    Raises:
+        BuildError: What its GPU computes isn't listed there.
+    """
+    facts = DEVICES[device]
+    if facts.compute is None:
+        raise BuildError(f"what {facts.name} computes isn't listed in engines/devices.py; accepted: {', '.join(GPUS)}")
+    compute = facts.compute
+    return Gpu(
+        sm=facts.capability_name,
+        sm_count=compute.sm_count,
+        clock_hz=compute.clock_hz,
+        bytes_per_second=facts.bytes_per_second,
+        tensor_flops=compute.tensor_flops,
+        l2_bytes=compute.l2_bytes,
+    )
+
+
+def attention(gpu: Gpu, config: ModelConfig, step: Step, cache: str) -> list[Cost]:
+    """The launches of one layer's attention."""
+    return attention_costs(
+        gpu.sm,
+        gpu.sm_count,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        batch=step.batch,
+        new=step.new,
+        cached=step.cached,
+        capacity=CAPACITY,
+        cache=cache,
+    )
+
+
+def experts(gpu: Gpu, config: ModelConfig, num_tokens: int, bits: int) -> list[Cost]:
+    """The launches of one layer's experts, tokens spread over experts as evenly as can be."""
+    moe = config.moe
+    assert moe is not None
+    k = moe.num_experts_per_tok
+    return expert_costs(
+        gpu.sm,
+        counts=even_counts(num_tokens, k, moe.num_experts),
+        num_tokens=num_tokens,
+        k=k,
+        hidden_size=config.hidden_size,
+        inner_size=moe.moe_intermediate_size,
+        bits=bits,
+    )
+
+
+def _bound(gpu: Gpu, cost: Cost) -> Bound:
+    return bound(gpu, cost, resources_of(gpu.sm, cost.variant))
+
+
+def _cell(gpu: Gpu, cost: Cost) -> str:
+    """Microseconds, and what they are bounded by."""
+    found = _bound(gpu, cost)
+    return f"{_number(found.seconds * 1e6)} {found.reason[0]}"
+
+
+def _fill(gpu: Gpu, cost: Cost) -> str:
+    """Programs, waves and occupancy."""
+    filled = occupancy(gpu, cost, resources_of(gpu.sm, cost.variant))
+    return f"{cost.working}, {filled.waves:.2f}, {100 * filled.warps:.0f} %"
+
+
+def _number(value: float) -> str:
+    """Three digits."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _table(header: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def attention_bytes() -> str:
+    """What attention moves and computes, with the tiles and parts of an L4."""
+    gpu = gpu_of("l4")
+
+    def rows() -> Iterator[Sequence[str]]:
+        for model in MODELS:
+            for step in STEPS:
+                rotate, attend, *rest = attention(gpu, VARIANTS[model], step, "same")
+                _, attend_int8, *_ = attention(gpu, VARIANTS[model], step, "int8")
+                yield (
+                    model.removeprefix("qwen1.5-"),
+                    step.name,
+                    *(_number(cost.distinct_bytes / 1e6) for cost in (rotate, attend, attend_int8)),
+                    _number(attend.requested_bytes / attend.distinct_bytes),
+                    _number(rest[0].distinct_bytes / 1e6) if rest else "–",
+                    _number(attend.useful_flops / 1e9),
+                    _number(attend.tensor_flops / 1e9) if attend.tensor_flops else "–",
+                )
+
+    header = "model, step, rotate MB, attend MB, int8 cache MB, asked of L2, reduce MB, GFLOP, issued to tensor cores"
+    return _table(header.split(", "), rows())
+
+
+def attention_bounds(device: str) -> str:
+    """What bounds attention on a device, and what its launches fill."""
+    gpu = gpu_of(device)
+
+    def rows() -> Iterator[Sequence[str]]:
+        for model in MODELS:
+            for step in STEPS:
+                rotate, attend, *rest = attention(gpu, VARIANTS[model], step, "same")
+                _, attend_int8, *_ = attention(gpu, VARIANTS[model], step, "int8")
+                yield (
+                    model.removeprefix("qwen1.5-"),
+                    step.name,
+                    _cell(gpu, rotate),
+                    _cell(gpu, attend),
+                    _fill(gpu, attend),
+                    _cell(gpu, attend_int8),
+                    _fill(gpu, attend_int8),
+                    _cell(gpu, rest[0]) if rest else "–",
+                )
+
+    fill = "programs, waves, occupancy"
+    return _table(["model", "step", "rotate", "attend", fill, "attend, int8 cache", fill, "reduce"], rows())
+
+
+def expert_bytes() -> str:
+    """What the experts of one layer of MoE-A2.7B move and compute."""
+    gpu, config = gpu_of("l4"), VARIANTS["qwen1.5-moe-a2.7b"]
+
+    def rows() -> Iterator[Sequence[str]]:
+        for tokens in TOKENS:
+            for bits in WEIGHT_BITS:
+                costs = {cost.variant.kernel: cost for cost in experts(gpu, config, tokens, bits)}
+                products = [cost for kernel, cost in costs.items() if kernel.endswith(("gate_up", "down"))]
+                others = [cost for cost in costs.values() if cost not in products]
+                yield (
+                    str(tokens),
+                    str(bits),
+                    *(_number(cost.distinct_bytes / 1e6) for cost in products),
+                    *(_number(cost.requested_bytes / cost.distinct_bytes) for cost in products),
+                    _number(sum(cost.distinct_bytes for cost in others) / 1e6),
+                    _number(sum(cost.useful_flops for cost in products) / 1e9),
+                    _number(sum(cost.tensor_flops for cost in products) / 1e9),
+                )
+
+    header = "tokens, bits, gate_up MB, down MB, asked of L2 (gate_up), asked of L2 (down), other MB, GFLOP"
+    return _table([*header.split(", "), "issued to tensor cores"], rows())
+
+
+def expert_bounds(device: str) -> str:
+    """What bounds the experts of one layer of MoE-A2.7B on a device, and what their launches fill."""
+    gpu, config = gpu_of(device), VARIANTS["qwen1.5-moe-a2.7b"]
+
+    def rows() -> Iterator[Sequence[str]]:
+        for tokens in TOKENS:
+            for bits in WEIGHT_BITS:
+                costs = experts(gpu, config, tokens, bits)
+                gate_up, down = (cost for cost in costs if cost.variant.kernel.endswith(("gate_up", "down")))
+                others = sum(_bound(gpu, cost).seconds for cost in costs if cost is not gate_up and cost is not down)
+                yield (
+                    str(tokens),
+                    str(bits),
+                    _cell(gpu, gate_up),
+                    _fill(gpu, gate_up),
+                    _cell(gpu, down),
+                    _fill(gpu, down),
+                    _number(others * 1e6),
+                )
+
+    fill = "programs, waves, occupancy"
+    return _table(["tokens", "bits", "gate_up", fill, "down", fill, "count, scatter, sum"], rows())
+
+
+def devices() -> str:
+    """The figures of the devices."""
+
+    def rows() -> Iterator[Sequence[str]]:
+        for device in GPUS:
+            gpu = gpu_of(device)
+            yield (
+                DEVICES[device].name,
+                gpu.sm,
+                str(gpu.sm_count),
+                f"{gpu.clock_hz / 1e9:.2f}",
+                f"{gpu.bytes_per_second / 1e9:.1f}",
+                f"{gpu.tensor_flops / 1e12:.1f}",
+                str(gpu.l2_bytes >> 20),
+            )
+
+    return _table(["device", "SM", "SMs", "GHz", "GB/s", "tensor TFLOPS", "L2 MiB"], rows())
+
+
+def tables() -> dict[str, str]:
+    """Every table by the name that marks it in the document."""
+    return {
+        "devices": devices(),
+        "attention bytes": attention_bytes(),
+        **{f"attention on {device}": attention_bounds(device) for device in GPUS},
+        "expert bytes": expert_bytes(),
+        **{f"experts on {device}": expert_bounds(device) for device in GPUS},
+    }
+
+
+def filled_in(document: str) -> str:
+    """A document with each table between its marks, `<!-- table: NAME -->` and `<!-- end -->`, made anew.
+
+    Raises:
+        BuildError: A mark is missing.
+    """
+    for name, table in tables().items():
+        start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+        before, found, rest = document.partition(start)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise BuildError(f"the document lacks the marks {start.strip()} and {end.strip()}")
+        document = f"{before}{start}\n{table}\n\n{end}{after}"
+    return document

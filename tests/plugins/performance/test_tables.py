@@ -1,0 +1,58 @@
+"""The document and the recorded resources against what the code and the compiler give."""
+
+from pathlib import Path
+
+import pytest
+
+from plugins import aot
+from plugins.performance import tables
+from plugins.performance.resources import SMS, measured, recorded, resources_of
+from plugins.variants import select
+from qwen_aot_errors import BuildError
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "plugins-performance.md"
+
+
+def test_the_document_has_the_tables_that_the_code_makes():
+    text = DOCUMENT.read_text()
+    assert tables.filled_in(text) == text, "run `python -m plugins.performance --document docs/plugins-performance.md`"
+
+
+def test_the_document_names_every_device_and_links_back():
+    text = DOCUMENT.read_text()
+    assert all(tables.DEVICES[device].name in text for device in tables.GPUS)
+    assert "(plugins-performance.md)" in (DOCUMENT.parent / "plugins.md").read_text()
+
+
+def test_a_missing_mark_is_an_error():
+    with pytest.raises(BuildError, match="lacks the marks <!-- table: devices -->"):
+        tables.filled_in("# No table")
+
+
+def test_a_device_whose_gpu_is_not_listed():
+    with pytest.raises(BuildError, match="what GeForce RTX 5090 computes isn't listed"):
+        tables.gpu_of("rtx-5090")
+
+
+def test_resources_that_were_not_recorded():
+    variant = select("9.0", "moe_sum", dtype="bf16")
+    with pytest.raises(BuildError, match=r"no resources are recorded of moe_sum-bf16 for SM 9\.0"):
+        resources_of("9.0", variant)
+
+
+def test_a_folder_without_the_kernels(tmp_path):
+    with pytest.raises(BuildError, match=r"sm_87 lacks moe_count: compile it with `python -m plugins\.aot --sm 8\.7"):
+        measured(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize("only", ["*-fp16-*", "moe_[cs]*"])
+def test_recorded_resources_are_those_of_a_new_compilation(sm, only, tmp_path, monkeypatch):
+    """Of every variant that was recorded; a change of a kernel or a tile must be recorded again."""
+    aot.build([sm], tmp_path, only=only)
+    built = {path.stem for path in (tmp_path / f"sm_{sm.replace('.', '')}").glob("*.cubin")}
+    listed = [variant for variant in aot.variants(sm) if variant.name in built and "bf16" not in variant.name]
+    monkeypatch.setattr("plugins.performance.resources.variants", lambda _: listed)
+    assert listed
+    assert measured(tmp_path, (sm,))[sm] == {variant.name: recorded()[sm][variant.name] for variant in listed}
