@@ -48,14 +48,16 @@ class FolderWriter:
         self._lock = self.out.with_name(f".{self.out.name}.lock")
         self._old = self.out.with_name(f".{self.out.name}.old")
         self._lock_fd: int | None = None
+        self._made: list[Path] = []  # parents that weren't there, innermost first
         self._check = check
 
     def __enter__(self) -> Self:
         with explained(self.out):
             self._check(self.out)
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._lock_fd = _acquire(self._lock, self.out)
+            self._made = [parent for parent in self.out.parents if not parent.exists()]
             try:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                self._lock_fd = _acquire(self._lock, self.out)
                 self._recover()
                 self._check(self.out)
                 self.folder.mkdir()
@@ -111,6 +113,9 @@ class FolderWriter:
             self._lock.unlink(missing_ok=True)
             os.close(self._lock_fd)
             self._lock_fd = None
+        for parent in self._made:
+            with contextlib.suppress(OSError):  # it wasn't made, or holds something: the new folder, or another's
+                parent.rmdir()
 
 
 @contextlib.contextmanager

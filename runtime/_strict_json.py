@@ -16,12 +16,13 @@ __all__ = ["parse_dataclass", "parse_object"]
 T = TypeVar("T")
 
 
-def parse_object(text: str, where: str) -> dict[str, Any]:
+def parse_object(text: str, where: str, *, is_from_checkpoint: bool = False) -> dict[str, Any]:
     """Parses a JSON object, refusing duplicate keys, NaN, Infinity and integers beyond 64 bits.
 
     Args:
         text: the document.
         where: what to call the document in messages.
+        is_from_checkpoint: not of our format: integers may be of any size, as transformers writes 10^30 for "no limit".
 
     Raises:
         BundleError: the text isn't one JSON object.
@@ -39,6 +40,8 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
         raise BundleError(f"{where} holds {literal}, which is not JSON")
 
     def integer(literal: str) -> int:
+        if is_from_checkpoint and len(literal) <= 4000:  # Python converts up to 4300 digits
+            return int(literal)
         # The length first: Python refuses to convert thousands of digits with an error of its own.
         if len(literal) > 20 or not -(2**63) <= (value := int(literal)) < 2**63:
             raise BundleError(f"{where} holds the number {literal[:24]}...; accepted: integers of 64 bits")

@@ -150,7 +150,7 @@ class GenerationDefaults:
         if not bundle.has(GENERATION_CONFIG_NAME):
             return cls(eos_token_ids=model_eos)
         text = bundle.read_text(GENERATION_CONFIG_NAME)
-        document = parse_object(text, GENERATION_CONFIG_NAME)
+        document = parse_object(text, GENERATION_CONFIG_NAME, is_from_checkpoint=True)
         return cls.from_document(document, model_eos)
 
     @classmethod

@@ -128,7 +128,7 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
         return None
     config: dict[str, Any] = {}
     if bundle.has(TOKENIZER_CONFIG_NAME):
-        config = parse_object(bundle.read_text(TOKENIZER_CONFIG_NAME), TOKENIZER_CONFIG_NAME)
+        config = parse_object(bundle.read_text(TOKENIZER_CONFIG_NAME), TOKENIZER_CONFIG_NAME, is_from_checkpoint=True)
     return Tokenizer(
         _parse_tokenizer(bundle.read_text(TOKENIZER_NAME)),
         config,

@@ -168,7 +168,7 @@ def _interpret(path: Path, header: GgufHeader) -> tuple[ModelConfig, Mapping[str
         return (
             config,
             dict(_to_hugging_face(header.tensors, rotary)),
-            tokenizer_files(header.metadata),
+            tokenizer_files(header.metadata, vocab_size=config.vocab_size),
         )
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error

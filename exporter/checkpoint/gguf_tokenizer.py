@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from exporter.checkpoint.base import TokenizerFiles
 from exporter.checkpoint.bpe import PRE_TYPES, byte_level_bpe
 from exporter.checkpoint.hf_tokenizer import GENERATION_CONFIG_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
+from exporter.checkpoint.tokenizer_checks import check_ids, check_template
 from exporter.config_gguf import stop_ids, token_id
 from qwen_aot_errors import CheckpointError
 
@@ -23,11 +24,15 @@ logger = logging.getLogger(__name__)
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
-def tokenizer_files(metadata: Mapping[str, Any]) -> TokenizerFiles:
+def tokenizer_files(metadata: Mapping[str, Any], *, vocab_size: int) -> TokenizerFiles:
     """tokenizer.json, tokenizer_config.json and generation_config.json; empty without a tokenizer.
 
+    Args:
+        metadata: of the file.
+        vocab_size: rows of its embedding.
+
     Raises:
-        CheckpointError: the tokenizer is of a kind that is not supported, or damaged.
+        CheckpointError: the tokenizer is of a kind that is not supported, damaged, or has an id that the model lacks.
     """
     if "tokenizer.ggml.model" not in metadata:
         return TokenizerFiles()
@@ -59,6 +64,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> TokenizerFiles:
         )
     except ValueError as error:
         raise CheckpointError(f"the GGUF tokenizer's tokens and merges don't fit together ({error})") from error
+    check_ids(tokenizer, vocab_size, "tokenizer.ggml.tokens")
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": adds_bos,
@@ -67,6 +73,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> TokenizerFiles:
     config["clean_up_tokenization_spaces"] = False
     if "tokenizer.chat_template" in metadata:
         config["chat_template"] = metadata["tokenizer.chat_template"]
+        check_template(config["chat_template"], "the GGUF metadata")
     generation = {
         "bos_token_id": token_id(metadata, "bos"),
         "eos_token_id": list(stop_ids(metadata)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import tokenizers
 
 from exporter.checkpoint.base import TokenizerFiles
 from exporter.checkpoint.bpe import byte_level_bpe
+from exporter.checkpoint.tokenizer_checks import check_generation, check_ids, check_template, json_text
 from exporter.config_hf import read_json
 from qwen_aot_errors import CheckpointError
 
@@ -30,7 +30,8 @@ def read_tokenizer_files(folder: Path, *, vocab_size: int) -> TokenizerFiles:
         vocab_size: the model's; often larger than the tokenizer's, being padded.
 
     Raises:
-        CheckpointError: a file is there and can't be used, or the tokenizer has an id that the model lacks.
+        CheckpointError: a file is there and a bundle with it wouldn't open: it can't be read, a value is of the
+            wrong type, or the tokenizer has an id that the model lacks.
     """
     files: dict[str, str] = {}
     config_path = folder / TOKENIZER_CONFIG_NAME
@@ -38,14 +39,18 @@ def read_tokenizer_files(folder: Path, *, vocab_size: int) -> TokenizerFiles:
     if (folder / TOKENIZER_NAME).is_file():
         files[TOKENIZER_NAME] = _read_tokenizer(folder / TOKENIZER_NAME, vocab_size)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        files[TOKENIZER_NAME] = _from_vocab_and_merges(folder, config)
+        files[TOKENIZER_NAME] = _from_vocab_and_merges(folder, config, vocab_size)
     template_path = folder / CHAT_TEMPLATE_NAME
     if template_path.is_file():
         config["chat_template"] = _read_text(template_path)
     if config:
-        files[TOKENIZER_CONFIG_NAME] = json.dumps(config, indent=2)  # ASCII: a lone surrogate has no other form
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        files[GENERATION_CONFIG_NAME] = _read_text(folder / GENERATION_CONFIG_NAME)
+        check_template(config.get("chat_template"), str(config_path))
+        files[TOKENIZER_CONFIG_NAME] = json_text(config, str(config_path))
+    generation_path = folder / GENERATION_CONFIG_NAME
+    if generation_path.is_file():
+        generation = read_json(generation_path)
+        check_generation(generation, str(generation_path))
+        files[GENERATION_CONFIG_NAME] = json_text(generation, str(generation_path))
     return TokenizerFiles(files)
 
 
@@ -64,16 +69,11 @@ def _read_tokenizer(path: Path, vocab_size: int) -> str:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception for every defect of the file
         raise CheckpointError(f"{path} is not a tokenizer that can be loaded ({error}); download it again") from error
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-    if largest >= vocab_size:
-        raise CheckpointError(
-            f"{path} has ids to {largest}, but the model's vocabulary ends before {vocab_size}: it is the tokenizer of "
-            "another model; put the model's own beside the weights"
-        )
+    check_ids(tokenizer, vocab_size, str(path))
     return text
 
 
-def _from_vocab_and_merges(folder: Path, config: dict[str, Any]) -> str:
+def _from_vocab_and_merges(folder: Path, config: dict[str, Any], vocab_size: int) -> str:
     vocab = read_json(folder / "vocab.json")
     lines = _read_text(folder / "merges.txt").splitlines()
     merges = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
@@ -85,6 +85,7 @@ def _from_vocab_and_merges(folder: Path, config: dict[str, Any]) -> str:
         tokenizer = byte_level_bpe(vocab, [(left, right) for left, right in merges], pre="qwen2", added=added)
     except ValueError as error:
         raise CheckpointError(f"{folder}: vocab.json and merges.txt don't fit together ({error})") from error
+    check_ids(tokenizer, vocab_size, f"{folder / 'vocab.json'} (with the added tokens)")
     return tokenizer.to_str()
 
 

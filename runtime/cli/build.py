@@ -13,7 +13,7 @@ from engines.spec import BuildSpec, Precision, Target
 from engines.tensorrt_options import KV_PRECISIONS, TensorRtOptions
 from runtime.cli.command import VerbCommand, option
 from runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
-from runtime.cli.options import CONTEXT
+from runtime.cli.options import CONTEXT, GivenPath
 
 if TYPE_CHECKING:
     from engines.build import BuildReport, Plan
@@ -34,7 +34,7 @@ def _either(kinds: type[StrEnum]) -> str:
     "--output",
     "out",
     required=True,
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="The bundle's folder.",
     group="Main",
 )

@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
@@ -19,6 +20,10 @@ from qwen_aot_errors import DeployError
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
+
+# A finger that stays on Ctrl-C, or a shell that passes it on as well, means one wish: what comes so soon after the
+# first doesn't cut the cleaning up. Later ones count again, should a library have swallowed the first.
+SAME_WISH_SECONDS = 1.0
 
 # Import name of a package that only an extra brings -> that extra.
 EXTRA_OF = {
@@ -75,6 +80,17 @@ class _Terminal(click.Command):
             except BaseException as error:
                 code = _report(stop.reason or error)
         sys.exit(code)
+
+
+def run_to_end(command: click.Command, name: str) -> NoReturn:
+    """Runs a command as all that this process does: Ctrl-C while the interpreter shuts down is not an error."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda number, frame: None)  # what the command puts back when it is done
+    try:
+        command.main(prog_name=name)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the last thing Python does with its own handlers is to drop them
+    raise AssertionError("a command's main exits")
 
 
 class VerbCommand(_Terminal):
@@ -138,6 +154,7 @@ class _Stop:
 
     def __init__(self) -> None:
         self.reason: BaseException | None = None
+        self._struck = 0.0  # by time.monotonic(), once there is a reason
         self._previous: list[tuple[int, Any]] = []
 
     def __enter__(self) -> _Stop:
@@ -150,8 +167,11 @@ class _Stop:
         for number, handler in self._previous:
             signal.signal(number, handler)
 
-    def _handler(self, reason: type[BaseException]) -> Callable[[int, FrameType | None], NoReturn]:
-        def stop(number: int, frame: FrameType | None) -> NoReturn:
+    def _handler(self, reason: type[BaseException]) -> Callable[[int, FrameType | None], None]:
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self.reason is not None and time.monotonic() - self._struck < SAME_WISH_SECONDS:
+                return
+            self._struck = time.monotonic()
             self.reason = reason()
             raise self.reason
 

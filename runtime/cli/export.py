@@ -9,14 +9,12 @@ import click
 
 from runtime.cli.command import VerbCommand, option
 from runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
-from runtime.cli.options import CONTEXT, json_option
+from runtime.cli.options import CONTEXT, GivenPath, json_option
 
 
 @click.command("export", cls=VerbCommand, context_settings=CONTEXT)
 @click.argument("checkpoint", metavar="CHECKPOINT|VARIANT")
-@option(
-    "-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder for the graph.", group="Main"
-)
+@option("-o", "--output", "out", required=True, type=GivenPath(), help="Folder for the graph.", group="Main")
 @option(
     "--lowering",
     type=click.Choice(["standard", "plugin", "ort"]),

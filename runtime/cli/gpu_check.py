@@ -17,7 +17,7 @@ from runtime.cli.check_steps import Failure, Skip, Step, StepResult, has_passed,
 from runtime.cli.command import EXIT_FAILED, VerbCommand, option
 from runtime.cli.console import print_json, show_logs, stdout
 from runtime.cli.doctor import examine
-from runtime.cli.options import CONTEXT, json_option
+from runtime.cli.options import CONTEXT, GivenPath, json_option
 
 if TYPE_CHECKING:
     from exporter.checkpoint.base import Checkpoint
@@ -38,7 +38,7 @@ FLAVOURS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "cuda": "onn
     "-o",
     "--output",
     "report",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     default=Path("gpu-check"),
     help="REPORT.json and REPORT.md are written.",
     group="Main",

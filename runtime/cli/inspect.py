@@ -10,12 +10,12 @@ import click
 
 from runtime.cli.command import EXIT_FAILED, VerbCommand, option
 from runtime.cli.console import print_json, show_logs, size, stdout
-from runtime.cli.options import CONTEXT, json_option
+from runtime.cli.options import CONTEXT, GivenPath, json_option
 from runtime.manifest import MANIFEST_NAME
 
 
 @click.command("inspect", cls=VerbCommand, context_settings=CONTEXT)
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=GivenPath(exists=True))
 @option("--hash/--no-hash", "with_hash", default=True, help="Check a bundle's files against their SHA-256.")
 @option("--tensors", "list_tensors", is_flag=True, help="List every tensor.")
 @json_option

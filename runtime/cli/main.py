@@ -7,7 +7,7 @@ from typing import NoReturn
 import click
 
 from qwen_aot_version import __version__
-from runtime.cli.command import LazyGroup, Verb
+from runtime.cli.command import LazyGroup, Verb, run_to_end
 from runtime.cli.options import CONTEXT
 
 VERBS = {
@@ -38,14 +38,14 @@ def qwen_aot() -> None:
 
 def main() -> NoReturn:
     """Entry point of `qwen-aot`."""
-    qwen_aot.main(prog_name="qwen-aot")
+    run_to_end(qwen_aot, "qwen-aot")
 
 
 def build_engine_main() -> NoReturn:
     """Entry point of `build-engine`."""
     from runtime.cli.build import command
 
-    command.main(prog_name="build-engine")
+    run_to_end(command, "build-engine")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,21 @@ FALLBACK_MAX_NEW_TOKENS = 256  # where neither the request nor generation_config
 
 Decorator = Callable[[Any], Any]
 
-bundle_argument: Decorator = click.argument("bundle", type=click.Path(path_type=Path))
+
+class GivenPath(click.Path):
+    """A path that isn't empty: what an unset variable of a shell leaves would mean the current folder."""
+
+    def __init__(self, *, exists: bool = False) -> None:
+        super().__init__(exists=exists, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuses an empty text."""
+        if value == "":
+            self.fail("it is empty (a variable that isn't set?); give a path, or . for the current folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+bundle_argument: Decorator = click.argument("bundle", type=GivenPath())
 json_option: Decorator = option("--json", "as_json", is_flag=True, help="One JSON object on stdout.", group="Output")
 threads_option: Decorator = option(
     "--threads", type=click.IntRange(1), help="CPU threads.  [default: one for each physical core]", group="Machine"

@@ -18,11 +18,13 @@ def open_source(name: str, *, random_weights: bool = False, seed: int = 0) -> Ch
     """Opens a checkpoint, or makes a variant's from random weights.
 
     Raises:
-        click.UsageError: a variant without `random_weights`, or a path with it.
+        click.UsageError: a variant without `random_weights`, a path with it, or nothing.
         CheckpointError: neither a checkpoint nor a variant, or a damaged checkpoint.
     """
     from exporter.checkpoint import RandomCheckpoint, open_checkpoint
 
+    if not name:
+        raise click.UsageError("the checkpoint's name is empty (a variable that isn't set?); give a path")
     if Path(name).exists():
         if random_weights:
             raise click.UsageError(

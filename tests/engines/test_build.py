@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,17 @@ def test_without_a_tokenizer_there_is_a_warning(tmp_path: Path, caplog: pytest.L
     assert "bare has no tokenizer.json: the bundle takes and gives token ids only" in caplog.text
     assert "tokenizer.json" not in json.loads((tmp_path / "bundle/manifest.json").read_text())["files"]
     assert len(json.loads((tmp_path / "bundle/report.json").read_text())["warnings"]) == 1
+
+
+def test_what_transformers_reads_in_the_tokenizers_files_opens(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    no_limit = int(1e30)  # transformers' `VERY_LARGE_INTEGER`, which it writes
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": no_limit}))
+    (tmp_path / "model/generation_config.json").write_text(f'{{"top_k": 1, "top_k": 2, "max_length": {no_limit}}}')
+    build(tmp_path / "model", tmp_path / "bundle")
+    with Generator.open(tmp_path / "bundle") as generator:
+        assert generator.defaults.top_k == 2
 
 
 def test_a_context_beyond_the_models_is_refused_before_anything_runs(checkpoint: Path, tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
+from engines.spec import Precision
 from engines.verify import (
     BOUNDS,
     Bounds,
@@ -73,6 +75,12 @@ class TableReference:
 def sequences(*lengths: int) -> list[NDArray[np.int64]]:
     draws = np.random.default_rng(5)
     return [draws.integers(0, VOCAB, length) for length in lengths]
+
+
+def test_every_precision_that_can_be_built_has_bounds() -> None:
+    for precision in Precision:
+        bounds = bounds_for(precision, kl_divergence=0.5)
+        assert bounds == replace(BOUNDS[precision], kl_divergence=0.5)
 
 
 @pytest.mark.parametrize("length", [4, 5, 8, 9, 12, 40])

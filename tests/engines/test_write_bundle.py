@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -38,6 +39,17 @@ def test_writes_a_whole_bundle_and_nothing_beside_it(tmp_path: Path) -> None:
     write(out, "new")
     assert assert_whole(out) == "new"
     assert neighbours(out) == []
+
+
+def test_without_a_commit_the_parents_it_made_are_gone(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for out in (tmp_path / "there/one/two/bundle", tmp_path / "there/one" / ("x" * 300) / "bundle"):
+        with contextlib.suppress(BuildError), BundleWriter(out) as writer:
+            writer.write_text("model.onnx", "x")
+        assert list((tmp_path / "there").iterdir()) == []
+    with BundleWriter(tmp_path / "there/one/bundle"):
+        (tmp_path / "there/one/note").write_text("someone else's")
+    assert [path.name for path in (tmp_path / "there/one").iterdir()] == ["note"]
 
 
 def test_replaces_a_bundle(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import Qwen2Tokenizer
 
+from exporter.checkpoint.base import TokenizerFiles
 from exporter.checkpoint.gguf_tokenizer import tokenizer_files
 from exporter.config_gguf import stop_ids
 from qwen_aot_errors import CheckpointError
@@ -40,8 +41,12 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+def read(metadata: dict[str, Any]) -> TokenizerFiles:
+    return tokenizer_files(metadata, vocab_size=400)
+
+
 def load(metadata: dict[str, Any]) -> Tokenizer:
-    return Tokenizer.from_str(tokenizer_files(metadata).files["tokenizer.json"])
+    return Tokenizer.from_str(read(metadata).files["tokenizer.json"])
 
 
 def test_qwen_tokens_are_those_of_transformers(metadata: dict[str, Any]) -> None:
@@ -67,7 +72,7 @@ def test_special_and_added_tokens_are_whole(metadata: dict[str, Any]) -> None:
 
 
 def test_files(metadata: dict[str, Any]) -> None:
-    files = tokenizer_files(metadata).files
+    files = read(metadata).files
     tokens = metadata["tokenizer.ggml.tokens"]
     config = json.loads(files["tokenizer_config.json"])
     assert config["chat_template"] == CHATML
@@ -102,10 +107,10 @@ def test_old_qwen_files_do_not_name_the_pre_tokenizer(
 ) -> None:
     old = {key: value for key, value in metadata.items() if key != "tokenizer.ggml.pre"}
     with caplog.at_level(logging.INFO):
-        assert tokenizer_files(old).files == tokenizer_files(metadata).files
+        assert read(old).files == read(metadata).files
     assert "using qwen2" in caplog.text
     with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.pre is None; not supported"):
-        tokenizer_files(old | {"general.architecture": "llama"})
+        read(old | {"general.architecture": "llama"})
 
 
 def test_smollm_cuts_digits_and_keeps_contractions(metadata: dict[str, Any], tmp_path: Path) -> None:
@@ -114,7 +119,7 @@ def test_smollm_cuts_digits_and_keeps_contractions(metadata: dict[str, Any], tmp
 
 
 def test_no_tokenizer() -> None:
-    assert tokenizer_files({"general.architecture": "qwen2"}).files == {}
+    assert read({"general.architecture": "qwen2"}).files == {}
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
@@ -130,6 +135,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         "names 1 tokens twice",
     ),
     "eos": ({"tokenizer.ggml.eos_token_id": 100_000}, r"eos_token_id is 100000; accepted: 0 to"),
+    "template": ({"tokenizer.chat_template": ["x"]}, "chat_template of type list; accepted: a text"),
     "eos text": ({"tokenizer.ggml.eos_token_id": "x"}, r"eos_token_id is 'x'; accepted: a whole number"),
 }
 
@@ -137,4 +143,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN)
 def test_refuses_by_name(change: dict[str, Any], message: str, metadata: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=message):
-        tokenizer_files(metadata | change)
+        read(metadata | change)
+
+
+def test_tokens_beyond_the_embedding_are_refused(metadata: dict[str, Any]) -> None:
+    size = len(metadata["tokenizer.ggml.tokens"])
+    assert tokenizer_files(metadata, vocab_size=size).files
+    with pytest.raises(CheckpointError, match=f"tokens has ids to {size - 1}, but the model's .* before {size - 1}"):
+        tokenizer_files(metadata, vocab_size=size - 1)

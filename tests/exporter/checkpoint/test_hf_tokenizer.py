@@ -96,7 +96,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 def broken(folder: Path, **files: Any) -> None:
     for name, content in files.items():
         path = folder / {"tokenizer": "tokenizer.json", "vocab": "vocab.json", "merges": "merges.txt"}.get(
-            name, "tokenizer_config.json"
+            name, f"{name}.json"
         )
         path.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -105,6 +105,19 @@ BROKEN = {
     "tokenizer": ({"tokenizer": "{}"}, "is not a tokenizer that can be loaded"),
     "encoding": ({"tokenizer": b"\xff"}, "is not UTF-8 text"),
     "config": ({"tokenizer_config": "{"}, "is not valid JSON"),
+    "template": ({"tokenizer_config": '{"chat_template": 7}'}, "chat_template of type int; accepted: a text"),
+    "templates": (
+        {"tokenizer_config": '{"chat_template": [{"name": "default", "template": 1}]}'},
+        "chat_template of type list; accepted: a text",
+    ),
+    "nan": ({"tokenizer_config": '{"x": NaN}'}, r"tokenizer_config\.json holds NaN or an infinity"),
+    "infinity": ({"generation_config": '{"x": Infinity}'}, r"generation_config\.json holds NaN or an infinity"),
+    "too large": ({"generation_config": '{"temperature": 1e999}'}, r"generation_config\.json holds NaN or an infinity"),
+    "number": ({"generation_config": '{"top_p": "x"}'}, "top_p is 'x'; accepted: a number; repair it"),
+    "whole number": ({"generation_config": '{"top_k": 1.5}'}, "top_k is 1.5; accepted: a whole number; repair it"),
+    "truth": ({"generation_config": '{"max_new_tokens": true}'}, "max_new_tokens is True; accepted: a whole number"),
+    "flag": ({"generation_config": '{"do_sample": 1}'}, "do_sample is 1; accepted: true or false"),
+    "ids": ({"vocab": '{"a": 400}', "merges": ""}, "has ids to 400, but the model's vocabulary ends before 400"),
     "merge line": ({"vocab": "{}", "merges": "a b c"}, "has the line 'a b c'; accepted: two tokens"),
     "merge": ({"vocab": '{"a": 0}', "merges": "a b"}, "don't fit together"),
     "decoder": (

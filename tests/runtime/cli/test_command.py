@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -77,6 +78,55 @@ def test_a_signal_is_the_reason_whatever_a_library_makes_of_it(
         )
     finally:
         signal.signal(signal.SIGINT, before[0])
+
+
+@pytest.fixture
+def own_handler() -> Iterator[None]:
+    """Ctrl-C as a terminal's process has it: a background job of a shell, as this test may be, ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("own_handler")
+@pytest.mark.parametrize(("seconds", "is_cleaned"), [(60.0, True), (0.0, False)])
+def test_a_second_signal_at_once_does_not_cut_the_cleaning_up(
+    seconds: float, is_cleaned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.cli.command.SAME_WISH_SECONDS", seconds)
+    cleaned: list[bool] = []
+
+    @click.command("work", cls=VerbCommand)
+    def command() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            cleaned.append(True)
+
+    result = CliRunner().invoke(command)
+    assert (result.exit_code, result.stderr.strip(), cleaned == [True]) == (130, "interrupted", is_cleaned)
+
+
+def test_a_signal_while_the_interpreter_shuts_down_changes_nothing() -> None:
+    code = """
+import atexit, signal, sys
+from runtime.cli.main import main
+atexit.register(signal.raise_signal, signal.SIGINT)
+sys.argv = ["qwen-aot", "inspect", "nothing"]
+main()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert result.returncode == 2
+    assert "'nothing' does not exist" in result.stderr
+    assert "Traceback" not in result.stderr and "KeyboardInterrupt" not in result.stderr
 
 
 def test_options_stand_under_their_headings_with_defaults() -> None:

@@ -131,3 +131,28 @@ def test_a_stopped_build_leaves_what_stood_before(checkpoint: Path, tmp_path: Pa
     assert "Traceback" not in rest
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("build", "qwen1.5-0.5b", "--random-weights", "-o", ""),
+        ("build", "", "-o", "out"),
+        ("export", "qwen1.5-0.5b", "-o", ""),
+        ("gpu-check", "-o", ""),
+        ("generate", "", "--prompt", "x"),
+        ("chat", ""),
+        ("bench", ""),
+        ("inspect", ""),
+        ("verify", "", "--reference", "x"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_an_empty_path_is_not_the_current_folder(
+    arguments: tuple[str, ...], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "is empty (a variable that isn't set?); give a path" in " ".join(result.stderr.split())
+    assert list(tmp_path.iterdir()) == []
