@@ -230,6 +230,10 @@ def build(
         BuildError: If an SM isn't known, nothing matches, or a variant's resources are wrong (`problems`).
     """
     work = [(sm, variant) for sm in sms for variant in variants(sm) if fnmatch.fnmatch(variant.name, only)]
+    if importlib.util.find_spec("triton") is None:
+        raise BuildError(
+            "triton, which compiles kernels, isn't installed: `pip install 'qwen-aot[plugins]'` (Linux only)"
+        )
     if not work:
         raise BuildError(f"no variant of SM {', '.join(sms)} has a name like {only!r}")
     for sm in sms:

@@ -102,9 +102,10 @@ def tensorrt_headers(build: Path, given: Path | None = None) -> Path:
 
 def _find_cmake() -> str:
     """The path of cmake, once there is a compiler for it to use."""
-    cmake = shutil.which("cmake")
+    # pip puts it beside this Python, which needn't be on PATH
+    cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
     if cmake is None:
-        raise BuildError("no cmake; install it with `pip install cmake`, or your system's package")
+        raise BuildError("no cmake; install it with `pip install 'qwen-aot[plugins]'`, or your system's package")
     if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))):
         raise BuildError("no C++ compiler; install one (Debian: apt install g++), or name it in CXX")
     return cmake

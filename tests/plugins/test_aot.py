@@ -115,6 +115,13 @@ def test_accepted_spills_have_a_reason_and_never_cover_decode(monkeypatch):
     assert problems("8.9", [entry("gqa_decode", spill_bytes=16)])
 
 
+def test_without_triton(tmp_path, monkeypatch):
+    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BuildError, match=r"triton.*pip install 'qwen-aot\[plugins\]'"):
+        aot.build(["8.9"], tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_nothing_matches(tmp_path):
     with pytest.raises(BuildError, match=r"no variant of SM 8\.9 has a name like 'gqa_nothing'"):
         build(["8.9"], tmp_path, only="gqa_nothing")

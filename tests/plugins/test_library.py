@@ -206,16 +206,26 @@ def test_command_line_says_what_is_wrong(tmp_path):
 
 @pytest.mark.parametrize(
     ("there", "message"),
-    [([], "no cmake; install it with `pip install cmake`"), (["cmake"], "no C++ compiler; install one")],
+    [([], "no cmake; install it with `pip install 'qwen-aot[plugins]'`"), (["cmake"], "no C++ compiler; install one")],
 )
 def test_a_missing_tool_is_named_with_its_remedy(tmp_path, monkeypatch, there, message):
     for tool in there:
         (tmp_path / tool).symlink_to("/bin/false")
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(library.aot, "build", lambda *_, **__: pytest.fail("kernels were compiled before the check"))
     (tmp_path / "NvInferRuntime.h").touch()
     with pytest.raises(BuildError, match=re.escape(message)):
+        build_library(tmp_path / "out", ["8.9"], tensorrt_include=tmp_path)
+
+
+def test_cmake_is_found_beside_this_python(tmp_path, monkeypatch):
+    (tmp_path / "cmake").symlink_to("/bin/false")
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "NvInferRuntime.h").touch()
+    with pytest.raises(BuildError, match="no C"):
         build_library(tmp_path / "out", ["8.9"], tensorrt_include=tmp_path)
 
 
