@@ -1,11 +1,10 @@
-"""What is parsed, against a real parser and the real plugins: TensorRT-RTX's, which creates them and can't go on.
+"""The lowered graph that is parsed, against a real parser and the real plugins: TensorRT-RTX's, which creates them and can't go on.
 
 It has no plugin layers and aborts once a plugin is created, so that each parse is a process of its own.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +23,6 @@ from tests.checkpoints import save_tiny
 
 pytestmark = pytest.mark.trt
 pytest.importorskip("tensorrt_rtx")
-
-LIBRARY = os.environ.get("QWEN_AOT_PLUGIN_LIBRARY")
 
 # Loads the plugins into the builder's own registry, as the build does, and prints what the library and parser log.
 PARSE = """
@@ -52,7 +49,6 @@ GQA = "QwenGQA: created with num_heads=6, num_kv_heads=2, head_dim=64, cache_bit
 EXPERTS = "QwenMoE: created with num_experts=4, experts_per_token=2, weight_bits={}, has_zeros=0"
 
 
-@pytest.mark.skipif(LIBRARY is None, reason="QWEN_AOT_PLUGIN_LIBRARY names no library (python -m plugins.library)")
 @pytest.mark.parametrize(
     ("config", "options", "created"),
     [
@@ -65,9 +61,8 @@ EXPERTS = "QwenMoE: created with num_experts=4, experts_per_token=2, weight_bits
     ids=["gqa", "gqa-int8", "moe", "moe-int8", "moe-int4"],
 )
 def test_the_parser_creates_the_plugins(
-    config: dict[str, Any], options: dict[str, Any], created: str, tmp_path: Path
+    config: dict[str, Any], options: dict[str, Any], created: str, plugin_library: Path, tmp_path: Path
 ) -> None:
-    assert LIBRARY is not None
     save_tiny(tmp_path / "checkpoint", **config)
     with open_checkpoint(tmp_path / "checkpoint") as source:
         traced = trace(source.config, ir.DataType.FLOAT16, positions=256, capacity=256)
@@ -75,6 +70,6 @@ def test_the_parser_creates_the_plugins(
         plugin.strip_definitions(traced)
         stitch(traced, source, tmp_path / DATA_FILE)
         graph = save_graph(traced, tmp_path)
-    command = [sys.executable, "-c", PARSE, LIBRARY, str(graph)]
+    command = [sys.executable, "-c", PARSE, str(plugin_library), str(graph)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
     assert created in done.stdout, done.stdout[-3000:] + done.stderr
