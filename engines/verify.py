@@ -6,6 +6,7 @@ Knows neither how the bundle is run nor who the reference is: both come as small
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from qwen_aot_errors import BuildError
 # A position is decisive where the reference gives its first token at least this probability: there a quantized
 # model that differs would write another text. Elsewhere (always, with random weights) near ties decide.
 DECISIVE_PROBABILITY = 0.5
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)  # 709.8 nats
 
 SHORTEST_WINDOW = 4  # tokens: a quarter is the prompt
 
@@ -254,7 +257,7 @@ def checks(scores: Scores, bounds: Bounds) -> tuple[Check, ...]:
     A quantized model rates each token of a text a little higher or lower, and only the mean over many is its loss: a
     ratio of perplexities counts as found within two standard errors.
     """
-    uncertainty = {"perplexity_ratio": scores.perplexity_ratio * math.expm1(2 * scores.log_ratio_error)}
+    uncertainty = {"perplexity_ratio": -scores.perplexity_ratio * math.expm1(-2 * scores.log_ratio_error)}
     found: Mapping[str, tuple[float | None, bool]] = {
         "max_logit_difference": (scores.max_logit_difference, True),
         "mean_logit_difference": (scores.mean_logit_difference, True),
@@ -351,10 +354,15 @@ class _Tally:
             decisive_top1_agreement=self._decisive_same / self._decisive if self._decisive else None,
             greedy_tokens=greedy_tokens,
             greedy_agreement=greedy_agreement,
-            perplexity=math.exp(self._nll / targets),
-            reference_perplexity=math.exp(self._reference_nll / targets),
+            perplexity=_exp(self._nll / targets),
+            reference_perplexity=_exp(self._reference_nll / targets),
             log_ratio_error=math.sqrt(variance / targets),
         )
+
+
+def _exp(nats: float) -> float:
+    """The exponential, at most what a float64 holds: a broken bundle gets a number, and JSON has no infinity."""
+    return math.exp(min(nats, _LARGEST_EXPONENT))
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -91,30 +92,46 @@ class GenerationConfig:
         _check(
             "max_new_tokens",
             self.max_new_tokens,
-            "at least 1",
-            self.max_new_tokens is None or self.max_new_tokens >= 1,
+            "at least 1 (a whole number), or None",
+            self.max_new_tokens is None or (_is_whole(self.max_new_tokens) and self.max_new_tokens >= 1),
         )
         _check(
             "temperature",
             self.temperature,
             "0 (greedy) or 0.001 to 1000",
-            self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
+            _is_number(self.temperature) and (self.temperature == 0 or 1e-3 <= self.temperature <= 1e3),
         )
-        _check("top_k", self.top_k, "0 (off) or more", self.top_k >= 0)
-        _check("top_p", self.top_p, "above 0, up to 1 (off)", 0 < self.top_p <= 1)
+        _check("top_k", self.top_k, "0 (off) or more (a whole number)", _is_whole(self.top_k) and self.top_k >= 0)
+        _check("top_p", self.top_p, "above 0, up to 1 (off)", _is_number(self.top_p) and 0 < self.top_p <= 1)
         # As for the temperature: float32 logits stay finite, and a token that was seen can't become NaN.
-        _check("repetition_penalty", self.repetition_penalty, "0.001 to 1000", 1e-3 <= self.repetition_penalty <= 1e3)
-        _check("seed", self.seed, "0 or more", self.seed is None or self.seed >= 0)
         _check(
-            "stop", self.stop, "a list of texts that aren't empty", not isinstance(self.stop, str) and all(self.stop)
+            "repetition_penalty",
+            self.repetition_penalty,
+            "0.001 to 1000",
+            _is_number(self.repetition_penalty) and 1e-3 <= self.repetition_penalty <= 1e3,
         )
         _check(
-            "stop_token_ids",
-            self.stop_token_ids,
-            "ids of 0 or more",
-            all(i >= 0 for i in self.stop_token_ids),
+            "seed",
+            self.seed,
+            "0 or more (a whole number), or None",
+            self.seed is None or (_is_whole(self.seed) and self.seed >= 0),
         )
-        _check("logprobs", self.logprobs, "0 to 100", self.logprobs is None or 0 <= self.logprobs <= 100)
+        _check(
+            "stop",
+            self.stop,
+            "a list of texts that aren't empty",
+            _is_list(self.stop) and all(isinstance(text, str) and text for text in self.stop),
+        )
+        for name in ("stop_token_ids", "eos_token_ids"):
+            ids = getattr(self, name)
+            _check(name, ids, "a list of ids of 0 or more", _is_list(ids) and all(_is_whole(i) and i >= 0 for i in ids))
+        _check("ignore_eos", self.ignore_eos, "True or False", isinstance(self.ignore_eos, bool))
+        _check(
+            "logprobs",
+            self.logprobs,
+            "0 to 100 (a whole number), or None",
+            self.logprobs is None or (_is_whole(self.logprobs) and 0 <= self.logprobs <= 100),
+        )
 
     @property
     def is_greedy(self) -> bool:
@@ -204,9 +221,8 @@ class GenerationDefaults:
         - temperature 0 given: greedy, and the bundle's repetition penalty is off unless one is given.
 
         Raises:
-            GenerationError: a value is out of range.
+            GenerationError: a value is out of range or of another type.
         """
-        _check("stop", stop, "a list of texts", not isinstance(stop, str))  # a tuple of it would be its letters
         samples = self.do_sample or any(value is not UNSET for value in (temperature, top_k, top_p))
         chosen_temperature = _or(temperature, self.temperature if samples else 0.0)
         penalty = 1.0 if temperature == 0 else self.repetition_penalty
@@ -217,8 +233,8 @@ class GenerationDefaults:
             top_p=_or(top_p, self.top_p),
             repetition_penalty=_or(repetition_penalty, penalty),
             seed=_or(seed, None),
-            stop=tuple(_or(stop, ())),
-            stop_token_ids=tuple(_or(stop_token_ids, ())),
+            stop=_as_tuple(_or(stop, ())),
+            stop_token_ids=_as_tuple(_or(stop_token_ids, ())),
             eos_token_ids=self.eos_token_ids,
             ignore_eos=_or(ignore_eos, False),
             logprobs=_or(logprobs, None),
@@ -227,6 +243,23 @@ class GenerationDefaults:
 
 def _or(given: _Given[_T], default: _T) -> _T:
     return default if isinstance(given, Unset) else given
+
+
+def _as_tuple(value: Sequence[_T]) -> tuple[_T, ...]:
+    """What was given as a list; anything else as it is, to be refused: a tuple of a text would be its letters."""
+    return tuple(value) if _is_list(value) else value  # type: ignore[return-value]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
 
 
 def _check(name: str, value: object, accepted: str, is_fine: bool) -> None:

@@ -157,6 +157,7 @@ class RowEngine(Generic[StepT, CacheT]):
         self._check_rows(row, 1)
         held = int(self._cache.lengths[row])
         if not 0 <= length <= held:
+            _opened(self._prefill)  # a closed engine holds nothing, which is then the reason
             raise GenerationError(f"row {row} can't be cut to {length} tokens; accepted: 0 to the {held} it holds")
         self._cache.lengths[row] = length
 

@@ -172,7 +172,7 @@ def _inputs(console: Console) -> Iterator[str]:
     while True:
         try:
             with _ctrl_c_raises():
-                text = console.input("[bold green]> [/]")
+                text = _ask(console, "> ")
                 if text.lstrip().startswith(MULTILINE_MARK):
                     text = _multiline(console, text.lstrip().removeprefix(MULTILINE_MARK))
         except UnicodeDecodeError as error:
@@ -187,9 +187,17 @@ def _inputs(console: Console) -> Iterator[str]:
             yield text.strip()
 
 
+def _ask(console: Console, prompt: str) -> str:
+    """A line of input. Readline is given the prompt: one that it didn't print it erases when it draws a line anew."""
+    if not console.is_terminal:
+        return console.input(prompt)
+    bold_green, reset = "\x1b[1;32m", "\x1b[0m"
+    return input(f"\x01{bold_green}\x02{prompt}\x01{reset}\x02")  # between 1 and 2: takes no room on the line
+
+
 def _multiline(console: Console, line: str) -> str:
     lines = []
     while MULTILINE_MARK not in line:
         lines.append(line)
-        line = console.input("[green]. [/]")
+        line = _ask(console, ". ")
     return "\n".join([*lines, line.partition(MULTILINE_MARK)[0]])

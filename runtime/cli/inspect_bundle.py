@@ -68,6 +68,13 @@ def _engine_facts(manifest: Manifest) -> dict[str, Any]:
 
 
 def _status(path: Path, entry: FileEntry, with_hash: bool) -> str:
+    try:
+        return _compared(path, entry, with_hash)
+    except OSError as error:  # one file that may not be read; the others are shown all the same
+        return f"can't be read: {error.strerror or error}"
+
+
+def _compared(path: Path, entry: FileEntry, with_hash: bool) -> str:
     if not path.is_file():
         return "missing"
     found = path.stat().st_size

@@ -13,16 +13,19 @@ def facts(path: Path, *, list_tensors: bool) -> dict[str, Any]:
     """Opsets, inputs and outputs, ops and weights of a graph.
 
     Raises:
-        BundleError: the file isn't ONNX.
+        BundleError: the file isn't ONNX, or holds no graph.
     """
     import onnx
     import onnx_ir as ir
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
-        model = ir.from_proto(onnx.load(path, load_external_data=False))
+        proto = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
         raise BundleError(f"{path} isn't an ONNX file: {error}") from error
+    if not proto.HasField("graph"):  # as an empty file, which is a valid message of protobuf
+        raise BundleError(f"{path} holds no graph ({path.stat().st_size} bytes): it isn't an ONNX file, or is cut off")
+    model = ir.from_proto(proto)
     graph = model.graph
     ops = Counter((node.domain or "ai.onnx", node.op_type) for node in graph.all_nodes())
     weights = [tensor for value in graph.initializers.values() if (tensor := value.const_value) is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -228,3 +229,11 @@ def test_windows(count: int, lengths: Sequence[int]) -> None:
 def test_a_text_too_short_to_score() -> None:
     with pytest.raises(BuildError, match=r"the text has 3 tokens; verification needs at least 4"):
         windows([1, 2, 3], 5, 3)
+
+
+def test_a_bundle_that_is_sure_of_wrong_tokens_has_a_finite_perplexity() -> None:
+    certain = np.full((VOCAB, VOCAB), -2000, np.float32)
+    certain[:, 0] = 0  # 2000 nats for every other token; e^710 is beyond a float64
+    result = verify(TableEngine(certain), TableReference(table(0)), sequences(40), bounds_for("int4"), greedy_tokens=2)
+    assert json.loads(json.dumps(result.to_json(), allow_nan=False))["perplexity"] > 1e300
+    assert not result.has_passed

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_aot_errors import EngineMismatchError
+from qwen_aot_errors import EngineMismatchError, GenerationError
 from runtime.backends import open_engine
 from runtime.bundle import Bundle, load_bundle
 from runtime.generation_config import GenerationConfig
@@ -50,6 +50,15 @@ def test_text_from_a_bundle(path: Path) -> None:
         assert list(completion.token_ids) == continuation(tokenizer.encode(prompt), 12)
         assert completion.text == tokenizer.decode(completion.token_ids)
     assert len(streamed) == 13 and streamed[-1].token_ids == completions[1].token_ids  # type: ignore[union-attr]
+
+
+def test_a_generator_that_was_closed_says_so(path: Path) -> None:
+    with Generator.open(path, threads=1) as generator:
+        *_, answer = generator.stream([Request([1, 2, 3], generator.defaults.resolve(), keep_cache=True)])
+        request = Request([1, 2, 3, *answer.token_ids, 4], generator.defaults.resolve(), keep_cache=True)  # type: ignore[union-attr]
+    for _ in range(2):  # the second finds nothing kept
+        with pytest.raises(GenerationError, match="the engine is closed; open the bundle again"):
+            list(generator.stream([request]))
 
 
 def test_an_engine_of_an_unknown_kind(path: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qwen_aot_errors import BundleError, GenerationError
@@ -102,6 +103,22 @@ def test_ending_ids() -> None:
         ({"stop": ("a", "")}, "stop is \\('a', ''\\); accepted: a list of texts that aren't empty"),
         ({"stop": "END"}, "stop is 'END'; accepted: a list of texts"),
         ({"stop_token_ids": (-1,)}, "stop_token_ids"),
+        ({"stop_token_ids": 5}, "stop_token_ids is 5; accepted: a list of ids of 0 or more"),
+        ({"stop_token_ids": (1.5,)}, "stop_token_ids is \\(1.5,\\)"),
+        ({"stop": (1,)}, "stop is \\(1,\\); accepted: a list of texts"),
+        ({"stop": 5}, "stop is 5; accepted: a list of texts"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; accepted: at least 1 \\(a whole number\\)"),
+        ({"max_new_tokens": True}, "max_new_tokens is True"),
+        ({"max_new_tokens": "9"}, "max_new_tokens is '9'"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"temperature": None}, "temperature is None"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_k": None}, "top_k is None"),
+        ({"top_p": True}, "top_p is True"),
+        ({"repetition_penalty": "1"}, "repetition_penalty is '1'"),
+        ({"seed": 0.5}, "seed is 0.5"),
+        ({"ignore_eos": 1}, "ignore_eos is 1; accepted: True or False"),
+        ({"logprobs": True}, "logprobs is True"),
         ({"logprobs": 101}, "logprobs is 101; accepted: 0 to 100"),
     ],
 )
@@ -110,6 +127,11 @@ def test_values_out_of_range(settings: dict[str, Any], message: str) -> None:
         GenerationConfig(**settings)
     with pytest.raises(GenerationError, match=message):
         GenerationDefaults().resolve(**settings)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = GenerationDefaults().resolve(top_k=np.int64(4), temperature=np.float32(0.5), stop_token_ids=np.arange(2))  # type: ignore[arg-type]
+    assert (config.top_k, config.temperature, config.stop_token_ids) == (4, 0.5, (0, 1))
 
 
 @pytest.mark.parametrize(

@@ -200,10 +200,14 @@ def test_threads_are_at_least_one() -> None:
 
 def test_a_closed_engine_says_so(checksum_bundle: Path) -> None:
     engine = open_engine(load_bundle(checksum_bundle), threads=1)
+    engine.prefill(0, ids(1, 2, 3))
     engine.close()
     engine.close()
     with pytest.raises(GenerationError, match="the engine is closed"):
         engine.prefill(0, ids(1))
+    with pytest.raises(GenerationError, match="the engine is closed"):
+        engine.truncate(0, 2)
+    engine.truncate(0, 0)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -107,6 +108,13 @@ class Terminal:
         if select.select([self._parent], [], [], seconds)[0]:
             self.seen += os.read(self._parent, 65536).decode(errors="replace")
 
+    def read_all(self) -> None:
+        """Reads until nothing has come for a second."""
+        seen = -1
+        while seen != len(self.seen):
+            seen = len(self.seen)
+            self.read(1)
+
     def read_until(self, mark: str) -> None:
         deadline = time.monotonic() + 40
         while mark not in self.seen and time.monotonic() < deadline:
@@ -135,6 +143,44 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(bundle: Path) -> None:
         terminal.type("/exit\n")
         assert terminal.process.wait(20) == 0
     assert "ended by cancelled" in terminal.seen or "ended by length" in terminal.seen
+
+
+@pytest.mark.timeout(60)
+def test_the_prompt_stands_when_a_line_of_the_history_is_shown(bundle: Path) -> None:
+    with Terminal(str(bundle), *map(str, SHORT)) as terminal:
+        terminal.read_until("> ")
+        for line in ("a long line of text", "/help"):
+            terminal.type(f"{line}\n")
+            terminal.read_until("ended by length" if line != "/help" else "leave (also Ctrl-D)")
+        terminal.read_all()
+        before = len(terminal.seen)
+        for key in ("A", "A", "B"):  # up, up, down
+            terminal.type(f"\x1b[{key}")
+            terminal.read_all()
+        drawn = terminal.seen[before:]
+    assert "a long line of text" in drawn
+    assert on_screen("> ", drawn) == "> /help"
+
+
+def on_screen(line: str, drawn: str) -> str:
+    """What a terminal's line shows after some output: text, moves and erasures, as readline writes them."""
+    cells, at = list(line), len(line)
+    for part in re.findall(r"\x1b\[(\d*)([A-Za-z])|(\x1b.|[\x00-\x1f])|(.)", drawn):
+        count, letter, control, character = part
+        if letter == "K":
+            del cells[at:]
+        elif letter == "P":
+            del cells[at : at + int(count or 1)]
+        elif letter == "C":
+            at += int(count or 1)
+        elif control == "\b":
+            at -= 1
+        elif control == "\r":
+            at = 0
+        elif character:
+            cells[at : at + 1] = character
+            at += 1
+    return "".join(cells).rstrip()
 
 
 @pytest.mark.timeout(60)

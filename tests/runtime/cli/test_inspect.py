@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,22 @@ def test_a_damaged_bundle(run: Run, bundle: Path, tmp_path: Path, arguments: tup
     assert status["report.json"] == "missing"
 
 
+def test_a_file_that_may_not_be_read_is_one_row(run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opens = Path.open
+
+    def refusing(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if path.name == "tokenizer.json":  # root, as which this test may run, may read everything
+            raise PermissionError(13, "Permission denied", str(path))
+        return opens(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    result = run("inspect", bundle, "--json")
+    assert result.exit_code == 1
+    status = {file["name"]: file["status"] for file in json.loads(result.stdout)["files"]}
+    assert status.pop("tokenizer.json") == "can't be read: Permission denied"
+    assert set(status.values()) == {"ok"}
+
+
 def test_a_broken_manifest(run: Run, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     result = run("inspect", tmp_path)
@@ -62,6 +79,13 @@ def test_what_is_not_onnx(run: Run, tmp_path: Path) -> None:
     result = run("inspect", tmp_path / "model.onnx")
     assert result.exit_code == 1
     assert "isn't an ONNX file" in result.stderr
+
+
+def test_a_file_without_a_graph(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.onnx").touch()
+    result = run("inspect", tmp_path / "empty.onnx")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "empty.onnx holds no graph (0 bytes)" in result.stderr
 
 
 def test_a_checkpoint(run: Run, checkpoint: Path) -> None:
