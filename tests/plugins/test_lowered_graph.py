@@ -1,4 +1,4 @@
-"""The lowered graph that is parsed, against a real parser and the real plugins: TensorRT-RTX's, which creates them and can't go on.
+"""The lowered graph against a real parser and the real plugins: TensorRT-RTX creates them, and can't go on.
 
 It has no plugin layers and aborts once a plugin is created, so that each parse is a process of its own.
 """
