@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,18 @@ import numpy as np
 import pytest
 import torch
 
+from engines.compare_engine import read_manifest
 from engines.engine_reference import EngineReference
 from engines.spec import BuildSpec
-from qwen_aot_errors import BuildError
+from qwen_aot_errors import BuildError, EngineMismatchError
 from runtime.backends import open_engine
 from runtime.bundle import load_bundle
 from runtime.cli import gpu_check
 from runtime.cli.check_steps import Failure, Skip, Step, run_steps
+from runtime.manifest import MANIFEST_NAME, FileEntry, PluginFacts
+from tests.checkpoints import save_tiny
+from tests.doubles import polygraphy_tensorrt
+from tests.doubles.bundles import export_tensorrt_bundle
 from tests.doubles.gpu import Gpu
 from tests.doubles.install import installed
 from tests.runtime.cli.conftest import Run
@@ -49,6 +56,9 @@ def test_every_flavour_is_found_built_compared_and_measured(tmp_path: Path) -> N
         assert [name for name in names if name.endswith(f" {target}")] == [
             f"{verb} {target}" for verb in ("find", "build", "compare", "measure")
         ]
+    assert [name for name in names if "Polygraphy" in name] == [
+        f"compare {target} with Polygraphy" for target in ("tensorrt-rtx", "tensorrt")
+    ]
 
 
 def test_a_library_that_is_not_installed_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +110,82 @@ def test_an_engine_that_differs_fails_with_its_scores(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="differs from the CPU bundle: max_logit_difference") as caught:
         gpu_check._compare(tmp_path, "cpu")
     assert caught.value.details["kl_divergence"] > 0
+
+
+@pytest.fixture
+def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny checkpoint, its CPU bundle, and what the double of Polygraphy's TensorRT takes for engines of it."""
+    polygraphy_tensorrt.install(tmp_path / "doubles", monkeypatch)
+    save_tiny(tmp_path / "checkpoint", max_position_embeddings=gpu_check.MAX_CONTEXT)
+    gpu_check._build_reference(str(tmp_path / "checkpoint"), tmp_path)
+    return tmp_path
+
+
+def write_engine(folder: Path, name: str, flavour: str = "tensorrt", *, has_plugins: bool = False) -> None:
+    checkpoint, chunk = folder / "checkpoint", gpu_check.CHUNK
+    export_tensorrt_bundle(checkpoint, folder / name, flavour, max_context=gpu_check.MAX_CONTEXT, prefill_chunk=chunk)
+    if has_plugins:
+        manifest = read_manifest(folder / name)
+        assert manifest.tensorrt is not None
+        plugins = PluginFacts("libqwen_aot_plugins.so", "0" * 64, in_engine=False, ops=("QwenGQA",))
+        written = replace(
+            manifest,
+            tensorrt=replace(manifest.tensorrt, plugins=plugins),
+            files={**manifest.files, plugins.file: FileEntry(0, plugins.sha256)},
+        )
+        (folder / name / MANIFEST_NAME).write_text(written.to_json())
+
+
+def test_polygraphy_compares_both_flavours_in_one_run(engines: Path) -> None:
+    for target, flavour in (("tensorrt-rtx", "tensorrt_rtx"), ("tensorrt", "tensorrt")):
+        write_engine(engines, target, flavour)
+        details = gpu_check._compare_with_polygraphy("", engines, target)
+        assert (details["library"], details["bound_db"], details["tokens"]) == (flavour, 30.0, 128)
+        assert min(output["snr_db"] for output in details["outputs"]) > 60
+    assert "POLYGRAPHY_USE_TENSORRT_RTX" not in os.environ
+
+
+def test_an_engine_that_polygraphy_finds_different_fails_with_every_ratio(engines: Path) -> None:
+    save_tiny(engines / "checkpoint", max_position_embeddings=gpu_check.MAX_CONTEXT, seed=1)
+    write_engine(engines, "tensorrt-rtx", "tensorrt_rtx")
+    with pytest.raises(Failure, match=r"differs from the CPU bundle by Polygraphy's comparison: logits, ") as caught:
+        gpu_check._compare_with_polygraphy("", engines, "tensorrt-rtx")
+    assert all(output["snr_db"] < 10 for output in caught.value.details["outputs"])
+
+
+def test_polygraphy_gets_native_layers_in_the_place_of_plugins(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def build(model: str, target: str, precision: str, out: Path, *, forms: str) -> None:
+        asked.append((model, target, precision, forms))
+        write_engine(engines, out.name)
+
+    write_engine(engines, "tensorrt", has_plugins=True)
+    monkeypatch.setattr(gpu_check, "_build", build)
+    assert gpu_check._compare_with_polygraphy("model", engines, "tensorrt")["failed"] == []
+    assert asked == [("model", "tensorrt", "fp16", "native")]
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise BuildError("TensorRT 10.13 lacks the layers KV_CACHE_UPDATE")
+
+    monkeypatch.setattr(gpu_check, "_build", refuse)
+    with pytest.raises(Skip, match=r"can't bind plugins' caches.*10\.13 lacks the layers"):
+        gpu_check._compare_with_polygraphy("model", engines, "tensorrt")
+
+
+def test_without_polygraphy_or_a_cuda_runtime_its_comparison_is_skipped(
+    engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lack(*arguments: object) -> None:
+        raise EngineMismatchError("Polygraphy needs the CUDA runtime library")
+
+    write_engine(engines, "tensorrt")
+    monkeypatch.setattr("engines.compare_engine.compare_in_process", lack)
+    with pytest.raises(Skip, match="needs the CUDA runtime library"):
+        gpu_check._compare_with_polygraphy("", engines, "tensorrt")
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Skip, match=r"pip install 'qwen-aot\[verify\]'"):
+        gpu_check._compare_with_polygraphy("", engines, "tensorrt")
 
 
 @pytest.mark.parametrize(
