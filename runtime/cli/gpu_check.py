@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from exporter.checkpoint.base import Checkpoint
 
 TINY = "tiny"
+WITH_PLUGINS = "tensorrt"
 REFERENCE = "build cpu"  # the step whose bundle the others are compared with
 MAX_CONTEXT, CHUNK = 512, 128  # tokens
 WINDOW, GREEDY = 128, 32  # tokens compared, and generated freely
@@ -55,7 +57,8 @@ def command(report: Path, model: str, as_json: bool) -> None:
       qwen-aot gpu-check
       qwen-aot gpu-check -o report --model ./Qwen1.5-0.5B-Chat
 
-    Builds a bundle with each of TensorRT-RTX, TensorRT and ONNX Runtime's CUDA provider that is installed, runs the
+    Builds a bundle with each of TensorRT-RTX, TensorRT and ONNX Runtime's CUDA provider that is installed (TensorRT's
+    with the project's plugins, whose library is built for this GPU unless QWEN_AOT_PLUGIN_LIBRARY names it), runs the
     tests that need a GPU, compares each engine with the CPU's fp32 bundle (TensorRT's with Polygraphy too) and
     measures its speed. A step that fails doesn't end the others. Exits with 0 if at least one step ran on the GPU and
     none failed.
@@ -95,9 +98,11 @@ def plan(machine: Mapping[str, Any], model: str, folder: Path) -> list[Step]:
 
 def _steps_of(target: str, model: str, folder: Path, gpu: str) -> list[Step]:
     library, build = f"find {target}", f"build {target}"
+    plugins = Step("build plugin library", False, lambda: _build_plugins(folder), needs=(library,))
     return [
         Step(library, False, lambda: _find_library(target), needs=(gpu,)),
-        Step(build, False, lambda: _build(model, target, "fp16", folder / target), needs=(library,)),
+        *([plugins] if target == WITH_PLUGINS else []),
+        Step(build, False, lambda: _build_engine(model, target, folder), needs=(library,)),
         Step(f"compare {target}", True, lambda: _compare(folder, target), needs=(REFERENCE, build)),
         *_polygraphy_steps(target, model, folder, build),
         Step(f"measure {target}", True, lambda: _measure(folder / target), needs=(build,)),
@@ -176,8 +181,47 @@ def _reference_target() -> str:
     return "cpu"
 
 
-def _build(model: str, target: str, precision: str, out: Path, *, forms: Form | None = None) -> Mapping[str, Any]:
-    """Builds a bundle; `forms`: who computes attention and experts of a TensorRT engine."""
+def _build_plugins(folder: Path) -> Mapping[str, Any]:
+    """The plugins' library for this machine's GPU, unless the environment names one."""
+    from engines.plugin_library import ENVIRONMENT
+    from plugins.library import build_library, find_cmake, tensorrt_headers
+    from plugins.variants import SMS
+    from qwen_aot_errors import BuildError
+    from runtime.backends._cuda import find_device, load_cuda
+
+    if named := os.environ.get(ENVIRONMENT):
+        return {"library": named, "named_by": ENVIRONMENT}
+    sm = find_device(load_cuda()).compute_capability
+    if sm not in SMS:
+        raise Skip(f"there are no kernels for SM {sm}; there are for {', '.join(SMS)}")
+    if importlib.util.find_spec("triton") is None:
+        raise Skip("triton isn't installed: pip install 'qwen-aot[plugins]'")
+    out = folder / "plugins"
+    try:
+        find_cmake()
+        headers = tensorrt_headers(out / "build")
+    except BuildError as error:
+        raise Skip(str(error)) from error
+    library = build_library(out, (sm,), tensorrt_include=headers)
+    return {"library": library.name, "sm": sm, "bytes": library.stat().st_size}
+
+
+def _build_engine(model: str, target: str, folder: Path) -> Mapping[str, Any]:
+    """The target's own form; where it has plugins and there is no library of them, native layers."""
+    from engines.plugin_library import ENVIRONMENT, PLUGIN_LIBRARY
+
+    out, library = folder / target, folder / "plugins" / PLUGIN_LIBRARY
+    if target != WITH_PLUGINS or os.environ.get(ENVIRONMENT):
+        return _build(model, target, "fp16", out)
+    if library.is_file():
+        return {"forms": "plugin", **_build(model, target, "fp16", out, plugin_library=library)}
+    return {"forms": "native", **_build(model, target, "fp16", out, forms="native")}
+
+
+def _build(
+    model: str, target: str, precision: str, out: Path, *, forms: Form | None = None, plugin_library: Path | None = None
+) -> Mapping[str, Any]:
+    """Builds a bundle; `forms`: who computes attention and experts of a TensorRT engine, plugins of a library."""
     from engines.build import build_bundle
     from engines.spec import BuildSpec
     from engines.tensorrt_options import TensorRtOptions
@@ -191,7 +235,7 @@ def _build(model: str, target: str, precision: str, out: Path, *, forms: Form | 
         max_context=MAX_CONTEXT,
         prefill_chunk=CHUNK,
         max_batch=2,
-        tensorrt=TensorRtOptions(compute_capabilities=here, attention=forms, moe=forms),
+        tensorrt=TensorRtOptions(compute_capabilities=here, attention=forms, moe=forms, plugin_library=plugin_library),
     )
     with _open(model) as checkpoint:
         report = build_bundle(checkpoint, spec, out)

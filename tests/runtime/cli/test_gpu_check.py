@@ -56,6 +56,7 @@ def test_every_flavour_is_found_built_compared_and_measured(tmp_path: Path) -> N
         assert [name for name in names if name.endswith(f" {target}")] == [
             f"{verb} {target}" for verb in ("find", "build", "compare", "measure")
         ]
+    assert names.index("find tensorrt") < names.index("build plugin library") < names.index("build tensorrt")
     assert [name for name in names if "Polygraphy" in name] == [
         f"compare {target} with Polygraphy" for target in ("tensorrt-rtx", "tensorrt")
     ]
@@ -86,16 +87,21 @@ def test_build_compare_and_measure_with_the_cpu_in_the_gpus_place(tmp_path: Path
     assert results["measure"].details["decode_tokens_per_second"]["median"] > 0
 
 
-def test_an_engine_of_tensorrt_rtx_is_built_for_the_gpu_that_is_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[BuildSpec] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[BuildSpec]:
+    """What builds are asked for; the library of plugins isn't named."""
+    specs: list[BuildSpec] = []
 
     def build_bundle(checkpoint: object, spec: BuildSpec, out: Path) -> None:
-        asked.append(spec)
+        specs.append(spec)
         raise BuildError("no further")
 
     monkeypatch.setattr("engines.build.build_bundle", build_bundle)
+    monkeypatch.delenv("QWEN_AOT_PLUGIN_LIBRARY", raising=False)
+    return specs
+
+
+def test_an_engine_of_tensorrt_rtx_is_built_for_the_gpu_that_is_here(asked: list[BuildSpec], tmp_path: Path) -> None:
     for target in ("tensorrt-rtx", "tensorrt"):
         with installed(Gpu(capability=(12, 1))), pytest.raises(BuildError, match="no further"):
             gpu_check._build("tiny", target, "fp16", tmp_path)
@@ -110,6 +116,59 @@ def test_an_engine_that_differs_fails_with_its_scores(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="differs from the CPU bundle: max_logit_difference") as caught:
         gpu_check._compare(tmp_path, "cpu")
     assert caught.value.details["kl_divergence"] > 0
+
+
+def test_plugins_are_built_for_the_gpu_that_is_here_and_used(
+    asked: list[BuildSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_library(folder: Path, sms: tuple[str, ...], *, tensorrt_include: Path) -> Path:
+        assert (sms, tensorrt_include) == (("12.0",), tmp_path)
+        folder.mkdir()
+        (folder / "libqwen_aot_plugins.so").write_bytes(b"code")
+        return folder / "libqwen_aot_plugins.so"
+
+    monkeypatch.setattr("plugins.library.tensorrt_headers", lambda build: tmp_path)
+    monkeypatch.setattr("plugins.library.find_cmake", lambda: "cmake")
+    monkeypatch.setattr("plugins.library.build_library", build_library)
+    with installed(Gpu(capability=(12, 0))):
+        assert gpu_check._build_plugins(tmp_path)["bytes"] == 4
+        for target in ("tensorrt", "tensorrt-rtx"):
+            with pytest.raises(BuildError, match="no further"):
+                gpu_check._build_engine("tiny", target, tmp_path)
+    assert [(spec.attention, spec.moe, spec.tensorrt.plugin_library) for spec in asked] == [
+        ("plugin", "plugin", tmp_path / "plugins" / "libqwen_aot_plugins.so"),
+        ("native", "native", None),
+    ]
+
+
+def test_a_named_library_of_plugins_is_taken(
+    asked: list[BuildSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN_AOT_PLUGIN_LIBRARY", "/named.so")
+    assert gpu_check._build_plugins(tmp_path)["library"] == "/named.so"
+    with installed(Gpu()), pytest.raises(BuildError, match="no further"):
+        gpu_check._build_engine("tiny", "tensorrt", tmp_path)
+    assert asked[0].attention == "plugin"
+    assert not (tmp_path / "plugins").exists()
+
+
+@pytest.mark.parametrize("missing", ["SM 7.5", "triton", "no cmake", "no TensorRT headers"])
+def test_without_what_plugins_are_built_with_layers_are_native(
+    missing: str, asked: list[BuildSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise BuildError(missing)
+
+    monkeypatch.setattr("plugins.library.find_cmake", refuse if "cmake" in missing else lambda: "cmake")
+    monkeypatch.setattr("plugins.library.tensorrt_headers", refuse if "headers" in missing else lambda build: tmp_path)
+    if missing == "triton":
+        monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    with installed(Gpu(capability=(7, 5) if "7.5" in missing else (8, 9))):
+        with pytest.raises(Skip, match=missing):
+            gpu_check._build_plugins(tmp_path)
+        with pytest.raises(BuildError, match="no further"):
+            gpu_check._build_engine("tiny", "tensorrt", tmp_path)
+    assert (asked[0].attention, asked[0].moe) == ("native", "native")
 
 
 @pytest.fixture
