@@ -181,7 +181,7 @@ def compare_layers(
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # it logs to stdout, which is for results
         try:
             for (marked, wanted, name), feed in zip(sides, feeds, strict=True):
-                runner, provider = _runner(marked, wanted, name)
+                runner, provider = onnxruntime_runner(marked, wanted, name)
                 results.extend(Comparator.run([runner], data_loader=[dict(feed)]))
                 used.append(provider())
             _keep_marked(results)
@@ -195,7 +195,7 @@ def compare_layers(
     return LayerReport(tuple(rows), bound, feeds[1]["input_ids"].shape[1], used[1])
 
 
-def _runner(graph: MarkedGraph, providers: Sequence[str], name: str) -> tuple[Any, Callable[[], str]]:
+def onnxruntime_runner(graph: MarkedGraph, providers: Sequence[str], name: str) -> tuple[Any, Callable[[], str]]:
     """Polygraphy's ONNX Runtime runner on a session with the graph's own numbers; and who runs it, once it has run."""
     import onnxruntime
     from polygraphy.backend.onnxrt import OnnxrtRunner

@@ -100,8 +100,12 @@ def tensorrt_headers(build: Path, given: Path | None = None) -> Path:
     return downloaded
 
 
-def _find_cmake() -> str:
-    """The path of cmake, once there is a compiler for it to use."""
+def find_cmake() -> str:
+    """The path of cmake, once there is a compiler for it to use.
+
+    Raises:
+        BuildError: If one of the two is missing.
+    """
     # pip puts it beside this Python, which needn't be on PATH
     cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
     if cmake is None:
@@ -152,7 +156,7 @@ def build_library(
         BuildError: If something to build with is missing, or a step fails.
     """
     kernel_table.check_sms(sms)
-    cmake = _find_cmake()
+    cmake = find_cmake()
     build = folder.resolve() / "build"
     build.mkdir(parents=True, exist_ok=True)
     headers = tensorrt_headers(build, tensorrt_include)

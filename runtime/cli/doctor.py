@@ -113,7 +113,8 @@ def examine() -> dict[str, Any]:
         },
         "targets": {
             target: {
-                "build_lacks": lacks(row.build, has_gpu=bool(found_gpus) or not row.build_on_gpu),
+                "build_lacks": lacks(row.build, has_gpu=bool(found_gpus) or not row.build_on_gpu)
+                + lacks_plugins(target),
                 "run_lacks": lacks(row.run, has_gpu=bool(found_gpus) or not row.run_on_gpu),
             }
             for target, row in TARGETS.items()
@@ -133,6 +134,22 @@ def lacks(needs: tuple[Need, ...], *, has_gpu: bool) -> list[str]:
     """Everything that is missing for a task."""
     missing = [text for need in needs if (text := lack(need))]
     return missing if has_gpu else [*missing, "no NVIDIA GPU or driver"]
+
+
+def lacks_plugins(target: str) -> list[str]:
+    """How to get the plugins' library, if the target computes attention and experts with it and none is named."""
+    from engines.plugin_library import find_plugin_library
+    from engines.tensorrt_flavours import FLAVOURS
+    from engines.tensorrt_options import DEFAULT_OPTIONS
+    from qwen_aot_errors import BuildError
+
+    if target not in FLAVOURS or not FLAVOURS[target].has_plugins:
+        return []
+    try:
+        find_plugin_library(DEFAULT_OPTIONS)
+    except BuildError as error:
+        return [str(error)]
+    return []
 
 
 def lack(need: Need) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,12 +21,15 @@ from runtime.cli.doctor import examine
 from runtime.cli.options import CONTEXT, GivenPath, json_option
 
 if TYPE_CHECKING:
+    from engines.tensorrt_options import Form
     from exporter.checkpoint.base import Checkpoint
 
 TINY = "tiny"
+WITH_PLUGINS = "tensorrt"
 REFERENCE = "build cpu"  # the step whose bundle the others are compared with
 MAX_CONTEXT, CHUNK = 512, 128  # tokens
 WINDOW, GREEDY = 128, 32  # tokens compared, and generated freely
+SNR_DB = 30.0  # of the fp16 engine's logits and caches over the fp32 reference's: 3 % of noise
 TEST_SECONDS = 3600
 TESTS = Path(__file__).parents[2] / "tests"  # beside the packages in a clone; not in a wheel
 
@@ -53,9 +57,11 @@ def command(report: Path, model: str, as_json: bool) -> None:
       qwen-aot gpu-check
       qwen-aot gpu-check -o report --model ./Qwen1.5-0.5B-Chat
 
-    Builds a bundle with each of TensorRT-RTX, TensorRT and ONNX Runtime's CUDA provider that is installed, runs the
-    tests that need a GPU, compares each engine with the CPU's fp32 bundle and measures its speed. A step that fails
-    doesn't end the others. Exits with 0 if at least one step ran on the GPU and none failed.
+    Builds a bundle with each of TensorRT-RTX, TensorRT and ONNX Runtime's CUDA provider that is installed (TensorRT's
+    with the project's plugins, whose library is built for this GPU unless QWEN_AOT_PLUGIN_LIBRARY names it), runs the
+    tests that need a GPU, compares each engine with the CPU's fp32 bundle (TensorRT's with Polygraphy too) and
+    measures its speed. A step that fails doesn't end the others. Exits with 0 if at least one step ran on the GPU and
+    none failed.
     """
     show_logs()
     machine = examine()
@@ -92,12 +98,23 @@ def plan(machine: Mapping[str, Any], model: str, folder: Path) -> list[Step]:
 
 def _steps_of(target: str, model: str, folder: Path, gpu: str) -> list[Step]:
     library, build = f"find {target}", f"build {target}"
+    plugins = Step("build plugin library", False, lambda: _build_plugins(folder), needs=(library,))
     return [
         Step(library, False, lambda: _find_library(target), needs=(gpu,)),
-        Step(build, False, lambda: _build(model, target, "fp16", folder / target), needs=(library,)),
+        *([plugins] if target == WITH_PLUGINS else []),
+        Step(build, False, lambda: _build_engine(model, target, folder), needs=(library,)),
         Step(f"compare {target}", True, lambda: _compare(folder, target), needs=(REFERENCE, build)),
+        *_polygraphy_steps(target, model, folder, build),
         Step(f"measure {target}", True, lambda: _measure(folder / target), needs=(build,)),
     ]
+
+
+def _polygraphy_steps(target: str, model: str, folder: Path, build: str) -> list[Step]:
+    """Polygraphy runs TensorRT's engines; what ONNX Runtime runs on CUDA has no engine."""
+    if target == "cuda":
+        return []
+    name = f"compare {target} with Polygraphy"
+    return [Step(name, True, lambda: _compare_with_polygraphy(model, folder, target), needs=(REFERENCE, build))]
 
 
 def _find_gpu(machine: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -164,7 +181,47 @@ def _reference_target() -> str:
     return "cpu"
 
 
-def _build(model: str, target: str, precision: str, out: Path) -> Mapping[str, Any]:
+def _build_plugins(folder: Path) -> Mapping[str, Any]:
+    """The plugins' library for this machine's GPU, unless the environment names one."""
+    from engines.plugin_library import ENVIRONMENT
+    from plugins.library import build_library, find_cmake, tensorrt_headers
+    from plugins.variants import SMS
+    from qwen_aot_errors import BuildError
+    from runtime.backends._cuda import find_device, load_cuda
+
+    if named := os.environ.get(ENVIRONMENT):
+        return {"library": named, "named_by": ENVIRONMENT}
+    sm = find_device(load_cuda()).compute_capability
+    if sm not in SMS:
+        raise Skip(f"there are no kernels for SM {sm}; there are for {', '.join(SMS)}")
+    if importlib.util.find_spec("triton") is None:
+        raise Skip("triton isn't installed: pip install 'qwen-aot[plugins]'")
+    out = folder / "plugins"
+    try:
+        find_cmake()
+        headers = tensorrt_headers(out / "build")
+    except BuildError as error:
+        raise Skip(str(error)) from error
+    library = build_library(out, (sm,), tensorrt_include=headers)
+    return {"library": library.name, "sm": sm, "bytes": library.stat().st_size}
+
+
+def _build_engine(model: str, target: str, folder: Path) -> Mapping[str, Any]:
+    """The target's own form; where it has plugins and there is no library of them, native layers."""
+    from engines.plugin_library import ENVIRONMENT, PLUGIN_LIBRARY
+
+    out, library = folder / target, folder / "plugins" / PLUGIN_LIBRARY
+    if target != WITH_PLUGINS or os.environ.get(ENVIRONMENT):
+        return _build(model, target, "fp16", out)
+    if library.is_file():
+        return {"forms": "plugin", **_build(model, target, "fp16", out, plugin_library=library)}
+    return {"forms": "native", **_build(model, target, "fp16", out, forms="native")}
+
+
+def _build(
+    model: str, target: str, precision: str, out: Path, *, forms: Form | None = None, plugin_library: Path | None = None
+) -> Mapping[str, Any]:
+    """Builds a bundle; `forms`: who computes attention and experts of a TensorRT engine, plugins of a library."""
     from engines.build import build_bundle
     from engines.spec import BuildSpec
     from engines.tensorrt_options import TensorRtOptions
@@ -178,7 +235,7 @@ def _build(model: str, target: str, precision: str, out: Path) -> Mapping[str, A
         max_context=MAX_CONTEXT,
         prefill_chunk=CHUNK,
         max_batch=2,
-        tensorrt=TensorRtOptions(compute_capabilities=here),
+        tensorrt=TensorRtOptions(compute_capabilities=here, attention=forms, moe=forms, plugin_library=plugin_library),
     )
     with _open(model) as checkpoint:
         report = build_bundle(checkpoint, spec, out)
@@ -211,6 +268,33 @@ def _compare(folder: Path, target: str) -> Mapping[str, Any]:
     failed = [check.name for check in result.checks if not check.has_passed]
     if failed:
         raise Failure(f"differs from the CPU bundle: {', '.join(failed)}", details)
+    return details
+
+
+def _compare_with_polygraphy(model: str, folder: Path, target: str) -> Mapping[str, Any]:
+    """One prefill step of the engine against the CPU's fp32 bundle; of native layers, which the runner can bind."""
+    import numpy as np
+
+    from engines.compare_engine import compare_in_process, read_manifest
+    from qwen_aot_errors import BuildError, EngineMismatchError
+
+    if importlib.util.find_spec("polygraphy") is None:
+        raise Skip("polygraphy isn't installed: pip install 'qwen-aot[verify]'")
+    engine = folder / target
+    manifest = read_manifest(engine)
+    if manifest.tensorrt is not None and manifest.tensorrt.plugins is not None:
+        engine = folder / f"{target}-native"
+        try:
+            _build(model, target, "fp16", engine, forms="native")
+        except BuildError as error:
+            raise Skip(f"its runner can't bind plugins' caches, and native layers can't be built: {error}") from error
+    ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, CHUNK).tolist()
+    try:
+        details = compare_in_process(engine, folder / "reference", ids, SNR_DB)
+    except EngineMismatchError as error:
+        raise Skip(str(error)) from error
+    if failed := details["failed"]:
+        raise Failure(f"differs from the CPU bundle by Polygraphy's comparison: {', '.join(failed)}", details)
     return details
 
 

@@ -33,6 +33,7 @@ def test_what_the_tensorrt_targets_lack(run: Run, monkeypatch: pytest.MonkeyPatc
     installed = {"tensorrt-rtx-cu13": "1.7.1.116", "cuda-bindings": "13.0.1", "tensorrt": "10.9.0"}
     monkeypatch.setattr(doctor, "version", lambda package: installed.get(package, "99"))
     monkeypatch.setattr(doctor, "gpus", lambda: [])
+    monkeypatch.setenv("QWEN_AOT_PLUGIN_LIBRARY", str(Path(__file__)))
     targets = json.loads(run("doctor", "--json").stdout)["targets"]
     no_gpu = "no NVIDIA GPU or driver"
     assert targets["tensorrt-rtx"] == {"build_lacks": [], "run_lacks": [no_gpu]}
@@ -44,6 +45,21 @@ def test_what_the_tensorrt_targets_lack(run: Run, monkeypatch: pytest.MonkeyPatc
     assert "'qwen-aot[tensorrt]'" in run("doctor").stdout  # brackets are text here, not markup
     monkeypatch.setattr(doctor, "gpus", lambda: [dict.fromkeys(("name", "compute_cap", "driver_version"), "1")])
     assert json.loads(run("doctor", "--json").stdout)["targets"]["tensorrt-rtx"]["run_lacks"] == []
+
+
+def test_the_plugin_library_that_target_tensorrt_lacks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_plugins() -> dict[str, list[str]]:
+        targets = json.loads(run("doctor", "--json").stdout)["targets"]
+        return {name: [text for text in row["build_lacks"] if "plugin" in text] for name, row in targets.items()}
+
+    monkeypatch.delenv("QWEN_AOT_PLUGIN_LIBRARY", raising=False)
+    (message,) = of_plugins().pop("tensorrt")
+    assert "`python -m plugins.library -o FOLDER`" in message
+    assert "QWEN_AOT_PLUGIN_LIBRARY" in message and "--attention native --moe native" in message
+    monkeypatch.setenv("QWEN_AOT_PLUGIN_LIBRARY", "/no/such/library.so")
+    assert "/no/such/library.so doesn't exist" in of_plugins().pop("tensorrt")[0]
+    monkeypatch.setenv("QWEN_AOT_PLUGIN_LIBRARY", str(Path(__file__)))
+    assert not any(of_plugins().values())
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,18 @@ import numpy as np
 import pytest
 import torch
 
+from engines.compare_engine import read_manifest
 from engines.engine_reference import EngineReference
 from engines.spec import BuildSpec
-from qwen_aot_errors import BuildError
+from qwen_aot_errors import BuildError, EngineMismatchError
 from runtime.backends import open_engine
 from runtime.bundle import load_bundle
 from runtime.cli import gpu_check
 from runtime.cli.check_steps import Failure, Skip, Step, run_steps
+from runtime.manifest import MANIFEST_NAME, FileEntry, PluginFacts
+from tests.checkpoints import save_tiny
+from tests.doubles import polygraphy_tensorrt
+from tests.doubles.bundles import export_tensorrt_bundle
 from tests.doubles.gpu import Gpu
 from tests.doubles.install import installed
 from tests.runtime.cli.conftest import Run
@@ -49,6 +56,10 @@ def test_every_flavour_is_found_built_compared_and_measured(tmp_path: Path) -> N
         assert [name for name in names if name.endswith(f" {target}")] == [
             f"{verb} {target}" for verb in ("find", "build", "compare", "measure")
         ]
+    assert names.index("find tensorrt") < names.index("build plugin library") < names.index("build tensorrt")
+    assert [name for name in names if "Polygraphy" in name] == [
+        f"compare {target} with Polygraphy" for target in ("tensorrt-rtx", "tensorrt")
+    ]
 
 
 def test_a_library_that_is_not_installed_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,16 +87,21 @@ def test_build_compare_and_measure_with_the_cpu_in_the_gpus_place(tmp_path: Path
     assert results["measure"].details["decode_tokens_per_second"]["median"] > 0
 
 
-def test_an_engine_of_tensorrt_rtx_is_built_for_the_gpu_that_is_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[BuildSpec] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[BuildSpec]:
+    """What builds are asked for; the library of plugins isn't named."""
+    specs: list[BuildSpec] = []
 
     def build_bundle(checkpoint: object, spec: BuildSpec, out: Path) -> None:
-        asked.append(spec)
+        specs.append(spec)
         raise BuildError("no further")
 
     monkeypatch.setattr("engines.build.build_bundle", build_bundle)
+    monkeypatch.delenv("QWEN_AOT_PLUGIN_LIBRARY", raising=False)
+    return specs
+
+
+def test_an_engine_of_tensorrt_rtx_is_built_for_the_gpu_that_is_here(asked: list[BuildSpec], tmp_path: Path) -> None:
     for target in ("tensorrt-rtx", "tensorrt"):
         with installed(Gpu(capability=(12, 1))), pytest.raises(BuildError, match="no further"):
             gpu_check._build("tiny", target, "fp16", tmp_path)
@@ -100,6 +116,135 @@ def test_an_engine_that_differs_fails_with_its_scores(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="differs from the CPU bundle: max_logit_difference") as caught:
         gpu_check._compare(tmp_path, "cpu")
     assert caught.value.details["kl_divergence"] > 0
+
+
+def test_plugins_are_built_for_the_gpu_that_is_here_and_used(
+    asked: list[BuildSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_library(folder: Path, sms: tuple[str, ...], *, tensorrt_include: Path) -> Path:
+        assert (sms, tensorrt_include) == (("12.0",), tmp_path)
+        folder.mkdir()
+        (folder / "libqwen_aot_plugins.so").write_bytes(b"code")
+        return folder / "libqwen_aot_plugins.so"
+
+    monkeypatch.setattr("plugins.library.tensorrt_headers", lambda build: tmp_path)
+    monkeypatch.setattr("plugins.library.find_cmake", lambda: "cmake")
+    monkeypatch.setattr("plugins.library.build_library", build_library)
+    with installed(Gpu(capability=(12, 0))):
+        assert gpu_check._build_plugins(tmp_path)["bytes"] == 4
+        for target in ("tensorrt", "tensorrt-rtx"):
+            with pytest.raises(BuildError, match="no further"):
+                gpu_check._build_engine("tiny", target, tmp_path)
+    assert [(spec.attention, spec.moe, spec.tensorrt.plugin_library) for spec in asked] == [
+        ("plugin", "plugin", tmp_path / "plugins" / "libqwen_aot_plugins.so"),
+        ("native", "native", None),
+    ]
+
+
+def test_a_named_library_of_plugins_is_taken(
+    asked: list[BuildSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN_AOT_PLUGIN_LIBRARY", "/named.so")
+    assert gpu_check._build_plugins(tmp_path)["library"] == "/named.so"
+    with installed(Gpu()), pytest.raises(BuildError, match="no further"):
+        gpu_check._build_engine("tiny", "tensorrt", tmp_path)
+    assert asked[0].attention == "plugin"
+    assert not (tmp_path / "plugins").exists()
+
+
+@pytest.mark.parametrize("missing", ["SM 7.5", "triton", "no cmake", "no TensorRT headers"])
+def test_without_what_plugins_are_built_with_layers_are_native(
+    missing: str, asked: list[BuildSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise BuildError(missing)
+
+    monkeypatch.setattr("plugins.library.find_cmake", refuse if "cmake" in missing else lambda: "cmake")
+    monkeypatch.setattr("plugins.library.tensorrt_headers", refuse if "headers" in missing else lambda build: tmp_path)
+    if missing == "triton":
+        monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    with installed(Gpu(capability=(7, 5) if "7.5" in missing else (8, 9))):
+        with pytest.raises(Skip, match=missing):
+            gpu_check._build_plugins(tmp_path)
+        with pytest.raises(BuildError, match="no further"):
+            gpu_check._build_engine("tiny", "tensorrt", tmp_path)
+    assert (asked[0].attention, asked[0].moe) == ("native", "native")
+
+
+@pytest.fixture
+def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny checkpoint, its CPU bundle, and what the double of Polygraphy's TensorRT takes for engines of it."""
+    polygraphy_tensorrt.install(tmp_path / "doubles", monkeypatch)
+    save_tiny(tmp_path / "checkpoint", max_position_embeddings=gpu_check.MAX_CONTEXT)
+    gpu_check._build_reference(str(tmp_path / "checkpoint"), tmp_path)
+    return tmp_path
+
+
+def write_engine(folder: Path, name: str, flavour: str = "tensorrt", *, has_plugins: bool = False) -> None:
+    checkpoint, chunk = folder / "checkpoint", gpu_check.CHUNK
+    export_tensorrt_bundle(checkpoint, folder / name, flavour, max_context=gpu_check.MAX_CONTEXT, prefill_chunk=chunk)
+    if has_plugins:
+        manifest = read_manifest(folder / name)
+        assert manifest.tensorrt is not None
+        plugins = PluginFacts("libqwen_aot_plugins.so", "0" * 64, in_engine=False, ops=("QwenGQA",))
+        written = replace(
+            manifest,
+            tensorrt=replace(manifest.tensorrt, plugins=plugins),
+            files={**manifest.files, plugins.file: FileEntry(0, plugins.sha256)},
+        )
+        (folder / name / MANIFEST_NAME).write_text(written.to_json())
+
+
+def test_polygraphy_compares_both_flavours_in_one_run(engines: Path) -> None:
+    for target, flavour in (("tensorrt-rtx", "tensorrt_rtx"), ("tensorrt", "tensorrt")):
+        write_engine(engines, target, flavour)
+        details = gpu_check._compare_with_polygraphy("", engines, target)
+        assert (details["library"], details["bound_db"], details["tokens"]) == (flavour, 30.0, 128)
+        assert min(output["snr_db"] for output in details["outputs"]) > 60
+    assert "POLYGRAPHY_USE_TENSORRT_RTX" not in os.environ
+
+
+def test_an_engine_that_polygraphy_finds_different_fails_with_every_ratio(engines: Path) -> None:
+    save_tiny(engines / "checkpoint", max_position_embeddings=gpu_check.MAX_CONTEXT, seed=1)
+    write_engine(engines, "tensorrt-rtx", "tensorrt_rtx")
+    with pytest.raises(Failure, match=r"differs from the CPU bundle by Polygraphy's comparison: logits, ") as caught:
+        gpu_check._compare_with_polygraphy("", engines, "tensorrt-rtx")
+    assert all(output["snr_db"] < 10 for output in caught.value.details["outputs"])
+
+
+def test_polygraphy_gets_native_layers_in_the_place_of_plugins(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def build(model: str, target: str, precision: str, out: Path, *, forms: str) -> None:
+        asked.append((model, target, precision, forms))
+        write_engine(engines, out.name)
+
+    write_engine(engines, "tensorrt", has_plugins=True)
+    monkeypatch.setattr(gpu_check, "_build", build)
+    assert gpu_check._compare_with_polygraphy("model", engines, "tensorrt")["failed"] == []
+    assert asked == [("model", "tensorrt", "fp16", "native")]
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise BuildError("TensorRT 10.13 lacks the layers KV_CACHE_UPDATE")
+
+    monkeypatch.setattr(gpu_check, "_build", refuse)
+    with pytest.raises(Skip, match=r"can't bind plugins' caches.*10\.13 lacks the layers"):
+        gpu_check._compare_with_polygraphy("model", engines, "tensorrt")
+
+
+def test_without_polygraphy_or_a_cuda_runtime_its_comparison_is_skipped(
+    engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lack(*arguments: object) -> None:
+        raise EngineMismatchError("Polygraphy needs the CUDA runtime library")
+
+    write_engine(engines, "tensorrt")
+    monkeypatch.setattr("engines.compare_engine.compare_in_process", lack)
+    with pytest.raises(Skip, match="needs the CUDA runtime library"):
+        gpu_check._compare_with_polygraphy("", engines, "tensorrt")
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Skip, match=r"pip install 'qwen-aot\[verify\]'"):
+        gpu_check._compare_with_polygraphy("", engines, "tensorrt")
 
 
 @pytest.mark.parametrize(
