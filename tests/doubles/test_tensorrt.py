@@ -47,7 +47,7 @@ class Bound(Program):
         self.scratch = self("cudaMalloc", 4096)
         self.context.set_device_memory(self.scratch, 4096)
         self.addresses = {name: self("cudaMalloc", 65536) for name in (*SHAPES, "logits")}
-        for name, address in self.addresses.items():
+        for address in self.addresses.values():
             self("cudaMemsetAsync", address, 0, 65536, self.stream)
         self.bind(SHAPES)
         self("cudaStreamSynchronize", self.stream)
