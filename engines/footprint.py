@@ -64,11 +64,12 @@ def footprint(config: ModelConfig, spec: BuildSpec) -> Footprint:
 
 
 def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
-    """The largest tensors that live at once in a prefill step, in bytes: an estimate.
+    """The largest tensors that live at once in a step, in bytes: an estimate.
 
-    Derived from the graph, with T = B·S tokens (S the prefill chunk), the window W at the capacity, and c bytes an
-    element of the compute type. Always alive: the residual stream [T, M] fp32, logits [B, V] fp32, and, on TensorRT
-    without the attention plugin, the causal mask [B, S, W] of two bytes. On top comes the largest of
+    The larger of a prefill step, one row of a whole chunk, and of a decode step, one token of every row. Derived from
+    the graph, with T = B·S tokens, the window W at the capacity, and c bytes an element of the compute type. Always
+    alive: the residual stream [T, M] fp32, logits [B, V] fp32, and, on TensorRT without the attention plugin, the
+    causal mask [B, S, W] of two bytes. On top comes the largest of
 
     - attention: its input [T, M], q, k and v as projected and as rotated, 2 x [T, (H + 2·Hkv)·D], and the result
       [T, H·D], in c. Scores aren't kept: ONNX Runtime's kernel fuses attention (512 tokens of 16 heads took 15 MiB of
@@ -87,9 +88,16 @@ def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
     widths of 0.5B, 7B and MoE-A2.7B. TensorRT-RTX 1.7's builder says what it will need ("Total Activation
     Memory"): this is 0.98 to 1.21 times as much in seven dense graphs, and 0.69 to 0.99 in five with experts.
     """
-    B, S = spec.max_batch, spec.prefill_chunk
+    steps = (1, spec.prefill_chunk), (spec.max_batch, 1)
+    return max(_step_activation_bytes(config, spec, *step) for step in steps) * (
+        1 if spec.is_tensorrt else _ARENA_FACTOR
+    )
+
+
+def _step_activation_bytes(config: ModelConfig, spec: BuildSpec, B: int, S: int) -> int:
+    """The largest tensors that live at once in a step of B rows and S tokens each; see `activation_bytes`."""
     T, c = B * S, _COMPUTE_BYTES[spec.combination.compute_type]
-    W = cache_capacity(spec.context_for(config.max_position_embeddings), S)
+    W = cache_capacity(spec.context_for(config.max_position_embeddings), spec.prefill_chunk)
     M, V = config.hidden_size, config.vocab_size
     is_windowed = spec.is_tensorrt and spec.attention == "native"
     always = 4 * T * M + 4 * B * V + (2 * B * S * W if is_windowed else 0)
@@ -111,7 +119,7 @@ def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
         else:
             few = min(T, gather_limit(moe))
             phases += [c * (T * M + E * T * (F + max(2 * F, M))), c * (few * M + few * k * 3 * M * F)]
-    return (always + max(phases)) * (1 if spec.is_tensorrt else _ARENA_FACTOR)
+    return always + max(phases)
 
 
 def _cache_bytes(config: ModelConfig, spec: BuildSpec, tokens: int) -> int:

@@ -7,26 +7,31 @@ from collections.abc import Mapping
 from exporter.io_spec import IoSpec, TensorSpec
 from runtime.manifest import Profile
 
+_DECODE = "decode"
 _TYPICAL_WINDOW = 1024  # tokens that kernels are chosen for, if the cache has as many
 
 
 def profiles(prefill_chunk: int) -> tuple[Profile, ...]:
-    """Prefill takes a chunk or less; decode one token."""
+    """Prefill takes a chunk or less of one row; decode one token of each row."""
     return (
         Profile(name="prefill", min_tokens=1, max_tokens=prefill_chunk),
-        Profile(name="decode", min_tokens=1, max_tokens=1),
+        Profile(name=_DECODE, min_tokens=1, max_tokens=1),
     )
 
 
 def profile_shapes(
     contract: IoSpec, profile: Profile, max_batch: int, capacity: int
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """Smallest, typical and largest shape of every input that has a letter among its dimensions."""
+    """Smallest, typical and largest shape of every input that has a letter among its dimensions.
+
+    The runtime prefills one row at a time and decodes all of them at once.
+    """
+    rows = max_batch if profile.name == _DECODE else 1
     window = min(_TYPICAL_WINDOW, capacity)
     sizes = (
         {"B": 1, "S": profile.min_tokens, "W": 1},
-        {"B": max_batch, "S": profile.max_tokens, "W": max(window, profile.max_tokens)},
-        {"B": max_batch, "S": profile.max_tokens, "W": capacity},
+        {"B": rows, "S": profile.max_tokens, "W": max(window, profile.max_tokens)},
+        {"B": rows, "S": profile.max_tokens, "W": capacity},
     )
     return {
         spec.name: (_shape(spec, sizes[0]), _shape(spec, sizes[1]), _shape(spec, sizes[2]))

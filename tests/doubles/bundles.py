@@ -88,7 +88,7 @@ def write_tensorrt_bundle(
     folder.mkdir(parents=True)
     capacity = next(int(t.shape[2]) for t in manifest.inputs if t.name.startswith(CACHE_PREFIX))
     ranges = {
-        "prefill": {"B": (1, manifest.max_batch), "S": (1, manifest.prefill_chunk), "W": (1, capacity)},
+        "prefill": {"B": (1, 1), "S": (1, manifest.prefill_chunk), "W": (1, capacity)},
         "decode": {"B": (1, manifest.max_batch), "S": (1, decode_tokens), "W": (1, capacity)},
     }
     profiles = [

@@ -1,7 +1,7 @@
 """The double of TensorRT refuses what the library leaves undefined, and has nothing that the library hasn't."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,19 @@ class Bound(Program):
         self.scratch = self("cudaMalloc", 4096)
         self.context.set_device_memory(self.scratch, 4096)
         self.addresses = {name: self("cudaMalloc", 65536) for name in (*SHAPES, "logits")}
-        for name, address in self.addresses.items():
+        for address in self.addresses.values():
             self("cudaMemsetAsync", address, 0, 65536, self.stream)
+        self.bind(SHAPES)
+        self("cudaStreamSynchronize", self.stream)
+
+    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Sets every address, and these shapes."""
+        for name, address in self.addresses.items():
             self.context.set_tensor_address(name, address)
         for name in CACHE:
             self.context.set_tensor_address(name.replace("past_key_values", "present"), self.addresses[name])
-        for name, shape in SHAPES.items():
+        for name, shape in shapes.items():
             assert self.context.set_input_shape(name, shape)
-        self("cudaStreamSynchronize", self.stream)
 
     def step(self) -> bool:
         is_started = bool(self.context.execute_async_v3(int(self.stream)))
@@ -76,7 +81,7 @@ def test_a_step_as_it_should_be(bound: Bound) -> None:
 
 def test_a_shape_outside_the_profile(bound: Bound) -> None:
     assert not bound.context.set_input_shape("input_ids", (1, 9))
-    assert not bound.context.set_input_shape("input_ids", (5, 1))
+    assert not bound.context.set_input_shape("input_ids", (2, 1))  # a prefill step has one row
     assert not bound.context.set_input_shape("key_positions", (1025,))
     assert "(1, 9) is outside profile 0" in bound.logger.messages[0]
     assert bound.context.set_optimization_profile_async(1, int(bound.stream))
@@ -117,7 +122,9 @@ def _bind_scratch_memory(bound: Bound) -> None:
 
 
 def _disagree_on_the_rows(bound: Bound) -> None:
-    bound.context.set_input_shape("cache_length", (2,))
+    assert bound.context.set_optimization_profile_async(1, int(bound.stream))  # decode: prefill has one row only
+    bound.bind(SHAPES | {"input_ids": (1, 1), "position_ids": (1, 1)})
+    assert bound.context.set_input_shape("cache_length", (2,))
 
 
 def _capture_before_a_step(bound: Bound) -> None:

@@ -307,6 +307,17 @@ def test_activations_of_a_model_by_hand() -> None:
     assert activation_bytes(tiny(intermediate_size=16), spec) == always + 2 * (64 * (64 + 2 * 128 + 64) + window)
 
 
+def test_more_rows_take_room_in_decode_steps_alone() -> None:
+    """Prefill is of one row, whose 64 tokens outweigh a token of each of 4 rows; 64 rows each have a window of 256."""
+    one, four, many = (
+        activation_bytes(tiny(), tensorrt_spec("fp16", max_context=192, prefill_chunk=64, max_batch=rows))
+        for rows in (1, 4, 64)
+    )
+    assert one == four
+    window = 2 * 256 * 2 * 2 * 16  # keys and values
+    assert many == 64 * (4 * 64 + 4 * 1000 + 2 * 256 + 2 * (64 + 2 * 128 + 64) + window)
+
+
 def test_experts_count_with_all_tokens_where_all_of_them_run() -> None:
     every = tensorrt_spec("fp16", max_context=64, prefill_chunk=64)
     more = activation_bytes(tiny_moe(64), every) - activation_bytes(tiny_moe(32), every)

@@ -75,6 +75,22 @@ def test_weights_are_stored_once_and_as_asked(
     assert window <= scratch[1] < 1.1 * window
 
 
+@pytest.mark.slow
+def test_more_rows_take_no_more_scratch_memory_to_prefill(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The runtime prefills one row at a time. Decode copies a window for each; weights are still stored once."""
+    sizes = []
+    for rows in (1, 4):
+        caplog.clear()
+        spec = spec_of(Precision.FP16, max_batch=rows)
+        sizes.append(build(DENSE, spec, tmp_path / f"bundle{rows}", caplog))
+        planned = footprint(DENSE, spec)
+        assert 0.9 < planned.activation_bytes_estimated / max(sizes[-1][1]) < 1.3
+        assert sizes[-1][0] < planned.weight_bytes + 8_000_000
+    (_, one), (_, four) = sizes
+    assert four[0] == one[0]
+    assert 3.9 < four[1] / one[1] < 4.1
+
+
 @pytest.mark.parametrize("chunk", [32, 128])
 def test_a_prefill_step_has_no_room_for_the_experts_of_all_its_tokens(
     chunk: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
