@@ -62,10 +62,11 @@ def test_a_bundle_for_the_gpu_that_built_it(
     assert (tmp_path / "bundle/engine.plan").stat().st_size == manifest.tensorrt.weight_bytes
     (config,) = trt.Builder.configs
     prefill, decode = (profile.shapes for profile in config._profiles)
-    assert prefill["input_ids"] == ((1, 1), (3, 64), (3, 64))
+    assert prefill["input_ids"] == ((1, 1), (1, 64), (1, 64))  # one row at a time
     assert decode["input_ids"] == ((1, 1), (3, 1), (3, 1))
     assert prefill["key_positions"] == decode["key_positions"] == ((1,), (256,), (256,))
-    assert prefill["past_key_values.1.value"] == ((1, 4, 256, 16), (3, 4, 256, 16), (3, 4, 256, 16))
+    assert prefill["past_key_values.1.value"] == ((1, 4, 256, 16), (1, 4, 256, 16), (1, 4, 256, 16))
+    assert decode["past_key_values.1.value"] == ((1, 4, 256, 16), (3, 4, 256, 16), (3, 4, 256, 16))
     assert config._flags == set() and config._pools == {}
 
 
