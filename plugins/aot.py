@@ -5,7 +5,7 @@ FOLDER then holds, for each SM, a folder `sm_89` with one cubin a variant, a JSO
 can compile. A record also is the cache: a variant whose sources, constants and compiler are those of its record isn't
 compiled again.
 
-An entry of a manifest: `name`; `kernel`; `match`, `constants`, `arguments`, `grid` (plugins/variants.py explains them);
+An entry of a manifest: `name`; `kernel`; `match`, `constants`, `arguments`, `grid` (see plugins/variants.py);
 `symbol`, the entry point, which takes `arguments` in that order and two null pointers; `num_warps` (32 threads each),
 `shared_bytes` (dynamic shared memory of a launch); `file`, `bytes`, `sha256`; `source_hash`; `resources`.
 """
@@ -32,7 +32,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from plugins.variants import FAMILIES, KERNELS, SHARED_BYTES, SMS, Variant, variants
+from plugins.signatures import KERNELS
+from plugins.variants import FAMILIES, SHARED_BYTES, SMS, Variant, variants
 from qwen_aot_errors import BuildError
 
 FORMAT_VERSION = 1
@@ -117,7 +118,7 @@ def compile_variant(sm: str, variant: Variant, folder: Path) -> dict[str, Any]:
     taken, constants = kernel.arg_names[: len(names)], kernel.arg_names[len(names) :]
     if taken != names or set(constants) != set(variant.constants):
         listed = [*names, *variant.constants]
-        raise BuildError(f"{variant.kernel} takes {kernel.arg_names}, but plugins/variants.py lists {listed}")
+        raise BuildError(f"{variant.kernel} takes {kernel.arg_names}, but our tables list {listed}")
     signature = {argument.name: argument.type for argument in variant.arguments}
     signature |= dict.fromkeys(variant.constants, "constexpr")
     aligned = {

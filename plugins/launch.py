@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from plugins.signatures import KERNELS
 from plugins.variants import DECODE_CHOICES, DECODE_TOKENS, MOE_BLOCK_M, SIZE_MULTIPLE, Variant, select
 from qwen_aot_errors import BuildError
 
@@ -44,8 +45,6 @@ class Launch:
 
     def run(self) -> None:
         """Runs it through Triton: compiled just in time, or interpreted where TRITON_INTERPRET=1 was set at import."""
-        from plugins.variants import KERNELS
-
         variant = self.variant
         kernel = getattr(importlib.import_module(KERNELS[variant.kernel].module), variant.kernel)
         grid = variant.grid(self.sizes)

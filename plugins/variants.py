@@ -8,9 +8,11 @@ add it to `SMS` and `FAMILIES` (and, if no row of `TILES` suits it, a row).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from plugins.signatures import KERNELS, Argument
 from qwen_aot_errors import BuildError
 
 SMS = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0", "12.1")
@@ -28,38 +30,6 @@ SIZE_MULTIPLE = 128
 # Query heads of a group over the tile that holds them. A tensor-core tile has 16 rows, so 2 … 16 heads cost the same
 # loads and the same instructions; one head alone is cheaper without tensor cores.
 GROUP_TILES = {1: (1, 1), 16: (2, 16)}
-
-
-@dataclass(frozen=True, slots=True)
-class Argument:
-    """One run-time argument of a kernel, in the order of its signature.
-
-    Attributes:
-        name: As in the kernel's Python signature.
-        type: A Triton type; `{dtype}`, `{cache}` and `{weight}` stand for the variant's.
-        is_aligned: A pointer that is a multiple of 16 bytes, or a size that is a multiple of 16: the compiler then
-            loads 16 bytes at once. The launcher must hold the promise.
-    """
-
-    name: str
-    type: str
-    is_aligned: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """What the variants of one kernel share.
-
-    Attributes:
-        module: Where its source is.
-        arguments: Run-time arguments. The compiled entry takes two more pointers after them, null for these kernels.
-        grid: For each axis, the sizes whose product it covers and the constant (or 1) it is divided by, rounded up.
-    """
-
-    name: str
-    module: str
-    arguments: tuple[Argument, ...]
-    grid: tuple[tuple[tuple[str, ...], str | int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +69,7 @@ class Variant:
     def grid(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Programs along each axis, for the sizes that the kernel's grid names."""
         return tuple(
-            _cdiv(_product(sizes[name] for name in names), per if isinstance(per, int) else self.constants[per])
+            _cdiv(math.prod(sizes[name] for name in names), per if isinstance(per, int) else self.constants[per])
             for names, per in KERNELS[self.kernel].grid
         )
 
@@ -115,182 +85,8 @@ def _matches(value: str | int, accepted: str | int | tuple[int, int]) -> bool:
     return value == accepted
 
 
-def _product(values: Iterable[int]) -> int:
-    result = 1
-    for value in values:
-        result *= value
-    return result
-
-
 def _cdiv(value: int, per: int) -> int:
     return -(-value // per)
-
-
-def _pointers(*names: str, to: str, is_aligned: bool = False) -> tuple[Argument, ...]:
-    return tuple(Argument(f"{name}_ptr", f"*{to}", is_aligned) for name in names)
-
-
-def _sizes(*names: str, is_aligned: bool = False) -> tuple[Argument, ...]:
-    return tuple(Argument(name, "i32", is_aligned) for name in names)
-
-
-# Lengths and ids aren't aligned: a step may run on any contiguous range of rows, which starts anywhere in them.
-_LENGTHS = _pointers("cache_length", "new_tokens", to="i64")
-_CACHE = (
-    *_pointers("key", "value", to="{cache}", is_aligned=True),
-    *_pointers("key_scale", "value_scale", to="fp16"),
-)
-_WEIGHTS = (
-    *_pointers("weight", to="{weight}", is_aligned=True),
-    *_pointers("scale", to="{dtype}"),
-    *_pointers("zero", to="i8"),
-)
-_BLOCKS = _pointers("sorted_entries", "block_experts", "num_blocks", to="i32")
-_EXPERT_SIZES = (*_sizes("M", "F", is_aligned=True), *_sizes("has_zeros"))
-
-KERNELS = {
-    kernel.name: kernel
-    for kernel in (
-        Kernel(
-            "gqa_rotate",
-            "plugins.kernels.gqa_rotate",
-            (
-                *_pointers("qkv", to="{dtype}", is_aligned=True),
-                *_pointers("cos", "sin", to="fp32", is_aligned=True),
-                *_pointers("position_ids", to="i64"),
-                *_LENGTHS,
-                *_pointers("query", to="{dtype}", is_aligned=True),
-                *_CACHE,
-                *_sizes("S", "C", "num_heads", "num_kv_heads"),
-                *_sizes("head_dim", is_aligned=True),
-            ),
-            ((("B", "S"), 1), (("all_heads",), "HEADS")),
-        ),
-        Kernel(
-            "gqa_prefill",
-            "plugins.kernels.gqa_prefill",
-            (
-                *_pointers("query", to="{dtype}", is_aligned=True),
-                *_CACHE,
-                *_LENGTHS,
-                *_pointers("output", to="{dtype}", is_aligned=True),
-                Argument("scale_log2e", "fp32"),
-                *_sizes("S", "C", "num_heads", "group"),
-            ),
-            ((("S",), "BLOCK_M"), (("H",), 1), (("B",), 1)),
-        ),
-        Kernel(
-            "gqa_decode",
-            "plugins.kernels.gqa_decode",
-            (
-                *_pointers("query", to="{dtype}", is_aligned=True),
-                *_CACHE,
-                *_LENGTHS,
-                *_pointers("partial", to="fp32", is_aligned=True),
-                *_pointers("partial_lse", to="fp32"),
-                Argument("scale_log2e", "fp32"),
-                *_sizes("C", "num_heads", "group", "num_splits", "min_split"),
-            ),
-            ((("num_splits",), 1), (("Hkv",), 1), (("B",), 1)),
-        ),
-        Kernel(
-            "gqa_reduce",
-            "plugins.kernels.gqa_decode",
-            (
-                *_pointers("partial", to="fp32", is_aligned=True),
-                *_pointers("partial_lse", to="fp32"),
-                *_LENGTHS,
-                *_pointers("output", to="{dtype}", is_aligned=True),
-                *_sizes("num_heads"),
-                *_sizes("head_dim", is_aligned=True),
-                *_sizes("num_splits", "min_split"),
-            ),
-            ((("H",), 1), (("B",), 1)),
-        ),
-        Kernel(
-            "moe_count",
-            "plugins.kernels.moe_align",
-            (*_pointers("expert_ids", "counts", to="i32"), *_sizes("num_entries")),
-            ((("E",), 1),),
-        ),
-        Kernel(
-            "moe_scatter",
-            "plugins.kernels.moe_align",
-            (
-                *_pointers("expert_ids", "counts", to="i32"),
-                *_BLOCKS,
-                *_sizes("num_entries", "num_experts", "block_m"),
-            ),
-            ((("E",), 1),),
-        ),
-        Kernel(
-            "moe_gate_up",
-            "plugins.kernels.moe_gemm",
-            (
-                *_pointers("hidden", to="{dtype}", is_aligned=True),
-                *_WEIGHTS,
-                *_BLOCKS,
-                *_pointers("inner", to="{dtype}", is_aligned=True),
-                *_sizes("num_entries", "k"),
-                *_EXPERT_SIZES,
-            ),
-            ((("blocks",), 1), (("F",), "BLOCK_N")),
-        ),
-        Kernel(
-            "moe_down",
-            "plugins.kernels.moe_gemm",
-            (
-                *_pointers("inner", to="{dtype}", is_aligned=True),
-                *_WEIGHTS,
-                *_BLOCKS,
-                *_pointers("expert_weights", to="fp32"),
-                *_pointers("partial", to="fp32", is_aligned=True),
-                *_sizes("num_entries"),
-                *_EXPERT_SIZES,
-            ),
-            ((("blocks",), 1), (("M",), "BLOCK_N")),
-        ),
-        Kernel(
-            "moe_decode_gate_up",
-            "plugins.kernels.moe_gemm",
-            (
-                *_pointers("hidden", to="{dtype}", is_aligned=True),
-                *_WEIGHTS,
-                *_pointers("expert_ids", to="i32"),
-                *_pointers("inner", to="{dtype}", is_aligned=True),
-                *_sizes("num_tokens", "k", "num_experts"),
-                *_EXPERT_SIZES,
-            ),
-            ((("T", "k"), 1), (("F",), "BLOCK_N")),
-        ),
-        Kernel(
-            "moe_decode_down",
-            "plugins.kernels.moe_gemm",
-            (
-                *_pointers("inner", to="{dtype}", is_aligned=True),
-                *_WEIGHTS,
-                *_pointers("expert_ids", to="i32"),
-                *_pointers("expert_weights", to="fp32"),
-                *_pointers("partial", to="fp32", is_aligned=True),
-                *_sizes("num_tokens", "k", "num_experts"),
-                *_EXPERT_SIZES,
-            ),
-            ((("T", "k"), 1), (("M",), "BLOCK_N")),
-        ),
-        Kernel(
-            "moe_sum",
-            "plugins.kernels.moe_gemm",
-            (
-                *_pointers("partial", to="fp32", is_aligned=True),
-                *_pointers("expert_ids", to="i32"),
-                *_pointers("output", to="{dtype}", is_aligned=True),
-                *_sizes("k", "num_experts"),
-                *_sizes("M", is_aligned=True),
-            ),
-            ((("T",), 1), (("M",), "BLOCK")),
-        ),
-    )
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,46 +99,6 @@ class Tile:
     block_n: int = 0
     block_k: int = 0
 
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """Tiles of one SM family; those of attention by head size, those of experts by weight bits.
-
-    `prefill_int8` is prefill over an int8 cache, `decode_one` decode for groups of one head.
-    """
-
-    prefill: Mapping[int, Tile]
-    prefill_int8: Mapping[int, Tile]
-    decode: Mapping[int, Tile]
-    decode_one: Mapping[int, Tile]
-    gate_up: Mapping[int, Tile]
-    down: Mapping[int, Tile]
-    decode_gate_up: Mapping[int, Tile]
-    decode_down: Mapping[int, Tile]
-
-
-# SMs that differ only in how many there are and how fast their memory is share a row.
-FAMILIES = {
-    "8.0": "ampere-large",
-    "8.7": "ampere-large",
-    "8.6": "ampere-small",
-    "8.9": "ampere-small",
-    "9.0": "hopper",
-    "10.0": "blackwell-large",
-    "11.0": "blackwell-large",
-    "12.0": "blackwell-small",
-    "12.1": "blackwell-small",
-}
-
-# Shared memory that one program can have, in bytes. Source: CUDA C++ Programming Guide, table of technical
-# specifications by compute capability ("maximum amount of shared memory per thread block").
-SHARED_BYTES = {
-    "ampere-large": 163 * 1024,
-    "ampere-small": 99 * 1024,
-    "hopper": 227 * 1024,
-    "blackwell-large": 227 * 1024,
-    "blackwell-small": 99 * 1024,
-}
 
 # The decode products read weights and little else. 16 or 32 columns a program make hundreds of programs out of one
 # layer (A2.7B, one token: 4 · 88 for gate and up, 4 · 64 for down), which fills 16 … 132 SMs several times over;
@@ -376,6 +132,48 @@ _DECODE_ONE = {
     128: Tile(block_n=32, num_warps=4, num_stages=2),
 }
 
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Tiles of one SM family; those of attention by head size, those of experts by weight bits.
+
+    `prefill_int8` is prefill over an int8 cache, `decode_one` decode for groups of one head. What has a default is the
+    same for every family so far.
+    """
+
+    prefill: Mapping[int, Tile]
+    prefill_int8: Mapping[int, Tile]
+    decode: Mapping[int, Tile] = field(default_factory=lambda: _DECODE)
+    decode_one: Mapping[int, Tile] = field(default_factory=lambda: _DECODE_ONE)
+    gate_up: Mapping[int, Tile] = field(default_factory=lambda: _GATE_UP)
+    down: Mapping[int, Tile] = field(default_factory=lambda: _DOWN)
+    decode_gate_up: Mapping[int, Tile] = field(default_factory=lambda: _DECODE_GATE_UP)
+    decode_down: Mapping[int, Tile] = field(default_factory=lambda: _DECODE_DOWN)
+
+
+# SMs that differ only in how many there are and how fast their memory is share a row.
+FAMILIES = {
+    "8.0": "ampere-large",
+    "8.7": "ampere-large",
+    "8.6": "ampere-small",
+    "8.9": "ampere-small",
+    "9.0": "hopper",
+    "10.0": "blackwell-large",
+    "11.0": "blackwell-large",
+    "12.0": "blackwell-small",
+    "12.1": "blackwell-small",
+}
+
+# Shared memory that one program can have, in bytes. Source: CUDA C++ Programming Guide, table of technical
+# specifications by compute capability ("maximum amount of shared memory per thread block").
+SHARED_BYTES = {
+    "ampere-large": 163 * 1024,
+    "ampere-small": 99 * 1024,
+    "hopper": 227 * 1024,
+    "blackwell-large": 227 * 1024,
+    "blackwell-small": 99 * 1024,
+}
+
 # Dequantizing values takes registers: 64 slots a step spill (up to 464 bytes a thread on SM 8.0), 32 don't; nor do
 # 64 queries where SM 12.0 spills with 128.
 _PREFILL_INT8_LARGE = {
@@ -395,12 +193,6 @@ TILES = {
             128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
         },
         prefill_int8=_PREFILL_INT8_LARGE,
-        decode=_DECODE,
-        decode_one=_DECODE_ONE,
-        gate_up=_GATE_UP,
-        down=_DOWN,
-        decode_gate_up=_DECODE_GATE_UP,
-        decode_down=_DECODE_DOWN,
     ),
     # 99 KiB: at head size 128 two programs of 64 queries fit an SM, and hide each other's waits.
     "ampere-small": Tiles(
@@ -409,12 +201,6 @@ TILES = {
             128: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
         },
         prefill_int8=_PREFILL_INT8_SMALL,
-        decode=_DECODE,
-        decode_one=_DECODE_ONE,
-        gate_up=_GATE_UP,
-        down=_DOWN,
-        decode_gate_up=_DECODE_GATE_UP,
-        decode_down=_DECODE_DOWN,
     ),
     # wgmma works on 64 rows for each group of four warps, and reads K and V from shared memory.
     "hopper": Tiles(
@@ -423,12 +209,6 @@ TILES = {
             128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
         },
         prefill_int8=_PREFILL_INT8_LARGE,
-        decode=_DECODE,
-        decode_one=_DECODE_ONE,
-        gate_up=_GATE_UP,
-        down=_DOWN,
-        decode_gate_up=_DECODE_GATE_UP,
-        decode_down=_DECODE_DOWN,
     ),
     # tcgen05 wants 64 or 128 rows; the accumulator lives in tensor memory, not in registers. Three stages spill.
     "blackwell-large": Tiles(
@@ -437,12 +217,6 @@ TILES = {
             128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
         },
         prefill_int8=_PREFILL_INT8_LARGE,
-        decode=_DECODE,
-        decode_one=_DECODE_ONE,
-        gate_up=_GATE_UP,
-        down=_DOWN,
-        decode_gate_up=_DECODE_GATE_UP,
-        decode_down=_DECODE_DOWN,
     ),
     # Ampere's instructions and 99 KiB.
     "blackwell-small": Tiles(
@@ -451,12 +225,6 @@ TILES = {
             128: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
         },
         prefill_int8=_PREFILL_INT8_SMALL,
-        decode=_DECODE,
-        decode_one=_DECODE_ONE,
-        gate_up=_GATE_UP,
-        down=_DOWN,
-        decode_gate_up=_DECODE_GATE_UP,
-        decode_down=_DECODE_DOWN,
     ),
 }
 

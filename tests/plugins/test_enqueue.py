@@ -20,7 +20,7 @@ import torch
 
 from plugins.launch import Launch, is_moe_decode
 from plugins.library import build_library, tensorrt_headers
-from plugins.variants import KERNELS
+from plugins.signatures import KERNELS
 from tests.plugins.bounds import assert_close
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.driver.execution import LAUNCH_FAILED, Gpu, Recorded

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from plugins.signatures import KERNELS
 from plugins.variants import (
     FAMILIES,
     HEAD_DIMS,
-    KERNELS,
     MOE_BLOCK_M,
     QUANT_BLOCK,
     SHARED_BYTES,
