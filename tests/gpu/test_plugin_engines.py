@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engines.plugin_library import ENVIRONMENT
 from runtime.backends import open_engine
 from runtime.backends._cuda import find_device, load_cuda
 from runtime.bundle import load_bundle
@@ -22,7 +23,6 @@ from tests.checkpoints import save_tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.trt]
 
-LIBRARY = "QWEN_AOT_PLUGIN_LIBRARY"
 CONTEXT, ROWS, CHUNK, STEPS = 1024, 2, 64, 64  # tokens, rows, tokens a prefill step, tokens generated
 PROMPTS = (1, CHUNK + 1, 700)  # tokens: alone; one more than a chunk; several parts of the cache in decode
 CASES: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ def cli(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("tensorrt")
-    if named := os.environ.get(LIBRARY):
+    if named := os.environ.get(ENVIRONMENT):
         return Path(named)
     folder = tmp_path_factory.mktemp("library")
     cli("plugins.library", "-o", folder, "--sm", find_device(load_cuda()).compute_capability)
@@ -70,7 +70,7 @@ def build(checkpoint: Path, out: Path, library: Path, *options: str) -> Path:
     sizes = {"--max-context": CONTEXT, "--max-batch": ROWS, "--prefill-chunk": CHUNK}
     given = [str(part) for pair in sizes.items() for part in pair]
     verb = ("runtime.cli.main", "build", checkpoint, "-o", out, "--target", "tensorrt", "--precision", "fp16")
-    cli(*verb, *given, *options, **{LIBRARY: str(library)})
+    cli(*verb, *given, *options, **{ENVIRONMENT: str(library)})
     return out
 
 
