@@ -146,7 +146,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(bundle: Path) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_the_prompt_stands_when_a_line_of_the_history_is_shown(bundle: Path) -> None:
+@pytest.mark.parametrize("kind", ["xterm", "dumb"])
+def test_the_prompt_stands_when_a_line_of_the_history_is_shown(
+    bundle: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", kind)
     with Terminal(str(bundle), *map(str, SHORT)) as terminal:
         terminal.read_until("> ")
         for line in ("a long line of text", "/help"):
@@ -163,9 +167,12 @@ def test_the_prompt_stands_when_a_line_of_the_history_is_shown(bundle: Path) -> 
 
 
 def on_screen(line: str, drawn: str) -> str:
-    """What a terminal's line shows after some output: text, moves and erasures, as readline writes them."""
+    """What a terminal's line shows after some output: text, colours, moves and erasures, as readline writes them.
+
+    Where TERM names no terminal, readline draws the whole line again, prompt and its colour included.
+    """
     cells, at = list(line), len(line)
-    for part in re.findall(r"\x1b\[(\d*)([A-Za-z])|(\x1b.|[\x00-\x1f])|(.)", drawn):
+    for part in re.findall(r"\x1b\[([\d;]*)([A-Za-z])|(\x1b.|[\x00-\x1f])|(.)", drawn):
         count, letter, control, character = part
         if letter == "K":
             del cells[at:]
