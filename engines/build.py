@@ -24,7 +24,7 @@ from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import ModelConfig
 from exporter.save import DATA_FILE, save_graph
 from exporter.trace import trace
-from exporter.weights import Traced, check_sources, chunk_bytes, output_bytes, stitch
+from exporter.weights import Traced, check_sources, chunk_bytes, output_bytes, output_bytes_of, stitch
 from qwen_aot_errors import BuildError
 from runtime.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, cache_capacity
 
@@ -193,6 +193,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages) -> Plan:
         text_bytes=sum(len(text.encode()) for text in texts.values()),
         chunk_bytes=chunk_bytes(lowered),
         bits=_bits(spec),
+        int4_bytes=output_bytes_of(lowered, ir.DataType.INT4),
         is_compiled=spec.is_tensorrt,
     )
     return Plan(lowered, needed, _manifest_maker(checkpoint, config, spec, max_context, lowered), texts, warnings)

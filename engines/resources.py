@@ -20,10 +20,12 @@ _COPIES_OF_CHUNK = 6
 _BYTES_PER_SECOND = {4: 40e6, 8: 100e6, 16: 200e6, 32: 250e6}
 
 # TensorRT-RTX 1.7.1 on the same machine, two profiles: resident memory over the weights, and bytes that it compiles and
-# writes in a second (docs/tensorrt.md).
+# writes in a second (docs/tensorrt.md). Four-bit codes, which it packs anew, cost it another copy and most time.
 _COMPILER_COPIES = 2.1  # the weights mapped from their file, and the engine as it is made
+_COMPILER_COPIES_OF_INT4 = 3.4
 _COMPILER_BYTES = 900_000_000
-_COMPILED_BYTES_PER_SECOND = 75e6
+_COMPILED_BYTES_PER_SECOND = 90e6
+_COMPILED_INT4_BYTES_PER_SECOND = 14e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,15 @@ class Estimate:
     seconds: float
 
 
-def estimate(*, weight_bytes: int, text_bytes: int, chunk_bytes: int, bits: int, is_compiled: bool = False) -> Estimate:
+def estimate(
+    *,
+    weight_bytes: int,
+    text_bytes: int,
+    chunk_bytes: int,
+    bits: int,
+    int4_bytes: int = 0,
+    is_compiled: bool = False,
+) -> Estimate:
     """Sizes up a build once the graph is lowered.
 
     Args:
@@ -51,17 +61,21 @@ def estimate(*, weight_bytes: int, text_bytes: int, chunk_bytes: int, bits: int,
         text_bytes: of the graph, tokenizer and other small files.
         chunk_bytes: fp32 bytes of the rows that a thread converts at once (`exporter.weights.chunk_bytes`).
         bits: a stored weight's.
+        int4_bytes: what of `weight_bytes` is of type INT4, which a compiler treats apart.
         is_compiled: TensorRT makes an engine of the graph, which then stands beside it for a while.
     """
     threads = os.cpu_count() or 1
     stitching_bytes = _COPIES_OF_CHUNK * threads * chunk_bytes
-    compiling_bytes = int(_COMPILER_COPIES * weight_bytes) + _COMPILER_BYTES if is_compiled else 0
-    seconds = weight_bytes / _BYTES_PER_SECOND[bits]
+    compiling_bytes, seconds = 0, weight_bytes / _BYTES_PER_SECOND[bits]
+    if is_compiled:
+        other_bytes = weight_bytes - int4_bytes
+        compiling_bytes = int(_COMPILER_COPIES * other_bytes + _COMPILER_COPIES_OF_INT4 * int4_bytes) + _COMPILER_BYTES
+        seconds += other_bytes / _COMPILED_BYTES_PER_SECOND + int4_bytes / _COMPILED_INT4_BYTES_PER_SECOND
     return Estimate(
         bundle_bytes=weight_bytes + text_bytes,
         disk_bytes=(2 if is_compiled else 1) * weight_bytes + text_bytes,
         peak_memory_bytes=_BASE_BYTES + max(stitching_bytes, compiling_bytes),
-        seconds=seconds + (weight_bytes / _COMPILED_BYTES_PER_SECOND if is_compiled else 0),
+        seconds=seconds,
     )
 
 

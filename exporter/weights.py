@@ -117,6 +117,12 @@ def output_bytes(traced: Traced) -> int:
     return end[0] + end[1]
 
 
+def output_bytes_of(traced: Traced, dtype: ir.DataType) -> int:
+    """Bytes of the outputs of one type, padding left out."""
+    outputs = (output for recipe in traced.recipes.values() for output in recipe.outputs)
+    return sum(output.nbytes for output in outputs if output.dtype == dtype)
+
+
 def chunk_bytes(traced: Traced) -> int:
     """Float32 bytes of the most rows that `stitch` converts at once in a thread."""
     groups = (r.rows_per_group * _row_bytes(r) for r in traced.recipes.values() if r.sources)

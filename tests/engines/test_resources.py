@@ -62,6 +62,28 @@ def test_a_compiled_engine_stands_beside_its_graph_and_takes_the_compilers_memor
     assert compiled.seconds > plain.seconds
 
 
+# (GB of weights, of which INT4, peak GB, compile s) of TensorRT-RTX 1.7.1's builds in docs/tensorrt.md.
+COMPILED = (
+    (3.675, 0, 8.45, 30),
+    (2.462, 0, 6.03, 27),
+    (1.873, 0.607, 5.98, 52),
+    (7.902, 0, 17.03, 77),
+    (4.733, 0, 10.71, 61),
+    (3.194, 1.586, 10.41, 135),
+    (8.971, 0, 19.13, 72),
+    (5.832, 3.238, 17.41, 263),
+)
+
+
+@pytest.mark.parametrize(("weights", "int4", "peak", "seconds"), COMPILED)
+def test_estimates_against_measured_builds(weights: float, int4: float, peak: float, seconds: float) -> None:
+    """Memory at most a tenth below the peak (a build that starts must end) and a quarter above; time within a half."""
+    sizes = {"weight_bytes": int(weights * 1e9), "text_bytes": 0, "chunk_bytes": 1000, "bits": 16}
+    found = estimate(**sizes, int4_bytes=int(int4 * 1e9), is_compiled=True)
+    assert 0.9 <= found.peak_memory_bytes / (peak * 1e9) <= 1.25
+    assert 0.5 <= (found.seconds - estimate(**sizes).seconds) / seconds <= 1.5
+
+
 def test_where_peaks_cannot_be_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "_fields", lambda path: {})
     assert resources.peak_memory_bytes() > 1 << 20  # the process's peak since its start, in bytes

@@ -22,7 +22,7 @@ from exporter.checkpoint.base import TensorInfo
 from exporter.checkpoint.safetensors import SafetensorsShards
 from exporter.config import ModelConfig, MoeConfig
 from exporter.lowering.passes import transpose_recipe
-from exporter.weights import Output, Recipe, Source, Traced, cast_to, output_bytes, stitch
+from exporter.weights import Output, Recipe, Source, Traced, cast_to, output_bytes, output_bytes_of, stitch
 from qwen_aot_errors import CheckpointError, ExportError
 
 
@@ -99,6 +99,7 @@ def test_sources_are_stacked_cast_and_placed(tmp_path):
     np.testing.assert_array_equal(read_back(graph, "w"), np.concatenate([a, b]).astype(np.float32).astype(np.float16))
     np.testing.assert_array_equal(read_back(graph, "n"), n.astype(np.float32))
     assert (tmp_path / "data").stat().st_size == output_bytes(graph)
+    assert output_bytes_of(graph, ir.DataType.FLOAT16) == 5 * 5 * 2
 
 
 @given(
