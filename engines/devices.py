@@ -1,8 +1,12 @@
 """Devices that a plan can be made for, as data.
 
 Bandwidth is what the data sheet promises, bus width times transfer rate. What the system keeps of the memory is an
-assumption, stated once for each kind of device. Compute capabilities: NVIDIA's table, developer.nvidia.com/cuda-gpus.
-What a GPU computes is listed for the devices that docs/plugins-performance.md models.
+assumption, stated once for each kind of device. What a GPU computes is listed for the devices that
+docs/plugins-performance.md models.
+
+Compute capabilities are those of NVIDIA's table, "CUDA GPU Compute Capability" (developer.nvidia.com/cuda-gpus): 8.7
+AGX Orin, Orin NX, Orin Nano; 8.9 L4, GeForce RTX 4060 and 4090; 11.0 Jetson T5000; 12.0 GeForce RTX 5090. The other
+sources stand beside each row; all were compared, in November 2026, with pages that quote them.
 """
 
 from __future__ import annotations
@@ -73,7 +77,7 @@ def _jetson(
 
     Assumed reserve: a sixteenth for the carve-outs that Linux doesn't see (an AGX Orin 64 GB shows 62,841 of
     65,536 MiB in tegrastats), 1 GiB for a system without a desktop, 0.5 GiB for the CUDA context and this runtime.
-    TensorRT-RTX doesn't list these capabilities (docs.nvidia.com/deeplearning/tensorrt-rtx, support matrix), and the
+    TensorRT-RTX's support matrix (docs.nvidia.com/deeplearning/tensorrt-rtx) doesn't list these capabilities, and the
     package index has no onnxruntime-gpu for them.
     """
     memory = gib * _GIB
@@ -90,28 +94,30 @@ def _geforce(
 
 
 DEVICES: Mapping[str, Device] = {
-    # 128-bit LPDDR5 at 6,400 MT/s in the Super power modes of JetPack 6.1 and later (25 W, MAXN SUPER). Without them,
-    # as first sold, the same module gives 68 GB/s. Jetson Orin Nano Super Developer Kit data sheet, whose 67 sparse
-    # int8 TOPS at 1,020 MHz are 16.7 dense fp16 TFLOPS. L2: as CUDA reports it for this module.
+    # 128-bit LPDDR5 at 6,400 MT/s, 102 GB/s, in the Super power modes of JetPack 6.1 and later (25 W, MAXN SUPER).
+    # Without them, as first sold, the same module gives 68 GB/s at a GPU clock of 625 MHz. Jetson Orin Nano Super
+    # Developer Kit data sheet: 1,024 CUDA cores (8 SMs), 1,020 MHz, 67 sparse int8 TOPS, which are 16.7 dense fp16
+    # TFLOPS. L2: as CUDA's deviceQuery reports it for an Orin of 8 SMs.
     "orin-nano-8gb": _jetson("Jetson Orin Nano 8 GB (Super)", (8, 7), 8, 102e9, Compute(8, 1.02e9, 16.7e12, 2 << 20)),
-    # 128-bit LPDDR5 at 6,400 MT/s. Jetson Orin NX series data sheet, DS-10712-001.
+    # 128-bit LPDDR5 at 6,400 MT/s, 102.4 GB/s. Jetson Orin NX series data sheet, DS-10712-001 v1.1.
     "orin-nx-16gb": _jetson("Jetson Orin NX 16 GB", (8, 7), 16, 102.4e9),
-    # 256-bit LPDDR5 at 6,400 MT/s. Jetson AGX Orin series technical brief, whose 170 sparse int8 TOPS of the GPU at
-    # 1.3 GHz are 42.5 dense fp16 TFLOPS.
+    # 256-bit LPDDR5 at 6,400 MT/s, 204.8 GB/s. Jetson AGX Orin series data sheet, DS-10662-001 v1.8. Technical brief
+    # v1.2: 16 SMs, 4 MB of L2, and 170 sparse int8 TOPS of the GPU at 1.3 GHz, which are 42.5 dense fp16 TFLOPS.
     "agx-orin-64gb": _jetson("Jetson AGX Orin 64 GB", (8, 7), 64, 204.8e9, Compute(16, 1.3e9, 42.5e12, 4 << 20)),
-    # 256-bit LPDDR5X at 8,533 MT/s. Jetson T5000 data sheet.
+    # 256-bit LPDDR5X at 4,266 MHz (8,533 MT/s), 273 GB/s. Jetson Thor series data sheet, T5000.
     "agx-thor-128gb": _jetson("Jetson AGX Thor 128 GB (T5000)", (11, 0), 128, 273e9),
-    # 128-bit GDDR6 at 17 Gb/s; the card of 2023 with the AD107. NVIDIA's page of the RTX 4060 family.
+    # 128-bit GDDR6 at 17 Gb/s, 272 GB/s; the card of 2023 with the AD107. NVIDIA's page of the RTX 4060 family.
     "rtx-4060": _geforce("GeForce RTX 4060", (8, 9), 8, 272e9),
-    # 384-bit GDDR6X at 21 Gb/s; 165.2 dense TFLOPS with fp32 sums, half of what it does with fp16 sums. NVIDIA Ada GPU
-    # architecture paper.
+    # 384-bit GDDR6X at 21 Gb/s, 1,008 GB/s; 128 SMs at 2,520 MHz, 72 MB of L2; 165.2 dense TFLOPS with fp32 sums, half
+    # of what it does with fp16 sums. NVIDIA Ada GPU architecture paper, v2.01.
     "rtx-4090": _geforce("GeForce RTX 4090", (8, 9), 24, 1008e9, Compute(128, 2.52e9, 165.2e12, 72 << 20)),
-    # 512-bit GDDR7 at 28 Gb/s. NVIDIA RTX Blackwell GPU architecture paper.
+    # 512-bit GDDR7 at 28 Gb/s, 1,792 GB/s. NVIDIA RTX Blackwell GPU architecture paper.
     "rtx-5090": _geforce("GeForce RTX 5090", (12, 0), 32, 1792e9),
-    # 192-bit GDDR6 at 12.5 Gb/s. NVIDIA L4 data sheet. Assumed reserve: a sixteenth for ECC, which is on as shipped and
-    # kept in the same memory, and 0.5 GiB for the driver and a CUDA context. Of TensorRT-RTX's table it has the
-    # capability, but it isn't among the RTX cards that the table names, so full TensorRT is the default. 242 sparse
-    # fp16 TFLOPS are 121 dense; 30.3 fp32 TFLOPS at 2.04 GHz are 58 SMs. 72 W rarely allow that clock.
+    # 192-bit GDDR6 at 12.5 Gb/s, 300 GB/s, 242 sparse fp16 TFLOPS, which are 121 dense. NVIDIA L4 data sheet. Its 30.3
+    # fp32 TFLOPS at 2,040 MHz are 58 SMs; lists that say 7,680 cores, 60 SMs, count the whole AD104, whose 48 MB of L2
+    # it has. 72 W rarely allow that clock. Assumed reserve: a sixteenth for ECC, which is on as shipped and kept in the
+    # same memory, and 0.5 GiB for the driver and a CUDA context. TensorRT-RTX's support matrix has its capability, but
+    # it isn't an RTX card, so full TensorRT is the default.
     "l4": Device(
         "NVIDIA L4",
         (8, 9),
