@@ -11,6 +11,7 @@ from runtime.backends._cuda_stream import CudaStream
 from runtime.backends._io_table import present_name
 from runtime.backends._tensorrt_context import Context
 from runtime.backends._tensorrt_library import Library
+from runtime.backends._tensorrt_runtime_cache import RuntimeCache
 from runtime.manifest import CACHE_PREFIX, IoTensor, Manifest, TensorRtFacts
 
 __all__ = ["LoadedEngine"]
@@ -33,10 +34,17 @@ class LoadedEngine:
     none of them is ever held in a local variable or handed out: only in the attributes that `close` empties.
     """
 
-    def __init__(self, library: Library, stream: CudaStream) -> None:
-        """Loads nothing yet."""
+    def __init__(self, library: Library, stream: CudaStream, runtime_cache: RuntimeCache | None = None) -> None:
+        """Loads nothing yet.
+
+        Args:
+            library: the flavour.
+            stream: that contexts are set up on.
+            runtime_cache: of the flavour that compiles on the device; ends with the contexts.
+        """
         self._library = library
         self._stream = stream
+        self._runtime_cache = runtime_cache
         self._runtime: Any = None
         self._engine: Any = None
         self._contexts: list[Context] = []
@@ -136,20 +144,27 @@ class LoadedEngine:
         context.close()
 
     def close(self) -> None:
-        """Frees contexts, engine and runtime, in this order."""
+        """Frees contexts, engine and runtime, in this order; what was compiled meanwhile is kept."""
         while self._contexts:
             self._contexts.pop().close()
-        self._engine = None
-        self._runtime = None
+        try:
+            if self._runtime_cache is not None:
+                self._runtime_cache.save()
+        finally:
+            if self._runtime_cache is not None:
+                self._runtime_cache.close()
+            self._engine = None
+            self._runtime = None
 
     def _create(self, captures_graphs: bool) -> Any:
         api = self._library.api
         strategy = api.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not self._library.flavour.captures_graphs:
+        if self._runtime_cache is None:
             return self._engine.create_execution_context(strategy)
         config = self._engine.create_runtime_config()
         try:
             config.set_execution_context_allocation_strategy(strategy)
+            self._runtime_cache.attach(config)
             if captures_graphs:
                 config.cuda_graph_strategy = api.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             return self._engine.create_execution_context(config)

@@ -30,6 +30,8 @@ class Flavour:
         captures_graphs: the library captures CUDA graphs itself, if asked through its runtime configuration. It
             compiles kernels for a shape while slower ones already run; a graph captured from outside would keep the
             slow ones for good. Source: TensorRT-RTX's documentation, "Working with RTX CUDA Graphs".
+        compiles_on_device: an engine's kernels are compiled where it runs, and its contexts take a runtime
+            configuration, which can hold a cache of them. Source: the same, "Working with Runtime Cache".
         builds_for_others: it builds engines for GPUs that aren't there.
     """
 
@@ -38,6 +40,7 @@ class Flavour:
     name: str
     install: str
     captures_graphs: bool
+    compiles_on_device: bool
     builds_for_others: bool
 
 
@@ -48,6 +51,7 @@ FLAVOURS = (
         "TensorRT-RTX",
         "pip install tensorrt-rtx-cu13=={version}",
         captures_graphs=True,
+        compiles_on_device=True,
         builds_for_others=True,
     ),
     Flavour(
@@ -57,6 +61,7 @@ FLAVOURS = (
         "pip install tensorrt=={version} --extra-index-url https://pypi.nvidia.com (on a Jetson: apt install "
         "python3-libnvinfer)",
         captures_graphs=False,
+        compiles_on_device=False,
         builds_for_others=False,
     ),
 )

@@ -20,6 +20,7 @@ from runtime.backends._tensorrt_engine import LoadedEngine
 from runtime.backends._tensorrt_graphs import DecodeGraphs
 from runtime.backends._tensorrt_library import load_library
 from runtime.backends._tensorrt_plugins import plugin_library
+from runtime.backends._tensorrt_runtime_cache import RuntimeCache, cache_file
 from runtime.backends._tensorrt_step import WINDOW_STEP, TensorRtStep
 from runtime.bundle import Bundle
 from runtime.manifest import Manifest
@@ -50,11 +51,17 @@ class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
         plugins = plugin_library(bundle, facts)
         library = load_library(manifest, facts)
         cuda = load_cuda()
-        check_device(manifest, facts, find_device(cuda))
+        device = find_device(cuda)
+        check_device(manifest, facts, device)
         with ExitStack() as resources:  # ends graphs and contexts, engine, runtime, memory, stream
             stream = CudaStream(cuda)
             resources.callback(stream.close)
-            engine = LoadedEngine(library, stream)
+            runtime_cache = None
+            if library.flavour.compiles_on_device:
+                sha256 = manifest.files[manifest.engine].sha256
+                path = cache_file(sha256, device.compute_capability, str(library.api.__version__))
+                runtime_cache = RuntimeCache(library, cuda, path)
+            engine = LoadedEngine(library, stream, runtime_cache)
             resources.callback(engine.close)
             engine.load(bundle.engine_path, facts, plugins)
             engine.check_signature(manifest, limits)

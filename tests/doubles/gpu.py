@@ -72,6 +72,9 @@ class Gpu:
         misuses: messages of every MisuseError raised, whoever may have caught it.
         lost: the status that every call gives after a sticky error.
         fault: the status that the call now at work is to give.
+        compiled: kernels that TensorRT-RTX compiled here, in order.
+        refuses_cache: what TensorRT-RTX refuses of a runtime cache: that it is "made", "taken" by a configuration, or
+            "serialized".
     """
 
     def __init__(
@@ -103,6 +106,8 @@ class Gpu:
         self.misuses: list[str] = []
         self.lost: str | None = None
         self.fault: str | None = None
+        self.compiled: list[str] = []
+        self.refuses_cache: str | None = None
         self._faults: dict[str, tuple[int, str]] = {}  # call -> (which of its calls, status)
         self._next_handle = 1
 

@@ -6,6 +6,7 @@ its documentation says not to do, is a MisuseError.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -68,6 +69,8 @@ class Core:
     """What an engine file holds; contexts keep it, and not the engine, so that lives can end in the wrong order."""
 
     gpu: Gpu
+    digest: str  # of the engine's file
+    version: str  # of the library
     session: ort.InferenceSession
     profiles: list[dict[str, list[list[int]]]]  # name -> smallest, best and largest shape
     weight_bytes: int
@@ -132,11 +135,12 @@ class PluginRegistry:
 class Runtime(_Counted):
     kind = "runtime"
 
-    def __init__(self, gpu: Gpu, flavour: str, logger: ILogger) -> None:
+    def __init__(self, gpu: Gpu, flavour: str, version: str, logger: ILogger) -> None:
         if not isinstance(logger, ILogger) or not hasattr(logger, "is_made"):
             raise TypeError("the logger must derive from ILogger and call its __init__")
         super().__init__(gpu)
         self._flavour = flavour
+        self._version = version
         self._logger = logger
         self.engine_host_code_allowed = False
         self._registry = PluginRegistry(gpu, logger)
@@ -165,6 +169,8 @@ class Runtime(_Counted):
             return None
         core = Core(
             self.gpu,
+            hashlib.sha256(content).hexdigest(),
+            self._version,
             session,
             inputs={value.name: value for value in session.get_inputs()},
             outputs={value.name: value for value in session.get_outputs()},
@@ -239,22 +245,83 @@ class Engine(_Counted):
             self.gpu.misuses.append("the engine ended before its contexts")
 
 
-class RuntimeConfig:
-    """IRuntimeConfig of TensorRT-RTX."""
+class RuntimeCache(_Counted):
+    """Names of the kernels that were compiled, for one version of the library and one kind of GPU."""
 
-    def __init__(self) -> None:
+    kind = "runtime cache"
+
+    def __init__(self, core: Core) -> None:
+        super().__init__(core.gpu)
+        self._logger = core.logger
+        self._header = f"double cache {core.version} {core.gpu.capability}\n"
+        self.kernels: set[str] = set()
+
+    def serialize(self) -> memoryview | None:
+        if self.gpu.objects["engine"] == 0:
+            raise self.gpu.misuse("the runtime cache was asked for its content after the engine had ended")
+        if self.gpu.refuses_cache == "serialized":
+            return None
+        return memoryview((self._header + "\n".join(sorted(self.kernels))).encode())
+
+    def deserialize(self, blob: Any) -> bool:
+        with memoryview(blob) as view:
+            text = bytes(view).decode()
+        if not text.startswith("double cache "):
+            raise self.gpu.misuse("a damaged runtime cache was given to the library")
+        if not text.startswith(self._header):
+            self._logger.log(Severity.ERROR, "the runtime cache is of another version or GPU")
+            return False
+        self.kernels |= set(text.removeprefix(self._header).split("\n")) - {""}
+        return True
+
+    def end(self) -> None:
+        if self.gpu.objects["context"]:
+            self.gpu.misuses.append("the runtime cache ended before the contexts that compile into it")
+
+
+class RuntimeConfig:
+    """IRuntimeConfig of TensorRT-RTX; it doesn't keep the cache alive."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._cache: weakref.ref[RuntimeCache] | None = None
         self.cuda_graph_strategy = CudaGraphStrategy.DISABLED
         self.allocation = ExecutionContextAllocationStrategy.STATIC
 
     def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
         self.allocation = strategy
 
+    def create_runtime_cache(self) -> RuntimeCache | None:
+        return None if self._core.gpu.refuses_cache == "made" else RuntimeCache(self._core)
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        if not isinstance(cache, RuntimeCache):
+            raise TypeError(f"set_runtime_cache takes a runtime cache, not {cache!r}")
+        if self._core.gpu.refuses_cache == "taken":
+            self._core.error("the double was told to fail: set_runtime_cache")
+            return False
+        self._cache = weakref.ref(cache)
+        return True
+
+    # Not of the library
+
+    def compile(self, kernel: str, own: set[str]) -> None:
+        """Compiles a kernel unless the cache, or the context's own memory, has it."""
+        cache = self._cache() if self._cache is not None else None
+        if self._cache is not None and cache is None:
+            raise self._core.gpu.misuse("a step runs after its runtime cache has ended")
+        known = own if cache is None else cache.kernels
+        if kernel not in known | own:
+            self._core.gpu.compiled.append(kernel)
+        known.add(kernel)
+        own.add(kernel)
+
 
 class RtxEngine(Engine):
     """The engine of TensorRT-RTX, which takes a runtime configuration."""
 
     def create_runtime_config(self) -> RuntimeConfig:
-        return RuntimeConfig()
+        return RuntimeConfig(self._core)
 
     def create_execution_context(self, config: Any = None) -> Context | None:
         self.gpu.refuse_in_capture("create_execution_context")
@@ -275,6 +342,7 @@ class Context(_Counted):
         self._profile = 0
         self._state = State()
         self._scratch = (0, 0)
+        self._kernels: set[str] = set()
 
     def set_device_memory(self, memory: int, size: int) -> None:
         if memory % 256 or size < self._core.activation_bytes:
@@ -377,6 +445,9 @@ class Context(_Counted):
                 self.gpu.lose(status)
             raise StatusError(status)
         tensors = self.resolve(state)
+        if self._config is not None:
+            shape = state.shapes["input_ids"]
+            self._config.compile(f"{self._core.digest} {self._profile} {shape}", self._kernels)
         if self._core.activation_bytes:
             self.gpu.check_range(self._scratch[0], self._core.activation_bytes, "device")
             self.gpu.view(self._scratch[0], self._core.activation_bytes)[:] = 0xA5
@@ -435,7 +506,7 @@ def make_tensorrt(gpu: Gpu, flavour: str, version: str) -> ModuleType:
         "DataType": DataType,
         "ExecutionContextAllocationStrategy": ExecutionContextAllocationStrategy,
         "ILogger": ILogger,
-        "Runtime": lambda logger: Runtime(gpu, flavour, logger),
+        "Runtime": lambda logger: Runtime(gpu, flavour, version, logger),
         "TensorIOMode": TensorIOMode,
         "TensorLocation": TensorLocation,
     }

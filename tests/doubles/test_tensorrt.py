@@ -9,7 +9,16 @@ import pytest
 
 from tests.doubles.gpu import Gpu, MisuseError
 from tests.doubles.install import VERSIONS
-from tests.doubles.tensorrt import Context, Engine, ILogger, RtxEngine, Runtime, RuntimeConfig, make_tensorrt
+from tests.doubles.tensorrt import (
+    Context,
+    Engine,
+    ILogger,
+    RtxEngine,
+    Runtime,
+    RuntimeCache,
+    RuntimeConfig,
+    make_tensorrt,
+)
 from tests.doubles.test_cuda_runtime import THREAD_LOCAL, Program
 from tests.runtime.backends.tensorrt_engines import write_checksum_bundle
 
@@ -214,11 +223,19 @@ def test_it_has_nothing_that_the_library_has_not() -> None:
         (RtxEngine, real.ICudaEngine),
         (Context, real.IExecutionContext),
         (Runtime, real.Runtime),
+        (RuntimeConfig, real.IRuntimeConfig),
+        (RuntimeCache, real.IRuntimeCache),
     )
+    own = {"kind", "end", "resolve", "compute", "compile"}
     for double, library in pairs:
-        ours = {name for name in vars(double) if not name.startswith("_")} - {"kind", "end", "resolve", "compute"}
+        ours = {name for name in vars(double) if not name.startswith("_")} - own
         assert ours <= set(dir(library)), double
-    assert {name for name in vars(RuntimeConfig()) if name != "allocation"} <= set(dir(real.IRuntimeConfig))
+    assert "cuda_graph_strategy" in dir(real.IRuntimeConfig)
+    # The bindings' own text: what a cache is given and gives back.
+    assert "deserialize(self" in real.IRuntimeCache.deserialize.__doc__
+    assert real.IRuntimeCache.deserialize.__doc__.splitlines()[0].endswith("Buffer) -> bool")
+    assert real.IRuntimeCache.serialize.__doc__.splitlines()[0].endswith("IHostMemory")
+    assert real.IRuntimeConfig.set_runtime_cache.__doc__.splitlines()[0].endswith("-> bool")
     module = make_tensorrt(Gpu(), "tensorrt_rtx", VERSIONS["tensorrt_rtx"])
     for name in (name for name in dir(module) if name[0].isupper()):
         ours, theirs = getattr(module, name), getattr(real, name)

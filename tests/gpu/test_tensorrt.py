@@ -7,6 +7,8 @@ those of plugins have tests/gpu/test_tensorrt_plugins.py.
 from __future__ import annotations
 
 import importlib.util
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -193,6 +195,29 @@ def test_device_memory_is_flat_over_a_thousand_generations(engine: TensorRtEngin
     generate(1000)
     after, _ = cuda.call("cudaMemGetInfo")
     assert before - after < 4 << 20  # bytes: kernels that are still being loaded, and no growth with generations
+
+
+def test_kernels_are_kept_for_the_next_start(
+    model: tuple[torch.nn.Module, Path],
+    target: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """TensorRT-RTX compiles on the device; full TensorRT has compiled when it built, and keeps nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sequence, results, seconds = prompt_of(40, seed=5), [], []
+    with caplog.at_level(logging.INFO, "runtime"):
+        for _ in range(2):
+            started = time.perf_counter()
+            with TensorRtEngine(load_bundle(model[1])) as engine:
+                results.append(teacher_forced(engine, 0, sequence, 20))
+            seconds.append(time.perf_counter() - started)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == (1 if target == "tensorrt-rtx" else 0)
+    assert "will be replaced" not in caplog.text  # the library took at the second start what the first one kept
+    np.testing.assert_allclose(results[0], results[1], atol=1e-3)
+    print(f"{target}: first start {seconds[0]:.2f} s, second {seconds[1]:.2f} s")
 
 
 def test_closing_gives_the_memory_back(model: tuple[torch.nn.Module, Path]) -> None:

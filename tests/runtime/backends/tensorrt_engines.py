@@ -33,7 +33,7 @@ def write_checksum_bundle(
 
 
 @contextmanager
-def opened(bundle: Path, gpu: Gpu | None = None) -> Iterator[tuple[TensorRtEngine, Gpu]]:
-    """An engine on a double; at the end nothing may be left on it."""
-    with installed(gpu or Gpu()) as device, TensorRtEngine(load_bundle(bundle)) as engine:
+def opened(bundle: Path, gpu: Gpu | None = None, **options: Any) -> Iterator[tuple[TensorRtEngine, Gpu]]:
+    """An engine on a double; at the end nothing may be left on it. Options: see `installed`."""
+    with installed(gpu or Gpu(), **options) as device, TensorRtEngine(load_bundle(bundle)) as engine:
         yield engine, device
