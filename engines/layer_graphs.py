@@ -11,12 +11,14 @@ import onnx_ir as ir
 
 from engines.builders import builder_for
 from engines.export import export_graph
+from engines.onnx_files import onnx_entries, require_same_onnx
 from engines.per_layer import BOUNDS, LayerReport, compare_layers, mark_layers, step_feeds
 from engines.progress import OnProgress, ignore_progress
 from engines.resources import check_resources, estimate
 from engines.spec import BuildSpec
 from engines.tensorrt_options import TensorRtOptions
 from exporter.checkpoint.base import Checkpoint
+from exporter.lowering.plugin import strip_definitions
 from exporter.plugin_ops import PluginOp
 from exporter.save import DATA_FILE, save_graph
 from exporter.trace import trace
@@ -52,7 +54,8 @@ def compare_bundle_layers(
     """Compares a bundle's layers with those of the fp32 graph of its checkpoint, over one prompt.
 
     The graph of a cpu or cuda bundle is the one it ships, run by the CUDA provider where a cuda bundle finds a GPU. A
-    TensorRT engine has no layers to look at: the ONNX that it was compiled from is made again, and run on the CPU.
+    TensorRT engine has no layers to look at: the ONNX that it was compiled from is made again, compared with the hashes
+    in the manifest, and run on the CPU; plugins are computed by their definitions.
 
     Args:
         folder: the bundle's.
@@ -100,7 +103,11 @@ def compare_bundle_layers(
 
 
 def _onnx_of_engine(folder: Path, manifest: Manifest, checkpoint: Checkpoint, root: Path) -> Path:
-    """The ONNX that a TensorRT engine was compiled from, made from the checkpoint again; plugins by definitions."""
+    """The ONNX that a TensorRT engine was compiled from, made from the checkpoint again; plugins by definitions.
+
+    Raises:
+        BuildError: what was made isn't what the engine was compiled from, or there is no room for it.
+    """
     block_size, head = manifest.quantization.get("block_size"), manifest.quantization.get("quantize_head", False)
     spec = BuildSpec(
         target=manifest.target,  # type: ignore[arg-type]  # BuildSpec takes strings
@@ -119,7 +126,13 @@ def _onnx_of_engine(folder: Path, manifest: Manifest, checkpoint: Checkpoint, ro
     needed = estimate(weight_bytes=output_bytes(lowered), text_bytes=0, chunk_bytes=chunk_bytes(lowered), bits=16)
     check_resources(needed, made)
     stitch(lowered, checkpoint, made / DATA_FILE)
-    return save_graph(lowered, made)
+    path = save_graph(lowered, made)
+    runnable = path.read_bytes()
+    if strip_definitions(lowered):  # what the parser is given
+        save_graph(lowered, made)
+    require_same_onnx(manifest, onnx_entries(made))
+    path.write_bytes(runnable)
+    return path
 
 
 def _plugin_options(folder: Path, manifest: Manifest) -> TensorRtOptions:

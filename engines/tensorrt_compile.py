@@ -6,6 +6,7 @@ TensorRT maps the graph's weights itself and hands the engine over in pieces, so
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +15,7 @@ import onnx_ir as ir
 from engines.builders import EngineFacts
 from engines.footprint import activation_bytes
 from engines.gpu import own_capabilities
+from engines.onnx_files import onnx_entries
 from engines.plugin_library import is_serialized, sha256_of
 from engines.profiles import profile_shapes, profiles
 from engines.spec import BuildSpec
@@ -105,7 +107,9 @@ class Compilation:
         timing_cache.load(build_config, self._logger, self._title)
         for profile in profiles(spec.prefill_chunk):
             self._add_profile(builder, build_config, network, contract, profile, capacity)
-        self._write_engine(builder, network, build_config)
+        with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:  # TensorRT leaves a core idle meanwhile
+            sources = pool.submit(onnx_entries, self._folder)
+            self._write_engine(builder, network, build_config)
         timing_cache.save(build_config)
         return EngineFacts(
             inputs=inputs,
@@ -120,6 +124,8 @@ class Compilation:
                 weight_bytes=self._weight_bytes,
                 cache_bytes=cache_bytes(inputs, spec.max_batch),
                 activation_bytes_estimated=activation_bytes(config, spec),
+                builder_activation_bytes=max(self._logger.activation_bytes, default=None),
+                onnx=sources.result(),
                 plugins=self._plugin_facts(),
             ),
         )

@@ -19,6 +19,9 @@ _NOISE = re.compile(r"Make sure input \S+ has Int64 binding")
 # Said after any other error on a machine without a driver.
 _NO_DRIVER = re.compile(r"CUDA driver version is insufficient|no CUDA-capable device|CUDA initialization failure")
 
+# Said of each profile once it is compiled, with a GPU or without, at level VERBOSE.
+_ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")
+
 # What the text holds -> what happened; what to change. The first that is found counts.
 _EXPLANATIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE), text)
@@ -68,10 +71,16 @@ _NO_DRIVER_TEXT = "it needs a GPU and its driver, and this machine has none; bui
 
 
 class Messages(Protocol):
-    """A logger that keeps what it was told."""
+    """A logger that keeps what it was told.
+
+    Attributes:
+        errors, warnings: texts.
+        activation_bytes: scratch memory of each profile that was compiled.
+    """
 
     errors: list[str]
     warnings: list[str]
+    activation_bytes: list[int]
 
     def clear(self) -> None:
         """Forgets everything, for the next step of a build."""
@@ -88,6 +97,7 @@ def make_logger(trt: Any) -> Any:
         def clear(self) -> None:
             self.errors: list[str] = []
             self.warnings: list[str] = []
+            self.activation_bytes: list[int] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
@@ -96,6 +106,8 @@ def make_logger(trt: Any) -> Any:
                 if not _NOISE.search(message):
                     self.warnings.append(message)
             else:
+                if found := _ACTIVATIONS.search(message):
+                    self.activation_bytes.append(int(found[1]))
                 logger.debug("%s", message)
 
     return Logger()

@@ -162,7 +162,10 @@ class TensorRtFacts:
         layers: how many layers of each type TensorRT's network had.
         weight_bytes: of device memory, exact.
         cache_bytes: of device memory for all rows, exact.
-        activation_bytes_estimated: of device memory, by a formula.
+        activation_bytes_estimated: of device memory, by the planner's formula.
+        builder_activation_bytes: the same as the builder told when it had compiled, of the profile that takes most;
+            None: it told nothing.
+        onnx: the files that the engine was compiled from, which aren't in the bundle: the graph and its weights.
         plugins: what must be loaded before the engine; None: it has no plugin layers.
     """
 
@@ -175,15 +178,24 @@ class TensorRtFacts:
     weight_bytes: int
     cache_bytes: int
     activation_bytes_estimated: int
+    builder_activation_bytes: int | None
+    onnx: Mapping[str, FileEntry]
     plugins: PluginFacts | None
 
     def __post_init__(self) -> None:
         for capability in self.compute_capabilities:
             if not _CAPABILITY.fullmatch(capability):
                 raise BundleError(f"compute capability {capability!r}; accepted: numbers like 8.9")
-        for name in ("weight_bytes", "cache_bytes", "activation_bytes_estimated"):
-            if getattr(self, name) < 0:
-                raise BundleError(f"{name} is {getattr(self, name)}; accepted: at least 0")
+        for name in ("weight_bytes", "cache_bytes", "activation_bytes_estimated", "builder_activation_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise BundleError(f"{name} is {value}; accepted: at least 0")
+
+    @property
+    def activation_bytes(self) -> int:
+        """The builder's own figure, or the estimate where there is none."""
+        told = self.builder_activation_bytes
+        return self.activation_bytes_estimated if told is None else told
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,13 +62,14 @@ def _check_capability(manifest: Manifest, facts: TensorRtFacts, device: Device) 
 
 
 def _check_memory(manifest: Manifest, facts: TensorRtFacts, device: Device) -> None:
-    needed = facts.weight_bytes + facts.cache_bytes + facts.activation_bytes_estimated
+    needed = facts.weight_bytes + facts.cache_bytes + facts.activation_bytes
     if needed > device.free_bytes:
+        source = "estimated" if facts.builder_activation_bytes is None else "as TensorRT told when it was built"
         raise EngineMismatchError(
             f"the GPU {device.name} has {_mib(device.free_bytes)} of {_mib(device.total_bytes)} free, and the bundle "
             f"needs about {_mib(needed)}: weights {_mib(facts.weight_bytes)}, cache {_mib(facts.cache_bytes)} "
             f"({manifest.max_batch} rows of {manifest.max_context} tokens), activations "
-            f"{_mib(facts.activation_bytes_estimated)} (estimated). End other programs that use the GPU, or rebuild "
+            f"{_mib(facts.activation_bytes)} ({source}). End other programs that use the GPU, or rebuild "
             "the bundle with a smaller --max-context or --max-batch, or a smaller --precision"
         )
 

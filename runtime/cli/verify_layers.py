@@ -62,7 +62,8 @@ def show(report: LayerReport, bundle: Path, target: str) -> None:
     if target.startswith("tensorrt"):
         console.print(
             f"{bundle} is a TensorRT engine, whose layers can't be looked at: this is the ONNX that it was compiled "
-            "from, made again from the checkpoint and run on the CPU; the engine itself was not run"
+            "from, made again from the checkpoint, the same by its SHA-256, and run on the CPU; the engine itself was "
+            "not run"
         )
     first = report.first_failed
     if first is None:

@@ -57,6 +57,8 @@ def facts_for(flavour: str, manifest: Manifest, **overrides: Any) -> TensorRtFac
             for tensor in cache
         ),
         activation_bytes_estimated=ACTIVATION_BYTES,
+        builder_activation_bytes=None,
+        onnx={"model.onnx": FileEntry(1, "0" * 64)},
         plugins=None,
     )
     return replace(facts, **overrides)

@@ -187,6 +187,7 @@ def _parser_error(node: onnx.NodeProto) -> SimpleNamespace:
 class Builder:
     has_gpu = True
     errors: ClassVar[tuple[str, ...]] = ()  # what the next build fails with
+    activation_bytes: ClassVar[tuple[int, ...]] = ()  # told of each profile
     configs: ClassVar[list[Config]] = []
 
     def __init__(self, logger: ILogger) -> None:
@@ -223,6 +224,9 @@ class Builder:
             self._logger.log(ILogger.ERROR, error)
         if self.errors:
             return False
+        for told in self.activation_bytes:
+            message = f"Total Activation Memory: {told} bytes"
+            self._logger.log(ILogger.VERBOSE, message)
         size = (
             1000
             if "STRIP_PLAN" in config._flags

@@ -5,7 +5,9 @@ Without plugins here; those have tests/engines/test_tensorrt_plugins.py.
 
 from __future__ import annotations
 
+import hashlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,10 +15,12 @@ from typing import Any
 import pytest
 
 from engines.build import build_bundle
+from engines.layer_graphs import bound_for, compare_bundle_layers
 from engines.spec import BuildSpec, Target
 from engines.tensorrt_options import TensorRtOptions
+from exporter.checkpoint import open_checkpoint
 from qwen_aot_errors import BuildError
-from runtime.manifest import Manifest
+from runtime.manifest import FileEntry, Manifest
 from tests.checkpoints import save_tiny
 from tests.engines.tensorrt_double import CACHE_HEADER, make_module
 
@@ -68,6 +72,68 @@ def test_a_bundle_for_the_gpu_that_built_it(
     assert prefill["past_key_values.1.value"] == ((1, 4, 256, 16), (1, 4, 256, 16), (1, 4, 256, 16))
     assert decode["past_key_values.1.value"] == ((1, 4, 256, 16), (3, 4, 256, 16), (3, 4, 256, 16))
     assert config._flags == set() and config._pools == {}
+
+
+@pytest.mark.parametrize(("told", "kept"), [((), None), ((4096, 1 << 20), 1 << 20)])
+def test_the_builders_own_figure_for_activations(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path, told: tuple[int, ...], kept: int | None
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", make_module(activation_bytes=told))
+    manifest = build(checkpoint, tmp_path / "bundle")
+    assert manifest.tensorrt is not None
+    assert manifest.tensorrt.builder_activation_bytes == kept
+    assert manifest.tensorrt.activation_bytes == (kept or manifest.tensorrt.activation_bytes_estimated)
+
+
+def test_the_onnx_is_named_by_what_the_parser_read(
+    trt: ModuleType, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: dict[str, FileEntry] = {}
+    parse = trt.OnnxParser.parse_from_file
+
+    def noted(self: Any, path: str) -> bool:
+        for file in sorted(Path(path).parent.glob("model.onnx*")):
+            content = file.read_bytes()
+            read[file.name] = FileEntry(len(content), hashlib.sha256(content).hexdigest())
+        return bool(parse(self, path))
+
+    monkeypatch.setattr(trt.OnnxParser, "parse_from_file", noted)
+    manifest = build(checkpoint, tmp_path / "bundle")
+    assert manifest.tensorrt is not None
+    assert manifest.tensorrt.onnx == read and set(read) == {"model.onnx", "model.onnx.data"}
+    assert not set(read) & set(manifest.files)
+
+
+@pytest.mark.usefixtures("trt")
+def test_layers_are_compared_on_what_the_engine_was_compiled_from(checkpoint: Path, tmp_path: Path) -> None:
+    manifest = build(checkpoint, tmp_path / "bundle")
+    with open_checkpoint(checkpoint) as source:
+        report = compare_bundle_layers(tmp_path / "bundle", manifest, source, list(range(20)), bound_for("fp16"))
+    assert report.first_failed is None
+
+
+@pytest.mark.usefixtures("trt")
+def test_another_checkpoint_of_the_same_shape_is_not_compared(checkpoint: Path, tmp_path: Path) -> None:
+    manifest = build(checkpoint, tmp_path / "bundle")
+    save_tiny(tmp_path / "other", seed=1)
+    message = (
+        r"^model\.onnx\.data made again from the checkpoint isn't what engine\.plan was compiled from.*"
+        r"give the checkpoint that it was built from.*\(their versions are the same\)$"
+    )
+    with open_checkpoint(tmp_path / "other") as source, pytest.raises(BuildError, match=message):
+        compare_bundle_layers(tmp_path / "bundle", manifest, source, list(range(20)), bound_for("fp16"))
+
+
+@pytest.mark.usefixtures("trt")
+def test_a_graph_made_by_other_tools_is_not_compared(checkpoint: Path, tmp_path: Path) -> None:
+    built = build(checkpoint, tmp_path / "bundle")
+    assert built.tensorrt is not None
+    onnx = dict(built.tensorrt.onnx) | {"model.onnx": FileEntry(1, "0" * 64)}
+    versions = dict(built.tool_versions) | {"torch": "1.0"}
+    manifest = replace(built, tensorrt=replace(built.tensorrt, onnx=onnx), tool_versions=versions)
+    message = r"^model\.onnx made again .*\(these differ: torch 1\.0 there, [0-9.]+\S* here\)$"
+    with open_checkpoint(checkpoint) as source, pytest.raises(BuildError, match=message):
+        compare_bundle_layers(tmp_path / "bundle", manifest, source, list(range(20)), bound_for("fp16"))
 
 
 def test_every_option_reaches_the_builder(trt: ModuleType, checkpoint: Path, tmp_path: Path) -> None:

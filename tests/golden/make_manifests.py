@@ -57,6 +57,8 @@ TENSORRT: dict[str, Any] = {
     "weight_bytes": 100,
     "cache_bytes": 100,
     "activation_bytes_estimated": 0,
+    "builder_activation_bytes": 12948480,
+    "onnx": {"model.onnx": {"bytes": 10, "sha256": SHA256}},
     "plugins": None,
 }
 PLUGINS = {"file": "model.onnx", "sha256": SHA256, "in_engine": False, "ops": ["QwenGQA"]}
@@ -81,6 +83,10 @@ EDITS: list[tuple[str, list[str | int], Any, bool]] = [
         TENSORRT | {"plugins": {"file": "model.onnx", "in_engine": False, "ops": []}},
         False,
     ),
+    ("a builder that told nothing", ["tensorrt"], TENSORRT | {"builder_activation_bytes": None}, True),
+    ("negative activations", ["tensorrt"], TENSORRT | {"builder_activation_bytes": -1}, False),
+    ("activations that are text", ["tensorrt"], TENSORRT | {"builder_activation_bytes": "1"}, False),
+    ("an ONNX without a hash", ["tensorrt"], TENSORRT | {"onnx": {"model.onnx": {"bytes": 1}}}, False),
     ("negative weights", ["tensorrt"], TENSORRT | {"weight_bytes": -1}, False),
     ("a list in the place of facts", ["tensorrt"], [], False),
     ("a fixed capacity", ["inputs", 1, "shape", 2], 33280, True),

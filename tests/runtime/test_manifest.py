@@ -67,6 +67,8 @@ tensorrt_facts = st.builds(
     weight_bytes=st.integers(0, 2**63 - 1),
     cache_bytes=st.integers(0, 2**63 - 1),
     activation_bytes_estimated=st.integers(0, 2**63 - 1),
+    builder_activation_bytes=st.none() | st.integers(0, 2**63 - 1),
+    onnx=st.dictionaries(st.text(), entries, max_size=2),
     plugins=st.none(),
 )
 

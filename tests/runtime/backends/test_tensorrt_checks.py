@@ -81,6 +81,16 @@ def test_too_little_memory(tmp_path: Path, flavour: str) -> None:
     refused(bundle, "has 50 MiB of 100 MiB free, and the bundle needs about 66 MiB: weights 1 MiB", gpu)
 
 
+def test_the_builders_own_figure_counts_and_not_the_estimate(tmp_path: Path, flavour: str) -> None:
+    gpu = {"total_bytes": 100 * MIB, "others_bytes": 50 * MIB}
+    more = {"activation_bytes_estimated": 0, "builder_activation_bytes": 64 * MIB}
+    bundle = write_checksum_bundle(tmp_path / "more", flavour, facts=more)
+    refused(bundle, r"needs about 66 MiB: .*, activations 64 MiB \(as TensorRT told when it was built\)", Gpu(**gpu))
+    less = {"activation_bytes_estimated": 64 * MIB, "builder_activation_bytes": 1 * MIB}
+    with opened(write_checksum_bundle(tmp_path / "less", flavour, facts=less), Gpu(**gpu)):
+        pass
+
+
 def test_memory_that_the_host_can_give_counts_on_a_jetson(tmp_path: Path) -> None:
     # There the page cache, which just took in the engine file, is not free to CUDA, and is given up when asked for.
     bundle = write_checksum_bundle(tmp_path / "bundle", facts={"activation_bytes_estimated": 64 * MIB})
