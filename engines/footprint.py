@@ -16,6 +16,7 @@ from exporter.quantize.blockwise import BLOCK_SIZES
 from runtime.manifest import cache_capacity
 
 _ARENA_FACTOR = 2  # see `activation_bytes`
+_MATMUL_WORKSPACE = 8_192_000  # bytes that TensorRT-RTX 1.7.1 keeps for matrix products, whatever their sizes are
 _COMPUTE_BYTES = {"FLOAT": 4, "FLOAT16": 2, "BFLOAT16": 2}
 _CACHE_BYTES = _COMPUTE_BYTES | {"INT8": 1}
 _CACHE_SCALE_BYTES = 2  # fp16: one for each key and each value of a head and token
@@ -76,17 +77,20 @@ def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
       memory with a cache of 2,048 tokens and with one of 8,192), and so does TensorRT. TensorRT copies the window out
       of the cache, 2 x [B, W, Hkv·D]; the plugin doesn't, and its workspace, the rotated queries and the parts of
       decode attention, is within the above;
-    - an MLP: its input [T, M], gate and up [T, 2F], their product [T, F], in c; TensorRT keeps gate, up and silu(gate)
-      apart as well;
+    - an MLP: its input [T, M], gate and up [T, 2F], their product [T, F], in c;
     - routed experts: every expert on every token, E x [T, 3F] or E x [T, F + M] in c, or the weights that a step of few
       tokens gathers, n·k x 3·M·F for the most tokens n that it is done for; ONNX Runtime's kernel runs each token's
       own experts, k x [T, 3F]; so does the plugin, k x [T, F] in c and k x [T, M] fp32
       (`plugins.launch.moe_workspace`);
     - the head: [B, V] in c.
 
+    In all of these phases TensorRT has half a window's copy and its workspace for matrix products as well, and in
+    attention at least that much. Found by varying one size at a time in 24 graphs: a decode step of one row takes
+    4·C·Hkv·D or, where that is more, 2·C·Hkv·D + 8,192,000 bytes, and some vectors.
+
     ONNX Runtime's arena keeps twice that: steps of 256 tokens took 2.0 to 2.3 times the sum above in models of the
     widths of 0.5B, 7B and MoE-A2.7B. TensorRT-RTX 1.7's builder says what it will need ("Total Activation
-    Memory"): this is 0.98 to 1.21 times as much in seven dense graphs, and 0.69 to 0.99 in five with experts.
+    Memory"): this is 0.98 to 1.34 times as much in 24 dense graphs and 5 with experts (docs/planner.md).
     """
     steps = (1, spec.prefill_chunk), (spec.max_batch, 1)
     return max(_step_activation_bytes(config, spec, *step) for step in steps) * (
@@ -103,15 +107,16 @@ def _step_activation_bytes(config: ModelConfig, spec: BuildSpec, B: int, S: int)
     always = 4 * T * M + 4 * B * V + (2 * B * S * W if is_windowed else 0)
     projected = config.query_size + 2 * config.key_value_size
     window = 2 * c * B * W * config.key_value_size if is_windowed else 0
-    gated = 6 if spec.is_tensorrt else 3  # values of width F that an MLP keeps
+    aside = window // 2 + _MATMUL_WORKSPACE if spec.is_tensorrt else 0
     sparse = len(config.moe.sparse_layers) if config.moe is not None else 0
-    phases = [c * T * (M + 2 * projected + config.query_size) + window, c * B * V]
+    attention = c * T * (M + 2 * projected + config.query_size)
+    phases = [attention + max(window - aside, 0), c * B * V]
     if sparse < config.num_hidden_layers:
-        phases.append(c * T * (M + gated * config.intermediate_size))
+        phases.append(c * T * (M + 3 * config.intermediate_size))
     if config.moe is not None and sparse:
         moe = config.moe
         E, k, F = moe.num_experts, moe.num_experts_per_tok, moe.moe_intermediate_size
-        phases.append(c * T * (M + gated * moe.shared_expert_intermediate_size))
+        phases.append(c * T * (M + 3 * moe.shared_expert_intermediate_size))
         if _is_blockwise(spec):
             phases.append(c * T * (M + 3 * k * F))
         elif spec.moe == "plugin":
@@ -119,7 +124,7 @@ def _step_activation_bytes(config: ModelConfig, spec: BuildSpec, B: int, S: int)
         else:
             few = min(T, gather_limit(moe))
             phases += [c * (T * M + E * T * (F + max(2 * F, M))), c * (few * M + few * k * 3 * M * F)]
-    return always + max(phases)
+    return always + aside + max(phases)
 
 
 def _cache_bytes(config: ModelConfig, spec: BuildSpec, tokens: int) -> int:

@@ -298,24 +298,30 @@ def test_prefill_alone_reads_the_second_form_of_its_projections() -> None:
     assert fast.step_bytes == slow.step_bytes
 
 
+WORKSPACE = 8_192_000  # of TensorRT-RTX 1.7.1 for matrix products
+
+
 def test_activations_of_a_model_by_hand() -> None:
     """64 tokens, 4 heads and 2 of keys and values of 16, 256 slots; 2 bytes each."""
     spec = tensorrt_spec("fp16", max_context=192, prefill_chunk=64)
-    always = 4 * 64 * 64 + 4 * 1000 + 2 * 64 * 256  # residual, logits, mask
-    window = 2 * 256 * 2 * 16  # keys and values
-    assert activation_bytes(tiny(), spec) == always + 2 * 64 * (64 + 6 * 128)
-    assert activation_bytes(tiny(intermediate_size=16), spec) == always + 2 * (64 * (64 + 2 * 128 + 64) + window)
+    keys = 2 * 256 * 2 * 16  # of the window, without its values
+    always = 4 * 64 * 64 + 4 * 1000 + 2 * 64 * 256 + keys + WORKSPACE  # residual, logits, mask
+    assert activation_bytes(tiny(), spec) == always + 2 * 64 * (64 + 3 * 128)
+    assert activation_bytes(tiny(intermediate_size=16), spec) == always + 2 * 64 * (64 + 2 * 128 + 64)
 
 
 def test_more_rows_take_room_in_decode_steps_alone() -> None:
-    """Prefill is of one row, whose 64 tokens outweigh a token of each of 4 rows; 64 rows each have a window of 256."""
-    one, four, many = (
+    """Prefill is of one row, whose 64 tokens outweigh a token of each of 2 rows; 64 rows each have a window of 256."""
+    one, two, many, most = (
         activation_bytes(tiny(), tensorrt_spec("fp16", max_context=192, prefill_chunk=64, max_batch=rows))
-        for rows in (1, 4, 64)
+        for rows in (1, 2, 64, 1024)
     )
-    assert one == four
-    window = 2 * 256 * 2 * 2 * 16  # keys and values
-    assert many == 64 * (4 * 64 + 4 * 1000 + 2 * 256 + 2 * (64 + 2 * 128 + 64) + window)
+    assert one == two
+    keys = 2 * 256 * 2 * 16
+    row = 4 * 64 + 4 * 1000 + 2 * 256 + keys
+    assert many == WORKSPACE + 64 * (row + 2 * 1000)  # the head
+    # Where keys alone take more than the workspace, attention with its keys and values takes most.
+    assert most == 1024 * (row + 2 * (64 + 2 * 128 + 64) + keys)
 
 
 def test_experts_count_with_all_tokens_where_all_of_them_run() -> None:
@@ -329,19 +335,19 @@ def test_experts_count_with_all_tokens_where_all_of_them_run() -> None:
 def test_plugins_keep_no_mask_no_window_and_run_chosen_experts_alone() -> None:
     """64 tokens of four chosen experts: their inner activations [64 x 4, 32] fp16 and results [64 x 4, 64] fp32."""
     spec = BuildSpec(target=Target.TENSORRT, max_context=192, prefill_chunk=64)
-    always = 4 * 64 * 64 + 4 * 1000
+    always = 4 * 64 * 64 + 4 * 1000 + WORKSPACE
     assert activation_bytes(tiny_moe(64, 4), spec) == always + 2 * 64 * (64 + 4 * 32) + 4 * 64 * 4 * 64
-    assert activation_bytes(tiny(), spec) == always + 2 * 64 * (64 + 6 * 128)
+    assert activation_bytes(tiny(), spec) == always + 2 * 64 * (64 + 3 * 128)
 
 
 @pytest.mark.parametrize("config", [tiny(intermediate_size=16), tiny_moe()], ids=["dense", "experts"])
 def test_tensorrt_copies_the_window_and_keeps_no_scores(config: ModelConfig) -> None:
-    """256 slots more: keys and values of 2 heads of 16 in fp16, and two bytes of mask for each of 64 tokens."""
+    """256 slots more: keys of 2 heads of 16 in fp16, and two bytes of mask for each of 64 tokens."""
     longer, shorter = (
         activation_bytes(config, tensorrt_spec("fp16", max_context=context, prefill_chunk=64))
         for context in (4288, 4032)
     )
-    assert longer - shorter == 256 * (2 * 2 * 2 * 16 + 2 * 64)
+    assert longer - shorter == 256 * (2 * 2 * 16 + 2 * 64)
 
 
 def test_only_the_tokens_that_gather_their_experts_count_with_them() -> None:
