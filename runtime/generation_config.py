@@ -161,7 +161,7 @@ class GenerationDefaults:
         """Reads generation_config.json, if the bundle has one; its ids that end a text go before the model's.
 
         Raises:
-            BundleError: it isn't JSON, or a value is of the wrong type.
+            BundleError: it isn't JSON, or a value is of the wrong type or out of range.
         """
         model_eos = bundle.manifest.model.eos_token_ids
         if not bundle.has(GENERATION_CONFIG_NAME):
@@ -175,7 +175,7 @@ class GenerationDefaults:
         """The same from a parsed generation_config.json; absent keys mean what they do in transformers.
 
         Raises:
-            BundleError: a value is of the wrong type.
+            BundleError: a value is of the wrong type, or no request could be made with it.
         """
         unsupported = [k for k, off in _UNSUPPORTED.items() if document.get(k) not in (None, off)]
         if unsupported:
@@ -190,15 +190,22 @@ class GenerationDefaults:
                 f"{GENERATION_CONFIG_NAME}: eos_token_id is {eos!r}; accepted: an id or a list of ids; "
                 f"rebuild the bundle"
             )
-        return cls(
-            do_sample=_read(document, "do_sample", (bool,), False),
-            max_new_tokens=_read(document, "max_new_tokens", (int,), None),
-            temperature=_read(document, "temperature", (int, float), 1.0),
-            top_k=_read(document, "top_k", (int,), TRANSFORMERS_TOP_K),
-            top_p=_read(document, "top_p", (int, float), 1.0),
-            repetition_penalty=_read(document, "repetition_penalty", (int, float), 1.0),
-            eos_token_ids=model_eos if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-        )
+        do_sample = _read(document, "do_sample", (bool,), False)
+        settings: dict[str, Any] = {
+            "max_new_tokens": _read(document, "max_new_tokens", (int,), None),
+            "temperature": _read(document, "temperature", (int, float), 1.0),
+            "top_k": _read(document, "top_k", (int,), TRANSFORMERS_TOP_K),
+            "top_p": _read(document, "top_p", (int, float), 1.0),
+            "repetition_penalty": _read(document, "repetition_penalty", (int, float), 1.0),
+        }
+        try:
+            GenerationConfig(**settings)
+        except GenerationError as error:
+            raise BundleError(
+                f"{GENERATION_CONFIG_NAME}: {error}; repair the checkpoint's own and rebuild the bundle"
+            ) from error
+        ids = model_eos if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        return cls(do_sample=do_sample, eos_token_ids=ids, **settings)
 
     def resolve(
         self,

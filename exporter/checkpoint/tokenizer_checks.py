@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tokenizers
 
 from qwen_aot_errors import CheckpointError
 
-# The keys of generation_config.json that the runtime reads, with what each may hold; null is as if absent.
-# `eos_token_id` is read with the model's configuration.
-GENERATION_TYPES: Mapping[str, tuple[type, ...]] = {
-    "do_sample": (bool,),
-    "max_new_tokens": (int,),
-    "temperature": (int, float),
-    "top_k": (int,),
-    "top_p": (int, float),
-    "repetition_penalty": (int, float),
-}
-_WORDS: Mapping[tuple[type, ...], str] = {
-    (bool,): "true or false",
-    (int,): "a whole number",
-    (int, float): "a number",
+_NUMBER: tuple[type, ...] = (int, float)
+# The keys of generation_config.json that the runtime reads: the types and the values that each may have, and that in
+# words; null is as if absent. `eos_token_id` is read with the model's configuration.
+GENERATION_VALUES: Mapping[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
+    "do_sample": ((bool,), lambda _: True, "true or false"),
+    "max_new_tokens": ((int,), lambda x: x >= 1, "a whole number of at least 1"),
+    "temperature": (_NUMBER, lambda x: x == 0 or 1e-3 <= x <= 1e3, "a number: 0 (greedy) or 0.001 to 1000"),
+    "top_k": ((int,), lambda x: x >= 0, "a whole number of 0 (off) or more"),
+    "top_p": (_NUMBER, lambda x: 0 < x <= 1, "a number above 0, up to 1 (off)"),
+    "repetition_penalty": (_NUMBER, lambda x: 1e-3 <= x <= 1e3, "a number from 0.001 to 1000"),
 }
 
 
@@ -61,17 +57,18 @@ def check_template(template: object, where: str) -> None:
 
 
 def check_generation(document: Mapping[str, Any], where: str) -> None:
-    """Checks the types of a parsed generation_config.json.
+    """Checks the values of a parsed generation_config.json: no request could be made with others.
 
     Raises:
-        CheckpointError: a key that is read at run time holds another type.
+        CheckpointError: a key that is read at run time holds another type, or is out of range.
     """
-    for key, types in GENERATION_TYPES.items():
+    for key, (types, is_accepted, accepted) in GENERATION_VALUES.items():
         value = document.get(key)
         if value is None:
             continue
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise CheckpointError(f"{where}: {key} is {value!r}; accepted: {_WORDS[types]}; repair it or take it out")
+        has_type = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+        if not has_type or not is_accepted(value):
+            raise CheckpointError(f"{where}: {key} is {value!r}; accepted: {accepted}; repair it or take it out")
 
 
 def json_text(document: Mapping[str, Any], where: str) -> str:

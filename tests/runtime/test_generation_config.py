@@ -142,9 +142,12 @@ def test_numbers_of_numpy_are_numbers() -> None:
         ({"do_sample": 1}, "do_sample is 1; accepted: bool"),
         ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
         ({"eos_token_id": ["x"]}, "eos_token_id is \\['x'\\]"),
+        ({"top_p": 7}, "top_p is 7; accepted: above 0, up to 1 .*repair the checkpoint's own and rebuild the bundle"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; accepted: at least 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; accepted: 0.001 to 1000"),
     ],
 )
-def test_a_wrong_type_in_the_document(document: dict[str, Any], message: str) -> None:
+def test_a_wrong_value_in_the_document(document: dict[str, Any], message: str) -> None:
     with pytest.raises(BundleError, match=message):
         GenerationDefaults.from_document(document)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from exporter.checkpoint.tokenizer_checks import GENERATION_TYPES, check_generation, check_template
+from exporter.checkpoint.tokenizer_checks import GENERATION_VALUES, check_generation, check_template
 from qwen_aot_errors import BundleError, CheckpointError
 from runtime.generation_config import GenerationDefaults
 from runtime.tokenizer import _read_template
@@ -17,7 +17,10 @@ VALUES = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(),
+    st.integers(-2, 2),
     st.floats(allow_nan=False),
+    st.floats(-0.1, 1.1),
+    st.sampled_from([0, 0.0009, 0.001, 1, 1000, 1000.1]),
     st.text(max_size=3),
     st.lists(st.integers(), max_size=2),
     st.dictionaries(st.sampled_from(["name", "template"]), st.one_of(st.text(max_size=3), st.integers())),
@@ -32,7 +35,11 @@ def refuses(check: Any, *arguments: Any) -> bool:
     return False
 
 
-@given(st.dictionaries(st.sampled_from([*GENERATION_TYPES, "unknown"]), VALUES))
+@example({"top_p": 7})
+@example({"top_p": 0})
+@example({"max_new_tokens": 0})
+@example({"repetition_penalty": 0.0})
+@given(st.dictionaries(st.sampled_from([*GENERATION_VALUES, "unknown"]), VALUES))
 def test_both_sides_take_the_same_generation_config(document: dict[str, Any]) -> None:
     assert refuses(check_generation, document, "x") == refuses(GenerationDefaults.from_document, document)
 
