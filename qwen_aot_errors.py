@@ -1,4 +1,4 @@
-"""The one error tree, importable by every package (standard library only).
+"""The one error tree, importable by every package (standard library only), and what ONNX Runtime raises.
 
     DeployError                  anything a user can act on; the CLI prints it without a traceback, exit code 1
     ├── CheckpointError          the checkpoint (or its config, tokenizer, tensors) is wrong or not supported
@@ -24,6 +24,7 @@ __all__ = [
     "EngineMismatchError",
     "ExportError",
     "GenerationError",
+    "onnxruntime_errors",
 ]
 
 
@@ -57,3 +58,10 @@ class GenerationError(DeployError):
 
 class ContextFullError(GenerationError):
     """The sequence doesn't fit the engine's context."""
+
+
+def onnxruntime_errors() -> tuple[type[Exception], ...]:
+    """Every class that ONNX Runtime raises (they have no base of their own); imports it."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))

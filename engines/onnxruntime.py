@@ -11,7 +11,7 @@ from exporter.lowering import ort
 from exporter.lowering.ort import OrtOptions
 from exporter.quantize.blockwise import BlockFormat
 from exporter.weights import Traced
-from qwen_aot_errors import BuildError
+from qwen_aot_errors import BuildError, onnxruntime_errors
 from runtime.manifest import Manifest
 
 
@@ -57,13 +57,10 @@ def check(folder: Path, manifest: Manifest) -> None:
     """
     import onnxruntime
 
-    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented")
-    state = onnxruntime.capi.onnxruntime_pybind11_state
-    refusals = (state.RuntimeException, *(getattr(state, name) for name in names))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; they are raised as well
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         onnxruntime.InferenceSession(folder / manifest.engine, options, providers=["CPUExecutionProvider"])
-    except refusals as error:
+    except onnxruntime_errors() as error:
         raise BuildError(f"onnxruntime {onnxruntime.__version__} can't open the built engine: {error}") from error

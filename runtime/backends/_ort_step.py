@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_aot_errors import EngineMismatchError, GenerationError
+from qwen_aot_errors import EngineMismatchError, GenerationError, onnxruntime_errors
 from runtime.backends._io_table import cache_inputs, check_table, present_name
 from runtime.kv_cache import KvCache
 from runtime.manifest import Manifest
 
-__all__ = ["Step", "library_errors"]
+__all__ = ["Step"]
 
 # The attention window W is rounded up, so that its input is bound anew every 64 tokens, not at each.
 WINDOW_STEP = 64
@@ -29,22 +29,6 @@ _ELEMENT_TYPES: dict[str, Any] = {
 
 # ONNX's name for a dtype of the manifest, where it isn't the same.
 _ONNX_NAMES = {"float32": "float"}
-
-
-def library_errors() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises; the classes have no base of their own."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    return (
-        state.EPFail,
-        state.Fail,
-        state.InvalidArgument,
-        state.InvalidGraph,
-        state.InvalidProtobuf,
-        state.NoSuchFile,
-        state.NotImplemented,
-        state.RuntimeException,
-    )
 
 
 class Step:
@@ -74,7 +58,7 @@ class Step:
             GenerationError: there is no memory for the logits.
         """
         _check_signature(session, manifest)
-        self._errors = library_errors()
+        self._errors = onnxruntime_errors()
         self._session = session
         self._binding = session.io_binding()
         self._cache = cache

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_aot_errors import EngineMismatchError, GenerationError
+from qwen_aot_errors import EngineMismatchError, GenerationError, onnxruntime_errors
 from runtime.backends._io_table import cache_inputs
 from runtime.backends._ort_devices import (
     DEVICES,
@@ -17,7 +17,7 @@ from runtime.backends._ort_devices import (
     preload_libraries,
     require_provider,
 )
-from runtime.backends._ort_step import Step, library_errors
+from runtime.backends._ort_step import Step
 from runtime.backends._rows import RowEngine
 from runtime.backends.cpus import has_exact_integer_products, usable_cores
 from runtime.backends.huge_pages import collapse_new_memory
@@ -124,7 +124,7 @@ def _open_session(path: Path, options: OrtOptions, device: Device) -> Any:
         preload_libraries(ort)
     try:
         session = ort.InferenceSession(str(path), session_options, providers=device.providers)
-    except library_errors() as error:
+    except onnxruntime_errors() as error:
         raise EngineMismatchError(
             f"onnxruntime {ort.__version__} can't load {path}: {error}. Rebuild the bundle, or install the version of "
             "onnxruntime that its manifest names"
