@@ -1,0 +1,180 @@
+"""docs/json.md lists exactly the fields that `--json` prints, with their types."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from runtime.cli import build, doctor
+from runtime.cli.main import qwen_aot
+from tests.checkpoints import save_tiny
+from tests.runtime.backends.tensorrt_engines import write_checksum_bundle
+from tests.runtime.cli.conftest import Run
+
+PAGE = Path(__file__).parents[3] / "docs" / "json.md"
+TYPES: dict[str, tuple[type, ...]] = {
+    "text": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "null": (type(None),),
+}
+SPREAD = {"median": "number", "min": "number", "max": "number", "values[]": "number"}
+
+
+def documented(heading: str) -> dict[str, str]:
+    """Field -> type of one section of the page; a spread is spelled out."""
+    section = PAGE.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    fields: dict[str, str] = {}
+    for names, kind in re.findall(r"^\| (`.*?`) \| ([a-z ]+) \|", section, re.MULTILINE):
+        for name in re.findall(r"`([^`]+)`", names):
+            parts = {f"{name}.{part}": of for part, of in SPREAD.items()} if kind == "spread" else {name: kind}
+            fields |= {path: f"{fields[path]} or {of}" if path in fields else of for path, of in parts.items()}
+    return fields
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything that isn't a filled object or list, by its path."""
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from leaves(item, f"{path}.{name}" if path else name)
+    elif isinstance(value, list) and value:
+        for item in value:
+            yield from leaves(item, f"{path}[]")
+    else:
+        yield path, value
+
+
+def pattern(field: str, kind: str = "") -> str:
+    """A regular expression for the paths that a documented field stands for."""
+    inside = r"(\..*|\[\].*)?" if "object" in kind else ""
+    return re.escape(field).replace(r"\*", "[^[]+") + inside
+
+
+def compare(heading: str, *outputs: Any) -> None:
+    """Every field that was printed is documented, and of its type; every one that is documented was printed."""
+    fields = documented(heading)
+    containers = {field[: part.start()] for field in fields for part in re.finditer(r"\[\]|\.\*", field)}
+    unseen = set(fields)
+    for path, value in (leaf for output in outputs for leaf in leaves(output)):
+        if value in ([], {}) and any(re.fullmatch(pattern(container), path) for container in containers):
+            continue  # nothing is in it here
+        matching = [field for field, kind in fields.items() if re.fullmatch(pattern(field, kind), path)]
+        assert matching, f"{path} is printed and not documented under {heading}"
+        kinds = fields[matching[0]].split(" or ")
+        accepted = tuple(kind for name in kinds for kind in TYPES.get(name, ()))
+        is_bool = isinstance(value, bool) and "boolean" not in kinds  # which Python takes for an integer
+        assert "object" in kinds or (isinstance(value, accepted) and not is_bool), (path, value, kinds)
+        unseen -= set(matching)
+    assert not unseen, f"documented under {heading} and never printed: {sorted(unseen)}"
+
+
+def printed(result: Any) -> Any:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with experts and without a tokenizer."""
+    path = tmp_path_factory.mktemp("json") / "experts"
+    save_tiny(path, moe={})
+    return path
+
+
+@pytest.fixture(scope="module")
+def verified(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """What `build-engine --verify` prints, and the bundle."""
+    out = tmp_path_factory.mktemp("json") / "int4"
+    asked = ("--precision", "int4", "--block-size", "16", "--max-context", "256", "--verify", "--json")
+    return printed(CliRunner().invoke(build.command, [str(checkpoint), "-o", str(out), *asked])), out
+
+
+def test_build_engine(verified: tuple[Any, Path], experts: Path, tmp_path: Path) -> None:
+    asked = [str(experts), "-o", str(tmp_path / "b"), "--precision", "fp32", "--max-context", "256", "--json"]
+    plain = printed(CliRunner().invoke(build.command, asked))
+    compare("`build-engine`", verified[0], plain)
+    compare("`verify`", verified[0]["verification"] | {"bundle": "", "reference": ""})
+    assert plain["verification"] == {}
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert report.keys() == plain.keys() - {"bundle"}
+    dry = [str(experts), "-o", str(tmp_path / "dry"), "--dry-run", "--json"]
+    compare("`build-engine --dry-run`", printed(CliRunner().invoke(build.command, dry)))
+
+
+def test_export(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    compare("`export`", printed(run("export", checkpoint, "-o", tmp_path / "graph", "--json")))
+
+
+def test_inspect_of_a_bundle(run: Run, verified: tuple[Any, Path], tmp_path: Path) -> None:
+    engine = write_checksum_bundle(tmp_path / "engine", "tensorrt", plugins=True)
+    compare("`inspect` of a bundle", *(printed(run("inspect", path, "--json")) for path in (verified[1], engine)))
+
+
+def test_inspect_of_a_checkpoint(run: Run, checkpoint: Path, experts: Path) -> None:
+    outputs = [printed(run("inspect", path, "--tensors", "--json")) for path in (checkpoint, experts)]
+    compare("`inspect` of a checkpoint", *outputs)
+
+
+def test_inspect_of_an_onnx_file(run: Run, bundle: Path, experts: Path, tmp_path: Path) -> None:
+    assert (
+        run("export", experts, "-o", tmp_path / "graph", "--lowering", "plugin", "--precision", "fp16").exit_code == 0
+    )
+    outputs = [
+        printed(run("inspect", path, "--tensors", "--json")) for path in (bundle / "model.onnx", tmp_path / "graph")
+    ]
+    compare("`inspect` of an ONNX file", *outputs)
+
+
+def test_plan(run: Run) -> None:
+    compare("`plan`", printed(run("plan", "--precision", "fp8", "--precision", "int8", "--context", "2048", "--json")))
+
+
+def test_generate(run: Run, bundle: Path, experts: Path, tmp_path: Path) -> None:
+    texts = [printed(run("generate", bundle, "--prompt", "a b", "--max-new-tokens", n, "--json")) for n in (1, 4)]
+    asked = [str(experts), "-o", str(tmp_path / "b"), "--precision", "fp32", "--max-context", "256"]
+    assert CliRunner().invoke(build.command, asked).exit_code == 0
+    ids = printed(run("generate", tmp_path / "b", "--prompt-ids", "1,2", "--max-new-tokens", 2, "--json"))
+    compare("`generate`", *texts, ids)
+
+
+def test_bench(run: Run, verified: tuple[Any, Path]) -> None:
+    asked = ("--prompt-tokens", 8, "--gen-tokens", 4, "--rounds", 1, "--json")
+    compare("`bench`", printed(run("bench", verified[1], *asked)))
+
+
+def test_verify(run: Run, bundle: Path, checkpoint: Path) -> None:
+    asked = ("--window", 40, "--windows", 1, "--greedy-tokens", 4, "--json")
+    compare("`verify`", printed(run("verify", bundle, "--reference", checkpoint, *asked)))
+    layers = printed(run("verify", bundle, "--reference", checkpoint, "--per-layer", "--window", 40, "--json"))
+    compare("`verify --per-layer`", layers)
+
+
+def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"name": "RTX", "compute_cap": "8.9", "memory.total": "1 MiB", "driver_version": "1"}
+    found = []
+    for gpus in ([], [row]):
+        monkeypatch.setattr(doctor, "gpus", lambda gpus=gpus: gpus)
+        found.append(printed(run("doctor", "--json")))
+    compare("`doctor`", *found)
+
+
+def test_gpu_check(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "gpus", lambda: [])
+    result = run("gpu-check", "-o", tmp_path / "report", "--json")
+    assert result.exit_code == 1
+    compare("`gpu-check`", json.loads(result.stdout))
+
+
+def test_every_verb_with_json_has_its_section() -> None:
+    context = qwen_aot.make_context("qwen-aot", [], resilient_parsing=True)
+    commands = {name: qwen_aot.get_command(context, name) for name in qwen_aot.list_commands(context)}
+    verbs = {name for name, verb in commands.items() if verb and any("--json" in p.opts for p in verb.params)}
+    headings = re.findall(r"^## `([a-z-]+)", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert verbs | {"build-engine"} == set(headings) | ({"build"} & verbs)
