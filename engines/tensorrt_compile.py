@@ -6,6 +6,7 @@ TensorRT maps the graph's weights itself and hands the engine over in pieces, so
 from __future__ import annotations
 
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -107,7 +108,8 @@ class Compilation:
         timing_cache.load(build_config, self._logger, self._title)
         for profile in profiles(spec.prefill_chunk):
             self._add_profile(builder, build_config, network, contract, profile, capacity)
-        with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:  # TensorRT leaves a core idle meanwhile
+        # Beside TensorRT, in the time that it leaves a core idle: on Linux a niceness is the thread's own.
+        with ThreadPoolExecutor(1, "hash", initializer=os.nice, initargs=(19,)) as pool:
             sources = pool.submit(onnx_entries, self._folder)
             self._write_engine(builder, network, build_config)
         timing_cache.save(build_config)

@@ -6,6 +6,7 @@ Without plugins here; those have tests/engines/test_tensorrt_plugins.py.
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +99,9 @@ def test_the_onnx_is_named_by_what_the_parser_read(
         return bool(parse(self, path))
 
     monkeypatch.setattr(trt.OnnxParser, "parse_from_file", noted)
+    niceness = os.nice(0)
     manifest = build(checkpoint, tmp_path / "bundle")
+    assert os.nice(0) == niceness  # of the thread that hashes alone
     assert manifest.tensorrt is not None
     assert manifest.tensorrt.onnx == read and set(read) == {"model.onnx", "model.onnx.data"}
     assert not set(read) & set(manifest.files)
