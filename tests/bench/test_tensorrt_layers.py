@@ -13,6 +13,7 @@ from tests.bench.tensorrt_layers import FORMS, layers_of_one
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX isn't installed")
 pytestmark = [pytest.mark.trt, pytest.mark.slow]
 
+CHECKED = ("dense fp16", "dense int4", "moe fp16")  # the others take as long again; `tensorrt_layers` prints all
 PAGE = Path(__file__).parents[2] / "docs" / "tensorrt.md"
 
 
@@ -30,6 +31,8 @@ def test_the_table_of_layers_is_true() -> None:
     named = [kind for kinds, _ in rows for kind in kinds]
     assert len(set(named)) == len(named) > 20
     for index, (form, arguments) in enumerate(FORMS.items()):
+        if form not in CHECKED:
+            continue
         found: Counter[str] = layers_of_one(*arguments)
         assert set(found) <= set(named), form
         for kinds, counts in rows:
