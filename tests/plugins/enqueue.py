@@ -61,7 +61,7 @@ class Enqueue:
     Attributes:
         batch: B of a MoeStep, whose tokens are [B, S].
         gpu: Which of `run`'s, in whose context it happens.
-        is_copied: Present lies elsewhere than past, which the plugin must refuse.
+        is_copied: Present lies elsewhere than past, which the plugin must refuse, but where the builder times it.
         is_executed: Else the launches are only looked at.
     """
 
@@ -126,7 +126,7 @@ class _Host:
     def __init__(self, paths: Paths) -> None:
         self.executor = Executor(paths.driver, paths.kernels)
         self.harness = ctypes.CDLL(str(paths.harness))
-        for name in ("harness_load", "harness_create", "harness_restore"):
+        for name in ("harness_load", "harness_create", "harness_attach", "harness_restore"):
             getattr(self.harness, name).restype = ctypes.c_void_p
         self.harness.harness_configure.restype = ctypes.c_int64
         self.harness.harness_take_log.restype = ctypes.c_char_p
@@ -146,6 +146,10 @@ class _Host:
             kept.append(make(value))
             fields.append(_Field(key.encode(), number, 1, ctypes.addressof(kept[-1])))
         return self._made(self.harness.harness_create(self.library, name.encode(), _array(_Field, fields), len(fields)))
+
+    def attach(self, plugin: ctypes.c_void_p) -> ctypes.c_void_p:
+        """The plugin as the builder times it; the given one is no more."""
+        return self._made(self.harness.harness_attach(plugin))
 
     def restore(self, plugin: ctypes.c_void_p) -> ctypes.c_void_p:
         """The plugin, gone through a plan into an execution context; the given one is no more."""
@@ -256,8 +260,9 @@ def run(paths: Paths, pickled: bytes) -> bytes:
 
     Args:
         paths: What to load, once.
-        pickled: (enqueues, gpus, phase): phase "runtime" puts the plugin through a plan first, "build" doesn't. Pickled
-            here and not by the process pool, which would share tensors with this process.
+        pickled: (enqueues, gpus, phase): phase "runtime" puts the plugin through a plan first, "build" takes the one
+            that the builder times. Pickled here and not by the process pool, which would share tensors with this
+            process.
 
     Returns:
         A pickled list of `Outcome`, one for each enqueue.
@@ -273,8 +278,7 @@ def run(paths: Paths, pickled: bytes) -> bytes:
         arguments = [argument for side in sides for argument in (_ranges(side), len(side[0]))]
         size = host.harness.harness_configure(plugin, *arguments)
         assert size >= 0, host.take_log()
-        if phase == "runtime":
-            plugin = host.restore(plugin)
+        plugin = {"runtime": host.restore, "build": host.attach}[phase](plugin)
         # Aligned as TensorRT's is.
         backing = torch.full((256 + size + GUARD_BYTES,), POISON, dtype=torch.uint8)
         workspace = Region(-(-backing.data_ptr() // 256) * 256, size)

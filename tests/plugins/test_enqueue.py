@@ -266,6 +266,32 @@ def test_present_elsewhere_than_past_is_refused(steps, is_int8, enqueuer):
     check_gqa(accepted, step)
 
 
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("is_int8", [False, True], ids=["same", "int8"])
+def test_the_builder_may_time_attention_with_past_and_present_apart(steps, is_int8, enqueuer):
+    """On memory of its own, with lengths that mean nothing: the layer succeeds there, and touches nothing."""
+    step = GqaStep(lengths=[(7, steps)], steps=steps, is_int8=is_int8)
+    step.tensors["cache_length"].fill_(2**40)
+    (timed,) = enqueuer([Enqueue(step, is_copied=True)], phase="build")
+    assert_clean(timed)
+    assert timed.launches == []
+    for name in ("key", "value"):
+        torch.testing.assert_close(timed.tensors[name], step.tensors[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("form", ["16", "8", "4z"])
+@pytest.mark.parametrize("tokens", [3, 33])
+def test_the_builder_may_time_experts_with_any_ids(tokens, form, enqueuer):
+    """The content of its inputs means nothing; each access still lies within a tensor, or the executor says so."""
+    shape = (tokens, 3)
+    fakes = [torch.full(shape, value, dtype=torch.int32) for value in (0, 4, -(2**31), 2**31 - 1)]
+    fakes.append(torch.randint(-3, 9, shape, dtype=torch.int32, generator=torch.Generator().manual_seed(0)))
+    steps = [MoeStep(num_tokens=tokens, num_experts=5, k=3, form=form, expert_ids=ids) for ids in fakes]
+    for outcome in enqueuer([Enqueue(step) for step in steps], phase="build"):
+        assert_clean(outcome)
+        assert outcome.launches
+
+
 @pytest.mark.parametrize(
     "step", [GqaStep(lengths=[(7, 1)], steps=1), MoeStep(num_tokens=3, form="4")], ids=["gqa", "moe"]
 )
