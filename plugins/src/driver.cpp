@@ -31,6 +31,7 @@ Driver load()
 #define QWEN_AOT_FIND(member, symbol) functions.member = reinterpret_cast<decltype(&symbol)>(find(library, #symbol));
     QWEN_AOT_DRIVER_FUNCTIONS(QWEN_AOT_FIND)
 #undef QWEN_AOT_FIND
+    functions.context_get_id = reinterpret_cast<decltype(&cuCtxGetId)>(dlsym(library, "cuCtxGetId"));
     if (CUresult const result = functions.init(0); result != CUDA_SUCCESS)
     {
         throw Error(text("cuInit failed with error ", static_cast<int>(result)));

@@ -26,6 +26,7 @@ struct Driver
 #define QWEN_AOT_MEMBER(member, symbol) decltype(&symbol) member;
     QWEN_AOT_DRIVER_FUNCTIONS(QWEN_AOT_MEMBER)
 #undef QWEN_AOT_MEMBER
+    decltype(&cuCtxGetId) context_get_id; // null: the driver is older than CUDA 12
 };
 
 /** The initialised driver. Threads: safe. Throws Error if there is none, or it lacks a function; asked again, it tries

@@ -63,6 +63,7 @@ class Enqueue:
         gpu: Which of `run`'s, in whose context it happens.
         is_copied: Present lies elsewhere than past, which the plugin must refuse, but where the builder times it.
         is_executed: Else the launches are only looked at.
+        in_new_context: Its context was destroyed before, and another one stands at its address.
     """
 
     step: GqaStep | MoeStep
@@ -71,6 +72,7 @@ class Enqueue:
     gpu: int = 0
     is_copied: bool = False
     is_executed: bool = True
+    in_new_context: bool = False
 
 
 @dataclass(slots=True)
@@ -85,14 +87,20 @@ class Outcome:
     tensors: dict[str, torch.Tensor]
 
 
-def compile_driver(folder: Path, headers: Sequence[Path]) -> tuple[Path, Path]:
-    """The double of the driver and the harness, compiled into `folder`; headers are the include folders."""
+def compile_driver(folder: Path, headers: Sequence[Path], *definitions: str) -> tuple[Path, Path]:
+    """The double of the driver and the harness, compiled into `folder`.
+
+    Args:
+        folder: Where to write.
+        headers: Include folders.
+        definitions: Macros of the double, which say what it lacks.
+    """
     driver, harness = folder / "libcuda.so.1", folder / "libharness.so"
     include = [flag for path in headers for flag in ("-isystem", str(path))]
     common = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", *include]
     sources = [str(DRIVER / name) for name in ("double.cpp", "refused.cpp")]
     for command in (
-        [*common, "-Wl,-soname,libcuda.so.1", *sources, "-o", str(driver)],
+        [*common, *(f"-D{name}" for name in definitions), "-Wl,-soname,libcuda.so.1", *sources, "-o", str(driver)],
         [*common, str(DRIVER / "harness.cpp"), "-o", str(harness), "-ldl"],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
@@ -310,6 +318,8 @@ def _enqueue(
     context, stream = contexts[enqueue.gpu]
     executor, harness = host.executor, host.harness
     executor.driver.double_set_current(context)
+    if enqueue.in_new_context:
+        executor.driver.double_replace_context(context)
     regions = {name: Region.of(tensor) for name, tensor in call.named.items()}
     memory = Memory(regions, workspace, _buffer_bytes(enqueue.step, gpus[enqueue.gpu]))
     host.take_log()

@@ -19,12 +19,12 @@ import pytest
 import torch
 
 from plugins.launch import Launch, is_moe_decode
-from plugins.library import build_library, tensorrt_headers
+from plugins.library import build_library, cuda_headers, tensorrt_headers
 from plugins.signatures import KERNELS
 from tests.plugins.bounds import assert_close
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.driver.execution import LAUNCH_FAILED, Gpu, Recorded
-from tests.plugins.enqueue import Enqueue, Fault, Outcome, Paths, run
+from tests.plugins.enqueue import Enqueue, Fault, Outcome, Paths, compile_driver, run
 from tests.plugins.gqa_cases import GqaStep
 from tests.plugins.moe_cases import MoeStep
 from tests.plugins.pairs import identifier, pairwise
@@ -222,7 +222,7 @@ def test_the_second_enqueue_only_launches(enqueuer):
     first, second = enqueuer([Enqueue(step, is_executed=False)] * 2)
     assert first.calls.count("cuLaunchKernel") == second.calls.count("cuLaunchKernel") == 3
     assert any(call.startswith("cuModuleLoadData") for call in first.calls)
-    assert set(second.calls) <= {"cuCtxGetCurrent", "cuStreamGetCtx", "cuLaunchKernel"}
+    assert set(second.calls) <= {"cuCtxGetCurrent", "cuCtxGetId", "cuLaunchKernel"}
 
 
 def test_two_contexts(enqueuer):
@@ -233,6 +233,28 @@ def test_two_contexts(enqueuer):
     outcomes = enqueuer(enqueues, gpus=[Gpu(multiprocessors=1), Gpu(multiprocessors=64)])
     for outcome, enqueue in zip(outcomes, enqueues, strict=True):
         check_gqa(outcome, enqueue.step)
+
+
+@pytest.mark.parametrize("step", [GqaStep(lengths=[(300, 1)], steps=1), MoeStep(num_tokens=3)], ids=["gqa", "moe"])
+def test_a_new_context_where_another_one_was(step, enqueuer):
+    """Its kernels went with it, though a plugin that used them stands."""
+    first, second, third = enqueuer([Enqueue(step), Enqueue(step, in_new_context=True), Enqueue(step)])
+    for outcome in (first, second, third):
+        check_gqa(outcome, step) if isinstance(step, GqaStep) else check_moe(outcome, step)
+    assert second.calls.count("cuModuleLoadData") == first.calls.count("cuModuleLoadData") > 0
+    assert "cuModuleUnload" not in second.calls and "cuModuleLoadData" not in third.calls
+
+
+def test_a_driver_that_does_not_number_contexts(plugin_library, plugin_build, tmp_path):
+    """As those before CUDA 12, in a process of its own."""
+    headers = [tensorrt_headers(plugin_build / "build"), cuda_headers()]
+    driver_files = compile_driver(tmp_path, headers, "WITHOUT_CONTEXT_IDS")
+    step = GqaStep(lengths=[(7, 1)], steps=1)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        outcomes = make_enqueuer(plugin_library, driver_files, pool)([Enqueue(step), Enqueue(step)])
+    for outcome in outcomes:
+        check_gqa(outcome, step)
+        assert "cuCtxGetId" not in outcome.calls
 
 
 @pytest.mark.parametrize(("sm", "target"), [("8.0", "sm_80"), ("8.9", "sm_80"), ("9.0", "ptx"), ("12.0", "ptx")])
