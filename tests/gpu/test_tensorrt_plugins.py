@@ -6,17 +6,17 @@ QWEN_AOT_PLUGIN_LIBRARY names, or is built here for this machine's GPU.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from engines.plugin_library import ENVIRONMENT
 from plugins.aot import PTX_SM
@@ -28,32 +28,46 @@ from runtime.backends.tensorrt import TensorRtEngine
 from runtime.bundle import load_bundle
 from runtime.engine import Engine
 from tests.checkpoints import reference_logits, save_tiny
+from tests.exporter.lowering.test_plugin import int8_cache_logits
+from tests.exporter.rounding import rounded_experts, rounded_model
 from tests.gpu.test_tensorrt import ids, prompt_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.trt]
 
 CONTEXT, ROWS, CHUNK, STEPS = 1024, 4, 32, 64  # tokens, rows, tokens a prefill step, tokens generated
 PROMPTS = (1, CHUNK + 1, 700)  # tokens: alone; one more than a chunk; several parts of the cache in decode
+EXPERTS = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
 CASES: Mapping[str, Mapping[str, Any]] = {
-    "mha": {"heads": 4, "kv_heads": 4, "head_dim": 64, "hidden": 256},
-    "gqa": {"heads": 10, "kv_heads": 2, "head_dim": 128, "hidden": 256},
-    "moe": {"heads": 4, "kv_heads": 4, "head_dim": 64, "hidden": 256, "moe": {"moe_intermediate_size": 128}},
+    "mha": {"heads": 4, "kv_heads": 4, "head_dim": 64, "hidden": 256, "intermediate": 128},
+    "gqa": {"heads": 10, "kv_heads": 2, "head_dim": 128, "hidden": 256, "intermediate": 128},
+    "moe": {"heads": 4, "kv_heads": 4, "head_dim": 64, "hidden": 256, "moe": EXPERTS},
 }
+# Tokens whose experts nearly tie: rounding may choose another one, whose logits are others.
+MOST_TIED = {"mha": 0.0, "gqa": 0.0, "moe": 0.05}
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What is asked of a build, and the largest difference of its logits, of std 1, from transformers in fp32."""
+    """A kind of build.
+
+    Attributes:
+        options: What is asked of it.
+        weights: The form that `tests.exporter.rounding` gives the reference's weights.
+        bound: The largest difference of its logits, of std 1, from transformers in fp32 with these weights and cache.
+    """
 
     options: tuple[str, ...]
+    weights: str
     bound: float
 
 
 FORMS = {
-    "fp16": Form((), 5e-2),  # 11 bits in weights, cache and activations
-    # Errs by up to 1/254 of a head's largest element, in each key and value.
-    "int8 cache": Form(("--kv-precision", "int8"), 2e-1),
-    "int8": Form(("--precision", "int8"), 0.5),  # every weight by up to 1/254 of its row's largest one
+    "fp16": Form(("--precision", "fp16"), "fp16", 5e-2),  # cache and activations have 11 bits
+    "bf16": Form(("--precision", "bf16"), "bf16", 4e-1),  # 8 bits
+    # A key or value that is rounded in fp16 may take the next code: 1/127 of a head's largest element.
+    "int8 cache": Form(("--precision", "fp16", "--kv-precision", "int8"), "fp16", 1e-1),
+    "int8": Form(("--precision", "int8"), "int8", 5e-2),
+    "int4": Form(("--precision", "int4"), "int4", 5e-2),
 }
 NATIVE = ("--attention", "native", "--moe", "native")
 
@@ -75,27 +89,47 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / FILE_NAME
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A saved model, and itself."""
+
+    case: str
+    path: Path
+    model: Any
+
+    def expected(self, form: str, tokens: list[int]) -> np.ndarray:
+        """Logits [V] after these tokens, of transformers with weights, and cache, rounded as the form has them."""
+        model = rounded_model(self.model, FORMS[form].weights, rounds_rotary=False)
+        if self.case == "moe" and form in ("int8", "int4"):
+            model = rounded_experts(model, form)
+        if form == "int8 cache":
+            return int8_cache_logits(model, tokens)[-1]
+        return np.asarray(reference_logits(model, [tokens])[0, -1])
+
+
 @pytest.fixture(scope="module", params=CASES)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A checkpoint, and its model of transformers."""
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     path = tmp_path_factory.mktemp(request.param) / "checkpoint"
-    return path, save_tiny(path, max_position_embeddings=CONTEXT, **CASES[request.param])
+    return Checkpoint(request.param, path, save_tiny(path, max_position_embeddings=CONTEXT, **CASES[request.param]))
 
 
 @pytest.fixture(scope="module")
-def plugged(checkpoint: tuple[Path, Any], library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A bundle of each form, with plugins."""
+def plugged(checkpoint: Checkpoint, library: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The bundle of a form, with plugins, built when it is first asked for."""
     folder = tmp_path_factory.mktemp("plugged")
-    return {
-        name: build(checkpoint[0], folder / name.replace(" ", "-"), library, *form.options)
-        for name, form in FORMS.items()
-    }
+
+    @functools.cache
+    def bundle(form: str) -> Path:
+        return build(checkpoint.path, folder / form.replace(" ", "-"), library, *FORMS[form].options)
+
+    return bundle
 
 
 @pytest.fixture(scope="module")
-def native(checkpoint: tuple[Path, Any], library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def native(checkpoint: Checkpoint, library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle in fp16, of TensorRT's own layers."""
-    return build(checkpoint[0], tmp_path_factory.mktemp("native") / "bundle", library, *NATIVE)
+    out = tmp_path_factory.mktemp("native") / "bundle"
+    return build(checkpoint.path, out, library, *FORMS["fp16"].options, *NATIVE)
 
 
 def build(checkpoint: Path, out: Path, library: Path, *options: str) -> Path:
@@ -131,40 +165,57 @@ def greedy(engine: Engine, prompt: Sequence[int], forced: list[int] | None = Non
     return tokens, np.stack(logits)
 
 
+def errors_of(found: Sequence[np.ndarray], want: Sequence[np.ndarray]) -> np.ndarray:
+    """The largest difference in each of [n, V] logits."""
+    return np.asarray(np.abs(np.stack(found) - np.stack(want)).max(axis=-1))
+
+
+def assert_near(errors: np.ndarray, bound: float, case: str) -> None:
+    beyond = np.flatnonzero(errors > bound)
+    assert len(beyond) <= MOST_TIED[case] * len(errors), f"of {len(errors)} logits, {errors[beyond]} beyond {bound}"
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_logits_are_those_of_transformers(checkpoint: tuple[Path, Any], plugged: dict[str, Path], form: str) -> None:
-    with open_engine(load_bundle(plugged[form])) as engine:
-        for _, tokens, logits in rows_of(engine):
-            want = reference_logits(checkpoint[1], [tokens])[0, -1].numpy()
-            np.testing.assert_allclose(logits, want, atol=FORMS[form].bound, rtol=0)
+def test_logits_are_those_of_transformers(checkpoint: Checkpoint, plugged: Callable[[str], Path], form: str) -> None:
+    if form == "bf16" and checkpoint.case == "moe":
+        pytest.skip("8 bits let too many tokens take another expert; the kernels have tests of their own")
+    with open_engine(load_bundle(plugged(form))) as engine:
+        rows = rows_of(engine)
+    want = [checkpoint.expected(form, tokens) for _, tokens, _ in rows]
+    assert_near(errors_of([logits for _, _, logits in rows], want), FORMS[form].bound, checkpoint.case)
 
 
-def test_unequal_and_idle_rows_are_those_of_native_layers(plugged: dict[str, Path], native: Path) -> None:
-    with open_engine(load_bundle(plugged["fp16"])) as ours, open_engine(load_bundle(native)) as theirs:
-        for (_, _, found), (_, _, want) in zip(rows_of(ours), rows_of(theirs), strict=True):
-            np.testing.assert_allclose(found, want, atol=FORMS["fp16"].bound, rtol=0)
+def test_unequal_and_idle_rows_are_those_of_native_layers(
+    checkpoint: Checkpoint, plugged: Callable[[str], Path], native: Path
+) -> None:
+    with open_engine(load_bundle(plugged("fp16"))) as ours, open_engine(load_bundle(native)) as theirs:
+        found, want = ([logits for _, _, logits in rows_of(engine)] for engine in (ours, theirs))
+    assert_near(errors_of(found, want), FORMS["fp16"].bound, checkpoint.case)
 
 
-@pytest.mark.parametrize("form", ["fp16", "int8 cache"])
-def test_greedy_tokens_are_those_of_native_layers(plugged: dict[str, Path], native: Path, form: str) -> None:
-    bound = FORMS[form].bound
-    with open_engine(load_bundle(plugged[form])) as ours, open_engine(load_bundle(native)) as theirs:
+# An int8 cache against one of fp16: each key and value is off by up to 1/254 of a head's largest element.
+@pytest.mark.parametrize(("form", "bound"), [("fp16", FORMS["fp16"].bound), ("int8 cache", 2e-1)])
+def test_greedy_tokens_are_those_of_native_layers(
+    checkpoint: Checkpoint, plugged: Callable[[str], Path], native: Path, form: str, bound: float
+) -> None:
+    with open_engine(load_bundle(plugged(form))) as ours, open_engine(load_bundle(native)) as theirs:
         for count in PROMPTS:
             prompt = prompt_of(count, seed=count)
             want, want_logits = greedy(theirs, prompt)
             found, found_logits = greedy(ours, prompt, forced=want)
-            np.testing.assert_allclose(found_logits, want_logits, atol=bound, rtol=0)
+            errors = errors_of(list(found_logits), list(want_logits))
+            assert_near(errors, bound, checkpoint.case)
             second, first = np.sort(want_logits, axis=-1)[:, -2:].T
-            is_clear = first - second > 2 * bound  # else both may be right
+            is_clear = (first - second > 2 * bound) & (errors <= bound)  # else both may be right
             assert is_clear.any()
             np.testing.assert_array_equal(np.array(found)[is_clear], np.array(want)[is_clear])
 
 
-def test_a_replayed_graph_equals_plain_steps(plugged: dict[str, Path]) -> None:
+def test_a_replayed_graph_equals_plain_steps(plugged: Callable[[str], Path]) -> None:
     """Nothing that enqueue does hinders a capture, and what was captured follows lengths that grow."""
     prompt, results = prompt_of(60, seed=3), []
     for use_graphs in (True, False):
-        with TensorRtEngine(load_bundle(plugged["fp16"])) as engine:
+        with TensorRtEngine(load_bundle(plugged("fp16"))) as engine:
             assert engine._decode is not None
             graphs = engine._decode._graphs
             assert graphs is not None
@@ -175,24 +226,25 @@ def test_a_replayed_graph_equals_plain_steps(plugged: dict[str, Path]) -> None:
     np.testing.assert_allclose(results[0], results[1], atol=1e-3)  # the same kernels
 
 
-def test_closing_gives_the_memory_back(plugged: dict[str, Path]) -> None:
+def test_closing_gives_the_memory_back(plugged: Callable[[str], Path]) -> None:
     """Kernels that plugins loaded too: they go with the last plugin of a context."""
     cuda, free = load_cuda(), []
     for _ in range(6):
-        with open_engine(load_bundle(plugged["fp16"])) as engine:
+        with open_engine(load_bundle(plugged("fp16"))) as engine:
             greedy(engine, prompt_of(20))
         free.append(cuda.call("cudaMemGetInfo")[0])
     assert max(free[1:]) - min(free[1:]) < 4 << 20  # the first one loads libraries
 
 
 def test_a_version_compatible_engine_brings_its_own_library(
-    checkpoint: tuple[Path, torch.nn.Module], library: Path, tmp_path: Path
+    checkpoint: Checkpoint, library: Path, tmp_path: Path
 ) -> None:
-    bundle = load_bundle(build(checkpoint[0], tmp_path / "bundle", library, "--version-compatible"))
+    options = (*FORMS["fp16"].options, "--version-compatible")
+    bundle = load_bundle(build(checkpoint.path, tmp_path / "bundle", library, *options))
     facts = bundle.manifest.tensorrt
     assert facts is not None and facts.plugins is not None and facts.plugins.in_engine
     (bundle.path / facts.plugins.file).unlink()
     tokens = prompt_of(40)
     with open_engine(bundle) as engine:
-        want = reference_logits(checkpoint[1], [tokens])[0, -1].numpy()
-        np.testing.assert_allclose(engine.prefill(0, ids(*tokens)), want, atol=FORMS["fp16"].bound, rtol=0)
+        errors = errors_of([engine.prefill(0, ids(*tokens))], [checkpoint.expected("fp16", tokens)])
+    assert_near(errors, FORMS["fp16"].bound, checkpoint.case)
