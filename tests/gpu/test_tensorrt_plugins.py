@@ -103,7 +103,7 @@ class Checkpoint:
         if self.case == "moe" and form in ("int8", "int4"):
             model = rounded_experts(model, form)
         if form == "int8 cache":
-            return int8_cache_logits(model, tokens)[-1]
+            return np.asarray(int8_cache_logits(model, tokens)[-1])
         return np.asarray(reference_logits(model, [tokens])[0, -1])
 
 
