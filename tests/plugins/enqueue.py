@@ -224,7 +224,8 @@ def _prepare(enqueue: Enqueue) -> _Call:
     steps = step.num_tokens // enqueue.batch
     assert step.num_tokens == enqueue.batch * steps
     named = {name: tensor.clone() for name, tensor in step.tensors.items()}
-    inputs = [named[name].view(enqueue.batch, steps, -1) for name in ("hidden", "expert_ids", "expert_weights")]
+    named_inputs = [named[name] for name in ("hidden", "expert_ids", "expert_weights")]
+    inputs = [tensor.view(enqueue.batch, steps, tensor.shape[-1]) for tensor in named_inputs]
     for part in ("codes", "scale", "zero"):
         for name, weights in (("gate_up", step.gate_up), ("down", step.down)):
             tensor = getattr(weights, part)
@@ -232,7 +233,7 @@ def _prepare(enqueue: Enqueue) -> _Call:
                 named[name if part == "codes" else f"{name}_{part}"] = tensor
                 inputs.append(tensor)
     named["output"] = _poisoned_like(named["hidden"])
-    return _Call(inputs, [named["output"].view(enqueue.batch, steps, -1)], named)
+    return _Call(inputs, [named["output"].view(enqueue.batch, steps, step.hidden_size)], named)
 
 
 def _plugin(step: GqaStep | MoeStep) -> tuple[str, dict[str, int | float]]:

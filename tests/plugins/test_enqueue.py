@@ -216,6 +216,14 @@ def test_moe_workspace_of_each_shape_fits_what_the_profile_gave(enqueuer):
             assert_same_as_launch(outcome.launches, *reversed(step.prepare(CPU)))
 
 
+@pytest.mark.parametrize("step", [GqaStep(lengths=[(7, 0)], steps=0), MoeStep(num_tokens=0)], ids=["gqa", "moe"])
+@pytest.mark.parametrize("phase", ["build", "runtime"])
+def test_a_step_without_tokens_launches_nothing(step, phase, enqueuer):
+    (outcome,) = enqueuer([Enqueue(step)], phase=phase)
+    assert_clean(outcome)
+    assert outcome.launches == []
+
+
 def test_the_second_enqueue_only_launches(enqueuer):
     """Modules are loaded once a context: a step costs its launches, and a CUDA graph can be captured."""
     step = GqaStep(lengths=[(300, 1)], steps=1)
