@@ -97,6 +97,7 @@ GQA_PROFILES = [
     (4, 1, 1, 40, 8, 128, 16, 32768),
     (4, 1, 1, 64, 8, 128, 8, 32768),
     (8, 1, 1, 9, 3, 64, 16, 200),  # too short to be split
+    (256, 1, 8192, 64, 8, 128, 8, 32768),  # 34 GB: more than 32 bits count
 ]
 
 
@@ -130,6 +131,7 @@ MOE_PROFILES = [  # rows, fewest and most tokens of a step, E, k, weight bits, M
     (1, 1, 512, 60, 4, 16, 2048, 1408),
     (1, 1, 1, 64, 9, 16, 128, 256),  # too many experts a token to decode
     (1, 1, 3, 2, 1, 16, 128, 128),
+    (64, 8000, 8192, 60, 4, 16, 2048, 1408),  # 23 GB
 ]
 
 
