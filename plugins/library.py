@@ -30,6 +30,7 @@ SOURCES = Path(__file__).parent / "src"
 # TensorRT's headers (10.14.1, Apache-2.0) where no SDK is installed: this package carries them.
 HEADERS_PACKAGE = "kernel-lens==2.0.1"
 HEADERS_SHA256 = "07cc714e8b5e7f34b672f7c7fad93febe7c747be5837ba276b1527370134ffe0"
+_NOT_FOR_CMAKE = {*'#;"\n'}  # in a path: the makefiles that it writes don't quote them
 OLDEST_HEADERS = 10  # major version: the first with IPluginV3
 _HEADERS_IN_WHEEL = "kernel_lens/include/tensorrt/"
 _SDK_FOLDERS = (
@@ -177,6 +178,8 @@ def build_library(
     kernel_table.check_sms(sms)
     cmake = find_cmake()
     build = folder.resolve() / "build"
+    if unusable := sorted({*str(build)} & _NOT_FOR_CMAKE):
+        raise BuildError(f"CMake can't build in {build}, whose name has {' '.join(unusable)}; choose another folder")
     build.mkdir(parents=True, exist_ok=True)
     headers = tensorrt_headers(build, tensorrt_include)
     aot.build(sms, build / "kernels", only=only, jobs=jobs)

@@ -295,6 +295,13 @@ def test_a_failing_step_shows_the_tools_own_words(plugin_build, tmp_path):
     assert not (copy / library.FILE_NAME).exists()
 
 
+@pytest.mark.parametrize("name", ["a#b", "a;b", 'a"b'])
+def test_a_folder_that_cmake_cannot_build_in_is_refused(name, tmp_path):
+    with pytest.raises(BuildError, match=rf"CMake can't build in .*, whose name has {name[1]}; choose another folder"):
+        build_library(tmp_path / name, ["8.9"])
+    assert not (tmp_path / name).exists()
+
+
 def test_an_sm_given_twice_is_refused(tmp_path):
     with pytest.raises(BuildError, match=r"each once; not 8\.9, 8\.9"):
         build_library(tmp_path, ["8.9", "8.9"])
