@@ -9,6 +9,7 @@ namespace qwen_aot
 // Member, and exported symbol: a versioned one where cuda.h defines the plain name as a macro.
 #define QWEN_AOT_DRIVER_FUNCTIONS(X)                                                                                   \
     X(init, cuInit)                                                                                                    \
+    X(get_version, cuDriverGetVersion)                                                                                 \
     X(get_error_string, cuGetErrorString)                                                                              \
     X(device_get_attribute, cuDeviceGetAttribute)                                                                      \
     X(context_get_current, cuCtxGetCurrent)                                                                            \

@@ -36,10 +36,11 @@ class Paths:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The nth call of a driver function, counted from 1, fails with LAUNCH_FAILED."""
+    """The nth call of a driver function, counted from 1, fails with a CUresult."""
 
     function: str
     nth: int = 1
+    result: int = LAUNCH_FAILED
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +194,7 @@ def _enqueue(
     harness.take_log()
     executor.begin(memory, stream, is_executed=enqueue.is_executed)
     if enqueue.fault is not None:
-        executor.driver.double_fail(enqueue.fault.function.encode(), enqueue.fault.nth, LAUNCH_FAILED)
+        executor.driver.double_fail(enqueue.fault.function.encode(), enqueue.fault.nth, enqueue.fault.result)
     status = harness.enqueue(plugin, call, workspace.address, stream)
     executor.driver.double_fail(b"", 0, 0)
     launches = executor.end()

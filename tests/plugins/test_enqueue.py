@@ -345,6 +345,17 @@ def test_a_request_that_no_variant_serves_is_printed(step, asked, enqueuer):
         enqueuer([Enqueue(step)])
 
 
+@pytest.mark.parametrize("result", [200, 209, 218, 222])  # invalid image, no binary, invalid PTX, unsupported PTX
+def test_code_that_the_driver_does_not_take(result, enqueuer):
+    step = GqaStep(lengths=[(7, 1)], steps=1)
+    refused, other = enqueuer(
+        [Enqueue(step, fault=Fault("cuModuleLoadData", result=result)), Enqueue(step, fault=Fault("cuModuleLoadData"))]
+    )
+    words = rf"loading gqa_.*CUDA error {result}\); this driver is for CUDA 1\d\.\d, .*: update the driver"
+    assert re.search(words, refused.log)
+    assert other.status != 0 and "update" not in other.log
+
+
 def calls_of(outcome: Outcome) -> list[Fault]:
     """A fault for each driver call of an enqueue."""
     return [Fault(name, outcome.calls[: at + 1].count(name)) for at, name in enumerate(outcome.calls)]
