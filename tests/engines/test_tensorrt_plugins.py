@@ -28,6 +28,7 @@ from tests.engines.tensorrt_double import LIBRARY_HEADER, ILogger, OnnxParser, P
 pytestmark = pytest.mark.usefixtures("trace_once")
 
 CONTENT = LIBRARY_HEADER + b"plugins"
+FOREIGN_HEADER = LIBRARY_HEADER[:18] + {"x86_64": 183, "aarch64": 62}[platform.machine()].to_bytes(2, "little")
 FACTS = PluginFacts(PLUGIN_LIBRARY, hashlib.sha256(CONTENT).hexdigest(), in_engine=False, ops=("QwenGQA",))
 
 
@@ -181,8 +182,7 @@ def test_a_file_that_is_no_library_of_this_machine_is_refused_at_once(
     library.write_bytes(content)
     with pytest.raises(BuildError, match=rf"plugins\.so.* {message}.*; build it with `python -m plugins\.library"):
         build(checkpoint, tmp_path / "bundle", plugin_library=library)
-    other = {"x86_64": 183, "aarch64": 62}[platform.machine()]
-    library.write_bytes(LIBRARY_HEADER[:18] + other.to_bytes(2, "little"))
+    library.write_bytes(FOREIGN_HEADER)
     with pytest.raises(BuildError, match=rf"is for (x86_64|aarch64), and this machine is {platform.machine()}"):
         build(checkpoint, tmp_path / "bundle", plugin_library=library)
 
@@ -244,10 +244,11 @@ def test_experts_by_plugin_need_the_library_whatever_attention_is(moe_checkpoint
 def test_layers_are_compared_on_the_graph_with_definitions(
     checkpoint: Path, library: Path, tmp_path: Path, kv_precision: str
 ) -> None:
-    """From the bundle alone: its own copy of the library is the one that is found."""
+    """From the bundle alone: its own copy of the library is the one that is found, and may be another machine's."""
     build(checkpoint, tmp_path / "bundle", plugin_library=library, kv_precision=kv_precision)
     library.unlink()
     bundle = load_bundle(tmp_path / "bundle")
+    (bundle.path / PLUGIN_LIBRARY).write_bytes(FOREIGN_HEADER)
     with open_checkpoint(checkpoint) as source:
         report = compare_bundle_layers(bundle.path, bundle.manifest, source, list(range(20)), bound_for("fp16"))
     assert report.first_failed is None
