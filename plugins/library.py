@@ -7,6 +7,8 @@ only what changed: `kernels` (plugins/aot.py), `table` (plugins/kernel_table.py)
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +19,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from plugins import aot, kernel_table
@@ -181,11 +183,26 @@ def build_library(
     if unusable := sorted({*str(build)} & _NOT_FOR_CMAKE):
         raise BuildError(f"CMake can't build in {build}, whose name has {' '.join(unusable)}; choose another folder")
     build.mkdir(parents=True, exist_ok=True)
-    headers = tensorrt_headers(build, tensorrt_include)
-    aot.build(sms, build / "kernels", only=only, jobs=jobs)
-    kernel_table.write(build / "kernels", sms, build / "table")
-    built = _compile(cmake, build, headers, jobs)
-    library = folder / FILE_NAME
+    with _locked(build):
+        headers = tensorrt_headers(build, tensorrt_include)
+        aot.build(sms, build / "kernels", only=only, jobs=jobs)
+        kernel_table.write(build / "kernels", sms, build / "table")
+        return _install(_compile(cmake, build, headers, jobs), folder / FILE_NAME)
+
+
+@contextlib.contextmanager
+def _locked(build: Path) -> Iterator[None]:
+    """While entered, no other process builds there; the lock ends with its process, however that ends."""
+    with (build / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BuildError(f"another process builds in {build}; wait for it, or choose another folder") from error
+        yield
+
+
+def _install(built: Path, library: Path) -> Path:
+    """Puts the library where it was asked for, whole or not at all."""
     part = library.with_suffix(".part")
     try:
         shutil.copyfile(built, part)  # aside, because a process may have the standing one mapped

@@ -295,6 +295,19 @@ def test_a_failing_step_shows_the_tools_own_words(plugin_build, tmp_path):
     assert not (copy / library.FILE_NAME).exists()
 
 
+def test_one_process_at_a_time_builds_in_a_folder(tmp_path, monkeypatch):
+    def build(*_, **__):
+        with pytest.raises(BuildError, match=r"another process builds in .*build; wait for it"):
+            build_library(tmp_path, ["8.9"], tensorrt_include=tmp_path)
+        raise ZeroDivisionError
+
+    (tmp_path / "NvInferRuntime.h").touch()
+    monkeypatch.setattr(library.aot, "build", build)
+    for _ in range(2):  # a build that failed leaves no lock
+        with pytest.raises(ZeroDivisionError):
+            build_library(tmp_path, ["8.9"], tensorrt_include=tmp_path)
+
+
 @pytest.mark.parametrize("name", ["a#b", "a;b", 'a"b'])
 def test_a_folder_that_cmake_cannot_build_in_is_refused(name, tmp_path):
     with pytest.raises(BuildError, match=rf"CMake can't build in .*, whose name has {name[1]}; choose another folder"):
