@@ -3,7 +3,6 @@
 Each runs in a process of its own, since this one interprets kernels. One command: `pytest -m gpu tests/plugins`.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ FOUND_ERRORS = 86  # the exit code that the sanitizer is asked for
 LEAST_SHARE, MOST_SHARE = 0.4, 1.05
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
     """Of a child process that compiles kernels, with the tiles of this GPU."""
     if not torch.cuda.is_available():
@@ -38,14 +37,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "TRITON_INTERPRET": "0", "QWEN_AOT_TEST_SM": sm, "PYTHONPATH": str(ROOT)}
 
 
-@pytest.fixture
-def library_cases(environment, pytestconfig, tmp_path) -> list[str]:
+@pytest.fixture(scope="module")
+def library_cases(environment, tmp_path_factory) -> list[str]:
     """The arguments of a Python that runs `tests.plugins.device`, with the library built for this GPU."""
-    folder = Path(pytestconfig.cache.mkdir("plugin_library_gpu"))
-    with open(folder / "lock", "w") as lock:  # pytest-xdist has several processes
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        library = build_library(folder, [environment["QWEN_AOT_TEST_SM"]])
-    _, harness = compile_driver(tmp_path, [tensorrt_headers(folder / "build"), cuda_headers()])
+    folder = tmp_path_factory.mktemp("library")  # gpu-check has no cache of pytest's
+    library = build_library(folder, [environment["QWEN_AOT_TEST_SM"]])
+    _, harness = compile_driver(folder, [tensorrt_headers(folder / "build"), cuda_headers()])
     return ["-m", "tests.plugins.device", str(harness), str(library)]
 
 
