@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engines.builders import EngineFacts
-from engines.plugin_library import copy_plugin_library, find_plugin_library
+from engines.plugin_library import copy_plugin_library, find_plugin_library, require_plugin_library
 from engines.spec import BuildSpec, Precision
 from engines.stages import Advance
 from engines.tensorrt_compile import Compilation
@@ -39,7 +39,7 @@ def require(spec: BuildSpec) -> None:
     library = load(flavour)
     require_capabilities(library, flavour, spec.compute_capabilities)
     if spec.attention == "plugin":
-        find_plugin_library(spec.tensorrt)
+        require_plugin_library(spec.tensorrt)
     else:
         require_standard_layers(library, flavour)
 
@@ -71,7 +71,7 @@ def finish(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> 
     flavour, library = FLAVOURS[spec.target], None
     if plugin.strip_definitions(lowered):
         save_graph(lowered, folder)
-        library = copy_plugin_library(find_plugin_library(spec.tensorrt), folder)
+        library = copy_plugin_library(require_plugin_library(spec.tensorrt), folder)
     compilation = Compilation(load(flavour), flavour, spec, lowered, folder, library)
     facts = run_watched(compilation.run, compilation.cancel, lambda: advance(compilation.percent, 100))
     for name in (MODEL_FILE, DATA_FILE):

@@ -36,6 +36,7 @@ from exporter.io_spec import IoSpec, io_spec
 from exporter.plugin_ops import is_plugin
 from exporter.save import MODEL_FILE
 from exporter.weights import Traced
+from qwen_aot_errors import BuildError
 from runtime.manifest import PluginFacts, Profile, TensorRtFacts, cache_capacity
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,11 @@ class Compilation:
         """Into the builder's own registry, where the parser looks, and which ends with the builder."""
         self._logger.clear()
         if builder.get_plugin_registry().load_library(str(library)) is None:
-            raise failure(self._title, f"load the plugin library {library}", self._logger.errors)
+            said = " | ".join(self._logger.errors) or "nothing"
+            raise BuildError(
+                f"{self._title} couldn't load the plugin library {library.name}: build it on a machine of this kind "
+                f"with `python -m plugins.library -o FOLDER`. It said: {said}"
+            )
 
     def _plugin_facts(self) -> PluginFacts | None:
         if self._plugin_library is None:

@@ -41,6 +41,15 @@ _EXPLANATIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             "another precision",
         ),
         (
+            r"qwen_aot Qwen\w+: no kernels for SM (?P<what>[\d.]+)",
+            "the plugin library has no kernels for this GPU; build it with `python -m plugins.library --sm {what}`, or "
+            "for all GPUs without --sm",
+        ),
+        (
+            r"qwen_aot Qwen\w+: (?P<what>[^|]+?) *(?:\||$)",
+            "a plugin refused: {what}",
+        ),
+        (
             r"plugin not found|no importer registered|getPluginCreator",
             "the graph has an op that it doesn't know and no plugin for it is loaded; a newer version may know it",
         ),

@@ -7,16 +7,19 @@ only what changed: `kernels` (plugins/aot.py), `table` (plugins/kernel_table.py)
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from plugins import aot, kernel_table
@@ -29,6 +32,8 @@ SOURCES = Path(__file__).parent / "src"
 # TensorRT's headers (10.14.1, Apache-2.0) where no SDK is installed: this package carries them.
 HEADERS_PACKAGE = "kernel-lens==2.0.1"
 HEADERS_SHA256 = "07cc714e8b5e7f34b672f7c7fad93febe7c747be5837ba276b1527370134ffe0"
+_NOT_FOR_CMAKE = {*'#;"\n'}  # in a path: the makefiles that it writes don't quote them
+OLDEST_HEADERS = 10  # major version: the first with IPluginV3
 _HEADERS_IN_WHEEL = "kernel_lens/include/tensorrt/"
 _SDK_FOLDERS = (
     "/usr/include/x86_64-linux-gnu",  # Debian packages
@@ -80,18 +85,31 @@ def _download_headers(folder: Path) -> None:
         part.rename(folder)
 
 
+def _major_version(headers: Path) -> int:
+    """Of the TensorRT whose headers these are; the oldest that will do, where they don't say."""
+    path = headers / "NvInferVersion.h"
+    text = path.read_text(errors="replace") if path.exists() else ""
+    found = re.search(r"#define (?:NV_TENSORRT_MAJOR|TRT_MAJOR_ENTERPRISE) (\d+)", text)
+    return int(found[1]) if found else OLDEST_HEADERS
+
+
 def tensorrt_headers(build: Path, given: Path | None = None) -> Path:
-    """The folder of NvInferRuntime.h: the given one, an SDK's, or a download into `build`/headers.
+    """The folder of NvInferRuntime.h: the given one, an SDK's that isn't too old, or a download into `build`/headers.
 
     Raises:
-        BuildError: If the given folder has no headers, or the download fails.
+        BuildError: If the given folder has no headers or too old ones, or the download fails.
     """
     if given is not None:
         if not (given / "NvInferRuntime.h").exists():
             raise BuildError(f"{given} has no NvInferRuntime.h; give the include folder of a TensorRT SDK")
+        if (major := _major_version(given)) < OLDEST_HEADERS:
+            raise BuildError(
+                f"{given} has the headers of TensorRT {major}; accepted: {OLDEST_HEADERS} or later. Leave"
+                " --tensorrt-include out to have them downloaded"
+            )
         return given.resolve()
     for folder in map(Path, _SDK_FOLDERS):
-        if (folder / "NvInferRuntime.h").exists():
+        if (folder / "NvInferRuntime.h").exists() and _major_version(folder) >= OLDEST_HEADERS:
             return folder
     downloaded = build.resolve() / "headers"
     if not downloaded.exists():
@@ -126,7 +144,11 @@ def _compile(cmake: str, build: Path, headers: Path, jobs: int | None) -> Path:
         "CUDA_INCLUDE_DIR": cuda_headers(),
     }
     options = [f"-D{name}={value}" for name, value in settings.items()]
+    compiler, used = os.environ.get("CXX", ""), target / "CXX"
+    if not used.exists() or used.read_text() != compiler:
+        shutil.rmtree(target, ignore_errors=True)  # CMake keeps to the compiler that it found first
     _run([cmake, "-S", SOURCES, "-B", target, *options], "configuring the library failed")
+    used.write_text(compiler)
     parallel = str(jobs or os.cpu_count() or 1)
     _run([cmake, "--build", target, "--parallel", parallel], "compiling the library failed")
     return target / FILE_NAME
@@ -158,21 +180,47 @@ def build_library(
     kernel_table.check_sms(sms)
     cmake = find_cmake()
     build = folder.resolve() / "build"
+    if unusable := sorted({*str(build)} & _NOT_FOR_CMAKE):
+        raise BuildError(f"CMake can't build in {build}, whose name has {' '.join(unusable)}; choose another folder")
     build.mkdir(parents=True, exist_ok=True)
-    headers = tensorrt_headers(build, tensorrt_include)
-    aot.build(sms, build / "kernels", only=only, jobs=jobs)
-    kernel_table.write(build / "kernels", sms, build / "table")
-    built = _compile(cmake, build, headers, jobs)
-    library = folder / FILE_NAME
+    with _locked(build):
+        headers = tensorrt_headers(build, tensorrt_include)
+        aot.build(sms, build / "kernels", only=only, jobs=jobs)
+        kernel_table.write(build / "kernels", sms, build / "table")
+        return _install(_compile(cmake, build, headers, jobs), folder / FILE_NAME)
+
+
+@contextlib.contextmanager
+def _locked(build: Path) -> Iterator[None]:
+    """While entered, no other process builds there; the lock ends with its process, however that ends."""
+    with (build / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BuildError(f"another process builds in {build}; wait for it, or choose another folder") from error
+        yield
+
+
+def _install(built: Path, library: Path) -> Path:
+    """Puts the library where it was asked for, whole or not at all."""
     part = library.with_suffix(".part")
-    shutil.copyfile(built, part)  # aside, because a process may have the standing one mapped
-    part.chmod(0o755)
-    part.replace(library)
+    try:
+        shutil.copyfile(built, part)  # aside, because a process may have the standing one mapped
+        part.chmod(0o755)
+        part.replace(library)
+    finally:
+        part.unlink(missing_ok=True)
     return library
 
 
+def _job_count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise ValueError
+    return count
+
+
 def main() -> int:
-    """The command line. Exit codes: 0 ok, 1 failed, 2 usage."""
+    """The command line. Exit codes: 0 ok, 1 failed, 2 usage, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m plugins.library",
         description="Build the plugins' library for TensorRT, with no GPU.",
@@ -182,7 +230,7 @@ def main() -> int:
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--sm", action="append", choices=SMS, help="an SM, may be given again (default: all)")
-    parser.add_argument("--jobs", type=int, help="processes (default: the CPU cores)")
+    parser.add_argument("--jobs", type=_job_count, help="processes, at least 1 (default: the CPU cores)")
     parser.add_argument(
         "--tensorrt-include", type=Path, help="folder of NvInferRuntime.h (default: an installed SDK's, or a download)"
     )
@@ -196,6 +244,12 @@ def main() -> int:
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error.filename or arguments.output}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     seconds = time.monotonic() - started
     size, digest = library.stat().st_size, library_hash(library)
     facts = {"library": str(library), "bytes": size, "sha256": digest, "build_seconds": seconds}

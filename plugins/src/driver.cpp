@@ -31,11 +31,32 @@ Driver load()
 #define QWEN_AOT_FIND(member, symbol) functions.member = reinterpret_cast<decltype(&symbol)>(find(library, #symbol));
     QWEN_AOT_DRIVER_FUNCTIONS(QWEN_AOT_FIND)
 #undef QWEN_AOT_FIND
+    functions.context_get_id = reinterpret_cast<decltype(&cuCtxGetId)>(dlsym(library, "cuCtxGetId"));
     if (CUresult const result = functions.init(0); result != CUDA_SUCCESS)
     {
         throw Error(text("cuInit failed with error ", static_cast<int>(result)));
     }
     return functions;
+}
+
+/** What to do about code that the driver doesn't take; nothing for other errors. */
+std::string remedy(CUresult result)
+{
+    switch (result)
+    {
+    case CUDA_ERROR_INVALID_IMAGE:
+    case CUDA_ERROR_NO_BINARY_FOR_GPU:
+    case CUDA_ERROR_INVALID_PTX:
+    case CUDA_ERROR_UNSUPPORTED_PTX_VERSION: break;
+    default: return "";
+    }
+    int version = 0; // 12080 is 12.8
+    if (driver().get_version(&version) != CUDA_SUCCESS)
+    {
+        return "";
+    }
+    return text("; this driver is for CUDA ", version / 1000, '.', version % 1000 / 10,
+        ", and the code may be of a newer compiler: update the driver (docs/plugins.md says what is needed)");
 }
 
 } // namespace
@@ -57,7 +78,7 @@ void check(CUresult result, char const* what)
     {
         words = "unknown error";
     }
-    throw Error(text(what, ": ", words, " (CUDA error ", static_cast<int>(result), ")"));
+    throw Error(text(what, ": ", words, " (CUDA error ", static_cast<int>(result), ")", remedy(result)));
 }
 
 } // namespace qwen_aot

@@ -9,6 +9,7 @@ namespace qwen_aot
 // Member, and exported symbol: a versioned one where cuda.h defines the plain name as a macro.
 #define QWEN_AOT_DRIVER_FUNCTIONS(X)                                                                                   \
     X(init, cuInit)                                                                                                    \
+    X(get_version, cuDriverGetVersion)                                                                                 \
     X(get_error_string, cuGetErrorString)                                                                              \
     X(device_get_attribute, cuDeviceGetAttribute)                                                                      \
     X(context_get_current, cuCtxGetCurrent)                                                                            \
@@ -26,6 +27,7 @@ struct Driver
 #define QWEN_AOT_MEMBER(member, symbol) decltype(&symbol) member;
     QWEN_AOT_DRIVER_FUNCTIONS(QWEN_AOT_MEMBER)
 #undef QWEN_AOT_MEMBER
+    decltype(&cuCtxGetId) context_get_id; // null: the driver is older than CUDA 12
 };
 
 /** The initialised driver. Threads: safe. Throws Error if there is none, or it lacks a function; asked again, it tries

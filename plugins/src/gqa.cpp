@@ -132,26 +132,32 @@ struct GqaWorkspace
     void* partial_lse{nullptr}; // [B, H, num_splits]
 };
 
-void check_in_place(void const* past, void const* present, char const* name)
+/** An output that is written in its input's place. */
+struct InPlace
 {
-    if (past != present)
-    {
-        throw Error(text("present_", name, " isn't at the address of its past, ", past, ", but at ", present,
-            "; bind both to the same memory"));
-    }
-}
+    Input past;
+    Output present;
+    char const* name; // of present
+};
+
+constexpr InPlace kInPlace[] = {
+    {kPastKey, kPresentKey, "present_key"},
+    {kPastValue, kPresentValue, "present_value"},
+    {kKeyScale, kPresentKeyScale, "present_key_scale"}, // these with an int8 cache
+    {kValueScale, kPresentValueScale, "present_value_scale"},
+};
 
 } // namespace
 
-GqaPlugin::GqaPlugin(GqaAttributes const& attributes)
-    : Plugin(kName, table_of(checked(attributes)))
+GqaPlugin::GqaPlugin(GqaAttributes const& attributes, nvinfer1::TensorRTPhase phase)
+    : Plugin(kName, table_of(checked(attributes)), phase)
     , attributes_(attributes)
 {
 }
 
 nvinfer1::IPluginV3* GqaPlugin::clone() noexcept
 {
-    return guarded<nvinfer1::IPluginV3*>(kName, nullptr, [&] { return new GqaPlugin(attributes_); });
+    return guarded<nvinfer1::IPluginV3*>(kName, nullptr, [&] { return new GqaPlugin(attributes_, phase()); });
 }
 
 /** Fewest slots of a part of decode attention (plugins/launch.py, min_split). */
@@ -210,12 +216,22 @@ void GqaPlugin::load(Kernels& kernels, nvinfer1::DataType compute)
 void GqaPlugin::launch_step(
     Extents const& extents, void const* const* inputs, void* const* outputs, void* workspace, CUstream stream) const
 {
-    check_in_place(inputs[kPastKey], outputs[kPresentKey], "key");
-    check_in_place(inputs[kPastValue], outputs[kPresentValue], "value");
-    if (is_int8())
+    for (InPlace const* pair = kInPlace; pair != kInPlace + (is_int8() ? 4 : 2); ++pair)
     {
-        check_in_place(inputs[kKeyScale], outputs[kPresentKeyScale], "key_scale");
-        check_in_place(inputs[kValueScale], outputs[kPresentValueScale], "value_scale");
+        void const* const past = inputs[pair->past];
+        void const* const present = outputs[pair->present];
+        if (past == present)
+        {
+            continue;
+        }
+        if (phase() == nvinfer1::TensorRTPhase::kBUILD)
+        {
+            // The builder times the layer, with memory of its own for each tensor. Its lengths and positions mean
+            // nothing and would lead out of the cache; and there is but one form of this plugin to choose.
+            return;
+        }
+        throw Error(text(pair->name, " isn't at the address of its past, ", past, ", but at ", present,
+            "; bind both to the same memory"));
     }
     int64_t const batch = extents.get(Letter::B);
     int64_t const steps = extents.get(Letter::S);

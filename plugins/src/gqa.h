@@ -28,7 +28,7 @@ public:
         {"scale", &GqaAttributes::scale},
     }};
 
-    explicit GqaPlugin(GqaAttributes const& attributes);
+    GqaPlugin(GqaAttributes const& attributes, nvinfer1::TensorRTPhase phase);
     nvinfer1::IPluginV3* clone() noexcept final;
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept final { return fields_.collection(); }
 

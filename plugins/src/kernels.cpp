@@ -23,6 +23,13 @@ int32_t device_attribute(CUdevice device, CUdevice_attribute attribute)
     return value;
 }
 
+/** The number of the context of this handle, if there is one and the driver numbers contexts. */
+CUresult read_id(CUcontext handle, unsigned long long& id)
+{
+    id = 0;
+    return driver().context_get_id == nullptr ? CUDA_SUCCESS : driver().context_get_id(handle, &id);
+}
+
 bool serves(Variant const& variant, Request const& request)
 {
     for (int32_t i = 0; i < variant.num_matches; ++i)
@@ -113,14 +120,15 @@ Variant const& select_variant(Target const& target, Kernel kernel, Request const
 std::shared_ptr<Kernels> Kernels::of_current_context()
 {
     static std::mutex mutex;
-    static std::map<CUcontext, std::weak_ptr<Kernels>> by_context;
+    static std::map<Context, std::weak_ptr<Kernels>> by_context;
 
-    CUcontext context = nullptr;
-    check(driver().context_get_current(&context), "asking for the CUDA context");
-    if (context == nullptr)
+    Context context;
+    check(driver().context_get_current(&context.handle), "asking for the CUDA context");
+    if (context.handle == nullptr)
     {
         throw Error("no CUDA context is current in this thread; call cudaSetDevice or cuCtxSetCurrent before");
     }
+    check(read_id(context.handle, context.id), "asking for the CUDA context's number");
     std::lock_guard<std::mutex> const lock(mutex);
     std::shared_ptr<Kernels> kernels = by_context[context].lock();
     if (kernels == nullptr)
@@ -131,7 +139,7 @@ std::shared_ptr<Kernels> Kernels::of_current_context()
     return kernels;
 }
 
-Kernels::Kernels(CUcontext context)
+Kernels::Kernels(Context context)
     : context_(context)
 {
     CUdevice device = 0;
@@ -145,8 +153,11 @@ Kernels::Kernels(CUcontext context)
 
 Kernels::~Kernels()
 {
-    // The context, or the whole driver, may be gone when a process ends: nothing to unload then.
-    if (driver().context_push(context_) != CUDA_SUCCESS)
+    // The context may be gone, with its modules, and another one stand at its address; when a process ends, so may be
+    // the driver. Nothing to unload then.
+    unsigned long long id = 0;
+    if (read_id(context_.handle, id) != CUDA_SUCCESS || id != context_.id
+        || driver().context_push(context_.handle) != CUDA_SUCCESS)
     {
         return;
     }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <tuple>
 #include <vector>
 
 namespace qwen_aot
@@ -129,6 +130,15 @@ Variant const& select_variant(Target const& target, Kernel kernel, Request const
 
 // ---- Loading ----
 
+/** A CUDA context: one that is destroyed may leave its address to another, but not its number. */
+struct Context
+{
+    CUcontext handle{nullptr};
+    unsigned long long id{0}; // 0 where the driver doesn't number contexts
+
+    bool operator<(Context const& other) const { return std::tie(handle, id) < std::tie(other.handle, other.id); }
+};
+
 /** A variant that can be launched. */
 struct Function
 {
@@ -143,7 +153,7 @@ public:
     /** Those of the calling thread's current context. Threads: safe. Throws Error. */
     static std::shared_ptr<Kernels> of_current_context();
 
-    explicit Kernels(CUcontext context);
+    explicit Kernels(Context context);
     ~Kernels();
     Kernels(Kernels const&) = delete;
     Kernels& operator=(Kernels const&) = delete;
@@ -156,7 +166,7 @@ public:
     int32_t sm_count() const { return sm_count_; }
 
 private:
-    CUcontext context_;
+    Context context_;
     int32_t sm_count_;
     Target const* target_;
     std::mutex mutex_;

@@ -128,15 +128,15 @@ struct MoeWorkspace
 
 } // namespace
 
-MoePlugin::MoePlugin(MoeAttributes const& attributes)
-    : Plugin(kName, table_of(checked(attributes)))
+MoePlugin::MoePlugin(MoeAttributes const& attributes, nvinfer1::TensorRTPhase phase)
+    : Plugin(kName, table_of(checked(attributes)), phase)
     , attributes_(attributes)
 {
 }
 
 nvinfer1::IPluginV3* MoePlugin::clone() noexcept
 {
-    return guarded<nvinfer1::IPluginV3*>(kName, nullptr, [&] { return new MoePlugin(attributes_); });
+    return guarded<nvinfer1::IPluginV3*>(kName, nullptr, [&] { return new MoePlugin(attributes_, phase()); });
 }
 
 bool MoePlugin::is_decode(int64_t num_tokens) const

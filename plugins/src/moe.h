@@ -26,7 +26,7 @@ public:
         {"has_zeros", &MoeAttributes::has_zeros},
     }};
 
-    explicit MoePlugin(MoeAttributes const& attributes);
+    MoePlugin(MoeAttributes const& attributes, nvinfer1::TensorRTPhase phase);
     nvinfer1::IPluginV3* clone() noexcept final;
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept final { return fields_.collection(); }
 

@@ -83,11 +83,16 @@ public:
     nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept final { return clone(); }
 
 protected:
-    Plugin(char const* name, TensorTable table)
+    Plugin(char const* name, TensorTable table, nvinfer1::TensorRTPhase phase)
         : name_(name)
         , table_(std::move(table))
+        , phase_(phase)
     {
     }
+
+    /** What it was created for, and each plugin that it was cloned from. While TensorRT builds, enqueue is called too,
+     *  to time the layer: on memory of the builder's, whose content means nothing. */
+    nvinfer1::TensorRTPhase phase() const { return phase_; }
 
     /** Throws Error if the kernels can't take these extents, of which some may be unknown. */
     virtual void check_extents(Extents const& extents) const = 0;
@@ -107,23 +112,24 @@ private:
 
     char const* name_;
     TensorTable table_;
+    nvinfer1::TensorRTPhase phase_;
     std::shared_ptr<Kernels> kernels_; // keeps the functions alive that `load` chose; null: none yet
     nvinfer1::DataType compute_{};     // what they compute in
     Extents checked_;                  // of the last step that may run with them
 };
 
-/** What a concrete plugin P declares: kName, its Attributes and their kFields, and a constructor from Attributes that
- *  throws Error for attributes that nothing serves. */
+/** What a concrete plugin P declares: kName, its Attributes and their kFields, and a constructor from Attributes and the
+ *  phase, which throws Error for attributes that nothing serves. */
 template <class P>
 class Creator final : public nvinfer1::IPluginCreatorV3One
 {
 public:
     nvinfer1::IPluginV3* createPlugin(
-        char const*, nvinfer1::PluginFieldCollection const* fields, nvinfer1::TensorRTPhase) noexcept final
+        char const*, nvinfer1::PluginFieldCollection const* fields, nvinfer1::TensorRTPhase phase) noexcept final
     {
         return guarded<nvinfer1::IPluginV3*>(P::kName, nullptr, [&] {
             auto const attributes = parse_fields(P::kFields, fields);
-            auto plugin = std::make_unique<P>(attributes);
+            auto plugin = std::make_unique<P>(attributes, phase);
             log(nvinfer1::ILogger::Severity::kVERBOSE, P::kName,
                 text("created with ", field_words(P::kFields, attributes)).c_str());
             return plugin.release(); // TensorRT deletes it

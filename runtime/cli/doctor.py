@@ -138,7 +138,7 @@ def lacks(needs: tuple[Need, ...], *, has_gpu: bool) -> list[str]:
 
 def lacks_plugins(target: str) -> list[str]:
     """How to get the plugins' library, if the target computes attention and experts with it and none is named."""
-    from engines.plugin_library import find_plugin_library
+    from engines.plugin_library import require_plugin_library
     from engines.tensorrt_flavours import FLAVOURS
     from engines.tensorrt_options import DEFAULT_OPTIONS
     from qwen_aot_errors import BuildError
@@ -146,7 +146,7 @@ def lacks_plugins(target: str) -> list[str]:
     if target not in FLAVOURS or not FLAVOURS[target].has_plugins:
         return []
     try:
-        find_plugin_library(DEFAULT_OPTIONS)
+        require_plugin_library(DEFAULT_OPTIONS)
     except BuildError as error:
         return [str(error)]
     return []

@@ -6,6 +6,7 @@ are refused as the bindings refuse them, and every setting is recorded. "Buildin
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ _DTYPES = {
     onnx.TensorProto.INT8: "INT8",
 }
 PLUGIN_DOMAIN = "qwen_aot"
-LIBRARY_HEADER = b"\x7fELF"
+LIBRARY_HEADER = Path(sys.executable).read_bytes()[:20]  # of an ELF file for this machine
 VERSION = "10.15.1"
 LAYERS = ("ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING")
 CACHE_HEADER = f"cache {VERSION}|".encode()

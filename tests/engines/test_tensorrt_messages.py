@@ -24,6 +24,15 @@ NO_DRIVER = "Error Code 1: Cuda Runtime (cudaError 35: CUDA driver version is in
             "a data type of this precision doesn't exist on sm86; leave that compute capability out",
         ),
         ('creator && "Plugin not found, are the plugin name correct?"', "no plugin for it is loaded"),
+        (
+            "qwen_aot QwenGQA: no kernels for SM 8.7; this library has them for 8.9 | 10: Could not find any "
+            "implementation for node /attention.",
+            "no kernels for this GPU; build it with `python -m plugins.library --sm 8.7`",
+        ),
+        (
+            "qwen_aot QwenMoE: the hidden size is 2000; it must be a multiple of 128 | Error Code 9",
+            "a plugin refused: the hidden size is 2000; it must be a multiple of 128. It said: ",
+        ),
         ("10: Could not find any implementation for node /mlp/MatMul.", "has no kernel for /mlp/MatMul on this GPU"),
         ("CHECK(x) failed. Attention operation was not supported by a dedicated kernel.", "no attention kernel"),
         ("Unable to load library: libnvinfer_lean.so.1: cannot open", "its library libnvinfer_lean.so.1 isn't"),

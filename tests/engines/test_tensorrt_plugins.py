@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 import re
 import sys
 from pathlib import Path
@@ -22,11 +23,12 @@ from qwen_aot_errors import BuildError, ExportError
 from runtime.bundle import load_bundle
 from runtime.manifest import Manifest, PluginFacts
 from tests.checkpoints import save_tiny
-from tests.engines.tensorrt_double import LIBRARY_HEADER, OnnxParser, make_module
+from tests.engines.tensorrt_double import LIBRARY_HEADER, ILogger, OnnxParser, PluginRegistry, make_module
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 
 CONTENT = LIBRARY_HEADER + b"plugins"
+FOREIGN_HEADER = LIBRARY_HEADER[:18] + {"x86_64": 183, "aarch64": 62}[platform.machine()].to_bytes(2, "little")
 FACTS = PluginFacts(PLUGIN_LIBRARY, hashlib.sha256(CONTENT).hexdigest(), in_engine=False, ops=("QwenGQA",))
 
 
@@ -128,7 +130,9 @@ def test_a_version_compatible_engine_holds_the_library(
     assert manifest.tensorrt is not None and manifest.tensorrt.plugins is not None
     assert manifest.tensorrt.plugins.in_engine
     assert (tmp_path / "bundle" / PLUGIN_LIBRARY).is_file()
-    assert (tmp_path / "bundle" / manifest.engine).stat().st_size == manifest.tensorrt.weight_bytes + 20_000_004
+    assert (tmp_path / "bundle" / manifest.engine).stat().st_size == manifest.tensorrt.weight_bytes + 20_000_000 + len(
+        LIBRARY_HEADER
+    )
 
 
 @pytest.mark.usefixtures("trt", "library")
@@ -144,11 +148,43 @@ def test_without_a_library(checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("trt")
-def test_a_library_that_cannot_be_loaded(checkpoint: Path, library: Path, tmp_path: Path) -> None:
-    library.write_bytes(b"text")
-    with pytest.raises(BuildError, match=r"couldn't load the plugin library .*invalid ELF header"):
+def test_a_library_that_cannot_be_loaded(
+    checkpoint: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.write_bytes(LIBRARY_HEADER + b"cut off")
+
+    def load_library(self: PluginRegistry, plugin_path: str) -> None:
+        message = f"Unable to load library: {plugin_path}: file too short"
+        self._logger.log(ILogger.ERROR, message)
+
+    monkeypatch.setattr(PluginRegistry, "load_library", load_library)
+    message = rf"couldn't load the plugin library {PLUGIN_LIBRARY}: build it .*file too short"
+    with pytest.raises(BuildError, match=message) as caught:
         build(checkpoint, tmp_path / "bundle", plugin_library=library)
+    assert "install the whole package" not in str(caught.value)
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.usefixtures("trt")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "isn't a shared library"),
+        (b"#!/bin/sh\n", "isn't a shared library"),
+        (LIBRARY_HEADER[:18] + (8).to_bytes(2, "little"), r"is for another processor \(ELF machine 8\), and this"),
+        (LIBRARY_HEADER[:5], r"is for another processor \(ELF machine 0\)"),
+    ],
+)
+def test_a_file_that_is_no_library_of_this_machine_is_refused_at_once(
+    checkpoint: Path, library: Path, tmp_path: Path, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.build.trace", lambda *_, **__: pytest.fail("the model was traced before the check"))
+    library.write_bytes(content)
+    with pytest.raises(BuildError, match=rf"plugins\.so.* {message}.*; build it with `python -m plugins\.library"):
+        build(checkpoint, tmp_path / "bundle", plugin_library=library)
+    library.write_bytes(FOREIGN_HEADER)
+    with pytest.raises(BuildError, match=rf"is for (x86_64|aarch64), and this machine is {platform.machine()}"):
+        build(checkpoint, tmp_path / "bundle", plugin_library=library)
 
 
 @pytest.mark.usefixtures("trt")
@@ -208,10 +244,11 @@ def test_experts_by_plugin_need_the_library_whatever_attention_is(moe_checkpoint
 def test_layers_are_compared_on_the_graph_with_definitions(
     checkpoint: Path, library: Path, tmp_path: Path, kv_precision: str
 ) -> None:
-    """From the bundle alone: its own copy of the library is the one that is found."""
+    """From the bundle alone: its own copy of the library is the one that is found, and may be another machine's."""
     build(checkpoint, tmp_path / "bundle", plugin_library=library, kv_precision=kv_precision)
     library.unlink()
     bundle = load_bundle(tmp_path / "bundle")
+    (bundle.path / PLUGIN_LIBRARY).write_bytes(FOREIGN_HEADER)
     with open_checkpoint(checkpoint) as source:
         report = compare_bundle_layers(bundle.path, bundle.manifest, source, list(range(20)), bound_for("fp16"))
     assert report.first_failed is None

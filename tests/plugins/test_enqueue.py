@@ -19,12 +19,12 @@ import pytest
 import torch
 
 from plugins.launch import Launch, is_moe_decode
-from plugins.library import build_library, tensorrt_headers
+from plugins.library import build_library, cuda_headers, tensorrt_headers
 from plugins.signatures import KERNELS
 from tests.plugins.bounds import assert_close
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.driver.execution import LAUNCH_FAILED, Gpu, Recorded
-from tests.plugins.enqueue import Enqueue, Fault, Outcome, Paths, run
+from tests.plugins.enqueue import Enqueue, Fault, Outcome, Paths, compile_driver, run
 from tests.plugins.gqa_cases import GqaStep
 from tests.plugins.moe_cases import MoeStep
 from tests.plugins.pairs import identifier, pairwise
@@ -216,13 +216,21 @@ def test_moe_workspace_of_each_shape_fits_what_the_profile_gave(enqueuer):
             assert_same_as_launch(outcome.launches, *reversed(step.prepare(CPU)))
 
 
+@pytest.mark.parametrize("step", [GqaStep(lengths=[(7, 0)], steps=0), MoeStep(num_tokens=0)], ids=["gqa", "moe"])
+@pytest.mark.parametrize("phase", ["build", "runtime"])
+def test_a_step_without_tokens_launches_nothing(step, phase, enqueuer):
+    (outcome,) = enqueuer([Enqueue(step)], phase=phase)
+    assert_clean(outcome)
+    assert outcome.launches == []
+
+
 def test_the_second_enqueue_only_launches(enqueuer):
     """Modules are loaded once a context: a step costs its launches, and a CUDA graph can be captured."""
     step = GqaStep(lengths=[(300, 1)], steps=1)
     first, second = enqueuer([Enqueue(step, is_executed=False)] * 2)
     assert first.calls.count("cuLaunchKernel") == second.calls.count("cuLaunchKernel") == 3
     assert any(call.startswith("cuModuleLoadData") for call in first.calls)
-    assert set(second.calls) <= {"cuCtxGetCurrent", "cuStreamGetCtx", "cuLaunchKernel"}
+    assert set(second.calls) <= {"cuCtxGetCurrent", "cuCtxGetId", "cuLaunchKernel"}
 
 
 def test_two_contexts(enqueuer):
@@ -233,6 +241,28 @@ def test_two_contexts(enqueuer):
     outcomes = enqueuer(enqueues, gpus=[Gpu(multiprocessors=1), Gpu(multiprocessors=64)])
     for outcome, enqueue in zip(outcomes, enqueues, strict=True):
         check_gqa(outcome, enqueue.step)
+
+
+@pytest.mark.parametrize("step", [GqaStep(lengths=[(300, 1)], steps=1), MoeStep(num_tokens=3)], ids=["gqa", "moe"])
+def test_a_new_context_where_another_one_was(step, enqueuer):
+    """Its kernels went with it, though a plugin that used them stands."""
+    first, second, third = enqueuer([Enqueue(step), Enqueue(step, in_new_context=True), Enqueue(step)])
+    for outcome in (first, second, third):
+        check_gqa(outcome, step) if isinstance(step, GqaStep) else check_moe(outcome, step)
+    assert second.calls.count("cuModuleLoadData") == first.calls.count("cuModuleLoadData") > 0
+    assert "cuModuleUnload" not in second.calls and "cuModuleLoadData" not in third.calls
+
+
+def test_a_driver_that_does_not_number_contexts(plugin_library, plugin_build, tmp_path):
+    """As those before CUDA 12, in a process of its own."""
+    headers = [tensorrt_headers(plugin_build / "build"), cuda_headers()]
+    driver_files = compile_driver(tmp_path, headers, "WITHOUT_CONTEXT_IDS")
+    step = GqaStep(lengths=[(7, 1)], steps=1)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        outcomes = make_enqueuer(plugin_library, driver_files, pool)([Enqueue(step), Enqueue(step)])
+    for outcome in outcomes:
+        check_gqa(outcome, step)
+        assert "cuCtxGetId" not in outcome.calls
 
 
 @pytest.mark.parametrize(("sm", "target"), [("8.0", "sm_80"), ("8.9", "sm_80"), ("9.0", "ptx"), ("12.0", "ptx")])
@@ -266,6 +296,32 @@ def test_present_elsewhere_than_past_is_refused(steps, is_int8, enqueuer):
     check_gqa(accepted, step)
 
 
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("is_int8", [False, True], ids=["same", "int8"])
+def test_the_builder_may_time_attention_with_past_and_present_apart(steps, is_int8, enqueuer):
+    """On memory of its own, with lengths that mean nothing: the layer succeeds there, and touches nothing."""
+    step = GqaStep(lengths=[(7, steps)], steps=steps, is_int8=is_int8)
+    step.tensors["cache_length"].fill_(2**40)
+    (timed,) = enqueuer([Enqueue(step, is_copied=True)], phase="build")
+    assert_clean(timed)
+    assert timed.launches == []
+    for name in ("key", "value"):
+        torch.testing.assert_close(timed.tensors[name], step.tensors[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("form", ["16", "8", "4z"])
+@pytest.mark.parametrize("tokens", [3, 33])
+def test_the_builder_may_time_experts_with_any_ids(tokens, form, enqueuer):
+    """The content of its inputs means nothing; each access still lies within a tensor, or the executor says so."""
+    shape = (tokens, 3)
+    fakes = [torch.full(shape, value, dtype=torch.int32) for value in (0, 4, -(2**31), 2**31 - 1)]
+    fakes.append(torch.randint(-3, 9, shape, dtype=torch.int32, generator=torch.Generator().manual_seed(0)))
+    steps = [MoeStep(num_tokens=tokens, num_experts=5, k=3, form=form, expert_ids=ids) for ids in fakes]
+    for outcome in enqueuer([Enqueue(step) for step in steps], phase="build"):
+        assert_clean(outcome)
+        assert outcome.launches
+
+
 @pytest.mark.parametrize(
     "step", [GqaStep(lengths=[(7, 1)], steps=1), MoeStep(num_tokens=3, form="4")], ids=["gqa", "moe"]
 )
@@ -287,6 +343,17 @@ def test_a_gpu_that_no_variant_is_for(step, sm, enqueuer):
 def test_a_request_that_no_variant_serves_is_printed(step, asked, enqueuer):
     with pytest.raises(AssertionError, match=f"no variant of gqa_.* for SM 8.9 serves dtype=fp16, .*{asked}; there"):
         enqueuer([Enqueue(step)])
+
+
+@pytest.mark.parametrize("result", [200, 209, 218, 222])  # invalid image, no binary, invalid PTX, unsupported PTX
+def test_code_that_the_driver_does_not_take(result, enqueuer):
+    step = GqaStep(lengths=[(7, 1)], steps=1)
+    refused, other = enqueuer(
+        [Enqueue(step, fault=Fault("cuModuleLoadData", result=result)), Enqueue(step, fault=Fault("cuModuleLoadData"))]
+    )
+    words = rf"loading gqa_.*CUDA error {result}\); this driver is for CUDA 1\d\.\d, .*: update the driver"
+    assert re.search(words, refused.log)
+    assert other.status != 0 and "update" not in other.log
 
 
 def calls_of(outcome: Outcome) -> list[Fault]:

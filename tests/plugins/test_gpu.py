@@ -1,4 +1,4 @@
-"""The kernels compiled and on a GPU: all cases against their references, under compute-sanitizer, and timed.
+"""Kernels and library on a GPU: all cases against their references, under compute-sanitizer, and timed.
 
 Each runs in a process of its own, since this one interprets kernels. One command: `pytest -m gpu tests/plugins`.
 """
@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from plugins.library import build_library, cuda_headers, tensorrt_headers
 from plugins.variants import SMS
 from tests.plugins.conftest import IS_INTERPRETED
+from tests.plugins.enqueue import compile_driver
 from tests.plugins.sanitizer_cases import CASES, ENVIRONMENT, run
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +26,7 @@ FOUND_ERRORS = 86  # the exit code that the sanitizer is asked for
 LEAST_SHARE, MOST_SHARE = 0.4, 1.05
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
     """Of a child process that compiles kernels, with the tiles of this GPU."""
     if not torch.cuda.is_available():
@@ -33,6 +35,15 @@ def environment() -> dict[str, str]:
     if sm not in SMS:
         pytest.skip(f"there are no kernels for SM {sm}; there are for {', '.join(SMS)}")
     return {**os.environ, "TRITON_INTERPRET": "0", "QWEN_AOT_TEST_SM": sm, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def library_cases(environment, tmp_path_factory) -> list[str]:
+    """The arguments of a Python that runs `tests.plugins.device`, with the library built for this GPU."""
+    folder = tmp_path_factory.mktemp("library")  # gpu-check has no cache of pytest's
+    library = build_library(folder, [environment["QWEN_AOT_TEST_SM"]])
+    _, harness = compile_driver(folder, [tensorrt_headers(folder / "build"), cuda_headers()])
+    return ["-m", "tests.plugins.device", str(harness), str(library)]
 
 
 def child(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -48,14 +59,22 @@ def test_kernels_equal_their_references_on_the_gpu(name, environment):
 
 
 @pytest.mark.gpu
+def test_the_library_equals_the_references_on_the_gpu(library_cases, environment):
+    done = child([sys.executable, *library_cases], environment)
+    assert done.returncode == 0 and f"{len(CASES)} cases ran" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer_finds_nothing(tool, environment):
+@pytest.mark.parametrize("code", ["kernels", "library"])
+def test_compute_sanitizer_finds_nothing(code, tool, environment, request):
     path = shutil.which(SANITIZER) or shutil.which(SANITIZER, path="/usr/local/cuda/bin")
     if path is None:
         pytest.skip(f"{SANITIZER} isn't installed; it comes with the CUDA toolkit")
     options = ["--tool", tool, "--error-exitcode", str(FOUND_ERRORS), "--target-processes", "all"]
-    command = [path, *options, sys.executable, "-m", "tests.plugins.sanitizer_cases"]
+    cases = ["-m", "tests.plugins.sanitizer_cases"] if code == "kernels" else request.getfixturevalue("library_cases")
+    command = [path, *options, sys.executable, *cases]
     done = child(command, {**environment, **ENVIRONMENT})
     assert done.returncode != FOUND_ERRORS, f"{tool} found errors:\n{done.stdout[-6000:]}"
     assert done.returncode == 0 and f"{len(CASES)} cases ran" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]

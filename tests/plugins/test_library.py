@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -96,6 +97,7 @@ GQA_PROFILES = [
     (4, 1, 1, 40, 8, 128, 16, 32768),
     (4, 1, 1, 64, 8, 128, 8, 32768),
     (8, 1, 1, 9, 3, 64, 16, 200),  # too short to be split
+    (256, 1, 8192, 64, 8, 128, 8, 32768),  # 34 GB: more than 32 bits count
 ]
 
 
@@ -129,6 +131,7 @@ MOE_PROFILES = [  # rows, fewest and most tokens of a step, E, k, weight bits, M
     (1, 1, 512, 60, 4, 16, 2048, 1408),
     (1, 1, 1, 64, 9, 16, 128, 256),  # too many experts a token to decode
     (1, 1, 3, 2, 1, 16, 128, 128),
+    (64, 8000, 8192, 60, 4, 16, 2048, 1408),  # 23 GB
 ]
 
 
@@ -198,10 +201,48 @@ def test_command_line_says_what_is_wrong(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     unknown = subprocess.run([*command, "--sm", "7.5"], capture_output=True, text=True, env=environment)
     assert unknown.returncode == 2 and "7.5" in unknown.stderr
+    none = subprocess.run([*command, "--jobs", "0"], capture_output=True, text=True, env=environment)
+    assert none.returncode == 2 and "--jobs: invalid" in none.stderr
     headers = ["--tensorrt-include", tmp_path]
     without = subprocess.run([*command, *headers], capture_output=True, text=True, env=environment)
     assert without.returncode == 1
     assert without.stderr.startswith(f"error: {tmp_path} has no NvInferRuntime.h; give the include folder")
+    (tmp_path / "file").touch()
+    inside = [*command[:-1], tmp_path / "file" / "folder", *headers]
+    unwritable = subprocess.run(inside, capture_output=True, text=True, env=environment)
+    assert unwritable.returncode == 1
+    assert unwritable.stderr == f"error: {tmp_path / 'file' / 'folder' / 'build'}: Not a directory\n"
+
+
+def test_a_full_disk_and_ctrl_c_leave_the_standing_library(tmp_path, monkeypatch, capsys):
+    def make_library(*_):
+        (tmp_path / "made").write_bytes(b"new")
+        return tmp_path / "made"
+
+    def fill_disk(source, target):
+        target.write_bytes(b"n")
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / library.FILE_NAME).write_bytes(b"old")
+    (tmp_path / "NvInferRuntime.h").touch()
+    monkeypatch.setattr(sys, "argv", ["library", "-o", str(out), "--tensorrt-include", str(tmp_path)])
+    monkeypatch.setattr(library.aot, "build", lambda *_, **__: {})
+    monkeypatch.setattr(library.kernel_table, "write", lambda *_: None)
+    for step, code, said in (
+        (("shutil.copyfile", fill_disk), 1, f"error: {out / 'libqwen_aot_plugins.part'}: No space left on device\n"),
+        (("_compile", interrupt), 130, "interrupted\n"),
+    ):
+        monkeypatch.setattr(library, "_compile", make_library)
+        monkeypatch.setattr(f"plugins.library.{step[0]}", step[1])
+        assert library.main() == code
+        assert capsys.readouterr().err == said
+        assert (out / library.FILE_NAME).read_bytes() == b"old"
+        assert sorted(path.name for path in out.iterdir()) == ["build", library.FILE_NAME]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +270,22 @@ def test_cmake_is_found_beside_this_python(tmp_path, monkeypatch):
         build_library(tmp_path / "out", ["8.9"], tensorrt_include=tmp_path)
 
 
+def test_another_compiler_is_taken_in_the_same_folder(plugin_build, tmp_path, monkeypatch):
+    """A cross compiler above all: CMake by itself would go on with the one that it found first."""
+    (tmp_path / "NvInferRuntime.h").touch()
+    compiler = tmp_path / "other-c++"
+    compiler.write_text(f'#!/bin/sh\necho other >> {tmp_path}/calls\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    folder = tmp_path / "copy" / "build"
+    for part in ("kernels", "table"):
+        shutil.copytree(plugin_build / "build" / part, folder / part)
+    for name in ("", str(compiler)):
+        monkeypatch.setenv("CXX", name)
+        with pytest.raises(BuildError, match="compiling the library failed"):
+            library._compile(library.find_cmake(), folder, tmp_path, 2)
+        assert (tmp_path / "calls").exists() == bool(name)
+
+
 def test_a_failing_step_shows_the_tools_own_words(plugin_build, tmp_path):
     (tmp_path / "NvInferRuntime.h").write_text("#error these are no headers\n")
     copy = tmp_path / "copy"
@@ -236,6 +293,26 @@ def test_a_failing_step_shows_the_tools_own_words(plugin_build, tmp_path):
     with pytest.raises(BuildError, match=r"compiling the library failed:(.|\n)*these are no headers"):
         build_library(copy, ["8.9"], tensorrt_include=tmp_path)
     assert not (copy / library.FILE_NAME).exists()
+
+
+def test_one_process_at_a_time_builds_in_a_folder(tmp_path, monkeypatch):
+    def build(*_, **__):
+        with pytest.raises(BuildError, match=r"another process builds in .*build; wait for it"):
+            build_library(tmp_path, ["8.9"], tensorrt_include=tmp_path)
+        raise ZeroDivisionError
+
+    (tmp_path / "NvInferRuntime.h").touch()
+    monkeypatch.setattr(library.aot, "build", build)
+    for _ in range(2):  # a build that failed leaves no lock
+        with pytest.raises(ZeroDivisionError):
+            build_library(tmp_path, ["8.9"], tensorrt_include=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a#b", "a;b", 'a"b'])
+def test_a_folder_that_cmake_cannot_build_in_is_refused(name, tmp_path):
+    with pytest.raises(BuildError, match=rf"CMake can't build in .*, whose name has {name[1]}; choose another folder"):
+        build_library(tmp_path / name, ["8.9"])
+    assert not (tmp_path / name).exists()
 
 
 def test_an_sm_given_twice_is_refused(tmp_path):
@@ -269,10 +346,19 @@ def library_hash_of_download(folder: Path, download) -> str:
     return digest
 
 
-def test_an_installed_sdk_goes_before_a_download(tmp_path, monkeypatch):
-    (tmp_path / "NvInferRuntime.h").touch()
-    monkeypatch.setattr(library, "_SDK_FOLDERS", ("/nowhere", str(tmp_path)))
-    assert tensorrt_headers(tmp_path / "build") == tmp_path
+@pytest.mark.parametrize("major", ["NV_TENSORRT_MAJOR 8 //!< old", "TRT_MAJOR_ENTERPRISE 9"])
+def test_an_installed_sdk_goes_before_a_download_unless_it_is_too_old(tmp_path, monkeypatch, major):
+    new, old = tmp_path / "new", tmp_path / "old"
+    for folder in (new, old):
+        folder.mkdir()
+        (folder / "NvInferRuntime.h").touch()
+    (new / "NvInferVersion.h").write_text("#define TRT_MAJOR_ENTERPRISE 11\n#define NV_TENSORRT_MAJOR TRT_MAJOR\n")
+    (old / "NvInferVersion.h").write_text(f"#define {major}\n")
+    monkeypatch.setattr(library, "_SDK_FOLDERS", ("/nowhere", str(old), str(new)))
+    assert tensorrt_headers(tmp_path / "build") == new
+    version = re.search(r"\d+", major)[0]
+    with pytest.raises(BuildError, match=rf"old has the headers of TensorRT {version}; accepted: 10 or later"):
+        tensorrt_headers(tmp_path / "build", old)
 
 
 # ---- A real TensorRT's registry and parser ----

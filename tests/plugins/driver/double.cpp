@@ -48,6 +48,7 @@ struct Image
 struct CUctx_st
 {
     int device;
+    unsigned long long id;
 };
 
 struct CUmod_st;
@@ -93,6 +94,7 @@ struct State
     std::recursive_mutex mutex; // a callback may call the driver
     std::vector<Device> devices;
     std::vector<std::unique_ptr<CUctx_st>> contexts;
+    unsigned long long last_id = 0; // of a context
     std::vector<std::unique_ptr<CUstream_st>> streams;
     std::map<CUmodule, std::unique_ptr<CUmod_st>> modules;
     std::set<CUfunction> functions;
@@ -262,6 +264,13 @@ CUresult load(CUmodule* module, void const* image)
     return CUDA_SUCCESS;
 }
 
+void erase(std::map<CUmodule, std::unique_ptr<CUmod_st>>::iterator module)
+{
+    for (auto const& [name, function] : module->second->functions)
+        state().functions.erase(function.get());
+    state().modules.erase(module);
+}
+
 CUresult check_launch(CUfunction function, std::array<uint32_t, 3> grid, std::array<uint32_t, 3> block, uint32_t shared,
     CUstream stream, void** parameters, void** extra)
 {
@@ -319,8 +328,22 @@ CUcontext double_create_context(int major, int minor, int multiprocessors, uint3
     Lock const lock(state().mutex);
     State& s = state();
     s.devices.push_back({major, minor, multiprocessors, shared_bytes});
-    s.contexts.push_back(std::make_unique<CUctx_st>(CUctx_st{static_cast<int>(s.devices.size()) - 1}));
+    s.contexts.push_back(std::make_unique<CUctx_st>(CUctx_st{static_cast<int>(s.devices.size()) - 1, ++s.last_id}));
     return current = s.contexts.back().get();
+}
+
+void double_replace_context(CUcontext context)
+{
+    Lock const lock(state().mutex);
+    State& s = state();
+    for (auto at = s.modules.begin(); at != s.modules.end();)
+    {
+        auto const next = std::next(at);
+        if (at->second->context == context)
+            erase(at);
+        at = next;
+    }
+    context->id = ++s.last_id;
 }
 
 CUstream double_create_stream()
@@ -436,6 +459,19 @@ CUresult CUDAAPI cuCtxPopCurrent(CUcontext* context)
     return CUDA_SUCCESS;
 }
 
+#ifndef WITHOUT_CONTEXT_IDS // as drivers before CUDA 12 are
+CUresult CUDAAPI cuCtxGetId(CUcontext context, unsigned long long* id)
+{
+    BEGIN_CALL(cuCtxGetId);
+    if (context == nullptr)
+        context = current;
+    if (context == nullptr)
+        return misuse("no context is current", CUDA_ERROR_INVALID_CONTEXT);
+    *id = context->id;
+    return CUDA_SUCCESS;
+}
+#endif
+
 CUresult CUDAAPI cuCtxGetDevice(CUdevice* device)
 {
     BEGIN_CALL(cuCtxGetDevice);
@@ -484,9 +520,7 @@ CUresult CUDAAPI cuModuleUnload(CUmodule module)
     auto const found = state().modules.find(module);
     if (found == state().modules.end())
         return misuse("unloads no module", CUDA_ERROR_INVALID_HANDLE);
-    for (auto const& [name, function] : found->second->functions)
-        state().functions.erase(function.get());
-    state().modules.erase(found);
+    erase(found);
     return CUDA_SUCCESS;
 }
 

@@ -31,6 +31,8 @@ typedef int (*double_callback)(double_launch const*);
 
 // A context on a device of its own, which becomes the current one; `shared_bytes` is what a block may have at most.
 CUcontext double_create_context(int major, int minor, int multiprocessors, uint32_t shared_bytes);
+// The context is destroyed, with its modules, and a new one takes its place, address and device; streams stay.
+void double_replace_context(CUcontext context);
 // Of the current context.
 CUstream double_create_stream();
 void double_set_current(CUcontext context);

@@ -157,6 +157,18 @@ Plugin* create(IPluginCreatorV3One* creator, std::vector<PluginField> const& fie
     return new Plugin{creator, std::move(plugin), {}};
 }
 
+// For an execution context, as the builder makes one to time layers, and as a user does. The given one is gone then.
+Plugin* attach(std::unique_ptr<Plugin> const given)
+{
+    auto* of = given->capability<IPluginV3OneRuntime>(PluginCapabilityType::kRUNTIME);
+    auto attached = std::make_unique<Plugin>();
+    attached->creator = given->creator;
+    attached->plugin.reset(of->attachToContext(&attached->resources));
+    if (!attached->plugin)
+        return fail("attachToContext returned null");
+    return attached.release();
+}
+
 } // namespace
 
 extern "C"
@@ -220,6 +232,18 @@ int64_t harness_configure(void const* plugin, harness_range const* inputs, int32
     return static_cast<int64_t>(build->getWorkspaceSize(in.data(), num_inputs, out.data(), num_outputs));
 }
 
+// What the builder times: a clone, as the network keeps of the plugin that it is given, attached to a context.
+void* harness_attach(void* plugin)
+{
+    std::unique_ptr<Plugin> const given(static_cast<Plugin*>(plugin));
+    auto cloned = std::make_unique<Plugin>();
+    cloned->creator = given->creator;
+    cloned->plugin.reset(given->plugin->clone());
+    if (!cloned->plugin)
+        return fail("clone returned null");
+    return attach(std::move(cloned));
+}
+
 // Through a plan and into an execution context: serialized, created for the runtime, attached. The given plugin and
 // the deserialized one are gone when the attached one runs.
 void* harness_restore(void* plugin)
@@ -245,16 +269,8 @@ void* harness_restore(void* plugin)
         fields[index].data = data[index].data();
     }
     built->plugin.reset();
-    std::unique_ptr<Plugin> const restored(create(built->creator, fields, TensorRTPhase::kRUNTIME));
-    if (!restored)
-        return nullptr;
-    auto* of = restored->capability<IPluginV3OneRuntime>(PluginCapabilityType::kRUNTIME);
-    auto attached = std::make_unique<Plugin>();
-    attached->creator = restored->creator;
-    attached->plugin.reset(of->attachToContext(&attached->resources));
-    if (!attached->plugin)
-        return fail("attachToContext returned null");
-    return attached.release();
+    std::unique_ptr<Plugin> restored(create(built->creator, fields, TensorRTPhase::kRUNTIME));
+    return restored ? attach(std::move(restored)) : nullptr;
 }
 
 // What the library returned: 0 is success.

@@ -33,7 +33,7 @@ def test_what_the_tensorrt_targets_lack(run: Run, monkeypatch: pytest.MonkeyPatc
     installed = {"tensorrt-rtx-cu13": "1.7.1.116", "cuda-bindings": "13.0.1", "tensorrt": "10.9.0"}
     monkeypatch.setattr(doctor, "version", lambda package: installed.get(package, "99"))
     monkeypatch.setattr(doctor, "gpus", lambda: [])
-    monkeypatch.setenv("QWEN_AOT_PLUGIN_LIBRARY", str(Path(__file__)))
+    monkeypatch.setenv("QWEN_AOT_PLUGIN_LIBRARY", sys.executable)
     targets = json.loads(run("doctor", "--json").stdout)["targets"]
     no_gpu = "no NVIDIA GPU or driver"
     assert targets["tensorrt-rtx"] == {"build_lacks": [], "run_lacks": [no_gpu]}
@@ -59,6 +59,8 @@ def test_the_plugin_library_that_target_tensorrt_lacks(run: Run, monkeypatch: py
     monkeypatch.setenv("QWEN_AOT_PLUGIN_LIBRARY", "/no/such/library.so")
     assert "/no/such/library.so doesn't exist" in of_plugins().pop("tensorrt")[0]
     monkeypatch.setenv("QWEN_AOT_PLUGIN_LIBRARY", str(Path(__file__)))
+    assert "isn't a shared library" in of_plugins().pop("tensorrt")[0]
+    monkeypatch.setenv("QWEN_AOT_PLUGIN_LIBRARY", sys.executable)
     assert not any(of_plugins().values())
 
 
