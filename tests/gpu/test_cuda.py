@@ -18,6 +18,7 @@ from runtime.bundle import load_bundle
 from runtime.kv_cache import KvCache
 from runtime.manifest import CAPACITY_STEP, IoTensor
 from tests.checkpoints import reference_logits, save_tiny
+from tests.exporter.rounding import rounded_model
 
 pytestmark = pytest.mark.gpu
 
@@ -83,7 +84,8 @@ def test_a_prompt_equals_transformers(built: tuple[Path, Any, str]) -> None:
     ids = np.random.default_rng(1).integers(0, 131, 100)
     with OnnxRuntimeEngine(load_bundle(bundle)) as engine:
         logits = engine.prefill(0, ids)
-    want = reference_logits(model, [ids.tolist()])[0, -1].numpy()
+    same = rounded_model(model, "fp16") if precision == "fp16" else model
+    want = reference_logits(same, [ids.tolist()])[0, -1].numpy()
     np.testing.assert_allclose(logits, want, atol=BOUNDS[precision], rtol=0)
 
 
