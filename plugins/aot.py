@@ -49,7 +49,7 @@ _NO_SPILL_KERNELS = ("gqa_decode", "gqa_reduce", "moe_decode_gate_up", "moe_deco
 ACCEPTED_SPILLS: dict[tuple[str, str], str] = {}
 
 # Tensor-core instructions of SASS: Ampere, Ada and small Blackwell; Hopper; large Blackwell (tcgen05).
-_TENSOR_CORE = re.compile(r"\b(?:[HIQO]MMA|[HIQO]GMMA|UTC[HIQO]MMA)\b")
+TENSOR_CORE = re.compile(r"\b(?:[HIQO]MMA|[HIQO]GMMA|UTC[HIQO]MMA)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def measure(cubin: Path) -> Resources:
     if usage is None:
         raise BuildError(f"cuobjdump reports no resource usage for {cubin}")
     registers, stack = map(int, usage.groups())
-    return Resources(registers, stack, len(_TENSOR_CORE.findall(cuda_tool("cuobjdump", "--dump-sass", str(cubin)))))
+    return Resources(registers, stack, len(TENSOR_CORE.findall(cuda_tool("cuobjdump", "--dump-sass", str(cubin)))))
 
 
 def compile_variant(sm: str, variant: Variant, folder: Path) -> dict[str, Any]:
