@@ -13,6 +13,7 @@ An entry of a manifest: `name`; `kernel`; `match`, `constants`, `arguments`, `gr
 from __future__ import annotations
 
 import argparse
+import ast
 import concurrent.futures
 import fnmatch
 import hashlib
@@ -23,6 +24,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,13 +40,16 @@ from qwen_aot_errors import BuildError
 
 FORMAT_VERSION = 1
 PTX_SM = "8.0"  # every later GPU can compile its PTX
+_OPTIONS = {"enable_fp_fusion": True}  # of the compiler, for all variants
+# Variables by which a compiler is told to make other code, which no hash would know of.
+_COMPILER_VARIABLES = re.compile(r"TRITON_.*|PTXAS_.*|DISABLE_PTXAS_OPT|LLVM_.*|MLIR_.*")
 _TENSOR_CORE_KERNELS = ("gqa_prefill", "moe_gate_up", "moe_down")
 _NO_SPILL_KERNELS = ("gqa_decode", "gqa_reduce", "moe_decode_gate_up", "moe_decode_down", "moe_sum")
 # Spills that were looked at and accepted: (SM or "*", pattern of variant names) to the reason.
 ACCEPTED_SPILLS: dict[tuple[str, str], str] = {}
 
 # Tensor-core instructions of SASS: Ampere, Ada and small Blackwell; Hopper; large Blackwell (tcgen05).
-_TENSOR_CORE = re.compile(r"\b(?:[HIQO]MMA|[HIQO]GMMA|UTC[HIQO]MMA)\b")
+TENSOR_CORE = re.compile(r"\b(?:[HIQO]MMA|[HIQO]GMMA|UTC[HIQO]MMA)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +67,35 @@ class Resources:
     tensor_core_instructions: int
 
 
-def source_hash(sm: str, variant: Variant) -> str:
-    """Hash of everything that the compiled form depends on: sources, constants, types, target, compiler."""
-    kernel = KERNELS[variant.kernel]
-    specification = importlib.util.find_spec(kernel.module)
+def _origin(module: str) -> Path:
+    specification = importlib.util.find_spec(module)
     if specification is None or specification.origin is None:
-        raise BuildError(f"the source of kernel {variant.kernel}, module {kernel.module}, isn't installed")
+        raise BuildError(f"the source of {module} isn't installed")
+    return Path(specification.origin)
+
+
+def _sources(module: str) -> list[Path]:
+    """The file of a kernel's module, and those of the kernels' modules that it imports."""
+    found: dict[str, Path] = {}
+    pending = [module]
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            found[name] = _origin(name)
+            nodes = ast.walk(ast.parse(found[name].read_bytes()))
+            imported = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+            pending += [other for other in imported if other.startswith("plugins.kernels.")]
+    return [found[name] for name in sorted(found)]
+
+
+def source_hash(sm: str, variant: Variant) -> str:
+    """Hash of all that a manifest's entry depends on: sources, constants, types, grid, target, compiler."""
+    kernel = KERNELS[variant.kernel]
     facts = {"format": FORMAT_VERSION, "sm": sm, "triton": importlib.metadata.version("triton"), **asdict(variant)}
-    facts["arguments"] = [asdict(argument) for argument in variant.arguments]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    digest.update(Path(specification.origin).read_bytes())
+    facts |= {"arguments": [asdict(argument) for argument in variant.arguments], "grid": kernel.grid}
+    digest = hashlib.sha256(json.dumps({**facts, "options": _OPTIONS}, sort_keys=True).encode())
+    for path in _sources(kernel.module):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
@@ -82,8 +106,13 @@ def _arch(sm: str) -> int:
 def _write(path: Path, data: bytes) -> None:
     """Writes aside and renames, so that a reader never sees half a file."""
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)
+        try:
+            file.write(data)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:  # a full disk, for one
+            os.unlink(file.name)
+            raise
 
 
 def cuda_tool(name: str, *arguments: str) -> str:
@@ -100,7 +129,7 @@ def measure(cubin: Path) -> Resources:
     if usage is None:
         raise BuildError(f"cuobjdump reports no resource usage for {cubin}")
     registers, stack = map(int, usage.groups())
-    return Resources(registers, stack, len(_TENSOR_CORE.findall(cuda_tool("cuobjdump", "--dump-sass", str(cubin)))))
+    return Resources(registers, stack, len(TENSOR_CORE.findall(cuda_tool("cuobjdump", "--dump-sass", str(cubin)))))
 
 
 def compile_variant(sm: str, variant: Variant, folder: Path) -> dict[str, Any]:
@@ -125,7 +154,7 @@ def compile_variant(sm: str, variant: Variant, folder: Path) -> dict[str, Any]:
         (index,): [["tt.divisibility", 16]] for index, argument in enumerate(variant.arguments) if argument.is_aligned
     }
     source = ASTSource(kernel, signature, constexprs=dict(variant.constants), attrs=aligned)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **_OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", _arch(sm), 32), options=options)
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
@@ -167,14 +196,16 @@ def _cached(folder: Path, variant: Variant, expected_hash: str) -> dict[str, Any
     try:
         entry: dict[str, Any] = json.loads((folder / f"{variant.name}.json").read_bytes())
         data = (folder / entry["file"]).read_bytes()
-    except (OSError, ValueError, KeyError):
+        is_whole = hashlib.sha256(data).hexdigest() == entry["sha256"]
+        return entry if is_whole and entry["source_hash"] == expected_hash else None
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is no record
         return None
-    is_whole = hashlib.sha256(data).hexdigest() == entry["sha256"]
-    return entry if is_whole and entry["source_hash"] == expected_hash else None
 
 
 def _start_worker(cache: str) -> None:
-    os.environ.pop("TRITON_INTERPRET", None)  # a kernel imported under it can't be compiled
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C strikes all processes; the first stops the others
+    for name in filter(_COMPILER_VARIABLES.fullmatch, list(os.environ)):
+        del os.environ[name]  # TRITON_INTERPRET too: a kernel imported under it can't be compiled
     os.environ["TRITON_CACHE_DIR"] = cache
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same cubin wherever the sources lie, and a smaller one
 
@@ -213,6 +244,40 @@ def _write_manifest(folder: Path, target: str, entries: list[dict[str, Any]], su
             path.unlink()
 
 
+def _compile_all(
+    work: Sequence[tuple[str, Variant]], folder: Path, jobs: int | None
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """The entries of variants, compiled in parallel; an error or Ctrl-C leaves out those that haven't begun."""
+    entries = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="qwen-aot-triton-") as cache,
+        concurrent.futures.ProcessPoolExecutor(
+            min(jobs or os.cpu_count() or 1, len(work)),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(cache,),
+        ) as pool,
+    ):
+        pending = {pool.submit(compile_variant, sm, variant, folder): (sm, variant) for sm, variant in work}
+        try:
+            for number, future in enumerate(concurrent.futures.as_completed(pending), 1):
+                sm, variant = pending[future]
+                entries[sm, variant.name] = _result(future, f"{variant.name} for SM {sm}")
+                print(f"[{number}/{len(work)}] SM {sm} {variant.name}", file=sys.stderr)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return entries
+
+
+def _result(future: concurrent.futures.Future[dict[str, Any]], name: str) -> dict[str, Any]:
+    try:
+        return future.result()
+    except (BuildError, OSError):
+        raise
+    except Exception as error:  # the compiler's own, of several libraries
+        raise BuildError(f"{name} doesn't compile: {error}") from error
+
+
 def build(
     sms: Sequence[str], folder: Path, *, only: str = "*", jobs: int | None = None
 ) -> dict[str, list[dict[str, Any]]]:
@@ -228,7 +293,9 @@ def build(
         The manifest's entries of each SM, with `is_cached` added.
 
     Raises:
-        BuildError: If an SM isn't known, nothing matches, or a variant's resources are wrong (`problems`).
+        BuildError: If an SM isn't known, nothing matches, a variant doesn't compile, or its resources are wrong
+            (`problems`).
+        OSError: If the folder can't be written.
     """
     work = [(sm, variant) for sm in sms for variant in variants(sm) if fnmatch.fnmatch(variant.name, only)]
     if importlib.util.find_spec("triton") is None:
@@ -254,20 +321,8 @@ def build(
         else:
             entries[sm, variant.name] = {**entry, "is_cached": True}
     if missing:
-        with (
-            tempfile.TemporaryDirectory(prefix="qwen-aot-triton-") as cache,
-            concurrent.futures.ProcessPoolExecutor(
-                min(jobs or os.cpu_count() or 1, len(missing)),
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_start_worker,
-                initargs=(cache,),
-            ) as pool,
-        ):
-            pending = {pool.submit(compile_variant, sm, variant, folder): (sm, variant) for sm, variant in missing}
-            for number, future in enumerate(concurrent.futures.as_completed(pending), 1):
-                sm, variant = pending[future]
-                entries[sm, variant.name] = {**future.result(), "is_cached": False}
-                print(f"[{number}/{len(missing)}] SM {sm} {variant.name}", file=sys.stderr)
+        compiled = _compile_all(missing, folder, jobs)
+        entries |= {key: {**entry, "is_cached": False} for key, entry in compiled.items()}
 
     by_sm = {sm: [entries[sm, variant.name] for of, variant in work if of == sm] for sm in sms}
     for sm, listed in by_sm.items():
@@ -300,7 +355,7 @@ def report(by_sm: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> int:
-    """The command line. Exit codes: 0 ok, 1 failed, 2 usage."""
+    """The command line. Exit codes: 0 ok, 1 failed, 2 usage, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m plugins.aot",
         description="Compile the plugins' kernels ahead of time, with no GPU.",
@@ -320,6 +375,12 @@ def main() -> int:
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a folder that can't be written, a full disk
+        print(f"error: {error.filename or arguments.output}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was compiled is kept", file=sys.stderr)
+        return 130
     seconds = time.monotonic() - started
     count = sum(map(len, by_sm.values()))
     size = sum(entry["bytes"] for entries in by_sm.values() for entry in entries)

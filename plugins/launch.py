@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     Arguments = dict[str, torch.Tensor | int | float | None]  # None: a pointer that the variant doesn't touch
 
 _DTYPE_NAMES = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
-PROGRAMS_PER_SM = 4  # of decode attention: what fits beside each other, so that no program waits for another to end
+# Programs of decode attention for each SM. Two to five fit beside each other (the occupancy in
+# docs/plugins-performance.md), so that four are one wave, or two at most.
+PROGRAMS_PER_SM = 4
 MIN_SPLIT = 256  # slots: a part's start and its result cost about what 100 slots do
 # A part's result, group · D fp32 values, is written and read once more. 40 slots a query head of a 16-bit cache, twice
 # that of an int8 one, keep that at 1/40 of the part's keys and values.
@@ -168,7 +170,9 @@ def gqa_launches(
     return [
         rotate,
         Launch(
-            select(sm, "gqa_decode", **facts), {**cached, **partial, **scaled, **split}, {**sizes, "num_splits": splits}
+            select(sm, "gqa_decode", **facts),
+            {**cached, **partial, "output_ptr": output, **scaled, **split},
+            {**sizes, "num_splits": splits},
         ),
         Launch(select(sm, "gqa_reduce", **facts), reduce, sizes),
     ]

@@ -99,6 +99,7 @@ KERNELS = {
                 *_LENGTHS,
                 *_pointers("partial", to="fp32", is_aligned=True),
                 *_pointers("partial_lse", to="fp32"),
+                *_pointers("output", to="{dtype}", is_aligned=True),
                 Argument("scale_log2e", "fp32"),
                 *_sizes("C", "num_heads", "group", "num_splits", "min_split"),
             ),

@@ -103,33 +103,56 @@ class Tile:
 # The decode products read weights and little else. 16 or 32 columns a program make hundreds of programs out of one
 # layer (A2.7B, one token: 4 · 88 for gate and up, 4 · 64 for down), which fills 16 … 132 SMs several times over;
 # 128 elements of K are 256 bytes a row, two full lines of L2. Two warps: a tile of 16 tokens has no work for more.
-_DECODE_GATE_UP = {bits: Tile(block_n=16, block_k=128, num_warps=2, num_stages=3) for bits in WEIGHT_BITS}
-_DECODE_DOWN = {bits: Tile(block_n=32, block_k=128, num_warps=2, num_stages=3) for bits in WEIGHT_BITS}
+# Integer weights take twice the columns: fewer bytes, and what each step does once is work that an Orin is short of
+# (but for gate and up of int8, bound by memory as they are; of down, 32 columns of int8 spill on SM 9.0).
+_DECODE_GATE_UP = {
+    16: Tile(block_n=16, block_k=128, num_warps=2, num_stages=3),
+    8: Tile(block_n=16, block_k=128, num_warps=2, num_stages=3),
+    4: Tile(block_n=32, block_k=128, num_warps=2, num_stages=3),
+}
+_DECODE_DOWN = {
+    16: Tile(block_n=32, block_k=128, num_warps=2, num_stages=3),
+    8: Tile(block_n=64, block_k=128, num_warps=2, num_stages=3),
+    4: Tile(block_n=64, block_k=128, num_warps=2, num_stages=3),
+}
 
-# The grouped products: 64 rows, because 512 tokens choosing 4 of 60 experts leave each 34 rows. int4 needs K in whole
-# quantization blocks for one scale a step, 128; the others take 64, so that three stages fit 99 KiB.
+# The grouped products: 64 rows, because 512 tokens choosing 4 of 60 experts leave each 34 rows. 64 elements of K, so
+# that three stages fit 99 KiB. int4 scales each step's result, in twice the registers: 4 warps spill, 8 don't.
 _GATE_UP = {
     16: Tile(block_m=MOE_BLOCK_M, block_n=64, block_k=64, num_warps=4, num_stages=3),
     8: Tile(block_m=MOE_BLOCK_M, block_n=64, block_k=64, num_warps=4, num_stages=3),
-    4: Tile(block_m=MOE_BLOCK_M, block_n=32, block_k=128, num_warps=4, num_stages=2),
+    4: Tile(block_m=MOE_BLOCK_M, block_n=64, block_k=64, num_warps=8, num_stages=3),
 }
 _DOWN = {
     16: Tile(block_m=MOE_BLOCK_M, block_n=128, block_k=64, num_warps=4, num_stages=3),
     8: Tile(block_m=MOE_BLOCK_M, block_n=128, block_k=64, num_warps=4, num_stages=3),
-    4: Tile(block_m=MOE_BLOCK_M, block_n=64, block_k=128, num_warps=4, num_stages=2),
+    4: Tile(block_m=MOE_BLOCK_M, block_n=128, block_k=64, num_warps=8, num_stages=3),
 }
 
-# Decode attention: 64 slots a step keep two stages of K and V within 64 KiB at head size 128, so that more than one
-# program runs on an SM even where one may use 99 KiB; head size 64 halves that, and takes 128 slots.
+# Decode attention: 64 slots a step are 39 KiB at head size 128, so that three or four programs fit an SM of 163 KiB or
+# more. Where one has 99 KiB, 32 slots in three stages: two programs, or three with an int8 cache, and as many slots in
+# flight. Head size 64 takes twice the slots.
 _DECODE = {
     64: Tile(block_n=128, num_warps=4, num_stages=2),
     128: Tile(block_n=64, num_warps=4, num_stages=2),
 }
+_DECODE_SMALL = {
+    64: Tile(block_n=64, num_warps=4, num_stages=3),
+    128: Tile(block_n=32, num_warps=4, num_stages=3),
+}
 
-# Without tensor cores the tile is multiplied in fp32 registers: 64 slots of 128 elements spill on SM 8.0 and 10.0.
+# Without tensor cores the keys, values and sums of every slot of a step are fp32 in registers: four or five programs
+# fit with 32 slots at head size 128, two or three with 64, and 128 spill.
 _DECODE_ONE = {
-    64: Tile(block_n=128, num_warps=4, num_stages=2),
+    64: Tile(block_n=64, num_warps=4, num_stages=3),
     128: Tile(block_n=32, num_warps=4, num_stages=2),
+}
+
+# A quantized cache is loaded ahead into registers and converted once, before it is shared: no stages. 64 slots spill at
+# head size 128.
+_PREFILL_INT8 = {
+    64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=1),
+    128: Tile(block_m=128, block_n=32, num_warps=8, num_stages=1),
 }
 
 
@@ -142,7 +165,7 @@ class Tiles:
     """
 
     prefill: Mapping[int, Tile]
-    prefill_int8: Mapping[int, Tile]
+    prefill_int8: Mapping[int, Tile] = field(default_factory=lambda: _PREFILL_INT8)
     decode: Mapping[int, Tile] = field(default_factory=lambda: _DECODE)
     decode_one: Mapping[int, Tile] = field(default_factory=lambda: _DECODE_ONE)
     gate_up: Mapping[int, Tile] = field(default_factory=lambda: _GATE_UP)
@@ -174,17 +197,6 @@ SHARED_BYTES = {
     "blackwell-small": 99 * 1024,
 }
 
-# Dequantizing values takes registers: 64 slots a step spill (up to 464 bytes a thread on SM 8.0), 32 don't; nor do
-# 64 queries where SM 12.0 spills with 128.
-_PREFILL_INT8_LARGE = {
-    64: Tile(block_m=128, block_n=32, num_warps=8, num_stages=2),
-    128: Tile(block_m=128, block_n=32, num_warps=8, num_stages=2),
-}
-_PREFILL_INT8_SMALL = {
-    64: Tile(block_m=128, block_n=32, num_warps=8, num_stages=2),
-    128: Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
-}
-
 TILES = {
     # 163 KiB: 128 queries a program halve the traffic of K and V against 64.
     "ampere-large": Tiles(
@@ -192,7 +204,6 @@ TILES = {
             64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
             128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
         },
-        prefill_int8=_PREFILL_INT8_LARGE,
     ),
     # 99 KiB: at head size 128 two programs of 64 queries fit an SM, and hide each other's waits.
     "ampere-small": Tiles(
@@ -200,7 +211,7 @@ TILES = {
             64: Tile(block_m=128, block_n=32, num_warps=8, num_stages=3),
             128: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
         },
-        prefill_int8=_PREFILL_INT8_SMALL,
+        decode=_DECODE_SMALL,
     ),
     # wgmma works on 64 rows for each group of four warps, and reads K and V from shared memory.
     "hopper": Tiles(
@@ -208,7 +219,6 @@ TILES = {
             64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
             128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
         },
-        prefill_int8=_PREFILL_INT8_LARGE,
     ),
     # tcgen05 wants 64 or 128 rows; the accumulator lives in tensor memory, not in registers. Three stages spill.
     "blackwell-large": Tiles(
@@ -216,7 +226,6 @@ TILES = {
             64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
             128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
         },
-        prefill_int8=_PREFILL_INT8_LARGE,
     ),
     # Ampere's instructions and 99 KiB.
     "blackwell-small": Tiles(
@@ -224,7 +233,7 @@ TILES = {
             64: Tile(block_m=128, block_n=32, num_warps=8, num_stages=3),
             128: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
         },
-        prefill_int8=_PREFILL_INT8_SMALL,
+        decode=_DECODE_SMALL,
     ),
 }
 

@@ -3,8 +3,11 @@
 import triton
 import triton.language as tl
 
+from plugins.kernels.codes import widen_int8
+
 # Parts start at multiples of it, whatever a variant's BLOCK_N is, so that one reduction serves them all.
 _SPLIT_UNIT = tl.constexpr(128)
+_LOWEST = tl.constexpr(-1e30)  # below every score, and finite: a stream may have no slot, and -inf less -inf is NaN
 
 
 @triton.jit
@@ -12,6 +15,15 @@ def split_length(length, num_splits, min_split):
     """Slots that one part takes of a row: of as many parts as have min_split slots each, a multiple of 128."""
     parts = tl.minimum(tl.maximum(length // min_split, 1), num_splits)
     return tl.cdiv(tl.cdiv(length, parts), _SPLIT_UNIT) * _SPLIT_UNIT
+
+
+@triton.jit
+def heads_tile(first, step, offs_g, offs_d, D: tl.constexpr, GROUP: tl.constexpr):
+    """Where vectors of D lie, `first` and those `step` further on: [D] of one head, else [GROUP, D]."""
+    if GROUP == 1:
+        return first * D + offs_d
+    else:
+        return (first + offs_g[:, None] * step) * D + offs_d[None, :]
 
 
 @triton.jit
@@ -25,6 +37,7 @@ def gqa_decode(
     new_tokens_ptr,
     partial_ptr,
     partial_lse_ptr,
+    output_ptr,
     scale_log2e,
     C,
     num_heads,
@@ -40,9 +53,10 @@ def gqa_decode(
     """Part `program_id(0)` of a row's cache, for all query heads of a group: each key and value is loaded once.
 
     query [B, H, D], rotated; key, value [B, Hkv, C, D] in query's dtype, or int8 with key_scale, value_scale
-    [B, Hkv, C] fp16, this step's token already in them; cache_length, new_tokens [B] int64. Written, for the parts that
-    the row's length fills: partial [B, H, num_splits, D] fp32, normalised attention of that part alone, and
-    partial_lse [B, H, num_splits] fp32, log2 of its sum of exponentials. An idle row (new_tokens 0) writes nothing.
+    [B, Hkv, C] fp16, this step's token already in them; cache_length, new_tokens [B] int64. Written of a row that one
+    part holds: output [B, H, D], its attention. Of others, for the parts that the row's length fills: partial
+    [B, H, num_splits, D] fp32, normalised attention of that part alone, and partial_lse [B, H, num_splits] fp32, log2
+    of its sum of exponentials. An idle row (new_tokens 0) writes nothing.
     Everything is contiguous; group is H / Hkv, at most GROUP; GROUP 1 multiplies and adds in fp32 instead of using
     tensor cores, which would leave 15 of 16 rows empty. An index inside one head of the cache is 32 bits (C·D < 2^31).
     Grid: (num_splits, Hkv, B).
@@ -65,46 +79,81 @@ def gqa_decode(
     offs_d = tl.arange(0, D)  # [D]
     offs_g = tl.arange(0, GROUP)  # [GROUP], query heads of the group
     mask_g = offs_g < group
-    row = b.to(tl.int64) * num_heads + kv_head * group + offs_g  # [GROUP]
+    row = b.to(tl.int64) * num_heads + kv_head * group  # of the group's first head
+    # A single head's vectors have one axis: a tile of one row would be laid out across all threads, and keys with it.
+    mask = offs_d < D if GROUP == 1 else mask_g[:, None]
     compute_dtype = query_ptr.dtype.element_ty
-    query = tl.load(query_ptr + row[:, None] * D + offs_d[None, :], mask=mask_g[:, None], other=0.0)  # [GROUP, D]
+    query = tl.load(query_ptr + heads_tile(row, 1, offs_g, offs_d, D, GROUP), mask=mask, other=0.0)
     entry = (b.to(tl.int64) * (num_heads // group) + kv_head) * C  # slot 0 of this row and head
     key_base = key_ptr + entry * D
     value_base = value_ptr + entry * D
 
-    largest = tl.full([GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP], tl.float32)
-    acc = tl.zeros([GROUP, D], tl.float32)
+    # One head: every slot of a step is a softmax of its own, which are joined after the loop. There is no tensor-core
+    # product to share its reductions with, and one over a step's slots would take more than all products.
+    STREAMS: tl.constexpr = BLOCK_N if GROUP == 1 else GROUP
+    largest = tl.full([STREAMS], _LOWEST, tl.float32)
+    total = tl.zeros([STREAMS], tl.float32)
+    acc = tl.zeros([STREAMS, D], tl.float32)
+    if IS_INT8:
+        mask_next = start + offs_n < end
+        next_key_scale = tl.load(key_scale_ptr + entry + start + offs_n, mask=mask_next, other=0.0)
+        next_value_scale = tl.load(value_scale_ptr + entry + start + offs_n, mask=mask_next, other=0.0)
     for start_n in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
         slot = start_n + offs_n  # [BLOCK_N]
         mask_n = slot < end
         place = slot[:, None] * D + offs_d[None, :]  # [BLOCK_N, D]
         key = tl.load(key_base + place, mask=mask_n[:, None], other=0)
         value = tl.load(value_base + place, mask=mask_n[:, None], other=0)
-        if GROUP == 1:
-            scores = tl.sum(key.to(tl.float32) * query.to(tl.float32), axis=1)[None, :] * scale_log2e  # [1, BLOCK_N]
-        else:
-            scores = tl.dot(query, tl.trans(key.to(compute_dtype))) * scale_log2e  # [GROUP, BLOCK_N]
         if IS_INT8:
-            scores *= tl.load(key_scale_ptr + entry + slot, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        scores = tl.where(mask_n[None, :], scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        rescale = tl.exp2(largest - new_largest)
-        weights = tl.exp2(scores - new_largest[:, None])  # [GROUP, BLOCK_N]
-        total = total * rescale + tl.sum(weights, axis=1)
-        acc *= rescale[:, None]
-        if IS_INT8:
-            value_scale = tl.load(value_scale_ptr + entry + slot, mask=mask_n, other=0.0).to(tl.float32)
-            value = value.to(tl.float32) * value_scale[:, None]
+            key_scale = next_key_scale.to(tl.float32)
+            value_scale = next_value_scale.to(tl.float32)
+            # Two bytes a slot are too narrow for the copies that `tl.range` makes ahead of time.
+            ahead = slot + BLOCK_N
+            next_key_scale = tl.load(key_scale_ptr + entry + ahead, mask=ahead < end, other=0.0)
+            next_value_scale = tl.load(value_scale_ptr + entry + ahead, mask=ahead < end, other=0.0)
         if GROUP == 1:
-            acc += tl.sum(tl.trans(weights) * value.to(tl.float32), axis=0)[None, :]
+            key = widen_int8(key, tl.float32) if IS_INT8 else key.to(tl.float32)
+            value = widen_int8(value, tl.float32) if IS_INT8 else value.to(tl.float32)
+            scores = tl.sum(key * query.to(tl.float32)[None, :], axis=1) * scale_log2e  # [BLOCK_N]
+            if IS_INT8:
+                scores *= key_scale
+            scores = tl.where(mask_n, scores, float("-inf"))
+            new_largest = tl.maximum(largest, scores)
+            rescale = tl.exp2(largest - new_largest)
+            weights = tl.exp2(scores - new_largest)  # [BLOCK_N]
+            total = total * rescale + weights
+            if IS_INT8:
+                weights *= value_scale
+            acc = acc * rescale[:, None] + weights[:, None] * value
         else:
-            acc = tl.dot(weights.to(compute_dtype), value.to(compute_dtype), acc=acc)
+            if IS_INT8:
+                key = widen_int8(key, compute_dtype)
+                value = (widen_int8(value, tl.float32) * value_scale[:, None]).to(compute_dtype)
+            scores = tl.dot(query, tl.trans(key)) * scale_log2e  # [GROUP, BLOCK_N]
+            if IS_INT8:
+                scores *= key_scale[None, :]
+            scores = tl.where(mask_n[None, :], scores, float("-inf"))
+            new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+            rescale = tl.exp2(largest - new_largest)
+            weights = tl.exp2(scores - new_largest[:, None])  # [GROUP, BLOCK_N]
+            total = total * rescale + tl.sum(weights, axis=1)
+            acc = tl.dot(weights.to(compute_dtype), value, acc=acc * rescale[:, None])
         largest = new_largest
+    if GROUP == 1:
+        top = tl.max(largest, axis=0, keep_dims=True)  # [1]
+        share = tl.exp2(largest - top)  # [BLOCK_N], 0 of a stream without a slot
+        total = tl.sum(total * share, axis=0, keep_dims=True)
+        result = tl.sum(acc * share[:, None], axis=0) / total  # [D]
+        largest = top
+    else:
+        result = acc / total[:, None]  # [GROUP, D]
 
-    part = row * num_splits + split  # [GROUP]
-    tl.store(partial_ptr + part[:, None] * D + offs_d[None, :], acc / total[:, None], mask=mask_g[:, None])
-    tl.store(partial_lse_ptr + part, largest + tl.log2(total), mask=mask_g)
+    if size >= length:
+        tl.store(output_ptr + heads_tile(row, 1, offs_g, offs_d, D, GROUP), result.to(compute_dtype), mask=mask)
+    else:
+        part = row * num_splits + split
+        tl.store(partial_ptr + heads_tile(part, num_splits, offs_g, offs_d, D, GROUP), result, mask=mask)
+        tl.store(partial_lse_ptr + part + offs_g * num_splits, largest + tl.log2(total), mask=mask_g)
 
 
 @triton.jit
@@ -121,11 +170,12 @@ def gqa_reduce(
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Joins the parts of each row by their log-sum-exp.
+    """Joins the parts of each row that has several, by their log-sum-exp.
 
     partial [B, H, num_splits, D] fp32 and partial_lse [B, H, num_splits] fp32 as `gqa_decode` left them, with its
-    num_splits and min_split; cache_length, new_tokens [B] int64. Written: output [B, H, D], zeros for an idle
-    row. Everything is contiguous. Requires BLOCK_D >= head_dim. SPLITS parts are loaded at a time. Grid: (H, B).
+    num_splits and min_split; cache_length, new_tokens [B] int64. Written: output [B, H, D], zeros for an idle row;
+    nothing of a row of one part, whose output stands. Everything is contiguous. Requires BLOCK_D >= head_dim. SPLITS
+    parts are loaded at a time. Grid: (H, B).
     """
     head = tl.program_id(0)
     b = tl.program_id(1)
@@ -138,7 +188,10 @@ def gqa_reduce(
         tl.store(output, tl.zeros([BLOCK_D], output_ptr.dtype.element_ty), mask=mask_d)
         return
     length = tl.load(cache_length_ptr + b).to(tl.int32) + new
-    used = tl.cdiv(length, split_length(length, num_splits, min_split))
+    size = split_length(length, num_splits, min_split)
+    if size >= length:
+        return
+    used = tl.cdiv(length, size)
 
     largest = float("-inf")
     total = 0.0

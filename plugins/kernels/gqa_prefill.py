@@ -3,6 +3,27 @@
 import triton
 import triton.language as tl
 
+from plugins.kernels.codes import widen_int8
+
+
+@triton.jit
+def load_tile(key_base, value_base, slot, offs_d, end, D: tl.constexpr, IS_MASKED: tl.constexpr):
+    """Keys and values [BLOCK_N, D] of slots [BLOCK_N], 0 at and beyond end if masked."""
+    place = slot[:, None] * D + offs_d[None, :]
+    if IS_MASKED:
+        mask = (slot < end)[:, None]
+        return tl.load(key_base + place, mask=mask, other=0), tl.load(value_base + place, mask=mask, other=0)
+    else:
+        return tl.load(key_base + place), tl.load(value_base + place)
+
+
+@triton.jit
+def load_scales(key_scale_ptr, value_scale_ptr, entry, slot, end):
+    """Scales [BLOCK_N] fp16 of slots [BLOCK_N], 0 at and beyond end."""
+    mask = slot < end
+    key_scale = tl.load(key_scale_ptr + entry + slot, mask=mask, other=0.0)
+    return key_scale, tl.load(value_scale_ptr + entry + slot, mask=mask, other=0.0)
+
 
 @triton.jit
 def gqa_prefill(
@@ -64,20 +85,27 @@ def gqa_prefill(
     for is_edge in tl.static_range(2):
         first = shared_end if is_edge else 0
         last = end if is_edge else shared_end
+        if IS_INT8:
+            slot = first + offs_n
+            next_key, next_value = load_tile(key_base, value_base, slot, offs_d, last, D, True)
+            next_key_scale, next_value_scale = load_scales(key_scale_ptr, value_scale_ptr, entry, slot, last)
         for start_n in tl.range(first, last, BLOCK_N, num_stages=NUM_STAGES):
             slot = start_n + offs_n  # [BLOCK_N]
-            place = slot[:, None] * D + offs_d[None, :]  # [BLOCK_N, D]
-            if is_edge:
-                key = tl.load(key_base + place, mask=(slot < end)[:, None], other=0)
-                value = tl.load(value_base + place, mask=(slot < end)[:, None], other=0)
-            else:
-                key = tl.load(key_base + place)
-                value = tl.load(value_base + place)
-            scores = tl.dot(query, tl.trans(key.to(compute_dtype))) * scale_log2e  # [BLOCK_M, BLOCK_N]
             if IS_INT8:
-                scores *= tl.load(key_scale_ptr + entry + slot, mask=slot < end, other=0.0).to(tl.float32)[None, :]
-                value_scale = tl.load(value_scale_ptr + entry + slot, mask=slot < end, other=0.0).to(tl.float32)
-                value = (value.to(tl.float32) * value_scale[:, None]).to(compute_dtype)
+                # Codes wait in registers for a step, so that each is converted once, by the thread that has loaded it.
+                # Those that `tl.range` copied to shared memory ahead of time would be converted by every warp.
+                key = widen_int8(next_key, compute_dtype)
+                value = widen_int8(next_value, tl.float32) * next_value_scale.to(tl.float32)[:, None]
+                value = value.to(compute_dtype)
+                key_scale = next_key_scale.to(tl.float32)
+                ahead = slot + BLOCK_N
+                next_key, next_value = load_tile(key_base, value_base, ahead, offs_d, last, D, True)
+                next_key_scale, next_value_scale = load_scales(key_scale_ptr, value_scale_ptr, entry, ahead, last)
+            else:
+                key, value = load_tile(key_base, value_base, slot, offs_d, end, D, is_edge)
+            scores = tl.dot(query, tl.trans(key)) * scale_log2e  # [BLOCK_M, BLOCK_N]
+            if IS_INT8:
+                scores *= key_scale[None, :]
             if is_edge:
                 visible = (slot[None, :] <= (cached + offs_m)[:, None]) & (slot < end)[None, :]
                 scores = tl.where(visible, scores, float("-inf"))

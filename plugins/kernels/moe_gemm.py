@@ -13,40 +13,67 @@ exactly dequantized weights. Sums are fp32. Requires K to be a multiple of BLOCK
 import triton
 import triton.language as tl
 
+from plugins.kernels.codes import widen_int4, widen_int8
+
 _QUANT_BLOCK = tl.constexpr(128)  # elements along K that share a scale of int4 weights
 
 
 @triton.jit
-def weight_tile(
-    weight_ptr,
-    zero_ptr,
-    row,
-    mask,
-    start_k,
-    K,
-    has_zeros,
-    dtype: tl.constexpr,
-    WEIGHT_BITS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Codes (or 16-bit weights) [BLOCK_N, BLOCK_K] of rows `row` (int64, index into E·N), in `dtype`."""
-    if WEIGHT_BITS == 4:
-        offs = start_k // 2 + tl.arange(0, BLOCK_K // 2)
-        packed = tl.load(weight_ptr + row[:, None] * (K // 2) + offs[None, :], mask=mask[:, None], other=0)
-        codes = tl.interleave(packed & 15, (packed >> 4) & 15)  # [BLOCK_N, BLOCK_K]
-        block = row * (K // _QUANT_BLOCK) + start_k // _QUANT_BLOCK
-        zero = tl.load(zero_ptr + block, mask=mask & (has_zeros != 0), other=8)  # [BLOCK_N]
-        return (codes - zero[:, None]).to(dtype)
-    else:
-        offs = start_k + tl.arange(0, BLOCK_K)
-        return tl.load(weight_ptr + row[:, None] * K + offs[None, :], mask=mask[:, None], other=0).to(dtype)
+def load_block(scale_ptr, zero_ptr, row, mask, start_k, K, has_zeros):
+    """Scales [N] and zeros [N], as they are stored, of int4 rows `row` in the block of K that holds start_k."""
+    block = row * (K // _QUANT_BLOCK) + start_k // _QUANT_BLOCK
+    scale = tl.load(scale_ptr + block, mask=mask, other=0.0)
+    return scale, tl.load(zero_ptr + block, mask=mask & (has_zeros != 0), other=8)
 
 
 @triton.jit
-def scale_tile(scale_ptr, row, mask, start_k, K, WEIGHT_BITS: tl.constexpr):
-    """Scales [BLOCK_N] of rows `row` for the block of K that holds start_k, fp32."""
-    place = row * (K // _QUANT_BLOCK) + start_k // _QUANT_BLOCK if WEIGHT_BITS == 4 else row
-    return tl.load(scale_ptr + place, mask=mask, other=0.0).to(tl.float32)
+def product(
+    source,
+    weight_ptr,
+    scale_ptr,
+    zero_ptr,
+    mask_m,
+    row,
+    mask_n,
+    K,
+    has_zeros,
+    WEIGHT_BITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Gives x · weights^T, [M, N] fp32.
+
+    source [M] points to rows of x (fp16 or bf16), each K long; row [N] int64 are rows of the weights, index into E·N.
+    Those outside mask_m [M] and mask_n [N] aren't read. Of int4, low nibbles meet x's even columns and high ones its
+    odd columns, in a product each, so that codes needn't be put in order.
+    """
+    dtype: tl.constexpr = source.dtype.element_ty
+    PER_BYTE: tl.constexpr = 2 if WEIGHT_BITS == 4 else 1
+    rows_m: tl.constexpr = mask_m.shape[0]
+    offs_k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    offs_w = tl.arange(0, BLOCK_K // PER_BYTE)
+    acc = tl.zeros([rows_m, row.shape[0]], tl.float32)
+    if WEIGHT_BITS == 4:
+        next_scale, next_zero = load_block(scale_ptr, zero_ptr, row, mask_n, 0, K, has_zeros)
+    for start_k in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
+        x = tl.load(source[:, None] + (start_k + offs_k)[None, :], mask=mask_m[:, None], other=0.0)
+        place = row[:, None] * (K // PER_BYTE) + (start_k // PER_BYTE + offs_w)[None, :]
+        tile = tl.load(weight_ptr + place, mask=mask_n[:, None], other=0)
+        if WEIGHT_BITS == 4:
+            scale, zero = next_scale, next_zero
+            ahead = start_k + BLOCK_K
+            next_scale, next_zero = load_block(scale_ptr, zero_ptr, row, mask_n & (ahead < K), ahead, K, has_zeros)
+            even, odd = tl.split(tl.reshape(x, [rows_m, BLOCK_K // 2, 2]))
+            low, high = widen_int4(tile, zero.to(tl.float32), dtype)
+            part = tl.dot(even, tl.trans(low))
+            acc += tl.dot(odd, tl.trans(high), acc=part) * scale.to(tl.float32)[None, :]
+        elif WEIGHT_BITS == 8:
+            acc = tl.dot(x, tl.trans(widen_int8(tile, dtype)), acc=acc)
+        else:
+            acc = tl.dot(x, tl.trans(tile), acc=acc)
+    if WEIGHT_BITS == 8:  # a row's scale, once
+        acc *= tl.load(scale_ptr + row, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    return acc
 
 
 @triton.jit
@@ -64,46 +91,38 @@ def gate_up_product(
     F,
     has_zeros,
     WEIGHT_BITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """inner[entry] = silu(gate · x) · (up · x) of hidden[token], BLOCK_N columns from program_id(1) · BLOCK_N on.
 
-    token, entry, mask_m [BLOCK_M] int32 and bool.
+    token, entry, mask_m [BLOCK_M] int32 and bool. Rows of gate and up take turns in one product, whose warps then share
+    out its columns, and a thread has both of a pair.
     """
-    dtype = hidden_ptr.dtype.element_ty
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    offs_k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    mask_n = offs_n < F
-    gate_row = expert.to(tl.int64) * 2 * F + offs_n  # [BLOCK_N]
-    up_row = gate_row + F
-    source = hidden_ptr + token.to(tl.int64)[:, None] * M + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start_k in tl.range(0, M, BLOCK_K, num_stages=NUM_STAGES):
-        x = tl.load(source + start_k, mask=mask_m[:, None], other=0.0)
-        gate_weight = weight_tile(
-            weight_ptr, zero_ptr, gate_row, mask_n, start_k, M, has_zeros, dtype, WEIGHT_BITS, BLOCK_K
-        )
-        up_weight = weight_tile(
-            weight_ptr, zero_ptr, up_row, mask_n, start_k, M, has_zeros, dtype, WEIGHT_BITS, BLOCK_K
-        )
-        if WEIGHT_BITS == 4:
-            gate_scale = scale_tile(scale_ptr, gate_row, mask_n, start_k, M, WEIGHT_BITS)
-            up_scale = scale_tile(scale_ptr, up_row, mask_n, start_k, M, WEIGHT_BITS)
-            gate += tl.dot(x, tl.trans(gate_weight)) * gate_scale[None, :]
-            up += tl.dot(x, tl.trans(up_weight)) * up_scale[None, :]
-        else:
-            gate = tl.dot(x, tl.trans(gate_weight), acc=gate)
-            up = tl.dot(x, tl.trans(up_weight), acc=up)
-    if WEIGHT_BITS == 8:
-        gate *= scale_tile(scale_ptr, gate_row, mask_n, 0, M, WEIGHT_BITS)[None, :]
-        up *= scale_tile(scale_ptr, up_row, mask_n, 0, M, WEIGHT_BITS)[None, :]
+    offs_r = tl.arange(0, 2 * BLOCK_N)  # [2·BLOCK_N]
+    column = tl.program_id(1) * BLOCK_N + offs_r // 2
+    row = expert.to(tl.int64) * 2 * F + offs_r % 2 * F + column
+    source = hidden_ptr + token.to(tl.int64) * M  # [BLOCK_M]
+    both = product(
+        source,
+        weight_ptr,
+        scale_ptr,
+        zero_ptr,
+        mask_m,
+        row,
+        column < F,
+        M,
+        has_zeros,
+        WEIGHT_BITS,
+        BLOCK_K,
+        NUM_STAGES,
+    )
+    gate, up = tl.split(tl.reshape(both, [both.shape[0], BLOCK_N, 2]))
     inner = gate / (1.0 + tl.exp(-gate)) * up
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     place = entry.to(tl.int64)[:, None] * F + offs_n[None, :]
-    tl.store(inner_ptr + place, inner.to(dtype), mask=mask_m[:, None] & mask_n[None, :])
+    tl.store(inner_ptr + place, inner.to(inner_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < F)[None, :])
 
 
 @triton.jit
@@ -121,29 +140,18 @@ def down_product(
     F,
     has_zeros,
     WEIGHT_BITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """partial[entry] = (down · inner[entry]) · expert_weights[entry], for the columns of program_id(1)."""
-    dtype = inner_ptr.dtype.element_ty
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    offs_k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
     mask_n = offs_n < M
     row = expert.to(tl.int64) * M + offs_n  # [BLOCK_N]
-    source = inner_ptr + entry.to(tl.int64)[:, None] * F + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start_k in tl.range(0, F, BLOCK_K, num_stages=NUM_STAGES):
-        x = tl.load(source + start_k, mask=mask_m[:, None], other=0.0)
-        weight = weight_tile(weight_ptr, zero_ptr, row, mask_n, start_k, F, has_zeros, dtype, WEIGHT_BITS, BLOCK_K)
-        if WEIGHT_BITS == 4:
-            scale = scale_tile(scale_ptr, row, mask_n, start_k, F, WEIGHT_BITS)
-            acc += tl.dot(x, tl.trans(weight)) * scale[None, :]
-        else:
-            acc = tl.dot(x, tl.trans(weight), acc=acc)
-    if WEIGHT_BITS == 8:
-        acc *= scale_tile(scale_ptr, row, mask_n, 0, F, WEIGHT_BITS)[None, :]
+    source = inner_ptr + entry.to(tl.int64) * F  # [BLOCK_M]
+    acc = product(
+        source, weight_ptr, scale_ptr, zero_ptr, mask_m, row, mask_n, F, has_zeros, WEIGHT_BITS, BLOCK_K, NUM_STAGES
+    )
     acc *= tl.load(expert_weights_ptr + entry, mask=mask_m, other=0.0)[:, None]
     place = entry.to(tl.int64)[:, None] * M + offs_n[None, :]
     tl.store(partial_ptr + place, acc, mask=mask_m[:, None] & mask_n[None, :])
@@ -212,7 +220,6 @@ def moe_gate_up(
         F,
         has_zeros,
         WEIGHT_BITS,
-        BLOCK_M,
         BLOCK_N,
         BLOCK_K,
         NUM_STAGES,
@@ -264,7 +271,6 @@ def moe_down(
         F,
         has_zeros,
         WEIGHT_BITS,
-        BLOCK_M,
         BLOCK_N,
         BLOCK_K,
         NUM_STAGES,
@@ -316,7 +322,6 @@ def moe_decode_gate_up(
         F,
         has_zeros,
         WEIGHT_BITS,
-        BLOCK_M,
         BLOCK_N,
         BLOCK_K,
         NUM_STAGES,
@@ -364,7 +369,6 @@ def moe_decode_down(
         F,
         has_zeros,
         WEIGHT_BITS,
-        BLOCK_M,
         BLOCK_N,
         BLOCK_K,
         NUM_STAGES,

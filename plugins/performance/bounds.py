@@ -11,10 +11,8 @@ from qwen_aot_errors import BuildError
 
 # Assumed, not measured: from a load to its data in a busy GPU, about twice that of an idle one.
 LATENCY_SECONDS = 0.6e-6
-# Assumed, not measured: conversions of small integers to floating point, of one SM in one cycle. It is the rate of the
-# unit that also makes reciprocals and exponentials (CUDA C++ Programming Guide, throughput of native arithmetic
-# instructions), and I2F is one of its instructions.
-CONVERSIONS_PER_CYCLE = 16
+# Warp instructions that an SM starts in a cycle, one by each of its four schedulers.
+ISSUES_PER_CYCLE = 4
 _DEPENDENT_LOADS = (
     2  # before a program's loop: the row's lengths or the expert, then the first tile's addresses are known
 )
@@ -77,18 +75,18 @@ class Bound:
 
     memory: float
     tensor: float
-    conversion: float
+    issue: float
     latency: float
 
     @property
     def seconds(self) -> float:
         """The largest."""
-        return max(self.memory, self.tensor, self.conversion, self.latency)
+        return max(self.memory, self.tensor, self.issue, self.latency)
 
     @property
     def reason(self) -> str:
         """Which is the largest."""
-        reasons = {name: getattr(self, name) for name in ("memory", "tensor", "conversion", "latency")}
+        reasons = {name: getattr(self, name) for name in ("memory", "tensor", "issue", "latency")}
         return max(reasons, key=lambda name: reasons[name])
 
 
@@ -124,7 +122,7 @@ def bound(gpu: Gpu, cost: Cost, resources: Resources) -> Bound:
 
     Memory counts each byte once; the keys and values of a head that exceed L2, once for each wave of the programs that
     read them, which are taken to go through them in step. Latency is that of the longest chain of loads: waves times
-    the steps of a program, of which `num_stages - 1` are in flight.
+    the steps of a program, of which `num_stages - 1` are in flight. Issue counts the instructions of the loop alone.
     """
     filled = occupancy(gpu, cost, resources)
     moved = cost.distinct_bytes
@@ -137,8 +135,9 @@ def bound(gpu: Gpu, cost: Cost, resources: Resources) -> Bound:
     return Bound(
         memory=moved / gpu.bytes_per_second,
         tensor=cost.tensor_flops / gpu.tensor_flops,
-        conversion=cost.conversions
-        * resources.conversion_repeats
-        / (CONVERSIONS_PER_CYCLE * gpu.sm_count * gpu.clock_hz),
+        issue=cost.total_steps
+        * cost.variant.num_warps
+        * resources.step_instructions
+        / (ISSUES_PER_CYCLE * gpu.sm_count * gpu.clock_hz),
         latency=-(-cost.working // (filled.resident * gpu.sm_count)) * chain * LATENCY_SECONDS,
     )

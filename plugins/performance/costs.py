@@ -43,8 +43,8 @@ class Cost:
         writes: Likewise.
         tensor_flops: Operations of tensor-core products, two a multiply-add, padding of tiles included.
         useful_flops: What of all products is of valid tokens and heads.
-        conversions: Integers that are converted to floating point, each counted once a tile.
         steps: Of the loop over K or over slots, in the program that has most.
+        total_steps: Of all programs together.
         live_bytes: Keys and values of one row and head under prefill, which several programs read; else 0.
         readers: Programs that read them, those of a group's query heads together.
         splits: Parts that decode divides a row into.
@@ -57,8 +57,8 @@ class Cost:
     writes: Mapping[str, Access]
     tensor_flops: int = 0
     useful_flops: int = 0
-    conversions: int = 0
     steps: int = 1
+    total_steps: int = 0
     live_bytes: int = 0
     readers: int = 1
     splits: int = 1
@@ -172,8 +172,8 @@ def attention_costs(
         writes={"output": _once(tokens * num_heads * head_dim * _HALF)},
         tensor_flops=per_head * steps * tile,
         useful_flops=per_head * visible * 4 * head_dim,
-        conversions=per_head * steps * 2 * block_n * head_dim if scale else 0,
         steps=longest,
+        total_steps=per_head * steps,
         live_bytes=2 * length * head_bytes,
         readers=programs[0] * group,
     )
@@ -210,12 +210,13 @@ def _decode_costs(
     block_n, tile = variant.constants["BLOCK_N"], variant.constants["GROUP"]
     steps = sum(_cdiv(min(size, length - start), block_n) for start in range(0, length, size))
     pairs = batch * num_kv_heads
+    query = batch * num_heads * head_dim * _HALF
+    output = {"output": _once(query)}
     partial = {
         "partial": _once(batch * num_heads * parts * head_dim * _FLOAT),
         "partial_lse": _once(batch * num_heads * parts * _FLOAT),
     }
     useful = batch * num_heads * length * 4 * head_dim
-    query = batch * num_heads * head_dim * _HALF
     programs = math.prod(variant.grid({"num_splits": splits, "Hkv": num_kv_heads, "B": batch}))
     decode = Cost(
         variant,
@@ -226,18 +227,19 @@ def _decode_costs(
             **_cache_accesses(pairs * length, pairs * length, head_dim * (1 if scale else _HALF), scale),
             **_lengths(batch, programs),
         },
-        writes=partial,
+        writes=output if parts == 1 else partial,
         tensor_flops=pairs * steps * 4 * tile * block_n * head_dim if tile > 1 else 0,
         useful_flops=useful,
-        conversions=pairs * steps * 2 * block_n * head_dim if scale else 0,
         steps=_cdiv(min(size, length), block_n),
+        total_steps=pairs * steps,
         splits=parts,
     )
     variant = select(sm, "gqa_reduce", **facts)
     programs = math.prod(variant.grid({"H": num_heads, "B": batch}))
-    reads = {**partial, **_lengths(batch, programs)}
-    reduce = Cost(variant, programs, programs, reads=reads, writes={"output": _once(query)})
-    return [decode, reduce]
+    lengths = _lengths(batch, programs)
+    if parts == 1:  # decode has written the output
+        return [decode, Cost(variant, programs, 0, reads=lengths, writes={})]
+    return [decode, Cost(variant, programs, programs, reads={**partial, **lengths}, writes=output)]
 
 
 def split(length: int, splits: int, least: int) -> tuple[int, int]:
@@ -298,6 +300,7 @@ def expert_costs(
         matrices = rows // outputs  # gate and up, or down
         read = num_tokens if source == "hidden" else entries
         weights = _weight_bytes(kernel, rows, depth, bits, has_zeros)
+        again = QUANT_BLOCK // block_k if bits == 4 else 1  # a step loads the scales and zeros of its block of K
         written = outputs * (_HALF if target == "inner" else _FLOAT)
         launched, working = math.prod(variant.grid(sizes)), blocks * columns
         tile = matrices * block_m * columns * block_n * depth
@@ -317,14 +320,17 @@ def expert_costs(
             working,
             reads={
                 source: Access(entries * depth * _HALF * columns, read * depth * _HALF),
-                **{name: Access(blocks * size, chosen * size) for name, size in weights.items()},
+                **{
+                    name: Access(blocks * size * (1 if name == kernel else again), chosen * size)
+                    for name, size in weights.items()
+                },
                 **places,
             },
             writes={target: _once(entries * written)},
             tensor_flops=blocks * 2 * tile,
             useful_flops=2 * entries * rows * depth,
-            conversions=blocks * matrices * columns * block_n * depth if bits < 16 else 0,
             steps=_cdiv(depth, block_k),
+            total_steps=working * _cdiv(depth, block_k),
         )
 
     gate_up = product("gate_up", 2 * inner_size, inner_size, hidden_size, "hidden", "inner")

@@ -13,15 +13,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from plugins.aot import cuda_tool
+from plugins.aot import TENSOR_CORE, cuda_tool
 from plugins.variants import Variant, variants
 from qwen_aot_errors import BuildError
 
 SMS = ("8.7", "8.9")
 FILE = Path(__file__).with_name("resources.json")
 
-# Integer to floating point, one lane an instruction. I2F of 32-bit sizes and reciprocals (I2F.RP) is no part of tiles.
-_CONVERSION = re.compile(r"\bI2F(?:\.F16)?\.[SU](?:8|16)\b")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);")
+_BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
+_LOOPING = ("gqa_prefill", "gqa_decode", "moe_gate_up", "moe_down", "moe_decode_gate_up", "moe_decode_down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +32,13 @@ class Resources:
     Attributes:
         registers: Of each thread.
         shared_bytes: Of the program.
-        conversion_repeats: How often each integer of a tile is converted: once, or by several warps that each need all.
+        step_instructions: Of one warp in one step of the loop over K or over slots (of two loops, the unmasked one);
+            0 of kernels without one.
     """
 
     registers: int
     shared_bytes: int
-    conversion_repeats: float
+    step_instructions: int
 
 
 @functools.cache
@@ -84,23 +86,28 @@ def measured(folder: Path, sms: tuple[str, ...] = SMS) -> dict[str, dict[str, Re
             result[sm][variant.name] = Resources(
                 entry["resources"]["registers"],
                 entry["shared_bytes"],
-                _conversion_repeats(variant, target / entry["file"]),
+                step_instructions(cuda_tool("cuobjdump", "--dump-sass", str(target / entry["file"])))
+                if variant.kernel in _LOOPING
+                else 0,
             )
     return result
 
 
-def _conversion_repeats(variant: Variant, cubin: Path) -> float:
-    constants = variant.constants
-    if constants.get("IS_INT8") and variant.kernel in ("gqa_prefill", "gqa_decode"):
-        tile = 2 * constants["BLOCK_N"] * constants["D"]  # keys and values
-    elif constants.get("WEIGHT_BITS", 16) < 16:
-        matrices = 2 if variant.kernel.endswith("gate_up") else 1
-        tile = matrices * constants["BLOCK_N"] * constants["BLOCK_K"]
-    else:
-        return 1.0
-    loops = 2 if variant.kernel == "gqa_prefill" else 1  # with and without a mask
-    found = len(_CONVERSION.findall(cuda_tool("cuobjdump", "--dump-sass", str(cubin))))
-    return found * 32 * variant.num_warps / (tile * loops)
+def step_instructions(sass: str) -> int:
+    """Instructions of a kernel's main loop: the one with most tensor-core instructions, else the longest.
+
+    Of loops with equally many, it is the shortest: the other one's are masks.
+    """
+    listed = [(int(address, 16), text) for address, text in _INSTRUCTION.findall(sass)]
+    bodies = []
+    for address, text in listed:
+        branch = _BRANCH.search(text)
+        if branch is not None and int(branch[1], 16) < address:
+            bodies.append([inside for at, inside in listed if int(branch[1], 16) <= at <= address])
+    products = [sum(bool(TENSOR_CORE.search(text)) for text in body) for body in bodies]
+    if any(products):
+        return min(len(body) for body, count in zip(bodies, products, strict=True) if count == max(products))
+    return max(map(len, bodies), default=0)
 
 
 def write(folder: Path) -> None:

@@ -137,7 +137,7 @@ def attention_bytes() -> str:
                     step.name,
                     *(_number(cost.distinct_bytes / 1e6) for cost in (rotate, attend, attend_int8)),
                     _number(attend.requested_bytes / attend.distinct_bytes),
-                    _number(rest[0].distinct_bytes / 1e6) if rest else "–",
+                    _number(rest[0].distinct_bytes / 1e6) if rest and rest[0].working else "–",
                     _number(attend.useful_flops / 1e9),
                     _number(attend.tensor_flops / 1e9) if attend.tensor_flops else "–",
                 )
@@ -163,7 +163,7 @@ def attention_bounds(device: str) -> str:
                     _fill(gpu, attend),
                     _cell(gpu, attend_int8),
                     _fill(gpu, attend_int8),
-                    _cell(gpu, rest[0]) if rest else "–",
+                    _cell(gpu, rest[0]) if rest and rest[0].working else "–",
                 )
 
     fill = "programs, waves, occupancy"

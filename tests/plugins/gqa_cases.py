@@ -35,6 +35,7 @@ class GqaStep:
     group: int = 1
     capacity: int = 0
     sm_count: int = 4
+    sm: str = SM
     seed: int = 0
     tensors: dict[str, torch.Tensor | None] = field(init=False)
 
@@ -103,7 +104,7 @@ class GqaStep:
         output_shape = (batch, self.steps, self.num_heads * self.head_dim)
         output = torch.full(output_shape, math.nan, dtype=DTYPES[self.dtype], device=device)
         launches = gqa_launches(
-            SM,
+            self.sm,
             self.sm_count,
             **on_device,  # type: ignore[arg-type]
             output=output,

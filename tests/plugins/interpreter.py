@@ -7,12 +7,16 @@ dot widens its operands to fp32, and arithmetic on bf16 itself is an error: kern
 Masks. A comparison keeps its operands' type, so that a scalar one becomes an integer when it is broadcast: typed int1.
 
 Speed. Calling one kernel function from another patches all of triton.language each time, though it is patched already.
+Each integer operation is checked for overflow by ten others, whose result is dropped unless Triton is debugged. Each
+tensor and type makes its shape anew.
 
 Bytes. `counting` records, for each tensor it is given, the unmasked lanes of each load and store times the element's
 size. A lane outside all of them is an error, so that a read beyond a tensor doesn't pass unseen.
 """
 
 import contextlib
+import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -80,6 +84,34 @@ def _call(self: InterpretedFunction, *arguments: object, **keywords: object) -> 
     return self.rewrite()(*arguments, **keywords)
 
 
+_blocks: dict[tuple[object, ...], dict[str, object]] = {}  # what a block's type has, by element type and sizes
+_shapes: dict[str, tuple[tl.tuple, tl.constexpr]] = {}  # shape and number of elements of tensors, by type
+_numpy_types: dict[str, np.dtype] = {}
+_init_block, _find_numpy_type = tl.block_type.__init__, interpreter._get_np_dtype
+
+
+def _init_block_type(self: tl.block_type, element_ty: tl.dtype, shape: list[object]) -> None:
+    key = (element_ty.name, *[getattr(size, "value", size) for size in shape])
+    if key not in _blocks:
+        _init_block(self, element_ty, shape)
+        _blocks[key] = dict(self.__dict__)
+    self.__dict__.update(_blocks[key])
+
+
+def _numpy_type(type: tl.dtype) -> np.dtype:
+    if type.name not in _numpy_types:
+        _numpy_types[type.name] = _find_numpy_type(type)
+    return _numpy_types[type.name]
+
+
+def _init_tensor(self: tl.tensor, handle: TensorHandle, type: tl.dtype) -> None:
+    if type.name not in _shapes:
+        shape = type.shape if type.is_block() else ()
+        _shapes[type.name] = (tl.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(math.prod(shape)))
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _shapes[type.name]
+
+
 def install() -> None:
     """Replaces what the module's docstring names, for good."""
     _builder.cast_impl = _cast
@@ -87,6 +119,10 @@ def install() -> None:
     _builder.create_dot = _dot
     _builder.binary_op = _binary
     InterpretedFunction.__call__ = _call
+    tl.block_type.__init__ = _init_block_type
+    tl.tensor.__init__ = _init_tensor
+    interpreter._get_np_dtype = _numpy_type
+    _builder.options = dataclasses.replace(_builder.options, sanitize_overflow=False)
     # Tensors are in host memory already: there is nothing to copy there and back.
     executor = interpreter.GridExecutor
     executor._init_args_hst = lambda self, arguments, keywords: (arguments, keywords)
@@ -112,7 +148,7 @@ def counting(tensors: Mapping[str, torch.Tensor]) -> Iterator[Traffic]:
     }
 
     def count(counter: Counter[str], pointers: TensorHandle, mask: TensorHandle) -> None:
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        addresses = pointers.data if mask.data.all() else pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
         if not addresses.size:
             return
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)

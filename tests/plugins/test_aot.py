@@ -1,14 +1,20 @@
+import ast
+import dataclasses
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from plugins import aot
 from plugins.aot import build, problems, source_hash
+from plugins.signatures import KERNELS
 from plugins.variants import variants
 from qwen_aot_errors import BuildError
 
@@ -16,10 +22,12 @@ REPOSITORY = Path(__file__).parents[2]
 ONLY = "gqa_[rd]e*-fp16-same-*"  # rotate is no match: decode for two head sizes and two group tiles
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "plugins.aot", "-o", str(folder), "--json", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    complete = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=complete)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +87,127 @@ def test_what_is_there_is_not_compiled_again_and_what_is_damaged_is(built):
     assert not any(entry["is_cached"] for entries in first["variants"].values() for entry in entries)
     assert damaged.read_bytes() == whole  # and a compilation can be repeated
     assert not stale.exists()
+
+
+@pytest.mark.parametrize("record", ["", "null", "[1]", '{"file": 3}', '{"file": "gone.cubin"}', "{}"])
+def test_a_damaged_record_is_no_record(built, record):
+    folder, _ = built
+    path = folder / "sm_121" / "gqa_decode-fp16-same-d64-g1_1.json"
+    whole = path.read_bytes()
+    variant = next(variant for variant in variants("12.1") if variant.name == path.stem)
+    expected = source_hash("12.1", variant)
+    assert aot._cached(path.parent, variant, expected) == json.loads(whole)
+    file = {"file": f"{path.stem}.cubin"}
+    for damaged in (record, json.dumps(file), json.dumps({**json.loads(whole), "source_hash": "another"})):
+        path.write_text(damaged)
+        assert aot._cached(path.parent, variant, expected) is None
+    path.write_bytes(whole)
+
+
+def test_hash_follows_what_a_kernel_imports_and_its_grid(tmp_path, monkeypatch):
+    files = {
+        "plugins.kernels.moe_align": "from plugins.kernels.helper import one\n",
+        "plugins.kernels.helper": "from plugins.kernels.other import two\n",
+        "plugins.kernels.other": "import math\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(
+        aot.importlib.util, "find_spec", lambda name: type("Spec", (), {"origin": str(tmp_path / name)})
+    )
+    variant = variants("8.9")[0]
+    hashes = {source_hash("8.9", variant)}
+    for number, name in enumerate(files, 2):
+        (tmp_path / name).write_text(f"{files[name]}# changed\n")
+        hashes.add(source_hash("8.9", variant))
+        assert len(hashes) == number
+    monkeypatch.setitem(
+        aot.KERNELS, variant.kernel, dataclasses.replace(aot.KERNELS[variant.kernel], grid=((("E",), 2),))
+    )
+    assert source_hash("8.9", variant) not in hashes  # or the library would launch with the grid of an old entry
+
+
+def test_kernels_import_nothing_that_the_hash_does_not_cover():
+    for kernel in KERNELS.values():
+        for path in aot._sources(kernel.module):
+            tree = ast.parse(path.read_bytes())
+            names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+            names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+            outside = {name for name in names if not name.startswith("plugins.kernels.")}
+            assert outside <= {"triton", "triton.language"}, path
+
+
+def test_compiler_variables_of_the_environment_change_nothing(built, tmp_path):
+    folder, _ = built
+    name = "gqa_decode-fp16-same-d64-g1_1"
+    environment = {"PTXAS_OPTIONS": "--opt-level=0", "TRITON_FORCE_DISABLE_FP_FUSION": "1"}
+    done = run(tmp_path, "--sm", "12.1", "--only", name, environment=environment)
+    assert done.returncode == 0, done.stderr
+    file = f"sm_121/{name}.cubin"
+    assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_ctrl_c_stops_soon_and_keeps_what_was_compiled(tmp_path):
+    command = [sys.executable, "-m", "plugins.aot", "-o", str(tmp_path), "--sm", "8.9", "--jobs", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    # A session of its own: as at a terminal, all of its processes get the signal; and as there, none ignores it.
+    with subprocess.Popen(
+        command,
+        text=True,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("[1/58]")
+        os.killpg(process.pid, signal.SIGINT)
+        rest = process.stderr.read().splitlines()
+    assert process.returncode == 130
+    assert rest[-1] == "interrupted; what was compiled is kept" and len(rest) <= 4  # the pool had taken a few more
+    compiled = [path.stem for path in (tmp_path / "sm_89").glob("*.json")]
+    assert 1 <= len(compiled) <= 8
+    listed = {variant.name: variant for variant in variants("8.9")}
+    assert all(
+        aot._cached(tmp_path / "sm_89", listed[name], source_hash("8.9", listed[name])) is not None for name in compiled
+    )
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_kernel_that_does_not_compile_is_named(tmp_path, monkeypatch):
+    broken = dataclasses.replace(variants("8.9")[0], constants={"BLOCK": 1000})  # no power of two
+    monkeypatch.setattr(aot, "variants", lambda sm: (broken,))
+    with pytest.raises(BuildError, match=r"moe_count for SM 8\.9 doesn't compile: (?s:.*)power of 2"):
+        build(["8.9"], tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    done = run(tmp_path, "-o", str(tmp_path / "file"))
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path / 'file'}")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"old")
+
+    def fail(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(aot.os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        aot._write(tmp_path / "file", b"new")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def test_a_spill_is_seen_in_the_machine_code(tmp_path, monkeypatch):
+    """64 slots of an int8 cache, converted by 4 warps, are more than their registers hold."""
+    (good,) = [variant for variant in variants("8.0") if variant.name == "gqa_prefill-fp16-int8-d128"]
+    bad = dataclasses.replace(good, constants={**good.constants, "BLOCK_N": 64}, num_warps=4)
+    monkeypatch.setattr(aot, "variants", lambda sm: (bad,))
+    with pytest.raises(BuildError, match=r"gqa_prefill-fp16-int8-d128 for SM 8\.0 spills \d+ bytes"):
+        build(["8.0"], tmp_path)
 
 
 def test_hash_follows_source_constants_and_sm(tmp_path, monkeypatch):

@@ -56,8 +56,7 @@ def test_decode_attention_reads_each_valid_key_and_value_once(group, is_int8, he
     assert traffic.read["key"] == traffic.read["value"] == valid * head_dim * element
     assert traffic.read["key_scale"] == traffic.read["value_scale"] == (valid * 2 if is_int8 else 0)
     cache = sum(traffic.read[name] for name in ("key", "value", "key_scale", "value_scale"))
-    # With q, lengths and the parts' results, of both kernels. 16 heads' q and result alone are 5 % of 512 slots.
-    assert sum(traffic.read.values()) <= (ALLOWED if group <= 8 else 1.10) * cache
+    assert sum(traffic.read.values()) <= ALLOWED * cache  # with q, lengths and the parts' results, of both kernels
     # What is written of the cache: one slot of each row and head that isn't idle.
     assert rotate.written["key"] == sum(length > 0 for length in lengths) * 2 * head_dim * element
 
@@ -96,13 +95,13 @@ def test_decode_experts_read_each_chosen_expert_once(form, num_tokens, routing):
 @pytest.mark.slow
 def test_experts_of_a_real_size():
     """Qwen1.5-MoE-A2.7B: hidden 2048, 60 experts of 1408, 4 a token."""
-    ids = torch.tensor([[59, 0, 31, 7], [7, 12, 59, 58]], dtype=torch.int32)
-    step = MoeStep(num_tokens=2, num_experts=60, k=4, hidden_size=2048, inner_size=1408, form="8", expert_ids=ids)
+    ids = torch.tensor([[59, 0, 31, 7], [7, 59, 0, 31]], dtype=torch.int32)
+    step = MoeStep(num_tokens=2, num_experts=60, k=4, hidden_size=2048, inner_size=1408, form="4", expert_ids=ids)
     tensors, launches = step.prepare(CPU)
     with counting(tensors) as traffic:
         for launch in launches:
             launch.run()
     assert_close(tensors["output"], step.expected())
-    numbers = 6 * 3 * 2048 * 1408  # of 6 different experts
+    numbers = 4 * 3 * 2048 * 1408  # of 4 different experts
     weights = sum(count for name, count in traffic.read.items() if name.startswith(("gate_up", "down")))
-    assert weights == numbers + 6 * (2 * 1408 + 2048) * 2
+    assert weights == numbers // 2 + numbers // 128 * 2

@@ -1,10 +1,13 @@
+import itertools
+
 import pytest
 import torch
 
 from plugins.launch import gqa_launches
-from plugins.variants import select
+from plugins.variants import CACHES, HEAD_DIMS, SMS, select
 from qwen_aot_errors import BuildError
 from tests.plugins.bounds import assert_close
+from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.gqa_cases import SM, GqaStep
 from tests.plugins.pairs import identifier, pairwise
 
@@ -67,6 +70,24 @@ def test_decode(case, device):
     # A negative number is an idle row with that many tokens in its cache.
     lengths = [(abs(past), int(past >= 0)) for past in case.pop("pasts")]
     check(GqaStep(lengths=lengths, steps=1, **case), device)
+
+
+def tiles_of_other_sms() -> list[tuple[str, str, int]]:
+    """(SM, cache, head size) for each tile of prefill that `SM` doesn't have: its edges lie elsewhere."""
+    found: dict[tuple[str | int, ...], tuple[str, str, int]] = {}
+    for sm in (SM, *SMS):
+        for cache, head_dim in itertools.product(CACHES, HEAD_DIMS):
+            constants = select(sm, "gqa_prefill", dtype="fp16", cache=cache, head_dim=head_dim).constants
+            found.setdefault((cache, head_dim, constants["BLOCK_M"], constants["BLOCK_N"]), (sm, cache, head_dim))
+    return [case for case in found.values() if case[0] != SM]
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="another SM's tiles needn't fit this one")
+@pytest.mark.parametrize(("sm", "cache", "head_dim"), tiles_of_other_sms())
+def test_prefill_with_tiles_of_other_sms(sm, cache, head_dim, device):
+    lengths = [(62, 130), (0, 129), (65, 64), (7, 0)]
+    step = GqaStep(lengths=lengths, steps=130, head_dim=head_dim, is_int8=cache == "int8", num_kv_heads=1, sm=sm)
+    check(step, device)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(40, 8), (64, 8), (28, 4), (9, 3)])

@@ -18,7 +18,7 @@ from tests.plugins.gqa_cases import GqaStep
 if not IS_INTERPRETED:
     pytest.skip("launches are executed in Triton's interpreter only", allow_module_level=True)
 
-STEP = GqaStep(lengths=[(600, 1), (3, 1)], steps=1, group=2)
+STEP = GqaStep(lengths=[(600, 1), (3, 1), (530, 1)], steps=1, group=2)  # two parts, one, and two
 BUFFERS = ("query", "partial", "partial_lse")
 
 
@@ -59,8 +59,8 @@ NOTICED: dict[str, tuple[Callable[[list[Call]], Any], str]] = {
         "partial_lse overlaps partial",
     ),
     "moved": (lambda calls: move(calls[1], "query_ptr", 16), "query moves between launches"),
-    "grid too large": (lambda calls: setattr(calls[0], "grid", (3, 1)), "beyond the end of|in none of"),
-    "grid too small": (lambda calls: setattr(calls[2], "grid", (4, 1)), "256 elements were not written"),
+    "grid too large": (lambda calls: setattr(calls[0], "grid", (4, 1)), "beyond the end of|in none of"),
+    "grid too small": (lambda calls: setattr(calls[2], "grid", (4, 2)), "256 elements were not written"),
     "order of pointers": (lambda calls: exchange(calls[1], "key_ptr", "value_ptr"), r"off by [\d.]+ units"),
     "order of sizes": (lambda calls: exchange(calls[1], "num_heads", "group"), "off by|beyond the end of|in none of"),
 }
