@@ -58,8 +58,7 @@ FLAVOURS = (
         ".plan",
         "tensorrt",
         "TensorRT",
-        "pip install tensorrt=={version} --extra-index-url https://pypi.nvidia.com (on a Jetson: apt install "
-        "python3-libnvinfer)",
+        "pip install tensorrt=={version} (on a Jetson: apt install python3-libnvinfer)",
         captures_graphs=False,
         compiles_on_device=False,
         builds_for_others=False,

@@ -28,12 +28,11 @@ CPU_FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "am
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """A package that a target needs, from which version on, and the extra that brings it (with pip's `options`)."""
+    """A package that a target needs, from which version on, and the extra that brings it."""
 
     package: str
     extra: str
     at_least: tuple[int, ...] = ()
-    options: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ class TargetNeeds:
 _EXPORT = tuple(Need(name, "build") for name in ("torch", "onnx", "onnx-ir", "onnxscript", "ml-dtypes"))
 _ONNXRUNTIME = Need("onnxruntime", "cpu", (1, 32))
 _TENSORRT_RTX = Need("tensorrt-rtx-cu13", "tensorrt-rtx", (1, 7))
-_TENSORRT = Need("tensorrt", "tensorrt", (10, 13), options=" --extra-index-url https://pypi.nvidia.com")
+_TENSORRT = Need("tensorrt", "tensorrt", (10, 13))
 TARGETS: Mapping[str, TargetNeeds] = {
     "cpu": TargetNeeds(build=(*_EXPORT, _ONNXRUNTIME), run=(_ONNXRUNTIME,)),
     "cuda": TargetNeeds(
@@ -154,7 +153,7 @@ def lacks_plugins(target: str) -> list[str]:
 
 def lack(need: Need) -> str | None:
     """What is missing for a need and how to get it; None if it is met."""
-    remedy = f"pip install 'qwen-aot[{need.extra}]'{need.options}"
+    remedy = f"pip install 'qwen-aot[{need.extra}]'"
     found = version(need.package)
     if found is None:
         return f"{need.package} isn't installed: {remedy}"

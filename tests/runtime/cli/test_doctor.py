@@ -37,10 +37,7 @@ def test_what_the_tensorrt_targets_lack(run: Run, monkeypatch: pytest.MonkeyPatc
     targets = json.loads(run("doctor", "--json").stdout)["targets"]
     no_gpu = "no NVIDIA GPU or driver"
     assert targets["tensorrt-rtx"] == {"build_lacks": [], "run_lacks": [no_gpu]}
-    upgrade = (
-        "tensorrt is 10.9.0, 10.13 or newer is needed: "
-        "pip install 'qwen-aot[tensorrt]' --extra-index-url https://pypi.nvidia.com --upgrade"
-    )
+    upgrade = "tensorrt is 10.9.0, 10.13 or newer is needed: pip install 'qwen-aot[tensorrt]' --upgrade"
     assert targets["tensorrt"] == {"build_lacks": [upgrade, no_gpu], "run_lacks": [upgrade, no_gpu]}
     assert "'qwen-aot[tensorrt]'" in run("doctor").stdout  # brackets are text here, not markup
     monkeypatch.setattr(doctor, "gpus", lambda: [dict.fromkeys(("name", "compute_cap", "driver_version"), "1")])
