@@ -1,4 +1,4 @@
-"""Tensors of more than 2^31 elements: every kernel at their far end, in memory that is never filled.
+"""Tensors of more than 2^31 elements: attention and expert products at their far end, in memory that is never filled.
 
 Address space is all that such a tensor takes; pages are the few that a kernel touches. Programs run at chosen places of
 the grid, since a whole one would have millions. An address that wrapped lies outside its tensor, which `counting`
