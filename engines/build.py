@@ -11,22 +11,23 @@ from typing import Any
 
 import onnx_ir as ir
 
-from engines.builders import Builder, EngineFacts, builder_for
-from engines.profiles import profiles
-from engines.progress import OnProgress, ignore_progress
-from engines.resources import Estimate, check_resources, estimate
-from engines.spec import BuildSpec
-from engines.stages import Advance, StageCost, Stages
-from engines.versions import tool_versions
-from engines.write_bundle import BundleWriter, refuse_unless_replaceable
-from engines.write_folder import explained
-from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.config import ModelConfig
-from exporter.save import DATA_FILE, save_graph
-from exporter.trace import trace
-from exporter.weights import Traced, check_sources, chunk_bytes, output_bytes, output_bytes_of, stitch
-from qwen_aot_errors import BuildError
-from runtime.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, cache_capacity
+from qwen_aot.engines.builders import Builder, EngineFacts, builder_for
+from qwen_aot.engines.bundle.folder import explained
+from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
+from qwen_aot.engines.bundle.resources import Estimate, check_resources, estimate
+from qwen_aot.engines.bundle.stages import Advance, StageCost, Stages
+from qwen_aot.engines.bundle.versions import tool_versions
+from qwen_aot.engines.bundle.writer import BundleWriter, refuse_unless_replaceable
+from qwen_aot.engines.profiles import profiles
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.errors import BuildError
+from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
+from qwen_aot.exporter.graph.trace import trace
+from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.weights.stitch import Traced, check_sources, chunk_bytes, output_bytes, output_bytes_of, stitch
+from qwen_aot.runtime.bundle.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, cache_capacity
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
-from engines.spec import BuildSpec, Target
-from engines.stages import Advance
-from exporter.weights import Traced
-from runtime.manifest import IoTensor, Manifest, TensorRtFacts
+from qwen_aot.engines.bundle.stages import Advance
+from qwen_aot.engines.spec.build_spec import BuildSpec, Target
+from qwen_aot.exporter.weights.stitch import Traced
+from qwen_aot.runtime.bundle.manifest import IoTensor, Manifest, TensorRtFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,10 @@ class Builder(Protocol):
 
 # Modules, imported when a build needs them: a target's library may be absent.
 BUILDERS: Mapping[Target, str] = {
-    Target.CPU: "engines.onnxruntime",
-    Target.CUDA: "engines.cuda",
-    Target.TENSORRT_RTX: "engines.tensorrt",
-    Target.TENSORRT: "engines.tensorrt",
+    Target.CPU: "qwen_aot.engines.onnxruntime.cpu",
+    Target.CUDA: "qwen_aot.engines.onnxruntime.cuda",
+    Target.TENSORRT_RTX: "qwen_aot.engines.tensorrt.builder",
+    Target.TENSORRT: "qwen_aot.engines.tensorrt.builder",
 }
 
 

@@ -9,20 +9,20 @@ from typing import get_args
 
 import onnx_ir as ir
 
-from engines import onnxruntime
-from engines.progress import OnProgress, ignore_progress
-from engines.resources import check_resources, estimate
-from engines.spec import BuildSpec, Precision
-from engines.stages import StageCost, Stages
-from engines.write_folder import FolderWriter, explained
-from exporter.checkpoint.base import Checkpoint
-from exporter.config import ModelConfig
-from exporter.lowering import plugin, standard
-from exporter.lowering.standard_quantized import WeightFormat
-from exporter.save import DATA_FILE, MODEL_FILE, save_graph
-from exporter.trace import trace
-from exporter.weights import Traced, chunk_bytes, output_bytes, stitch
-from qwen_aot_errors import BuildError
+from qwen_aot.engines.bundle.folder import FolderWriter, explained
+from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
+from qwen_aot.engines.bundle.resources import check_resources, estimate
+from qwen_aot.engines.bundle.stages import StageCost, Stages
+from qwen_aot.engines.onnxruntime import cpu as onnxruntime
+from qwen_aot.engines.spec.build_spec import BuildSpec, Precision
+from qwen_aot.errors import BuildError
+from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE, save_graph
+from qwen_aot.exporter.graph.trace import trace
+from qwen_aot.exporter.lowering.tensorrt import plugin, standard
+from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat
+from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.weights.stitch import Traced, chunk_bytes, output_bytes, stitch
 
 
 @dataclass(frozen=True, slots=True)

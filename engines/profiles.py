@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from exporter.io_spec import IoSpec, TensorSpec
-from runtime.manifest import Profile
+from qwen_aot.exporter.model.io_spec import IoSpec, TensorSpec
+from qwen_aot.runtime.bundle.manifest import Profile
 
 _DECODE = "decode"
 _TYPICAL_WINDOW = 1024  # tokens that kernels are chosen for, if the cache has as many

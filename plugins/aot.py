@@ -1,4 +1,4 @@
-"""Compiles the kernels ahead of time, with no GPU: `python -m plugins.aot --sm 8.9 -o FOLDER`.
+"""Compiles the kernels ahead of time, with no GPU: `python -m qwen_aot.plugins.aot --sm 8.9 -o FOLDER`.
 
 FOLDER then holds, for each SM, a folder `sm_89` with one cubin a variant, a JSON record beside it and
 `manifest.json`, which lists them all; and with SM 8.0 a folder `ptx` with the PTX of its variants, which later GPUs
@@ -34,9 +34,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from plugins.signatures import KERNELS
-from plugins.variants import FAMILIES, SHARED_BYTES, SMS, Variant, variants
-from qwen_aot_errors import BuildError
+from qwen_aot.errors import BuildError
+from qwen_aot.plugins.signatures import KERNELS
+from qwen_aot.plugins.variants import FAMILIES, SHARED_BYTES, SMS, Variant, variants
 
 FORMAT_VERSION = 1
 PTX_SM = "8.0"  # every later GPU can compile its PTX
@@ -357,10 +357,10 @@ def report(by_sm: dict[str, list[dict[str, Any]]]) -> str:
 def main() -> int:
     """The command line. Exit codes: 0 ok, 1 failed, 2 usage, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(
-        prog="python -m plugins.aot",
+        prog="python -m qwen_aot.plugins.aot",
         description="Compile the plugins' kernels ahead of time, with no GPU.",
-        epilog="Examples:\n  python -m plugins.aot -o build/kernels\n"
-        "  python -m plugins.aot --sm 8.9 --only 'gqa_decode-fp16-*' -o build/kernels",
+        epilog="Examples:\n  python -m qwen_aot.plugins.aot -o build/kernels\n"
+        "  python -m qwen_aot.plugins.aot --sm 8.9 --only 'gqa_decode-fp16-*' -o build/kernels",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--sm", action="append", choices=SMS, help="an SM, may be given again (default: all)")

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plugins import launch, variants
-from plugins.aot import PTX_SM
-from plugins.signatures import KERNELS, Argument, Kernel
-from plugins.variants import SMS
-from qwen_aot_errors import BuildError
+from qwen_aot.errors import BuildError
+from qwen_aot.plugins import launch, variants
+from qwen_aot.plugins.aot import PTX_SM
+from qwen_aot.plugins.signatures import KERNELS, Argument, Kernel
+from qwen_aot.plugins.variants import SMS
 
 # Cubins run on later minor revisions of their major too, but for those of Tegra (8.7 and 11.0: "binary compatibility is
 # supported only for the desktop", CUDA C++ Programming Guide) and those of 9.0 and later, which triton compiles for

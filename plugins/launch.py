@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from plugins.signatures import KERNELS
-from plugins.variants import DECODE_CHOICES, DECODE_TOKENS, MOE_BLOCK_M, SIZE_MULTIPLE, Variant, select
-from qwen_aot_errors import BuildError
+from qwen_aot.errors import BuildError
+from qwen_aot.plugins.signatures import KERNELS
+from qwen_aot.plugins.variants import DECODE_CHOICES, DECODE_TOKENS, MOE_BLOCK_M, SIZE_MULTIPLE, Variant, select
 
 if TYPE_CHECKING:
     import torch
 
-    from plugins.kernels.moe_reference import ExpertWeights
+    from qwen_aot.plugins.kernels.moe_reference import ExpertWeights
 
     Arguments = dict[str, torch.Tensor | int | float | None]  # None: a pointer that the variant doesn't touch
 

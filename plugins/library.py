@@ -1,4 +1,4 @@
-"""Builds the plugins' library, with no GPU and no CUDA toolkit: `python -m plugins.library -o FOLDER`.
+"""Builds the plugins' library, with no GPU and no CUDA toolkit: `python -m qwen_aot.plugins.library -o FOLDER`.
 
 FOLDER then holds `libqwen_aot_plugins.so`, and a folder `build` with what it was made of, so that the next build does
 only what changed: `kernels` (plugins/aot.py), `table` (plugins/kernel_table.py), `headers` and `cmake`.
@@ -22,9 +22,9 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from plugins import aot, kernel_table
-from plugins.variants import SMS
-from qwen_aot_errors import BuildError
+from qwen_aot.errors import BuildError
+from qwen_aot.plugins import aot, kernel_table
+from qwen_aot.plugins.variants import SMS
 
 FILE_NAME = "libqwen_aot_plugins.so"
 SOURCES = Path(__file__).parent / "src"
@@ -222,10 +222,10 @@ def _job_count(text: str) -> int:
 def main() -> int:
     """The command line. Exit codes: 0 ok, 1 failed, 2 usage, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(
-        prog="python -m plugins.library",
+        prog="python -m qwen_aot.plugins.library",
         description="Build the plugins' library for TensorRT, with no GPU.",
-        epilog="Examples:\n  python -m plugins.library -o build/plugins\n"
-        "  python -m plugins.library --sm 8.9 -o build/plugins",
+        epilog="Examples:\n  python -m qwen_aot.plugins.library -o build/plugins\n"
+        "  python -m qwen_aot.plugins.library --sm 8.9 -o build/plugins",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write to")

@@ -64,7 +64,7 @@ KERNELS = {
     for kernel in (
         Kernel(
             "gqa_rotate",
-            "plugins.kernels.gqa_rotate",
+            "qwen_aot.plugins.kernels.gqa_rotate",
             (
                 *_pointers("qkv", to="{dtype}", is_aligned=True),
                 *_pointers("cos", "sin", to="fp32", is_aligned=True),
@@ -79,7 +79,7 @@ KERNELS = {
         ),
         Kernel(
             "gqa_prefill",
-            "plugins.kernels.gqa_prefill",
+            "qwen_aot.plugins.kernels.gqa_prefill",
             (
                 *_pointers("query", to="{dtype}", is_aligned=True),
                 *_CACHE,
@@ -92,7 +92,7 @@ KERNELS = {
         ),
         Kernel(
             "gqa_decode",
-            "plugins.kernels.gqa_decode",
+            "qwen_aot.plugins.kernels.gqa_decode",
             (
                 *_pointers("query", to="{dtype}", is_aligned=True),
                 *_CACHE,
@@ -107,7 +107,7 @@ KERNELS = {
         ),
         Kernel(
             "gqa_reduce",
-            "plugins.kernels.gqa_decode",
+            "qwen_aot.plugins.kernels.gqa_decode",
             (
                 *_pointers("partial", to="fp32", is_aligned=True),
                 *_pointers("partial_lse", to="fp32"),
@@ -121,13 +121,13 @@ KERNELS = {
         ),
         Kernel(
             "moe_count",
-            "plugins.kernels.moe_align",
+            "qwen_aot.plugins.kernels.moe_align",
             (*_pointers("expert_ids", "counts", to="i32"), *_sizes("num_entries")),
             ((("E",), 1),),
         ),
         Kernel(
             "moe_scatter",
-            "plugins.kernels.moe_align",
+            "qwen_aot.plugins.kernels.moe_align",
             (
                 *_pointers("expert_ids", "counts", to="i32"),
                 *_BLOCKS,
@@ -137,7 +137,7 @@ KERNELS = {
         ),
         Kernel(
             "moe_gate_up",
-            "plugins.kernels.moe_gemm",
+            "qwen_aot.plugins.kernels.moe_gemm",
             (
                 *_pointers("hidden", to="{dtype}", is_aligned=True),
                 *_WEIGHTS,
@@ -150,7 +150,7 @@ KERNELS = {
         ),
         Kernel(
             "moe_down",
-            "plugins.kernels.moe_gemm",
+            "qwen_aot.plugins.kernels.moe_gemm",
             (
                 *_pointers("inner", to="{dtype}", is_aligned=True),
                 *_WEIGHTS,
@@ -164,7 +164,7 @@ KERNELS = {
         ),
         Kernel(
             "moe_decode_gate_up",
-            "plugins.kernels.moe_gemm",
+            "qwen_aot.plugins.kernels.moe_gemm",
             (
                 *_pointers("hidden", to="{dtype}", is_aligned=True),
                 *_WEIGHTS,
@@ -177,7 +177,7 @@ KERNELS = {
         ),
         Kernel(
             "moe_decode_down",
-            "plugins.kernels.moe_gemm",
+            "qwen_aot.plugins.kernels.moe_gemm",
             (
                 *_pointers("inner", to="{dtype}", is_aligned=True),
                 *_WEIGHTS,
@@ -191,7 +191,7 @@ KERNELS = {
         ),
         Kernel(
             "moe_sum",
-            "plugins.kernels.moe_gemm",
+            "qwen_aot.plugins.kernels.moe_gemm",
             (
                 *_pointers("partial", to="fp32", is_aligned=True),
                 *_pointers("expert_ids", to="i32"),

@@ -12,8 +12,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from plugins.signatures import KERNELS, Argument
-from qwen_aot_errors import BuildError
+from qwen_aot.errors import BuildError
+from qwen_aot.plugins.signatures import KERNELS, Argument
 
 SMS = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0", "12.1")
 DTYPES = ("fp16", "bf16")  # what attention and experts compute in

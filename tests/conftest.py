@@ -1,8 +1,14 @@
-"""Runs before any test module is imported: one may import triton, which then decides whether kernels are interpreted.
+"""Runs before any test module is imported: the environment of the tests and of every process that they start.
 
-Without a GPU, the plugins' kernels run in Triton's interpreter. Nothing else in the tests runs a Triton kernel.
+Without a GPU, the plugins' kernels run in Triton's interpreter, which triton decides when it is imported. Nothing else
+in the tests runs a Triton kernel. Processes import this checkout's package and its tests, whatever is installed.
 """
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+_ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(_ROOT / "src"), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from runtime.chat import ChatTemplate
-from runtime.generator import Generator
+from qwen_aot.runtime.generation.chat import ChatTemplate
+from qwen_aot.runtime.generation.generator import Generator
 from tests.gguf_files import smollm2_path
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ pytestmark = [
 
 
 def qwen_aot(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "runtime.cli.main", *map(str, arguments)]
+    command = [sys.executable, "-m", "qwen_aot", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.config import ModelConfig
+from qwen_aot.exporter.model.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_aot_errors import CheckpointError
+from qwen_aot.errors import CheckpointError
 
 # Pages that were read count as the process's memory until they are dropped. Dropping is always safe: the
 # mapping is read-only, so a page that is touched again comes back from the page cache.

@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 
-from qwen_aot_errors import CheckpointError
+from qwen_aot.errors import CheckpointError
 
 _NUMBER: tuple[type, ...] = (int, float)
 # The keys of generation_config.json that the runtime reads: the types and the values that each may have, and that in

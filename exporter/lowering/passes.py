@@ -9,9 +9,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from exporter import ops
-from exporter.weights import Recipe, Traced, Transform, cast_to
-from qwen_aot_errors import ExportError
+from qwen_aot.errors import ExportError
+from qwen_aot.exporter.graph import ops
+from qwen_aot.exporter.weights.stitch import Recipe, Traced, Transform, cast_to
 
 _INDEX_ELEMENTS = (
     1 << 16

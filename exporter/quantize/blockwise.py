@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_aot_errors import ExportError
+from qwen_aot.errors import ExportError
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # what ONNX Runtime's int8-compute kernels take
 

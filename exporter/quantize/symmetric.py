@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from exporter.quantize.blockwise import as_columns, best_scales, reciprocal, rounded
+from qwen_aot.exporter.quantize.blockwise import as_columns, best_scales, reciprocal, rounded
 
 _INT8_MAX = np.float32(127)  # of 128: codes stay symmetric, as TensorRT's own quantizers have them
 _E4M3_MAX = np.float32(448)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from plugins.kernels.codes import widen_int8
+from qwen_aot.plugins.kernels.codes import widen_int8
 
 # Parts start at multiples of it, whatever a variant's BLOCK_N is, so that one reduction serves them all.
 _SPLIT_UNIT = tl.constexpr(128)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from plugins.kernels.codes import widen_int8
+from qwen_aot.plugins.kernels.codes import widen_int8
 
 
 @triton.jit

@@ -13,7 +13,7 @@ exactly dequantized weights. Sums are fp32. Requires K to be a multiple of BLOCK
 import triton
 import triton.language as tl
 
-from plugins.kernels.codes import widen_int4, widen_int8
+from qwen_aot.plugins.kernels.codes import widen_int4, widen_int8
 
 _QUANT_BLOCK = tl.constexpr(128)  # elements along K that share a scale of int4 weights
 

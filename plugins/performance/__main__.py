@@ -1,4 +1,4 @@
-"""`python -m plugins.performance`: prints the model's tables, or makes files from it anew."""
+"""`python -m qwen_aot.plugins.performance`: prints the model's tables, or makes files from it anew."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from plugins.performance import resources, tables
-from qwen_aot_errors import BuildError
+from qwen_aot.errors import BuildError
+from qwen_aot.plugins.performance import resources, tables
 
 
 def main() -> int:
     """The command line. Exit codes: 0 ok, 1 failed, 2 usage."""
     parser = argparse.ArgumentParser(
-        prog="python -m plugins.performance",
+        prog="python -m qwen_aot.plugins.performance",
         description="Print the tables of docs/plugins-performance.md.",
         epilog="Examples:\n  python -m plugins.performance\n"
-        "  python -m plugins.performance --update build/kernels --document docs/plugins-performance.md",
+        "  python -m qwen_aot.plugins.performance --update build/kernels --document docs/plugins-performance.md",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--update", type=Path, metavar="FOLDER", help="first read resources that plugins.aot compiled")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from plugins.performance.costs import Cost
-from plugins.performance.resources import Resources
-from qwen_aot_errors import BuildError
+from qwen_aot.errors import BuildError
+from qwen_aot.plugins.performance.costs import Cost
+from qwen_aot.plugins.performance.resources import Resources
 
 # Assumed, not measured: from a load to its data in a busy GPU, about twice that of an idle one.
 LATENCY_SECONDS = 0.6e-6
@@ -42,7 +42,7 @@ SM_LIMITS: Mapping[str, SmLimits] = {
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU as the model sees it; fields as in `engines.devices`."""
+    """A GPU as the model sees it; fields as in `engines.planner.devices`."""
 
     sm: str
     sm_count: int

@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from plugins.launch import is_moe_decode, min_split, most_blocks, num_splits
-from plugins.variants import MOE_BLOCK_M, QUANT_BLOCK, Variant, select
+from qwen_aot.plugins.launch import is_moe_decode, min_split, most_blocks, num_splits
+from qwen_aot.plugins.variants import MOE_BLOCK_M, QUANT_BLOCK, Variant, select
 
 _SPLIT_UNIT = 128  # of plugins/kernels/gqa_decode.py
 _HALF = 2  # bytes of fp16 and bf16

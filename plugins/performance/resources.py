@@ -1,7 +1,7 @@
 """What a program of each variant takes of its SM, from the machine code; kept in resources.json beside this file.
 
-`python -m plugins.performance --update FOLDER` makes that file anew from what `plugins.aot` compiled into FOLDER. It
-has the fp16 variants of the SMs that docs/plugins-performance.md is about: those of bf16 differ little.
+`python -m qwen_aot.plugins.performance --update FOLDER` makes that file anew from what `plugins.aot` compiled into
+FOLDER. It has the fp16 variants of the SMs that docs/plugins-performance.md is about: those of bf16 differ little.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from plugins.aot import TENSOR_CORE, cuda_tool
-from plugins.variants import Variant, variants
-from qwen_aot_errors import BuildError
+from qwen_aot.errors import BuildError
+from qwen_aot.plugins.aot import TENSOR_CORE, cuda_tool
+from qwen_aot.plugins.variants import Variant, variants
 
 SMS = ("8.7", "8.9")
 FILE = Path(__file__).with_name("resources.json")
@@ -81,7 +81,8 @@ def measured(folder: Path, sms: tuple[str, ...] = SMS) -> dict[str, dict[str, Re
                 entry = json.loads((target / f"{variant.name}.json").read_bytes())
             except OSError:
                 raise BuildError(
-                    f"{target} lacks {variant.name}: compile it with `python -m plugins.aot --sm {sm} -o {folder}`"
+                    f"{target} lacks {variant.name}: compile it with "
+                    f"`python -m qwen_aot.plugins.aot --sm {sm} -o {folder}`"
                 ) from None
             result[sm][variant.name] = Resources(
                 entry["resources"]["registers"],

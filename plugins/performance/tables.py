@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from engines.devices import DEVICES
-from exporter.config import ModelConfig
-from exporter.variants import VARIANTS
-from plugins.performance.bounds import Bound, Gpu, bound, occupancy
-from plugins.performance.costs import Cost, attention_costs, even_counts, expert_costs
-from plugins.performance.resources import resources_of
-from plugins.variants import WEIGHT_BITS
-from qwen_aot_errors import BuildError
+from qwen_aot.engines.planner.devices import DEVICES
+from qwen_aot.errors import BuildError
+from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.variants import VARIANTS
+from qwen_aot.plugins.performance.bounds import Bound, Gpu, bound, occupancy
+from qwen_aot.plugins.performance.costs import Cost, attention_costs, even_counts, expert_costs
+from qwen_aot.plugins.performance.resources import resources_of
+from qwen_aot.plugins.variants import WEIGHT_BITS
 
-GPUS = ("orin-nano-8gb", "agx-orin-64gb", "rtx-4090", "l4")  # keys of engines.devices.DEVICES
+GPUS = ("orin-nano-8gb", "agx-orin-64gb", "rtx-4090", "l4")  # keys of qwen_aot.engines.planner.devices.DEVICES
 MODELS = ("qwen1.5-0.5b", "qwen1.5-7b", "qwen1.5-32b", "qwen1.5-moe-a2.7b")
 CAPACITY = 32768  # of the cache, in tokens
 TOKENS = (1, 8, 512)  # of experts' steps
@@ -45,7 +45,7 @@ STEPS = (
 
 
 def gpu_of(device: str) -> Gpu:
-    """A device of `engines.devices` as the model sees it.
+    """A device of `engines.planner.devices` as the model sees it.
 
     Raises:
         BuildError: What its GPU computes isn't listed there.

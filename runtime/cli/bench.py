@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.cli.command import VerbCommand, option
-from runtime.cli.console import duration, print_json, show_logs, size, stdout
-from runtime.cli.options import CONTEXT, bundle_argument, json_option, threads_option
+from qwen_aot.runtime.cli.command import VerbCommand, option
+from qwen_aot.runtime.cli.console import duration, print_json, show_logs, size, stdout
+from qwen_aot.runtime.cli.options import CONTEXT, bundle_argument, json_option, threads_option
 
 if TYPE_CHECKING:
-    from runtime.generation_config import GenerationConfig
-    from runtime.generator import Generator
+    from qwen_aot.runtime.generation.config import GenerationConfig
+    from qwen_aot.runtime.generation.generator import Generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +83,10 @@ def measure_bundle(
     Raises:
         click.UsageError: prompt and answer don't fit the bundle's context.
     """
-    from engines.resources import peak_memory_bytes, reset_peak
-    from runtime.backends.cpus import usable_cores
-    from runtime.cli.doctor import cpu
-    from runtime.generator import Generator
+    from qwen_aot.engines.bundle.resources import peak_memory_bytes, reset_peak
+    from qwen_aot.runtime.backends.cpu.cpus import usable_cores
+    from qwen_aot.runtime.cli.doctor import cpu
+    from qwen_aot.runtime.generation.generator import Generator
 
     reset_peak()
     start = time.perf_counter()
@@ -127,7 +127,7 @@ def _measure(generator: Generator, prompt_tokens: int, gen_tokens: int, rounds: 
     """Alternates greedy and sampled rounds after one of each that isn't counted."""
     import numpy as np
 
-    from runtime.generation_config import GenerationConfig
+    from qwen_aot.runtime.generation.config import GenerationConfig
 
     configs = (
         GenerationConfig(max_new_tokens=gen_tokens, ignore_eos=True),
@@ -153,7 +153,7 @@ def _measure(generator: Generator, prompt_tokens: int, gen_tokens: int, rounds: 
 
 
 def _one_round(generator: Generator, prompt: list[int], config: GenerationConfig) -> Round:
-    from runtime.request import Completion, Request
+    from qwen_aot.runtime.generation.request import Completion, Request
 
     events = generator.stream([Request(prompt, config)])
     next(events)

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engines.plugin_library import ENVIRONMENT, PLUGIN_LIBRARY
-from engines.spec import BuildSpec, Precision, Target
-from engines.tensorrt_options import KV_PRECISIONS, TensorRtOptions
-from runtime.cli.command import VerbCommand, option
-from runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
-from runtime.cli.options import CONTEXT, GivenPath
+from qwen_aot.engines.spec.build_spec import BuildSpec, Precision, Target
+from qwen_aot.engines.spec.tensorrt_options import KV_PRECISIONS, TensorRtOptions
+from qwen_aot.engines.tensorrt.plugin_library import ENVIRONMENT, PLUGIN_LIBRARY
+from qwen_aot.runtime.cli.command import VerbCommand, option
+from qwen_aot.runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
+from qwen_aot.runtime.cli.options import CONTEXT, GivenPath
 
 if TYPE_CHECKING:
-    from engines.build import BuildReport, Plan
+    from qwen_aot.engines.build import BuildReport, Plan
 
 DEFAULT = BuildSpec()
 _TENSORRT = "TensorRT"
@@ -108,7 +108,7 @@ def _either(kinds: type[StrEnum]) -> str:
 @option(
     "--plugin-library",
     type=click.Path(dir_okay=False, path_type=Path),
-    help=f"{PLUGIN_LIBRARY}, as `python -m plugins.library` writes it.  [default: ${ENVIRONMENT}]",
+    help=f"{PLUGIN_LIBRARY}, as `python -m qwen_aot.plugins.library` writes it.  [default: ${ENVIRONMENT}]",
     group=_TENSORRT,
 )
 @option("--random-weights", is_flag=True, help="For a variant's name: weights drawn from --seed.", group="Trial")
@@ -152,7 +152,7 @@ def command(
     CHECKPOINT is a Hugging Face folder, a .gguf file, or a variant's name with --random-weights. What stands
     at the output stays until the new bundle is whole; a failed or interrupted build changes nothing.
     """
-    from qwen_aot_errors import BuildError
+    from qwen_aot.errors import BuildError
 
     show_logs()
     try:
@@ -174,9 +174,9 @@ def command(
     except BuildError as error:
         raise click.UsageError(str(error)) from None
 
-    from engines.build import build_bundle, plan_build
-    from runtime.cli.source import open_source
-    from runtime.cli.verify import verifier_for
+    from qwen_aot.engines.build import build_bundle, plan_build
+    from qwen_aot.runtime.cli.source import open_source
+    from qwen_aot.runtime.cli.verify import verifier_for
 
     with (
         open_source(checkpoint, random_weights=random_weights, seed=seed) as source,
@@ -196,7 +196,7 @@ def command(
 
 
 def _show_plan(plan: Plan, out: Path, as_json: bool) -> None:
-    from engines.resources import available_memory_bytes, free_disk_bytes
+    from qwen_aot.engines.bundle.resources import available_memory_bytes, free_disk_bytes
 
     facts = {
         "bundle": str(out),

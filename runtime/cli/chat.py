@@ -16,16 +16,16 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from qwen_aot_errors import GenerationError
-from runtime.cli.command import VerbCommand, option
-from runtime.cli.console import show_logs, stdout
-from runtime.cli.generate import speeds
-from runtime.cli.options import CONTEXT, bundle_argument, generation_config, generation_options, threads_option
+from qwen_aot.errors import GenerationError
+from qwen_aot.runtime.cli.command import VerbCommand, option
+from qwen_aot.runtime.cli.console import show_logs, stdout
+from qwen_aot.runtime.cli.generate import speeds
+from qwen_aot.runtime.cli.options import CONTEXT, bundle_argument, generation_config, generation_options, threads_option
 
 if TYPE_CHECKING:
-    from runtime.generation_config import GenerationConfig
-    from runtime.generator import Generator
-    from runtime.request import Completion
+    from qwen_aot.runtime.generation.config import GenerationConfig
+    from qwen_aot.runtime.generation.generator import Generator
+    from qwen_aot.runtime.generation.request import Completion
 
 COMMANDS = {
     "/help": "these lines",
@@ -53,7 +53,7 @@ def command(bundle: Path, system: str | None, threads: int | None, **settings: A
     Ctrl-C stops an answer, Ctrl-D leaves. A line that opens with three quotes goes on until the closing three.
     """
     show_logs()
-    from runtime.generator import Generator
+    from qwen_aot.runtime.generation.generator import Generator
 
     console = stdout()
     with console.status("loading"):  # it redraws itself over whatever is typed, so it ends before the conversation
@@ -68,7 +68,7 @@ def command(bundle: Path, system: str | None, threads: int | None, **settings: A
 
 
 class Conversation:
-    """What the terminal shows of a `runtime.chat.Chat`."""
+    """What the terminal shows of a `runtime.generation.chat.Chat`."""
 
     def __init__(self, generator: Generator, config: GenerationConfig, system: str | None, console: Console) -> None:
         self._generator = generator
@@ -99,12 +99,12 @@ class Conversation:
         return True
 
     def _start(self, system: str | None) -> None:
-        from runtime.chat import Chat
+        from qwen_aot.runtime.generation.chat import Chat
 
         self._chat = Chat(self._generator, self._config, system=system)
 
     def _answer(self, text: str) -> None:
-        from runtime.request import Completion
+        from qwen_aot.runtime.generation.request import Completion
 
         cancel = threading.Event()
         try:

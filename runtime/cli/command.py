@@ -15,7 +15,7 @@ from typing import Any, NoReturn, cast
 
 import click
 
-from qwen_aot_errors import DeployError
+from qwen_aot.errors import DeployError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT

@@ -20,7 +20,7 @@ LINE_SECONDS = 5.0  # between two lines about one stage where stderr is not a te
 
 
 class ProgressEvent(Protocol):
-    """What `engines.progress.ProgressEvent` has."""
+    """What `engines.bundle.progress.ProgressEvent` has."""
 
     @property
     def stage(self) -> str:

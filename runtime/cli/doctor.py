@@ -15,11 +15,11 @@ from typing import Any
 
 import click
 
-from qwen_aot_version import __version__
-from runtime.backends.cpus import usable_cores
-from runtime.cli.command import VerbCommand
-from runtime.cli.console import print_json, size, stdout
-from runtime.cli.options import CONTEXT, json_option
+from qwen_aot.runtime.backends.cpu.cpus import usable_cores
+from qwen_aot.runtime.cli.command import VerbCommand
+from qwen_aot.runtime.cli.console import print_json, size, stdout
+from qwen_aot.runtime.cli.options import CONTEXT, json_option
+from qwen_aot.version import __version__
 
 RUNTIME_PACKAGES = ("click", "jinja2", "numpy", "rich", "tokenizers")
 # Flags of /proc/cpuinfo that decide which integer kernels ONNX Runtime takes.
@@ -90,7 +90,7 @@ def command(as_json: bool) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything `doctor` reports, as plain JSON values."""
-    from engines.resources import available_memory_bytes, free_disk_bytes
+    from qwen_aot.engines.bundle.resources import available_memory_bytes, free_disk_bytes
 
     needs = {need.package: need for row in TARGETS.values() for need in (*row.build, *row.run)}
     needs |= {need.package: need for need in OPTIONAL}
@@ -137,10 +137,10 @@ def lacks(needs: tuple[Need, ...], *, has_gpu: bool) -> list[str]:
 
 def lacks_plugins(target: str) -> list[str]:
     """How to get the plugins' library, if the target computes attention and experts with it and none is named."""
-    from engines.plugin_library import require_plugin_library
-    from engines.tensorrt_flavours import FLAVOURS
-    from engines.tensorrt_options import DEFAULT_OPTIONS
-    from qwen_aot_errors import BuildError
+    from qwen_aot.engines.spec.flavours import FLAVOURS
+    from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS
+    from qwen_aot.engines.tensorrt.plugin_library import require_plugin_library
+    from qwen_aot.errors import BuildError
 
     if target not in FLAVOURS or not FLAVOURS[target].has_plugins:
         return []
@@ -170,8 +170,8 @@ def gpus() -> list[dict[str, str]]:
 
 def _gpu_of_cuda() -> list[dict[str, str]]:
     """Where nvidia-smi is missing or doesn't know, as on Jetsons of JetPack 6 and before; needs CUDA's bindings."""
-    from qwen_aot_errors import EngineMismatchError
-    from runtime.backends._cuda import find_device, load_cuda
+    from qwen_aot.errors import EngineMismatchError
+    from qwen_aot.runtime.backends.cuda.runtime import find_device, load_cuda
 
     try:
         device = find_device(load_cuda())

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from runtime.cli.command import VerbCommand, option
-from runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
-from runtime.cli.options import CONTEXT, GivenPath, json_option
+from qwen_aot.runtime.cli.command import VerbCommand, option
+from qwen_aot.runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
+from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, json_option
 
 
 @click.command("export", cls=VerbCommand, context_settings=CONTEXT)
@@ -52,9 +52,9 @@ def command(
     model.onnx alone: its weights are declared as external data that isn't there.
     """
     show_logs()
-    from engines.export import export_graph
-    from exporter.checkpoint import open_checkpoint
-    from runtime.cli.source import find_variant
+    from qwen_aot.engines.export import export_graph
+    from qwen_aot.exporter.checkpoint.open import open_checkpoint
+    from qwen_aot.runtime.cli.source import find_variant
 
     with progress_on_stderr() as show:
         if Path(checkpoint).exists():

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.cli.command import VerbCommand, option
-from runtime.cli.console import print_json, show_logs
-from runtime.cli.options import (
+from qwen_aot.runtime.cli.command import VerbCommand, option
+from qwen_aot.runtime.cli.console import print_json, show_logs
+from qwen_aot.runtime.cli.options import (
     CONTEXT,
     bundle_argument,
     generation_config,
@@ -21,7 +21,7 @@ from runtime.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from runtime.request import Completion
+    from qwen_aot.runtime.generation.request import Completion
 
 
 @click.command("generate", cls=VerbCommand, context_settings=CONTEXT)
@@ -59,9 +59,9 @@ def command(
     if as_chat and prompt_ids is not None:
         raise click.UsageError("--chat takes text; give --prompt or standard input instead of --prompt-ids")
     request = _prompt(prompt, prompt_ids)
-    from runtime.chat import ChatTemplate
-    from runtime.generator import Generator
-    from runtime.request import Completion, Request
+    from qwen_aot.runtime.generation.chat import ChatTemplate
+    from qwen_aot.runtime.generation.generator import Generator
+    from qwen_aot.runtime.generation.request import Completion, Request
 
     start = time.perf_counter()
     with Generator.open(bundle, threads=threads) as generator:

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.cli.check_steps import Failure, Skip, Step, StepResult, has_passed, run_steps, write_report
-from runtime.cli.command import EXIT_FAILED, VerbCommand, option
-from runtime.cli.console import print_json, show_logs, stdout
-from runtime.cli.doctor import examine
-from runtime.cli.options import CONTEXT, GivenPath, json_option
+from qwen_aot.runtime.cli.check_steps import Failure, Skip, Step, StepResult, has_passed, run_steps, write_report
+from qwen_aot.runtime.cli.command import EXIT_FAILED, VerbCommand, option
+from qwen_aot.runtime.cli.console import print_json, show_logs, stdout
+from qwen_aot.runtime.cli.doctor import examine
+from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, json_option
 
 if TYPE_CHECKING:
-    from engines.tensorrt_options import Form
-    from exporter.checkpoint.base import Checkpoint
+    from qwen_aot.engines.spec.tensorrt_options import Form
+    from qwen_aot.exporter.checkpoint.base import Checkpoint
 
 TINY = "tiny"
 WITH_PLUGINS = "tensorrt"
@@ -31,7 +31,7 @@ MAX_CONTEXT, CHUNK = 512, 128  # tokens
 WINDOW, GREEDY = 128, 32  # tokens compared, and generated freely
 SNR_DB = 30.0  # of the fp16 engine's logits and caches over the fp32 reference's: 3 % of noise
 TEST_SECONDS = 3600
-TESTS = Path(__file__).parents[2] / "tests"  # beside the packages in a clone; not in a wheel
+TESTS = Path(__file__).resolve().parents[2] / "tests"  # beside the packages in a clone; not in a wheel
 
 # Target -> the module whose presence says that its library is installed.
 FLAVOURS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "cuda": "onnxruntime"}
@@ -140,11 +140,12 @@ def _find_library(target: str) -> Mapping[str, Any]:
 
 
 def _open(model: str) -> Checkpoint:
-    from exporter.checkpoint import RandomCheckpoint, open_checkpoint
+    from qwen_aot.exporter.checkpoint.open import open_checkpoint
+    from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
 
     if model != TINY:
         return open_checkpoint(model)
-    from exporter.config import ModelConfig
+    from qwen_aot.exporter.model.config import ModelConfig
 
     config = ModelConfig(
         model_type="qwen2",
@@ -171,8 +172,8 @@ def _build_reference(model: str, folder: Path) -> Mapping[str, Any]:
 
 def _reference_target() -> str:
     """Which target the CPU provider here can run in fp32: that of onnxruntime-gpu is too old for the cpu target."""
-    from qwen_aot_errors import EngineMismatchError
-    from runtime.backends._ort_devices import DEVICES, import_onnxruntime
+    from qwen_aot.errors import EngineMismatchError
+    from qwen_aot.runtime.backends.ort.devices import DEVICES, import_onnxruntime
 
     try:
         import_onnxruntime(DEVICES["cpu"])
@@ -183,11 +184,11 @@ def _reference_target() -> str:
 
 def _build_plugins(folder: Path) -> Mapping[str, Any]:
     """The plugins' library for this machine's GPU, unless the environment names one."""
-    from engines.plugin_library import ENVIRONMENT
-    from plugins.library import build_library, find_cmake, tensorrt_headers
-    from plugins.variants import SMS
-    from qwen_aot_errors import BuildError
-    from runtime.backends._cuda import find_device, load_cuda
+    from qwen_aot.engines.tensorrt.plugin_library import ENVIRONMENT
+    from qwen_aot.errors import BuildError
+    from qwen_aot.plugins.library import build_library, find_cmake, tensorrt_headers
+    from qwen_aot.plugins.variants import SMS
+    from qwen_aot.runtime.backends.cuda.runtime import find_device, load_cuda
 
     if named := os.environ.get(ENVIRONMENT):
         return {"library": named, "named_by": ENVIRONMENT}
@@ -208,7 +209,7 @@ def _build_plugins(folder: Path) -> Mapping[str, Any]:
 
 def _build_engine(model: str, target: str, folder: Path) -> Mapping[str, Any]:
     """The target's own form; where it has plugins and there is no library of them, native layers."""
-    from engines.plugin_library import ENVIRONMENT, PLUGIN_LIBRARY
+    from qwen_aot.engines.tensorrt.plugin_library import ENVIRONMENT, PLUGIN_LIBRARY
 
     out, library = folder / target, folder / "plugins" / PLUGIN_LIBRARY
     if target != WITH_PLUGINS or os.environ.get(ENVIRONMENT):
@@ -222,10 +223,10 @@ def _build(
     model: str, target: str, precision: str, out: Path, *, forms: Form | None = None, plugin_library: Path | None = None
 ) -> Mapping[str, Any]:
     """Builds a bundle; `forms`: who computes attention and experts of a TensorRT engine, plugins of a library."""
-    from engines.build import build_bundle
-    from engines.spec import BuildSpec
-    from engines.tensorrt_options import TensorRtOptions
-    from runtime.backends._cuda import find_device, load_cuda
+    from qwen_aot.engines.build import build_bundle
+    from qwen_aot.engines.spec.build_spec import BuildSpec
+    from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
+    from qwen_aot.runtime.backends.cuda.runtime import find_device, load_cuda
 
     # Its default is three generations of cards; this machine's may be another.
     here = (find_device(load_cuda()).compute_capability,) if target == "tensorrt-rtx" else ()
@@ -250,12 +251,12 @@ def _compare(folder: Path, target: str) -> Mapping[str, Any]:
     """Scores an engine against the CPU's fp32 bundle, teacher-forced."""
     import numpy as np
 
-    from engines.engine_reference import EngineReference
-    from engines.verify import BOUNDS, verify, windows
-    from runtime.backends import open_engine
-    from runtime.backends._ort_devices import DEVICES
-    from runtime.backends.onnxruntime import OnnxRuntimeEngine
-    from runtime.bundle import load_bundle
+    from qwen_aot.engines.verify.engine_reference import EngineReference
+    from qwen_aot.engines.verify.scores import BOUNDS, verify, windows
+    from qwen_aot.runtime.backends.open import open_engine
+    from qwen_aot.runtime.backends.ort.devices import DEVICES
+    from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine
+    from qwen_aot.runtime.bundle.load import load_bundle
 
     reference = load_bundle(folder / "reference")
     version = DEVICES[reference.manifest.target].minimum_version
@@ -275,8 +276,8 @@ def _compare_with_polygraphy(model: str, folder: Path, target: str) -> Mapping[s
     """One prefill step of the engine against the CPU's fp32 bundle; of native layers, which the runner can bind."""
     import numpy as np
 
-    from engines.compare_engine import compare_in_process, read_manifest
-    from qwen_aot_errors import BuildError, EngineMismatchError
+    from qwen_aot.engines.verify.compare_engine import compare_in_process, read_manifest
+    from qwen_aot.errors import BuildError, EngineMismatchError
 
     if importlib.util.find_spec("polygraphy") is None:
         raise Skip("polygraphy isn't installed: pip install 'qwen-aot[verify]'")
@@ -299,7 +300,7 @@ def _compare_with_polygraphy(model: str, folder: Path, target: str) -> Mapping[s
 
 
 def _measure(bundle: Path) -> Mapping[str, Any]:
-    from runtime.cli.bench import measure_bundle
+    from qwen_aot.runtime.cli.bench import measure_bundle
 
     return measure_bundle(bundle, prompt_tokens=256, gen_tokens=128, rounds=5)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from runtime.cli.command import EXIT_FAILED, VerbCommand, option
-from runtime.cli.console import print_json, show_logs, size, stdout
-from runtime.cli.options import CONTEXT, GivenPath, json_option
-from runtime.manifest import MANIFEST_NAME
+from qwen_aot.runtime.bundle.manifest import MANIFEST_NAME
+from qwen_aot.runtime.cli.command import EXIT_FAILED, VerbCommand, option
+from qwen_aot.runtime.cli.console import print_json, show_logs, size, stdout
+from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, json_option
 
 
 @click.command("inspect", cls=VerbCommand, context_settings=CONTEXT)
@@ -31,15 +31,15 @@ def command(path: Path, with_hash: bool, list_tensors: bool, as_json: bool) -> N
     """
     show_logs()
     if (path / MANIFEST_NAME).is_file():
-        from runtime.cli import inspect_bundle
+        from qwen_aot.runtime.cli import inspect_bundle
 
         facts = inspect_bundle.facts(path, with_hash=with_hash)
     elif path.suffix == ".onnx" or (path / "model.onnx").is_file():
-        from runtime.cli import inspect_onnx
+        from qwen_aot.runtime.cli import inspect_onnx
 
         facts = inspect_onnx.facts(path if path.suffix == ".onnx" else path / "model.onnx", list_tensors=list_tensors)
     else:
-        from runtime.cli import inspect_checkpoint
+        from qwen_aot.runtime.cli import inspect_checkpoint
 
         facts = inspect_checkpoint.facts(path, list_tensors=list_tensors)
     if as_json:

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qwen_aot_errors import BundleError
-from runtime.manifest import MANIFEST_NAME, FileEntry, Manifest
+from qwen_aot.errors import BundleError
+from qwen_aot.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest
 
 
 def facts(path: Path, *, with_hash: bool) -> dict[str, Any]:

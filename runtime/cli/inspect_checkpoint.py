@@ -14,7 +14,7 @@ def facts(path: Path, *, list_tensors: bool) -> dict[str, Any]:
     Raises:
         CheckpointError: the path isn't a checkpoint.
     """
-    from exporter.checkpoint import open_checkpoint
+    from qwen_aot.exporter.checkpoint.open import open_checkpoint
 
     with open_checkpoint(path) as checkpoint:
         config = dataclasses.asdict(checkpoint.config)

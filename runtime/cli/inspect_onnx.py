@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from qwen_aot_errors import BundleError
+from qwen_aot.errors import BundleError
 
 
 def facts(path: Path, *, list_tensors: bool) -> dict[str, Any]:

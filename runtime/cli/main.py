@@ -6,21 +6,21 @@ from typing import NoReturn
 
 import click
 
-from qwen_aot_version import __version__
-from runtime.cli.command import LazyGroup, Verb, run_to_end
-from runtime.cli.options import CONTEXT
+from qwen_aot.runtime.cli.command import LazyGroup, Verb, run_to_end
+from qwen_aot.runtime.cli.options import CONTEXT
+from qwen_aot.version import __version__
 
 VERBS = {
-    "build": Verb("runtime.cli.build", "Build a bundle from a checkpoint (the same as build-engine)."),
-    "export": Verb("runtime.cli.export", "Write a model's ONNX graph with KV-cache inputs and outputs."),
-    "generate": Verb("runtime.cli.generate", "Continue a prompt with a bundle."),
-    "chat": Verb("runtime.cli.chat", "Talk with a bundle in the terminal."),
-    "verify": Verb("runtime.cli.verify", "Compare a bundle with Hugging Face transformers in fp32."),
-    "bench": Verb("runtime.cli.bench", "Measure a bundle's speed and memory."),
-    "inspect": Verb("runtime.cli.inspect", "Show a checkpoint, an ONNX file or a bundle as a table."),
-    "plan": Verb("runtime.cli.plan", "Show which models fit which devices, and how fast at most."),
-    "gpu-check": Verb("runtime.cli.gpu_check", "Build, test, compare and measure on this machine's GPU."),
-    "doctor": Verb("runtime.cli.doctor", "Show versions, hardware and what each target lacks here."),
+    "build": Verb("qwen_aot.runtime.cli.build", "Build a bundle from a checkpoint (the same as build-engine)."),
+    "export": Verb("qwen_aot.runtime.cli.export", "Write a model's ONNX graph with KV-cache inputs and outputs."),
+    "generate": Verb("qwen_aot.runtime.cli.generate", "Continue a prompt with a bundle."),
+    "chat": Verb("qwen_aot.runtime.cli.chat", "Talk with a bundle in the terminal."),
+    "verify": Verb("qwen_aot.runtime.cli.verify", "Compare a bundle with Hugging Face transformers in fp32."),
+    "bench": Verb("qwen_aot.runtime.cli.bench", "Measure a bundle's speed and memory."),
+    "inspect": Verb("qwen_aot.runtime.cli.inspect", "Show a checkpoint, an ONNX file or a bundle as a table."),
+    "plan": Verb("qwen_aot.runtime.cli.plan", "Show which models fit which devices, and how fast at most."),
+    "gpu-check": Verb("qwen_aot.runtime.cli.gpu_check", "Build, test, compare and measure on this machine's GPU."),
+    "doctor": Verb("qwen_aot.runtime.cli.doctor", "Show versions, hardware and what each target lacks here."),
 }
 
 
@@ -43,10 +43,6 @@ def main() -> NoReturn:
 
 def build_engine_main() -> NoReturn:
     """Entry point of `build-engine`."""
-    from runtime.cli.build import command
+    from qwen_aot.runtime.cli.build import command
 
     run_to_end(command, "build-engine")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.cli.command import option
+from qwen_aot.runtime.cli.command import option
 
 if TYPE_CHECKING:
-    from runtime.generation_config import GenerationConfig, GenerationDefaults
+    from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 FALLBACK_MAX_NEW_TOKENS = 256  # where neither the request nor generation_config.json bounds an answer
@@ -80,7 +80,7 @@ def generation_options(command: Any) -> Any:
 
 def generation_config(defaults: GenerationDefaults, given: Mapping[str, Any]) -> GenerationConfig:
     """A request's settings from the options; what wasn't given is the bundle's."""
-    from runtime.generation_config import UNSET
+    from qwen_aot.runtime.generation.config import UNSET
 
     settings = {name: UNSET if value is None or value == () else value for name, value in given.items()}
     if settings["max_new_tokens"] is UNSET and defaults.max_new_tokens is None:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engines.spec import Precision, Target
-from engines.tensorrt_options import DEFAULT_OPTIONS, KV_PRECISIONS
-from runtime.cli.command import VerbCommand, option
-from runtime.cli.console import print_json, show_logs, size, stdout
-from runtime.cli.options import CONTEXT, json_option
+from qwen_aot.engines.spec.build_spec import Precision, Target
+from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, KV_PRECISIONS
+from qwen_aot.runtime.cli.command import VerbCommand, option
+from qwen_aot.runtime.cli.console import print_json, show_logs, size, stdout
+from qwen_aot.runtime.cli.options import CONTEXT, json_option
 
 if TYPE_CHECKING:
-    from engines.planner import Plan
-    from exporter.config import ModelConfig
+    from qwen_aot.engines.planner.plans import Plan
+    from qwen_aot.exporter.model.config import ModelConfig
 
 
 @click.command("plan", cls=VerbCommand, context_settings=CONTEXT)
@@ -61,9 +61,9 @@ def command(
     activations an estimate. The speed is what the memory's bandwidth allows with full contexts: no engine is faster.
     """
     show_logs()
-    from engines.devices import DEVICES, find_device
-    from engines.planner import plans
-    from qwen_aot_errors import BuildError
+    from qwen_aot.engines.planner.devices import DEVICES, find_device
+    from qwen_aot.engines.planner.plans import plans
+    from qwen_aot.errors import BuildError
 
     try:
         keys = tuple(dict.fromkeys(map(find_device, devices))) or tuple(DEVICES)
@@ -94,13 +94,13 @@ def command(
 
 def _configs(names: Iterable[str]) -> list[tuple[str, ModelConfig]]:
     """Names and facts of what the user named, or of every variant."""
-    from exporter.variants import VARIANTS
-    from runtime.cli.source import find_variant
+    from qwen_aot.exporter.model.variants import VARIANTS
+    from qwen_aot.runtime.cli.source import find_variant
 
     configs = []
     for name in dict.fromkeys(names):
         if Path(name).exists():
-            from exporter.checkpoint import open_checkpoint
+            from qwen_aot.exporter.checkpoint.open import open_checkpoint
 
             with open_checkpoint(name) as checkpoint:
                 configs.append((checkpoint.path.name, checkpoint.config))
@@ -110,7 +110,7 @@ def _configs(names: Iterable[str]) -> list[tuple[str, ModelConfig]]:
 
 
 def _device_facts(key: str) -> dict[str, Any]:
-    from engines.devices import DEVICES
+    from qwen_aot.engines.planner.devices import DEVICES
 
     device = DEVICES[key]
     return {

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qwen_aot_errors import CheckpointError
+from qwen_aot.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from exporter.checkpoint import Checkpoint
-    from exporter.config import ModelConfig
+    from qwen_aot.exporter.checkpoint.base import Checkpoint
+    from qwen_aot.exporter.model.config import ModelConfig
 
 
 def open_source(name: str, *, random_weights: bool = False, seed: int = 0) -> Checkpoint:
@@ -21,7 +21,8 @@ def open_source(name: str, *, random_weights: bool = False, seed: int = 0) -> Ch
         click.UsageError: a variant without `random_weights`, a path with it, or nothing.
         CheckpointError: neither a checkpoint nor a variant, or a damaged checkpoint.
     """
-    from exporter.checkpoint import RandomCheckpoint, open_checkpoint
+    from qwen_aot.exporter.checkpoint.open import open_checkpoint
+    from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
 
     if not name:
         raise click.UsageError("the checkpoint's name is empty (a variable that isn't set?); give a path")
@@ -46,7 +47,7 @@ def find_variant(name: str) -> tuple[str, ModelConfig]:
     Raises:
         CheckpointError: there is no such variant either.
     """
-    from exporter.variants import VARIANTS, canonical_name
+    from qwen_aot.exporter.model.variants import VARIANTS, canonical_name
 
     variant = canonical_name(name)
     if variant is None:

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_aot_errors import BuildError, CheckpointError
-from runtime.cli.command import EXIT_FAILED, VerbCommand, option
-from runtime.cli.console import print_json, progress_on_stderr, show_logs, stdout
-from runtime.cli.options import CONTEXT, bundle_argument, json_option, threads_option
+from qwen_aot.errors import BuildError, CheckpointError
+from qwen_aot.runtime.cli.command import EXIT_FAILED, VerbCommand, option
+from qwen_aot.runtime.cli.console import print_json, progress_on_stderr, show_logs, stdout
+from qwen_aot.runtime.cli.options import CONTEXT, bundle_argument, json_option, threads_option
 
 if TYPE_CHECKING:
-    from engines.build import Verifier
-    from engines.progress import OnProgress, ProgressEvent
-    from engines.stages import Advance
-    from engines.verify import Bounds, Verification
-    from exporter.checkpoint.base import Checkpoint
-    from runtime.generator import Generator
-    from runtime.manifest import Manifest
+    from qwen_aot.engines.build import Verifier
+    from qwen_aot.engines.bundle.progress import OnProgress, ProgressEvent
+    from qwen_aot.engines.bundle.stages import Advance
+    from qwen_aot.engines.verify.scores import Bounds, Verification
+    from qwen_aot.exporter.checkpoint.base import Checkpoint
+    from qwen_aot.runtime.bundle.manifest import Manifest
+    from qwen_aot.runtime.generation.generator import Generator
 
 POSITIONS = "positions"  # what progress counts
 RANDOM_TOKENS = 256  # where there is no tokenizer and so no text
@@ -124,9 +124,9 @@ def command(
     if per_layer:
         _run_per_layer(bundle, reference, random_weights, weights_seed, content, window, layer_bound, as_json)
         return
-    from engines.verify import bounds_for
-    from runtime.cli.source import open_source
-    from runtime.generator import Generator
+    from qwen_aot.engines.verify.scores import bounds_for
+    from qwen_aot.runtime.cli.source import open_source
+    from qwen_aot.runtime.generation.generator import Generator
 
     with Generator.open(bundle, threads=threads) as generator:
         limits = bounds_for(generator.engine.manifest.precision, **bounds)
@@ -162,9 +162,9 @@ def _run_per_layer(
     bound: float | None,
     as_json: bool,
 ) -> None:
-    from runtime.bundle import load_bundle
-    from runtime.cli import verify_layers
-    from runtime.cli.source import open_source
+    from qwen_aot.runtime.bundle.load import load_bundle
+    from qwen_aot.runtime.cli import verify_layers
+    from qwen_aot.runtime.cli.source import open_source
 
     bundle = load_bundle(path)
     with (
@@ -200,9 +200,9 @@ def compare(
     """
     import numpy as np
 
-    from engines import verify
-    from engines.progress import ProgressEvent
-    from engines.reference import Reference
+    from qwen_aot.engines.bundle.progress import ProgressEvent
+    from qwen_aot.engines.verify import scores as verify
+    from qwen_aot.engines.verify.reference import Reference
 
     manifest = generator.engine.manifest
     _require_same_model(manifest, checkpoint)
@@ -251,8 +251,8 @@ def verifier_for(checkpoint: Checkpoint, precision: str) -> Verifier:
     """What `build --verify` runs on the new bundle before it is put in place."""
 
     def verifier(folder: Path, advance: Advance) -> Mapping[str, Any]:
-        from engines.verify import bounds_for, require_passed
-        from runtime.generator import Generator
+        from qwen_aot.engines.verify.scores import bounds_for, require_passed
+        from qwen_aot.runtime.generation.generator import Generator
 
         def show(event: ProgressEvent) -> None:
             if event.unit == POSITIONS:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.cli.console import stdout
+from qwen_aot.runtime.cli.console import stdout
 
 if TYPE_CHECKING:
-    from engines.per_layer import LayerReport
-    from engines.progress import OnProgress
-    from exporter.checkpoint.base import Checkpoint
-    from runtime.bundle import Bundle
+    from qwen_aot.engines.bundle.progress import OnProgress
+    from qwen_aot.engines.verify.per_layer import LayerReport
+    from qwen_aot.exporter.checkpoint.base import Checkpoint
+    from qwen_aot.runtime.bundle.load import Bundle
 
 
 def compare(
     bundle: Bundle, checkpoint: Checkpoint, text: str, window: int, bound: float | None, on_progress: OnProgress
 ) -> LayerReport:
     """Compares the layers over the text's first tokens (random ones for a bundle without a tokenizer)."""
-    from engines.layer_graphs import bound_for, compare_bundle_layers
+    from qwen_aot.engines.verify.layer_graphs import bound_for, compare_bundle_layers
 
     manifest = bundle.manifest
     limit = min(window, manifest.max_context, manifest.prefill_chunk)

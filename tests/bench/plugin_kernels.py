@@ -24,17 +24,17 @@ from pathlib import Path
 
 import torch
 
-from engines.devices import DEVICES, Device, find_device
-from exporter.config import ModelConfig
-from exporter.variants import VARIANTS
-from plugins.kernels.moe_reference import ExpertWeights
-from plugins.launch import Launch, gqa_launches, gqa_workspace, moe_launches, moe_workspace, num_splits
-from plugins.performance.bounds import Gpu, bound
-from plugins.performance.costs import Cost
-from plugins.performance.resources import recorded, resources_of
-from plugins.performance.tables import CAPACITY, MODELS, STEPS, TOKENS, Step, attention, experts
-from plugins.variants import QUANT_BLOCK, WEIGHT_BITS
-from qwen_aot_errors import BuildError
+from qwen_aot.engines.planner.devices import DEVICES, Device, find_device
+from qwen_aot.errors import BuildError
+from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.variants import VARIANTS
+from qwen_aot.plugins.kernels.moe_reference import ExpertWeights
+from qwen_aot.plugins.launch import Launch, gqa_launches, gqa_workspace, moe_launches, moe_workspace, num_splits
+from qwen_aot.plugins.performance.bounds import Gpu, bound
+from qwen_aot.plugins.performance.costs import Cost
+from qwen_aot.plugins.performance.resources import recorded, resources_of
+from qwen_aot.plugins.performance.tables import CAPACITY, MODELS, STEPS, TOKENS, Step, attention, experts
+from qwen_aot.plugins.variants import QUANT_BLOCK, WEIGHT_BITS
 
 _TYPES = {"fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32}
 L2_TIMES = 4  # the copies of a kernel's tensors exceed L2 so many times

@@ -65,8 +65,8 @@ def run(options: argparse.Namespace, side: str, folder: str) -> dict[str, Any]:
 
 
 def _spec(options: argparse.Namespace) -> Any:
-    from engines.spec import BuildSpec, Precision, Target
-    from engines.tensorrt_options import TensorRtOptions
+    from qwen_aot.engines.spec.build_spec import BuildSpec, Precision, Target
+    from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 
     return BuildSpec(
         target=Target.TENSORRT_RTX,
@@ -81,13 +81,13 @@ def graph(options: argparse.Namespace) -> dict[str, Any]:
     """Writes the ONNX file that our build would compile, for TensorRT's side."""
     import onnx_ir as ir
 
-    from engines import tensorrt as builder
-    from exporter.checkpoint.random import RandomCheckpoint
-    from exporter.save import DATA_FILE, save_graph
-    from exporter.trace import trace
-    from exporter.variants import VARIANTS
-    from exporter.weights import stitch
-    from runtime.manifest import cache_capacity
+    from qwen_aot.engines import tensorrt as builder
+    from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
+    from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
+    from qwen_aot.exporter.graph.trace import trace
+    from qwen_aot.exporter.model.variants import VARIANTS
+    from qwen_aot.exporter.weights.stitch import stitch
+    from qwen_aot.runtime.bundle.manifest import cache_capacity
 
     spec, config = _spec(options), VARIANTS[options.variant]
     capacity = cache_capacity(options.context, options.chunk)
@@ -101,9 +101,9 @@ def graph(options: argparse.Namespace) -> dict[str, Any]:
 def ours(options: argparse.Namespace) -> dict[str, Any]:
     """`build-engine` on random weights."""
     start = time.perf_counter()
-    from engines.build import build_bundle
-    from exporter.checkpoint.random import RandomCheckpoint
-    from exporter.variants import VARIANTS
+    from qwen_aot.engines.build import build_bundle
+    from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
+    from qwen_aot.exporter.model.variants import VARIANTS
 
     out = options.folder / "bundle"
     report = build_bundle(RandomCheckpoint(VARIANTS[options.variant]), _spec(options), out)
@@ -125,7 +125,7 @@ def tensorrt(options: argparse.Namespace) -> dict[str, Any]:
     """TensorRT alone."""
     import tensorrt_rtx as trt
 
-    from runtime.manifest import cache_capacity
+    from qwen_aot.runtime.bundle.manifest import cache_capacity
 
     capacity = cache_capacity(options.context, options.chunk)
     start = time.perf_counter()

@@ -16,15 +16,16 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from exporter.checkpoint.random import RandomCheckpoint
-from exporter.config import ModelConfig
-from exporter.lowering import passes, standard
-from exporter.lowering.standard import StandardOptions
-from exporter.lowering.standard_quantized import WeightFormat
-from exporter.save import DATA_FILE, save_graph
-from exporter.trace import trace
-from exporter.variants import variant_config
-from exporter.weights import Traced, stitch
+from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
+from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
+from qwen_aot.exporter.graph.trace import trace
+from qwen_aot.exporter.lowering import passes
+from qwen_aot.exporter.lowering.tensorrt import standard
+from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat
+from qwen_aot.exporter.lowering.tensorrt.standard import StandardOptions
+from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.variants import variant_config
+from qwen_aot.exporter.weights.stitch import Traced, stitch
 
 CAPACITY = 64
 

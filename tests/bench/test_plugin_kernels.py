@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from exporter.config import MoeConfig
-from exporter.variants import VARIANTS
-from plugins.performance.bounds import bound
-from plugins.performance.costs import attention_costs
-from plugins.performance.resources import resources_of
-from plugins.performance.tables import Step, attention, experts, gpu_of
+from qwen_aot.exporter.model.config import MoeConfig
+from qwen_aot.exporter.model.variants import VARIANTS
+from qwen_aot.plugins.performance.bounds import bound
+from qwen_aot.plugins.performance.costs import attention_costs
+from qwen_aot.plugins.performance.resources import resources_of
+from qwen_aot.plugins.performance.tables import Step, attention, experts, gpu_of
 from tests.bench.plugin_kernels import (
     L2_TIMES,
     MOST_COPIES,

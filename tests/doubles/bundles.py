@@ -13,12 +13,12 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from exporter.checkpoint import open_checkpoint
-from exporter.lowering import standard
-from exporter.save import DATA_FILE, save_graph
-from exporter.trace import trace
-from exporter.weights import Traced, stitch
-from runtime.manifest import (
+from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
+from qwen_aot.exporter.graph.trace import trace
+from qwen_aot.exporter.lowering.tensorrt import standard
+from qwen_aot.exporter.weights.stitch import Traced, stitch
+from qwen_aot.runtime.bundle.manifest import (
     CACHE_PREFIX,
     MANIFEST_NAME,
     FileEntry,

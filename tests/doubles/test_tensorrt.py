@@ -20,7 +20,7 @@ from tests.doubles.tensorrt import (
     make_tensorrt,
 )
 from tests.doubles.test_cuda_runtime import THREAD_LOCAL, Program
-from tests.runtime.backends.tensorrt_engines import write_checksum_bundle
+from tests.runtime.backends.tensorrt.engines import write_checksum_bundle
 
 CACHE = ("past_key_values.0.key", "past_key_values.0.value")
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from runtime.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, Profile
+from qwen_aot.runtime.bundle.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, Profile
 
 
 def manifest_for(files: Mapping[str, FileEntry]) -> Manifest:

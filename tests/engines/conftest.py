@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-import engines.build
-import engines.export
-from exporter.weights import Traced
+import qwen_aot.engines.build
+import qwen_aot.engines.export
+from qwen_aot.exporter.weights.stitch import Traced
 
 _TRACED: dict[str, Traced] = {}
 
@@ -18,7 +18,7 @@ _TRACED: dict[str, Traced] = {}
 @pytest.fixture
 def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes builds and exports of a configuration seen before start from a copy of its traced graph."""
-    real = engines.build.trace
+    real = qwen_aot.engines.build.trace
 
     def cached(*arguments: Any, **options: Any) -> Traced:
         key = repr((arguments, options))
@@ -27,8 +27,8 @@ def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
         traced = _TRACED[key]
         return Traced(traced.model.clone(), traced.config, dict(traced.recipes))
 
-    monkeypatch.setattr(engines.build, "trace", cached)
-    monkeypatch.setattr(engines.export, "trace", cached)
+    monkeypatch.setattr(qwen_aot.engines.build, "trace", cached)
+    monkeypatch.setattr(qwen_aot.engines.export, "trace", cached)
 
 
 @pytest.fixture

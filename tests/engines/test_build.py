@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from engines.build import STAGES, build_bundle, plan_build
-from engines.progress import ProgressEvent
-from engines.spec import COMBINATIONS, BuildSpec, Combination, Precision, Target
-from engines.stages import Advance
-from exporter.checkpoint import open_checkpoint
-from qwen_aot_errors import BuildError, DeployError
-from runtime.generator import Generator
+from qwen_aot.engines.build import STAGES, build_bundle, plan_build
+from qwen_aot.engines.bundle.progress import ProgressEvent
+from qwen_aot.engines.bundle.stages import Advance
+from qwen_aot.engines.spec.build_spec import COMBINATIONS, BuildSpec, Combination, Precision, Target
+from qwen_aot.errors import BuildError, DeployError
+from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.runtime.generation.generator import Generator
 from tests.checkpoints import save_tiny
 
 pytestmark = pytest.mark.usefixtures("trace_once")

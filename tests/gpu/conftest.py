@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.cli.doctor import gpus
+from qwen_aot.runtime.cli.doctor import gpus
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.build import build_bundle
-from engines.compare_engine import compare_in_process
-from engines.spec import BuildSpec, Precision
-from runtime.backends._cuda import find_device, load_cuda
+from qwen_aot.engines.build import build_bundle
+from qwen_aot.engines.spec.build_spec import BuildSpec, Precision
+from qwen_aot.engines.verify.compare_engine import compare_in_process
+from qwen_aot.runtime.backends.cuda.runtime import find_device, load_cuda
 from tests.checkpoints import save_tiny
 from tests.gpu.test_tensorrt import CHUNK, CONTEXT, TARGETS, build
 

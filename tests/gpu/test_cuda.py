@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.build import build_bundle
-from engines.spec import BuildSpec
-from runtime.backends._cuda_memory import CudaMemory
-from runtime.backends._ort_devices import DEVICES
-from runtime.backends.onnxruntime import OnnxRuntimeEngine
-from runtime.bundle import load_bundle
-from runtime.kv_cache import KvCache
-from runtime.manifest import CAPACITY_STEP, IoTensor
+from qwen_aot.engines.build import build_bundle
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.runtime.backends.cuda.memory import CudaMemory
+from qwen_aot.runtime.backends.ort.devices import DEVICES
+from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine
+from qwen_aot.runtime.bundle.load import load_bundle
+from qwen_aot.runtime.bundle.manifest import CAPACITY_STEP, IoTensor
+from qwen_aot.runtime.engine.kv_cache import KvCache
 from tests.checkpoints import reference_logits, save_tiny
 from tests.exporter.rounding import rounded_model
 

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from engines.build import build_bundle
-from engines.spec import BuildSpec
-from engines.tensorrt_options import TensorRtOptions
-from runtime.backends._cuda import Device, find_device, load_cuda
-from runtime.backends.tensorrt import TensorRtEngine
-from runtime.bundle import load_bundle
-from runtime.engine import NonFiniteLogitsError
+from qwen_aot.engines.build import build_bundle
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
+from qwen_aot.runtime.backends.cuda.runtime import Device, find_device, load_cuda
+from qwen_aot.runtime.backends.tensorrt.engine import TensorRtEngine
+from qwen_aot.runtime.bundle.load import load_bundle
+from qwen_aot.runtime.engine.protocol import NonFiniteLogitsError
 from tests.checkpoints import reference_logits, save_tiny
 from tests.exporter.rounding import rounded_model
 

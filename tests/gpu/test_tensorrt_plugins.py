@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.plugin_library import ENVIRONMENT
-from plugins.aot import PTX_SM
-from plugins.library import FILE_NAME
-from plugins.variants import SMS
-from runtime.backends import open_engine
-from runtime.backends._cuda import find_device, load_cuda
-from runtime.backends.tensorrt import TensorRtEngine
-from runtime.bundle import load_bundle
-from runtime.engine import Engine
+from qwen_aot.engines.tensorrt.plugin_library import ENVIRONMENT
+from qwen_aot.plugins.aot import PTX_SM
+from qwen_aot.plugins.library import FILE_NAME
+from qwen_aot.plugins.variants import SMS
+from qwen_aot.runtime.backends.cuda.runtime import find_device, load_cuda
+from qwen_aot.runtime.backends.open import open_engine
+from qwen_aot.runtime.backends.tensorrt.engine import TensorRtEngine
+from qwen_aot.runtime.bundle.load import load_bundle
+from qwen_aot.runtime.engine.protocol import Engine
 from tests.checkpoints import reference_logits, save_tiny
-from tests.exporter.lowering.test_plugin import int8_cache_logits
+from tests.exporter.lowering.tensorrt.test_plugin import int8_cache_logits
 from tests.exporter.rounding import rounded_experts, rounded_model
 from tests.gpu.test_tensorrt import ids, prompt_of
 
@@ -85,7 +85,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path(named)
     folder = tmp_path_factory.mktemp("library")
     sm = find_device(load_cuda()).compute_capability
-    cli("plugins.library", "-o", folder, "--sm", sm if sm in SMS else PTX_SM)
+    cli("qwen_aot.plugins.library", "-o", folder, "--sm", sm if sm in SMS else PTX_SM)
     return folder / FILE_NAME
 
 
@@ -135,7 +135,7 @@ def native(checkpoint: Checkpoint, library: Path, tmp_path_factory: pytest.TempP
 def build(checkpoint: Path, out: Path, library: Path, *options: str) -> Path:
     sizes = {"--max-context": CONTEXT, "--max-batch": ROWS, "--prefill-chunk": CHUNK}
     given = [str(part) for pair in sizes.items() for part in pair]
-    verb = ("runtime.cli.main", "build", checkpoint, "-o", out, "--target", "tensorrt")
+    verb = ("qwen_aot", "build", checkpoint, "-o", out, "--target", "tensorrt")
     cli(*verb, *given, *options, **{ENVIRONMENT: str(library)})
     return out
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from plugins.library import FILE_NAME, build_library, cuda_headers, tensorrt_headers
+from qwen_aot.plugins.library import FILE_NAME, build_library, cuda_headers, tensorrt_headers
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from plugins.launch import gqa_workspace, moe_workspace, num_splits
+from qwen_aot.plugins.launch import gqa_workspace, moe_workspace, num_splits
 from tests.plugins.driver.execution import DTYPES, LAUNCH_FAILED, Executor, Gpu, Memory, Recorded, Region
 from tests.plugins.gqa_cases import GqaStep
 from tests.plugins.harness import POISON, Call, Harness, prepare

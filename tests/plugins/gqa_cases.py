@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from plugins.kernels.gqa_reference import gqa_reference, quantize_int8
-from plugins.launch import Launch, gqa_launches, gqa_workspace, num_splits
+from qwen_aot.plugins.kernels.gqa_reference import gqa_reference, quantize_int8
+from qwen_aot.plugins.launch import Launch, gqa_launches, gqa_workspace, num_splits
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 TORCH_DTYPES = {**DTYPES, "fp32": torch.float32, "i32": torch.int32}

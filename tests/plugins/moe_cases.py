@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from plugins.kernels.moe_reference import BLOCK, ExpertWeights, moe_reference, pack_nibbles
-from plugins.launch import Launch, moe_launches, moe_workspace
+from qwen_aot.plugins.kernels.moe_reference import BLOCK, ExpertWeights, moe_reference, pack_nibbles
+from qwen_aot.plugins.launch import Launch, moe_launches, moe_workspace
 from tests.plugins.gqa_cases import DTYPES, SM, allocate
 
 

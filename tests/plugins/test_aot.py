@@ -12,11 +12,11 @@ from types import MappingProxyType
 
 import pytest
 
-from plugins import aot
-from plugins.aot import build, problems, source_hash
-from plugins.signatures import KERNELS
-from plugins.variants import variants
-from qwen_aot_errors import BuildError
+from qwen_aot.errors import BuildError
+from qwen_aot.plugins import aot
+from qwen_aot.plugins.aot import build, problems, source_hash
+from qwen_aot.plugins.signatures import KERNELS
+from qwen_aot.plugins.variants import variants
 
 REPOSITORY = Path(__file__).parents[2]
 ONLY = "gqa_[rd]e*-fp16-same-*"  # rotate is no match: decode for two head sizes and two group tiles
@@ -25,7 +25,7 @@ ONLY = "gqa_[rd]e*-fp16-same-*"  # rotate is no match: decode for two head sizes
 def run(
     folder: Path, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "plugins.aot", "-o", str(folder), "--json", *arguments]
+    command = [sys.executable, "-m", "qwen_aot.plugins.aot", "-o", str(folder), "--json", *arguments]
     complete = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=complete)
 
@@ -106,9 +106,9 @@ def test_a_damaged_record_is_no_record(built, record):
 
 def test_hash_follows_what_a_kernel_imports_and_its_grid(tmp_path, monkeypatch):
     files = {
-        "plugins.kernels.moe_align": "from plugins.kernels.helper import one\n",
-        "plugins.kernels.helper": "from plugins.kernels.other import two\n",
-        "plugins.kernels.other": "import math\n",
+        "qwen_aot.plugins.kernels.moe_align": "from qwen_aot.plugins.kernels.helper import one\n",
+        "qwen_aot.plugins.kernels.helper": "from qwen_aot.plugins.kernels.other import two\n",
+        "qwen_aot.plugins.kernels.other": "import math\n",
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -148,7 +148,7 @@ def test_compiler_variables_of_the_environment_change_nothing(built, tmp_path):
 
 
 def test_ctrl_c_stops_soon_and_keeps_what_was_compiled(tmp_path):
-    command = [sys.executable, "-m", "plugins.aot", "-o", str(tmp_path), "--sm", "8.9", "--jobs", "1"]
+    command = [sys.executable, "-m", "qwen_aot.plugins.aot", "-o", str(tmp_path), "--sm", "8.9", "--jobs", "1"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     # A session of its own: as at a terminal, all of its processes get the signal; and as there, none ignores it.
     with subprocess.Popen(

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from plugins.launch import Launch, is_moe_decode
-from plugins.library import build_library, cuda_headers, tensorrt_headers
-from plugins.signatures import KERNELS
+from qwen_aot.plugins.launch import Launch, is_moe_decode
+from qwen_aot.plugins.library import build_library, cuda_headers, tensorrt_headers
+from qwen_aot.plugins.signatures import KERNELS
 from tests.plugins.bounds import assert_close
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.driver.execution import LAUNCH_FAILED, Gpu, Recorded

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from plugins.kernels.moe_reference import ExpertWeights, moe_reference
-from plugins.launch import Launch, gqa_launches, gqa_workspace, moe_launches
-from plugins.variants import MOE_BLOCK_M
+from qwen_aot.plugins.kernels.moe_reference import ExpertWeights, moe_reference
+from qwen_aot.plugins.launch import Launch, gqa_launches, gqa_workspace, moe_launches
+from qwen_aot.plugins.variants import MOE_BLOCK_M
 from tests.plugins.bounds import assert_close
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.gqa_cases import SM, GqaStep

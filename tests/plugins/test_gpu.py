@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from plugins.library import build_library, cuda_headers, tensorrt_headers
-from plugins.variants import SMS
+from qwen_aot.plugins.library import build_library, cuda_headers, tensorrt_headers
+from qwen_aot.plugins.variants import SMS
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.enqueue import compile_driver
 from tests.plugins.sanitizer_cases import CASES, ENVIRONMENT, run

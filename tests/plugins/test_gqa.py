@@ -3,9 +3,9 @@ import itertools
 import pytest
 import torch
 
-from plugins.launch import gqa_launches
-from plugins.variants import CACHES, HEAD_DIMS, SMS, select
-from qwen_aot_errors import BuildError
+from qwen_aot.errors import BuildError
+from qwen_aot.plugins.launch import gqa_launches
+from qwen_aot.plugins.variants import CACHES, HEAD_DIMS, SMS, select
 from tests.plugins.bounds import assert_close
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.gqa_cases import SM, GqaStep

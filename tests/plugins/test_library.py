@@ -12,10 +12,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from plugins import kernel_table, launch, library
-from plugins.library import build_library, library_hash, tensorrt_headers
-from plugins.variants import variants
-from qwen_aot_errors import BuildError
+from qwen_aot.errors import BuildError
+from qwen_aot.plugins import kernel_table, launch, library
+from qwen_aot.plugins.library import build_library, library_hash, tensorrt_headers
+from qwen_aot.plugins.variants import variants
 
 REPOSITORY = Path(__file__).parents[2]
 CPP_TESTS = Path(__file__).parent / "src"
@@ -187,7 +187,7 @@ def test_hash(plugin_library):
 
 def test_command_line_builds_what_the_function_does(plugin_build, plugin_library):
     before = library_hash(plugin_library)
-    command = [sys.executable, "-m", "plugins.library", "-o", plugin_build, "--sm", "8.9", "--json"]
+    command = [sys.executable, "-m", "qwen_aot.plugins.library", "-o", plugin_build, "--sm", "8.9", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
@@ -197,7 +197,7 @@ def test_command_line_builds_what_the_function_does(plugin_build, plugin_library
 
 
 def test_command_line_says_what_is_wrong(tmp_path):
-    command = [sys.executable, "-m", "plugins.library", "-o", tmp_path]
+    command = [sys.executable, "-m", "qwen_aot.plugins.library", "-o", tmp_path]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     unknown = subprocess.run([*command, "--sm", "7.5"], capture_output=True, text=True, env=environment)
     assert unknown.returncode == 2 and "7.5" in unknown.stderr

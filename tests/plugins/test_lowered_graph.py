@@ -13,12 +13,12 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from exporter.checkpoint import open_checkpoint
-from exporter.lowering import plugin
-from exporter.lowering.plugin import PluginOptions
-from exporter.save import DATA_FILE, save_graph
-from exporter.trace import trace
-from exporter.weights import stitch
+from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
+from qwen_aot.exporter.graph.trace import trace
+from qwen_aot.exporter.lowering.tensorrt import plugin
+from qwen_aot.exporter.lowering.tensorrt.plugin import PluginOptions
+from qwen_aot.exporter.weights.stitch import stitch
 from tests.checkpoints import save_tiny
 
 pytestmark = pytest.mark.trt

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from plugins.launch import is_moe_decode, most_blocks
-from plugins.variants import MOE_BLOCK_M
-from qwen_aot_errors import BuildError
+from qwen_aot.errors import BuildError
+from qwen_aot.plugins.launch import is_moe_decode, most_blocks
+from qwen_aot.plugins.variants import MOE_BLOCK_M
 from tests.plugins.bounds import assert_close
 from tests.plugins.moe_cases import MoeStep
 from tests.plugins.pairs import identifier, pairwise

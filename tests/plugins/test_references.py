@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from plugins.kernels.gqa_reference import gqa_reference, quantize_int8
-from plugins.kernels.moe_reference import ExpertWeights, moe_reference, pack_nibbles, unpack_nibbles
+from qwen_aot.plugins.kernels.gqa_reference import gqa_reference, quantize_int8
+from qwen_aot.plugins.kernels.moe_reference import ExpertWeights, moe_reference, pack_nibbles, unpack_nibbles
 from tests.plugins.moe_cases import make_weights
 
 

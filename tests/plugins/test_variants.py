@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from plugins.signatures import KERNELS
-from plugins.variants import (
+from qwen_aot.errors import BuildError
+from qwen_aot.plugins.signatures import KERNELS
+from qwen_aot.plugins.variants import (
     FAMILIES,
     HEAD_DIMS,
     MOE_BLOCK_M,
@@ -18,7 +19,6 @@ from plugins.variants import (
     select,
     variants,
 )
-from qwen_aot_errors import BuildError
 
 
 @pytest.mark.parametrize("sm", SMS)

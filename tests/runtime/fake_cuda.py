@@ -6,8 +6,8 @@ import ctypes
 from enum import IntEnum
 from types import SimpleNamespace
 
-from runtime.backends._cuda import Cuda
-from runtime.backends._cuda_memory import CudaMemory
+from qwen_aot.runtime.backends.cuda.memory import CudaMemory
+from qwen_aot.runtime.backends.cuda.runtime import Cuda
 
 
 class Code(IntEnum):

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_aot_errors import ContextFullError
-from runtime.engine import NonFiniteLogitsError
-from runtime.manifest import Manifest
+from qwen_aot.errors import ContextFullError
+from qwen_aot.runtime.bundle.manifest import Manifest
+from qwen_aot.runtime.engine.protocol import NonFiniteLogitsError
 from tests.runtime.toys import checksum
 
 

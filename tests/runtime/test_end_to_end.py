@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from qwen_aot_errors import EngineMismatchError, GenerationError
-from runtime.backends import open_engine
-from runtime.bundle import Bundle, load_bundle
-from runtime.generation_config import GenerationConfig
-from runtime.generator import Generator
-from runtime.manifest import FileEntry
-from runtime.request import Request
+from qwen_aot.errors import EngineMismatchError, GenerationError
+from qwen_aot.runtime.backends.open import open_engine
+from qwen_aot.runtime.bundle.load import Bundle, load_bundle
+from qwen_aot.runtime.bundle.manifest import FileEntry
+from qwen_aot.runtime.generation.config import GenerationConfig
+from qwen_aot.runtime.generation.generator import Generator
+from qwen_aot.runtime.generation.request import Request
 from tests.runtime.fakes import FakeEngine
 from tests.runtime.texts import GOLDEN, golden_tokenizer
 from tests.runtime.toys import ALL_INPUTS, VOCAB_SIZE, checksum, checksum_model, io_tables, make_manifest, write_bundle

@@ -10,7 +10,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, IoTensor, Manifest, ModelFacts, Profile
+from qwen_aot.runtime.bundle.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    FileEntry,
+    IoTensor,
+    Manifest,
+    ModelFacts,
+    Profile,
+)
 
 VOCAB_SIZE = 211  # a prime: checksums spread over it
 HEADS, HEAD_DIM = 2, 8

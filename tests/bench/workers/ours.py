@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.backends.onnxruntime import OnnxRuntimeEngine, OrtOptions
-from runtime.bundle import load_bundle
+from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine, OrtOptions
+from qwen_aot.runtime.bundle.load import load_bundle
 from tests.bench.workers.protocol import Measured, serve
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from exporter.checkpoint.tokenizer_checks import GENERATION_VALUES, check_generation, check_template
-from qwen_aot_errors import BundleError, CheckpointError
-from runtime.generation_config import GenerationDefaults
-from runtime.tokenizer import _read_template
+from qwen_aot.errors import BundleError, CheckpointError
+from qwen_aot.exporter.checkpoint.tokenizer_checks import GENERATION_VALUES, check_generation, check_template
+from qwen_aot.runtime.generation.config import GenerationDefaults
+from qwen_aot.runtime.text.tokenizer import _read_template
 
 VALUES = st.one_of(
     st.none(),

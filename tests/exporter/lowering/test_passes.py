@@ -9,11 +9,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from exporter.lowering import passes, standard
-from exporter.ops import DOMAIN
-from exporter.trace import trace
-from exporter.weights import Output, Recipe, Source, Traced, cast_to, place
-from tests.exporter.test_trace import DENSE, MOE
+from qwen_aot.exporter.graph.ops import DOMAIN
+from qwen_aot.exporter.graph.trace import trace
+from qwen_aot.exporter.lowering import passes
+from qwen_aot.exporter.lowering.tensorrt import standard
+from qwen_aot.exporter.weights.stitch import Output, Recipe, Source, Traced, cast_to, place
+from tests.exporter.graph.test_trace import DENSE, MOE
 
 TIED = dataclasses.replace(DENSE, tie_word_embeddings=True)
 

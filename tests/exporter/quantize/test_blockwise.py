@@ -7,8 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat, dequantize, pack, quantize, quantize_channels, unpack
-from qwen_aot_errors import ExportError
+from qwen_aot.errors import ExportError
+from qwen_aot.exporter.quantize.blockwise import (
+    BLOCK_SIZES,
+    BlockFormat,
+    dequantize,
+    pack,
+    quantize,
+    quantize_channels,
+    unpack,
+)
 
 FORMATS = [
     BlockFormat(bits, size, symmetric) for bits in (4, 8) for size in (16, 32, 128) for symmetric in (True, False)

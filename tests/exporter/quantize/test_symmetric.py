@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporter.quantize.symmetric import fp8_channels, int4_blocks, int8_channels
+from qwen_aot.exporter.quantize.symmetric import fp8_channels, int4_blocks, int8_channels
 from tests.exporter import rounding
 
 FLOAT16, BFLOAT16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from plugins.signatures import KERNELS
-from plugins.variants import FAMILIES, SHARED_BYTES
+from qwen_aot.plugins.signatures import KERNELS
+from qwen_aot.plugins.variants import FAMILIES, SHARED_BYTES
 from tests.plugins import interpreter
 
 LAUNCH_FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from plugins import aot
+from qwen_aot.plugins import aot
 
 SHARED_BYTES = 99 * 1024
 SUCCESS, INVALID_VALUE, INVALID_IMAGE, INVALID_CONTEXT = 0, 1, 200, 201

@@ -2,11 +2,11 @@ import dataclasses
 
 import pytest
 
-from plugins.performance.bounds import ISSUES_PER_CYCLE, LATENCY_SECONDS, Gpu, bound, occupancy
-from plugins.performance.costs import Access, Cost
-from plugins.performance.resources import Resources
-from plugins.variants import Variant
-from qwen_aot_errors import BuildError
+from qwen_aot.errors import BuildError
+from qwen_aot.plugins.performance.bounds import ISSUES_PER_CYCLE, LATENCY_SECONDS, Gpu, bound, occupancy
+from qwen_aot.plugins.performance.costs import Access, Cost
+from qwen_aot.plugins.performance.resources import Resources
+from qwen_aot.plugins.variants import Variant
 
 GPU = Gpu(sm="8.9", sm_count=10, clock_hz=1e9, bytes_per_second=1e11, tensor_flops=1e13, l2_bytes=1 << 20)
 VARIANT = Variant("gqa_prefill", {}, {}, {}, num_warps=4, num_stages=3)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from plugins.launch import Launch
-from plugins.performance.costs import Cost, attention_costs, even_counts, expert_costs
+from qwen_aot.plugins.launch import Launch
+from qwen_aot.plugins.performance.costs import Cost, attention_costs, even_counts, expert_costs
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.gqa_cases import SM, GqaStep
 from tests.plugins.moe_cases import MoeStep

@@ -4,18 +4,20 @@ from pathlib import Path
 
 import pytest
 
-from plugins import aot
-from plugins.performance import tables
-from plugins.performance.resources import SMS, measured, recorded, resources_of, step_instructions
-from plugins.variants import select
-from qwen_aot_errors import BuildError
+from qwen_aot.errors import BuildError
+from qwen_aot.plugins import aot
+from qwen_aot.plugins.performance import tables
+from qwen_aot.plugins.performance.resources import SMS, measured, recorded, resources_of, step_instructions
+from qwen_aot.plugins.variants import select
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "plugins-performance.md"
 
 
 def test_the_document_has_the_tables_that_the_code_makes():
     text = DOCUMENT.read_text()
-    assert tables.filled_in(text) == text, "run `python -m plugins.performance --document docs/plugins-performance.md`"
+    assert tables.filled_in(text) == text, (
+        "run `python -m qwen_aot.plugins.performance --document docs/plugins-performance.md`"
+    )
 
 
 def test_the_document_names_every_device_and_links_back():
@@ -41,7 +43,7 @@ def test_resources_that_were_not_recorded():
 
 
 def test_a_folder_without_the_kernels(tmp_path):
-    with pytest.raises(BuildError, match=r"sm_87 lacks moe_count: compile it with `python -m plugins\.aot --sm 8\.7"):
+    with pytest.raises(BuildError, match=r"sm_87 lacks moe_count: compile it with `python -m \S+\.aot --sm 8\.7"):
         measured(tmp_path)
 
 
@@ -64,6 +66,6 @@ def test_recorded_resources_are_those_of_a_new_compilation(sm, only, tmp_path, m
     aot.build([sm], tmp_path, only=only)
     built = {path.stem for path in (tmp_path / f"sm_{sm.replace('.', '')}").glob("*.cubin")}
     listed = [variant for variant in aot.variants(sm) if variant.name in built and "bf16" not in variant.name]
-    monkeypatch.setattr("plugins.performance.resources.variants", lambda _: listed)
+    monkeypatch.setattr("qwen_aot.plugins.performance.resources.variants", lambda _: listed)
     assert listed
     assert measured(tmp_path, (sm,))[sm] == {variant.name: recorded()[sm][variant.name] for variant in listed}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from engines.build import build_bundle
-from engines.spec import BuildSpec, Precision
-from runtime.cli.main import qwen_aot
+from qwen_aot.engines.build import build_bundle
+from qwen_aot.engines.spec.build_spec import BuildSpec, Precision
+from qwen_aot.runtime.cli.main import qwen_aot
 from tests.checkpoints import save_tiny
 
 Run = Callable[..., Result]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cli.bench import Spread
+from qwen_aot.runtime.cli.bench import Spread
 from tests.runtime.cli.conftest import Run
 
 SMALL = ("--prompt-tokens", 32, "--gen-tokens", 8, "--rounds", 3)

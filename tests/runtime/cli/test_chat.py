@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_aot_errors import BundleError
-from runtime.cli import chat
+from qwen_aot.errors import BundleError
+from qwen_aot.runtime.cli import chat
 from tests.runtime.cli.conftest import Run
 
 ROOT = Path(__file__).parents[3]
@@ -70,8 +70,8 @@ def test_a_full_context_is_a_note_and_the_chat_goes_on(run: Run, bundle: Path) -
 
 
 def test_a_bundle_without_a_template_is_refused(run: Run, tmp_path: Path) -> None:
-    from engines.build import build_bundle
-    from engines.spec import BuildSpec, Precision
+    from qwen_aot.engines.build import build_bundle
+    from qwen_aot.engines.spec.build_spec import BuildSpec, Precision
     from tests.checkpoints import save_tiny
 
     save_tiny(tmp_path / "bare")
@@ -91,7 +91,7 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self._parent, child = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "runtime.cli.main", "chat", *arguments],
+            [sys.executable, "-m", "qwen_aot", "chat", *arguments],
             cwd=ROOT,
             stdin=child,
             stdout=child,
@@ -210,7 +210,7 @@ def test_a_message_that_can_not_be_answered_is_a_note_and_the_chat_goes_on(run: 
 
 
 def test_input_that_is_not_utf8_is_a_usage_error(bundle: Path) -> None:
-    chat_command = [sys.executable, "-m", "runtime.cli.main", "chat", str(bundle)]
+    chat_command = [sys.executable, "-m", "qwen_aot", "chat", str(bundle)]
     strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in a UTF-8 locale that has a language
     result = subprocess.run(chat_command, cwd=ROOT, env=strict, input=b"caf\xe9\n", capture_output=True, timeout=60)
     assert result.returncode == 2
@@ -232,6 +232,6 @@ def test_an_error_after_ctrl_c_at_the_prompt_keeps_its_own_code(
         return ""
 
     monkeypatch.setattr("rich.console.Console.input", interrupts_then_types)
-    monkeypatch.setattr("runtime.chat.Chat.send", answers_badly)
+    monkeypatch.setattr("qwen_aot.runtime.generation.chat.Chat.send", answers_badly)
     result = run("chat", bundle)
     assert (result.exit_code, result.stderr) == (1, "error: the file is damaged\n")

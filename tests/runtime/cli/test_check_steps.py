@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cli.check_steps import Failure, Outcome, Skip, Step, StepResult, has_passed, run_steps, write_report
+from qwen_aot.runtime.cli.check_steps import (
+    Failure,
+    Outcome,
+    Skip,
+    Step,
+    StepResult,
+    has_passed,
+    run_steps,
+    write_report,
+)
 
 
 def boom() -> dict[str, int]:

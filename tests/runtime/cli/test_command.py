@@ -13,8 +13,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from qwen_aot_errors import BuildError
-from runtime.cli.command import LazyGroup, Verb, VerbCommand, option
+from qwen_aot.errors import BuildError
+from qwen_aot.runtime.cli.command import LazyGroup, Verb, VerbCommand, option
 
 ROOT = Path(__file__).parents[3]
 
@@ -93,7 +93,7 @@ def own_handler() -> Iterator[None]:
 def test_a_second_signal_at_once_does_not_cut_the_cleaning_up(
     seconds: float, is_cleaned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.cli.command.SAME_WISH_SECONDS", seconds)
+    monkeypatch.setattr("qwen_aot.runtime.cli.command.SAME_WISH_SECONDS", seconds)
     cleaned: list[bool] = []
 
     @click.command("work", cls=VerbCommand)
@@ -111,7 +111,7 @@ def test_a_second_signal_at_once_does_not_cut_the_cleaning_up(
 def test_a_signal_while_the_interpreter_shuts_down_changes_nothing() -> None:
     code = """
 import atexit, signal, sys
-from runtime.cli.main import main
+from qwen_aot.runtime.cli.main import main
 atexit.register(signal.raise_signal, signal.SIGINT)
 sys.argv = ["qwen-aot", "inspect", "nothing"]
 main()
@@ -161,6 +161,6 @@ def test_an_unknown_verb_is_a_usage_error() -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_full_disk_behind_stdout_is_a_message() -> None:
     with Path("/dev/full").open("wb") as full:
-        command = [sys.executable, "-m", "runtime.cli.main", "doctor", "--json"]
+        command = [sys.executable, "-m", "qwen_aot", "doctor", "--json"]
         result = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=60)
     assert (result.returncode, result.stderr) == (1, b"error: No space left on device\n")

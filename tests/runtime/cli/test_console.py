@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from engines.progress import ProgressEvent
-from runtime.cli import console
-from runtime.cli.console import amount, duration, progress_on_stderr, size
+from qwen_aot.engines.bundle.progress import ProgressEvent
+from qwen_aot.runtime.cli import console
+from qwen_aot.runtime.cli.console import amount, duration, progress_on_stderr, size
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cli import doctor
-from runtime.cli.doctor import Need, gpus, lack
+from qwen_aot.runtime.cli import doctor
+from qwen_aot.runtime.cli.doctor import Need, gpus, lack
 from tests.doubles.gpu import Gpu
 from tests.doubles.install import installed
 from tests.runtime.cli.conftest import Run
@@ -51,7 +51,7 @@ def test_the_plugin_library_that_target_tensorrt_lacks(run: Run, monkeypatch: py
 
     monkeypatch.delenv("QWEN_AOT_PLUGIN_LIBRARY", raising=False)
     (message,) = of_plugins().pop("tensorrt")
-    assert "`python -m plugins.library -o FOLDER`" in message
+    assert "`python -m qwen_aot.plugins.library -o FOLDER`" in message
     assert "QWEN_AOT_PLUGIN_LIBRARY" in message and "--attention native --moe native" in message
     monkeypatch.setenv("QWEN_AOT_PLUGIN_LIBRARY", "/no/such/library.so")
     assert "/no/such/library.so doesn't exist" in of_plugins().pop("tensorrt")[0]

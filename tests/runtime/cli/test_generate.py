@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM
 
-from runtime.generator import Generator
+from qwen_aot.runtime.generation.generator import Generator
 from tests.runtime.cli.conftest import Run
 
 ROOT = Path(__file__).parents[3]
@@ -140,7 +140,7 @@ def test_a_chat_gets_no_special_token_beside_its_templates(run: Run, bundle: Pat
 
 def test_a_locale_without_the_characters_gets_others_and_whole_json(bundle: Path) -> None:
     encoding = "latin-1"  # where the locale says ASCII, click writes UTF-8 all the same
-    command = [sys.executable, "-m", "runtime.cli.main", "generate", str(bundle), "--prompt-ids", "5", "--ignore-eos",
+    command = [sys.executable, "-m", "qwen_aot", "generate", str(bundle), "--prompt-ids", "5", "--ignore-eos",
                "--max-new-tokens", "40", "--temperature", "0"]  # fmt: skip
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
 

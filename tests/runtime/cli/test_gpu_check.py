@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from engines.compare_engine import read_manifest
-from engines.engine_reference import EngineReference
-from engines.spec import BuildSpec
-from qwen_aot_errors import BuildError, EngineMismatchError
-from runtime.backends import open_engine
-from runtime.bundle import load_bundle
-from runtime.cli import gpu_check
-from runtime.cli.check_steps import Failure, Skip, Step, run_steps
-from runtime.manifest import MANIFEST_NAME, FileEntry, PluginFacts
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.verify.compare_engine import read_manifest
+from qwen_aot.engines.verify.engine_reference import EngineReference
+from qwen_aot.errors import BuildError, EngineMismatchError
+from qwen_aot.runtime.backends.open import open_engine
+from qwen_aot.runtime.bundle.load import load_bundle
+from qwen_aot.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, PluginFacts
+from qwen_aot.runtime.cli import gpu_check
+from qwen_aot.runtime.cli.check_steps import Failure, Skip, Step, run_steps
 from tests.checkpoints import save_tiny
 from tests.doubles import polygraphy_tensorrt
 from tests.doubles.bundles import export_tensorrt_bundle
@@ -36,7 +36,7 @@ ONE_GPU: Mapping[str, Any] = {"gpus": [{"name": "made up"}]}
 def test_without_a_gpu_nothing_is_checked_and_it_says_what_is_missing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.cli.doctor.gpus", lambda: [])
+    monkeypatch.setattr("qwen_aot.runtime.cli.doctor.gpus", lambda: [])
     result = run("gpu-check", "-o", tmp_path / "report", "--json")
     assert result.exit_code == 1
     report = json.loads(result.stdout)
@@ -96,7 +96,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[BuildSpec]:
         specs.append(spec)
         raise BuildError("no further")
 
-    monkeypatch.setattr("engines.build.build_bundle", build_bundle)
+    monkeypatch.setattr("qwen_aot.engines.build.build_bundle", build_bundle)
     monkeypatch.delenv("QWEN_AOT_PLUGIN_LIBRARY", raising=False)
     return specs
 
@@ -127,9 +127,9 @@ def test_plugins_are_built_for_the_gpu_that_is_here_and_used(
         (folder / "libqwen_aot_plugins.so").write_bytes(b"code")
         return folder / "libqwen_aot_plugins.so"
 
-    monkeypatch.setattr("plugins.library.tensorrt_headers", lambda build: tmp_path)
-    monkeypatch.setattr("plugins.library.find_cmake", lambda: "cmake")
-    monkeypatch.setattr("plugins.library.build_library", build_library)
+    monkeypatch.setattr("qwen_aot.plugins.library.tensorrt_headers", lambda build: tmp_path)
+    monkeypatch.setattr("qwen_aot.plugins.library.find_cmake", lambda: "cmake")
+    monkeypatch.setattr("qwen_aot.plugins.library.build_library", build_library)
     with installed(Gpu(capability=(12, 0))):
         assert gpu_check._build_plugins(tmp_path)["bytes"] == 4
         for target in ("tensorrt", "tensorrt-rtx"):
@@ -159,8 +159,10 @@ def test_without_what_plugins_are_built_with_layers_are_native(
     def refuse(*arguments: object) -> None:
         raise BuildError(missing)
 
-    monkeypatch.setattr("plugins.library.find_cmake", refuse if "cmake" in missing else lambda: "cmake")
-    monkeypatch.setattr("plugins.library.tensorrt_headers", refuse if "headers" in missing else lambda build: tmp_path)
+    monkeypatch.setattr("qwen_aot.plugins.library.find_cmake", refuse if "cmake" in missing else lambda: "cmake")
+    monkeypatch.setattr(
+        "qwen_aot.plugins.library.tensorrt_headers", refuse if "headers" in missing else lambda build: tmp_path
+    )
     if missing == "triton":
         monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
     with installed(Gpu(capability=(7, 5) if "7.5" in missing else (8, 9))):
@@ -239,7 +241,7 @@ def test_without_polygraphy_or_a_cuda_runtime_its_comparison_is_skipped(
         raise EngineMismatchError("Polygraphy needs the CUDA runtime library")
 
     write_engine(engines, "tensorrt")
-    monkeypatch.setattr("engines.compare_engine.compare_in_process", lack)
+    monkeypatch.setattr("qwen_aot.engines.verify.compare_engine.compare_in_process", lack)
     with pytest.raises(Skip, match="needs the CUDA runtime library"):
         gpu_check._compare_with_polygraphy("", engines, "tensorrt")
     monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)

@@ -107,7 +107,7 @@ def test_what_is_nothing_of_these(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["ascii:surrogateescape", "latin-1"])
 def test_a_locale_without_the_characters_of_a_path(bundle: Path, tmp_path: Path, encoding: str) -> None:
     (tmp_path / "Bündel 束").symlink_to(bundle)
-    command = [sys.executable, "-m", "runtime.cli.main", "inspect", str(tmp_path / "Bündel 束"), "--no-hash"]
+    command = [sys.executable, "-m", "qwen_aot", "inspect", str(tmp_path / "Bündel 束"), "--no-hash"]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     result = subprocess.run(command, cwd=Path(__file__).parents[3], env=environment, capture_output=True, timeout=60)
     assert result.returncode == 0, result.stderr

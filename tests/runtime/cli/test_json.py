@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from runtime.cli import build, doctor
-from runtime.cli.main import qwen_aot
+from qwen_aot.runtime.cli import build, doctor
+from qwen_aot.runtime.cli.main import qwen_aot
 from tests.checkpoints import save_tiny
-from tests.runtime.backends.tensorrt_engines import write_checksum_bundle
+from tests.runtime.backends.tensorrt.engines import write_checksum_bundle
 from tests.runtime.cli.conftest import Run
 
 PAGE = Path(__file__).parents[3] / "docs" / "json.md"

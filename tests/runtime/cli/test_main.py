@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from engines.write_bundle import BundleWriter
-from runtime.bundle import load_bundle
-from runtime.cli.main import VERBS
+from qwen_aot.engines.bundle.writer import BundleWriter
+from qwen_aot.runtime.bundle.load import load_bundle
+from qwen_aot.runtime.cli.main import VERBS
 from tests.runtime.cli.conftest import Run
 
 ROOT = Path(__file__).parents[3]
-QWEN_AOT = [sys.executable, "-m", "runtime.cli.main"]
+QWEN_AOT = [sys.executable, "-m", "qwen_aot"]
 HEAVY = "('torch', 'onnx', 'onnx_ir', 'onnxruntime', 'transformers', 'tokenizers')"
 
 
@@ -29,7 +29,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
     done = python(
         "import sys\n"
-        "from runtime.cli.main import qwen_aot\n"
+        "from qwen_aot.runtime.cli.main import qwen_aot\n"
         "try:\n    qwen_aot.main(['--help'])\n"
         f"finally:\n    print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
     )
@@ -57,14 +57,17 @@ def test_no_verb_shows_help(run: Run) -> None:
 
 
 def test_version(run: Run) -> None:
-    from qwen_aot_version import __version__
+    from qwen_aot.version import __version__
 
     assert run("--version").stdout == f"qwen-aot, version {__version__}\n"
 
 
 def test_build_engine_is_build() -> None:
     done = python(
-        "from runtime.cli.main import build_engine_main; import sys; sys.argv[1:] = ['-h']; build_engine_main()"
+        "import sys\n"
+        "from qwen_aot.runtime.cli.main import build_engine_main\n"
+        "sys.argv[1:] = ['-h']\n"
+        "build_engine_main()"
     )
     assert done.returncode == 0
     assert done.stdout.startswith("Usage: build-engine [OPTIONS] CHECKPOINT")

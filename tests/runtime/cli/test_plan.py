@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from engines.devices import DEVICES
-from exporter.variants import VARIANTS
-from runtime.backends.onnxruntime import OnnxRuntimeEngine
-from runtime.bundle import load_bundle
+from qwen_aot.engines.planner.devices import DEVICES
+from qwen_aot.exporter.model.variants import VARIANTS
+from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine
+from qwen_aot.runtime.bundle.load import load_bundle
 from tests.checkpoints import tiny_config, tiny_model
 from tests.gguf_files import save_gguf
 from tests.runtime.cli.conftest import Run
@@ -150,7 +150,7 @@ def test_planning_imports_nothing_heavy(checkpoint: Path, is_variant: bool) -> N
         heavy |= {"tokenizers", "ml_dtypes", "safetensors"}
     code = (
         "import sys\n"
-        "from runtime.cli.main import qwen_aot\n"
+        "from qwen_aot.runtime.cli.main import qwen_aot\n"
         f"try:\n    qwen_aot.main(['plan', {model!r}, '--json'])\n"
         f"finally:\n    print(sorted({heavy} & set(sys.modules)), file=sys.stderr)"
     )

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from runtime.generator import Generator
+from qwen_aot.runtime.generation.generator import Generator
 from tests.doubles.bundles import export_tensorrt_bundle
 from tests.doubles.gpu import Gpu
 from tests.doubles.install import installed
-from tests.runtime.backends.tensorrt_engines import FLAVOURS
+from tests.runtime.backends.tensorrt.engines import FLAVOURS
 from tests.runtime.cli.conftest import Run
 
 

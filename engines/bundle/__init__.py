@@ -1,0 +1,1 @@
+"""What every build does around its engine: resources, stages, and a folder that appears whole."""

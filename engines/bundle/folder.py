@@ -1,0 +1,185 @@
+"""Writes a folder aside and moves it into place whole; what stood there before survives every failure.
+
+Writing `out` uses neighbours in the same parent (so that a rename is enough), and leaves none of them:
+
+    .{out}.lock       held with flock meanwhile; dies with its process
+    .{out}.building   the new folder until it is whole; after the exchange, the old one until it is deleted
+    .{out}.old        the old folder between two renames, where the file system can't exchange two folders
+
+Leftovers of a killed process are cleaned up, or the old folder put back, by the next one that writes there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from qwen_aot.errors import BuildError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2  # linux/fs.h
+
+
+class FolderWriter:
+    """Context manager: fill `folder`, then `commit`. Leaving without commit undoes all.
+
+    Args:
+        out: the folder to make or replace.
+        check: raises BuildError if replacing what stands at `out` would destroy something foreign.
+
+    Raises:
+        BuildError: `out` is the root; on entry, if `out` can't be written or holds something that `check` refuses, or
+            if another process is writing there.
+    """
+
+    def __init__(self, out: Path, check: Callable[[Path], None]) -> None:
+        self.out = out.expanduser().resolve()
+        if not self.out.name:
+            raise BuildError(f"{out} is the root of the file system; give a folder in it")
+        self.folder = self.out.with_name(f".{self.out.name}.building")
+        self._lock = self.out.with_name(f".{self.out.name}.lock")
+        self._old = self.out.with_name(f".{self.out.name}.old")
+        self._lock_fd: int | None = None
+        self._made: list[Path] = []  # parents that weren't there, innermost first
+        self._check = check
+
+    def __enter__(self) -> Self:
+        with explained(self.out):
+            self._check(self.out)
+            self._made = [parent for parent in self.out.parents if not parent.exists()]
+            try:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                self._lock_fd = _acquire(self._lock, self.out)
+                self._recover()
+                self._check(self.out)
+                self.folder.mkdir()
+            except BaseException:
+                self._release()
+                raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):  # the next build tries again
+            self._recover()
+        self._release()
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes one small file, UTF-8."""
+        with explained(self.out):
+            (self.folder / name).write_text(text, encoding="utf-8")
+
+    def commit(self) -> None:
+        """Moves the folder into place; at every moment the old or the new one stands whole."""
+        with explained(self.out):
+            for path in self.folder.iterdir():
+                sync(path)
+            sync(self.folder)
+            if self.out.exists():
+                self._replace()
+            else:
+                self.folder.rename(self.out)
+            sync(self.out.parent)
+
+    def _replace(self) -> None:
+        if _exchange(self.folder, self.out):
+            return  # `folder` now names the old folder, which __exit__ deletes
+        self.out.rename(self._old)
+        self.folder.rename(self.out)
+        sync(self.out.parent)
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def _recover(self) -> None:
+        """Undoes what an unfinished build left; the lock is held."""
+        if self._old.exists():
+            if self.out.exists():
+                shutil.rmtree(self._old)
+            else:
+                self._old.rename(self.out)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
+    def _release(self) -> None:
+        if self._lock_fd is not None:
+            self._lock.unlink(missing_ok=True)
+            os.close(self._lock_fd)
+            self._lock_fd = None
+        for parent in self._made:
+            with contextlib.suppress(OSError):  # it wasn't made, or holds something: the new folder, or another's
+                parent.rmdir()
+
+
+@contextlib.contextmanager
+def explained(out: Path) -> Iterator[None]:
+    """Turns the operating system's refusals into BuildErrors that name the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(_existing(out)).free
+            raise BuildError(
+                f"no space left while writing {out} ({free:,} bytes free); free some space or give a folder "
+                "on another disk; `--dry-run` shows what is needed"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise BuildError(
+                f"can't write {error.filename or out}: {error.strerror}; give a folder that you may write to"
+            ) from error
+        raise BuildError(f"can't write {error.filename or out}: {error.strerror or error}") from error
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
+
+
+def _acquire(lock: Path, out: Path) -> int:
+    """Takes the lock file; a lock that its last owner unlinked meanwhile is not the lock, so look again."""
+    while True:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(fd, 32, 0).decode() or "unknown"
+            os.close(fd)
+            raise BuildError(
+                f"another build (process {owner}) is writing {out}; wait for it or give another folder"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(lock)):
+                os.truncate(fd, 0)
+                os.pwrite(fd, str(os.getpid()).encode(), 0)
+                return fd
+        os.close(fd)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names in one step (Linux renameat2). False where the system can't."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        renameat2 = libc.renameat2  # glibc 2.28
+    except AttributeError:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # the file system doesn't know the flag
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def sync(path: Path) -> None:
+    """Makes a file's or a folder's content safe from a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,89 @@
+"""Writes a bundle whole: hashes, manifest last, moved into place by `FolderWriter`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from qwen_aot.engines.bundle.folder import FolderWriter, explained, sync
+from qwen_aot.errors import BuildError
+from qwen_aot.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest
+
+
+class BundleWriter(FolderWriter):
+    """Context manager of one build: fill `folder`, `seal`, `commit`. Leaving without commit undoes all."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(out, refuse_unless_replaceable)
+        self._hashed: dict[str, FileEntry] = {}
+
+    def seal(
+        self,
+        manifest_for: Callable[[Mapping[str, FileEntry]], Manifest],
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Manifest:
+        """Hashes and syncs every file in `folder`, then writes the manifest that lists them.
+
+        May be called again after files were added; those hashed before are not read again.
+
+        Args:
+            manifest_for: makes the manifest from the files.
+            on_progress: called with bytes done and bytes in all.
+
+        Returns:
+            The manifest as written.
+        """
+        with explained(self.out):
+            new = sorted(
+                path for path in self.folder.iterdir() if path.name != MANIFEST_NAME and path.name not in self._hashed
+            )
+            total = sum(path.stat().st_size for path in new)
+            done = 0
+            with ThreadPoolExecutor(1) as pool:
+                syncs = [pool.submit(sync, path) for path in new]  # the disk writes while the CPU hashes
+                for path in new:
+                    digest = hashlib.sha256()
+                    for block in _blocks(path):
+                        digest.update(block)
+                        done += len(block)
+                        on_progress(done, total)
+                    self._hashed[path.name] = FileEntry(bytes=path.stat().st_size, sha256=digest.hexdigest())
+                for future in syncs:
+                    future.result()
+            manifest = manifest_for(dict(sorted(self._hashed.items())))
+            (self.folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        return manifest
+
+
+def refuse_unless_replaceable(out: Path) -> None:
+    """Checks that `out` is free, an empty folder, or a bundle with nothing else in it.
+
+    Raises:
+        BuildError: replacing it would destroy something that isn't a bundle.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise BuildError(f"{out} is a file; give a folder for the bundle")
+    names = {path.name for path in out.iterdir()}
+    if not names:
+        return
+    advice = "give another folder, or move this one away"
+    if MANIFEST_NAME not in names:
+        raise BuildError(f"{out} isn't empty and isn't a bundle (no {MANIFEST_NAME}); {advice}")
+    try:
+        manifest = json.loads((out / MANIFEST_NAME).read_text(encoding="utf-8"))
+        listed = set(manifest["files"]) | {MANIFEST_NAME}
+    except (ValueError, KeyError, TypeError):
+        raise BuildError(f"{out}/{MANIFEST_NAME} isn't a bundle's manifest; {advice}") from None
+    if strangers := sorted(names - listed):
+        raise BuildError(f"{out} holds files that its manifest doesn't list ({', '.join(strangers[:5])}); {advice}")
+
+
+def _blocks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(size):
+            yield block

@@ -1,0 +1,1 @@
+"""Builders of the targets that ONNX Runtime serves: cpu and cuda."""

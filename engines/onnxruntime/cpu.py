@@ -1,0 +1,66 @@
+"""The cpu target: the graph ONNX Runtime runs fastest, and a check that it loads."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from qwen_aot.engines.bundle.stages import Advance
+from qwen_aot.engines.spec.build_spec import BuildSpec, Precision
+from qwen_aot.errors import BuildError, onnxruntime_errors
+from qwen_aot.exporter.lowering.ort import contrib as ort
+from qwen_aot.exporter.lowering.ort.contrib import OrtOptions
+from qwen_aot.exporter.quantize.blockwise import BlockFormat
+from qwen_aot.exporter.weights.stitch import Traced
+from qwen_aot.runtime.bundle.manifest import Manifest
+
+
+def require(spec: BuildSpec) -> None:
+    """Refuses a machine without ONNX Runtime: only the check at the end needs it, when all else has been spent.
+
+    Raises:
+        BuildError: it isn't installed.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise BuildError(
+            "a cpu bundle is checked with onnxruntime, which isn't installed; install it with "
+            "`pip install 'qwen-aot[cpu]'`"
+        )
+
+
+def lower(traced: Traced, spec: BuildSpec) -> Traced:
+    """The ort lowering, with weights in the blocks that the spec asks for."""
+    layout, sensitive = block_formats(spec)
+    return ort.lower(traced, OrtOptions(layout, sensitive, fast_prefill=spec.fast_prefill))
+
+
+def block_formats(spec: BuildSpec) -> tuple[BlockFormat | None, BlockFormat | None]:
+    """How most matrices and how the sensitive ones are quantized; (None, None): not at all."""
+    block_size, sensitive_bits = spec.effective_block_size, spec.effective_sensitive_bits
+    if block_size is None or sensitive_bits is None:
+        return None, None
+    bits = {Precision.INT8: 8, Precision.INT4: 4}[spec.precision]
+    return BlockFormat(bits, block_size, spec.symmetric), BlockFormat(sensitive_bits, block_size, spec.symmetric)
+
+
+def finish(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> None:
+    """Nothing: ONNX Runtime runs model.onnx as it is."""
+
+
+def check(folder: Path, manifest: Manifest) -> None:
+    """Opens a session: the graph is valid, every node has a kernel, and every weight lies in its file.
+
+    Weights stay memory-mapped: packing them as the runtime does would take as much memory again as the model.
+
+    Raises:
+        BuildError: the session doesn't open.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; they are raised as well
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    try:
+        onnxruntime.InferenceSession(folder / manifest.engine, options, providers=["CPUExecutionProvider"])
+    except onnxruntime_errors() as error:
+        raise BuildError(f"onnxruntime {onnxruntime.__version__} can't open the built engine: {error}") from error

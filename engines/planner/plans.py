@@ -1,0 +1,236 @@
+"""What fits where: the memory and the speed limit of a model on a device, before anything is built."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from qwen_aot.engines.planner.devices import DEVICES, Device
+from qwen_aot.engines.planner.footprint import Footprint, footprint
+from qwen_aot.engines.spec.build_spec import COMBINATIONS, BuildSpec, Precision, Target
+from qwen_aot.engines.spec.flavours import LOWEST_CAPABILITY, capability
+from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, TensorRtOptions
+from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.runtime.bundle.manifest import MAX_COUNT
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One model at one precision on one device.
+
+    Attributes:
+        model: what it is called.
+        device: a key of `engines.planner.devices.DEVICES`.
+        context: tokens a row can hold.
+        footprint: bytes at that context and batch.
+        refusal: why this can't run there whatever its size; None: it can. Then the rest is as if nothing fitted.
+        longest_context: tokens that fit at this batch; 0: not one.
+        largest_batch: rows that fit at this context; 0: not one.
+        ceiling: tokens a second, of all rows together, at which decoding would use the whole bandwidth. No engine is
+            faster with full contexts. None: it doesn't fit.
+        remedy: what would fit, or by how much the smallest form doesn't; empty where this fits.
+    """
+
+    model: str
+    device: str
+    spec: BuildSpec
+    context: int
+    footprint: Footprint
+    refusal: str | None
+    longest_context: int
+    largest_batch: int
+    ceiling: float | None
+    remedy: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether it runs there."""
+        return self.ceiling is not None
+
+    @property
+    def missing_bytes(self) -> int:
+        """Memory that the device lacks for it."""
+        return max(0, self.footprint.total_bytes - DEVICES[self.device].usable_bytes)
+
+
+def plan(model: str, config: ModelConfig, spec: BuildSpec, device: str) -> Plan:
+    """Plans one combination.
+
+    Args:
+        model: what to call it.
+        config: its facts.
+        spec: target, precision, context and batch.
+        device: a key of DEVICES.
+
+    Raises:
+        BuildError: the context is beyond the model's.
+    """
+    facts = DEVICES[device]
+    context = spec.context_for(config.max_position_embeddings)
+    needed = footprint(config, spec)
+    refusal = refusal_of(config, spec, facts)
+    longest = largest = 0
+    ceiling, remedy = None, ""
+    if refusal is None:
+        longest = longest_context(config, spec, facts.usable_bytes)
+        largest = largest_batch(config, spec, facts.usable_bytes)
+        if needed.total_bytes <= facts.usable_bytes:
+            ceiling = spec.max_batch * facts.bytes_per_second / needed.step_bytes
+        else:
+            remedy = _remedy(config, spec, facts, longest, largest)
+    return Plan(model, device, spec, context, needed, refusal, longest, largest, ceiling, remedy)
+
+
+def plans(
+    models: Iterable[tuple[str, ModelConfig]],
+    devices: Iterable[str],
+    *,
+    target: Target | None = None,
+    precisions: Iterable[Precision | None] = (None,),
+    max_context: int | None = None,
+    max_batch: int = 1,
+    kv_precision: str = DEFAULT_OPTIONS.kv_precision,
+) -> Iterator[Plan]:
+    """Plans every model at every precision on every device.
+
+    Args:
+        models: names and facts.
+        devices: keys of DEVICES.
+        target: None: the first of each device's.
+        precisions: None stands for the target's default.
+        max_context: tokens; None: the target's default.
+        max_batch: rows.
+        kv_precision: of the TensorRT targets' cache (`engines.spec.tensorrt_options.KV_PRECISIONS`).
+
+    Raises:
+        BuildError: a combination that doesn't exist, a context beyond a model's, or a count below 1.
+    """
+    models, precisions = tuple(models), tuple(precisions)
+    for device in devices:
+        specs = [
+            BuildSpec(
+                target=target or DEVICES[device].targets[0],
+                precision=precision,  # type: ignore[arg-type]  # BuildSpec takes None for the target's default
+                max_context=max_context,
+                max_batch=max_batch,
+                tensorrt=TensorRtOptions(kv_precision=kv_precision),
+            )
+            for precision in precisions
+        ]
+        for model, config in models:
+            for spec in specs:
+                yield plan(model, config, spec, device)
+
+
+# What the standard lowering stores experts in is the compute type alone (`exporter.lowering.tensorrt.quantized`), the
+# plugin reads int8 and int4 too (`exporter.lowering.tensorrt.plugin_experts`).
+_WEIGHT_ONLY = (Precision.INT8, Precision.INT4, Precision.FP8)
+
+
+def refusal_of(config: ModelConfig, spec: BuildSpec, device: Device) -> str | None:
+    """Why a model's target or precision can't run on a device; None where it can."""
+    if spec.target not in device.targets:
+        accepted = ", ".join(device.targets)
+        if spec.target == Target.CPU:
+            return f"target cpu runs in the host's memory, which a card doesn't share; targets here: {accepted}"
+        return f"target {spec.target} doesn't run on SM {device.capability_name}; targets here: {accepted}"
+    lowest = LOWEST_CAPABILITY.get(spec.precision, "0.0")
+    if device.capability < capability(lowest):
+        smaller = "; int8 is as small" if spec.precision == Precision.FP8 else ""
+        return f"{spec.precision} needs SM {lowest} or later, and this is SM {device.capability_name}{smaller}"
+    if spec.target == Target.CUDA and config.moe is not None and spec.effective_block_size is not None:
+        return f"quantized experts don't exist for cuda ({spec.precision} asked for); fp16 does"
+    if spec.is_tensorrt and config.moe is not None and spec.precision in _WEIGHT_ONLY:
+        if spec.moe == "native":
+            return (
+                f"quantized experts don't exist for {spec.target} without a plugin ({spec.precision} asked for); fp16 "
+                "does"
+            )
+        if spec.precision == Precision.FP8:
+            return "fp8 experts don't exist in the plugin; int8 is as small"
+    return None
+
+
+def longest_context(config: ModelConfig, spec: BuildSpec, usable_bytes: int) -> int:
+    """Tokens, at most the model's, of the longest context that fits in `usable_bytes` at the spec's batch; or 0."""
+
+    def fits(context: int) -> bool:
+        return footprint(config, dataclasses.replace(spec, max_context=context)).total_bytes <= usable_bytes
+
+    return _largest(fits, config.max_position_embeddings)
+
+
+def largest_batch(config: ModelConfig, spec: BuildSpec, usable_bytes: int) -> int:
+    """Rows of the largest batch that fits in `usable_bytes` at the spec's context; or 0."""
+
+    def fits(batch: int) -> bool:
+        return footprint(config, dataclasses.replace(spec, max_batch=batch)).total_bytes <= usable_bytes
+
+    bound = 1
+    while bound < MAX_COUNT and fits(bound):
+        bound = min(2 * bound, MAX_COUNT)
+    return _largest(fits, bound)
+
+
+def _largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest of 1 … limit that fits, where each that fits makes all below it fit; 0: none."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _remedy(config: ModelConfig, spec: BuildSpec, device: Device, longest: int, largest: int) -> str:
+    """What would fit in the place of `spec`: less context, fewer rows, a smaller precision; or that nothing does."""
+    usable = device.usable_bytes
+    shorter = [f"a context of {longest}"] if longest else []
+    shorter += [f"a batch of {largest}"] if largest else []
+    found = [f"{spec.precision} fits with {' or '.join(shorter)}"] if shorter else []
+    smaller = _smaller(config, spec, device)
+    for other in smaller:
+        if footprint(config, other).total_bytes <= usable:
+            return "; ".join([*found, f"{other.precision} fits"])
+    if found:
+        return found[0]
+    least = (spec, *smaller)[-1]
+    if context := longest_context(config, least, usable):
+        return f"{least.precision} fits with a context of {context}"
+    if batch := largest_batch(config, least, usable):
+        return f"{least.precision} fits with a batch of {batch}"
+    one_row = dataclasses.replace(least, max_batch=1)
+    if context := longest_context(config, one_row, usable):
+        return f"{least.precision} fits with a batch of 1 and a context of {context}"
+    missing = footprint(config, dataclasses.replace(one_row, max_context=1)).total_bytes - usable
+    return f"nothing fits: even {least.precision} with one token in one row lacks {missing / 1e9:.3g} GB"
+
+
+def _kv_of(spec: BuildSpec) -> str:
+    """The cache's precision that goes with any other of the weights."""
+    return "int8" if spec.cache_type == "INT8" else "auto"
+
+
+def _smaller(config: ModelConfig, spec: BuildSpec, device: Device) -> list[BuildSpec]:
+    """The spec at each precision with fewer bytes that runs on the device, in its default form, the largest first."""
+
+    def size(other: BuildSpec) -> int:
+        return footprint(config, other).weight_bytes
+
+    others = (
+        BuildSpec(
+            target=row.target,
+            precision=row.precision,
+            max_context=spec.max_context,
+            max_batch=spec.max_batch,
+            prefill_chunk=spec.prefill_chunk,
+            tensorrt=dataclasses.replace(DEFAULT_OPTIONS, kv_precision=_kv_of(spec)),
+        )
+        for row in COMBINATIONS
+        if row.target == spec.target
+    )
+    kept = [other for other in others if size(other) < size(spec) and refusal_of(config, other, device) is None]
+    return sorted(kept, key=size, reverse=True)

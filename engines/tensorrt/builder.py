@@ -1,0 +1,98 @@
+"""The tensorrt-rtx and tensorrt targets: the standard or the plugin graph, as one engine with two profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from qwen_aot.engines.builders import EngineFacts
+from qwen_aot.engines.bundle.stages import Advance
+from qwen_aot.engines.spec.build_spec import BuildSpec, Precision
+from qwen_aot.engines.spec.flavours import FLAVOURS
+from qwen_aot.engines.tensorrt.compile import Compilation
+from qwen_aot.engines.tensorrt.library import load, require_capabilities, require_standard_layers
+from qwen_aot.engines.tensorrt.plugin_library import copy_plugin_library, find_plugin_library, require_plugin_library
+from qwen_aot.engines.tensorrt.progress import run_watched
+from qwen_aot.engines.tensorrt.sizes import engine_size_bounds
+from qwen_aot.errors import BuildError
+from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE, save_graph
+from qwen_aot.exporter.lowering.tensorrt import plugin, standard
+from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat
+from qwen_aot.exporter.lowering.tensorrt.standard import StandardOptions
+from qwen_aot.exporter.weights.stitch import Traced
+from qwen_aot.runtime.bundle.manifest import Manifest
+
+_WEIGHT_FORMATS: Mapping[Precision, WeightFormat] = {
+    Precision.INT8: "int8",
+    Precision.INT4: "int4",
+    Precision.FP8: "fp8",
+}
+
+
+def require(spec: BuildSpec) -> None:
+    """Loads the library and asks it for the compute capabilities and the layers of the graph, or finds the plugins.
+
+    Raises:
+        BuildError: it isn't there, is too old, or doesn't know a capability; the plugins aren't there.
+    """
+    flavour = FLAVOURS[spec.target]
+    library = load(flavour)
+    require_capabilities(library, flavour, spec.compute_capabilities)
+    if spec.attention == "plugin":
+        require_plugin_library(spec.tensorrt)
+    else:
+        require_standard_layers(library, flavour)
+
+
+def lower(traced: Traced, spec: BuildSpec) -> Traced:
+    """The standard lowering, or the plugins' where one is used, with weights stored as the precision says.
+
+    Raises:
+        BuildError: the plugins are needed and aren't there.
+        ExportError: the model can't be stored so.
+    """
+    weights, quantize_head = _WEIGHT_FORMATS.get(spec.precision), spec.tensorrt.quantize_head
+    has_experts = traced.config.moe is not None
+    if spec.attention == "native" and not (spec.moe == "plugin" and has_experts):
+        return standard.lower(traced, StandardOptions(weights, quantize_head))
+    find_plugin_library(spec.tensorrt)
+    options = plugin.PluginOptions(
+        weights, quantize_head, spec.attention, spec.moe, int8_cache=spec.cache_type == "INT8"
+    )
+    return plugin.lower(traced, options)
+
+
+def finish(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> EngineFacts:
+    """Compiles model.onnx into the engine, and removes it; plugins that the engine needs join the bundle.
+
+    Raises:
+        BuildError: TensorRT refuses the graph or an option, or the engine can't be written.
+    """
+    flavour, library = FLAVOURS[spec.target], None
+    if plugin.strip_definitions(lowered):
+        save_graph(lowered, folder)
+        library = copy_plugin_library(require_plugin_library(spec.tensorrt), folder)
+    compilation = Compilation(load(flavour), flavour, spec, lowered, folder, library)
+    facts = run_watched(compilation.run, compilation.cancel, lambda: advance(compilation.percent, 100))
+    for name in (MODEL_FILE, DATA_FILE):
+        (folder / name).unlink()
+    return facts
+
+
+def check(folder: Path, manifest: Manifest) -> None:
+    """Compares the engine's size with its weights': without a GPU an engine can't be opened.
+
+    Raises:
+        BuildError: it is so much larger or smaller that the weights can't be stored as asked for.
+    """
+    assert manifest.tensorrt is not None
+    found = (folder / manifest.engine).stat().st_size
+    plugins = manifest.tensorrt.plugins
+    library_bytes = manifest.files[plugins.file].bytes if plugins is not None and plugins.in_engine else 0
+    low, high = engine_size_bounds(manifest.tensorrt, manifest.model.num_hidden_layers, library_bytes)
+    if not low <= found <= high:
+        raise BuildError(
+            f"{manifest.engine} has {found:,} bytes where {low:,} to {high:,} are expected for "
+            f"{manifest.tensorrt.weight_bytes:,} bytes of {manifest.precision} weights: TensorRT stored them in "
+            "another precision, or more than once; choose another precision, and please report it"
+        )

@@ -1,0 +1,207 @@
+"""One compilation: model.onnx in, the engine's file and its facts out.
+
+TensorRT maps the graph's weights itself and hands the engine over in pieces, so that no step of ours holds a copy.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import onnx_ir as ir
+
+from qwen_aot.engines.builders import EngineFacts
+from qwen_aot.engines.bundle.folder import explained
+from qwen_aot.engines.planner.footprint import activation_bytes
+from qwen_aot.engines.profiles import profile_shapes, profiles
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.flavours import Flavour
+from qwen_aot.engines.tensorrt.config import TimingCache, make_config
+from qwen_aot.engines.tensorrt.gpu import own_capabilities
+from qwen_aot.engines.tensorrt.messages import failure, make_logger
+from qwen_aot.engines.tensorrt.network import (
+    allow_decomposed_attention,
+    io_tables,
+    layer_counts,
+    parse,
+)
+from qwen_aot.engines.tensorrt.onnx_files import onnx_entries
+from qwen_aot.engines.tensorrt.plugin_library import is_serialized, sha256_of
+from qwen_aot.engines.tensorrt.progress import make_monitor
+from qwen_aot.engines.tensorrt.sizes import cache_bytes, weight_bytes
+from qwen_aot.errors import BuildError
+from qwen_aot.exporter.graph.plugin_ops import is_plugin
+from qwen_aot.exporter.graph.save import MODEL_FILE
+from qwen_aot.exporter.model.io_spec import IoSpec, io_spec
+from qwen_aot.exporter.weights.stitch import Traced
+from qwen_aot.runtime.bundle.manifest import PluginFacts, Profile, TensorRtFacts, cache_capacity
+
+logger = logging.getLogger(__name__)
+
+_COMPILE_PERCENT = 80  # of the time; the rest is writing (0.5B fp16 on 2 cores: 20 of 24 s)
+
+
+class Compilation:
+    """Runs the builder, in whichever thread; `percent` and `cancel` are for another one.
+
+    Args:
+        trt: the library's module.
+        flavour: its row.
+        spec: the request.
+        lowered: the graph that stands as model.onnx in `folder`.
+        folder: where the engine is written too.
+        plugin_library: that the graph's plugin nodes need; None: it has none.
+    """
+
+    def __init__(
+        self,
+        trt: Any,
+        flavour: Flavour,
+        spec: BuildSpec,
+        lowered: Traced,
+        folder: Path,
+        plugin_library: Path | None = None,
+    ) -> None:
+        self._trt = trt
+        self._spec = spec
+        self._lowered = lowered
+        self._folder = folder
+        self._plugin_library = plugin_library
+        self._title = f"{flavour.title} {trt.__version__}"
+        self._logger = make_logger(trt)
+        self._monitor = make_monitor(trt)
+        self._weight_bytes = weight_bytes(lowered)
+        self._writer: Any = None
+
+    @property
+    def percent(self) -> int:
+        """Of the whole, below 100; never falls."""
+        written = 0.0 if self._writer is None else self._writer.written / (self._weight_bytes + 1)
+        done = _COMPILE_PERCENT * self._monitor.fraction + (100 - _COMPILE_PERCENT) * written
+        return min(99, int(done))
+
+    def cancel(self) -> None:
+        """Ends the run at TensorRT's next callback."""
+        self._monitor.is_cancelled = True
+
+    def run(self) -> EngineFacts:
+        """Parses, configures, compiles, writes.
+
+        Raises:
+            BuildError: TensorRT refuses, or the file can't be written.
+        """
+        spec, config = self._spec, self._lowered.config
+        capacity = cache_capacity(spec.context_for(config.max_position_embeddings), spec.prefill_chunk)
+        contract = io_spec(config, ir.DataType[spec.cache_type], capacity)
+        builder = self._make_builder()
+        if self._plugin_library is not None:
+            self._load_plugins(builder, self._plugin_library)
+        network = parse(self._trt, builder, self._logger, self._folder / MODEL_FILE, self._title)
+        allow_decomposed_attention(self._trt, network)
+        inputs, outputs = io_tables(network, contract, self._title)
+        layers = layer_counts(network)  # before the build, which may take the network apart
+        timing_cache = TimingCache(spec.tensorrt.timing_cache)
+        build_config = make_config(self._trt, builder, spec, self._plugin_library)
+        build_config.progress_monitor = self._monitor
+        timing_cache.load(build_config, self._logger, self._title)
+        for profile in profiles(spec.prefill_chunk):
+            self._add_profile(builder, build_config, network, contract, profile, capacity)
+        # Beside TensorRT, in the time that it leaves a core idle: on Linux a niceness is the thread's own.
+        with ThreadPoolExecutor(1, "hash", initializer=os.nice, initargs=(19,)) as pool:
+            sources = pool.submit(onnx_entries, self._folder)
+            self._write_engine(builder, network, build_config)
+        timing_cache.save(build_config)
+        return EngineFacts(
+            inputs=inputs,
+            outputs=outputs,
+            tensorrt=TensorRtFacts(
+                version=self._trt.__version__,
+                compute_capabilities=spec.compute_capabilities or own_capabilities(),
+                hardware_compatible=spec.tensorrt.hardware_compatible,
+                version_compatible=spec.tensorrt.version_compatible,
+                has_weights=not spec.tensorrt.strip_weights,
+                layers=layers,
+                weight_bytes=self._weight_bytes,
+                cache_bytes=cache_bytes(inputs, spec.max_batch),
+                activation_bytes_estimated=activation_bytes(config, spec),
+                builder_activation_bytes=max(self._logger.activation_bytes, default=None),
+                onnx=sources.result(),
+                plugins=self._plugin_facts(),
+            ),
+        )
+
+    def _make_builder(self) -> Any:
+        try:
+            return self._trt.Builder(self._logger)
+        except TypeError as error:  # what the bindings make of a null pointer
+            raise failure(self._title, "start", self._logger.errors or [str(error)]) from error
+
+    def _load_plugins(self, builder: Any, library: Path) -> None:
+        """Into the builder's own registry, where the parser looks, and which ends with the builder."""
+        self._logger.clear()
+        if builder.get_plugin_registry().load_library(str(library)) is None:
+            said = " | ".join(self._logger.errors) or "nothing"
+            raise BuildError(
+                f"{self._title} couldn't load the plugin library {library.name}: build it on a machine of this kind "
+                f"with `python -m qwen_aot.plugins.library -o FOLDER`. It said: {said}"
+            )
+
+    def _plugin_facts(self) -> PluginFacts | None:
+        if self._plugin_library is None:
+            return None
+        return PluginFacts(
+            file=self._plugin_library.name,
+            sha256=sha256_of(self._plugin_library),
+            in_engine=is_serialized(self._spec),
+            ops=tuple(sorted({node.op_type for node in self._lowered.model.graph if is_plugin(node)})),
+        )
+
+    def _add_profile(
+        self, builder: Any, config: Any, network: Any, contract: IoSpec, profile: Profile, capacity: int
+    ) -> None:
+        present = {network.get_input(index).name for index in range(network.num_inputs)}
+        shapes = builder.create_optimization_profile()
+        for name, (least, typical, most) in profile_shapes(contract, profile, self._spec.max_batch, capacity).items():
+            if name in present:
+                shapes.set_shape(name, least, typical, most)
+        if config.add_optimization_profile(shapes) < 0:
+            raise failure(self._title, f"take the {profile.name} profile", self._logger.errors)
+
+    def _write_engine(self, builder: Any, network: Any, config: Any) -> None:
+        self._logger.clear()
+        path = self._folder / self._spec.facts.engine_file
+        with explained(path), path.open("wb") as file:
+            self._writer = _make_writer(self._trt, file)
+            is_built = builder.build_serialized_network_to_stream(network, config, self._writer)
+            if self._writer.error is not None:
+                raise self._writer.error
+        if not is_built:
+            raise failure(self._title, "compile the graph", self._logger.errors)
+        for text in self._logger.warnings:
+            logger.info("%s: %s", self._title, text)
+
+
+def _make_writer(trt: Any, file: BinaryIO) -> Any:
+    """An `IStreamWriter` into a file. TensorRT takes no notice of a failed write, so `error` must be looked at."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.written = 0
+            self.error: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            if self.error is not None:
+                return 0
+            try:
+                file.write(data)
+            except OSError as error:
+                self.error = error
+                return 0
+            self.written += len(data)
+            return len(data)
+
+    return Writer()

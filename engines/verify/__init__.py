@@ -1,0 +1,1 @@
+"""A bundle's numbers against independent references."""

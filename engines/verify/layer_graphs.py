@@ -1,0 +1,155 @@
+"""The two graphs that a bundle's layers are compared on: its own, and the checkpoint's in fp32."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qwen_aot.engines.builders import builder_for
+from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
+from qwen_aot.engines.bundle.resources import check_resources, estimate
+from qwen_aot.engines.export import export_graph
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
+from qwen_aot.engines.tensorrt.onnx_files import onnx_entries, require_same_onnx
+from qwen_aot.engines.verify.per_layer import BOUNDS, LayerReport, compare_layers, mark_layers, step_feeds
+from qwen_aot.errors import BuildError
+from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.graph.plugin_ops import PluginOp
+from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
+from qwen_aot.exporter.graph.trace import trace
+from qwen_aot.exporter.lowering.tensorrt.plugin import strip_definitions
+from qwen_aot.exporter.weights.stitch import chunk_bytes, output_bytes, stitch
+from qwen_aot.runtime.bundle.manifest import Manifest, cache_capacity
+
+_GPU_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+
+
+def bound_for(precision: str) -> float:
+    """The bound of a precision.
+
+    Raises:
+        BuildError: ONNX Runtime's CPU provider can't run it.
+    """
+    if precision not in BOUNDS:
+        raise BuildError(
+            f"layers of precision {precision} can't be compared: ONNX Runtime's CPU provider has no such kernels; "
+            f"accepted: {', '.join(BOUNDS)}"
+        )
+    return BOUNDS[precision]
+
+
+def compare_bundle_layers(
+    folder: Path,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    token_ids: Sequence[int],
+    bound: float,
+    on_progress: OnProgress = ignore_progress,
+) -> LayerReport:
+    """Compares a bundle's layers with those of the fp32 graph of its checkpoint, over one prompt.
+
+    The graph of a cpu or cuda bundle is the one it ships, run by the CUDA provider where a cuda bundle finds a GPU. A
+    TensorRT engine has no layers to look at: the ONNX that it was compiled from is made again, compared with the hashes
+    in the manifest, and run on the CPU; plugins are computed by their definitions.
+
+    Args:
+        folder: the bundle's.
+        manifest: the bundle's.
+        checkpoint: what it was built from.
+        token_ids: the prompt, at most `prefill_chunk` tokens.
+        bound: see `engines.verify.per_layer.compare_layers`.
+        on_progress: told about the export of the fp32 graph.
+
+    Raises:
+        DeployError: a graph can't be made, marked or run.
+    """
+    config = checkpoint.config
+    with tempfile.TemporaryDirectory(prefix="qwen-aot-layers-") as temporary:
+        root = Path(temporary)
+        reference = export_graph(
+            config,
+            root / "reference",
+            checkpoint=checkpoint,
+            precision="fp32",
+            max_context=manifest.max_context,
+            on_progress=on_progress,
+        ).graph
+        graph = folder / manifest.engine
+        if manifest.tensorrt is not None:
+            graph = _onnx_of_engine(folder, manifest, checkpoint, root)
+        capacities = (None, next(t.shape[2] for t in manifest.inputs if t.name == "past_key_values.0.key"))
+        feeds = [
+            step_feeds(
+                token_ids,
+                config.num_hidden_layers,
+                config.num_key_value_heads,
+                config.head_dim,
+                capacity if isinstance(capacity, int) else None,
+            )
+            for capacity in capacities
+        ]
+        return compare_layers(
+            mark_layers(reference, config.num_hidden_layers),
+            mark_layers(graph, config.num_hidden_layers),
+            (feeds[0], feeds[1]),
+            bound,
+            providers=_GPU_PROVIDERS if manifest.target == "cuda" and _has_cuda() else _GPU_PROVIDERS[1:],
+        )
+
+
+def _onnx_of_engine(folder: Path, manifest: Manifest, checkpoint: Checkpoint, root: Path) -> Path:
+    """The ONNX that a TensorRT engine was compiled from, made from the checkpoint again; plugins by definitions.
+
+    Raises:
+        BuildError: what was made isn't what the engine was compiled from, or there is no room for it.
+    """
+    block_size, head = manifest.quantization.get("block_size"), manifest.quantization.get("quantize_head", False)
+    spec = BuildSpec(
+        target=manifest.target,  # type: ignore[arg-type]  # BuildSpec takes strings
+        precision=manifest.precision,  # type: ignore[arg-type]
+        block_size=block_size if isinstance(block_size, int) else None,
+        max_context=manifest.max_context,
+        prefill_chunk=manifest.prefill_chunk,
+        tensorrt=dataclasses.replace(_plugin_options(folder, manifest), quantize_head=bool(head)),
+    )
+    positions = cache_capacity(manifest.max_context, manifest.prefill_chunk)
+    dtype = ir.DataType[spec.combination.compute_type]
+    traced = trace(checkpoint.config, dtype, positions=positions, capacity=positions)
+    lowered = builder_for(spec.target).lower(traced, spec)
+    made = root / "engine"
+    made.mkdir()
+    needed = estimate(weight_bytes=output_bytes(lowered), text_bytes=0, chunk_bytes=chunk_bytes(lowered), bits=16)
+    check_resources(needed, made)
+    stitch(lowered, checkpoint, made / DATA_FILE)
+    path = save_graph(lowered, made)
+    runnable = path.read_bytes()
+    if strip_definitions(lowered):  # what the parser is given
+        save_graph(lowered, made)
+    require_same_onnx(manifest, onnx_entries(made))
+    path.write_bytes(runnable)
+    return path
+
+
+def _plugin_options(folder: Path, manifest: Manifest) -> TensorRtOptions:
+    """What the bundle was asked to have of plugins."""
+    assert manifest.tensorrt is not None
+    plugins = manifest.tensorrt.plugins
+    ops = () if plugins is None else plugins.ops
+    return TensorRtOptions(
+        attention="plugin" if PluginOp.GQA in ops else "native",
+        moe="plugin" if PluginOp.MOE in ops else "native",
+        kv_precision="int8" if manifest.cache_dtype == "int8" else "auto",
+        plugin_library=None if plugins is None else folder / plugins.file,
+    )
+
+
+def _has_cuda() -> bool:
+    """Whether ONNX Runtime here is the build for CUDA; whether it starts, the report's provider tells."""
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()

@@ -1,0 +1,371 @@
+"""Scores a bundle against the reference, teacher-forced: a prefill in pieces, then one logits row a step.
+
+Knows neither how the bundle is run nor who the reference is: both come as small protocols.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_aot.errors import BuildError
+
+# A position is decisive where the reference gives its first token at least this probability: there a quantized
+# model that differs would write another text. Elsewhere (always, with random weights) near ties decide.
+DECISIVE_PROBABILITY = 0.5
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)  # 709.8 nats
+
+SHORTEST_WINDOW = 4  # tokens: a quarter is the prompt
+
+
+class ScoredEngine(Protocol):
+    """What scoring needs of a loaded bundle (`runtime.engine.protocol.Engine` has it)."""
+
+    def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Appends tokens to a row; logits [V] of the last one."""
+
+    def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Appends one token to each of some rows; logits [B, V]."""
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets a row's tokens from `length` on."""
+
+
+class ScoringReference(Protocol):
+    """What scoring needs of the reference (`engines.verify.reference.Reference` has it)."""
+
+    def logits(self, token_ids: NDArray[np.int64], first: int) -> NDArray[np.float32]:
+        """Logits [T - first, V] of positions `first` … T-1."""
+
+    def greedy(self, prompt: NDArray[np.int64], count: int) -> list[int]:
+        """The likeliest tokens one after the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a bundle may differ by. None: not bounded.
+
+    Attributes:
+        max_logit_difference: largest absolute difference of any logit.
+        mean_logit_difference: mean absolute difference.
+        kl_divergence: mean KL(reference ‖ bundle) over positions, in nats.
+        top1_agreement: least share of decisive positions with the same first token.
+        greedy_agreement: least share of free-running greedy tokens before the first that differs.
+        perplexity_ratio: bundle's perplexity over the reference's.
+    """
+
+    max_logit_difference: float | None = None
+    mean_logit_difference: float | None = None
+    kl_divergence: float | None = None
+    top1_agreement: float | None = None
+    greedy_agreement: float | None = None
+    perplexity_ratio: float | None = None
+
+
+BOUNDS: Mapping[str, Bounds] = {
+    # The same arithmetic in another order: 1e-3 is 3 to 30 times what fp32 sums of these sizes differ by.
+    "fp32": Bounds(
+        max_logit_difference=1e-3,
+        mean_logit_difference=1e-4,
+        kl_divergence=1e-6,
+        top1_agreement=1.0,
+        greedy_agreement=1.0,
+        perplexity_ratio=1.001,
+    ),
+    # Activations of 11 bits move logits of size 10 by a few hundredths; near ties may break the other way.
+    "fp16": Bounds(max_logit_difference=0.25, kl_divergence=1e-3, top1_agreement=0.99, perplexity_ratio=1.005),
+    # Activations of 8 bits.
+    "bf16": Bounds(kl_divergence=0.02, top1_agreement=0.98, perplexity_ratio=1.01),
+    # The same model has 0.005 nats, 1.0 and 1.005 at block 32; one scale a row costs 0.03 nats.
+    "int8": Bounds(kl_divergence=0.05, top1_agreement=0.97, perplexity_ratio=1.01),
+    # E4M3 has 3 bits of mantissa, so that single logits move far and greedy texts part early. Rounding the weights
+    # alone costs the same model 0.020 nats and 1.026 at 1.0, with the head 0.041 and 1.040.
+    "fp8": Bounds(kl_divergence=0.1, top1_agreement=0.95, perplexity_ratio=1.06),
+    # Small models feel 4 bits most: SmolLM2-135M, head and embedding included, has 0.46 nats, 0.90 and 1.46 at block
+    # 32, and 1.08 nats, 0.67 and 2.6 at block 128, which these bounds refuse there.
+    "int4": Bounds(kl_divergence=0.6, top1_agreement=0.8, perplexity_ratio=1.7),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How far a bundle is from the reference over all scored positions.
+
+    Attributes:
+        top1_agreement: share of positions with the same first token.
+        decisive_positions: positions where the reference's first token has DECISIVE_PROBABILITY or more.
+        decisive_top1_agreement: share of those with the same first token; None without any.
+        greedy_agreement: mean share of greedy tokens before the first that differs.
+        perplexity, reference_perplexity: of the text's own next tokens.
+        log_ratio_error: standard error of the logarithm of their ratio, from the pairs of one position each.
+    """
+
+    positions: int
+    max_logit_difference: float
+    mean_logit_difference: float
+    kl_divergence: float
+    top1_agreement: float
+    decisive_positions: int
+    decisive_top1_agreement: float | None
+    greedy_tokens: int
+    greedy_agreement: float
+    perplexity: float
+    reference_perplexity: float
+    log_ratio_error: float
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Bundle over reference; above 1 is worse."""
+        return self.perplexity / self.reference_perplexity
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One bound and what was found.
+
+    Attributes:
+        uncertainty: of `found`, by so few positions; only what lies outside by more than this has failed.
+    """
+
+    name: str
+    found: float
+    bound: float
+    is_upper: bool
+    uncertainty: float = 0.0
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether the value is inside. NaN is not."""
+        if self.is_upper:
+            return self.found - self.uncertainty <= self.bound
+        return self.found + self.uncertainty >= self.bound
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Scores and how they stand to the bounds."""
+
+    scores: Scores
+    checks: tuple[Check, ...]
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether every bound holds."""
+        return all(check.has_passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "passed": self.has_passed,
+            **asdict(self.scores),
+            "perplexity_ratio": self.scores.perplexity_ratio,
+            "checks": [{**asdict(check), "passed": check.has_passed} for check in self.checks],
+        }
+
+
+def bounds_for(precision: str, **given: float | None) -> Bounds:
+    """A precision's default bounds, with those that are given in place of the defaults."""
+    return replace(BOUNDS[precision], **{name: value for name, value in given.items() if value is not None})
+
+
+def verify(
+    engine: ScoredEngine,
+    reference: ScoringReference,
+    sequences: Sequence[NDArray[np.int64]],
+    bounds: Bounds,
+    *,
+    greedy_tokens: int = 32,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Verification:
+    """Compares over some sequences, on row 0 of the engine.
+
+    Args:
+        engine: a loaded bundle; its row 0 is emptied.
+        reference: the reference.
+        sequences: token ids [T] each, T >= 4; the first quarter is prompt, the rest is scored step by step.
+        bounds: what may differ.
+        greedy_tokens: generated freely after each prompt.
+        on_progress: called with scored positions done and in all.
+    """
+    tally = _Tally()
+    total = sum(len(scored_positions(len(sequence))) for sequence in sequences)
+    agreements = []
+    for sequence in sequences:
+        positions = scored_positions(len(sequence))
+        expected = reference.logits(sequence, positions[0])
+        for position, found in zip(positions, engine_logits(engine, sequence), strict=True):
+            target = int(sequence[position + 1]) if position + 1 < len(sequence) else None
+            tally.add(found, expected[position - positions[0]], target)
+            on_progress(tally.positions, total)
+        prompt = sequence[: _prompt_length(len(sequence))]
+        agreements.append(_greedy_agreement(engine, prompt, reference.greedy(prompt, greedy_tokens)))
+    scores = tally.scores(greedy_tokens * len(sequences), float(np.mean(agreements)))
+    return Verification(scores, checks(scores, bounds))
+
+
+def _prompt_length(length: int) -> int:
+    return length // 4
+
+
+def _first_piece(length: int) -> int:
+    """Tokens of the first of two prefill calls (of all of a one-token prompt)."""
+    return -(-_prompt_length(length) // 2)
+
+
+def scored_positions(length: int) -> list[int]:
+    """Positions whose logits `engine_logits` gives for a sequence of `length` >= 4 tokens."""
+    prompt = _prompt_length(length)
+    return sorted({_first_piece(length) - 1, prompt - 1, *range(prompt, length)})
+
+
+def engine_logits(engine: ScoredEngine, sequence: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+    """Yields logits [V]: a quarter of the sequence is prefilled in two calls, the rest fed one token a step."""
+    prompt, piece = _prompt_length(len(sequence)), _first_piece(len(sequence))
+    engine.truncate(0, 0)
+    yield engine.prefill(0, sequence[:piece])
+    if piece < prompt:
+        yield engine.prefill(0, sequence[piece:prompt])
+    for position in range(prompt, len(sequence)):
+        yield engine.decode(0, sequence[position : position + 1])[0]
+    engine.truncate(0, 0)
+
+
+def _greedy_agreement(engine: ScoredEngine, prompt: NDArray[np.int64], expected: Sequence[int]) -> float:
+    engine.truncate(0, 0)
+    logits = engine.prefill(0, prompt)
+    same = 0
+    for token in expected:
+        if int(logits.argmax()) != token:
+            break
+        same += 1
+        if same < len(expected):
+            logits = engine.decode(0, np.array([token], np.int64))[0]
+    engine.truncate(0, 0)
+    return same / len(expected)
+
+
+def checks(scores: Scores, bounds: Bounds) -> tuple[Check, ...]:
+    """One check a bound that is set; top-1 only where there are decisive positions.
+
+    A quantized model rates each token of a text a little higher or lower, and only the mean over many is its loss: a
+    ratio of perplexities counts as found within two standard errors.
+    """
+    uncertainty = {"perplexity_ratio": -scores.perplexity_ratio * math.expm1(-2 * scores.log_ratio_error)}
+    found: Mapping[str, tuple[float | None, bool]] = {
+        "max_logit_difference": (scores.max_logit_difference, True),
+        "mean_logit_difference": (scores.mean_logit_difference, True),
+        "kl_divergence": (scores.kl_divergence, True),
+        "top1_agreement": (scores.decisive_top1_agreement, False),
+        "greedy_agreement": (scores.greedy_agreement, False),
+        "perplexity_ratio": (scores.perplexity_ratio, True),
+    }
+    result = []
+    for name, (value, is_upper) in found.items():
+        bound = getattr(bounds, name)
+        if bound is not None and value is not None:
+            result.append(Check(name, value, bound, is_upper, uncertainty.get(name, 0.0)))
+    return tuple(result)
+
+
+def require_passed(verification: Verification) -> Mapping[str, Any]:
+    """The result as JSON values.
+
+    Raises:
+        BuildError: names each bound that failed, with value and bound.
+    """
+    failed = [
+        f"{check.name} is {check.found:.6g}, {'at most' if check.is_upper else 'at least'} {check.bound:.6g} is allowed"
+        for check in verification.checks
+        if not check.has_passed
+    ]
+    if failed:
+        raise BuildError(
+            f"the bundle differs from the reference: {'; '.join(failed)}; choose a higher precision or a smaller "
+            "block size"
+        )
+    return verification.to_json()
+
+
+def windows(token_ids: Sequence[int], length: int, count: int) -> list[NDArray[np.int64]]:
+    """Cuts a text's tokens into at most `count` pieces of `length`; a last piece below SHORTEST_WINDOW is left out.
+
+    Raises:
+        BuildError: fewer tokens than that.
+    """
+    ids = np.asarray(token_ids, np.int64)
+    pieces = [ids[start : start + length] for start in range(0, len(ids), length)][:count]
+    pieces = [piece for piece in pieces if len(piece) >= SHORTEST_WINDOW]
+    if not pieces:
+        raise BuildError(
+            f"the text has {len(ids)} tokens; verification needs at least {SHORTEST_WINDOW}: give a longer --text"
+        )
+    return pieces
+
+
+class _Tally:
+    """Sums over positions, so that no [T, V] difference is kept."""
+
+    def __init__(self) -> None:
+        self.positions = 0
+        self._max = self._mean = self._kl = 0.0
+        self._same = self._decisive = self._decisive_same = 0
+        self._targets = 0
+        self._nll = self._reference_nll = self._squared_loss = 0.0
+
+    def add(self, found: NDArray[np.float32], expected: NDArray[np.float32], target: int | None) -> None:
+        """Counts one position: logits [V] of both sides and the text's next token."""
+        difference = np.abs(found - expected)
+        ours, theirs = _log_softmax(found), _log_softmax(expected)
+        first = int(expected.argmax())
+        is_same = int(found.argmax()) == first
+        self.positions += 1
+        self._max = max(self._max, float(difference.max())) if np.isfinite(difference).all() else math.nan
+        self._mean += float(difference.mean(dtype=np.float64))
+        self._kl += float(np.sum(np.exp(theirs) * (theirs - ours)))
+        self._same += is_same
+        if theirs[first] >= math.log(DECISIVE_PROBABILITY):
+            self._decisive += 1
+            self._decisive_same += is_same
+        if target is not None:
+            self._targets += 1
+            self._nll -= float(ours[target])
+            self._reference_nll -= float(theirs[target])
+            self._squared_loss += float(theirs[target] - ours[target]) ** 2
+
+    def scores(self, greedy_tokens: int, greedy_agreement: float) -> Scores:
+        """The means."""
+        targets = max(self._targets, 1)
+        loss = (self._nll - self._reference_nll) / targets
+        variance = max(self._squared_loss / targets - loss**2, 0.0)
+        return Scores(
+            positions=self.positions,
+            max_logit_difference=self._max,
+            mean_logit_difference=self._mean / self.positions,
+            kl_divergence=self._kl / self.positions,
+            top1_agreement=self._same / self.positions,
+            decisive_positions=self._decisive,
+            decisive_top1_agreement=self._decisive_same / self._decisive if self._decisive else None,
+            greedy_tokens=greedy_tokens,
+            greedy_agreement=greedy_agreement,
+            perplexity=_exp(self._nll / targets),
+            reference_perplexity=_exp(self._reference_nll / targets),
+            log_ratio_error=math.sqrt(variance / targets),
+        )
+
+
+def _exp(nats: float) -> float:
+    """The exponential, at most what a float64 holds: a broken bundle gets a number, and JSON has no infinity."""
+    return math.exp(min(nats, _LARGEST_EXPONENT))
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max()
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return result

@@ -1,0 +1,216 @@
+"""A GGUF file as a Checkpoint: Hugging Face names, rotary order and per-expert tensors, read row by row.
+
+The `gguf` package dequantizes; this module maps names, undoes layouts and bounds memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from qwen_aot.errors import CheckpointError
+from qwen_aot.exporter.checkpoint.base import FileSpan, TensorInfo, TokenizerFiles
+from qwen_aot.exporter.checkpoint.gguf.config import parse
+from qwen_aot.exporter.checkpoint.gguf.header import GgufHeader, GgufTensor, read_header
+from qwen_aot.exporter.checkpoint.gguf.tokenizer import tokenizer_files
+from qwen_aot.exporter.checkpoint.mapped import MappedFile
+from qwen_aot.exporter.model.config import ModelConfig
+
+_PLAIN: Mapping[GGMLQuantizationType, np.dtype[Any]] = {
+    GGMLQuantizationType.F32: np.dtype("<f4"),
+    GGMLQuantizationType.F16: np.dtype("<f2"),
+    GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+_QUANTIZED = tuple(
+    GGMLQuantizationType[name]
+    for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+)
+_SUPPORTED = (*_PLAIN, *_QUANTIZED)
+
+_CHUNK_ELEMENTS = 4 << 20  # dequantized at once: the gguf package takes several times that in temporaries
+
+# GGUF name inside a block -> Hugging Face name inside a layer
+_LAYER_NAMES: Mapping[str, str] = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_q.bias": "self_attn.q_proj.bias",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_k.bias": "self_attn.k_proj.bias",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_v.bias": "self_attn.v_proj.bias",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+    "ffn_gate_inp.weight": "mlp.gate.weight",
+    "ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight",
+    "ffn_gate_shexp.weight": "mlp.shared_expert.gate_proj.weight",
+    "ffn_up_shexp.weight": "mlp.shared_expert.up_proj.weight",
+    "ffn_down_shexp.weight": "mlp.shared_expert.down_proj.weight",
+    "ffn_gate_exps.weight": "mlp.experts.{expert}.gate_proj.weight",
+    "ffn_up_exps.weight": "mlp.experts.{expert}.up_proj.weight",
+    "ffn_down_exps.weight": "mlp.experts.{expert}.down_proj.weight",
+}
+_OUTER_NAMES: Mapping[str, str] = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Where and how one Hugging Face tensor lies in the file."""
+
+    tensor: GgufTensor
+    rotary_head_dim: int = 0  # not 0: rows of each head lie as [D/2, 2] instead of [2, D/2]
+
+
+class GgufCheckpoint:
+    """A `.gguf` file, opened for reading (see `exporter.checkpoint.base.Checkpoint`).
+
+    Quantized tensors are read as float32; the bytes of rows and experts that aren't asked for aren't touched.
+
+    Raises:
+        CheckpointError: the file is damaged, or its architecture, tensor type or tokenizer is not supported.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = MappedFile(path)
+        try:
+            header = read_header(self._file)
+            self.config, self._stored, self.tokenizer = _interpret(path, header)
+        except CheckpointError:
+            self._file.close()
+            raise
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: self._info(name, stored) for name, stored in self._stored.items()
+        }
+        header_bytes = self._file.view(0, (header.size,), np.dtype(np.uint8), None).tobytes()
+        self._header_sha256 = hashlib.sha256(header_bytes).hexdigest()
+
+    @property
+    def source(self) -> Mapping[str, str]:
+        """Format, file name, SHA-256 of everything before the tensors' data."""
+        return {"format": "gguf", "path": self.path.name, "sha256": self._header_sha256}
+
+    def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
+        """One tensor, or some rows of it: a view where the stored bytes are the tensor, else a new array.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        if name not in self._stored:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}")
+        stored = self._stored[name]
+        tensor = stored.tensor
+        if tensor.type not in _PLAIN:
+            return self._dequantize(stored, rows)
+        dtype = _PLAIN[tensor.type]
+        if not stored.rotary_head_dim:
+            return self._file.view(tensor.offset, tensor.shape, dtype, rows)
+        return self._file.view(tensor.offset, tensor.shape, dtype, None)[_row_index(stored, rows)]
+
+    def close(self) -> None:
+        """Unmaps the file."""
+        self._file.close()
+
+    def __enter__(self) -> GgufCheckpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _dequantize(self, stored: _Stored, rows: slice | None) -> NDArray[np.float32]:
+        tensor = stored.tensor
+        coded = self._file.view(tensor.offset, (tensor.shape[0], tensor.row_bytes), np.dtype(np.uint8), None)
+        index = _row_index(stored, rows)
+        result = np.empty((len(index), *tensor.shape[1:]), np.float32)
+        step = max(1, _CHUNK_ELEMENTS // math.prod(tensor.shape[1:]))
+        for start in range(0, len(index), step):
+            chunk = coded[index[start : start + step]]
+            values = gguf.dequantize(chunk, tensor.type)
+            result[start : start + step] = values.reshape(-1, *tensor.shape[1:])
+        return result
+
+    def _info(self, name: str, stored: _Stored) -> TensorInfo:
+        tensor = stored.tensor
+        span = None
+        if tensor.type in _PLAIN and not stored.rotary_head_dim:
+            span = FileSpan(self.path, tensor.offset, tensor.shape[0] * tensor.row_bytes)
+        return TensorInfo(name, tensor.shape, _PLAIN.get(tensor.type, np.dtype(np.float32)), span)
+
+
+def _interpret(path: Path, header: GgufHeader) -> tuple[ModelConfig, Mapping[str, _Stored], TokenizerFiles]:
+    """What the header says about model, tensors (by Hugging Face name) and tokenizer."""
+    try:
+        shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+        config = parse(header.metadata, shapes)
+        for name, tensor in header.tensors.items():
+            if tensor.type not in _SUPPORTED:
+                accepted = ", ".join(each.name for each in _SUPPORTED)
+                raise CheckpointError(
+                    f"tensor {name!r} is of type {tensor.type.name}; not supported; accepted: {accepted}"
+                )
+        rotary = config.head_dim if header.metadata["general.architecture"] == "llama" else 0
+        return (
+            config,
+            dict(_to_hugging_face(header.tensors, rotary)),
+            tokenizer_files(header.metadata, vocab_size=config.vocab_size),
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _to_hugging_face(tensors: Mapping[str, GgufTensor], rotary_head_dim: int) -> Iterator[tuple[str, _Stored]]:
+    for name, tensor in tensors.items():
+        if name in _OUTER_NAMES:
+            yield _OUTER_NAMES[name], _Stored(tensor)
+            continue
+        match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+        if match is None or match[2] not in _LAYER_NAMES:
+            raise CheckpointError(f"tensor {name!r} is not one of a Qwen1.5 or llama decoder; not supported")
+        layer, local = match[1], match[2]
+        target = f"model.layers.{layer}.{_LAYER_NAMES[local]}"
+        if local.endswith("_exps.weight"):
+            yield from _experts(name, target, tensor)
+        elif local == "ffn_gate_inp_shexp.weight" and len(tensor.shape) == 1:
+            yield target, _Stored(GgufTensor(tensor.offset, (1, *tensor.shape), tensor.type))
+        elif rotary_head_dim and local.startswith(("attn_q.", "attn_k.")):
+            if tensor.shape[0] % rotary_head_dim:
+                raise CheckpointError(
+                    f"tensor {name!r} has {tensor.shape[0]} rows, not whole heads of {rotary_head_dim}"
+                )
+            yield target, _Stored(tensor, rotary_head_dim)
+        else:
+            yield target, _Stored(tensor)
+
+
+def _experts(name: str, target: str, tensor: GgufTensor) -> Iterator[tuple[str, _Stored]]:
+    """[E, out, in] -> E tensors [out, in] whose bytes lie one after the other."""
+    if len(tensor.shape) != 3:
+        raise CheckpointError(f"tensor {name!r} has shape {list(tensor.shape)}; accepted: [experts, out, in]")
+    for expert in range(tensor.shape[0]):
+        offset = tensor.offset + expert * tensor.row_bytes
+        yield target.format(expert=expert), _Stored(GgufTensor(offset, tensor.shape[1:], tensor.type))
+
+
+def _row_index(stored: _Stored, rows: slice | None) -> NDArray[np.int64]:
+    """The stored row of each requested row: llama files keep the two halves of a head interleaved."""
+    index = np.arange(stored.tensor.shape[0])
+    if stored.rotary_head_dim:
+        index = index.reshape(-1, stored.rotary_head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+    return index if rows is None else index[rows]

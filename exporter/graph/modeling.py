@@ -1,0 +1,241 @@
+"""The decoder, written for export: one model for dense, GQA and MoE checkpoints.
+
+Parameters carry the names that recipes use. Projections that read the same input are one `Linear` (q, k, v; gate
+and up). The residual stream and the norms' statistics are fp32 whatever the compute type, because Qwen's residual
+overflows fp16. The last layer's output projection and MLP run for each row's last token only, since nothing else
+reaches the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qwen_aot.exporter.graph.ops import DOMAIN, VERSION, Op
+from qwen_aot.exporter.model.config import ModelConfig
+
+Cache = tuple[Tensor, Tensor]
+Attributes = dict[str, int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]]
+
+
+def _call(op: Op, inputs: list[Tensor], attributes: Attributes | None, shape: Sequence[int]) -> Tensor:
+    """One of our ops with one output of the first input's dtype."""
+    result: Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{op}", inputs, attributes, dtype=inputs[0].dtype, shape=shape, version=VERSION
+    )
+    return result
+
+
+class Linear(nn.Module):
+    """x [..., K] -> [..., N], weight [N, K] as in Hugging Face."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, *, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the projection to x [..., K]."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The Linear op on given weights [N, K]."""
+    inputs = [x, weight] if bias is None else [x, weight, bias]
+    return _call(Op.LINEAR, inputs, None, [*x.shape[:-1], weight.shape[0]])
+
+
+class RMSNorm(nn.Module):
+    """fp32 in, fp32 out, weight [M] fp32."""
+
+    def __init__(self, hidden_size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last axis of x [..., M]."""
+        result: Tensor = torch.onnx.ops.symbolic(
+            "RMSNormalization",
+            [x, self.weight],
+            {"axis": -1, "epsilon": self.epsilon},
+            dtype=torch.float32,
+            shape=x.shape,
+            version=23,
+        )
+        return result
+
+
+class MLP(nn.Module):
+    """SwiGLU MLP with gate and up in one projection."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, dtype)
+        self.down_proj = Linear(intermediate_size, hidden_size, dtype)
+        self.intermediate_size = intermediate_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x [B, S, M] to the same shape."""
+        gate_up = self.gate_up_proj(x)
+        inner = _call(Op.SWIGLU, [gate_up], None, [*x.shape[:-1], self.intermediate_size])
+        result: Tensor = self.down_proj(inner)
+        return result
+
+
+class SparseMLP(nn.Module):
+    """Routed experts (the SparseMoE op) plus the shared expert behind its sigmoid gate."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        moe = config.moe
+        assert moe is not None
+        experts, m, f = moe.num_experts, config.hidden_size, moe.moe_intermediate_size
+        self.attributes: Attributes = {
+            "num_experts_per_tok": moe.num_experts_per_tok,
+            "norm_topk_prob": int(moe.norm_topk_prob),
+        }
+        self.gate = Linear(m, experts, dtype)
+        self.experts_gate_up = nn.Parameter(torch.empty(experts, 2 * f, m, dtype=dtype))
+        self.experts_down = nn.Parameter(torch.empty(experts, m, f, dtype=dtype))
+        self.has_shared_expert = moe.shared_expert_intermediate_size > 0
+        if self.has_shared_expert:
+            self.shared_expert = MLP(m, moe.shared_expert_intermediate_size, dtype)
+            self.shared_expert_gate = Linear(m, 1, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x [B, S, M] to the same shape."""
+        router_logits = self.gate(x).float()
+        routed = _call(
+            Op.SPARSE_MOE,
+            [x, router_logits, self.experts_gate_up, self.experts_down],
+            self.attributes,
+            x.shape,
+        )
+        if not self.has_shared_expert:
+            return routed
+        shared: Tensor = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return routed + shared
+
+
+class Attention(nn.Module):
+    """q, k, v in one projection; the cached attention op; the output projection is applied by the layer."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.qkv_proj = Linear(config.hidden_size, (heads + 2 * kv_heads) * head_dim, dtype, bias=config.attention_bias)
+        self.o_proj = Linear(heads * head_dim, config.hidden_size, dtype)
+        self.attributes: Attributes = {
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "scale": head_dim**-0.5,
+        }
+        self.width = heads * head_dim
+
+    def forward(self, x: Tensor, past: Cache, step: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps x [B, S, M] to attention before its output projection [B, S, H*D], present key and value."""
+        qkv = self.qkv_proj(x)
+        attention, key, value = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{Op.CACHED_ATTENTION}",
+            [qkv, *past, *step],
+            self.attributes,
+            dtypes=[qkv.dtype, past[0].dtype, past[1].dtype],
+            shapes=[[*x.shape[:-1], self.width], past[0].shape, past[1].shape],
+            version=VERSION,
+        )
+        return attention, key, value
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP around an fp32 residual stream."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, *, is_sparse: bool) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: nn.Module = (
+            SparseMLP(config, dtype) if is_sparse else MLP(config.hidden_size, config.intermediate_size, dtype)
+        )
+
+    def forward(
+        self, residual: Tensor, past: Cache, step: Sequence[Tensor], last_token: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`last_token` [B, 1, 1]: the only token of each row to carry on from here; None: all of them."""
+        attention, key, value = self.self_attn(self.input_layernorm(residual).to(self.dtype), past, step)
+        if last_token is not None:
+            residual, attention = pick_token(residual, last_token), pick_token(attention, last_token)
+        residual = residual + self.self_attn.o_proj(attention).float()
+        residual = residual + self.mlp(self.post_attention_layernorm(residual).to(self.dtype)).float()
+        return residual, key, value
+
+
+def pick_token(x: Tensor, token: Tensor) -> Tensor:
+    """One token of each row: x [B, S, N], token [B, 1, 1] (its index) -> [B, 1, N]."""
+    result: Tensor = torch.onnx.ops.symbolic(
+        "GatherND",
+        [x, token],
+        {"batch_dims": 1},
+        dtype=x.dtype,
+        shape=[x.shape[0], 1, x.shape[2]],
+        version=13,
+    )
+    return result
+
+
+class Decoder(nn.Module):
+    """The whole model, with as many layers as it is given (the trace gives one of each kind).
+
+    Args:
+        config: the model's facts.
+        dtype: compute type of projections and attention; also the cache's.
+        sparse: for each layer that is built, whether it has experts.
+        positions: rows of the rotary tables; at least the cache's capacity.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, sparse: Sequence[bool], positions: int) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype))
+        self.rotary_cos = nn.Parameter(torch.empty(positions, config.head_dim // 2, dtype=torch.float32))
+        self.rotary_sin = nn.Parameter(torch.empty(positions, config.head_dim // 2, dtype=torch.float32))
+        self.layers = nn.ModuleList(DecoderLayer(config, dtype, is_sparse=is_sparse) for is_sparse in sparse)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cache_length: Tensor,
+        new_tokens: Tensor,
+        key_positions: Tensor,
+        past: Sequence[Cache],
+    ) -> tuple[Tensor, list[Cache]]:
+        """Shapes and meanings: `exporter.model.io_spec`. Returns logits [B, V] fp32 and present keys and values."""
+        residual: Tensor = torch.onnx.ops.symbolic(
+            "Gather",
+            [self.embed_tokens, input_ids],
+            {"axis": 0},
+            dtype=self.dtype,
+            shape=[*input_ids.shape, self.embed_tokens.shape[1]],
+            version=13,
+        ).float()
+        # Not `<=` and clamp, each of which becomes several ops in TensorRT; and TensorRT-RTX 1.7 can't compile `<` with
+        # `position_ids + 1` where it computes attention without a fused kernel.
+        mask = torch.logical_not(key_positions > position_ids.unsqueeze(1).unsqueeze(-1))  # [B, 1, S, W]
+        last_token = (new_tokens - (new_tokens > 0).long()).unsqueeze(-1).unsqueeze(-1)
+        step = (self.rotary_cos, self.rotary_sin, position_ids, cache_length, new_tokens, mask)
+        present: list[Cache] = []
+        for index, layer in enumerate(self.layers):
+            is_last = index == len(self.layers) - 1
+            residual, key, value = layer(residual, past[index], step, last_token if is_last else None)
+            present.append((key, value))
+        hidden = self.norm(residual).to(self.dtype).squeeze(1)  # [B, M]
+        head = self.embed_tokens if self.lm_head is None else self.lm_head.weight
+        return linear(hidden, head).float(), present

@@ -1,0 +1,45 @@
+"""Checking a graph and writing it beside its external data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from qwen_aot.errors import ExportError
+from qwen_aot.exporter.weights.stitch import Traced, place
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+
+def save_graph(traced: Traced, folder: Path) -> Path:
+    """Writes `model.onnx`, whose initializers lie in `model.onnx.data` beside it (written by `stitch`, or absent).
+
+    Raises:
+        ExportError: the ONNX checker refuses the graph.
+    """
+    place(traced, folder / DATA_FILE)
+    proto = ir.to_proto(traced.model)
+    check(proto)
+    path = folder / MODEL_FILE
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def check(proto: onnx.ModelProto) -> None:
+    """Runs the ONNX checker on the graph alone: initializers stand as inputs, so no weight is read."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(proto)
+    known = {value.name for value in bare.graph.input}
+    for initializer in bare.graph.initializer:
+        if initializer.name not in known:
+            bare.graph.input.append(
+                onnx.helper.make_tensor_value_info(initializer.name, initializer.data_type, initializer.dims)
+            )
+    del bare.graph.initializer[:]
+    try:
+        onnx.checker.check_model(bare, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the exported graph isn't valid ONNX: {error}") from error

@@ -1,0 +1,1 @@
+"""The graph as TensorRT's parser takes it: in standard ops, or with the project's plugins."""

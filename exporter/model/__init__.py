@@ -1,0 +1,1 @@
+"""A model's facts: configuration, tensors, rotary frequencies, engine inputs and outputs, published variants."""

@@ -1,0 +1,271 @@
+"""ModelConfig: the facts of one checkpoint, validated once; every other module asks these types only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qwen_aot.errors import CheckpointError
+
+MODEL_TYPES = ("qwen2", "qwen2_moe")
+ROPE_TYPES = ("linear", "yarn", "llama3")  # beside None: those that change frequencies once, not per request
+DTYPES = ("bfloat16", "float16", "float32")
+# Far beyond any decoder: what is larger is damage, and would take hours or all memory to list.
+MAX_LAYERS = 10_000
+MAX_EXPERTS = 10_000
+MAX_SIZE = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """A rotary scaling that is fixed at build time (`exporter.model.rope` has the formulas).
+
+    Attributes:
+        rope_type: one of ROPE_TYPES.
+        factor: how many times longer the context becomes, >= 1.
+        attention_factor: what cos and sin are multiplied by (yarn; 1 for the others).
+        original_max_position_embeddings: tokens of the context before scaling (yarn, llama3).
+        beta_fast: rotations above which a frequency is kept (yarn).
+        beta_slow: rotations below which a frequency is divided by `factor` (yarn).
+        truncate: whether yarn rounds its correction range to whole dimensions.
+        low_freq_factor: llama3: wavelengths above original / low_freq_factor are divided by `factor`.
+        high_freq_factor: llama3: wavelengths below original / high_freq_factor are kept.
+    """
+
+    rope_type: str
+    factor: float
+    attention_factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise CheckpointError(
+                f"rope scaling {self.rope_type!r} is not supported; accepted: none, {', '.join(ROPE_TYPES)}. "
+                "Remove rope_scaling (rope_parameters.rope_type) to serve the model at its trained context."
+            )
+        _require_positive("rope_scaling.factor", self.factor, at_least=1)
+        _require_positive("rope_scaling.attention_factor", self.attention_factor)
+        _require_positive("rope_scaling.beta_slow", self.beta_slow)
+        if self.beta_fast < self.beta_slow:
+            raise CheckpointError(
+                f"rope_scaling.beta_fast is {self.beta_fast}; accepted: from beta_slow ({self.beta_slow})"
+            )
+        if self.rope_type == "linear":
+            return
+        if self.original_max_position_embeddings is None:
+            raise CheckpointError(
+                f"rope_scaling.original_max_position_embeddings is missing; {self.rope_type} needs it (tokens, from 1)"
+            )
+        _require_count(
+            "rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings, at_least=1
+        )
+        _require_positive("rope_scaling.low_freq_factor", self.low_freq_factor)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise CheckpointError(
+                f"rope_scaling.high_freq_factor is {self.high_freq_factor}; it must be greater than "
+                f"low_freq_factor ({self.low_freq_factor})"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class MoeConfig:
+    """Mixture-of-experts facts, spelled as in config.json."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int  # of one routed expert
+    shared_expert_intermediate_size: int  # 0: no shared expert
+    norm_topk_prob: bool
+    sparse_layers: frozenset[int]  # layer indices with experts (decoder_sparse_step, mlp_only_layers applied)
+
+    def __post_init__(self) -> None:
+        _require_count("num_experts", self.num_experts, at_least=1, at_most=MAX_EXPERTS)
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise CheckpointError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}; accepted: 1 to num_experts ({self.num_experts})"
+            )
+        _require_count("moe_intermediate_size", self.moe_intermediate_size, at_least=1)
+        _require_count("shared_expert_intermediate_size", self.shared_expert_intermediate_size, at_least=0)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Facts of one Qwen1.5 checkpoint, validated once, spelled as in config.json.
+
+    Raises:
+        CheckpointError: a value is out of range; the message names field, value and accepted range.
+    """
+
+    model_type: str  # qwen2 | qwen2_moe
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int  # of a dense MLP
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int  # tokens
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    attention_bias: bool = True  # q, k, v have biases (a llama-layout checkpoint: False)
+    rope_scaling: RopeScaling | None = None
+    moe: MoeConfig | None = None
+    torch_dtype: str = "bfloat16"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.model_type not in MODEL_TYPES:
+            raise CheckpointError(
+                f"model_type is {self.model_type!r}; accepted: {', '.join(MODEL_TYPES)} (the Qwen1.5 architectures)"
+            )
+        if self.torch_dtype not in DTYPES:
+            raise CheckpointError(f"torch_dtype is {self.torch_dtype!r}; accepted: {', '.join(DTYPES)}")
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            _require_count(name, getattr(self, name), at_least=1)
+        _require_positive("rms_norm_eps", self.rms_norm_eps)
+        require_layers("num_hidden_layers", self.num_hidden_layers)
+        _require_positive("rope_theta", self.rope_theta)
+        if self.rope_theta <= 1:
+            raise CheckpointError(f"rope_theta is {self.rope_theta}; accepted: numbers greater than 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise CheckpointError(
+                f"num_key_value_heads is {self.num_key_value_heads}; it must divide num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+        if self.head_dim % 2:
+            raise CheckpointError(f"head_dim is {self.head_dim}; rotary embedding needs an even number")
+        if (self.moe is not None) != (self.model_type == "qwen2_moe"):
+            raise CheckpointError(
+                f"moe is {self.moe}; model_type {self.model_type!r} "
+                f"{'needs expert facts' if self.moe is None else 'has no experts'}"
+            )
+        for layer in sorted(self.moe.sparse_layers) if self.moe is not None else ():
+            if not 0 <= layer < self.num_hidden_layers:
+                raise CheckpointError(
+                    f"sparse layer {layer} does not exist; accepted: 0 to {self.num_hidden_layers - 1}"
+                )
+        for name, ids in (
+            ("bos_token_id", (self.bos_token_id,)),
+            ("eos_token_ids", self.eos_token_ids),
+            ("pad_token_id", (self.pad_token_id,)),
+        ):
+            for token_id in ids:
+                if token_id is not None and not 0 <= token_id < self.vocab_size:
+                    raise CheckpointError(
+                        f"{name} holds {token_id}; accepted: 0 to vocab_size - 1 ({self.vocab_size - 1})"
+                    )
+
+    @property
+    def query_size(self) -> int:
+        """H·D, the width of the query projection."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Hkv·D, the width of the key and of the value projection."""
+        return self.num_key_value_heads * self.head_dim
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether this layer's MLP has experts."""
+        return self.moe is not None and layer in self.moe.sparse_layers
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Cache bytes of one token over all layers, keys and values, at `itemsize` bytes an element."""
+        return 2 * self.num_hidden_layers * self.key_value_size * itemsize
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The exact set of tensors a checkpoint of this model holds: Hugging Face name -> shape.
+
+        A projection is [out, in]. `lm_head.weight` is absent with tied embeddings.
+        """
+        M, V = self.hidden_size, self.vocab_size
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, M)}
+        for layer in range(self.num_hidden_layers):
+            prefix = f"model.layers.{layer}."
+            attention = prefix + "self_attn."
+            for name, size in (
+                ("q_proj", self.query_size),
+                ("k_proj", self.key_value_size),
+                ("v_proj", self.key_value_size),
+            ):
+                shapes[f"{attention}{name}.weight"] = (size, M)
+                if self.attention_bias:
+                    shapes[f"{attention}{name}.bias"] = (size,)
+            shapes[attention + "o_proj.weight"] = (M, self.query_size)
+            if self.moe is not None and self.is_sparse(layer):
+                shapes[prefix + "mlp.gate.weight"] = (self.moe.num_experts, M)
+                for expert in range(self.moe.num_experts):
+                    shapes |= _mlp_shapes(f"{prefix}mlp.experts.{expert}.", M, self.moe.moe_intermediate_size)
+                if self.moe.shared_expert_intermediate_size:
+                    shapes |= _mlp_shapes(prefix + "mlp.shared_expert.", M, self.moe.shared_expert_intermediate_size)
+                    shapes[prefix + "mlp.shared_expert_gate.weight"] = (1, M)
+            else:
+                shapes |= _mlp_shapes(prefix + "mlp.", M, self.intermediate_size)
+            shapes[prefix + "input_layernorm.weight"] = (M,)
+            shapes[prefix + "post_attention_layernorm.weight"] = (M,)
+        shapes["model.norm.weight"] = (M,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (V, M)
+        return shapes
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model; tied embeddings count once."""
+        return sum(math.prod(shape) for shape in self.tensor_shapes().values())
+
+    @property
+    def num_activated_parameters(self) -> int:
+        """Parameters that take part in one token's step: of the routed experts, only the chosen ones."""
+        if self.moe is None:
+            return self.num_parameters
+        idle = self.moe.num_experts - self.moe.num_experts_per_tok
+        expert = 3 * self.hidden_size * self.moe.moe_intermediate_size
+        return self.num_parameters - len(self.moe.sparse_layers) * idle * expert
+
+
+def _mlp_shapes(prefix: str, M: int, F: int) -> dict[str, tuple[int, ...]]:
+    return {
+        prefix + "gate_proj.weight": (F, M),
+        prefix + "up_proj.weight": (F, M),
+        prefix + "down_proj.weight": (M, F),
+    }
+
+
+def require_layers(name: str, value: int) -> int:
+    """A number of layers that may be counted through.
+
+    Raises:
+        CheckpointError: it is outside 1 … MAX_LAYERS.
+    """
+    _require_count(name, value, at_least=1, at_most=MAX_LAYERS)
+    return value
+
+
+def _require_count(name: str, value: object, *, at_least: int, at_most: int = MAX_SIZE) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise CheckpointError(f"{name} is {value!r}; accepted: whole numbers from {at_least}")
+    if value > at_most:
+        raise CheckpointError(f"{name} is {value}; accepted: whole numbers from {at_least} to {at_most}")
+
+
+def _require_positive(name: str, value: object, *, at_least: float | None = None) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or (value <= 0 if at_least is None else value < at_least):  # type: ignore[operator]
+        accepted = "numbers greater than 0" if at_least is None else f"numbers from {at_least}"
+        raise CheckpointError(f"{name} is {value!r}; accepted: {accepted}")

@@ -1,0 +1,88 @@
+"""Engine inputs and outputs: the one place for their names, dimensions and dtypes.
+
+Dimensions are sizes or letters: B rows, S new tokens in this step, C cache capacity in tokens, W attention window.
+Every row, padded and idle ones too, has `cache_length + S <= C`, and W is at least the largest `cache_length + S`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from qwen_aot.exporter.model.config import ModelConfig
+
+Dim = int | str
+
+CACHE_SCALE_DTYPE = ir.DataType.FLOAT16  # of an int8 cache
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, dtype and dimensions of one engine input or output."""
+
+    name: str
+    dtype: ir.DataType
+    dims: tuple[Dim, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class IoSpec:
+    """All inputs and outputs in graph order.
+
+    `past[i]` and `present[i]` are layer i's (key, value), or (key, value, key_scale, value_scale) of an int8 cache.
+    """
+
+    step: tuple[TensorSpec, ...]
+    past: tuple[tuple[TensorSpec, ...], ...]
+    logits: TensorSpec
+    present: tuple[tuple[TensorSpec, ...], ...]
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Step inputs, then past keys and values, layer by layer."""
+        return self.step + tuple(spec for parts in self.past for spec in parts)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Logits, then present keys and values, layer by layer."""
+        return (self.logits, *(spec for parts in self.present for spec in parts))
+
+
+def io_spec(config: ModelConfig, cache_dtype: ir.DataType, capacity: int | None = None) -> IoSpec:
+    """The contract between exporter, engines and runtime.
+
+    Args:
+        config: the model.
+        cache_dtype: element type of past and present.
+        capacity: C in tokens where the target fixes it at build time; None leaves it dynamic.
+
+    Returns:
+        input_ids [B, S] int64 (right-padded); position_ids [B, S] int64 (`cache_length[b] + s`, padding included);
+        cache_length [B] int64 (valid tokens already cached); new_tokens [B] int64 (valid tokens among S; 0 = idle
+        row); key_positions [W] int64 (0 … W-1); past_key_values.{i}.key/.value and present.{i}.key/.value
+        [B, Hkv, C, D], of an int8 cache also past_key_values.{i}.key_scale/.value_scale and present.{i}.… [B, Hkv, C]
+        float16; logits [B, V] float32 of each row's last valid token.
+    """
+    int64 = ir.DataType.INT64
+    cache_dims: tuple[Dim, ...] = ("B", config.num_key_value_heads, capacity or "C", config.head_dim)
+
+    def cache(prefix: str, layer: int) -> tuple[TensorSpec, ...]:
+        specs = [TensorSpec(f"{prefix}.{layer}.{part}", cache_dtype, cache_dims) for part in ("key", "value")]
+        if cache_dtype == ir.DataType.INT8:
+            specs += [TensorSpec(f"{spec.name}_scale", CACHE_SCALE_DTYPE, cache_dims[:3]) for spec in specs]
+        return tuple(specs)
+
+    layers = range(config.num_hidden_layers)
+    return IoSpec(
+        step=(
+            TensorSpec("input_ids", int64, ("B", "S")),
+            TensorSpec("position_ids", int64, ("B", "S")),
+            TensorSpec("cache_length", int64, ("B",)),
+            TensorSpec("new_tokens", int64, ("B",)),
+            TensorSpec("key_positions", int64, ("W",)),
+        ),
+        past=tuple(cache("past_key_values", layer) for layer in layers),
+        logits=TensorSpec("logits", ir.DataType.FLOAT, ("B", config.vocab_size)),
+        present=tuple(cache("present", layer) for layer in layers),
+    )

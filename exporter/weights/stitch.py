@@ -1,0 +1,379 @@
+"""Recipes: how initializers are made from checkpoint tensors, and the streaming of them into external data.
+
+A recipe reads one or several checkpoint tensors, stacked along axis 0, a few rows at a time, and turns each chunk of
+rows into chunks of one or several initializers (a cast, a transpose, or codes and scales). Nothing larger than a chunk
+is held in memory, so peak memory doesn't grow with the model.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qwen_aot.errors import CheckpointError, ExportError
+from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.model.config import ModelConfig
+
+CHUNK_BYTES = 16 << 20  # float32 bytes handled at once by a thread: large enough for NumPy, small against any model
+_RESIDENT_BYTES = 32 << 20  # written pages that a thread keeps mapped
+ALIGNMENT = 4096  # bytes; ONNX asks for page-aligned offsets so that external data can be memory-mapped
+
+Transform = Callable[[NDArray[np.float32]], tuple[NDArray[Any], ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One checkpoint tensor and the shape that it must have."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One initializer. `row_axis` is the axis along which the source's rows run (its last axis when transposed)."""
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+    row_axis: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the data file, four-bit types packed two to a byte."""
+        return int(-(-int(np.prod(self.shape, dtype=np.int64)) * self.dtype.bitwidth // 8))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How some initializers are made.
+
+    Attributes:
+        sources: checkpoint tensors of equal trailing shape, stacked along axis 0. Empty for a computed initializer,
+            whose transform is called once, with an empty array.
+        outputs: what is made.
+        transform: a chunk of stacked rows [r, ...] as float32 -> one array an output, in output order, whose row axis
+            is proportional to r. It must not depend on how the rows are cut, beyond `rows_per_group`.
+        rows_per_group: chunks hold a multiple of this many rows.
+    """
+
+    sources: tuple[Source, ...]
+    outputs: tuple[Output, ...]
+    transform: Transform
+    rows_per_group: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Stacked rows."""
+        return sum(source.shape[0] for source in self.sources)
+
+
+@dataclass(slots=True)
+class Traced:
+    """A graph, and a recipe for each initializer that comes from the checkpoint or is computed.
+
+    Attributes:
+        recipes: by the name of each recipe's first output.
+    """
+
+    model: ir.Model
+    config: ModelConfig
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+
+
+def cast_to(dtype: ir.DataType) -> Transform:
+    """A transform that only changes the dtype. Values that overflow it raise, naming the largest."""
+    target = dtype.numpy()
+    if dtype == ir.DataType.FLOAT:
+        return lambda rows: (rows,)
+    largest = float(ml_dtypes.finfo(target).max)  # type: ignore[no-untyped-call]  # its stub has no types
+
+    def transform(rows: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
+        magnitude = float(max(rows.max(initial=0.0), -rows.min(initial=0.0)))
+        if magnitude > largest:
+            raise ExportError(
+                f"a weight of magnitude {magnitude:.6g} doesn't fit {dtype.name.lower()} (at most {largest:.6g}); "
+                "use a wider compute type (fp32 holds every weight)"
+            )
+        return (rows.astype(target),)
+
+    return transform
+
+
+def output_bytes(traced: Traced) -> int:
+    """Exact size of the external data file that `stitch` writes, padding included."""
+    *_, end = _layout(traced.recipes.values()).values() or [(0, 0)]
+    return end[0] + end[1]
+
+
+def output_bytes_of(traced: Traced, dtype: ir.DataType) -> int:
+    """Bytes of the outputs of one type, padding left out."""
+    outputs = (output for recipe in traced.recipes.values() for output in recipe.outputs)
+    return sum(output.nbytes for output in outputs if output.dtype == dtype)
+
+
+def chunk_bytes(traced: Traced) -> int:
+    """Float32 bytes of the most rows that `stitch` converts at once in a thread."""
+    groups = (r.rows_per_group * _row_bytes(r) for r in traced.recipes.values() if r.sources)
+    return max(CHUNK_BYTES, *groups)
+
+
+def _layout(recipes: Iterable[Recipe]) -> dict[str, tuple[int, int]]:
+    """Output name -> (offset, length) in the data file, in recipe order."""
+    layout: dict[str, tuple[int, int]] = {}
+    end = 0
+    for recipe in recipes:
+        for output in recipe.outputs:
+            offset = -(-end // ALIGNMENT) * ALIGNMENT
+            layout[output.name] = (offset, output.nbytes)
+            end = offset + output.nbytes
+    return layout
+
+
+def check_sources(traced: Traced, checkpoint: Checkpoint) -> None:
+    """Every source exists with its shape, and every checkpoint tensor is used.
+
+    Raises:
+        CheckpointError: names the tensor and the rule.
+    """
+    used: set[str] = set()
+    for recipe in traced.recipes.values():
+        for source in recipe.sources:
+            info = checkpoint.tensors.get(source.name)
+            if info is None:
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensor {source.name} is missing (shape {list(source.shape)} expected by"
+                    f" config.json); the checkpoint has {len(checkpoint.tensors)} tensors"
+                )
+            if info.shape != source.shape:
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensor {source.name} has shape {list(info.shape)}, but the configuration"
+                    f" asks for {list(source.shape)}"
+                )
+            used.add(source.name)
+    unused = sorted(name for name in checkpoint.tensors if name not in used and not _may_be_unused(name, traced.config))
+    if unused:
+        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+        raise CheckpointError(
+            f"{checkpoint.path}: the model has no place for {len(unused)} tensors: {shown};"
+            " does config.json belong to it?"
+        )
+
+
+def _may_be_unused(name: str, config: ModelConfig) -> bool:
+    """Whether a model may hold this tensor and not need it.
+
+    Old checkpoints store `rotary_emb.inv_freq`; tied ones may repeat the embedding as `lm_head.weight`; a shared expert
+    of size 0 has matrices without elements, and a gate for them.
+    """
+    has_empty_shared_expert = config.moe is not None and not config.moe.shared_expert_intermediate_size
+    return (
+        name.endswith("rotary_emb.inv_freq")
+        or (config.tie_word_embeddings and name == "lm_head.weight")
+        or (has_empty_shared_expert and ".mlp.shared_expert" in name)
+    )
+
+
+def _check_tied_head(traced: Traced, checkpoint: Checkpoint) -> None:
+    """A tied checkpoint's `lm_head.weight`, if stored, must equal the embedding."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not traced.config.tie_word_embeddings or head not in checkpoint.tensors:
+        return
+    shape = checkpoint.tensors[embedding].shape
+    if checkpoint.tensors[head].shape == shape:
+        step = max(1, CHUNK_BYTES // (4 * shape[1]))
+        rows = (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+        if all(np.array_equal(checkpoint.read(head, r), checkpoint.read(embedding, r)) for r in rows):
+            return
+    raise CheckpointError(
+        f"{checkpoint.path}: config.json ties the embeddings, but {head} differs from {embedding};"
+        ' set "tie_word_embeddings": false if the head is its own'
+    )
+
+
+def stitch(
+    traced: Traced,
+    checkpoint: Checkpoint,
+    data_file: Path,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+    threads: int | None = None,
+) -> None:
+    """Streams every recipe's outputs into one external-data file and points the graph's initializers at it.
+
+    Args:
+        traced: graph and recipes; its initializers become `ExternalTensor`s in place.
+        checkpoint: where the sources are read.
+        data_file: created (or overwritten), next to which the graph will be saved.
+        on_progress: called with (bytes read so far, bytes to read) of sources.
+        threads: chunks worked on at once; None: the number of cores.
+
+    Raises:
+        CheckpointError: a tensor is missing, unused, of wrong shape, or holds NaN or Inf.
+    """
+    check_sources(traced, checkpoint)
+    _check_tied_head(traced, checkpoint)
+    layout = _layout(traced.recipes.values())
+    total = sum(_source_bytes(recipe) for recipe in traced.recipes.values())
+    done = 0
+    with open(data_file, "wb") as file:
+        # Reserved, not just sized: a full disk is an error now, not a bus error on a mapped page later.
+        os.posix_fallocate(file.fileno(), 0, output_bytes(traced))
+    workers = threads or os.cpu_count() or 1
+    with _DataFile(data_file, layout) as data, ThreadPoolExecutor(workers) as pool:
+        pending: dict[Future[None], int] = {}
+
+        def collect(limit: int) -> None:
+            nonlocal done
+            while len(pending) > limit:
+                finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    done += pending.pop(future)
+                    future.result()
+                    if on_progress is not None:
+                        on_progress(done, total)
+
+        try:
+            for recipe in traced.recipes.values():
+                for start, stop in _chunks(recipe):
+                    size = _source_bytes(recipe) * (stop - start) // max(1, recipe.rows)
+                    pending[pool.submit(_make_chunk, recipe, start, stop, checkpoint, data)] = size
+                    collect(workers)  # at most one chunk waits for each that is worked on
+            collect(0)
+        except BaseException:
+            for future in pending:
+                future.cancel()
+            raise
+    place(traced, data_file)
+
+
+def _source_bytes(recipe: Recipe) -> int:
+    return sum(4 * int(np.prod(source.shape, dtype=np.int64)) for source in recipe.sources)
+
+
+def _row_bytes(recipe: Recipe) -> int:
+    return 4 * int(np.prod(recipe.sources[0].shape[1:], dtype=np.int64))
+
+
+def _chunks(recipe: Recipe) -> Iterator[tuple[int, int]]:
+    """Row ranges of about CHUNK_BYTES; one empty range for a computed initializer."""
+    if not recipe.sources:
+        yield 0, 0
+        return
+    row_bytes = _row_bytes(recipe)
+    group = recipe.rows_per_group
+    step = max(1, CHUNK_BYTES // (row_bytes * group)) * group
+    for start in range(0, recipe.rows, step):
+        yield start, min(start + step, recipe.rows)
+
+
+def _read_rows(recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint) -> NDArray[np.float32]:
+    """Rows start … stop of the stacked sources, as float32, finite."""
+    if not recipe.sources:
+        return np.empty((0,), np.float32)
+    parts = []
+    first = 0
+    for source in recipe.sources:
+        low, high = max(start - first, 0), min(stop - first, source.shape[0])
+        if low < high:
+            part = checkpoint.read(source.name, slice(low, high)).astype(np.float32, copy=False)
+            _check_finite(part, source.name, low, checkpoint)
+            parts.append(part)
+        first += source.shape[0]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _check_finite(part: NDArray[np.float32], name: str, first_row: int, checkpoint: Checkpoint) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = part.sum(dtype=np.float32)
+    if np.isfinite(total):  # one pass; only a sum that isn't finite needs the closer look
+        return
+    bad = np.argwhere(~np.isfinite(part))
+    if len(bad):
+        where = [int(bad[0][0]) + first_row, *map(int, bad[0][1:])]
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {name} holds {part[tuple(bad[0])]} at {where}"
+            f" ({len(bad)} such values nearby); the checkpoint is damaged"
+        )
+
+
+def _make_chunk(recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint, data: _DataFile) -> None:
+    arrays = recipe.transform(_read_rows(recipe, start, stop, checkpoint))
+    if len(arrays) != len(recipe.outputs):
+        raise ExportError(
+            f"recipe of {recipe.outputs[0].name} gave {len(arrays)} arrays for {len(recipe.outputs)} outputs"
+        )
+    for output, array in zip(recipe.outputs, arrays, strict=True):
+        data.write(output, array, start, stop, recipe.rows)
+
+
+class _DataFile:
+    """The external-data file under construction; `write` may be called from several threads."""
+
+    def __init__(self, path: Path, layout: Mapping[str, tuple[int, int]]) -> None:
+        self._layout = layout
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 0)
+        self._bytes = np.frombuffer(self._map, np.uint8)
+
+    def __enter__(self) -> _DataFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        del self._bytes  # the mapping can't be closed under it
+        self._map.close()
+
+    def write(self, output: Output, array: NDArray[Any], first_row: int, end_row: int, rows: int) -> None:
+        """Writes the part of `output` that stems from source rows `first_row` up to `end_row`, of `rows`."""
+        offset, length = self._layout[output.name]
+        outer = math.prod(output.shape[: output.row_axis])  # stretches that the rows' part is spread over
+        stretch = length // outer
+        begin, end = (stretch * row // rows for row in (first_row, end_row)) if rows else (0, stretch)
+        if array.nbytes != outer * (end - begin):
+            raise ExportError(
+                f"recipe of {output.name} made {array.nbytes} bytes of rows {first_row} to {end_row}, but the shape"
+                f" {list(output.shape)} holds {outer * (end - begin)}"
+            )
+        source = np.ascontiguousarray(array).reshape(outer, -1).view(np.uint8)
+        target = self._bytes[offset : offset + length].reshape(outer, stretch)
+        # Written pages stay in the page cache, but are dropped from this process's memory part by part.
+        step = max(1, _RESIDENT_BYTES // (end - begin + 2 * mmap.PAGESIZE))
+        for index in range(0, outer, step):
+            part = slice(index, min(index + step, outer))
+            target[part, begin:end] = source[part]
+            self._drop_pages(offset + part.start * stretch, offset + part.stop * stretch)
+
+    def _drop_pages(self, begin: int, end: int) -> None:
+        """Gives the pages of a byte range back to the system (where it can); what was written is kept."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            begin -= begin % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+def place(traced: Traced, data_file: Path) -> None:
+    """Points the graph's initializers at the external-data file that `stitch` writes (or would write)."""
+    layout = _layout(traced.recipes.values())
+    initializers = traced.model.graph.initializers
+    for recipe in traced.recipes.values():
+        for output in recipe.outputs:
+            offset, length = layout[output.name]
+            initializers[output.name].const_value = ir.ExternalTensor(
+                data_file.name,
+                offset,
+                length,
+                output.dtype,
+                shape=ir.Shape(output.shape),
+                name=output.name,
+                base_dir=data_file.parent,
+            )

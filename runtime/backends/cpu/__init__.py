@@ -1,0 +1,1 @@
+"""The CPU that the runtime finds: its features and its memory."""

@@ -1,0 +1,41 @@
+"""Opens a bundle's engine with the backend for its kind of file."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+from qwen_aot.errors import EngineMismatchError, GenerationError
+from qwen_aot.runtime.backends.tensorrt.library import FLAVOURS, flavour_of
+from qwen_aot.runtime.bundle.load import Bundle
+from qwen_aot.runtime.engine.protocol import Engine
+
+__all__ = ["open_engine"]
+
+
+def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
+    """Opens a bundle's engine with the backend for its kind of file, imported only now.
+
+    Args:
+        bundle: from `runtime.bundle.load.load_bundle`.
+        threads: CPU threads for one operator; None: see `runtime.backends.cpu.cpus.usable_cores`.
+
+    Raises:
+        EngineMismatchError: no backend runs this engine, its library is missing or too old, or this machine's GPU
+            can't run it.
+        GenerationError: `threads` was given for an engine that runs on a GPU.
+    """
+    kind = PurePosixPath(bundle.manifest.engine).suffix
+    if kind == ".onnx":
+        from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine, OrtOptions
+
+        return OnnxRuntimeEngine(bundle, OrtOptions(threads=threads))
+    if flavour_of(bundle.manifest.engine) is not None:
+        if threads is not None:
+            raise GenerationError(f"threads is {threads}, and the bundle's engine runs on a GPU: leave it out")
+        from qwen_aot.runtime.backends.tensorrt.engine import TensorRtEngine
+
+        return TensorRtEngine(bundle)
+    raise EngineMismatchError(
+        f"the bundle's engine is {bundle.manifest.engine!r} for target {bundle.manifest.target!r}, which this version "
+        f"of the runtime can't run; accepted: {', '.join(['.onnx', *(flavour.suffix for flavour in FLAVOURS)])} files"
+    )

@@ -1,0 +1,1 @@
+"""The backend over ONNX Runtime's CPU and CUDA providers."""

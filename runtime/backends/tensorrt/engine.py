@@ -1,0 +1,138 @@
+"""The engine over TensorRT or TensorRT-RTX, past and present bound to one place in device memory."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import ExitStack
+
+import numpy as np
+
+from qwen_aot.errors import EngineMismatchError
+from qwen_aot.runtime.backends.cuda.runtime import find_device, load_cuda
+from qwen_aot.runtime.backends.cuda.stream import CudaStream
+from qwen_aot.runtime.backends.tensorrt.buffers import StepBuffers
+from qwen_aot.runtime.backends.tensorrt.cache import DeviceCache, fixed_capacity
+from qwen_aot.runtime.backends.tensorrt.checks import check_device, tensorrt_facts
+from qwen_aot.runtime.backends.tensorrt.context import Bindings
+from qwen_aot.runtime.backends.tensorrt.graphs import DecodeGraphs
+from qwen_aot.runtime.backends.tensorrt.library import load_library
+from qwen_aot.runtime.backends.tensorrt.loaded_engine import LoadedEngine
+from qwen_aot.runtime.backends.tensorrt.plugins import plugin_library
+from qwen_aot.runtime.backends.tensorrt.runtime_cache import RuntimeCache, cache_file
+from qwen_aot.runtime.backends.tensorrt.step import WINDOW_STEP, TensorRtStep
+from qwen_aot.runtime.bundle.load import Bundle
+from qwen_aot.runtime.bundle.manifest import Manifest
+from qwen_aot.runtime.engine.io_table import check_table
+from qwen_aot.runtime.engine.rows import RowEngine
+
+__all__ = ["TensorRtEngine"]
+
+
+class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
+    """`runtime.engine.protocol.Engine` for the targets whose engine file is a TensorRT engine.
+
+    All memory is allocated when the engine is opened, and a step allocates none. One stream does everything, so a
+    step's copies and kernels follow each other without further synchronization.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Checks library, GPU and free memory, then loads the engine and allocates its cache.
+
+        Raises:
+            EngineMismatchError: a library is missing or of another version, there is no GPU or driver, or the GPU
+                can't run this engine.
+            GenerationError: the GPU failed.
+        """
+        manifest = bundle.manifest
+        facts = tensorrt_facts(manifest)
+        check_table(manifest)
+        prefill, decode = (_profile(manifest, name) for name in ("prefill", "decode"))
+        limits = _limits(manifest, fixed_capacity(manifest))
+        plugins = plugin_library(bundle, facts)
+        library = load_library(manifest, facts)
+        cuda = load_cuda()
+        device = find_device(cuda)
+        check_device(manifest, facts, device)
+        with ExitStack() as resources:  # ends graphs and contexts, engine, runtime, memory, stream
+            stream = CudaStream(cuda)
+            resources.callback(stream.close)
+            runtime_cache = None
+            if library.flavour.compiles_on_device:
+                sha256 = manifest.files[manifest.engine].sha256
+                path = cache_file(sha256, device.compute_capability, str(library.api.__version__))
+                runtime_cache = RuntimeCache(library, cuda, path)
+            engine = LoadedEngine(library, stream, runtime_cache)
+            resources.callback(engine.close)
+            engine.load(bundle.engine_path, facts, plugins)
+            engine.check_signature(manifest, limits)
+            cache = DeviceCache(cuda, stream, manifest)
+            engine.allocate_activations()
+            key_positions = _upload_positions(stream, cache.capacity)
+            captures_graphs = library.flavour.captures_graphs
+            graphs = None if captures_graphs else DecodeGraphs(engine, stream, decode)
+            steps = []
+            for profile, max_rows, max_tokens in (
+                (prefill, 1, manifest.prefill_chunk),
+                (decode, manifest.max_batch, 1),
+            ):
+                is_decode = profile == decode
+                buffers = StepBuffers(
+                    stream, max_rows=max_rows, max_tokens=max_tokens, vocab_size=manifest.model.vocab_size
+                )
+                steps.append(
+                    TensorRtStep(
+                        cuda,
+                        stream,
+                        cache,
+                        buffers,
+                        _bindings(manifest, buffers, key_positions, cache),
+                        engine.make_context(profile, captures_graphs=captures_graphs and is_decode),
+                        graphs if is_decode else None,
+                    )
+                )
+            stream.synchronize()
+            self._free = weakref.finalize(self, resources.pop_all().close)
+        # The driver may have ended before Python runs what is left; the GPU's memory goes with the process.
+        self._free.atexit = False
+        super().__init__(manifest, cache, *steps)
+
+    def close(self) -> None:
+        """Frees the engine and all of its memory; a closed engine runs nothing more."""
+        super().close()
+        self._free()
+
+
+def _profile(manifest: Manifest, name: str) -> int:
+    """The index of a profile: the engine has them in the manifest's order."""
+    names = [profile.name for profile in manifest.profiles]
+    if sorted(names) != ["decode", "prefill"]:
+        raise EngineMismatchError(
+            f"the engine has the profiles {', '.join(names) or 'none'}; accepted: prefill and decode. Rebuild "
+            "the bundle"
+        )
+    return names.index(name)
+
+
+def _limits(manifest: Manifest, capacity: int) -> list[dict[str, tuple[int, int]]]:
+    """For each profile, the smallest and largest sizes that steps will have."""
+    window = (min(WINDOW_STEP, capacity), capacity)
+    sizes = {
+        "prefill": {"B": (1, 1), "S": (1, manifest.prefill_chunk), "W": window},
+        "decode": {"B": (1, manifest.max_batch), "S": (1, 1), "W": window},
+    }
+    return [sizes[profile.name] for profile in manifest.profiles]
+
+
+def _upload_positions(stream: CudaStream, capacity: int) -> int:
+    """The address of 0 … C-1 in device memory: the input key_positions of every W."""
+    host = stream.allocate_pinned(capacity * 8).view(np.int64)
+    host[:] = np.arange(capacity)
+    address = stream.allocate(host.nbytes)
+    stream.copy_to_device(address, host)
+    return address
+
+
+def _bindings(manifest: Manifest, buffers: StepBuffers, key_positions: int, cache: DeviceCache) -> Bindings:
+    places = buffers.addresses | {"key_positions": key_positions}
+    names = {tensor.name for tensor in manifest.inputs} | {"logits"}
+    return Bindings({name: place for name, place in places.items() if name in names}, cache.tensors)

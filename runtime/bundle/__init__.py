@@ -1,0 +1,1 @@
+"""The bundle format: manifest, strict JSON, and opening one."""

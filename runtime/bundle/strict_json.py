@@ -1,0 +1,110 @@
+"""Strict JSON into frozen dataclasses: no duplicate, unknown or missing key, no silent conversion."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from qwen_aot.errors import BundleError
+
+__all__ = ["parse_dataclass", "parse_object"]
+
+T = TypeVar("T")
+
+
+def parse_object(text: str, where: str, *, is_from_checkpoint: bool = False) -> dict[str, Any]:
+    """Parses a JSON object, refusing duplicate keys, NaN, Infinity and integers beyond 64 bits.
+
+    Args:
+        text: the document.
+        where: what to call the document in messages.
+        is_from_checkpoint: not of our format: integers may be of any size, as transformers writes 10^30 for "no limit".
+
+    Raises:
+        BundleError: the text isn't one JSON object.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in items:
+            if key in result:
+                raise BundleError(f"{where} has the key {key!r} twice; a key may stand once in an object")
+            result[key] = value
+        return result
+
+    def constant(literal: str) -> None:
+        raise BundleError(f"{where} holds {literal}, which is not JSON")
+
+    def integer(literal: str) -> int:
+        if is_from_checkpoint and len(literal) <= 4000:  # Python converts up to 4300 digits
+            return int(literal)
+        # The length first: Python refuses to convert thousands of digits with an error of its own.
+        if len(literal) > 20 or not -(2**63) <= (value := int(literal)) < 2**63:
+            raise BundleError(f"{where} holds the number {literal[:24]}...; accepted: integers of 64 bits")
+        return value
+
+    try:
+        document = json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_int=integer)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BundleError(f"{where} is not JSON ({error}): it is damaged or was not written to its end") from error
+    if not isinstance(document, dict):
+        raise BundleError(f"{where} holds a {type(document).__name__}; accepted: a JSON object")
+    return document
+
+
+def parse_dataclass(cls: type[T], document: Mapping[str, Any], where: str) -> T:
+    """Makes a dataclass from a JSON object whose keys are exactly its fields.
+
+    Fields may be str, int, bool, float, another such dataclass, `X | None`, `tuple[X, ...]` and
+    `Mapping[str, X]`.
+
+    Raises:
+        BundleError: names the key, the value found and what is accepted.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    unknown = sorted(set(document) - set(names))
+    missing = [name for name in names if name not in document]
+    if unknown or missing:
+        problem = f"unknown keys {unknown}" if unknown else f"no keys {missing}"
+        raise BundleError(f"{where} has {problem}; accepted: exactly {names}")
+    values = {name: _parse(hints[name], document[name], f"{where}: {name}") for name in names}
+    try:
+        return cls(**values)
+    except BundleError as error:
+        raise BundleError(f"{where}: {error}") from error
+
+
+def _parse(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        for argument in arguments:
+            if type(value) is argument:  # bool is not int here
+                return value
+            if dataclasses.is_dataclass(argument) and isinstance(value, dict):
+                return parse_dataclass(typing.cast(type[Any], argument), value, where)
+    elif origin is tuple and isinstance(value, list):
+        return tuple(_parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    elif origin is Mapping and isinstance(value, dict):
+        return {key: _parse(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
+    elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return parse_dataclass(typing.cast(type[Any], hint), value, where)
+    elif origin is None and type(value) is hint:
+        return value
+    raise BundleError(f"{where} is {value!r}; accepted: {_describe(hint)}")
+
+
+def _describe(hint: Any) -> str:
+    """A JSON reader's words for a type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_describe(argument) for argument in arguments)
+    if origin is tuple:
+        return f"a list of {_describe(arguments[0])}"
+    if origin is Mapping or dataclasses.is_dataclass(hint):
+        return "an object"
+    return {int: "an integer", str: "a string", bool: "true or false", types.NoneType: "null"}[hint]

@@ -1,0 +1,43 @@
+"""A manifest's I/O table, as far as this runtime can feed it."""
+
+from __future__ import annotations
+
+from qwen_aot.errors import EngineMismatchError
+from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, IoTensor, Manifest
+
+__all__ = ["STEP_INPUTS", "cache_inputs", "check_table", "present_name"]
+
+STEP_INPUTS = ("input_ids", "position_ids", "cache_length", "new_tokens", "key_positions")  # int64, all of them
+
+
+def cache_inputs(manifest: Manifest) -> list[IoTensor]:
+    """The inputs past_key_values.*, in the table's order."""
+    return [tensor for tensor in manifest.inputs if tensor.name.startswith(CACHE_PREFIX)]
+
+
+def present_name(past: str) -> str:
+    """The output that shares a cache input's memory."""
+    return past.replace(CACHE_PREFIX, "present.", 1)
+
+
+def check_table(manifest: Manifest) -> None:
+    """Refuses inputs and outputs that no step can feed or take.
+
+    Raises:
+        EngineMismatchError: names them.
+    """
+    past = cache_inputs(manifest)
+    for tensor in manifest.inputs:
+        if tensor not in past and (tensor.name not in STEP_INPUTS or tensor.dtype != "int64"):
+            raise EngineMismatchError(
+                f"the bundle's graph has the input {tensor.name!r} of dtype {tensor.dtype}, which this runtime can't "
+                f"feed; accepted: past_key_values.* and {', '.join(sorted(STEP_INPUTS))} (int64)"
+            )
+    logits = IoTensor("logits", "float32", ("B", manifest.model.vocab_size))
+    outputs = {"logits", *(present_name(tensor.name) for tensor in past)}
+    found = {tensor.name for tensor in manifest.outputs}
+    if outputs != found or logits not in manifest.outputs:
+        raise EngineMismatchError(
+            f"the bundle's graph has the outputs {sorted(found)}; accepted: logits (float32 [B, "
+            f"{manifest.model.vocab_size}]) and a present.* for each past_key_values.*, {sorted(outputs)}"
+        )

@@ -1,0 +1,157 @@
+"""The linear KV cache, in host or device memory: rows of one shared capacity that grows without losing content.
+
+The capacity is a multiple of CAPACITY_STEP and grows by at least a quarter, so that over a generation each new
+token costs the copy of five at most, and at most a fifth of the cache lies unused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from qwen_aot.errors import GenerationError
+from qwen_aot.runtime.bundle.manifest import CAPACITY_STEP, IoTensor
+from qwen_aot.runtime.engine.kv_memory import Block, HostMemory, Memory
+
+__all__ = ["STORAGE_DTYPES", "KvCache", "Region"]
+
+# bfloat16 has no numpy type; its bits are kept in uint16.
+STORAGE_DTYPES: dict[str, DTypeLike] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.uint16,
+    "int8": np.int8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Some rows of one array: its shape [rows, Hkv, C, D], C-contiguous from `pointer` on."""
+
+    shape: tuple[int, ...]
+    pointer: int
+
+
+class KvCache:
+    """One zero-filled array per `past_key_values.*` input, and the length of each row.
+
+    arrays: [max_batch, Hkv, C, D] (scales [max_batch, Hkv, C]), C the same for all.
+
+    Attributes:
+        memory: where the arrays lie.
+        lengths: int64 [max_batch], valid tokens of each row, in host memory. Its memory never moves.
+        capacity: C, in tokens.
+    """
+
+    def __init__(
+        self, tensors: Sequence[IoTensor], *, max_batch: int, max_capacity: int, memory: Memory | None = None
+    ) -> None:
+        """Makes the cache; host memory is touched as rows fill.
+
+        Args:
+            tensors: the manifest's cache inputs. A number in the place of C fixes the capacity.
+            max_batch: rows.
+            max_capacity: slots a row may have at most (`Manifest.max_capacity`), a multiple of CAPACITY_STEP.
+            memory: where the arrays lie; None: in host memory.
+
+        Raises:
+            GenerationError: there is no memory for it.
+        """
+        self.memory: Memory = memory or HostMemory()
+        self._tensors = tuple(tensors)
+        self._max_batch = max_batch
+        fixed = next((t.shape[2] for t in tensors if isinstance(t.shape[2], int)), None)
+        self._limit = fixed if isinstance(fixed, int) else max_capacity
+        self.capacity = fixed if isinstance(fixed, int) else CAPACITY_STEP
+        self.lengths: NDArray[np.int64] = np.zeros(max_batch, np.int64)
+        self._blocks = self._allocate(self.capacity)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(block.nbytes for block in self._blocks)
+
+    def reserve(self, tokens: int) -> bool:
+        """Makes room for `tokens` per row, keeping content; returns whether the arrays moved.
+
+        New arrays are filled, and old ones freed, one at a time: in host memory, where untouched pages take no room,
+        the peak is the new cache and one old array.
+
+        Raises:
+            GenerationError: there is no memory for it; the cache is as it was.
+        """
+        if tokens <= self.capacity:
+            return False
+        if tokens > self._limit:
+            raise AssertionError(f"{tokens} tokens asked of a cache of at most {self._limit}")
+        wanted = max(tokens, self.capacity * 5 // 4)
+        capacity = min(-(-wanted // CAPACITY_STEP) * CAPACITY_STEP, self._limit)
+        used = int(self.lengths.max())
+        grown = self._allocate(capacity)
+        for index, (tensor, new) in enumerate(zip(self._tensors, grown, strict=True)):
+            old, slot = self._blocks[index], _slot_bytes(tensor)
+            self.memory.copy(old, self.capacity * slot, new, capacity * slot, used * slot)
+            self._blocks[index] = new
+            self.memory.free(old)
+        self.capacity = capacity
+        return True
+
+    def scrub(self, row: int) -> None:
+        """Zero-fills a row beyond its length: a step that failed may have left NaN, and 0 x NaN is NaN."""
+        for tensor, block in zip(self._tensors, self._blocks, strict=True):
+            heads, slot = int(tensor.shape[1]), _slot_bytes(tensor)
+            pitch = self.capacity * slot
+            self.memory.clear(block, row * heads * pitch, heads, pitch, int(self.lengths[row]) * slot)
+
+    def regions(self, first_row: int, rows: int) -> list[Region]:
+        """The rows' part of each array, in the order of the tensors given."""
+        regions = []
+        for tensor, block in zip(self._tensors, self._blocks, strict=True):
+            shape = self._shape(tensor, self.capacity)
+            row_bytes = block.nbytes // self._max_batch
+            regions.append(Region((rows, *shape[1:]), block.pointer + first_row * row_bytes))
+        return regions
+
+    def views(self, first_row: int, rows: int) -> list[NDArray[np.generic]]:
+        """The rows' part of each array in host memory, as an array; C-contiguous, no copy."""
+        views: list[NDArray[np.generic]] = []
+        for tensor, block in zip(self._tensors, self._blocks, strict=True):
+            assert block.bytes is not None, "the cache isn't in host memory"
+            array = block.bytes.view(STORAGE_DTYPES[tensor.dtype]).reshape(self._shape(tensor, self.capacity))
+            views.append(array[first_row : first_row + rows])
+        return views
+
+    def release(self) -> None:
+        """Frees the arrays; the cache holds nothing and can't be used again."""
+        for block in self._blocks:
+            self.memory.free(block)
+        self._blocks = []
+        self.lengths[:] = 0
+
+    def _shape(self, tensor: IoTensor, capacity: int) -> tuple[int, ...]:
+        return (self._max_batch, int(tensor.shape[1]), capacity, *(int(d) for d in tensor.shape[3:]))
+
+    def _allocate(self, capacity: int) -> list[Block]:
+        """A block for each tensor, or none at all."""
+        blocks: list[Block] = []
+        sizes = [self._max_batch * int(t.shape[1]) * capacity * _slot_bytes(t) for t in self._tensors]
+        try:
+            for nbytes in sizes:
+                blocks.append(self.memory.allocate(nbytes))  # noqa: PERF401  what was made must be known to be freed
+        except MemoryError as error:
+            for block in blocks:
+                self.memory.free(block)
+            raise GenerationError(
+                f"no memory for a KV cache of {self._max_batch} rows of {capacity} tokens ({sum(sizes) / 2**20:.0f} "
+                "MiB): use a shorter text, or rebuild the bundle with a smaller --max-context or --max-batch"
+            ) from error
+        return blocks
+
+
+def _slot_bytes(tensor: IoTensor) -> int:
+    """Of one head of one token."""
+    return math.prod(int(size) for size in tensor.shape[3:]) * np.dtype(STORAGE_DTYPES[tensor.dtype]).itemsize

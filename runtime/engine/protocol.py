@@ -1,0 +1,112 @@
+"""The engine interface: token ids in, logits out, one KV cache of fixed rows. Knows no tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_aot.errors import ContextFullError, GenerationError
+from qwen_aot.runtime.bundle.manifest import Manifest
+
+__all__ = ["Engine", "NonFiniteLogitsError", "check_finite", "check_room"]
+
+
+class NonFiniteLogitsError(GenerationError):
+    """Rows whose logits hold NaN or Inf; what the other rows' logits were is not told.
+
+    Attributes:
+        rows: of the engine, ascending.
+    """
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = tuple(rows)
+        super().__init__(
+            f"the logits of row {', '.join(map(str, rows))} hold NaN or Inf: a value left the range of the compute "
+            "type, or the weights are damaged. Check the bundle with `qwen-aot verify`, or rebuild it with a wider "
+            "type (--precision fp32)"
+        )
+
+
+class Engine(Protocol):
+    """A loaded bundle. A context manager; one thread at a time.
+
+    Rows are slots of one cache: `manifest.max_batch` of them, each of up to `manifest.max_context` tokens.
+    A call that raises leaves every row's length as it was.
+    """
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest."""
+
+    @property
+    def cache_length(self) -> NDArray[np.int64]:
+        """[max_batch] valid tokens in each row's cache (a copy)."""
+
+    @property
+    def run_seconds(self) -> float:
+        """Spent in the engine library's own run call so far: the rest of a step is our code."""
+
+    def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Appends tokens [n], n >= 1, to a row, in chunks; returns the logits [V] of the last one.
+
+        The returned memory is valid until the next call.
+
+        Raises:
+            ContextFullError: they don't fit.
+            NonFiniteLogitsError: the logits hold NaN or Inf.
+            GenerationError: the step failed.
+        """
+
+    def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Appends one token [B] to each of B contiguous rows; returns logits [B, V].
+
+        A negative id marks an idle row: nothing of it moves and its logits are meaningless. The returned
+        memory is valid until the next call.
+
+        Raises:
+            ContextFullError: a row is full.
+            NonFiniteLogitsError: the logits of rows that aren't idle hold NaN or Inf. The step may be repeated
+                with these rows idle.
+            GenerationError: the step failed.
+        """
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets a row's tokens from `length` on (0 empties the row)."""
+
+    def close(self) -> None:
+        """Frees the engine and its cache."""
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+def check_room(row: int, held: int, new: int, max_context: int) -> None:
+    """Refuses tokens that don't fit a row.
+
+    Raises:
+        ContextFullError: held + new tokens are more than max_context.
+    """
+    if held + new > max_context:
+        raise ContextFullError(
+            f"row {row} holds {held} tokens and {new} more don't fit its context of {max_context}: shorten the text, "
+            "or rebuild the bundle with a larger --max-context"
+        )
+
+
+def check_finite(logits: NDArray[np.float32], first_row: int, is_idle: NDArray[np.bool_] | None = None) -> None:
+    """Refuses logits [B, V] with NaN or Inf in a row that isn't idle.
+
+    Raises:
+        NonFiniteLogitsError: names the rows and the remedy.
+    """
+    rows = [
+        first_row + offset
+        for offset, row in enumerate(logits)
+        if not np.isfinite(row).all() and (is_idle is None or not is_idle[offset])
+    ]
+    if rows:
+        raise NonFiniteLogitsError(rows)

@@ -1,0 +1,191 @@
+"""What every backend does alike: rows of one cache, prompts in chunks, idle rows, and what a failed step leaves."""
+
+from __future__ import annotations
+
+from typing import Generic, Protocol, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_aot.errors import GenerationError
+from qwen_aot.runtime.bundle.manifest import Manifest
+from qwen_aot.runtime.engine.protocol import NonFiniteLogitsError, check_finite, check_room
+
+__all__ = ["Cache", "RowEngine", "Step"]
+
+
+class Cache(Protocol):
+    """The KV cache of a backend.
+
+    Attributes:
+        lengths: int64 [max_batch], valid tokens of each row. Its memory never moves.
+    """
+
+    lengths: NDArray[np.int64]
+
+    def reserve(self, tokens: int) -> bool:
+        """Makes room for `tokens` per row, keeping content; returns whether memory moved."""
+
+    def scrub(self, row: int) -> None:
+        """Zero-fills a row beyond its length: a step that failed may have left NaN, and 0 x NaN is NaN."""
+
+
+class Step(Protocol):
+    """Runs one kind of step (prefill or decode) on a contiguous range of the cache's rows.
+
+    Attributes:
+        new_tokens: int64 [max_rows], to be filled before `run`: valid tokens of each row in this step.
+        run_seconds: spent in the library's own run call so far.
+    """
+
+    new_tokens: NDArray[np.int64]
+    run_seconds: float
+
+    def run(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """One step of token ids [B, S], right-padded, on rows `first_row` on; returns logits [B, V].
+
+        The cache's lengths are read, not changed. The returned memory is valid until the next run.
+
+        Raises:
+            GenerationError: the library failed.
+        """
+
+
+StepT = TypeVar("StepT", bound=Step)
+CacheT = TypeVar("CacheT", bound=Cache)
+
+
+class RowEngine(Generic[StepT, CacheT]):
+    """`runtime.engine.protocol.Engine` over a backend's two steps and its cache; a backend adds opening and `close`.
+
+    Prefill runs one row a step, so a prompt is never padded; decode runs a contiguous range of rows. An idle
+    row whose cache is empty is run with one token that is then forgotten: the graph never sees an empty row,
+    and what it wrote lies beyond the row's length, where slots are scratch.
+    """
+
+    def __init__(self, manifest: Manifest, cache: CacheT, prefill: StepT, decode: StepT) -> None:
+        """Takes a backend's parts; `prefill` has one row of a chunk's tokens, `decode` all rows of one token."""
+        self._manifest = manifest
+        self._cache = cache
+        self._prefill: StepT | None = prefill
+        self._decode: StepT | None = decode
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest."""
+        return self._manifest
+
+    @property
+    def cache(self) -> CacheT:
+        """The KV cache, to inspect."""
+        return self._cache
+
+    @property
+    def cache_length(self) -> NDArray[np.int64]:
+        """[max_batch] valid tokens in each row's cache (a copy)."""
+        return self._cache.lengths.copy()
+
+    @property
+    def run_seconds(self) -> float:
+        """Spent in the library's run call so far; 0 once closed."""
+        return sum(step.run_seconds for step in (self._prefill, self._decode) if step is not None)
+
+    def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Appends tokens [n], n >= 1, to a row, in chunks; returns the logits [V] of the last one.
+
+        See `runtime.engine.protocol.Engine.prefill`.
+        """
+        step, lengths = _opened(self._prefill), self._cache.lengths
+        self._check_rows(row, 1)
+        start, count, chunk = int(lengths[row]), len(token_ids), self._manifest.prefill_chunk
+        if count == 0:
+            raise GenerationError("prefill was given no token; accepted: at least one")
+        if int(token_ids.min()) < 0:
+            raise GenerationError(f"token id {int(token_ids.min())} can't be prefilled; accepted: 0 or more")
+        self._check_ids(token_ids)
+        check_room(row, start, count, self._manifest.max_context)
+        self._cache.reserve(start + count)
+        end = start  # where the row is left: a call that raises leaves it as it was
+        try:
+            for offset in range(0, count, chunk):
+                piece = token_ids[None, offset : offset + chunk]
+                step.new_tokens[0] = piece.shape[1]
+                logits = step.run(row, piece)
+                check_finite(logits, row)
+                lengths[row] += piece.shape[1]
+            end = start + count
+        finally:
+            lengths[row] = end
+            if end == start:
+                self._cache.scrub(row)
+        return logits.reshape(-1)
+
+    def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Appends one token [B] to each of B contiguous rows; returns logits [B, V].
+
+        See `runtime.engine.protocol.Engine.decode`.
+        """
+        step = _opened(self._decode)
+        rows = len(token_ids)
+        self._check_rows(first_row, rows)
+        lengths = self._cache.lengths[first_row : first_row + rows]
+        is_idle = token_ids < 0
+        self._check_ids(token_ids)
+        longest = int(lengths.max())
+        if longest >= self._manifest.max_context:
+            for row in np.flatnonzero(~is_idle):
+                check_room(first_row + int(row), int(lengths[row]), 1, self._manifest.max_context)
+        self._cache.reserve(longest + 1)
+        if is_idle.any():
+            step.new_tokens[:rows] = ~is_idle | (lengths == 0)
+            token_ids = np.where(is_idle, 0, token_ids)
+        else:
+            step.new_tokens[:rows] = 1
+        try:
+            logits = step.run(first_row, token_ids[:, None])
+            check_finite(logits, first_row, is_idle)
+        except GenerationError as error:
+            stepped = range(first_row, first_row + rows)
+            for failed in error.rows if isinstance(error, NonFiniteLogitsError) else stepped:
+                self._cache.scrub(failed)
+            raise
+        lengths += ~is_idle
+        return logits
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets a row's tokens from `length` on (0 empties the row)."""
+        self._check_rows(row, 1)
+        held = int(self._cache.lengths[row])
+        if not 0 <= length <= held:
+            _opened(self._prefill)  # a closed engine holds nothing, which is then the reason
+            raise GenerationError(f"row {row} can't be cut to {length} tokens; accepted: 0 to the {held} it holds")
+        self._cache.lengths[row] = length
+
+    def close(self) -> None:
+        """Ends both steps; a closed engine runs nothing more. A backend frees the rest."""
+        self._prefill = None
+        self._decode = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _check_rows(self, first_row: int, rows: int) -> None:
+        if not (first_row >= 0 and rows >= 1 and first_row + rows <= self._manifest.max_batch):
+            raise GenerationError(
+                f"rows {first_row} to {first_row + rows - 1} were asked for; accepted: 0 to "
+                f"{self._manifest.max_batch - 1} (--max-batch of the build)"
+            )
+
+    def _check_ids(self, token_ids: NDArray[np.int64]) -> None:
+        largest, vocab_size = int(token_ids.max()), self._manifest.model.vocab_size
+        if largest >= vocab_size:
+            raise GenerationError(f"token id {largest} is not below the vocabulary's {vocab_size}")
+
+
+def _opened(step: StepT | None) -> StepT:
+    if step is None:
+        raise GenerationError("the engine is closed; open the bundle again")
+    return step

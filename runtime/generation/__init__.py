@@ -1,0 +1,1 @@
+"""The inference loop: requests, sampling, stopping, batches, chat."""

@@ -1,0 +1,245 @@
+"""Continuous batching: requests wait for one of the engine's rows, and a finished row takes the next."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_aot.errors import ContextFullError, GenerationError
+from qwen_aot.runtime.engine.protocol import Engine, NonFiniteLogitsError
+from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request
+from qwen_aot.runtime.generation.sequence import ActiveSequence
+from qwen_aot.runtime.text.tokenizer import Tokenizer
+
+__all__ = ["Batch"]
+
+_IDLE = -1  # the engine's mark of a row without a token
+
+
+class Batch:
+    """Schedules requests on an engine, which it alone may drive. One thread at a time.
+
+    A waiting request is prefilled as soon as a row is free, before the next decode step of the others.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None) -> None:
+        """Starts with every row free."""
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._waiting: deque[ActiveSequence] = deque()
+        rows = engine.manifest.max_batch
+        self._rows: list[ActiveSequence | None] = [None] * rows
+        self._held: list[list[int]] = [[] for _ in range(rows)]  # tokens in the cache of a free row
+        self._next: NDArray[np.int64] = np.full(rows, _IDLE, np.int64)  # each row's token to feed
+        self._count = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is waiting or running."""
+        return not self._waiting and all(sequence is None for sequence in self._rows)
+
+    def tokenize(self, request: Request) -> list[int]:
+        """A request's prompt as ids, checked; changes nothing.
+
+        An empty prompt starts from the model's BOS token.
+
+        Raises:
+            GenerationError: text without a tokenizer, ids outside the vocabulary, nothing and no BOS.
+            ContextFullError: the prompt is longer than the context.
+        """
+        manifest = self._engine.manifest
+        if self._tokenizer is None and (isinstance(request.prompt, str) or request.config.stop):
+            raise GenerationError(
+                "the bundle has no tokenizer, so it takes and gives token ids only: give the prompt as ids "
+                "(--prompt-ids) without stop strings, or rebuild it from a checkpoint with tokenizer.json"
+            )
+        if isinstance(request.prompt, str):
+            assert self._tokenizer is not None
+            ids = self._tokenizer.encode(request.prompt)
+        else:
+            ids = _as_ids(request.prompt)
+        if not ids:
+            if manifest.model.bos_token_id is None:
+                raise GenerationError("the prompt is empty and the model has no BOS token: give at least one token")
+            ids = [manifest.model.bos_token_id]
+        self._check_ids(ids)
+        if len(ids) > manifest.max_context:
+            raise ContextFullError(
+                f"the prompt has {len(ids)} tokens, the context holds {manifest.max_context}: shorten it, or rebuild "
+                f"the bundle with --max-context {len(ids)} or more"
+            )
+        return ids
+
+    def add(self, request: Request, prompt_ids: list[int] | None = None) -> int:
+        """Queues a request; returns its index, which its events carry.
+
+        Args:
+            request: what to generate.
+            prompt_ids: what `tokenize` gave for it, if that has been called.
+
+        Raises:
+            GenerationError: see `tokenize`.
+        """
+        index = self._count
+        ids = self.tokenize(request) if prompt_ids is None else prompt_ids
+        max_context = self._engine.manifest.max_context
+        self._waiting.append(ActiveSequence(index, request, ids, self._tokenizer, max_context=max_context))
+        self._count += 1
+        return index
+
+    def step(self) -> list[Event]:
+        """Does one piece of work: prefills one waiting request, or decodes one token of each running one.
+
+        A request that fails by itself, in its prefill or by logits that aren't finite, ends with an error in its
+        Completion, and the others go on.
+
+        Raises:
+            GenerationError: a step of all rows failed; call `clear`.
+        """
+        cancelled = self._retire_cancelled()
+        if cancelled:
+            return cancelled
+        if self._waiting and any(sequence is None for sequence in self._rows):
+            return self._start(self._waiting.popleft())
+        return self._decode()
+
+    def restart(self) -> None:
+        """Counts indices from 0 again; nothing may be waiting or running."""
+        assert self.is_idle
+        self._count = 0
+
+    def abandon(self) -> None:
+        """Drops every request. Rows stay filled for the requests that keep their cache, as if cancelled."""
+        self._waiting.clear()
+        for row, sequence in enumerate(self._rows):
+            if sequence is not None:
+                self._retire(row, sequence.finish(FinishReason.CANCELLED))
+
+    def clear(self) -> None:
+        """Drops every request and empties every row."""
+        self._waiting.clear()
+        for row in range(len(self._rows)):
+            self._rows[row] = None
+            self._forget(row)
+
+    def _decode(self) -> list[Event]:
+        active = [row for row, sequence in enumerate(self._rows) if sequence is not None]
+        if not active:
+            return []
+        first = active[0]
+        try:
+            logits = self._engine.decode(first, self._next[first : active[-1] + 1])
+        except NonFiniteLogitsError as error:
+            return [self._fail(row, error) for row in error.rows]
+        events: list[Event] = []
+        for row in active:
+            events += self._advance(row, logits[row - first])
+        return events
+
+    def _start(self, sequence: ActiveSequence) -> list[Event]:
+        """Prefills a request into a free row, in chunks between which it can be cancelled."""
+        row, kept = self._choose_row(sequence)
+        self._rows[row] = sequence
+        self._held[row] = []
+        self._engine.truncate(row, kept)
+        sequence.cached_tokens = kept
+        ids = np.asarray(sequence.prompt_ids[kept:], np.int64)
+        chunk = self._engine.manifest.prefill_chunk
+        for offset in range(0, len(ids), chunk):
+            if sequence.is_cancelled:
+                return [self._retire(row, sequence.finish(FinishReason.CANCELLED))]
+            started = time.perf_counter()
+            try:
+                logits = self._engine.prefill(row, ids[offset : offset + chunk])
+            except GenerationError as error:
+                return [self._fail(row, error)]
+            sequence.prefill_seconds += time.perf_counter() - started
+        return self._advance(row, logits)
+
+    def _advance(self, row: int, logits: NDArray[np.float32]) -> list[Event]:
+        sequence = self._rows[row]
+        assert sequence is not None
+        events = sequence.advance(logits)
+        if isinstance(events[-1], Completion):
+            self._retire(row, events[-1])
+        else:
+            self._next[row] = sequence.token_ids[-1]
+        return events
+
+    def _choose_row(self, sequence: ActiveSequence) -> tuple[int, int]:
+        """A free row, and how many of its tokens the request can use; at least one is left to prefill.
+
+        A request that keeps its cache takes the row it shares most with, but an empty one where that would
+        cost another conversation more than it saves: two of them may share a system prompt and nothing else.
+        """
+        free = [row for row, occupant in enumerate(self._rows) if occupant is None]
+        if not sequence.request.keep_cache:
+            return min(free, key=lambda row: (len(self._held[row]) > 0, row)), 0
+        shared = {row: _common_prefix(self._held[row], sequence.prompt_ids) for row in free}
+        best = max(free, key=lambda row: (shared[row], -row))
+        lost = len(self._held[best]) - shared[best]
+        empty = [row for row in free if not self._held[row]]
+        if empty and 2 * lost > shared[best]:
+            best = empty[0]
+        return best, min(shared[best], len(sequence.prompt_ids) - 1)
+
+    def _retire_cancelled(self) -> list[Event]:
+        events: list[Event] = []
+        for sequence in [s for s in self._waiting if s.is_cancelled]:
+            self._waiting.remove(sequence)
+            events.append(sequence.finish(FinishReason.CANCELLED))
+        for row, running in enumerate(self._rows):
+            if running is not None and running.is_cancelled:
+                events.append(self._retire(row, running.finish(FinishReason.CANCELLED)))
+        return events
+
+    def _retire(self, row: int, completion: Completion) -> Completion:
+        """Frees a row whose request has ended."""
+        sequence = self._rows[row]
+        assert sequence is not None
+        self._rows[row] = None
+        self._next[row] = _IDLE
+        if sequence.request.keep_cache:
+            length = int(self._engine.cache_length[row])
+            self._held[row] = (sequence.prompt_ids + sequence.token_ids)[:length]
+        else:
+            self._forget(row)
+        return completion
+
+    def _fail(self, row: int, error: GenerationError) -> Completion:
+        """Frees a row whose step failed, and what it held."""
+        sequence = self._rows[row]
+        assert sequence is not None
+        self._rows[row] = None
+        self._forget(row)
+        return sequence.fail(error)
+
+    def _forget(self, row: int) -> None:
+        self._held[row] = []
+        self._next[row] = _IDLE
+        self._engine.truncate(row, 0)
+
+    def _check_ids(self, ids: list[int]) -> None:
+        vocab_size = self._engine.manifest.model.vocab_size
+        outside = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
+        if outside:
+            raise GenerationError(f"the prompt has the token id {outside[0]}; accepted: 0 to {vocab_size - 1}")
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _as_ids(prompt: Sequence[int]) -> list[int]:
+    """Token ids as whole numbers; bytes and fractions would pass for them."""
+    try:
+        if isinstance(prompt, bytes | bytearray):
+            raise TypeError
+        return [operator.index(token_id) for token_id in prompt]
+    except TypeError:
+        raise GenerationError(f"the prompt is {str(prompt)[:80]!r}; accepted: text, or a list of token ids") from None

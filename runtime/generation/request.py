@@ -1,0 +1,106 @@
+"""What is asked of the runtime and what comes back: Request, TokenEvent, Completion."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from qwen_aot.errors import GenerationError
+from qwen_aot.runtime.generation.config import GenerationConfig
+from qwen_aot.runtime.generation.sampling import TokenLogprobs
+
+__all__ = ["Completion", "Event", "FinishReason", "Request", "Timings", "TokenEvent"]
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"  # a stop id or a stop string
+    LENGTH = "length"  # max_new_tokens, or the context is full
+    CANCELLED = "cancelled"
+    ERROR = "error"  # its step failed; `Completion.error` says how
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and how to go on from it.
+
+    Attributes:
+        prompt: text, or token ids.
+        config: see `GenerationDefaults.resolve`.
+        cancel: set it, from any thread, to end the request at the next step or prefill chunk.
+        keep_cache: start from a row whose cache begins as this prompt does, and leave the row filled for the
+            next such request (a conversation). The reused part may have been computed in other steps, so
+            logits can differ from those of a fresh prefill by rounding.
+    """
+
+    prompt: str | Sequence[int]
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+    cancel: threading.Event | None = None
+    keep_cache: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds.
+
+    Attributes:
+        prefill: in the request's prefill steps.
+        first_token: from the request's arrival to its first token, waiting for a row included.
+        decode: from the first token to the last.
+    """
+
+    prefill: float
+    first_token: float
+    decode: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One new token.
+
+    Attributes:
+        index: of the request, in the order given.
+        token_id: the token.
+        text: what became certain with it: whole characters, and nothing that may belong to a stop string.
+        logprobs: if asked for.
+    """
+
+    index: int
+    token_id: int
+    text: str
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A request's end and all of its output.
+
+    Attributes:
+        index: of the request, in the order given.
+        token_ids: generated, without the stop id that ended them; the tokens of a stop string are among them.
+        text: their text up to a stop string; None if the bundle has no tokenizer.
+        last_text: the end of `text` that no TokenEvent has given out.
+        finish_reason: why it ended.
+        prompt_tokens: tokens of the prompt.
+        cached_tokens: those of them that were still in the cache.
+        logprobs: one for each token id, if asked for.
+        timings: where the time went.
+        error: why it failed; None unless `finish_reason` is `error`.
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    text: str | None
+    last_text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    logprobs: tuple[TokenLogprobs, ...]
+    timings: Timings
+    error: GenerationError | None = None
+
+
+Event = TokenEvent | Completion

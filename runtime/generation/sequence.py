@@ -1,0 +1,118 @@
+"""One request in flight: logits in, events out. Knows no engine and no other request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_aot.errors import GenerationError
+from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request, Timings, TokenEvent
+from qwen_aot.runtime.generation.sampling import Sampler, TokenLogprobs, log_probabilities
+from qwen_aot.runtime.generation.stopping import StopMatcher
+from qwen_aot.runtime.text.detokenizer import make_detokenizer
+from qwen_aot.runtime.text.tokenizer import Tokenizer
+
+__all__ = ["ActiveSequence"]
+
+
+class ActiveSequence:
+    """The state of one request, from its arrival to its completion.
+
+    Attributes:
+        index: of the request.
+        request: as given.
+        prompt_ids: the prompt's tokens.
+        token_ids: generated so far.
+        cached_tokens: leading tokens of the prompt that the row already held.
+        prefill_seconds: spent in prefill steps.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        request: Request,
+        prompt_ids: Sequence[int],
+        tokenizer: Tokenizer | None,
+        *,
+        max_context: int,
+    ) -> None:
+        self.index = index
+        self.request = request
+        self.prompt_ids = list(prompt_ids)
+        self.token_ids: list[int] = []
+        self.cached_tokens = 0
+        self.prefill_seconds = 0.0
+        config = request.config
+        # The last token needn't fit: it is never fed.
+        room = max_context - len(self.prompt_ids) + 1
+        self._limit = room if config.max_new_tokens is None else min(room, config.max_new_tokens)
+        # Special tokens have no text in which a stop string could be found.
+        special = [tokenizer.special_id(stop) for stop in config.stop] if tokenizer else []
+        self._ending_ids = config.ending_ids | {token_id for token_id in special if token_id is not None}
+        self._sampler = Sampler(config, self.prompt_ids)
+        self._detokenizer = make_detokenizer(tokenizer) if tokenizer else None
+        self._stop = StopMatcher(config.stop)
+        self._text: list[str] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._arrived = time.perf_counter()
+        self._first_token: float | None = None
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the caller has asked for the end."""
+        return self.request.cancel is not None and self.request.cancel.is_set()
+
+    def advance(self, logits: NDArray[np.float32]) -> list[Event]:
+        """Chooses the next token from logits [V].
+
+        Returns:
+            The token's event (none for a stop id), and the Completion if it was the last.
+        """
+        token_id = self._sampler.choose(logits)
+        if self._first_token is None:
+            self._first_token = time.perf_counter()
+        if token_id in self._ending_ids:
+            return [self.finish(FinishReason.STOP)]
+        self.token_ids.append(token_id)
+        logprobs = None
+        if self.request.config.logprobs is not None:
+            logprobs = log_probabilities(logits, token_id, self.request.config.logprobs)
+            self._logprobs.append(logprobs)
+        piece = self._detokenizer.push(token_id) if self._detokenizer else ""
+        text, is_stopped = self._stop.push(piece)
+        self._text.append(text)
+        events: list[Event] = [TokenEvent(self.index, token_id, text, logprobs)]
+        if is_stopped:
+            events.append(self._complete(FinishReason.STOP, ""))
+        elif len(self.token_ids) >= self._limit:
+            events.append(self.finish(FinishReason.LENGTH))
+        return events
+
+    def finish(self, reason: FinishReason) -> Completion:
+        """Ends the request; text that was held back comes out with it."""
+        tail = self._detokenizer.flush() if self._detokenizer else ""
+        text, is_stopped = self._stop.push(tail)
+        return self._complete(FinishReason.STOP if is_stopped else reason, text + self._stop.flush())
+
+    def fail(self, error: GenerationError) -> Completion:
+        """Ends the request with what it had given out before its step failed."""
+        return self._complete(FinishReason.ERROR, "", error)
+
+    def _complete(self, reason: FinishReason, last_text: str, error: GenerationError | None = None) -> Completion:
+        now = time.perf_counter()
+        first_token = now if self._first_token is None else self._first_token
+        return Completion(
+            index=self.index,
+            token_ids=tuple(self.token_ids),
+            text="".join(self._text) + last_text if self._detokenizer else None,
+            last_text=last_text,
+            finish_reason=reason,
+            prompt_tokens=len(self.prompt_ids),
+            cached_tokens=self.cached_tokens,
+            logprobs=tuple(self._logprobs),
+            timings=Timings(self.prefill_seconds, first_token - self._arrived, now - first_token),
+            error=error,
+        )

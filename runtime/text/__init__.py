@@ -1,0 +1,1 @@
+"""Token ids and text: tokenizer, incremental detokenization, chat template."""

@@ -1,0 +1,91 @@
+"""The public face of qwen-aot: names re-exported from where they live, each imported when it is first used.
+
+Example:
+    >>> import qwen_aot
+    >>> qwen_aot.build_bundle("Qwen1.5-0.5B-Chat", qwen_aot.BuildSpec(precision="int4"), "bundle")
+    >>> with qwen_aot.load("bundle") as generator:
+    ...     print(generator.generate(["The capital of France is"])[0].text)
+    ...     for event in qwen_aot.Chat(generator).send("Hello"):
+    ...         print(event)
+"""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from typing import TYPE_CHECKING, Any
+
+from qwen_aot.version import __version__
+
+if TYPE_CHECKING:
+    from qwen_aot.engines.build import BuildReport, build_bundle
+    from qwen_aot.engines.spec.build_spec import BuildSpec, Precision, Target
+    from qwen_aot.errors import (
+        BuildError,
+        BundleError,
+        CheckpointError,
+        ContextFullError,
+        DeployError,
+        EngineMismatchError,
+        ExportError,
+        GenerationError,
+    )
+    from qwen_aot.exporter.checkpoint.open import open_checkpoint
+    from qwen_aot.runtime.bundle.manifest import Manifest
+    from qwen_aot.runtime.generation.chat import Chat
+    from qwen_aot.runtime.generation.config import GenerationConfig
+    from qwen_aot.runtime.generation.generator import Generator
+    from qwen_aot.runtime.generation.request import Completion, FinishReason, Request, TokenEvent
+
+    load = Generator.open
+
+__all__ = [
+    "BuildError",
+    "BuildReport",
+    "BuildSpec",
+    "BundleError",
+    "Chat",
+    "CheckpointError",
+    "Completion",
+    "ContextFullError",
+    "DeployError",
+    "EngineMismatchError",
+    "ExportError",
+    "FinishReason",
+    "GenerationConfig",
+    "GenerationError",
+    "Generator",
+    "Manifest",
+    "Precision",
+    "Request",
+    "Target",
+    "TokenEvent",
+    "__version__",
+    "build_bundle",
+    "load",
+    "open_checkpoint",
+]
+
+_ERRORS = [name for name in __all__ if name.endswith("Error")]
+_HOMES = {
+    **dict.fromkeys(_ERRORS, "qwen_aot.errors"),
+    **dict.fromkeys(("BuildReport", "build_bundle"), "qwen_aot.engines.build"),
+    **dict.fromkeys(("BuildSpec", "Precision", "Target"), "qwen_aot.engines.spec.build_spec"),
+    "open_checkpoint": "qwen_aot.exporter.checkpoint.open",
+    "Chat": "qwen_aot.runtime.generation.chat",
+    "GenerationConfig": "qwen_aot.runtime.generation.config",
+    **dict.fromkeys(("Generator", "load"), "qwen_aot.runtime.generation.generator"),
+    "Manifest": "qwen_aot.runtime.bundle.manifest",
+    **dict.fromkeys(("Completion", "FinishReason", "Request", "TokenEvent"), "qwen_aot.runtime.generation.request"),
+}
+_OTHER_NAMES = {"load": "Generator.open"}  # in their home, where they are called differently there
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qwen_aot' has no attribute {name!r}")
+    return operator.attrgetter(_OTHER_NAMES.get(name, name))(importlib.import_module(_HOMES[name]))
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

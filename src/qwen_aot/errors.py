@@ -1,0 +1,67 @@
+"""The one error tree, importable by every package (standard library only), and what ONNX Runtime raises.
+
+    DeployError                  anything a user can act on; the CLI prints it without a traceback, exit code 1
+    ├── CheckpointError          the checkpoint (or its config, tokenizer, tensors) is wrong or not supported
+    ├── ExportError              the graph can't be traced, lowered or checked
+    ├── BuildError               the engine or the bundle can't be made (space, memory, unsupported combination)
+    ├── BundleError              a bundle is damaged, incomplete or of another format version
+    │   └── EngineMismatchError  the bundle is sound but this machine or library can't run it
+    └── GenerationError          a request or a step failed at run time
+        ├── ContextFullError     the sequence doesn't fit the engine's context
+        └── NonFiniteLogitsError (`runtime.engine.protocol`) names the rows whose logits hold NaN or Inf
+
+A message says what was wrong, the value seen, what is accepted and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BuildError",
+    "BundleError",
+    "CheckpointError",
+    "ContextFullError",
+    "DeployError",
+    "EngineMismatchError",
+    "ExportError",
+    "GenerationError",
+    "onnxruntime_errors",
+]
+
+
+class DeployError(Exception):
+    """Base of every error that a user can act on."""
+
+
+class CheckpointError(DeployError):
+    """The checkpoint, its configuration, tokenizer or tensors are wrong or not supported."""
+
+
+class ExportError(DeployError):
+    """The graph can't be traced, lowered or checked."""
+
+
+class BuildError(DeployError):
+    """The engine or the bundle can't be made."""
+
+
+class BundleError(DeployError):
+    """A bundle is damaged, incomplete or of a format version this runtime doesn't read."""
+
+
+class EngineMismatchError(BundleError):
+    """The bundle is sound, but this machine or library can't run it."""
+
+
+class GenerationError(DeployError):
+    """A request or a step failed at run time."""
+
+
+class ContextFullError(GenerationError):
+    """The sequence doesn't fit the engine's context."""
+
+
+def onnxruntime_errors() -> tuple[type[Exception], ...]:
+    """Every class that ONNX Runtime raises (they have no base of their own); imports it."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))

@@ -1,0 +1,205 @@
+"""TensorRT-RTX compiles small models of every kind for three GPUs, none of which is here."""
+
+from __future__ import annotations
+
+import _thread
+import json
+import resource
+import threading
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from qwen_aot.engines.build import TENSORRT_STAGES, build_bundle, plan_build
+from qwen_aot.engines.bundle.progress import ProgressEvent
+from qwen_aot.engines.planner.footprint import footprint
+from qwen_aot.engines.spec.build_spec import BuildSpec, Precision, Target
+from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
+from qwen_aot.engines.tensorrt.builder import check
+from qwen_aot.errors import BuildError, ExportError
+from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.exporter.model.io_spec import io_spec
+from qwen_aot.runtime.bundle.manifest import Manifest, cache_capacity
+from tests.checkpoints import save_tiny
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX isn't installed")
+pytestmark = [pytest.mark.trt, pytest.mark.usefixtures("trace_once")]
+
+CAPABILITIES = ("8.6", "8.9", "12.0")
+KINDS: dict[str, dict[str, Any]] = {
+    "mha": {},
+    "gqa": {"heads": 6, "kv_heads": 2, "head_dim": 64, "hidden": 384},
+    "tied": {"tied": True},
+    "moe": {"moe": {}, "head_dim": 64, "hidden": 128},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kind by name; int4's blocks of 128 divide their widths."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for kind, config in KINDS.items():
+        save_tiny(root / kind, **({"hidden": 128, "intermediate": 256} | config))
+    return root
+
+
+def spec_of(precision: Precision = Precision.FP16, **options: Any) -> BuildSpec:
+    options.setdefault("compute_capabilities", CAPABILITIES)
+    return BuildSpec(
+        target=Target.TENSORRT_RTX,
+        precision=precision,
+        max_context=192,
+        prefill_chunk=64,
+        tensorrt=TensorRtOptions(**options),
+    )
+
+
+def build(checkpoint: Path, out: Path, spec: BuildSpec) -> tuple[Manifest, list[ProgressEvent]]:
+    events: list[ProgressEvent] = []
+    build_bundle(checkpoint, spec, out, on_progress=events.append)
+    return Manifest.from_json((out / "manifest.json").read_text()), events
+
+
+COMPUTED = (Precision.FP16, Precision.BF16)
+QUANTIZED = (Precision.INT8, Precision.INT4)  # fp8 isn't on all three GPUs; experts: `test_experts_cannot_be_quantized`
+BUILT = [(kind, precision) for kind in KINDS for precision in COMPUTED + (QUANTIZED if kind != "moe" else ())]
+
+
+@pytest.mark.parametrize(("kind", "precision"), BUILT)
+def test_every_kind_is_built_and_says_what_it_is(
+    checkpoints: Path, tmp_path: Path, kind: str, precision: Precision
+) -> None:
+    spec = spec_of(precision)
+    manifest, _ = build(checkpoints / kind, tmp_path / "bundle", spec)
+    with open_checkpoint(checkpoints / kind) as checkpoint:
+        config = checkpoint.config
+    facts = manifest.tensorrt
+    assert facts is not None
+    assert facts.compute_capabilities == CAPABILITIES
+    assert facts.weight_bytes == pytest.approx(footprint(config, spec).weight_bytes, rel=0.01)
+    assert facts.cache_bytes == footprint(config, spec).cache_bytes
+    assert facts.layers["KV_CACHE_UPDATE"] == 2 * config.num_hidden_layers
+    assert facts.layers["ATTENTION_INPUT"] == config.num_hidden_layers
+    dtype = ir.DataType.BFLOAT16 if precision is Precision.BF16 else ir.DataType.FLOAT16
+    contract = io_spec(config, dtype, cache_capacity(192, 64))
+    assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in manifest.outputs] == [
+        (tensor.name, str(tensor.dtype.numpy()), tensor.dims) for tensor in contract.outputs
+    ]
+    expected = [(tensor.name, str(tensor.dtype.numpy()), tensor.dims) for tensor in contract.inputs]
+    assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in manifest.inputs] == expected
+    assert {path.name for path in (tmp_path / "bundle").iterdir()} == {*manifest.files, "manifest.json"}
+    assert "model.onnx" not in manifest.files
+
+
+@pytest.mark.parametrize("precision", [*QUANTIZED, Precision.FP8])
+def test_experts_cannot_be_quantized(checkpoints: Path, tmp_path: Path, precision: Precision) -> None:
+    with pytest.raises(ExportError, match=f"{precision} weights of a mixture of experts don't exist .*QwenMoE plugin"):
+        build(checkpoints / "moe", tmp_path / "bundle", spec_of(precision, compute_capabilities=("8.9",)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fp8_is_built_for_the_gpus_that_have_it(checkpoints: Path, tmp_path: Path) -> None:
+    manifest, _ = build(checkpoints / "mha", tmp_path / "bundle", spec_of(Precision.FP8, compute_capabilities=()))
+    assert manifest.tensorrt is not None
+    assert manifest.tensorrt.compute_capabilities == ("8.9", "12.0")
+
+
+def test_the_head_is_quantized_on_request(checkpoints: Path, tmp_path: Path) -> None:
+    plain, _ = build(checkpoints / "mha", tmp_path / "plain", spec_of(Precision.INT8))
+    quantized, _ = build(checkpoints / "mha", tmp_path / "quantized", spec_of(Precision.INT8, quantize_head=True))
+    assert plain.tensorrt is not None and quantized.tensorrt is not None
+    assert plain.tensorrt.weight_bytes - quantized.tensorrt.weight_bytes > 100 * 128  # a byte for each of [131, 128]
+    assert quantized.quantization == {"symmetric": True, "quantize_head": True}
+
+
+def test_the_engine_names_its_gpus_and_its_stages_are_reported(checkpoints: Path, tmp_path: Path) -> None:
+    _, events = build(checkpoints / "mha", tmp_path / "bundle", spec_of(compute_capabilities=("8.9",)))
+    engine = (tmp_path / "bundle/engine.rtx").read_bytes()
+    assert b"accelerators={sm89 }" in engine
+    assert b"sm86" not in engine
+    assert list(dict.fromkeys(event.stage for event in events)) == list(TENSORRT_STAGES)
+    percents = [event.done for event in events if event.stage == "compile" and event.unit == "%"]
+    assert percents == sorted(percents)
+    assert percents[-1] > 0
+    report = json.loads((tmp_path / "bundle/report.json").read_text())
+    assert [stage["stage"] for stage in report["stages"]] == list(TENSORRT_STAGES)
+
+
+def test_workspace_and_level_reach_the_builder(checkpoints: Path, tmp_path: Path) -> None:
+    build(checkpoints / "mha", tmp_path / "bundle", spec_of(workspace_bytes=1 << 30, optimization_level=0))
+    with pytest.raises(BuildError, match=r"no kernel works within the workspace limit; raise --workspace-mib .* said:"):
+        build(checkpoints / "mha", tmp_path / "bundle", spec_of(workspace_bytes=1))
+    assert (tmp_path / "bundle/engine.rtx").exists()  # the old bundle stands
+
+
+def test_a_capability_the_library_does_not_know(checkpoints: Path, tmp_path: Path) -> None:
+    events: list[ProgressEvent] = []
+    with (
+        open_checkpoint(checkpoints / "mha") as source,
+        pytest.raises(BuildError, match=r"can't build for compute capability 8.7, 99.0; it can for 7.5, 8.0, 8.6, 8.9"),
+    ):
+        spec = spec_of(compute_capabilities=("8.7", "8.9", "99.0"))
+        build_bundle(source, spec, tmp_path / "bundle", on_progress=events.append)
+    assert events == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_writes_nothing_and_knows_the_size(checkpoints: Path, tmp_path: Path) -> None:
+    with open_checkpoint(checkpoints / "mha") as source:
+        plan = plan_build(source, spec_of(), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+    manifest, _ = build(checkpoints / "mha", tmp_path / "bundle", spec_of())
+    assert manifest.tensorrt is not None
+    assert 0 <= plan.estimate.bundle_bytes - manifest.tensorrt.weight_bytes < 200_000
+
+
+def test_a_verifier_is_refused(checkpoints: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="its engine runs on its own GPU only; leave out --verify"):
+        build_bundle(checkpoints / "mha", spec_of(), tmp_path / "bundle", verifier=lambda folder, advance: {})
+
+
+def test_a_full_disk_while_the_engine_is_written(checkpoints: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    build(checkpoints / "mha", out, spec_of())
+    before = (out / "engine.rtx").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # the graph's weights fit, the engine's kernels don't; Python ignores SIGXFSZ, so that write fails
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, limit[1]))
+        with pytest.raises(BuildError, match=r"can't write .*: File too large"):
+            build(checkpoints / "mha", out, spec_of())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (out / "engine.rtx").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.usefixtures("answers_ctrl_c")
+def test_ctrl_c_ends_the_build_and_leaves_the_old_bundle(checkpoints: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    build(checkpoints / "mha", out, spec_of())
+    before = (out / "manifest.json").read_bytes()
+    pressed = threading.Event()
+
+    def press(event: ProgressEvent) -> None:
+        if event.stage == "compile" and not pressed.is_set():
+            pressed.set()
+            threading.Timer(0.2, _thread.interrupt_main).start()  # SIGINT, as the terminal sends it
+
+    with pytest.raises(KeyboardInterrupt):
+        build_bundle(checkpoints / "mha", spec_of(), out, on_progress=press)
+    assert (out / "manifest.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize(("share", "more"), [(0.85, 0), (1.0, 20_000_000)], ids=["too small", "too large"])
+def test_an_engine_of_another_size_than_its_weights(checkpoints: Path, tmp_path: Path, share: float, more: int) -> None:
+    out = tmp_path / "bundle"
+    manifest, _ = build(checkpoints / "gqa", out, spec_of())
+    check(out, manifest)
+    assert manifest.tensorrt is not None
+    size = manifest.tensorrt.weight_bytes
+    with (out / "engine.rtx").open("r+b") as file:
+        file.truncate(int(size * share) + more)
+    with pytest.raises(BuildError, match=r"TensorRT stored them in another precision, or more than once"):
+        check(out, manifest)

@@ -1,0 +1,239 @@
+"""Scores against figures computed by torch, on a made-up engine and reference."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from qwen_aot.engines.spec.build_spec import Precision
+from qwen_aot.engines.verify.scores import (
+    BOUNDS,
+    Bounds,
+    Scores,
+    bounds_for,
+    checks,
+    engine_logits,
+    require_passed,
+    scored_positions,
+    verify,
+    windows,
+)
+from qwen_aot.errors import BuildError
+
+VOCAB = 11
+
+
+def table(seed: int, sharpness: float = 4.0) -> NDArray[np.float32]:
+    """Logits [V, V] after each token: a model whose next token depends on the last one alone."""
+    return (np.random.default_rng(seed).standard_normal((VOCAB, VOCAB)) * sharpness).astype(np.float32)
+
+
+class TableEngine:
+    """An engine whose logits come from a table; remembers how it was called."""
+
+    def __init__(self, logits: NDArray[np.float32]) -> None:
+        self.logits = logits
+        self.calls: list[tuple[str, int]] = []
+        self.held: list[int] = []
+
+    def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        self.calls.append(("prefill", len(token_ids)))
+        self.held += token_ids.tolist()
+        return self.logits[self.held[-1]]
+
+    def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        self.calls.append(("decode", len(token_ids)))
+        self.held += token_ids.tolist()
+        return self.logits[self.held[-1]][None]
+
+    def truncate(self, row: int, length: int) -> None:
+        del self.held[length:]
+
+
+class TableReference:
+    """The same for the reference."""
+
+    def __init__(self, logits: NDArray[np.float32]) -> None:
+        self._logits = logits
+
+    def logits(self, token_ids: NDArray[np.int64], first: int) -> NDArray[np.float32]:
+        return self._logits[token_ids[first:]]
+
+    def greedy(self, prompt: NDArray[np.int64], count: int) -> list[int]:
+        tokens = [int(prompt[-1])]
+        for _ in range(count):
+            tokens.append(int(self._logits[tokens[-1]].argmax()))
+        return tokens[1:]
+
+
+def sequences(*lengths: int) -> list[NDArray[np.int64]]:
+    draws = np.random.default_rng(5)
+    return [draws.integers(0, VOCAB, length) for length in lengths]
+
+
+def test_every_precision_that_can_be_built_has_bounds() -> None:
+    for precision in Precision:
+        bounds = bounds_for(precision, kl_divergence=0.5)
+        assert bounds == replace(BOUNDS[precision], kl_divergence=0.5)
+
+
+@pytest.mark.parametrize("length", [4, 5, 8, 9, 12, 40])
+def test_an_engine_is_driven_by_prefill_in_pieces_then_steps(length: int) -> None:
+    (sequence,) = sequences(length)
+    engine = TableEngine(table(0))
+    found = list(engine_logits(engine, sequence))
+    positions = scored_positions(length)
+    assert positions[-1] == length - 1
+    np.testing.assert_array_equal(found, engine.logits[sequence[positions]])
+    prefills = [count for kind, count in engine.calls if kind == "prefill"]
+    assert sum(prefills) == length // 4
+    assert len(prefills) == (2 if length >= 8 else 1)
+    assert engine.held == []
+
+
+def test_an_equal_engine_scores_zero_and_passes_every_bound() -> None:
+    logits = table(0)
+    result = verify(TableEngine(logits), TableReference(logits), sequences(40, 17), BOUNDS["fp32"], greedy_tokens=6)
+    assert result.has_passed
+    assert result.scores.max_logit_difference == 0
+    assert result.scores.kl_divergence == 0
+    assert result.scores.top1_agreement == result.scores.greedy_agreement == 1
+    assert result.scores.greedy_tokens == 12
+    assert {check.name for check in result.checks} == {
+        "max_logit_difference",
+        "mean_logit_difference",
+        "kl_divergence",
+        "top1_agreement",
+        "greedy_agreement",
+        "perplexity_ratio",
+    }
+
+
+def test_scores_are_those_of_torch() -> None:
+    expected, found = table(0, 3.0), table(0, 3.0) + table(1, 0.5)
+    texts = sequences(40, 21)
+    scores = verify(TableEngine(found), TableReference(expected), texts, Bounds(), greedy_tokens=4).scores
+    rows = [
+        (text[p], text[p + 1] if p + 1 < len(text) else -100) for text in texts for p in scored_positions(len(text))
+    ]
+    tokens, targets = (torch.tensor(column) for column in zip(*rows, strict=True))
+    ours, theirs = torch.from_numpy(found).double()[tokens], torch.from_numpy(expected).double()[tokens]
+    divergence = torch.nn.functional.kl_div(
+        ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert scores.positions == len(rows)
+    assert scores.kl_divergence == pytest.approx(float(divergence), rel=1e-6)
+    assert scores.max_logit_difference == pytest.approx(float((ours - theirs).abs().max()), rel=1e-6)
+    assert scores.mean_logit_difference == pytest.approx(float((ours - theirs).abs().mean()), rel=1e-6)
+    same = ours.argmax(-1) == theirs.argmax(-1)
+    decisive = theirs.softmax(-1).max(-1).values >= 0.5
+    assert scores.top1_agreement == pytest.approx(float(same.double().mean()))
+    assert scores.decisive_positions == int(decisive.sum())
+    assert scores.decisive_top1_agreement == pytest.approx(float(same[decisive].double().mean()))
+    assert scores.perplexity == pytest.approx(math.exp(torch.nn.functional.cross_entropy(ours, targets)), rel=1e-6)
+    reference = math.exp(torch.nn.functional.cross_entropy(theirs, targets))
+    assert scores.reference_perplexity == pytest.approx(reference, rel=1e-6)
+    losses = [
+        torch.nn.functional.cross_entropy(logits, targets, reduction="none")[targets >= 0] for logits in (ours, theirs)
+    ]
+    error = (losses[0] - losses[1]).std(correction=0) / len(losses[0]) ** 0.5
+    assert scores.log_ratio_error == pytest.approx(float(error), rel=1e-6)
+
+
+@pytest.mark.parametrize(("bound", "has_passed"), [(1.06, True), (1.04, True), (1.02, False)])
+def test_a_perplexity_ratio_fails_beyond_two_standard_errors(bound: float, has_passed: bool) -> None:
+    scores = Scores(
+        positions=100,
+        max_logit_difference=0.0,
+        mean_logit_difference=0.0,
+        kl_divergence=0.0,
+        top1_agreement=1.0,
+        decisive_positions=0,
+        decisive_top1_agreement=None,
+        greedy_tokens=1,
+        greedy_agreement=1.0,
+        perplexity=10.5,
+        reference_perplexity=10.0,
+        log_ratio_error=0.01,
+    )
+    (check,) = checks(scores, Bounds(perplexity_ratio=bound))
+    assert check.has_passed is has_passed
+
+
+def test_greedy_agreement_ends_at_the_first_difference() -> None:
+    # After token i the reference says i + 1; the bundle does too, but for 3 -> 0.
+    expected = np.full((VOCAB, VOCAB), 0, np.float32)
+    expected[np.arange(VOCAB), (np.arange(VOCAB) + 1) % VOCAB] = 5
+    found = expected.copy()
+    found[3] = np.eye(VOCAB, dtype=np.float32)[0] * 9
+    (sequence,) = [np.array([1, 1, 1, 1], np.int64)]
+    scores = verify(TableEngine(found), TableReference(expected), [sequence], Bounds(), greedy_tokens=8).scores
+    assert scores.greedy_agreement == 2 / 8  # 1 -> 2 -> 3, then 4 against 0
+
+
+def test_the_failed_bound_is_named() -> None:
+    expected = table(0)
+    result = verify(
+        TableEngine(expected + table(1, 0.1)),
+        TableReference(expected),
+        sequences(40),
+        Bounds(max_logit_difference=1e-3, kl_divergence=10),
+        greedy_tokens=2,
+    )
+    assert not result.has_passed
+    assert [(check.name, check.has_passed) for check in result.checks] == [
+        ("max_logit_difference", False),
+        ("kl_divergence", True),
+    ]
+    with pytest.raises(BuildError, match=r"max_logit_difference is 0\.\d+, at most 0\.001 is allowed"):
+        require_passed(result)
+
+
+def test_nan_fails() -> None:
+    expected = table(0)
+    broken = expected.copy()
+    broken[:, 0] = np.nan
+    result = verify(TableEngine(broken), TableReference(expected), sequences(20), BOUNDS["int4"], greedy_tokens=2)
+    assert not result.has_passed
+
+
+def test_without_decisive_positions_top1_is_not_bounded() -> None:
+    flat = table(0, 0.01)
+    result = verify(
+        TableEngine(-flat), TableReference(flat), sequences(20), Bounds(top1_agreement=1.0), greedy_tokens=2
+    )
+    assert result.scores.decisive_top1_agreement is None
+    assert result.checks == ()
+
+
+def test_bounds_given_replace_the_defaults() -> None:
+    bounds = bounds_for("int8", kl_divergence=0.5, top1_agreement=None)
+    assert bounds.kl_divergence == 0.5
+    assert bounds.top1_agreement == BOUNDS["int8"].top1_agreement
+
+
+@pytest.mark.parametrize(
+    ("count", "lengths"), [(4, [4]), (10, [5, 5]), (12, [5, 5]), (14, [5, 5, 4]), (100, [5, 5, 5])]
+)
+def test_windows(count: int, lengths: Sequence[int]) -> None:
+    assert [len(piece) for piece in windows(range(count), 5, 3)] == lengths
+
+
+def test_a_text_too_short_to_score() -> None:
+    with pytest.raises(BuildError, match=r"the text has 3 tokens; verification needs at least 4"):
+        windows([1, 2, 3], 5, 3)
+
+
+def test_a_bundle_that_is_sure_of_wrong_tokens_has_a_finite_perplexity() -> None:
+    certain = np.full((VOCAB, VOCAB), -2000, np.float32)
+    certain[:, 0] = 0  # 2000 nats for every other token; e^710 is beyond a float64
+    result = verify(TableEngine(certain), TableReference(table(0)), sequences(40), bounds_for("int4"), greedy_tokens=2)
+    assert json.loads(json.dumps(result.to_json(), allow_nan=False))["perplexity"] > 1e300
+    assert not result.has_passed

@@ -1,0 +1,31 @@
+"""Every form a graph is run in, by name: exports a checkpoint folder to an ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
+from qwen_aot.exporter.graph.trace import trace
+from qwen_aot.exporter.lowering.ort import contrib as ort
+from qwen_aot.exporter.lowering.tensorrt import plugin, standard
+from qwen_aot.exporter.weights.stitch import Traced, stitch
+
+LOWERINGS: dict[str, Callable[[Traced], Traced]] = {
+    "traced": lambda traced: traced,  # our own ops, run through their model-local definitions
+    "standard": standard.lower,
+    "plugin": plugin.lower,  # both plugins, run through their model-local functions
+    "ort": ort.lower,
+}
+
+
+def export(checkpoint: Path, folder: Path, lowering: str, dtype: ir.DataType = ir.DataType.FLOAT) -> Path:
+    """Traces in `dtype`, lowers, writes weights and graph; returns the path of model.onnx."""
+    folder.mkdir(exist_ok=True, parents=True)
+    with open_checkpoint(checkpoint) as source:
+        traced = LOWERINGS[lowering](trace(source.config, dtype))
+        stitch(traced, source, folder / DATA_FILE)
+        return save_graph(traced, folder)

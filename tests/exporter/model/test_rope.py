@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+from qwen_aot.exporter.checkpoint.hf.config import parse
+from qwen_aot.exporter.model.rope import inverse_frequencies, yarn_attention_factor
+from tests.checkpoints import tiny_config
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "none": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
+    "yarn-without-original": {"rope_type": "yarn", "factor": 2.0},
+    "yarn-tuned": {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 2048,
+        "beta_fast": 20.0,
+        "beta_slow": 2.0,
+        "truncate": False,
+    },
+    "yarn-attention": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.25},
+    "yarn-mscale": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.3},
+    "yarn-step": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    },
+}
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("theta", [10000.0, 1e6])
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_agrees_with_transformers(scaling: dict[str, Any], theta: float, head_dim: int) -> None:
+    parameters = {"rope_theta": theta, **scaling}
+    reference: Qwen2Config = tiny_config(
+        head_dim=head_dim, rope_parameters=dict(parameters), max_position_embeddings=16384
+    )
+    rotary = Qwen2RotaryEmbedding(reference)
+    config = parse(reference.to_dict())
+    inv_freq, attention_factor = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    assert inv_freq.dtype == np.float64
+    assert inv_freq.shape == (head_dim // 2,)
+    # transformers computes in float32: 1e-6 is a few units in its last place
+    np.testing.assert_allclose(inv_freq, rotary.inv_freq.numpy(), rtol=2e-6)
+    assert attention_factor == pytest.approx(rotary.attention_scaling, rel=1e-12)
+
+
+def test_yarn_leaves_an_unscaled_context_alone() -> None:
+    assert yarn_attention_factor(1.0) == 1.0
+    assert yarn_attention_factor(0.5) == 1.0

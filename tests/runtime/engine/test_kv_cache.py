@@ -1,0 +1,104 @@
+"""KvCache: zero-filled, aligned, grows without losing content."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_aot.errors import GenerationError
+from qwen_aot.runtime.bundle.manifest import CAPACITY_STEP, IoTensor, cache_capacity
+from qwen_aot.runtime.engine.kv_cache import KvCache
+
+TENSORS = (
+    IoTensor("past_key_values.0.key", "float16", ("B", 2, "C", 4)),
+    IoTensor("past_key_values.0.key_scale", "float32", ("B", 2, "C")),
+)
+
+
+def test_new_memory_is_zero_and_aligned() -> None:
+    cache = KvCache(TENSORS, max_batch=3, max_capacity=2048)
+    key, scale = cache.views(0, 3)
+    assert (key.shape, key.dtype) == ((3, 2, CAPACITY_STEP, 4), np.float16)
+    assert (scale.shape, scale.dtype) == ((3, 2, CAPACITY_STEP), np.float32)
+    assert not key.any() and not scale.any()
+    assert key.ctypes.data % 64 == 0 and scale.ctypes.data % 64 == 0
+    assert cache.nbytes == key.nbytes + scale.nbytes
+
+
+def test_views_are_the_memory_of_contiguous_rows() -> None:
+    cache = KvCache(TENSORS, max_batch=3, max_capacity=2048)
+    view = cache.views(1, 2)[0]
+    assert view.flags.c_contiguous
+    view[:] = 7
+    whole = cache.views(0, 3)[0]
+    assert not whole[0].any() and (whole[1:] == 7).all()
+
+
+def test_growth_keeps_content_and_zero_fills_the_rest() -> None:
+    cache = KvCache(TENSORS, max_batch=2, max_capacity=2048)
+    cache.lengths[:] = (3, CAPACITY_STEP)
+    rng = np.random.default_rng(0)
+    before = []
+    for view in cache.views(0, 2):
+        view[...] = rng.standard_normal(view.shape)
+        before.append(view.copy())
+    assert cache.reserve(CAPACITY_STEP) is False
+    assert cache.reserve(CAPACITY_STEP + 1) is True
+    assert cache.capacity == 2 * CAPACITY_STEP
+    for view, old in zip(cache.views(0, 2), before, strict=True):
+        np.testing.assert_array_equal(view[:, :, :CAPACITY_STEP], old)
+        assert not view[:, :, CAPACITY_STEP:].any()
+
+
+@given(
+    max_context=st.integers(1, 5000), prefill_chunk=st.integers(1, 1500), steps=st.lists(st.floats(0, 1), max_size=8)
+)
+def test_the_capacity_never_passes_the_rotary_tables(max_context: int, prefill_chunk: int, steps: list[float]) -> None:
+    positions = cache_capacity(max_context, prefill_chunk)  # what a build gives the tables
+    cache = KvCache(TENSORS[1:], max_batch=1, max_capacity=positions)
+    # The longest step: one more than the context, beside an idle row that is full.
+    for share in [*steps, 1.0]:
+        tokens = round(share * max_context) + 1
+        cache.reserve(tokens)
+        assert tokens <= cache.capacity <= positions
+    with pytest.raises(AssertionError, match=f"tokens asked of a cache of at most {positions}"):
+        cache.reserve(positions + 1)
+
+
+def test_without_memory_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KvCache(TENSORS, max_batch=2, max_capacity=2048)
+    cache.views(0, 2)[0][:] = 5
+    zeros = np.zeros
+    calls = iter([zeros, None])
+
+    def failing_zeros(*args: object, **kwargs: object) -> object:
+        allocate = next(calls)
+        if allocate is None:
+            raise MemoryError
+        return allocate(*args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(np, "zeros", failing_zeros)
+    with pytest.raises(GenerationError, match="no memory for a KV cache of 2 rows of 512 tokens"):
+        cache.reserve(CAPACITY_STEP + 1)
+    assert cache.capacity == CAPACITY_STEP
+    assert [view.shape[2] for view in cache.views(0, 2)] == [CAPACITY_STEP] * 2
+    assert (cache.views(0, 2)[0] == 5).all()
+
+
+def test_more_than_an_address_can_count() -> None:
+    tensors = (IoTensor("k", "float32", ("B", 2**31 - 1, "C", 2**31 - 1)),)
+    with pytest.raises(GenerationError, match="no memory for a KV cache of 2147483647 rows of 256 tokens"):
+        KvCache(tensors, max_batch=2**31 - 1, max_capacity=256)
+
+
+def test_a_fixed_capacity() -> None:
+    cache = KvCache((IoTensor("k", "int8", ("B", 2, 100, 4)),), max_batch=1, max_capacity=256)
+    assert cache.capacity == 100
+    assert cache.reserve(100) is False
+    with pytest.raises(AssertionError, match="101 tokens asked of a cache of at most 100"):
+        cache.reserve(101)
+
+
+def test_bfloat16_is_kept_as_its_bits() -> None:
+    cache = KvCache((IoTensor("k", "bfloat16", ("B", 2, "C", 4)),), max_batch=1, max_capacity=256)
+    assert cache.views(0, 1)[0].dtype == np.uint16

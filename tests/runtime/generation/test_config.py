@@ -1,0 +1,186 @@
+"""GenerationConfig: a bundle's defaults, a request's settings, and their rules."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwen_aot.errors import BundleError, GenerationError
+from qwen_aot.runtime.bundle.load import Bundle, load_bundle
+from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
+from tests.runtime.toys import checksum_model, io_tables, make_manifest, write_bundle
+
+# As Qwen1.5's chat checkpoints carry it.
+QWEN = {
+    "bos_token_id": 151643,
+    "pad_token_id": 151643,
+    "do_sample": True,
+    "eos_token_id": [151645, 151643],
+    "repetition_penalty": 1.1,
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "top_k": 20,
+    "transformers_version": "4.37.0",
+}
+
+
+def test_the_bundle_decides_where_nothing_is_given() -> None:
+    config = GenerationDefaults.from_document(QWEN).resolve()
+    assert config == GenerationConfig(
+        temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.1, eos_token_ids=(151645, 151643)
+    )
+    assert not config.is_greedy
+
+
+def test_what_is_given_goes_first() -> None:
+    config = GenerationDefaults.from_document(QWEN).resolve(
+        max_new_tokens=9,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        seed=3,
+        stop=["x"],
+        logprobs=2,
+    )
+    assert config == GenerationConfig(
+        max_new_tokens=9,
+        temperature=1.0,
+        seed=3,
+        stop=("x",),
+        eos_token_ids=(151645, 151643),
+        logprobs=2,
+    )
+
+
+def test_temperature_zero_turns_the_bundles_penalty_off() -> None:
+    defaults = GenerationDefaults.from_document(QWEN)
+    config = defaults.resolve(temperature=0)
+    assert config.is_greedy and config.repetition_penalty == 1
+    assert defaults.resolve(temperature=0, repetition_penalty=1.2).repetition_penalty == 1.2
+
+
+@pytest.mark.parametrize("document", [{"do_sample": False, "temperature": 0.6}, {"temperature": 0.6}, {}])
+def test_without_do_sample_it_is_greedy(document: dict[str, Any]) -> None:
+    assert GenerationDefaults.from_document(document).resolve().is_greedy
+
+
+def test_a_given_sampling_option_turns_sampling_on() -> None:
+    defaults = GenerationDefaults.from_document({"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.2})
+    assert defaults.resolve().repetition_penalty == 1.2
+    assert defaults.resolve(top_p=0.9).temperature == 0.6
+    assert defaults.resolve(temperature=0.9).temperature == 0.9
+    assert defaults.resolve(seed=1).is_greedy
+
+
+def test_eos_of_the_document_or_of_the_model() -> None:
+    assert GenerationDefaults.from_document({"eos_token_id": 5}, (7,)).eos_token_ids == (5,)
+    assert GenerationDefaults.from_document({}, (7,)).eos_token_ids == (7,)
+
+
+def test_ending_ids() -> None:
+    config = GenerationConfig(eos_token_ids=(1, 2), stop_token_ids=(3,))
+    assert config.ending_ids == {1, 2, 3}
+    assert GenerationConfig(eos_token_ids=(1, 2), stop_token_ids=(3,), ignore_eos=True).ending_ids == {3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; accepted: at least 1"),
+        ({"temperature": -1.0}, "temperature is -1.0; accepted: 0 \\(greedy\\) or 0.001 to 1000"),
+        ({"temperature": 1e-9}, "temperature is 1e-09"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1; accepted: 0 \\(off\\) or more"),
+        ({"top_p": 0.0}, "top_p is 0.0; accepted: above 0, up to 1"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; accepted: 0.001 to 1000"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty is 1e-40"),
+        ({"seed": -1}, "seed is -1"),
+        ({"stop": ("a", "")}, "stop is \\('a', ''\\); accepted: a list of texts that aren't empty"),
+        ({"stop": "END"}, "stop is 'END'; accepted: a list of texts"),
+        ({"stop_token_ids": (-1,)}, "stop_token_ids"),
+        ({"stop_token_ids": 5}, "stop_token_ids is 5; accepted: a list of ids of 0 or more"),
+        ({"stop_token_ids": (1.5,)}, "stop_token_ids is \\(1.5,\\)"),
+        ({"stop": (1,)}, "stop is \\(1,\\); accepted: a list of texts"),
+        ({"stop": 5}, "stop is 5; accepted: a list of texts"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; accepted: at least 1 \\(a whole number\\)"),
+        ({"max_new_tokens": True}, "max_new_tokens is True"),
+        ({"max_new_tokens": "9"}, "max_new_tokens is '9'"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"temperature": None}, "temperature is None"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_k": None}, "top_k is None"),
+        ({"top_p": True}, "top_p is True"),
+        ({"repetition_penalty": "1"}, "repetition_penalty is '1'"),
+        ({"seed": 0.5}, "seed is 0.5"),
+        ({"ignore_eos": 1}, "ignore_eos is 1; accepted: True or False"),
+        ({"logprobs": True}, "logprobs is True"),
+        ({"logprobs": 101}, "logprobs is 101; accepted: 0 to 100"),
+    ],
+)
+def test_values_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(GenerationError, match=message):
+        GenerationConfig(**settings)
+    with pytest.raises(GenerationError, match=message):
+        GenerationDefaults().resolve(**settings)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = GenerationDefaults().resolve(top_k=np.int64(4), temperature=np.float32(0.5), stop_token_ids=np.arange(2))  # type: ignore[arg-type]
+    assert (config.top_k, config.temperature, config.stop_token_ids) == (4, 0.5, (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"temperature": "hot"}, "temperature is 'hot'; accepted: int or float; rebuild"),
+        ({"top_k": True}, "top_k is True; accepted: int"),
+        ({"do_sample": 1}, "do_sample is 1; accepted: bool"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
+        ({"eos_token_id": ["x"]}, "eos_token_id is \\['x'\\]"),
+        ({"top_p": 7}, "top_p is 7; accepted: above 0, up to 1 .*repair the checkpoint's own and rebuild the bundle"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; accepted: at least 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; accepted: 0.001 to 1000"),
+    ],
+)
+def test_a_wrong_value_in_the_document(document: dict[str, Any], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        GenerationDefaults.from_document(document)
+
+
+def test_keys_that_change_the_output_and_are_not_supported_are_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        GenerationDefaults.from_document(QWEN | {"num_beams": 1})
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        GenerationDefaults.from_document({"num_beams": 4, "no_repeat_ngram_size": 3})
+    assert "generation_config.json sets num_beams, no_repeat_ngram_size" in caplog.text
+
+
+def bundle_with(tmp_path: Path, texts: dict[str, str]) -> Bundle:
+    inputs, outputs = io_tables(("input_ids",), "float32")
+    manifest = make_manifest(inputs=inputs, outputs=outputs, eos_token_ids=(7,))
+    names = ("input_ids", "position_ids", "cache_length", "new_tokens", "key_positions")
+    return load_bundle(write_bundle(tmp_path / "b", checksum_model(*io_tables(names, "float32")), manifest, texts))
+
+
+def test_from_a_bundle(tmp_path: Path) -> None:
+    bundle = bundle_with(tmp_path, {"generation_config.json": json.dumps(QWEN)})
+    assert GenerationDefaults.from_bundle(bundle) == GenerationDefaults.from_document(QWEN)
+
+
+def test_from_a_bundle_without_the_file(tmp_path: Path) -> None:
+    config = GenerationDefaults.from_bundle(bundle_with(tmp_path, {})).resolve()
+    assert config == GenerationConfig(top_k=50, eos_token_ids=(7,))
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_from_a_bundle_whose_file_is_damaged(tmp_path: Path, text: str) -> None:
+    with pytest.raises(BundleError, match=r"generation_config\.json"):
+        GenerationDefaults.from_bundle(bundle_with(tmp_path, {"generation_config.json": text}))

@@ -1,0 +1,105 @@
+"""The tokenizer of a bundle: fits the model, reads tokenizer_config.json, refuses what it can't take."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwen_aot.errors import BundleError, GenerationError
+from qwen_aot.runtime.bundle.load import Bundle, load_bundle
+from qwen_aot.runtime.text.tokenizer import load_tokenizer
+from tests.runtime.texts import GOLDEN, golden_tokenizer
+from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest, write_bundle
+
+TOKENIZER = (GOLDEN / "tokenizer.json").read_text(encoding="utf-8")
+
+
+def bundle_with(tmp_path: Path, texts: dict[str, str], vocab_size: int = 1000) -> Bundle:
+    inputs, outputs = io_tables(ALL_INPUTS, "float32")
+    manifest = make_manifest(inputs=inputs, outputs=outputs, vocab_size=vocab_size)
+    return load_bundle(write_bundle(tmp_path / "bundle", checksum_model(inputs, outputs), manifest, texts))
+
+
+def test_text_round_trip_and_special_tokens(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(bundle_with(tmp_path, {"tokenizer.json": TOKENIZER}))
+    assert tokenizer is not None
+    ids = tokenizer.encode("<|im_start|>naïve 你好<|im_end|>")
+    assert tokenizer.decode(ids) == "naïve 你好"
+    assert {ids[0], ids[-1]} <= tokenizer.special_ids
+    assert tokenizer.piece(ids[0]) == "<|im_start|>"
+    assert tokenizer.piece(999) is None
+
+
+def test_a_bundle_without_a_tokenizer(tmp_path: Path) -> None:
+    assert load_tokenizer(bundle_with(tmp_path, {})) is None
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    bundle = bundle_with(tmp_path, {"tokenizer.json": TOKENIZER}, vocab_size=100)
+    with pytest.raises(BundleError, match=r"largest id is .*, but the model's vocabulary ends before 100"):
+        load_tokenizer(bundle)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"model": 3}'])
+def test_a_damaged_tokenizer(tmp_path: Path, text: str) -> None:
+    with pytest.raises(BundleError, match=r"tokenizer\.json can't be parsed"):
+        load_tokenizer(bundle_with(tmp_path, {"tokenizer.json": text}))
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_tokenizer_config(tmp_path: Path, text: str) -> None:
+    with pytest.raises(BundleError, match=r"tokenizer_config\.json"):
+        load_tokenizer(bundle_with(tmp_path, {"tokenizer.json": TOKENIZER, "tokenizer_config.json": text}))
+
+
+def test_facts_of_tokenizer_config(tmp_path: Path) -> None:
+    config = {
+        "chat_template": "{{ x }}",
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": {"content": "<|endoftext|>", "lstrip": False},
+    }
+    texts = {"tokenizer.json": TOKENIZER, "tokenizer_config.json": json.dumps(config)}
+    tokenizer = load_tokenizer(bundle_with(tmp_path, texts))
+    assert tokenizer is not None
+    assert tokenizer.chat_template == "{{ x }}"
+    assert tokenizer.special_tokens == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+
+
+def test_of_several_templates_the_default_is_taken() -> None:
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    assert golden_tokenizer({"chat_template": named}).chat_template == "d"
+    assert golden_tokenizer({"chat_template": named[:1]}).chat_template is None
+    assert golden_tokenizer().chat_template is None
+
+
+@pytest.mark.parametrize("value", [5, {"default": "x"}, ["x"], [{"name": "default", "template": 5}]])
+def test_a_template_of_another_type_is_refused(value: object) -> None:
+    with pytest.raises(
+        BundleError, match=r"tokenizer_config\.json: chat_template is a (int|dict|list); accepted: a text"
+    ):
+        golden_tokenizer({"chat_template": value})
+
+
+def test_padding_and_truncation_of_the_file_are_off() -> None:
+    document = json.loads(TOKENIZER)
+    document["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    document["padding"] = {
+        "strategy": {"Fixed": 50},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "!",
+    }
+    from tokenizers import Tokenizer as RustTokenizer
+
+    from qwen_aot.runtime.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(RustTokenizer.from_str(json.dumps(document)), {}, vocab_size=1000)
+    assert tokenizer.encode("Hello, world!") == golden_tokenizer().encode("Hello, world!")
+
+
+def test_text_that_was_not_utf8() -> None:
+    with pytest.raises(GenerationError, match="a lone surrogate at character 1"):
+        golden_tokenizer().encode("a\udcff")
