@@ -26,7 +26,8 @@ from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.model.config import ModelConfig
-from qwen_aot.exporter.weights.stitch import Traced, check_sources, chunk_bytes, output_bytes, output_bytes_of, stitch
+from qwen_aot.exporter.weights.recipe import Traced, output_bytes_of
+from qwen_aot.exporter.weights.stitch import check_sources, chunk_bytes, output_bytes, stitch
 from qwen_aot.runtime.bundle.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, cache_capacity
 
 logger = logging.getLogger(__name__)

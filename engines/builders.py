@@ -10,7 +10,7 @@ from typing import Protocol, cast
 
 from qwen_aot.engines.bundle.stages import Advance
 from qwen_aot.engines.spec.build_spec import BuildSpec, Target
-from qwen_aot.exporter.weights.stitch import Traced
+from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.manifest import IoTensor, Manifest, TensorRtFacts
 
 

@@ -22,7 +22,8 @@ from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat
 from qwen_aot.exporter.model.config import ModelConfig
-from qwen_aot.exporter.weights.stitch import Traced, chunk_bytes, output_bytes, stitch
+from qwen_aot.exporter.weights.recipe import Traced
+from qwen_aot.exporter.weights.stitch import chunk_bytes, output_bytes, stitch
 
 
 @dataclass(frozen=True, slots=True)

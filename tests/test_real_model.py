@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from qwen_aot.runtime.generation.chat import ChatTemplate
 from qwen_aot.runtime.generation.generator import Generator
+from qwen_aot.runtime.text.chat_template import ChatTemplate
 from tests.gguf_files import smollm2_path
 
 ROOT = Path(__file__).parents[1]

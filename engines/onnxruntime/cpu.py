@@ -11,7 +11,7 @@ from qwen_aot.errors import BuildError, onnxruntime_errors
 from qwen_aot.exporter.lowering.ort import contrib as ort
 from qwen_aot.exporter.lowering.ort.contrib import OrtOptions
 from qwen_aot.exporter.quantize.blockwise import BlockFormat
-from qwen_aot.exporter.weights.stitch import Traced
+from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.manifest import Manifest
 
 

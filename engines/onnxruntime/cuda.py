@@ -7,7 +7,7 @@ from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.exporter.lowering.ort import contrib as ort
 from qwen_aot.exporter.lowering.ort.contrib import OrtOptions
 from qwen_aot.exporter.lowering.ort.provider import Provider
-from qwen_aot.exporter.weights.stitch import Traced
+from qwen_aot.exporter.weights.recipe import Traced
 
 # Nothing is done to model.onnx afterwards, and the session that checks it is one of the CPU provider: it proves that
 # the graph is valid and whole on a machine without a GPU.

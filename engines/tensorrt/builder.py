@@ -19,7 +19,7 @@ from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE, save_graph
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat
 from qwen_aot.exporter.lowering.tensorrt.standard import StandardOptions
-from qwen_aot.exporter.weights.stitch import Traced
+from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.manifest import Manifest
 
 _WEIGHT_FORMATS: Mapping[Precision, WeightFormat] = {

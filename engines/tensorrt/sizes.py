@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from qwen_aot.exporter.weights.stitch import Traced
+from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, IoTensor, TensorRtFacts
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}

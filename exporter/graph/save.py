@@ -8,7 +8,8 @@ import onnx
 import onnx_ir as ir
 
 from qwen_aot.errors import ExportError
-from qwen_aot.exporter.weights.stitch import Traced, place
+from qwen_aot.exporter.weights.recipe import Traced
+from qwen_aot.exporter.weights.stitch import place
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"

@@ -22,8 +22,8 @@ from qwen_aot.exporter.graph.modeling import Decoder
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.experts import gather_limit
 from qwen_aot.exporter.model.io_spec import IoSpec, io_spec
+from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.recipes import decoder_recipes
-from qwen_aot.exporter.weights.stitch import Traced
 from qwen_aot.version import __version__
 
 IR_VERSION = 10  # the lowest with 4-bit integers and function overloads, so that older parsers still read the file

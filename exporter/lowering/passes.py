@@ -11,7 +11,7 @@ from onnx_ir.passes import common
 
 from qwen_aot.errors import ExportError
 from qwen_aot.exporter.graph import ops
-from qwen_aot.exporter.weights.stitch import Recipe, Traced, Transform, cast_to
+from qwen_aot.exporter.weights.recipe import Recipe, Traced, Transform, cast_to
 
 _INDEX_ELEMENTS = (
     1 << 16

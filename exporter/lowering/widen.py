@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qwen_aot.exporter.weights.stitch import Recipe, Traced, Transform
+from qwen_aot.exporter.weights.recipe import Recipe, Traced, Transform
 
 
 def widen_bf16(traced: Traced) -> int:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen_aot.exporter.quantize.blockwise import BlockFormat, Quantized, pack, quantize, quantize_channels
-from qwen_aot.exporter.weights.stitch import Output, Recipe, Traced
+from qwen_aot.exporter.weights.recipe import Output, Recipe, Traced
 
 # Matrices whose rounding costs a trained model most (docs/performance.md), by the ends of their names. A tied head is
 # the embedding.

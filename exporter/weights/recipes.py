@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.rope import inverse_frequencies
-from qwen_aot.exporter.weights.stitch import Output, Recipe, Source, Transform, cast_to
+from qwen_aot.exporter.weights.recipe import Output, Recipe, Source, Transform, cast_to
 
 _ROTARY_ROWS = 4096  # positions computed at once, in float64: memory doesn't grow with the context
 

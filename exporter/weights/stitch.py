@@ -1,8 +1,6 @@
-"""Recipes: how initializers are made from checkpoint tensors, and the streaming of them into external data.
+"""Streams recipes into external data, a few rows at a time.
 
-A recipe reads one or several checkpoint tensors, stacked along axis 0, a few rows at a time, and turns each chunk of
-rows into chunks of one or several initializers (a cast, a transpose, or codes and scales). Nothing larger than a chunk
-is held in memory, so peak memory doesn't grow with the model.
+Nothing larger than a chunk is held in memory, so peak memory doesn't grow with the model.
 """
 
 from __future__ import annotations
@@ -12,11 +10,9 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -24,103 +20,17 @@ from numpy.typing import NDArray
 from qwen_aot.errors import CheckpointError, ExportError
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.weights.recipe import Output, Recipe, Traced
 
 CHUNK_BYTES = 16 << 20  # float32 bytes handled at once by a thread: large enough for NumPy, small against any model
 _RESIDENT_BYTES = 32 << 20  # written pages that a thread keeps mapped
 ALIGNMENT = 4096  # bytes; ONNX asks for page-aligned offsets so that external data can be memory-mapped
-
-Transform = Callable[[NDArray[np.float32]], tuple[NDArray[Any], ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One checkpoint tensor and the shape that it must have."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """One initializer. `row_axis` is the axis along which the source's rows run (its last axis when transposed)."""
-
-    name: str
-    dtype: ir.DataType
-    shape: tuple[int, ...]
-    row_axis: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the data file, four-bit types packed two to a byte."""
-        return int(-(-int(np.prod(self.shape, dtype=np.int64)) * self.dtype.bitwidth // 8))
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How some initializers are made.
-
-    Attributes:
-        sources: checkpoint tensors of equal trailing shape, stacked along axis 0. Empty for a computed initializer,
-            whose transform is called once, with an empty array.
-        outputs: what is made.
-        transform: a chunk of stacked rows [r, ...] as float32 -> one array an output, in output order, whose row axis
-            is proportional to r. It must not depend on how the rows are cut, beyond `rows_per_group`.
-        rows_per_group: chunks hold a multiple of this many rows.
-    """
-
-    sources: tuple[Source, ...]
-    outputs: tuple[Output, ...]
-    transform: Transform
-    rows_per_group: int = 1
-
-    @property
-    def rows(self) -> int:
-        """Stacked rows."""
-        return sum(source.shape[0] for source in self.sources)
-
-
-@dataclass(slots=True)
-class Traced:
-    """A graph, and a recipe for each initializer that comes from the checkpoint or is computed.
-
-    Attributes:
-        recipes: by the name of each recipe's first output.
-    """
-
-    model: ir.Model
-    config: ModelConfig
-    recipes: dict[str, Recipe] = field(default_factory=dict)
-
-
-def cast_to(dtype: ir.DataType) -> Transform:
-    """A transform that only changes the dtype. Values that overflow it raise, naming the largest."""
-    target = dtype.numpy()
-    if dtype == ir.DataType.FLOAT:
-        return lambda rows: (rows,)
-    largest = float(ml_dtypes.finfo(target).max)  # type: ignore[no-untyped-call]  # its stub has no types
-
-    def transform(rows: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
-        magnitude = float(max(rows.max(initial=0.0), -rows.min(initial=0.0)))
-        if magnitude > largest:
-            raise ExportError(
-                f"a weight of magnitude {magnitude:.6g} doesn't fit {dtype.name.lower()} (at most {largest:.6g}); "
-                "use a wider compute type (fp32 holds every weight)"
-            )
-        return (rows.astype(target),)
-
-    return transform
 
 
 def output_bytes(traced: Traced) -> int:
     """Exact size of the external data file that `stitch` writes, padding included."""
     *_, end = _layout(traced.recipes.values()).values() or [(0, 0)]
     return end[0] + end[1]
-
-
-def output_bytes_of(traced: Traced, dtype: ir.DataType) -> int:
-    """Bytes of the outputs of one type, padding left out."""
-    outputs = (output for recipe in traced.recipes.values() for output in recipe.outputs)
-    return sum(output.nbytes for output in outputs if output.dtype == dtype)
 
 
 def chunk_bytes(traced: Traced) -> int:

@@ -59,9 +59,9 @@ def command(
     if as_chat and prompt_ids is not None:
         raise click.UsageError("--chat takes text; give --prompt or standard input instead of --prompt-ids")
     request = _prompt(prompt, prompt_ids)
-    from qwen_aot.runtime.generation.chat import ChatTemplate
     from qwen_aot.runtime.generation.generator import Generator
     from qwen_aot.runtime.generation.request import Completion, Request
+    from qwen_aot.runtime.text.chat_template import ChatTemplate
 
     start = time.perf_counter()
     with Generator.open(bundle, threads=threads) as generator:

@@ -17,7 +17,8 @@ from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.tensorrt import standard
-from qwen_aot.exporter.weights.stitch import Traced, stitch
+from qwen_aot.exporter.weights.recipe import Traced
+from qwen_aot.exporter.weights.stitch import stitch
 from qwen_aot.runtime.bundle.manifest import (
     CACHE_PREFIX,
     MANIFEST_NAME,

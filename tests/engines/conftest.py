@@ -10,7 +10,7 @@ import pytest
 
 import qwen_aot.engines.build
 import qwen_aot.engines.export
-from qwen_aot.exporter.weights.stitch import Traced
+from qwen_aot.exporter.weights.recipe import Traced
 
 _TRACED: dict[str, Traced] = {}
 

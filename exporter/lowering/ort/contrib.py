@@ -29,7 +29,7 @@ from qwen_aot.exporter.lowering.passes import (
 )
 from qwen_aot.exporter.quantize.blockwise import BlockFormat
 from qwen_aot.exporter.quantize.store import QuantizedWeights
-from qwen_aot.exporter.weights.stitch import Traced
+from qwen_aot.exporter.weights.recipe import Traced
 
 logger = logging.getLogger(__name__)
 

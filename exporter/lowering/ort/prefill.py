@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_aot.exporter.quantize.store import QuantizedWeights
-from qwen_aot.exporter.weights.stitch import Traced
+from qwen_aot.exporter.weights.recipe import Traced
 
 MS_DOMAIN = "com.microsoft"
 FROM_TOKENS = 32  # in a step, per row; below, reading twice the bytes costs more than the arithmetic saves

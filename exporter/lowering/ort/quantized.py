@@ -16,7 +16,7 @@ from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.lowering.passes import decides
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES
 from qwen_aot.exporter.quantize.store import Arrange, QuantizedWeights, dims
-from qwen_aot.exporter.weights.stitch import Traced
+from qwen_aot.exporter.weights.recipe import Traced
 
 MS_DOMAIN = "com.microsoft"
 

@@ -22,7 +22,7 @@ from qwen_aot.exporter.lowering.tensorrt import standard
 from qwen_aot.exporter.lowering.tensorrt.plugin_experts import ExpertBits, expert_bits, plug_experts
 from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat, refuse_experts
 from qwen_aot.exporter.model.io_spec import TensorSpec, io_spec
-from qwen_aot.exporter.weights.stitch import Traced
+from qwen_aot.exporter.weights.recipe import Traced
 
 logger = logging.getLogger(__name__)
 

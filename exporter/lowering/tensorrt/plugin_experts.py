@@ -15,7 +15,7 @@ from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat, dtype_of
 from qwen_aot.exporter.quantize.blockwise import pack
 from qwen_aot.exporter.quantize.store import dims
 from qwen_aot.exporter.quantize.symmetric import int4_blocks, int8_channels
-from qwen_aot.exporter.weights.stitch import Output, Traced
+from qwen_aot.exporter.weights.recipe import Output, Traced
 
 ExpertBits = Literal[16, 8, 4]
 

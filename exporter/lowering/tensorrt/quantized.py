@@ -21,7 +21,7 @@ from qwen_aot.exporter.lowering.passes import decides, rank
 from qwen_aot.exporter.quantize.blockwise import pack
 from qwen_aot.exporter.quantize.store import dims
 from qwen_aot.exporter.quantize.symmetric import fp8_channels, int4_blocks, int8_channels
-from qwen_aot.exporter.weights.stitch import Output, Recipe, Traced
+from qwen_aot.exporter.weights.recipe import Output, Recipe, Traced
 
 WeightFormat = Literal["int8", "int4", "fp8"]
 

@@ -26,7 +26,7 @@ from qwen_aot.exporter.lowering.passes import (
     remove_unused_inputs,
 )
 from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat, quantize_linears, refuse_experts
-from qwen_aot.exporter.weights.stitch import Traced
+from qwen_aot.exporter.weights.recipe import Traced
 
 logger = logging.getLogger(__name__)
 

@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 
 from qwen_aot.engines.onnxruntime import cpu as onnxruntime
 from qwen_aot.engines.onnxruntime import cuda
-from qwen_aot.engines.planner.footprint import activation_bytes, footprint
+from qwen_aot.engines.planner.activations import activation_bytes
+from qwen_aot.engines.planner.footprint import footprint
 from qwen_aot.engines.spec.build_spec import BuildSpec, Precision, Target
 from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.model.config import ModelConfig, MoeConfig
 from qwen_aot.exporter.model.variants import VARIANTS
-from qwen_aot.exporter.weights.stitch import Traced, output_bytes
+from qwen_aot.exporter.weights.recipe import Traced
+from qwen_aot.exporter.weights.stitch import output_bytes
 from qwen_aot.runtime.bundle.manifest import IoTensor, cache_capacity
 from qwen_aot.runtime.engine.kv_cache import KvCache
 

@@ -12,7 +12,8 @@ from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.ort import contrib as ort
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
-from qwen_aot.exporter.weights.stitch import Traced, stitch
+from qwen_aot.exporter.weights.recipe import Traced
+from qwen_aot.exporter.weights.stitch import stitch
 
 LOWERINGS: dict[str, Callable[[Traced], Traced]] = {
     "traced": lambda traced: traced,  # our own ops, run through their model-local definitions

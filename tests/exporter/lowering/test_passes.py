@@ -13,7 +13,8 @@ from qwen_aot.exporter.graph.ops import DOMAIN
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering import passes
 from qwen_aot.exporter.lowering.tensorrt import standard
-from qwen_aot.exporter.weights.stitch import Output, Recipe, Source, Traced, cast_to, place
+from qwen_aot.exporter.weights.recipe import Output, Recipe, Source, Traced, cast_to
+from qwen_aot.exporter.weights.stitch import place
 from tests.exporter.graph.test_trace import DENSE, MOE
 
 TIED = dataclasses.replace(DENSE, tie_word_embeddings=True)

@@ -23,16 +23,8 @@ from qwen_aot.exporter.checkpoint.hf.safetensors import SafetensorsShards
 from qwen_aot.exporter.lowering.passes import transpose_recipe
 from qwen_aot.exporter.model.config import ModelConfig, MoeConfig
 from qwen_aot.exporter.weights import stitch as weights
-from qwen_aot.exporter.weights.stitch import (
-    Output,
-    Recipe,
-    Source,
-    Traced,
-    cast_to,
-    output_bytes,
-    output_bytes_of,
-    stitch,
-)
+from qwen_aot.exporter.weights.recipe import Output, Recipe, Source, Traced, cast_to, output_bytes_of
+from qwen_aot.exporter.weights.stitch import output_bytes, stitch
 
 
 class ArrayCheckpoint:

@@ -7,10 +7,11 @@ import threading
 import pytest
 
 from qwen_aot.errors import BundleError, ContextFullError, GenerationError
-from qwen_aot.runtime.generation.chat import Chat, ChatTemplate
+from qwen_aot.runtime.generation.chat import Chat
 from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.generator import Generator
 from qwen_aot.runtime.generation.request import Completion, TokenEvent
+from qwen_aot.runtime.text.chat_template import ChatTemplate
 from tests.runtime.fakes import FakeEngine
 from tests.runtime.texts import GOLDEN, golden_tokenizer
 from tests.runtime.toys import make_manifest

@@ -24,7 +24,8 @@ from qwen_aot.exporter.lowering.ort.contrib import OrtOptions
 from qwen_aot.exporter.lowering.ort.prefill import FROM_TOKENS
 from qwen_aot.exporter.lowering.ort.provider import Provider
 from qwen_aot.exporter.quantize.blockwise import BlockFormat, dequantize, quantize
-from qwen_aot.exporter.weights.stitch import Traced, stitch
+from qwen_aot.exporter.weights.recipe import Traced
+from qwen_aot.exporter.weights.stitch import stitch
 from qwen_aot.runtime.backends.cpu.cpus import has_exact_integer_products
 from tests.checkpoints import reference_logits, save_tiny
 from tests.exporter.cases import CASES

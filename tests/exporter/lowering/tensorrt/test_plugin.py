@@ -25,7 +25,8 @@ from qwen_aot.exporter.lowering.tensorrt import plugin
 from qwen_aot.exporter.lowering.tensorrt.plugin import PluginOptions
 from qwen_aot.exporter.lowering.widen import widen_bf16
 from qwen_aot.exporter.model.io_spec import io_spec
-from qwen_aot.exporter.weights.stitch import Traced, stitch
+from qwen_aot.exporter.weights.recipe import Traced
+from qwen_aot.exporter.weights.stitch import stitch
 from tests.checkpoints import reference_logits, save_tiny
 from tests.exporter.cases import CASES
 from tests.exporter.graph.test_trace import DENSE, MOE

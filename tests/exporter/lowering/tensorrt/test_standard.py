@@ -20,7 +20,8 @@ from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.tensorrt import standard
 from qwen_aot.exporter.lowering.tensorrt.standard import StandardOptions
 from qwen_aot.exporter.lowering.widen import widen_bf16
-from qwen_aot.exporter.weights.stitch import Traced, stitch
+from qwen_aot.exporter.weights.recipe import Traced
+from qwen_aot.exporter.weights.stitch import stitch
 from tests.checkpoints import reference_logits, save_tiny
 from tests.exporter.cases import CASES
 from tests.exporter.graph.test_trace import DENSE, MOE
