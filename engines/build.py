@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qwen_aot.engines.builders import Builder, EngineFacts, builder_for
+from qwen_aot.engines.bundle.default_length import default_max_new_tokens
 from qwen_aot.engines.bundle.folder import explained
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.resources import Estimate, check_resources, estimate
@@ -28,7 +29,18 @@ from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.weights.recipe import Traced, output_bytes_of
 from qwen_aot.exporter.weights.stitch import check_sources, chunk_bytes, output_bytes, stitch
-from qwen_aot.runtime.bundle.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, cache_capacity
+from qwen_aot.runtime.bundle.manifest import (
+    FORMAT_VERSION,
+    Engines,
+    FileEntry,
+    IoTensor,
+    Manifest,
+    ModelFacts,
+    TextEngine,
+    TextFiles,
+    WeightEncodings,
+    cache_capacity,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -227,6 +239,7 @@ def _manifest_maker(
     graph_inputs = tuple(_io_tensor(value) for value in graph.inputs)
     graph_outputs = tuple(_io_tensor(value) for value in graph.outputs)
     cache_dtype = next(tensor.dtype for tensor in graph_inputs if tensor.name == "past_key_values.0.key")
+    max_new_tokens = default_max_new_tokens(checkpoint.tokenizer.files)
     return lambda files, facts: Manifest(
         format_version=FORMAT_VERSION,
         model=ModelFacts(
@@ -245,17 +258,31 @@ def _manifest_maker(
             source=dict(checkpoint.source),
         ),
         target=str(spec.target),
-        precision=str(spec.precision),
-        quantization=dict(spec.quantization),
-        engine=spec.facts.engine_file,
+        engines=Engines(
+            text=TextEngine(
+                file=spec.facts.engine_file,
+                precision=str(spec.precision),
+                quantization=dict(spec.quantization),
+                weight_encodings=WeightEncodings(kept={}, requantized={}),
+                inputs=graph_inputs if facts is None else facts.inputs,
+                outputs=graph_outputs if facts is None else facts.outputs,
+                tensorrt=None if facts is None else facts.tensorrt,
+                plan=None,
+                profiles=profiles(spec.prefill_chunk),
+                cache_dtype=cache_dtype,
+                logits_rows=None,
+            ),
+            vision=None,
+        ),
         max_context=max_context,
         max_batch=spec.max_batch,
         prefill_chunk=spec.prefill_chunk,
-        cache_dtype=cache_dtype,
-        inputs=graph_inputs if facts is None else facts.inputs,
-        outputs=graph_outputs if facts is None else facts.outputs,
-        profiles=profiles(spec.prefill_chunk),
-        tensorrt=None if facts is None else facts.tensorrt,
+        text=TextFiles(
+            tokenizer="tokenizer.json" if "tokenizer.json" in files else None,
+            compiled_tokenizer=None,
+            compiled_chat_template=None,
+        ),
+        default_max_new_tokens=max_new_tokens,
         tool_versions=tool_versions(),
         files=files,
     )

@@ -61,6 +61,6 @@ def check(folder: Path, manifest: Manifest) -> None:
     options.log_severity_level = 3  # errors; they are raised as well
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        onnxruntime.InferenceSession(folder / manifest.engine, options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(folder / manifest.engines.text.file, options, providers=["CPUExecutionProvider"])
     except onnxruntime_errors() as error:
         raise BuildError(f"onnxruntime {onnxruntime.__version__} can't open the built engine: {error}") from error

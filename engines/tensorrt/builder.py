@@ -85,14 +85,15 @@ def check(folder: Path, manifest: Manifest) -> None:
     Raises:
         BuildError: it is so much larger or smaller that the weights can't be stored as asked for.
     """
-    assert manifest.tensorrt is not None
-    found = (folder / manifest.engine).stat().st_size
-    plugins = manifest.tensorrt.plugins
+    engine = manifest.engines.text
+    assert engine.tensorrt is not None
+    found = (folder / engine.file).stat().st_size
+    plugins = engine.tensorrt.plugins
     library_bytes = manifest.files[plugins.file].bytes if plugins is not None and plugins.in_engine else 0
-    low, high = engine_size_bounds(manifest.tensorrt, manifest.model.num_hidden_layers, library_bytes)
+    low, high = engine_size_bounds(engine.tensorrt, manifest.model.num_hidden_layers, library_bytes)
     if not low <= found <= high:
         raise BuildError(
-            f"{manifest.engine} has {found:,} bytes where {low:,} to {high:,} are expected for "
-            f"{manifest.tensorrt.weight_bytes:,} bytes of {manifest.precision} weights: TensorRT stored them in "
+            f"{engine.file} has {found:,} bytes where {low:,} to {high:,} are expected for "
+            f"{engine.tensorrt.weight_bytes:,} bytes of {engine.precision} weights: TensorRT stored them in "
             "another precision, or more than once; choose another precision, and please report it"
         )

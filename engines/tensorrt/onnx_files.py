@@ -24,8 +24,9 @@ def require_same_onnx(manifest: Manifest, made_again: Mapping[str, FileEntry]) -
     Raises:
         BuildError: they aren't the same, byte for byte; names what differs, and versions of tools that do.
     """
-    assert manifest.tensorrt is not None
-    differing = [name for name, entry in manifest.tensorrt.onnx.items() if made_again.get(name) != entry]
+    engine = manifest.engines.text
+    assert engine.tensorrt is not None
+    differing = [name for name, entry in engine.tensorrt.onnx.items() if made_again.get(name) != entry]
     if not differing:
         return
     here = tool_versions()
@@ -35,7 +36,7 @@ def require_same_onnx(manifest: Manifest, made_again: Mapping[str, FileEntry]) -
         if here.get(tool) != built
     ]
     raise BuildError(
-        f"{' and '.join(differing)} made again from the checkpoint isn't what {manifest.engine} was compiled from, so "
+        f"{' and '.join(differing)} made again from the checkpoint isn't what {engine.file} was compiled from, so "
         "that a comparison would say nothing of it: give the checkpoint that it was built from, on the same kind of "
         "CPU and with the tools that built it"
         + (f" (these differ: {'; '.join(versions)})" if versions else " (their versions are the same)")

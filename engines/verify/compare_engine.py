@@ -72,8 +72,8 @@ def require_declared_alias(manifest: Manifest) -> None:
     Raises:
         EngineMismatchError: there is such a plugin; says what can be compared.
     """
-    assert manifest.tensorrt is not None
-    plugins = manifest.tensorrt.plugins
+    assert manifest.engines.text.tensorrt is not None
+    plugins = manifest.engines.text.tensorrt.plugins
     if plugins is not None:
         raise EngineMismatchError(
             f"the engine has the plugins {', '.join(plugins.ops)}, and Polygraphy's runner gives an attention plugin's "
@@ -156,8 +156,9 @@ def compare_engine(engine: Path, reference: Path, token_ids: Sequence[int], boun
     from polygraphy.mod.trt_importer import tensorrt_module_and_version_string
 
     manifests = read_manifest(reference), read_manifest(engine)
-    graph, plan = reference / manifests[0].engine, engine / manifests[1].engine
-    prefill = [profile.name for profile in manifests[1].profiles].index("prefill")
+    entries = manifests[0].engines.text, manifests[1].engines.text
+    graph, plan = reference / entries[0].file, engine / entries[1].file
+    prefill = [profile.name for profile in entries[1].profiles].index("prefill")
     on_cpu, _ = onnxruntime_runner(MarkedGraph(graph, graph.read_bytes()), ("CPUExecutionProvider",), "reference")
     runners = on_cpu, TrtRunner(EngineFromPath(str(plan)), name="engine", optimization_profile=prefill)
     results = RunResults()
@@ -169,7 +170,7 @@ def compare_engine(engine: Path, reference: Path, token_ids: Sequence[int], boun
     except PolygraphyException as error:
         raise BuildError(f"Polygraphy couldn't compare {plan} with {graph}: {error}") from error
     ((_, (compared,)),) = accuracy[0].items()  # of one judge, one pair of runners, one set of inputs
-    if missing := {tensor.name for tensor in manifests[1].outputs} - compared.keys():
+    if missing := {tensor.name for tensor in entries[1].outputs} - compared.keys():
         raise BuildError(f"Polygraphy didn't compare {', '.join(sorted(missing))}: {graph} lacks them")
     outputs = tuple(OutputComparison(name, float(result.snr), bool(result)) for name, result in compared.items())
     library = tensorrt_module_and_version_string().partition(">")[0]
@@ -193,7 +194,7 @@ def _show_cuda_runtime() -> None:
 
 def _feeds(manifest: Manifest, token_ids: Sequence[int]) -> dict[str, Any]:
     """The step's inputs, with a cache of the capacity that the graph fixes, if it does."""
-    past = next(tensor for tensor in manifest.inputs if tensor.name == "past_key_values.0.key")
+    past = next(tensor for tensor in manifest.engines.text.inputs if tensor.name == "past_key_values.0.key")
     _, heads, capacity, head_dim = past.shape
     return step_feeds(
         token_ids,

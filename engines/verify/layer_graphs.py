@@ -79,10 +79,11 @@ def compare_bundle_layers(
             max_context=manifest.max_context,
             on_progress=on_progress,
         ).graph
-        graph = folder / manifest.engine
-        if manifest.tensorrt is not None:
+        engine = manifest.engines.text
+        graph = folder / engine.file
+        if engine.tensorrt is not None:
             graph = _onnx_of_engine(folder, manifest, checkpoint, root)
-        capacities = (None, next(t.shape[2] for t in manifest.inputs if t.name == "past_key_values.0.key"))
+        capacities = (None, next(t.shape[2] for t in engine.inputs if t.name == "past_key_values.0.key"))
         feeds = [
             step_feeds(
                 token_ids,
@@ -108,10 +109,11 @@ def _onnx_of_engine(folder: Path, manifest: Manifest, checkpoint: Checkpoint, ro
     Raises:
         BuildError: what was made isn't what the engine was compiled from, or there is no room for it.
     """
-    block_size, head = manifest.quantization.get("block_size"), manifest.quantization.get("quantize_head", False)
+    engine = manifest.engines.text
+    block_size, head = engine.quantization.get("block_size"), engine.quantization.get("quantize_head", False)
     spec = BuildSpec(
         target=manifest.target,  # type: ignore[arg-type]  # BuildSpec takes strings
-        precision=manifest.precision,  # type: ignore[arg-type]
+        precision=engine.precision,  # type: ignore[arg-type]
         block_size=block_size if isinstance(block_size, int) else None,
         max_context=manifest.max_context,
         prefill_chunk=manifest.prefill_chunk,
@@ -137,13 +139,14 @@ def _onnx_of_engine(folder: Path, manifest: Manifest, checkpoint: Checkpoint, ro
 
 def _plugin_options(folder: Path, manifest: Manifest) -> TensorRtOptions:
     """What the bundle was asked to have of plugins."""
-    assert manifest.tensorrt is not None
-    plugins = manifest.tensorrt.plugins
+    engine = manifest.engines.text
+    assert engine.tensorrt is not None
+    plugins = engine.tensorrt.plugins
     ops = () if plugins is None else plugins.ops
     return TensorRtOptions(
         attention="plugin" if PluginOp.GQA in ops else "native",
         moe="plugin" if PluginOp.MOE in ops else "native",
-        kv_precision="int8" if manifest.cache_dtype == "int8" else "auto",
+        kv_precision="int8" if engine.cache_dtype == "int8" else "auto",
         plugin_library=None if plugins is None else folder / plugins.file,
     )
 

@@ -24,18 +24,18 @@ def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
             can't run it.
         GenerationError: `threads` was given for an engine that runs on a GPU.
     """
-    kind = PurePosixPath(bundle.manifest.engine).suffix
-    if kind == ".onnx":
+    file = bundle.manifest.engines.text.file
+    if PurePosixPath(file).suffix == ".onnx":
         from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine, OrtOptions
 
         return OnnxRuntimeEngine(bundle, OrtOptions(threads=threads))
-    if flavour_of(bundle.manifest.engine) is not None:
+    if flavour_of(file) is not None:
         if threads is not None:
             raise GenerationError(f"threads is {threads}, and the bundle's engine runs on a GPU: leave it out")
         from qwen_aot.runtime.backends.tensorrt.engine import TensorRtEngine
 
         return TensorRtEngine(bundle)
     raise EngineMismatchError(
-        f"the bundle's engine is {bundle.manifest.engine!r} for target {bundle.manifest.target!r}, which this version "
+        f"the bundle's engine is {file!r} for target {bundle.manifest.target!r}, which this version "
         f"of the runtime can't run; accepted: {', '.join(['.onnx', *(flavour.suffix for flavour in FLAVOURS)])} files"
     )

@@ -22,7 +22,7 @@ class Bundle:
     @property
     def engine_path(self) -> Path:
         """The engine file."""
-        return self.path / self.manifest.engine
+        return self.path / self.manifest.engines.text.file
 
     def has(self, name: str) -> bool:
         """Whether the manifest lists this file."""

@@ -1,44 +1,64 @@
-"""The bundle format: manifest.json's types and its strict JSON form (standard library only).
+"""The bundle format: what manifest.json says, and its strict JSON form (standard library only).
 
-`runtime.bundle.load` checks the files that a manifest lists.
+The parts have modules of their own, whose public names stand here too: `engine_entry`, `step_plan`, `tensorrt_facts`,
+`files`; `version_1` reads the older format. `runtime.bundle.load` checks the files that a manifest lists.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
-from typing import Any
 
 from qwen_aot.errors import BundleError
+from qwen_aot.runtime.bundle import version_1
+from qwen_aot.runtime.bundle.checks import MAX_COUNT, require_counts
+from qwen_aot.runtime.bundle.engine_entry import (
+    CACHE_PREFIX,
+    DTYPES,
+    LAST_LOGITS,
+    EngineEntry,
+    Engines,
+    IoTensor,
+    Profile,
+    TextEngine,
+    VisionEngine,
+    WeightEncodings,
+)
+from qwen_aot.runtime.bundle.files import MANIFEST_NAME, FileEntry, check_file_name
+from qwen_aot.runtime.bundle.step_plan import MatrixProduct, PlanTensor, StepPlan
 from qwen_aot.runtime.bundle.strict_json import parse_dataclass, parse_object
+from qwen_aot.runtime.bundle.tensorrt_facts import PluginFacts, TensorRtFacts
 
 __all__ = [
     "CACHE_PREFIX",
     "CAPACITY_STEP",
+    "DTYPES",
     "FORMAT_VERSION",
+    "LAST_LOGITS",
     "MANIFEST_NAME",
+    "MAX_COUNT",
+    "EngineEntry",
+    "Engines",
     "FileEntry",
     "IoTensor",
     "Manifest",
+    "MatrixProduct",
     "ModelFacts",
+    "PlanTensor",
     "PluginFacts",
     "Profile",
+    "StepPlan",
     "TensorRtFacts",
+    "TextEngine",
+    "TextFiles",
+    "VisionEngine",
+    "WeightEncodings",
     "cache_capacity",
 ]
 
-FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
-
-DTYPES = ("int64", "int32", "float32", "float16", "bfloat16", "int8")
-CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8")
-DIMENSIONS = ("B", "S", "C", "W")
-CACHE_PREFIX = "past_key_values."  # of the cache inputs' names
+FORMAT_VERSION = 2  # what is written; version 1 is read too
 CAPACITY_STEP = 256  # tokens; a cache that grows has a multiple of this
-MAX_COUNT = 2**31 - 1  # graphs keep lengths and sizes in int32
 
 
 def cache_capacity(max_context: int, prefill_chunk: int) -> int:
@@ -48,44 +68,6 @@ def cache_capacity(max_context: int, prefill_chunk: int) -> int:
     longer than its rotary tables, so the exporter and the runtime must agree on it.
     """
     return -(-(max_context + prefill_chunk) // CAPACITY_STEP) * CAPACITY_STEP
-
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_CAPABILITY = re.compile(r"[1-9][0-9]*\.[0-9]")
-
-
-@dataclass(frozen=True, slots=True)
-class IoTensor:
-    """One engine input or output. A dimension is a size or a letter (B, S, C, W)."""
-
-    name: str
-    dtype: str  # one of DTYPES
-    shape: tuple[int | str, ...]
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise BundleError(f"I/O tensor {self.name!r} has dtype {self.dtype!r}; accepted: {', '.join(DTYPES)}")
-        for dim in self.shape:
-            if dim not in DIMENSIONS and not (isinstance(dim, int) and 0 < dim <= MAX_COUNT):
-                raise BundleError(
-                    f"I/O tensor {self.name!r} has dimension {dim!r}; accepted: a size of 1 to {MAX_COUNT} or one of "
-                    f"{', '.join(DIMENSIONS)}"
-                )
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """One file of the bundle, by its name relative to the bundle's folder."""
-
-    bytes: int
-    sha256: str  # 64 lower-case hex digits
-
-    def __post_init__(self) -> None:
-        if self.bytes < 0 or not _SHA256.fullmatch(self.sha256):
-            raise BundleError(
-                f"file entry has bytes {self.bytes} and sha256 {self.sha256!r}; accepted: a size of at least 0 and 64 "
-                "lower-case hex digits"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +89,9 @@ class ModelFacts:
     source: Mapping[str, str]  # Checkpoint.source
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_counts(self, "num_parameters", most=2**63 - 1)
+        require_counts(
             self,
-            "num_parameters",
             "vocab_size",
             "num_hidden_layers",
             "num_attention_heads",
@@ -120,150 +102,60 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
-    """Allowed new tokens per row and step (S)."""
-
-    name: str  # prefill | decode
-    min_tokens: int
-    max_tokens: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min_tokens <= self.max_tokens:
-            raise BundleError(
-                f"profile {self.name!r} allows {self.min_tokens} to {self.max_tokens} tokens; "
-                f"accepted: 1 <= min_tokens <= max_tokens"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class PluginFacts:
-    """The library of plugins that an engine's layers need.
+class TextFiles:
+    """The files that turn text into token ids and back; each is one of the bundle's, or None.
 
     Attributes:
-        file: one of the bundle's files.
-        sha256: of it; 64 lower-case hex digits.
-        in_engine: the engine holds the library too, and TensorRT loads it from there.
-        ops: names of the plugins that the engine has layers of.
+        tokenizer: Hugging Face's tokenizer.json; None: the bundle takes and gives token ids only.
+        compiled_tokenizer: the same as a table, for readers without a JSON vocabulary and regular expressions.
+        compiled_chat_template: the chat template as literals, for readers without Jinja.
     """
 
-    file: str
-    sha256: str
-    in_engine: bool
-    ops: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRtFacts:
-    """What an engine can't be asked without its GPU, written down when it was built.
-
-    Attributes:
-        version: of the library that built it.
-        compute_capabilities: of the GPUs it runs on, "8.9" for example; empty: of the GPU that built it alone.
-        layers: how many layers of each type TensorRT's network had.
-        weight_bytes: of device memory, exact.
-        cache_bytes: of device memory for all rows, exact.
-        activation_bytes_estimated: of device memory, by the planner's formula.
-        builder_activation_bytes: the same as the builder told when it had compiled, of the profile that takes most;
-            None: it told nothing.
-        onnx: the files that the engine was compiled from, which aren't in the bundle: the graph and its weights.
-        plugins: what must be loaded before the engine; None: it has no plugin layers.
-    """
-
-    version: str
-    compute_capabilities: tuple[str, ...]
-    hardware_compatible: bool
-    version_compatible: bool
-    has_weights: bool
-    layers: Mapping[str, int]
-    weight_bytes: int
-    cache_bytes: int
-    activation_bytes_estimated: int
-    builder_activation_bytes: int | None
-    onnx: Mapping[str, FileEntry]
-    plugins: PluginFacts | None
-
-    def __post_init__(self) -> None:
-        for capability in self.compute_capabilities:
-            if not _CAPABILITY.fullmatch(capability):
-                raise BundleError(f"compute capability {capability!r}; accepted: numbers like 8.9")
-        for name in ("weight_bytes", "cache_bytes", "activation_bytes_estimated", "builder_activation_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise BundleError(f"{name} is {value}; accepted: at least 0")
-
-    @property
-    def activation_bytes(self) -> int:
-        """The builder's own figure, or the estimate where there is none."""
-        told = self.builder_activation_bytes
-        return self.activation_bytes_estimated if told is None else told
+    tokenizer: str | None
+    compiled_tokenizer: str | None
+    compiled_chat_template: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything a reader of a bundle needs; nothing is re-derived from the graph."""
+    """Everything a reader of a bundle needs; nothing is re-derived from the graph.
+
+    Attributes:
+        engines: by what they do.
+        max_context: tokens of a sequence, prompt included.
+        max_batch: rows, which is how many sequences run at once.
+        prefill_chunk: tokens of a prefill step, at most.
+        default_max_new_tokens: for a request that doesn't say; None: the checkpoint doesn't either.
+        tool_versions: of what built the bundle.
+        files: all but the manifest, by name.
+    """
 
     format_version: int
     model: ModelFacts
     target: str
-    precision: str
-    quantization: Mapping[str, int | str | bool]  # block_size, symmetric, ... ; empty for fp32
-    engine: str  # file name: model.onnx, engine.rtx, engine.plan
-    max_context: int  # tokens
-    max_batch: int  # rows
-    prefill_chunk: int  # tokens
-    cache_dtype: str
-    inputs: tuple[IoTensor, ...]
-    outputs: tuple[IoTensor, ...]
-    profiles: tuple[Profile, ...]
-    tensorrt: TensorRtFacts | None  # of the targets tensorrt-rtx and tensorrt
+    engines: Engines
+    max_context: int
+    max_batch: int
+    prefill_chunk: int
+    text: TextFiles
+    default_max_new_tokens: int | None
     tool_versions: Mapping[str, str]
     files: Mapping[str, FileEntry]
 
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
-            raise BundleError(_version_message(self.format_version))
-        _require_positive(self, "max_context", "max_batch", "prefill_chunk")
-        self._check_cache()
-        for name in self.files:
-            _check_file_name(name)
-        if self.engine not in self.files:
-            raise BundleError(
-                f"the engine file {self.engine!r} is not among the bundle's files ({', '.join(self.files)})"
-            )
-        plugins = None if self.tensorrt is None else self.tensorrt.plugins
-        if plugins is not None and (
-            plugins.file not in self.files or self.files[plugins.file].sha256 != plugins.sha256
-        ):
-            raise BundleError(
-                f"the plugin library {plugins.file!r} with SHA-256 {plugins.sha256!r} is not among the bundle's files "
-                f"({', '.join(self.files)})"
-            )
-        for kind, tensors in (("input", self.inputs), ("output", self.outputs)):
-            names = [tensor.name for tensor in tensors]
-            if len(set(names)) != len(names):
-                raise BundleError(f"an {kind} is listed twice among {', '.join(names)}")
+            raise BundleError(f"format_version is {self.format_version!r}; accepted: {FORMAT_VERSION}")
+        require_counts(self, "max_context", "max_batch", "prefill_chunk", "default_max_new_tokens")
+        text = self.engines.text
+        text.check_cache(self.max_context + self.prefill_chunk)
+        text.check_logits(self.model.vocab_size)
+        text.check_layers(self.model.num_hidden_layers)
+        self._check_files()
 
     @property
     def max_capacity(self) -> int:
         """See `cache_capacity`."""
         return cache_capacity(self.max_context, self.prefill_chunk)
-
-    def _check_cache(self) -> None:
-        """The cache inputs are [B, Hkv, C, D], scales [B, Hkv, C], all with one C that has room for a step."""
-        cache = [tensor for tensor in self.inputs if tensor.name.startswith(CACHE_PREFIX)]
-        needed = self.max_context + self.prefill_chunk
-        for tensor in cache:
-            if tensor.dtype not in CACHE_DTYPES or not _is_cache_shape(tensor.shape, needed):
-                raise BundleError(
-                    f"the cache input {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}; accepted: "
-                    f"{', '.join(CACHE_DTYPES)} of shape [B, heads, C, size] or [B, heads, C], C the letter or at "
-                    f"least max_context + prefill_chunk = {needed}"
-                )
-            if not tensor.name.endswith("_scale") and tensor.dtype != self.cache_dtype:
-                raise BundleError(f"cache_dtype is {self.cache_dtype!r}, but {tensor.name!r} is {tensor.dtype}")
-        capacities = {tensor.shape[2] for tensor in cache}
-        if len(capacities) > 1:
-            raise BundleError(f"the cache inputs have the capacities {capacities}; accepted: one for all")
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -271,7 +163,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Parses and checks manifest.json.
+        """Parses and checks manifest.json; one of format version 1 becomes what it says in version 2.
 
         Raises:
             BundleError: not JSON, a duplicate, unknown or missing key, a value of the wrong type or out of
@@ -280,46 +172,29 @@ class Manifest:
         document = parse_object(text, MANIFEST_NAME)
         # Before anything else: another version may have other keys.
         version = document.get("format_version")
-        if version != FORMAT_VERSION or isinstance(version, bool):
-            raise BundleError(_version_message(version))
-        return parse_dataclass(cls, document, MANIFEST_NAME)
+        if type(version) is not int or version not in (1, FORMAT_VERSION):
+            raise BundleError(
+                f"{MANIFEST_NAME} has format_version {version!r}, this runtime reads 1 and {FORMAT_VERSION}: rebuild "
+                "the bundle with this version of qwen-aot, or run it with the one that built it"
+            )
+        return parse_dataclass(cls, version_1.upgraded(document) if version == 1 else document, MANIFEST_NAME)
 
-
-def _require_positive(instance: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(instance, name)
-        if not 1 <= value <= (limit := 2**63 - 1 if name == "num_parameters" else MAX_COUNT):
-            raise BundleError(f"{name} is {value}; accepted: 1 to {limit}")
-
-
-def _is_cache_shape(shape: tuple[int | str, ...], needed: int) -> bool:
-    if len(shape) not in (3, 4):
-        return False
-    rows, heads, capacity, *rest = shape
-    has_room = capacity >= needed if isinstance(capacity, int) else capacity == "C"
-    return rows == "B" and has_room and all(isinstance(size, int) for size in (heads, *rest))
-
-
-def _version_message(found: object) -> str:
-    return (
-        f"{MANIFEST_NAME} has format_version {found!r}, this runtime reads {FORMAT_VERSION}: "
-        f"rebuild the bundle with this version of qwen-aot, or run it with the one that built it"
-    )
-
-
-def _check_file_name(name: str) -> None:
-    """A file name may name a file in the bundle's folder or below, on every operating system."""
-    path = PurePosixPath(name)
-    is_safe = (
-        name not in ("", MANIFEST_NAME)
-        and path.as_posix() == name  # no "./x", "a//b", "a/"
-        and not path.is_absolute()
-        and ".." not in path.parts
-        # Drive letters, other separators, control characters, halves of UTF-16 pairs.
-        and not re.search(r'[\\:\x00-\x1f<>"|?*\ud800-\udfff]', name)
-    )
-    if not is_safe:
-        raise BundleError(
-            f"{MANIFEST_NAME} lists a file named {name!r}; accepted: a relative path with '/' inside the "
-            f"bundle's folder. Don't use this bundle unless you know where it comes from"
-        )
+    def _check_files(self) -> None:
+        """Names stay inside the bundle, and whatever is named elsewhere in the manifest is among them."""
+        for name in self.files:
+            check_file_name(name)
+        listed = ", ".join(self.files)
+        named = [("engine file", engine.file) for engine in self.engines.all]
+        named += [(key.replace("_", " "), name) for key, name in asdict(self.text).items() if name is not None]
+        for what, name in named:
+            if name not in self.files:
+                raise BundleError(f"the {what} {name!r} is not among the bundle's files ({listed})")
+        for engine in self.engines.all:
+            plugins = None if engine.tensorrt is None else engine.tensorrt.plugins
+            if plugins is not None and (
+                plugins.file not in self.files or self.files[plugins.file].sha256 != plugins.sha256
+            ):
+                raise BundleError(
+                    f"the plugin library {plugins.file!r} with SHA-256 {plugins.sha256!r} is not among the bundle's "
+                    f"files ({listed})"
+                )

@@ -6,12 +6,12 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from qwen_aot.errors import BundleError
 
-__all__ = ["parse_dataclass", "parse_object"]
+__all__ = ["parse_dataclass", "parse_object", "require_keys"]
 
 T = TypeVar("T")
 
@@ -56,6 +56,20 @@ def parse_object(text: str, where: str, *, is_from_checkpoint: bool = False) -> 
     return document
 
 
+def require_keys(document: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+    """An object's keys are exactly these.
+
+    Raises:
+        BundleError: names those that are unknown or missing.
+    """
+    accepted = list(names)
+    unknown = sorted(set(document) - set(accepted))
+    missing = [name for name in accepted if name not in document]
+    if unknown or missing:
+        problem = f"unknown keys {unknown}" if unknown else f"no keys {missing}"
+        raise BundleError(f"{where} has {problem}; accepted: exactly {accepted}")
+
+
 def parse_dataclass(cls: type[T], document: Mapping[str, Any], where: str) -> T:
     """Makes a dataclass from a JSON object whose keys are exactly its fields.
 
@@ -67,11 +81,7 @@ def parse_dataclass(cls: type[T], document: Mapping[str, Any], where: str) -> T:
     """
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    unknown = sorted(set(document) - set(names))
-    missing = [name for name in names if name not in document]
-    if unknown or missing:
-        problem = f"unknown keys {unknown}" if unknown else f"no keys {missing}"
-        raise BundleError(f"{where} has {problem}; accepted: exactly {names}")
+    require_keys(document, names, where)
     values = {name: _parse(hints[name], document[name], f"{where}: {name}") for name in names}
     try:
         return cls(**values)
@@ -85,8 +95,8 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         for argument in arguments:
             if type(value) is argument:  # bool is not int here
                 return value
-            if dataclasses.is_dataclass(argument) and isinstance(value, dict):
-                return parse_dataclass(typing.cast(type[Any], argument), value, where)
+            if _is_object(argument) and isinstance(value, dict):
+                return _parse(argument, value, where)
     elif origin is tuple and isinstance(value, list):
         return tuple(_parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     elif origin is Mapping and isinstance(value, dict):
@@ -98,6 +108,11 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
     raise BundleError(f"{where} is {value!r}; accepted: {_describe(hint)}")
 
 
+def _is_object(hint: Any) -> bool:
+    """Whether a JSON object stands for this type."""
+    return typing.get_origin(hint) is Mapping or dataclasses.is_dataclass(hint)
+
+
 def _describe(hint: Any) -> str:
     """A JSON reader's words for a type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -105,6 +120,6 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(argument) for argument in arguments)
     if origin is tuple:
         return f"a list of {_describe(arguments[0])}"
-    if origin is Mapping or dataclasses.is_dataclass(hint):
+    if _is_object(hint):
         return "an object"
     return {int: "an integer", str: "a string", bool: "true or false", types.NoneType: "null"}[hint]

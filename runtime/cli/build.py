@@ -231,7 +231,7 @@ def _show_report(report: BuildReport) -> None:
             highlight=False,
         )
     console.print(
-        f"{report.out}: {report.manifest.target} {report.manifest.precision}, "
+        f"{report.out}: {report.manifest.target} {report.manifest.engines.text.precision}, "
         f"{size(sum(entry.bytes for entry in report.manifest.files.values()))}, "
         f"built in {duration(report.seconds)}, peak memory {size(report.peak_memory_bytes)}",
         highlight=False,

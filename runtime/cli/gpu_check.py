@@ -263,7 +263,7 @@ def _compare(folder: Path, target: str) -> Mapping[str, Any]:
     on_cpu = replace(DEVICES["cpu"], minimum_version=version)
     with OnnxRuntimeEngine(reference, device=on_cpu) as theirs, open_engine(load_bundle(folder / target)) as ours:
         ids = np.random.default_rng(0).integers(0, ours.manifest.model.vocab_size, 2 * WINDOW).tolist()
-        bounds = BOUNDS[ours.manifest.precision]
+        bounds = BOUNDS[ours.manifest.engines.text.precision]
         result = verify(ours, EngineReference(theirs), windows(ids, WINDOW, 2), bounds, greedy_tokens=GREEDY)
     details = result.to_json()
     failed = [check.name for check in result.checks if not check.has_passed]
@@ -283,7 +283,8 @@ def _compare_with_polygraphy(model: str, folder: Path, target: str) -> Mapping[s
         raise Skip("polygraphy isn't installed: pip install 'qwen-aot[verify]'")
     engine = folder / target
     manifest = read_manifest(engine)
-    if manifest.tensorrt is not None and manifest.tensorrt.plugins is not None:
+    facts = manifest.engines.text.tensorrt
+    if facts is not None and facts.plugins is not None:
         engine = folder / f"{target}-native"
         try:
             _build(model, target, "fp16", engine, forms="native")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_aot.errors import BundleError
-from qwen_aot.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest
+from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, MANIFEST_NAME, FileEntry, Manifest, TensorRtFacts
 
 
 def facts(path: Path, *, with_hash: bool) -> dict[str, Any]:
@@ -23,25 +23,33 @@ def facts(path: Path, *, with_hash: bool) -> dict[str, Any]:
         raise BundleError(f"{path / MANIFEST_NAME} can't be read: {error}") from error
     manifest = Manifest.from_json(text)
     values = asdict(manifest)
-    model = values.pop("model")
-    layers = [tensor for tensor in manifest.inputs if tensor.name.startswith("past_key_values.")]
+    model, engine = values["model"], values["engines"]["text"]
+    cache = [tensor for tensor in engine["inputs"] if tensor["name"].startswith(CACHE_PREFIX)]
     return {
         "kind": "bundle",
         "path": str(path),
         **{key: model[key] for key in ("name", "model_type", "num_parameters", "vocab_size", "num_hidden_layers")},
-        **{name: values[name] for name in ("target", "precision", "quantization", "engine", "max_context")},
-        **{name: values[name] for name in ("max_batch", "prefill_chunk", "cache_dtype", "format_version")},
+        "target": manifest.target,
+        "precision": engine["precision"],
+        "quantization": engine["quantization"],
+        "engine": engine["file"],
+        **{name: values[name] for name in ("max_context", "max_batch", "prefill_chunk", "default_max_new_tokens")},
+        **{name: engine[name] for name in ("cache_dtype", "logits_rows", "weight_encodings")},
+        "format_version": manifest.format_version,
+        **values["text"],
         "total_bytes": sum(entry.bytes for entry in manifest.files.values()),
-        "cache_tensors": len(layers),
-        **_engine_facts(manifest),
+        "cache_tensors": len(cache),
+        **_engine_facts(manifest.engines.text.tensorrt),
+        "plan": engine["plan"],
+        "vision": values["engines"]["vision"],
         "source": model["source"],
         "tool_versions": values["tool_versions"],
         "io": [
-            {"direction": direction, **asdict(tensor)}
-            for direction, tensors in (("in", manifest.inputs), ("out", manifest.outputs))
+            {"direction": direction, **tensor}
+            for direction, tensors in (("in", engine["inputs"]), ("out", engine["outputs"]))
             for tensor in tensors
         ],
-        "profiles": [asdict(profile) for profile in manifest.profiles],
+        "profiles": engine["profiles"],
         "files": [
             {
                 "name": name,
@@ -54,11 +62,11 @@ def facts(path: Path, *, with_hash: bool) -> dict[str, Any]:
     }
 
 
-def _engine_facts(manifest: Manifest) -> dict[str, Any]:
+def _engine_facts(facts: TensorRtFacts | None) -> dict[str, Any]:
     """What an engine can't be asked without its GPU; nothing of a bundle without one."""
-    if manifest.tensorrt is None:
+    if facts is None:
         return {}
-    engine = asdict(manifest.tensorrt)
+    engine = asdict(facts)
     layers = engine.pop("layers")
     return {
         **{("tensorrt_version" if name == "version" else name): value for name, value in engine.items()},

@@ -129,7 +129,7 @@ def command(
     from qwen_aot.runtime.generation.generator import Generator
 
     with Generator.open(bundle, threads=threads) as generator:
-        limits = bounds_for(generator.engine.manifest.precision, **bounds)
+        limits = bounds_for(generator.engine.manifest.engines.text.precision, **bounds)
         with (
             open_source(reference, random_weights=random_weights, seed=weights_seed) as checkpoint,
             progress_on_stderr() as show,

@@ -28,16 +28,16 @@ def compare(
         manifest,
         checkpoint,
         token_ids,
-        bound_for(manifest.precision) if bound is None else bound,
+        bound_for(manifest.engines.text.precision) if bound is None else bound,
         on_progress,
     )
 
 
 def _token_ids(bundle: Bundle, text: str) -> list[int]:
-    if bundle.has("tokenizer.json"):
+    if (name := bundle.manifest.text.tokenizer) is not None:
         from tokenizers import Tokenizer
 
-        return list(Tokenizer.from_file(str(bundle.path / "tokenizer.json")).encode(text, add_special_tokens=False).ids)
+        return list(Tokenizer.from_file(str(bundle.path / name)).encode(text, add_special_tokens=False).ids)
     import numpy as np
 
     drawn: list[int] = np.random.default_rng(0).integers(0, bundle.manifest.model.vocab_size, 256).tolist()

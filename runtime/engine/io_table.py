@@ -12,7 +12,7 @@ STEP_INPUTS = ("input_ids", "position_ids", "cache_length", "new_tokens", "key_p
 
 def cache_inputs(manifest: Manifest) -> list[IoTensor]:
     """The inputs past_key_values.*, in the table's order."""
-    return [tensor for tensor in manifest.inputs if tensor.name.startswith(CACHE_PREFIX)]
+    return [tensor for tensor in manifest.engines.text.inputs if tensor.name.startswith(CACHE_PREFIX)]
 
 
 def present_name(past: str) -> str:
@@ -26,8 +26,8 @@ def check_table(manifest: Manifest) -> None:
     Raises:
         EngineMismatchError: names them.
     """
-    past = cache_inputs(manifest)
-    for tensor in manifest.inputs:
+    engine, past = manifest.engines.text, cache_inputs(manifest)
+    for tensor in engine.inputs:
         if tensor not in past and (tensor.name not in STEP_INPUTS or tensor.dtype != "int64"):
             raise EngineMismatchError(
                 f"the bundle's graph has the input {tensor.name!r} of dtype {tensor.dtype}, which this runtime can't "
@@ -35,8 +35,8 @@ def check_table(manifest: Manifest) -> None:
             )
     logits = IoTensor("logits", "float32", ("B", manifest.model.vocab_size))
     outputs = {"logits", *(present_name(tensor.name) for tensor in past)}
-    found = {tensor.name for tensor in manifest.outputs}
-    if outputs != found or logits not in manifest.outputs:
+    found = {tensor.name for tensor in engine.outputs}
+    if outputs != found or logits not in engine.outputs:
         raise EngineMismatchError(
             f"the bundle's graph has the outputs {sorted(found)}; accepted: logits (float32 [B, "
             f"{manifest.model.vocab_size}]) and a present.* for each past_key_values.*, {sorted(outputs)}"

@@ -124,13 +124,14 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
     Raises:
         BundleError: its files can't be parsed or don't fit the model.
     """
-    if not bundle.has(TOKENIZER_NAME):
+    name = bundle.manifest.text.tokenizer
+    if name is None:
         return None
     config: dict[str, Any] = {}
     if bundle.has(TOKENIZER_CONFIG_NAME):
         config = parse_object(bundle.read_text(TOKENIZER_CONFIG_NAME), TOKENIZER_CONFIG_NAME, is_from_checkpoint=True)
     return Tokenizer(
-        _parse_tokenizer(bundle.read_text(TOKENIZER_NAME)),
+        _parse_tokenizer(bundle.read_text(name)),
         config,
         vocab_size=bundle.manifest.model.vocab_size,
     )

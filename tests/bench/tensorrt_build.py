@@ -113,8 +113,10 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         "compile_seconds": stages["compile"],
         "seconds": seconds,
         "peak_memory_bytes": report.peak_memory_bytes,
-        "engine_bytes": (out / report.manifest.engine).stat().st_size,
-        "weight_bytes": report.manifest.tensorrt.weight_bytes if report.manifest.tensorrt is not None else 0,
+        "engine_bytes": (out / report.manifest.engines.text.file).stat().st_size,
+        "weight_bytes": report.manifest.engines.text.tensorrt.weight_bytes
+        if report.manifest.engines.text.tensorrt is not None
+        else 0,
         "stages": {name: round(value, 2) for name, value in stages.items()},
     }
     shutil.rmtree(out)

@@ -32,7 +32,7 @@ from qwen_aot.runtime.bundle.manifest import (
 )
 from tests.doubles.install import VERSIONS
 from tests.doubles.tensorrt import METADATA_KEY, PLUGINS_KEY
-from tests.runtime.toys import make_manifest
+from tests.runtime.toys import make_manifest, text_files
 
 ENGINE_FILES = {"tensorrt_rtx": "engine.rtx", "tensorrt": "engine.plan"}
 TARGETS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
@@ -44,7 +44,7 @@ PLUGIN_LIBRARY, PLUGIN_CONTENT = "libqwen_aot_plugins.so", "what plugins are"
 
 def facts_for(flavour: str, manifest: Manifest, **overrides: Any) -> TensorRtFacts:
     """What a build for SM 8.9 would have written down."""
-    cache = [tensor for tensor in manifest.inputs if tensor.name.startswith(CACHE_PREFIX)]
+    cache = [tensor for tensor in manifest.engines.text.inputs if tensor.name.startswith(CACHE_PREFIX)]
     facts = TensorRtFacts(
         version=VERSIONS[flavour],
         compute_capabilities=("8.6", "8.9"),
@@ -89,14 +89,14 @@ def write_tensorrt_bundle(
         decode_tokens: the largest S of the engine's decode profile, which may be more than is ever asked for.
     """
     folder.mkdir(parents=True)
-    capacity = next(int(t.shape[2]) for t in manifest.inputs if t.name.startswith(CACHE_PREFIX))
+    capacity = next(int(t.shape[2]) for t in manifest.engines.text.inputs if t.name.startswith(CACHE_PREFIX))
     ranges = {
         "prefill": {"B": (1, 1), "S": (1, manifest.prefill_chunk), "W": (1, capacity)},
         "decode": {"B": (1, manifest.max_batch), "S": (1, decode_tokens), "W": (1, capacity)},
     }
     profiles = [
-        {t.name: [_sizes(t, ranges[p.name], end) for end in (0, 1, 1)] for t in manifest.inputs}
-        for p in manifest.profiles
+        {t.name: [_sizes(t, ranges[p.name], end) for end in (0, 1, 1)] for t in manifest.engines.text.inputs}
+        for p in manifest.engines.text.profiles
     ]
     metadata = {"profiles": profiles, "weight_bytes": WEIGHT_BYTES, "activation_bytes": ACTIVATION_BYTES}
     properties = {METADATA_KEY: json.dumps(metadata)}
@@ -112,11 +112,14 @@ def write_tensorrt_bundle(
     for name, content in contents.items():
         (folder / name).write_bytes(content)
         files[name] = FileEntry(len(content), hashlib.sha256(content).hexdigest())
+    text = replace(
+        manifest.engines.text, file=ENGINE_FILES[flavour], tensorrt=facts_for(flavour, manifest, **(facts or {}))
+    )
     written = replace(
         manifest,
-        engine=ENGINE_FILES[flavour],
         target=TARGETS[flavour],
-        tensorrt=facts_for(flavour, manifest, **(facts or {})),
+        engines=replace(manifest.engines, text=text),
+        text=text_files(files),
         files=files,
     )
     (folder / MANIFEST_NAME).write_text(written.to_json(), encoding="utf-8")
@@ -173,7 +176,6 @@ def export_tensorrt_bundle(
             pad_token_id=config.pad_token_id,
             source=dict(source.source),
         ),
-        precision="fp32",
     )
     has_plugins = lower is not standard.lower
     return write_tensorrt_bundle(folder, model, manifest, flavour, texts=texts, plugins=has_plugins)

@@ -7,7 +7,18 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from qwen_aot.runtime.bundle.manifest import FORMAT_VERSION, FileEntry, IoTensor, Manifest, ModelFacts, Profile
+from qwen_aot.runtime.bundle.manifest import (
+    FORMAT_VERSION,
+    Engines,
+    FileEntry,
+    IoTensor,
+    Manifest,
+    ModelFacts,
+    Profile,
+    TextEngine,
+    TextFiles,
+    WeightEncodings,
+)
 
 
 def manifest_for(files: Mapping[str, FileEntry]) -> Manifest:
@@ -30,17 +41,27 @@ def manifest_for(files: Mapping[str, FileEntry]) -> Manifest:
             source={"format": "test"},
         ),
         target="cpu",
-        precision="fp32",
-        quantization={},
-        engine="model.onnx",
+        engines=Engines(
+            text=TextEngine(
+                file="model.onnx",
+                precision="fp32",
+                quantization={},
+                weight_encodings=WeightEncodings(kept={}, requantized={}),
+                inputs=(IoTensor("input_ids", "int64", ("B", "S")),),
+                outputs=(IoTensor("logits", "float32", ("B", 32)),),
+                tensorrt=None,
+                plan=None,
+                profiles=(Profile("prefill", 1, 8), Profile("decode", 1, 1)),
+                cache_dtype="float32",
+                logits_rows=None,
+            ),
+            vision=None,
+        ),
         max_context=64,
         max_batch=1,
         prefill_chunk=8,
-        cache_dtype="float32",
-        inputs=(IoTensor("input_ids", "int64", ("B", "S")),),
-        outputs=(IoTensor("logits", "float32", ("B", 32)),),
-        profiles=(Profile("prefill", 1, 8), Profile("decode", 1, 1)),
-        tensorrt=None,
+        text=TextFiles(tokenizer=None, compiled_tokenizer=None, compiled_chat_template=None),
+        default_max_new_tokens=None,
         tool_versions={"python": "3.11"},
         files=files,
     )

@@ -52,9 +52,15 @@ def test_a_bundle_is_whole_and_says_what_it_is(checkpoint: Path, tmp_path: Path)
         assert (out / name).stat().st_size == entry["bytes"]
     assert manifest["model"]["name"] == "tiny-model"
     assert manifest["max_context"] == 128
-    assert manifest["cache_dtype"] == "float32"
-    assert {"name": "input_ids", "dtype": "int64", "shape": ["B", "S"]} in manifest["inputs"]
-    assert {"name": "logits", "dtype": "float32", "shape": ["B", 320]} in manifest["outputs"]
+    engine = manifest["engines"]["text"]
+    assert engine["cache_dtype"] == "float32"
+    assert {"name": "input_ids", "dtype": "int64", "shape": ["B", "S"]} in engine["inputs"]
+    assert {"name": "logits", "dtype": "float32", "shape": ["B", 320]} in engine["outputs"]
+    assert manifest["text"] == {
+        "tokenizer": "tokenizer.json",
+        "compiled_tokenizer": None,
+        "compiled_chat_template": None,
+    }
     assert {"torch", "onnx", "onnxruntime", "qwen-aot", "python"} <= set(manifest["tool_versions"])
     stages = list(dict.fromkeys(event.stage for event in events))
     assert stages == list(STAGES[:-1])
@@ -73,7 +79,7 @@ def test_every_combination_builds_and_answers(
     spec = BuildSpec(target=row.target, precision=row.precision, symmetric=symmetric, max_context=128)
     build(checkpoint, tmp_path / "bundle", spec)
     with Generator.open(tmp_path / "bundle") as generator:
-        assert generator.engine.manifest.quantization == spec.quantization
+        assert generator.engine.manifest.engines.text.quantization == spec.quantization
         config = generator.defaults.resolve(max_new_tokens=3, ignore_eos=True)
         assert len(generator.generate([[1, 2, 3]], config)[0].token_ids) == 3
 
@@ -128,7 +134,7 @@ def test_the_verifier_sees_the_bundle_and_its_result_is_recorded(checkpoint: Pat
     seen: list[str] = []
 
     def verifier(folder: Path, advance: Advance) -> dict[str, bool]:
-        seen.append(json.loads((folder / "manifest.json").read_text())["precision"])
+        seen.append(json.loads((folder / "manifest.json").read_text())["engines"]["text"]["precision"])
         return {"passed": True}
 
     build(checkpoint, tmp_path / "bundle", verifier=verifier)

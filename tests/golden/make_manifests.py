@@ -1,7 +1,8 @@
 """Remakes manifests.json: `python -m tests.golden.make_manifests`.
 
 Manifests that every reader of a bundle must take, and those that it must refuse. Written from the format's
-rules alone; no code of ours is asked. A case is the text of a manifest.json and whether it is accepted.
+rules alone; no code of ours is asked. A case is the text of a manifest.json and whether it is accepted; of format
+version 1, the document of version 2 that a reader must take it for (`upgraded`).
 """
 
 from __future__ import annotations
@@ -12,40 +13,56 @@ from pathlib import Path
 from typing import Any
 
 SHA256 = "0123456789abcdef" * 4
+MODEL: dict[str, Any] = {
+    "name": "qwen1.5-0.5b",
+    "model_type": "qwen2",
+    "num_parameters": 463987712,
+    "vocab_size": 151936,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 64,
+    "max_position_embeddings": 32768,
+    "bos_token_id": None,
+    "eos_token_ids": [151643],
+    "pad_token_id": 151643,
+    "source": {"format": "safetensors"},
+}
+QUANTIZATION = {"block_size": 32, "symmetric": True, "method": "rtn"}
+INPUTS: list[dict[str, Any]] = [
+    {"name": "input_ids", "dtype": "int64", "shape": ["B", "S"]},
+    {"name": "past_key_values.0.key", "dtype": "float16", "shape": ["B", 16, "C", 64]},
+]
+LOGITS = {"name": "logits", "dtype": "float32", "shape": ["B", 151936]}
+PROFILES = [{"name": "prefill", "min_tokens": 1, "max_tokens": 512}]
+FILE = {"bytes": 10, "sha256": SHA256}
 BASE: dict[str, Any] = {
-    "format_version": 1,
-    "model": {
-        "name": "qwen1.5-0.5b",
-        "model_type": "qwen2",
-        "num_parameters": 463987712,
-        "vocab_size": 151936,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "head_dim": 64,
-        "max_position_embeddings": 32768,
-        "bos_token_id": None,
-        "eos_token_ids": [151643],
-        "pad_token_id": 151643,
-        "source": {"format": "safetensors"},
-    },
+    "format_version": 2,
+    "model": MODEL,
     "target": "cpu",
-    "precision": "int4",
-    "quantization": {"block_size": 32, "symmetric": True, "method": "rtn"},
-    "engine": "model.onnx",
+    "engines": {
+        "text": {
+            "file": "model.onnx",
+            "precision": "int4",
+            "quantization": QUANTIZATION,
+            "weight_encodings": {"kept": {}, "requantized": {}},
+            "inputs": INPUTS,
+            "outputs": [LOGITS],
+            "tensorrt": None,
+            "plan": None,
+            "profiles": PROFILES,
+            "cache_dtype": "float16",
+            "logits_rows": None,
+        },
+        "vision": None,
+    },
     "max_context": 32768,
     "max_batch": 1,
     "prefill_chunk": 512,
-    "cache_dtype": "float16",
-    "inputs": [
-        {"name": "input_ids", "dtype": "int64", "shape": ["B", "S"]},
-        {"name": "past_key_values.0.key", "dtype": "float16", "shape": ["B", 16, "C", 64]},
-    ],
-    "outputs": [{"name": "logits", "dtype": "float32", "shape": ["B", 151936]}],
-    "profiles": [{"name": "prefill", "min_tokens": 1, "max_tokens": 512}],
-    "tensorrt": None,
+    "text": {"tokenizer": None, "compiled_tokenizer": None, "compiled_chat_template": None},
+    "default_max_new_tokens": None,
     "tool_versions": {"onnx": "1.23.2"},
-    "files": {"model.onnx": {"bytes": 10, "sha256": SHA256}},
+    "files": {"model.onnx": FILE},
 }
 TENSORRT: dict[str, Any] = {
     "version": "1.7.1.116",
@@ -58,72 +75,209 @@ TENSORRT: dict[str, Any] = {
     "cache_bytes": 100,
     "activation_bytes_estimated": 0,
     "builder_activation_bytes": 12948480,
-    "onnx": {"model.onnx": {"bytes": 10, "sha256": SHA256}},
+    "onnx": {"model.onnx": FILE},
     "plugins": None,
 }
 PLUGINS = {"file": "model.onnx", "sha256": SHA256, "in_engine": False, "ops": ["QwenGQA"]}
+PRODUCT = {"name": "layers.*.qkv", "left": "int8", "right": "int8", "output": "float16", "count": 1}
+COPY = {"name": "present.*.key", "op": "Slice", "bytes": 8388608, "count": 1}
+STEP: dict[str, Any] = {
+    "kernels": 14,
+    "layer_kernels": [12],
+    "matrix_products": [PRODUCT],
+    "copies": [COPY],
+    "weight_scratch": [],
+}
+VISION: dict[str, Any] = {
+    "file": "model.onnx",
+    "precision": "fp16",
+    "quantization": {},
+    "weight_encodings": {"kept": {}, "requantized": {}},
+    "inputs": [{"name": "pixel_values", "dtype": "float16", "shape": ["B", 3, 448, 448]}],
+    "outputs": [{"name": "image_embeddings", "dtype": "float16", "shape": ["B", 256, 4096]}],
+    "tensorrt": None,
+    "plan": None,
+    "max_batch": 4,
+}
+LAST_LOGITS = {"name": "last_logits", "dtype": "float32", "shape": ["B", 8, 151936]}
 REMOVED = object()
 
+KeyPath = list[str | int]
+TEXT: KeyPath = ["engines", "text"]
+VISION_KEY: KeyPath = ["engines", "vision"]
+
+
+def speculative(rows: Any, last_logits: list[dict[str, Any]]) -> dict[str, Any]:
+    """The base's text engine with these rows of logits and these outputs more."""
+    return BASE["engines"]["text"] | {"logits_rows": rows, "outputs": [LOGITS, *last_logits]}
+
+
 # (what, path, value, accepted)
-EDITS: list[tuple[str, list[str | int], Any, bool]] = [
-    ("as it is", ["format_version"], 1, True),
+EDITS: list[tuple[str, KeyPath, Any, bool]] = [
+    ("as it is", ["format_version"], 2, True),
     ("a file in a folder", ["files", "weights/part.bin"], {"bytes": 0, "sha256": SHA256}, True),
-    ("no quantization", ["quantization"], {}, True),
     ("a bos token", ["model", "bos_token_id"], 1, True),
-    ("facts of TensorRT", ["tensorrt"], TENSORRT, True),
-    ("facts of TensorRT for the GPU that built it", ["tensorrt"], TENSORRT | {"compute_capabilities": []}, True),
-    ("facts of TensorRT with a key too many", ["tensorrt"], TENSORRT | {"sm": "8.9"}, False),
-    ("a compute capability without a dot", ["tensorrt"], TENSORRT | {"compute_capabilities": ["89"]}, False),
-    ("plugins of TensorRT", ["tensorrt"], TENSORRT | {"plugins": PLUGINS}, True),
-    ("a plugin library of another hash", ["tensorrt"], TENSORRT | {"plugins": PLUGINS | {"sha256": "0" * 64}}, False),
-    ("a plugin library that isn't a file", ["tensorrt"], TENSORRT | {"plugins": PLUGINS | {"file": "x.so"}}, False),
-    (
-        "plugins without a hash",
-        ["tensorrt"],
-        TENSORRT | {"plugins": {"file": "model.onnx", "in_engine": False, "ops": []}},
-        False,
-    ),
-    ("a builder that told nothing", ["tensorrt"], TENSORRT | {"builder_activation_bytes": None}, True),
-    ("negative activations", ["tensorrt"], TENSORRT | {"builder_activation_bytes": -1}, False),
-    ("activations that are text", ["tensorrt"], TENSORRT | {"builder_activation_bytes": "1"}, False),
-    ("an ONNX without a hash", ["tensorrt"], TENSORRT | {"onnx": {"model.onnx": {"bytes": 1}}}, False),
-    ("negative weights", ["tensorrt"], TENSORRT | {"weight_bytes": -1}, False),
-    ("a list in the place of facts", ["tensorrt"], [], False),
-    ("a fixed capacity", ["inputs", 1, "shape", 2], 33280, True),
-    ("a fixed capacity without room for a prefill step", ["inputs", 1, "shape", 2], 33279, False),
-    ("a cache of lengths", ["inputs", 1, "dtype"], "int64", False),
-    ("another dtype than the cache's", ["inputs", 1, "dtype"], "int8", False),
-    ("a cache of two dimensions", ["inputs", 1, "shape"], ["B", "C"], False),
-    ("a cache whose heads are a letter", ["inputs", 1, "shape", 1], "S", False),
-    ("a cache without rows", ["inputs", 1, "shape", 0], 1, False),
     ("the largest context", ["max_context"], 2**31 - 1, True),
     ("a context beyond 31 bits", ["max_context"], 2**31, False),
-    ("a dimension beyond 31 bits", ["outputs", 0, "shape", 1], 2**31, False),
     ("as many parameters as 63 bits count", ["model", "num_parameters"], 2**63 - 1, True),
     ("an integer beyond 64 bits", ["model", "num_parameters"], 2**64, False),
-    ("another version", ["format_version"], 2, False),
-    ("a version that is text", ["format_version"], "1", False),
+    ("a later version", ["format_version"], 3, False),
+    ("version 0", ["format_version"], 0, False),
+    ("a version that is text", ["format_version"], "2", False),
+    ("a version with a fraction", ["format_version"], 2.0, False),
     ("a version that is true", ["format_version"], True, False),
     ("no version", ["format_version"], REMOVED, False),
+    ("the keys of version 2 under the number of version 1", ["format_version"], 1, False),
     ("an unknown key", ["extra"], 1, False),
     ("an unknown key inside", ["model", "extra"], 1, False),
-    ("a missing key", ["engine"], REMOVED, False),
+    ("a key of version 1", ["engine"], "model.onnx", False),
+    ("a missing key", ["target"], REMOVED, False),
     ("a missing key inside", ["files", "model.onnx", "sha256"], REMOVED, False),
     ("a number that is text", ["max_batch"], "1", False),
     ("a number with a fraction", ["max_context"], 32768.0, False),
     ("true for a number", ["prefill_chunk"], True, False),
     ("null for a number", ["model", "vocab_size"], None, False),
     ("nothing of what must be", ["max_batch"], 0, False),
-    ("null inside quantization", ["quantization", "x"], None, False),
-    ("an unknown dtype", ["inputs", 0, "dtype"], "int4", False),
-    ("an unknown dimension", ["inputs", 0, "shape", 0], "X", False),
-    ("a dimension of 0", ["outputs", 0, "shape", 1], 0, False),
-    ("an input twice", ["inputs", 1], BASE["inputs"][0], False),
-    ("a profile upside down", ["profiles", 0, "min_tokens"], 513, False),
     ("a size below 0", ["files", "model.onnx", "bytes"], -1, False),
     ("a hash in capitals", ["files", "model.onnx", "sha256"], SHA256.upper(), False),
     ("a short hash", ["files", "model.onnx", "sha256"], SHA256[1:], False),
-    ("an engine that isn't a file", ["engine"], "engine.plan", False),
+    # Engines.
+    ("no engines", ["engines"], {}, False),
+    ("no text engine", TEXT, None, False),
+    ("an engine of another kind", ["engines", "audio"], None, False),
+    ("an unknown key of the engine", [*TEXT, "extra"], None, False),
+    ("an engine that isn't a file", [*TEXT, "file"], "engine.plan", False),
+    ("no quantization", [*TEXT, "quantization"], {}, True),
+    ("null inside quantization", [*TEXT, "quantization", "x"], None, False),
+    ("a fixed capacity", [*TEXT, "inputs", 1, "shape", 2], 33280, True),
+    ("a fixed capacity without room for a prefill step", [*TEXT, "inputs", 1, "shape", 2], 33279, False),
+    ("a cache of lengths", [*TEXT, "inputs", 1, "dtype"], "int64", False),
+    ("another dtype than the cache's", [*TEXT, "inputs", 1, "dtype"], "int8", False),
+    ("a cache of two dimensions", [*TEXT, "inputs", 1, "shape"], ["B", "C"], False),
+    ("a cache whose heads are a letter", [*TEXT, "inputs", 1, "shape", 1], "S", False),
+    ("a cache without rows", [*TEXT, "inputs", 1, "shape", 0], 1, False),
+    ("an input of image rows", [*TEXT, "inputs", 0, "shape"], ["I", 1024], True),
+    ("an unknown dtype", [*TEXT, "inputs", 0, "dtype"], "int4", False),
+    ("an unknown dimension", [*TEXT, "inputs", 0, "shape", 0], "X", False),
+    ("a dimension of 0", [*TEXT, "outputs", 0, "shape", 1], 0, False),
+    ("a dimension beyond 31 bits", [*TEXT, "outputs", 0, "shape", 1], 2**31, False),
+    ("an input twice", [*TEXT, "inputs", 1], INPUTS[0], False),
+    ("a profile upside down", [*TEXT, "profiles", 0, "min_tokens"], 513, False),
+    # Encodings of weights.
+    ("encodings", [*TEXT, "weight_encodings"], {"kept": {"gguf-q8_0": 168}, "requantized": {"gptq": 1}}, True),
+    ("an encoding of nothing", [*TEXT, "weight_encodings", "kept"], {"gguf-q8_0": 0}, False),
+    ("encodings of more tensors than 31 bits count", [*TEXT, "weight_encodings", "kept"], {"gptq": 2**31}, False),
+    ("an encoding that isn't counted", [*TEXT, "weight_encodings", "requantized"], {"gptq": "1"}, False),
+    ("encodings without those requantized", [*TEXT, "weight_encodings", "requantized"], REMOVED, False),
+    ("no encodings", [*TEXT, "weight_encodings"], None, False),
+    # Rows of logits.
+    ("the logits of eight tokens", TEXT, speculative(8, [LAST_LOGITS]), True),
+    ("no logits of the last tokens under a number of rows", TEXT, speculative(8, []), False),
+    ("the logits of the last tokens without a number of rows", TEXT, speculative(None, [LAST_LOGITS]), False),
+    ("another number of rows", TEXT, speculative(7, [LAST_LOGITS]), False),
+    ("no row of logits", TEXT, speculative(0, [LAST_LOGITS]), False),
+    ("logits of the last tokens of another type", TEXT, speculative(8, [LAST_LOGITS | {"dtype": "float16"}]), False),
+    ("no key for the rows of logits", [*TEXT, "logits_rows"], REMOVED, False),
+    # Plans.
+    ("a plan", [*TEXT, "plan"], {"prefill": STEP}, True),
+    ("a plan of nothing", [*TEXT, "plan"], {}, True),
+    ("a plan that counts no layer", [*TEXT, "plan"], {"prefill": STEP | {"layer_kernels": []}}, True),
+    ("a plan of no kernel", [*TEXT, "plan"], {"prefill": STEP | {"kernels": 0, "layer_kernels": [0]}}, True),
+    ("a plan of a step without a profile", [*TEXT, "plan"], {"decode": STEP}, False),
+    ("a plan that is a list", [*TEXT, "plan"], [STEP], False),
+    ("no key for the plan", [*TEXT, "plan"], REMOVED, False),
+    ("a plan of two layers, of a model of one", [*TEXT, "plan"], {"prefill": STEP | {"layer_kernels": [6, 6]}}, False),
+    ("more kernels in layers than in all", [*TEXT, "plan"], {"prefill": STEP | {"layer_kernels": [15]}}, False),
+    ("fewer kernels than none", [*TEXT, "plan"], {"prefill": STEP | {"layer_kernels": [-1]}}, False),
+    ("a plan with a key too many", [*TEXT, "plan"], {"prefill": STEP | {"seconds": 1}}, False),
+    (
+        "a product of an unknown type",
+        [*TEXT, "plan"],
+        {"prefill": STEP | {"matrix_products": [PRODUCT | {"left": "half"}]}},
+        False,
+    ),
+    (
+        "a product that isn't there",
+        [*TEXT, "plan"],
+        {"prefill": STEP | {"matrix_products": [PRODUCT | {"count": 0}]}},
+        False,
+    ),
+    ("a copy of unknown size", [*TEXT, "plan"], {"prefill": STEP | {"copies": [COPY | {"bytes": None}]}}, True),
+    ("a copy of negative size", [*TEXT, "plan"], {"prefill": STEP | {"copies": [COPY | {"bytes": -1}]}}, False),
+    ("scratch for a weight", [*TEXT, "plan"], {"prefill": STEP | {"weight_scratch": [COPY]}}, True),
+    # A vision engine.
+    ("a vision engine", VISION_KEY, VISION, True),
+    ("a vision engine with TensorRT's facts", VISION_KEY, VISION | {"tensorrt": TENSORRT}, True),
+    (
+        "a vision engine with a plan",
+        VISION_KEY,
+        VISION | {"plan": {"encode": STEP | {"layer_kernels": [6, 6]}}},
+        True,
+    ),
+    ("no key for the vision engine", VISION_KEY, REMOVED, False),
+    ("a vision engine that isn't a file", VISION_KEY, VISION | {"file": "vision.onnx"}, False),
+    ("a vision engine of any size", [*VISION_KEY], VISION | {"outputs": INPUTS[:1]}, False),
+    (
+        "a vision engine of one image",
+        VISION_KEY,
+        VISION | {"outputs": [{"name": "image_embeddings", "dtype": "float16", "shape": [1, 256, 4096]}]},
+        False,
+    ),
+    ("a vision engine for no image", VISION_KEY, VISION | {"max_batch": 0}, False),
+    ("a vision engine with the plan of a prefill", VISION_KEY, VISION | {"plan": {"prefill": STEP}}, False),
+    ("a vision engine with profiles", VISION_KEY, VISION | {"profiles": PROFILES}, False),
+    (
+        "a vision engine whose plugins aren't a file",
+        VISION_KEY,
+        VISION | {"tensorrt": TENSORRT | {"plugins": PLUGINS | {"file": "x.so"}}},
+        False,
+    ),
+    # Text.
+    *(
+        case
+        for key in ("tokenizer", "compiled_tokenizer", "compiled_chat_template")
+        for case in (
+            (f"a {key}", ["text", key], "model.onnx", True),
+            (f"a {key} that isn't a file", ["text", key], "other", False),
+            (f"no key for the {key}", ["text", key], REMOVED, False),
+        )
+    ),
+    ("no text files", ["text"], None, False),
+    # The default length.
+    ("a default length", ["default_max_new_tokens"], 2048, True),
+    ("a default length of 0", ["default_max_new_tokens"], 0, False),
+    ("a default length beyond 31 bits", ["default_max_new_tokens"], 2**31, False),
+    ("no key for the default length", ["default_max_new_tokens"], REMOVED, False),
+    # TensorRT.
+    ("facts of TensorRT", [*TEXT, "tensorrt"], TENSORRT, True),
+    ("facts of TensorRT for the GPU that built it", [*TEXT, "tensorrt"], TENSORRT | {"compute_capabilities": []}, True),
+    ("facts of TensorRT with a key too many", [*TEXT, "tensorrt"], TENSORRT | {"sm": "8.9"}, False),
+    ("a compute capability without a dot", [*TEXT, "tensorrt"], TENSORRT | {"compute_capabilities": ["89"]}, False),
+    ("plugins of TensorRT", [*TEXT, "tensorrt"], TENSORRT | {"plugins": PLUGINS}, True),
+    (
+        "a plugin library of another hash",
+        [*TEXT, "tensorrt"],
+        TENSORRT | {"plugins": PLUGINS | {"sha256": "0" * 64}},
+        False,
+    ),
+    (
+        "a plugin library that isn't a file",
+        [*TEXT, "tensorrt"],
+        TENSORRT | {"plugins": PLUGINS | {"file": "x.so"}},
+        False,
+    ),
+    (
+        "plugins without a hash",
+        [*TEXT, "tensorrt"],
+        TENSORRT | {"plugins": {"file": "model.onnx", "in_engine": False, "ops": []}},
+        False,
+    ),
+    ("a builder that told nothing", [*TEXT, "tensorrt"], TENSORRT | {"builder_activation_bytes": None}, True),
+    ("negative activations", [*TEXT, "tensorrt"], TENSORRT | {"builder_activation_bytes": -1}, False),
+    ("activations that are text", [*TEXT, "tensorrt"], TENSORRT | {"builder_activation_bytes": "1"}, False),
+    ("an ONNX without a hash", [*TEXT, "tensorrt"], TENSORRT | {"onnx": {"model.onnx": {"bytes": 1}}}, False),
+    ("negative weights", [*TEXT, "tensorrt"], TENSORRT | {"weight_bytes": -1}, False),
+    ("a list in the place of facts", [*TEXT, "tensorrt"], [], False),
 ]
 EDITS += [
     (f"the file name {name!r}", ["files", name], {"bytes": 0, "sha256": SHA256}, False)
@@ -145,9 +299,62 @@ EDITS += [
 ]
 
 
-def edited(path: list[str | int], value: Any) -> dict[str, Any]:
-    """The base with one value changed."""
-    document = copy.deepcopy(BASE)
+# Version 1: one engine, whose facts stand beside the bundle's.
+VERSION_1: dict[str, Any] = {
+    "format_version": 1,
+    "model": MODEL,
+    "target": "cpu",
+    "precision": "int4",
+    "quantization": QUANTIZATION,
+    "engine": "model.onnx",
+    "max_context": 32768,
+    "max_batch": 1,
+    "prefill_chunk": 512,
+    "cache_dtype": "float16",
+    "inputs": INPUTS,
+    "outputs": [LOGITS],
+    "profiles": PROFILES,
+    "tensorrt": None,
+    "tool_versions": {"onnx": "1.23.2"},
+    "files": {"model.onnx": FILE},
+}
+
+# (what, path in version 1, value, the changes to the base that say the same, each a path and a value; None: refused)
+EDITS_1: list[tuple[str, KeyPath, Any, list[tuple[KeyPath, Any]] | None]] = [
+    ("as it is", ["format_version"], 1, []),
+    ("the model", ["model", "num_hidden_layers"], 2, [(["model", "num_hidden_layers"], 2)]),
+    ("the target", ["target"], "cuda", [(["target"], "cuda")]),
+    ("the precision", ["precision"], "int8", [([*TEXT, "precision"], "int8")]),
+    ("the quantization", ["quantization"], {}, [([*TEXT, "quantization"], {})]),
+    ("the context", ["max_context"], 100, [(["max_context"], 100)]),
+    ("the batch", ["max_batch"], 4, [(["max_batch"], 4)]),
+    ("the prefill chunk", ["prefill_chunk"], 64, [(["prefill_chunk"], 64)]),
+    ("an output", ["outputs", 0, "dtype"], "float16", [([*TEXT, "outputs", 0, "dtype"], "float16")]),
+    ("an input", ["inputs", 0, "shape"], ["B", 1], [([*TEXT, "inputs", 0, "shape"], ["B", 1])]),
+    ("the profiles", ["profiles"], [], [([*TEXT, "profiles"], [])]),
+    ("TensorRT's facts", ["tensorrt"], TENSORRT, [([*TEXT, "tensorrt"], TENSORRT)]),
+    ("the tools", ["tool_versions"], {}, [(["tool_versions"], {})]),
+    (
+        "a tokenizer",
+        ["files", "tokenizer.json"],
+        FILE,
+        [(["files", "tokenizer.json"], FILE), (["text", "tokenizer"], "tokenizer.json")],
+    ),
+    ("a tokenizer's table", ["files", "tokenizer.qtok"], FILE, [(["files", "tokenizer.qtok"], FILE)]),
+    ("a key of version 2", ["engines"], BASE["engines"], None),
+    ("an unknown key", ["extra"], 1, None),
+    ("a missing key", ["cache_dtype"], REMOVED, None),
+    ("no files", ["files"], 1, None),
+    ("files that are a list", ["files"], ["tokenizer.json"], None),
+    ("an engine that isn't a file", ["engine"], "engine.plan", None),
+    ("another dtype than the cache's", ["cache_dtype"], "int8", None),
+    ("a context that is text", ["max_context"], "1", None),
+]
+
+
+def edited(document: dict[str, Any], path: KeyPath, value: Any) -> dict[str, Any]:
+    """The document with one value changed."""
+    document = copy.deepcopy(document)
     place: Any = document
     for key in path[:-1]:
         place = place[key]
@@ -158,12 +365,24 @@ def edited(path: list[str | int], value: Any) -> dict[str, Any]:
     return document
 
 
+def version_1_case(what: str, path: KeyPath, value: Any, changes: list[tuple[KeyPath, Any]] | None) -> dict[str, Any]:
+    """A case of version 1; one that is accepted says what it is in version 2."""
+    case = {"what": f"version 1: {what}", "text": json.dumps(edited(VERSION_1, path, value))}
+    if changes is None:
+        return case | {"accepted": False}
+    upgraded = BASE
+    for change in changes:
+        upgraded = edited(upgraded, *change)
+    return case | {"accepted": True, "upgraded": upgraded}
+
+
 def main() -> None:
     """Writes manifests.json beside this script."""
     cases = [
-        {"what": what, "text": json.dumps(edited(path, value)), "accepted": accepted}
+        {"what": what, "text": json.dumps(edited(BASE, path, value)), "accepted": accepted}
         for what, path, value, accepted in EDITS
     ]
+    cases += [version_1_case(*edit) for edit in EDITS_1]
     text = json.dumps(BASE)
     cases += [
         {"what": "cut short", "text": text[:-1], "accepted": False},

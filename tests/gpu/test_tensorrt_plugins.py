@@ -241,7 +241,7 @@ def test_a_version_compatible_engine_brings_its_own_library(
 ) -> None:
     options = (*FORMS["fp16"].options, "--version-compatible")
     bundle = load_bundle(build(checkpoint.path, tmp_path / "bundle", library, *options))
-    facts = bundle.manifest.tensorrt
+    facts = bundle.manifest.engines.text.tensorrt
     assert facts is not None and facts.plugins is not None and facts.plugins.in_engine
     (bundle.path / facts.plugins.file).unlink()
     tokens = prompt_of(40)

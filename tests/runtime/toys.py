@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,11 +15,15 @@ from onnx import TensorProto, helper, numpy_helper
 from qwen_aot.runtime.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    Engines,
     FileEntry,
     IoTensor,
     Manifest,
     ModelFacts,
     Profile,
+    TextEngine,
+    TextFiles,
+    WeightEncodings,
 )
 
 VOCAB_SIZE = 211  # a prime: checksums spread over it
@@ -69,20 +75,40 @@ def make_manifest(
             source={"format": "toy"},
         ),
         target="cpu",
-        precision="fp32",
-        quantization={},
-        engine="model.onnx",
+        engines=Engines(
+            text=TextEngine(
+                file="model.onnx",
+                precision="fp32",
+                quantization={},
+                weight_encodings=WeightEncodings(kept={}, requantized={}),
+                inputs=inputs,
+                outputs=outputs,
+                tensorrt=None,
+                plan=None,
+                profiles=(Profile("prefill", 1, prefill_chunk), Profile("decode", 1, 1)),
+                cache_dtype=cache_dtype,
+                logits_rows=None,
+            ),
+            vision=None,
+        ),
         max_context=max_context,
         max_batch=max_batch,
         prefill_chunk=prefill_chunk,
-        cache_dtype=cache_dtype,
-        inputs=inputs,
-        outputs=outputs,
-        profiles=(Profile("prefill", 1, prefill_chunk), Profile("decode", 1, 1)),
-        tensorrt=None,
+        text=TextFiles(tokenizer=None, compiled_tokenizer=None, compiled_chat_template=None),
+        default_max_new_tokens=None,
         tool_versions={},
         files=files or {"model.onnx": FileEntry(0, hashlib.sha256().hexdigest())},
     )
+
+
+def with_text_engine(manifest: Manifest, **fields: Any) -> Manifest:
+    """The same bundle with another text engine: `fields` are of its entry."""
+    return replace(manifest, engines=replace(manifest.engines, text=replace(manifest.engines.text, **fields)))
+
+
+def text_files(names: Collection[str]) -> TextFiles:
+    """What a bundle with these files says of its tokenizer."""
+    return TextFiles("tokenizer.json" if "tokenizer.json" in names else None, None, None)
 
 
 def io_tables(
@@ -115,8 +141,7 @@ def write_bundle(
     for name, content in contents.items():
         (folder / name).write_bytes(content)
         files[name] = FileEntry(len(content), hashlib.sha256(content).hexdigest())
-    fields = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
-    text = Manifest(**fields | {"files": files}).to_json()
+    text = replace(manifest, files=files, text=text_files(files)).to_json()
     (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
     return folder
 

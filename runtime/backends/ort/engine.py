@@ -64,7 +64,7 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
                 GPU where the target needs one.
         """
         manifest = bundle.manifest
-        if manifest.quantization.get("fast_prefill") and not has_exact_integer_products():
+        if manifest.engines.text.quantization.get("fast_prefill") and not has_exact_integer_products():
             raise EngineMismatchError(
                 "the bundle was built with --fast-prefill, whose integer products need a CPU with VNNI (avx_vnni or "
                 "avx512_vnni), and this one has neither: its results would be wrong. Rebuild without --fast-prefill"

@@ -64,7 +64,7 @@ class Step:
         self._cache = cache
         self._past = cache_inputs(manifest)
         check_table(manifest)
-        self._names = {tensor.name for tensor in manifest.inputs}
+        self._names = {tensor.name for tensor in manifest.engines.text.inputs}
         self.new_tokens: NDArray[np.int64] = np.zeros(max_rows, np.int64)
         self._input_ids: NDArray[np.int64] = np.zeros(max_rows * max_tokens, np.int64)
         self._position_ids: NDArray[np.int64] = np.zeros(max_rows * max_tokens, np.int64)
@@ -158,9 +158,10 @@ def _make_logits(rows: int, vocab_size: int) -> NDArray[np.float32]:
 
 def _check_signature(session: Any, manifest: Manifest) -> None:
     """The graph's inputs and outputs are those of the manifest's I/O table."""
+    engine = manifest.engines.text
     for kind, listed, found in (
-        ("inputs", manifest.inputs, session.get_inputs()),
-        ("outputs", manifest.outputs, session.get_outputs()),
+        ("inputs", engine.inputs, session.get_inputs()),
+        ("outputs", engine.outputs, session.get_outputs()),
     ):
         graph, table = {value.name: value for value in found}, {tensor.name: tensor for tensor in listed}
         if graph.keys() != table.keys():

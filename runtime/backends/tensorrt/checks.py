@@ -18,10 +18,11 @@ def tensorrt_facts(manifest: Manifest) -> TensorRtFacts:
     Raises:
         EngineMismatchError: there is no section, or no weights.
     """
-    facts = manifest.tensorrt
+    engine = manifest.engines.text
+    facts = engine.tensorrt
     if facts is None:
         raise EngineMismatchError(
-            f"the bundle's engine is {manifest.engine!r}, but its manifest has no `tensorrt` section; rebuild it"
+            f"the bundle's engine is {engine.file!r}, but its manifest has no `tensorrt` section; rebuild it"
         )
     if not facts.has_weights:
         raise EngineMismatchError(
@@ -52,7 +53,7 @@ def _check_capability(manifest: Manifest, facts: TensorRtFacts, device: Device) 
         is_accepted = not facts.compute_capabilities or device.compute_capability in facts.compute_capabilities
         accepted = ", ".join(facts.compute_capabilities)
     if not is_accepted:
-        flavour = flavour_of(manifest.engine)
+        flavour = flavour_of(manifest.engines.text.file)
         builds_for_others = flavour is not None and flavour.builds_for_others
         remedy = f"with --compute-capability {device.compute_capability}" if builds_for_others else "on this machine"
         raise EngineMismatchError(

@@ -58,7 +58,7 @@ class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
             resources.callback(stream.close)
             runtime_cache = None
             if library.flavour.compiles_on_device:
-                sha256 = manifest.files[manifest.engine].sha256
+                sha256 = manifest.files[manifest.engines.text.file].sha256
                 path = cache_file(sha256, device.compute_capability, str(library.api.__version__))
                 runtime_cache = RuntimeCache(library, cuda, path)
             engine = LoadedEngine(library, stream, runtime_cache)
@@ -104,7 +104,7 @@ class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
 
 def _profile(manifest: Manifest, name: str) -> int:
     """The index of a profile: the engine has them in the manifest's order."""
-    names = [profile.name for profile in manifest.profiles]
+    names = [profile.name for profile in manifest.engines.text.profiles]
     if sorted(names) != ["decode", "prefill"]:
         raise EngineMismatchError(
             f"the engine has the profiles {', '.join(names) or 'none'}; accepted: prefill and decode. Rebuild "
@@ -120,7 +120,7 @@ def _limits(manifest: Manifest, capacity: int) -> list[dict[str, tuple[int, int]
         "prefill": {"B": (1, 1), "S": (1, manifest.prefill_chunk), "W": window},
         "decode": {"B": (1, manifest.max_batch), "S": (1, 1), "W": window},
     }
-    return [sizes[profile.name] for profile in manifest.profiles]
+    return [sizes[profile.name] for profile in manifest.engines.text.profiles]
 
 
 def _upload_positions(stream: CudaStream, capacity: int) -> int:
@@ -134,5 +134,5 @@ def _upload_positions(stream: CudaStream, capacity: int) -> int:
 
 def _bindings(manifest: Manifest, buffers: StepBuffers, key_positions: int, cache: DeviceCache) -> Bindings:
     places = buffers.addresses | {"key_positions": key_positions}
-    names = {tensor.name for tensor in manifest.inputs} | {"logits"}
+    names = {tensor.name for tensor in manifest.engines.text.inputs} | {"logits"}
     return Bindings({name: place for name, place in places.items() if name in names}, cache.tensors)

@@ -100,7 +100,7 @@ def load_library(manifest: Manifest, facts: TensorRtFacts) -> Library:
     Raises:
         EngineMismatchError: it is missing, or of a version that can't run the engine.
     """
-    flavour = flavour_of(manifest.engine)
+    flavour = flavour_of(manifest.engines.text.file)
     assert flavour is not None  # what `open_engine` chose this backend by
     install = flavour.install.format(version=".".join(map(str, _numbers(facts.version))))
     try:

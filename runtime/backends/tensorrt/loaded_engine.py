@@ -93,21 +93,22 @@ class LoadedEngine:
             EngineMismatchError: names the tensor.
         """
         names = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
-        listed = {tensor.name for tensor in (*manifest.inputs, *manifest.outputs)}
+        inputs, outputs = manifest.engines.text.inputs, manifest.engines.text.outputs
+        listed = {tensor.name for tensor in (*inputs, *outputs)}
         if names != listed:
             raise EngineMismatchError(
                 f"the engine's inputs and outputs differ from the manifest's: only in the engine "
                 f"{sorted(names - listed)}, only in the manifest {sorted(listed - names)}; rebuild the bundle"
             )
-        for tensor in (*manifest.inputs, *manifest.outputs):
-            self._check_tensor(tensor, is_input=tensor in manifest.inputs)
+        for tensor in (*inputs, *outputs):
+            self._check_tensor(tensor, is_input=tensor in inputs)
         if self._engine.num_optimization_profiles != len(limits):
             raise EngineMismatchError(
                 f"the engine has {self._engine.num_optimization_profiles} profiles, the manifest {len(limits)}; "
                 "rebuild the bundle"
             )
         for index, sizes in enumerate(limits):
-            for tensor in manifest.inputs:
+            for tensor in inputs:
                 self._check_profile(tensor, index, sizes)
 
     def allocate_activations(self) -> None:

@@ -47,9 +47,13 @@ def open_on_cpu(bundle: Path) -> OnnxRuntimeEngine:
 def test_the_manifest_tells_what_runs_it(built: tuple[Path, str]) -> None:
     bundle, precision = built
     manifest = load_bundle(bundle).manifest
-    assert (manifest.target, manifest.precision, manifest.engine) == ("cuda", precision, "model.onnx")
-    assert manifest.cache_dtype == {"fp16": "float16", "fp32": "float32"}[precision]
-    assert {tensor.shape[2] for tensor in manifest.inputs if tensor.name.startswith("past")} == {"C"}
+    assert (manifest.target, manifest.engines.text.precision, manifest.engines.text.file) == (
+        "cuda",
+        precision,
+        "model.onnx",
+    )
+    assert manifest.engines.text.cache_dtype == {"fp16": "float16", "fp32": "float32"}[precision]
+    assert {tensor.shape[2] for tensor in manifest.engines.text.inputs if tensor.name.startswith("past")} == {"C"}
 
 
 def test_it_does_not_open_where_onnxruntime_has_no_cuda(built: tuple[Path, str]) -> None:

@@ -75,7 +75,7 @@ def test_every_kind_is_built_and_says_what_it_is(
     manifest, _ = build(checkpoints / kind, tmp_path / "bundle", spec)
     with open_checkpoint(checkpoints / kind) as checkpoint:
         config = checkpoint.config
-    facts = manifest.tensorrt
+    facts = manifest.engines.text.tensorrt
     assert facts is not None
     assert facts.compute_capabilities == CAPABILITIES
     assert facts.weight_bytes == pytest.approx(footprint(config, spec).weight_bytes, rel=0.01)
@@ -84,11 +84,11 @@ def test_every_kind_is_built_and_says_what_it_is(
     assert facts.layers["ATTENTION_INPUT"] == config.num_hidden_layers
     dtype = ir.DataType.BFLOAT16 if precision is Precision.BF16 else ir.DataType.FLOAT16
     contract = io_spec(config, dtype, cache_capacity(192, 64))
-    assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in manifest.outputs] == [
+    assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in manifest.engines.text.outputs] == [
         (tensor.name, str(tensor.dtype.numpy()), tensor.dims) for tensor in contract.outputs
     ]
     expected = [(tensor.name, str(tensor.dtype.numpy()), tensor.dims) for tensor in contract.inputs]
-    assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in manifest.inputs] == expected
+    assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in manifest.engines.text.inputs] == expected
     assert {path.name for path in (tmp_path / "bundle").iterdir()} == {*manifest.files, "manifest.json"}
     assert "model.onnx" not in manifest.files
 
@@ -102,8 +102,8 @@ def test_experts_cannot_be_quantized(checkpoints: Path, tmp_path: Path, precisio
 
 def test_fp8_is_built_for_the_gpus_that_have_it(checkpoints: Path, tmp_path: Path) -> None:
     manifest, _ = build(checkpoints / "mha", tmp_path / "bundle", spec_of(Precision.FP8, compute_capabilities=()))
-    assert manifest.tensorrt is not None
-    assert manifest.tensorrt.compute_capabilities == ("8.9", "12.0")
+    assert manifest.engines.text.tensorrt is not None
+    assert manifest.engines.text.tensorrt.compute_capabilities == ("8.9", "12.0")
 
 
 def test_the_head_is_quantized_on_request(checkpoints: Path, tmp_path: Path) -> None:
@@ -150,8 +150,8 @@ def test_a_dry_run_writes_nothing_and_knows_the_size(checkpoints: Path, tmp_path
         plan = plan_build(source, spec_of(), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
     manifest, _ = build(checkpoints / "mha", tmp_path / "bundle", spec_of())
-    assert manifest.tensorrt is not None
-    assert 0 <= plan.estimate.bundle_bytes - manifest.tensorrt.weight_bytes < 200_000
+    assert manifest.engines.text.tensorrt is not None
+    assert 0 <= plan.estimate.bundle_bytes - manifest.engines.text.tensorrt.weight_bytes < 200_000
 
 
 def test_a_verifier_is_refused(checkpoints: Path, tmp_path: Path) -> None:
@@ -197,8 +197,8 @@ def test_an_engine_of_another_size_than_its_weights(checkpoints: Path, tmp_path:
     out = tmp_path / "bundle"
     manifest, _ = build(checkpoints / "gqa", out, spec_of())
     check(out, manifest)
-    assert manifest.tensorrt is not None
-    size = manifest.tensorrt.weight_bytes
+    assert manifest.engines.text.tensorrt is not None
+    size = manifest.engines.text.tensorrt.weight_bytes
     with (out / "engine.rtx").open("r+b") as file:
         file.truncate(int(size * share) + more)
     with pytest.raises(BuildError, match=r"TensorRT stored them in another precision, or more than once"):

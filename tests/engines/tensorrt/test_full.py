@@ -24,6 +24,7 @@ from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.bundle.manifest import FileEntry, Manifest
 from tests.checkpoints import save_tiny
 from tests.engines.tensorrt.builder_double import CACHE_HEADER, make_module
+from tests.runtime.toys import with_text_engine
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 
@@ -58,13 +59,16 @@ def test_a_bundle_for_the_gpu_that_built_it(
 ) -> None:
     monkeypatch.setattr("qwen_aot.engines.tensorrt.compile.own_capabilities", lambda: ("8.7",))
     manifest = build(checkpoint, tmp_path / "bundle", max_batch=3)
-    assert manifest.engine == "engine.plan"
-    assert manifest.tensorrt is not None
-    assert (manifest.tensorrt.version, manifest.tensorrt.compute_capabilities) == ("10.15.1", ("8.7",))
-    assert manifest.tensorrt.has_weights
+    assert manifest.engines.text.file == "engine.plan"
+    assert manifest.engines.text.tensorrt is not None
+    assert (manifest.engines.text.tensorrt.version, manifest.engines.text.tensorrt.compute_capabilities) == (
+        "10.15.1",
+        ("8.7",),
+    )
+    assert manifest.engines.text.tensorrt.has_weights
     # 2 layers of keys and values for 3 rows of 4 heads, 256 slots, 16 elements of 2 bytes
-    assert manifest.tensorrt.cache_bytes == 2 * 2 * 3 * 4 * 256 * 16 * 2
-    assert (tmp_path / "bundle/engine.plan").stat().st_size == manifest.tensorrt.weight_bytes
+    assert manifest.engines.text.tensorrt.cache_bytes == 2 * 2 * 3 * 4 * 256 * 16 * 2
+    assert (tmp_path / "bundle/engine.plan").stat().st_size == manifest.engines.text.tensorrt.weight_bytes
     (config,) = trt.Builder.configs
     prefill, decode = (profile.shapes for profile in config._profiles)
     assert prefill["input_ids"] == ((1, 1), (1, 64), (1, 64))  # one row at a time
@@ -81,9 +85,11 @@ def test_the_builders_own_figure_for_activations(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", make_module(activation_bytes=told))
     manifest = build(checkpoint, tmp_path / "bundle")
-    assert manifest.tensorrt is not None
-    assert manifest.tensorrt.builder_activation_bytes == kept
-    assert manifest.tensorrt.activation_bytes == (kept or manifest.tensorrt.activation_bytes_estimated)
+    assert manifest.engines.text.tensorrt is not None
+    assert manifest.engines.text.tensorrt.builder_activation_bytes == kept
+    assert manifest.engines.text.tensorrt.activation_bytes == (
+        kept or manifest.engines.text.tensorrt.activation_bytes_estimated
+    )
 
 
 def test_the_onnx_is_named_by_what_the_parser_read(
@@ -102,8 +108,8 @@ def test_the_onnx_is_named_by_what_the_parser_read(
     niceness = os.nice(0)
     manifest = build(checkpoint, tmp_path / "bundle")
     assert os.nice(0) == niceness  # of the thread that hashes alone
-    assert manifest.tensorrt is not None
-    assert manifest.tensorrt.onnx == read and set(read) == {"model.onnx", "model.onnx.data"}
+    assert manifest.engines.text.tensorrt is not None
+    assert manifest.engines.text.tensorrt.onnx == read and set(read) == {"model.onnx", "model.onnx.data"}
     assert not set(read) & set(manifest.files)
 
 
@@ -130,10 +136,11 @@ def test_another_checkpoint_of_the_same_shape_is_not_compared(checkpoint: Path, 
 @pytest.mark.usefixtures("trt")
 def test_a_graph_made_by_other_tools_is_not_compared(checkpoint: Path, tmp_path: Path) -> None:
     built = build(checkpoint, tmp_path / "bundle")
-    assert built.tensorrt is not None
-    onnx = dict(built.tensorrt.onnx) | {"model.onnx": FileEntry(1, "0" * 64)}
+    facts = built.engines.text.tensorrt
+    assert facts is not None
+    onnx = dict(facts.onnx) | {"model.onnx": FileEntry(1, "0" * 64)}
     versions = dict(built.tool_versions) | {"torch": "1.0"}
-    manifest = replace(built, tensorrt=replace(built.tensorrt, onnx=onnx), tool_versions=versions)
+    manifest = replace(with_text_engine(built, tensorrt=replace(facts, onnx=onnx)), tool_versions=versions)
     message = r"^model\.onnx made again .*\(these differ: torch 1\.0 there, [0-9.]+\S* here\)$"
     with open_checkpoint(checkpoint) as source, pytest.raises(BuildError, match=message):
         compare_bundle_layers(tmp_path / "bundle", manifest, source, list(range(20)), bound_for("fp16"))
@@ -154,9 +161,9 @@ def test_every_option_reaches_the_builder(trt: ModuleType, checkpoint: Path, tmp
     assert config.builder_optimization_level == 5
     assert config.hardware_compatibility_level == "AMPERE_PLUS"
     assert config._flags == {"VERSION_COMPATIBLE", "STRIP_PLAN"}
-    assert manifest.tensorrt is not None
-    assert manifest.tensorrt.hardware_compatible and manifest.tensorrt.version_compatible
-    assert not manifest.tensorrt.has_weights  # and the small engine passed the check
+    assert manifest.engines.text.tensorrt is not None
+    assert manifest.engines.text.tensorrt.hardware_compatible and manifest.engines.text.tensorrt.version_compatible
+    assert not manifest.engines.text.tensorrt.has_weights  # and the small engine passed the check
 
 
 def test_the_timing_cache_is_made_read_and_added_to(trt: ModuleType, checkpoint: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_version_without_the_standard_graphs_layers_takes_the_plugins(
 ) -> None:
     del trt.LayerType.KV_CACHE_UPDATE, trt.LayerType.ATTENTION_INPUT
     manifest = build(checkpoint, tmp_path / "bundle", plugin_library=library)
-    assert manifest.tensorrt is not None and manifest.tensorrt.plugins == FACTS
+    assert manifest.engines.text.tensorrt is not None and manifest.engines.text.tensorrt.plugins == FACTS
 
 
 @pytest.mark.usefixtures("trt")
@@ -100,11 +100,11 @@ def test_attention_is_a_plugin_and_the_bundle_holds_its_library(
     checkpoint: Path, library: Path, parsed: list[onnx.ModelProto], tmp_path: Path
 ) -> None:
     manifest = build(checkpoint, tmp_path / "bundle", plugin_library=library)
-    assert manifest.tensorrt is not None and manifest.tensorrt.plugins == FACTS
+    assert manifest.engines.text.tensorrt is not None and manifest.engines.text.tensorrt.plugins == FACTS
     assert (tmp_path / "bundle" / PLUGIN_LIBRARY).read_bytes() == CONTENT
-    assert load_bundle(tmp_path / "bundle").manifest.inputs == manifest.inputs
-    assert manifest.tensorrt.layers["QWENGQA"] == 2
-    assert "key_positions" not in {tensor.name for tensor in manifest.inputs}
+    assert load_bundle(tmp_path / "bundle").manifest.engines.text.inputs == manifest.engines.text.inputs
+    assert manifest.engines.text.tensorrt.layers["QWENGQA"] == 2
+    assert "key_positions" not in {tensor.name for tensor in manifest.engines.text.inputs}
     (model,) = parsed
     assert not model.functions
     assert [entry.version for entry in model.opset_import if not entry.domain] == [20]
@@ -115,7 +115,7 @@ def test_the_library_may_be_named_by_the_environment(
 ) -> None:
     monkeypatch.setenv(ENVIRONMENT, str(library))
     manifest = build(checkpoint, tmp_path / "bundle")
-    assert manifest.tensorrt is not None and manifest.tensorrt.plugins == FACTS
+    assert manifest.engines.text.tensorrt is not None and manifest.engines.text.tensorrt.plugins == FACTS
     (config,) = trt.Builder.configs
     assert config.plugins_to_serialize == []
 
@@ -127,12 +127,12 @@ def test_a_version_compatible_engine_holds_the_library(
     manifest = build(checkpoint, tmp_path / "bundle", plugin_library=library, version_compatible=True)
     (config,) = trt.Builder.configs
     assert [Path(path).name for path in config.plugins_to_serialize] == [PLUGIN_LIBRARY]
-    assert manifest.tensorrt is not None and manifest.tensorrt.plugins is not None
-    assert manifest.tensorrt.plugins.in_engine
+    assert manifest.engines.text.tensorrt is not None and manifest.engines.text.tensorrt.plugins is not None
+    assert manifest.engines.text.tensorrt.plugins.in_engine
     assert (tmp_path / "bundle" / PLUGIN_LIBRARY).is_file()
-    assert (tmp_path / "bundle" / manifest.engine).stat().st_size == manifest.tensorrt.weight_bytes + 20_000_000 + len(
-        LIBRARY_HEADER
-    )
+    assert (
+        tmp_path / "bundle" / manifest.engines.text.file
+    ).stat().st_size == manifest.engines.text.tensorrt.weight_bytes + 20_000_000 + len(LIBRARY_HEADER)
 
 
 @pytest.mark.usefixtures("trt", "library")
@@ -145,7 +145,7 @@ def test_without_a_library(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=rf"gone.so doesn't exist; {build_it}"):
         build(checkpoint, tmp_path / "bundle", plugin_library=tmp_path / "gone.so")
     manifest = build(checkpoint, tmp_path / "bundle", attention="native")  # and no experts
-    assert manifest.tensorrt is not None and manifest.tensorrt.plugins is None
+    assert manifest.engines.text.tensorrt is not None and manifest.engines.text.tensorrt.plugins is None
     assert PLUGIN_LIBRARY not in manifest.files
 
 
@@ -192,17 +192,19 @@ def test_a_file_that_is_no_library_of_this_machine_is_refused_at_once(
 @pytest.mark.usefixtures("trt")
 def test_an_int8_cache(checkpoint: Path, library: Path, tmp_path: Path) -> None:
     manifest = build(checkpoint, tmp_path / "bundle", plugin_library=library, kv_precision="int8")
-    assert manifest.cache_dtype == "int8"
-    names = [tensor.name for tensor in manifest.inputs if tensor.name.startswith("past_key_values.1.")]
+    assert manifest.engines.text.cache_dtype == "int8"
+    names = [tensor.name for tensor in manifest.engines.text.inputs if tensor.name.startswith("past_key_values.1.")]
     assert names == [f"past_key_values.1.{part}" for part in ("key", "value", "key_scale", "value_scale")]
-    assert [tensor.name for tensor in manifest.outputs[1:5]] == [
+    assert [tensor.name for tensor in manifest.engines.text.outputs[1:5]] == [
         name.replace("past_key_values.1", "present.0") for name in names
     ]
-    shapes = {tensor.name.rsplit(".", 1)[1]: (tensor.dtype, tensor.shape) for tensor in manifest.inputs[-4:]}
+    shapes = {
+        tensor.name.rsplit(".", 1)[1]: (tensor.dtype, tensor.shape) for tensor in manifest.engines.text.inputs[-4:]
+    }
     assert shapes["value"] == ("int8", ("B", 4, 256, 16))
     assert shapes["value_scale"] == ("float16", ("B", 4, 256))
-    assert manifest.tensorrt is not None
-    assert manifest.tensorrt.cache_bytes == 2 * 2 * 4 * 256 * (16 + 2)
+    assert manifest.engines.text.tensorrt is not None
+    assert manifest.engines.text.tensorrt.cache_bytes == 2 * 2 * 4 * 256 * (16 + 2)
 
 
 @pytest.mark.usefixtures("trt")

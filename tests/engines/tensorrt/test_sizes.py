@@ -77,7 +77,7 @@ def test_the_estimate_of_activations_is_near_the_builders_figure(
 ) -> None:
     config, spec = dataclasses.replace(NARROW, **changes), spec_of(Precision.FP16, **request_)
     _, scratch = build(config, spec, tmp_path / "bundle", caplog)
-    facts = load_bundle(tmp_path / "bundle").manifest.tensorrt
+    facts = load_bundle(tmp_path / "bundle").manifest.engines.text.tensorrt
     assert facts is not None
     assert facts.builder_activation_bytes == facts.activation_bytes == max(scratch)
     assert facts.activation_bytes_estimated == footprint(config, spec).activation_bytes_estimated

@@ -19,7 +19,7 @@ def test_builds_and_reports_as_json(run: Run, checkpoint: Path, tmp_path: Path) 
     assert report["verification"]["passed"] is True
     assert "[1/6] trace ..." in result.stderr
     manifest = json.loads((out / "manifest.json").read_text())
-    assert (manifest["precision"], manifest["max_batch"]) == ("fp32", 3)
+    assert (manifest["engines"]["text"]["precision"], manifest["max_batch"]) == ("fp32", 3)
     assert json.loads((out / "report.json").read_text())["verification"]["passed"] is True
 
 

@@ -28,6 +28,7 @@ from tests.doubles.bundles import export_tensorrt_bundle
 from tests.doubles.gpu import Gpu
 from tests.doubles.install import installed
 from tests.runtime.cli.conftest import Run
+from tests.runtime.toys import with_text_engine
 
 NO_GPU: Mapping[str, Any] = {"gpus": []}
 ONE_GPU: Mapping[str, Any] = {"gpus": [{"name": "made up"}]}
@@ -187,11 +188,11 @@ def write_engine(folder: Path, name: str, flavour: str = "tensorrt", *, has_plug
     export_tensorrt_bundle(checkpoint, folder / name, flavour, max_context=gpu_check.MAX_CONTEXT, prefill_chunk=chunk)
     if has_plugins:
         manifest = read_manifest(folder / name)
-        assert manifest.tensorrt is not None
+        assert manifest.engines.text.tensorrt is not None
         plugins = PluginFacts("libqwen_aot_plugins.so", "0" * 64, in_engine=False, ops=("QwenGQA",))
+        facts = replace(manifest.engines.text.tensorrt, plugins=plugins)
         written = replace(
-            manifest,
-            tensorrt=replace(manifest.tensorrt, plugins=plugins),
+            with_text_engine(manifest, tensorrt=facts),
             files={**manifest.files, plugins.file: FileEntry(0, plugins.sha256)},
         )
         (folder / name / MANIFEST_NAME).write_text(written.to_json())

@@ -102,11 +102,11 @@ def test_a_killed_build_leaves_the_old_bundle_and_the_next_one_cleans_up(
     process.kill()
     process.stderr.close()
     assert process.wait() == -signal.SIGKILL
-    assert load_bundle(out).manifest.precision == "fp32"
+    assert load_bundle(out).manifest.engines.text.precision == "fp32"
     with BundleWriter(out) as writer:
         assert list(writer.folder.iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-    assert load_bundle(out).manifest.precision == "fp32"
+    assert load_bundle(out).manifest.engines.text.precision == "fp32"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

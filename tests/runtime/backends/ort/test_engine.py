@@ -29,6 +29,7 @@ from tests.runtime.toys import (
     checksum_model,
     io_tables,
     make_manifest,
+    with_text_engine,
     write_bundle,
 )
 
@@ -350,7 +351,7 @@ def test_a_fast_prefill_is_refused_where_integer_products_saturate(
     checksum_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = load_bundle(checksum_bundle)
-    quantized = dataclasses.replace(bundle.manifest, quantization={"fast_prefill": True})
+    quantized = with_text_engine(bundle.manifest, quantization={"fast_prefill": True})
     monkeypatch.setattr("qwen_aot.runtime.backends.ort.engine.has_exact_integer_products", lambda: False)
     with pytest.raises(EngineMismatchError, match="Rebuild without --fast-prefill"):
         OnnxRuntimeEngine(dataclasses.replace(bundle, manifest=quantized))

@@ -21,7 +21,7 @@ from tests.doubles.gpu import Gpu
 from tests.doubles.install import VERSIONS, installed
 from tests.doubles.tensorrt import make_tensorrt
 from tests.runtime.backends.tensorrt.engines import FLAVOURS, opened, write_checksum_bundle
-from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest
+from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest, with_text_engine
 
 MIB = 1 << 20
 
@@ -207,8 +207,8 @@ def test_an_engine_without_weights(tmp_path: Path) -> None:
 
 
 def changed(path: Path, **fields: Any) -> Bundle:
-    bundle = load_bundle(path)
-    return Bundle(path, replace(bundle.manifest, **fields))
+    """The bundle with these fields of its text engine's entry."""
+    return Bundle(path, with_text_engine(load_bundle(path).manifest, **fields))
 
 
 def test_a_manifest_without_tensorrts_facts(tmp_path: Path) -> None:
@@ -225,14 +225,15 @@ def test_a_capacity_that_is_not_fixed(tmp_path: Path) -> None:
     path = write_checksum_bundle(tmp_path / "bundle")
     manifest = load_bundle(path).manifest
     inputs = tuple(
-        replace(t, shape=(*t.shape[:2], "C", t.shape[3])) if len(t.shape) == 4 else t for t in manifest.inputs
+        replace(t, shape=(*t.shape[:2], "C", t.shape[3])) if len(t.shape) == 4 else t
+        for t in manifest.engines.text.inputs
     )
     refused(changed(path, inputs=inputs), "capacity is 'C'; accepted: a number of tokens, fixed when")
 
 
 def test_an_input_that_the_runtime_cannot_feed(tmp_path: Path) -> None:
     path = write_checksum_bundle(tmp_path / "bundle")
-    inputs = (*load_bundle(path).manifest.inputs, IoTensor("mask", "int64", ("B", "W")))
+    inputs = (*load_bundle(path).manifest.engines.text.inputs, IoTensor("mask", "int64", ("B", "W")))
     refused(changed(path, inputs=inputs), "input 'mask' of dtype int64, which this runtime can't feed")
 
 
@@ -247,12 +248,12 @@ class TestAnEngineThatIsNotTheManifests:
 
     def test_another_input(self, tmp_path: Path) -> None:
         path = write_checksum_bundle(tmp_path / "bundle")
-        inputs = load_bundle(path).manifest.inputs[1:]
+        inputs = load_bundle(path).manifest.engines.text.inputs[1:]
         self.refused(changed(path, inputs=inputs), r"only in the engine \['input_ids'\], only in the manifest \[\]")
 
     def test_another_shape(self, tmp_path: Path) -> None:
         path = write_checksum_bundle(tmp_path / "bundle")
-        inputs = load_bundle(path).manifest.inputs
+        inputs = load_bundle(path).manifest.engines.text.inputs
         larger = tuple(replace(t, shape=("B", 2, 2048, 8)) if t.name.startswith("past") else t for t in inputs)
         bundle = changed(path, inputs=larger)
         self.refused(bundle, r"'past_key_values.0.key' is FLOAT \[-1, 2, 1024, 8\] in the engine, FLOAT .*2048")
@@ -260,13 +261,15 @@ class TestAnEngineThatIsNotTheManifests:
     def test_another_dtype(self, tmp_path: Path) -> None:
         path = write_checksum_bundle(tmp_path / "bundle")
         manifest = load_bundle(path).manifest
-        inputs = tuple(replace(t, dtype="float16") if t.name.startswith("past") else t for t in manifest.inputs)
+        inputs = tuple(
+            replace(t, dtype="float16") if t.name.startswith("past") else t for t in manifest.engines.text.inputs
+        )
         bundle = changed(path, inputs=inputs, cache_dtype="float16")
         self.refused(bundle, r"'past_key_values.0.key' is FLOAT .* in the engine, HALF .* as an input in the manifest")
 
     def test_a_profile_that_is_too_small(self, tmp_path: Path) -> None:
         path = write_checksum_bundle(tmp_path / "bundle")
-        bundle = changed(path, max_batch=8)
+        bundle = Bundle(path, replace(load_bundle(path).manifest, max_batch=8))
         self.refused(bundle, r"profile 1 of the engine takes B of 1 to 4 in 'input_ids'; needed: 1 to 8")
 
 
@@ -296,8 +299,9 @@ def test_a_file_that_the_library_refuses(tmp_path: Path) -> None:
 def test_bundles_of_the_double_are_whole(tmp_path: Path) -> None:
     path = write_checksum_bundle(tmp_path / "bundle", "tensorrt_rtx")
     document = json.loads((path / "manifest.json").read_text())
-    assert document["engine"] == "engine.rtx" and document["target"] == "tensorrt-rtx"
-    assert document["tensorrt"]["cache_bytes"] == 2 * 4 * 2 * 1024 * 8 * 4
+    engine = document["engines"]["text"]
+    assert engine["file"] == "engine.rtx" and document["target"] == "tensorrt-rtx"
+    assert engine["tensorrt"]["cache_bytes"] == 2 * 4 * 2 * 1024 * 8 * 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a driver is looked for where Linux has it")

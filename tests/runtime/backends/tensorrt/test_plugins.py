@@ -95,7 +95,7 @@ def test_a_library_that_tensorrt_refuses(bundle: Path) -> None:
 
 def test_a_library_inside_the_engine_is_left_to_tensorrt(bundle: Path) -> None:
     loaded = load_bundle(bundle)
-    facts = loaded.manifest.tensorrt
+    facts = loaded.manifest.engines.text.tensorrt
     assert facts is not None and isinstance(facts.plugins, PluginFacts)
     inside = replace(facts, plugins=replace(facts.plugins, in_engine=True))
     with installed(Gpu()) as gpu, pytest.raises(EngineMismatchError, match="Cannot find plugin"):

@@ -1,0 +1,39 @@
+"""How many tokens the checkpoint would have a request generate that doesn't say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qwen_aot.errors import BuildError
+from qwen_aot.runtime.bundle.manifest import MAX_COUNT
+from qwen_aot.runtime.bundle.strict_json import parse_object
+
+GENERATION_CONFIG_NAME = "generation_config.json"
+
+
+def default_max_new_tokens(texts: Mapping[str, str]) -> int | None:
+    """`max_new_tokens` of generation_config.json, else its `max_length`.
+
+    Args:
+        texts: the checkpoint's text files, name -> content.
+
+    Returns:
+        None: it states neither, or one that no graph can count to ("no limit").
+
+    Raises:
+        BuildError: it isn't a JSON object, or the number isn't one.
+    """
+    if GENERATION_CONFIG_NAME not in texts:
+        return None
+    document = parse_object(texts[GENERATION_CONFIG_NAME], GENERATION_CONFIG_NAME, is_from_checkpoint=True)
+    for key in ("max_new_tokens", "max_length"):
+        value = document.get(key)
+        if value is None:
+            continue
+        if type(value) is not int or value < 1:
+            raise BuildError(
+                f"{GENERATION_CONFIG_NAME}: {key} is {value!r}; accepted: a whole number of at least 1; repair it in "
+                "the checkpoint"
+            )
+        return value if value <= MAX_COUNT else None
+    return None

@@ -1,0 +1,232 @@
+"""What a manifest says about each engine of a bundle: its file, its I/O table, and what is compiled into it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from qwen_aot.errors import BundleError
+from qwen_aot.runtime.bundle.checks import MAX_COUNT, require_counts, require_within
+from qwen_aot.runtime.bundle.step_plan import StepPlan
+from qwen_aot.runtime.bundle.tensorrt_facts import TensorRtFacts
+
+__all__ = [
+    "CACHE_DTYPES",
+    "CACHE_PREFIX",
+    "DIMENSIONS",
+    "DTYPES",
+    "LAST_LOGITS",
+    "EngineEntry",
+    "Engines",
+    "IoTensor",
+    "Profile",
+    "TextEngine",
+    "VisionEngine",
+    "WeightEncodings",
+]
+
+DTYPES = ("int64", "int32", "float32", "float16", "bfloat16", "int8")
+CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8")
+DIMENSIONS = ("B", "S", "C", "W", "I")
+CACHE_PREFIX = "past_key_values."  # of the cache inputs' names
+LAST_LOGITS = "last_logits"  # the output that `logits_rows` counts the rows of
+VISION_STEP = "encode"  # the one step of a vision engine
+
+
+@dataclass(frozen=True, slots=True)
+class IoTensor:
+    """One engine input or output. A dimension is a size or a letter (B, S, C, W, I)."""
+
+    name: str
+    dtype: str  # one of DTYPES
+    shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise BundleError(f"I/O tensor {self.name!r} has dtype {self.dtype!r}; accepted: {', '.join(DTYPES)}")
+        for dim in self.shape:
+            if dim not in DIMENSIONS and not (isinstance(dim, int) and 0 < dim <= MAX_COUNT):
+                raise BundleError(
+                    f"I/O tensor {self.name!r} has dimension {dim!r}; accepted: a size of 1 to {MAX_COUNT} or one of "
+                    f"{', '.join(DIMENSIONS)}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Allowed new tokens per row and step (S)."""
+
+    name: str  # prefill | decode
+    min_tokens: int
+    max_tokens: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_tokens <= self.max_tokens:
+            raise BundleError(
+                f"profile {self.name!r} allows {self.min_tokens} to {self.max_tokens} tokens; "
+                f"accepted: 1 <= min_tokens <= max_tokens"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class WeightEncodings:
+    """What became of checkpoint tensors that were quantized already: encoding -> tensors, "gguf-q8_0" for example.
+
+    Attributes:
+        kept: the engine has the checkpoint's own codes and scales.
+        requantized: decoded to floats, and stored in the engine's own precision.
+    """
+
+    kept: Mapping[str, int]
+    requantized: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        for field, counts in (("kept", self.kept), ("requantized", self.requantized)):
+            require_within({f"{field}[{encoding!r}]": count for encoding, count in counts.items()}, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEntry:
+    """What every engine has.
+
+    Attributes:
+        file: one of the bundle's files; its suffix says which backend runs it.
+        precision: of the weights, by the name that `--precision` has for it.
+        quantization: block_size, symmetric, ...; empty where weights aren't quantized.
+        weight_encodings: of the checkpoint's quantized tensors.
+        inputs: in the engine's order.
+        outputs: in the engine's order.
+        tensorrt: of TensorRT engines.
+        plan: what the compiler made of each step, by its name; None: nothing is known.
+    """
+
+    file: str
+    precision: str
+    quantization: Mapping[str, int | str | bool]
+    weight_encodings: WeightEncodings
+    inputs: tuple[IoTensor, ...]
+    outputs: tuple[IoTensor, ...]
+    tensorrt: TensorRtFacts | None
+    plan: Mapping[str, StepPlan] | None
+
+    def __post_init__(self) -> None:
+        for kind, tensors in (("input", self.inputs), ("output", self.outputs)):
+            names = [tensor.name for tensor in tensors]
+            if len(set(names)) != len(names):
+                raise BundleError(f"an {kind} is listed twice among {', '.join(names)}")
+
+    def _check_plan(self, steps: Collection[str]) -> None:
+        unknown = [name for name in self.plan or () if name not in steps]
+        if unknown:
+            raise BundleError(f"the plan has the steps {unknown}; accepted: {', '.join(steps)}")
+
+
+@dataclass(frozen=True, slots=True)
+class TextEngine(EngineEntry):
+    """The decoder, with a KV cache.
+
+    Attributes:
+        profiles: new tokens of the steps it takes, by name.
+        cache_dtype: element type of keys and values in the cache.
+        logits_rows: K of the output `last_logits` [B, K, V]; None: it has none.
+    """
+
+    profiles: tuple[Profile, ...]
+    cache_dtype: str
+    logits_rows: int | None
+
+    def __post_init__(self) -> None:
+        EngineEntry.__post_init__(self)  # super() doesn't know a class with slots
+        self._check_plan([profile.name for profile in self.profiles])
+        require_counts(self, "logits_rows")
+
+    def check_cache(self, slots: int) -> None:
+        """The cache inputs are [B, Hkv, C, D], scales [B, Hkv, C], all with one C of at least `slots`.
+
+        Raises:
+            BundleError: names the input that isn't.
+        """
+        cache = [tensor for tensor in self.inputs if tensor.name.startswith(CACHE_PREFIX)]
+        for tensor in cache:
+            if tensor.dtype not in CACHE_DTYPES or not _is_cache_shape(tensor.shape, slots):
+                raise BundleError(
+                    f"the cache input {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}; accepted: "
+                    f"{', '.join(CACHE_DTYPES)} of shape [B, heads, C, size] or [B, heads, C], C the letter or at "
+                    f"least max_context + prefill_chunk = {slots}"
+                )
+            if not tensor.name.endswith("_scale") and tensor.dtype != self.cache_dtype:
+                raise BundleError(f"cache_dtype is {self.cache_dtype!r}, but {tensor.name!r} is {tensor.dtype}")
+        capacities = {tensor.shape[2] for tensor in cache}
+        if len(capacities) > 1:
+            raise BundleError(f"the cache inputs have the capacities {capacities}; accepted: one for all")
+
+    def check_logits(self, vocab_size: int) -> None:
+        """The output `last_logits` is there exactly if `logits_rows` is, and has its shape.
+
+        Raises:
+            BundleError: shows both.
+        """
+        found = [tensor for tensor in self.outputs if tensor.name == LAST_LOGITS]
+        rows = self.logits_rows
+        expected = [] if rows is None else [IoTensor(LAST_LOGITS, "float32", ("B", rows, vocab_size))]
+        if found != expected:
+            shown = [f"{tensor.dtype} {list(tensor.shape)}" for tensor in found] or ["absent"]
+            raise BundleError(
+                f"logits_rows is {rows}, and the output {LAST_LOGITS!r} is {shown[0]}; accepted: float32 [B, "
+                f"logits_rows, {vocab_size}], or neither"
+            )
+
+    def check_layers(self, num_hidden_layers: int) -> None:
+        """A plan that counts kernels by layer counts those of all layers.
+
+        Raises:
+            BundleError: it has another number of layers.
+        """
+        for name, step in (self.plan or {}).items():
+            if len(step.layer_kernels) not in (0, num_hidden_layers):
+                raise BundleError(
+                    f"layer_kernels of the step {name!r} are of {len(step.layer_kernels)} layers; accepted: "
+                    f"{num_hidden_layers}, or none"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class VisionEngine(EngineEntry):
+    """The tower that turns images into what the text engine takes: sizes are fixed but for the number of images.
+
+    Attributes:
+        max_batch: images of a run.
+    """
+
+    max_batch: int
+
+    def __post_init__(self) -> None:
+        EngineEntry.__post_init__(self)
+        self._check_plan([VISION_STEP])
+        require_counts(self, "max_batch")
+        for tensor in (*self.inputs, *self.outputs):
+            if tensor.shape[:1] != ("B",) or any(isinstance(dim, str) for dim in tensor.shape[1:]):
+                raise BundleError(
+                    f"the vision engine's {tensor.name!r} has the shape {list(tensor.shape)}; accepted: B, then sizes"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """The bundle's engines. A reader that can't run `vision` runs `text` alone."""
+
+    text: TextEngine
+    vision: VisionEngine | None
+
+    @property
+    def all(self) -> tuple[EngineEntry, ...]:
+        """Those that there are."""
+        return (self.text,) if self.vision is None else (self.text, self.vision)
+
+
+def _is_cache_shape(shape: tuple[int | str, ...], slots: int) -> bool:
+    if len(shape) not in (3, 4):
+        return False
+    rows, heads, capacity, *rest = shape
+    has_room = capacity >= slots if isinstance(capacity, int) else capacity == "C"
+    return rows == "B" and has_room and all(isinstance(size, int) for size in (heads, *rest))
