@@ -56,6 +56,7 @@ def test_a_bundle_is_whole_and_says_what_it_is(checkpoint: Path, tmp_path: Path)
     assert engine["cache_dtype"] == "float32"
     assert {"name": "input_ids", "dtype": "int64", "shape": ["B", "S"]} in engine["inputs"]
     assert {"name": "logits", "dtype": "float32", "shape": ["B", 320]} in engine["outputs"]
+    assert manifest["default_max_new_tokens"] is None
     assert manifest["text"] == {
         "tokenizer": "tokenizer.json",
         "compiled_tokenizer": None,
@@ -64,6 +65,14 @@ def test_a_bundle_is_whole_and_says_what_it_is(checkpoint: Path, tmp_path: Path)
     assert {"torch", "onnx", "onnxruntime", "qwen-aot", "python"} <= set(manifest["tool_versions"])
     stages = list(dict.fromkeys(event.stage for event in events))
     assert stages == list(STAGES[:-1])
+
+
+def test_the_default_length_is_the_checkpoints(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "stating", with_tokenizer=True)
+    config = tmp_path / "stating" / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_new_tokens": 64}))
+    build(tmp_path / "stating", tmp_path / "bundle")
+    assert json.loads((tmp_path / "bundle/manifest.json").read_text())["default_max_new_tokens"] == 64
 
 
 RUN_HERE = [row for row in COMBINATIONS if row.target is Target.CPU]

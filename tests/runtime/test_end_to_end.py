@@ -1,8 +1,10 @@
 """A bundle from disk to text over ONNX Runtime, and memory over many generations."""
 
 import gc
+import hashlib
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,22 @@ import pytest
 from qwen_aot.errors import EngineMismatchError, GenerationError
 from qwen_aot.runtime.backends.open import open_engine
 from qwen_aot.runtime.bundle.load import Bundle, load_bundle
-from qwen_aot.runtime.bundle.manifest import FileEntry
+from qwen_aot.runtime.bundle.manifest import FileEntry, IoTensor, VisionEngine, WeightEncodings
 from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.generator import Generator
 from qwen_aot.runtime.generation.request import Request
 from tests.runtime.fakes import FakeEngine
 from tests.runtime.texts import GOLDEN, golden_tokenizer
-from tests.runtime.toys import ALL_INPUTS, VOCAB_SIZE, checksum, checksum_model, io_tables, make_manifest, write_bundle
+from tests.runtime.toys import (
+    ALL_INPUTS,
+    VOCAB_SIZE,
+    checksum,
+    checksum_model,
+    io_tables,
+    make_manifest,
+    with_text_engine,
+    write_bundle,
+)
 
 VOCABULARY = 400  # of the model; the tokenizer has fewer, as in Qwen
 
@@ -52,6 +63,24 @@ def test_text_from_a_bundle(path: Path) -> None:
     assert len(streamed) == 13 and streamed[-1].token_ids == completions[1].token_ids  # type: ignore[union-attr]
 
 
+def test_a_bundle_with_a_vision_engine_runs_text_alone(path: Path) -> None:
+    with Generator.open(path, threads=1) as generator:
+        expected = generator.generate(["naïve"])[0].token_ids
+    manifest = load_bundle(path).manifest
+    (path / "vision.onnx").write_bytes(b"nobody opens it")
+    entry = FileEntry(15, hashlib.sha256(b"nobody opens it").hexdigest())
+    pixels = IoTensor("pixel_values", "float16", ("B", 3, 448, 448))
+    rows = IoTensor("image_embeddings", "float16", ("B", 256, 16))
+    encodings = WeightEncodings(kept={}, requantized={})
+    vision = VisionEngine("vision.onnx", "fp16", {}, encodings, (pixels,), (rows,), None, None, max_batch=2)
+    engines, files = replace(manifest.engines, vision=vision), {**manifest.files, "vision.onnx": entry}
+    written = replace(manifest, engines=engines, files=files)
+    (path / "manifest.json").write_text(written.to_json(), encoding="utf-8")
+    assert load_bundle(path).manifest.engines.vision == vision
+    with Generator.open(path, threads=1) as generator:
+        assert generator.generate(["naïve"])[0].token_ids == expected
+
+
 def test_a_generator_that_was_closed_says_so(path: Path) -> None:
     with Generator.open(path, threads=1) as generator:
         *_, answer = generator.stream([Request([1, 2, 3], generator.defaults.resolve(), keep_cache=True)])
@@ -64,8 +93,7 @@ def test_a_generator_that_was_closed_says_so(path: Path) -> None:
 def test_an_engine_of_an_unknown_kind(path: Path) -> None:
     bundle = load_bundle(path)
     manifest = make_manifest(files={"engine.xyz": FileEntry(0, "0" * 64), "model.onnx": FileEntry(0, "0" * 64)})
-    fields = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
-    other = Bundle(bundle.path, type(manifest)(**fields | {"engine": "engine.xyz"}))
+    other = Bundle(bundle.path, with_text_engine(manifest, file="engine.xyz"))
     with pytest.raises(EngineMismatchError, match=r"engine is 'engine\.xyz' for target 'cpu'"):
         open_engine(other)
 

@@ -1,6 +1,7 @@
 """The tokenizer of a bundle: fits the model, reads tokenizer_config.json, refuses what it can't take."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def test_text_round_trip_and_special_tokens(tmp_path: Path) -> None:
 
 def test_a_bundle_without_a_tokenizer(tmp_path: Path) -> None:
     assert load_tokenizer(bundle_with(tmp_path, {})) is None
+
+
+def test_the_manifest_says_which_file_it_is(tmp_path: Path) -> None:
+    bundle = bundle_with(tmp_path, {"vocabulary.json": TOKENIZER, "tokenizer.json": "{"})
+    named = {name: replace(bundle.manifest.text, tokenizer=name) for name in ("vocabulary.json", None)}
+    bundles = {name: replace(bundle, manifest=replace(bundle.manifest, text=text)) for name, text in named.items()}
+    assert load_tokenizer(bundles["vocabulary.json"]) is not None
+    assert load_tokenizer(bundles[None]) is None
 
 
 def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -231,10 +231,24 @@ def test_a_capacity_that_is_not_fixed(tmp_path: Path) -> None:
     refused(changed(path, inputs=inputs), "capacity is 'C'; accepted: a number of tokens, fixed when")
 
 
-def test_an_input_that_the_runtime_cannot_feed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "tensor",
+    [IoTensor("mask", "int64", ("B", "W")), IoTensor("image_rows", "float16", ("I", 8))],
+    ids=lambda tensor: tensor.name,
+)
+def test_an_input_that_the_runtime_cannot_feed(tmp_path: Path, tensor: IoTensor) -> None:
     path = write_checksum_bundle(tmp_path / "bundle")
-    inputs = (*load_bundle(path).manifest.engines.text.inputs, IoTensor("mask", "int64", ("B", "W")))
-    refused(changed(path, inputs=inputs), "input 'mask' of dtype int64, which this runtime can't feed")
+    inputs = (*load_bundle(path).manifest.engines.text.inputs, tensor)
+    message = f"input '{tensor.name}' of dtype {tensor.dtype}, which this runtime can't feed"
+    refused(changed(path, inputs=inputs), message)
+
+
+def test_an_output_that_the_runtime_cannot_take(tmp_path: Path) -> None:
+    path = write_checksum_bundle(tmp_path / "bundle")
+    manifest = load_bundle(path).manifest
+    last_logits = IoTensor("last_logits", "float32", ("B", 8, manifest.model.vocab_size))
+    bundle = changed(path, outputs=(*manifest.engines.text.outputs, last_logits), logits_rows=8)
+    refused(bundle, r"has the outputs \['last_logits', 'logits', .*; accepted: logits \(")
 
 
 class TestAnEngineThatIsNotTheManifests:
