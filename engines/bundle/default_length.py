@@ -12,13 +12,13 @@ GENERATION_CONFIG_NAME = "generation_config.json"
 
 
 def default_max_new_tokens(texts: Mapping[str, str]) -> int | None:
-    """`max_new_tokens` of generation_config.json, else its `max_length`.
+    """`max_new_tokens` of generation_config.json; `max_length` counts the prompt too and says nothing of a default.
 
     Args:
         texts: the checkpoint's text files, name -> content.
 
     Returns:
-        None: it states neither, or one that no graph can count to ("no limit").
+        None: it states none, or one that no graph can count to ("no limit").
 
     Raises:
         BuildError: it isn't a JSON object, or the number isn't one.
@@ -26,14 +26,12 @@ def default_max_new_tokens(texts: Mapping[str, str]) -> int | None:
     if GENERATION_CONFIG_NAME not in texts:
         return None
     document = parse_object(texts[GENERATION_CONFIG_NAME], GENERATION_CONFIG_NAME, is_from_checkpoint=True)
-    for key in ("max_new_tokens", "max_length"):
-        value = document.get(key)
-        if value is None:
-            continue
-        if type(value) is not int or value < 1:
-            raise BuildError(
-                f"{GENERATION_CONFIG_NAME}: {key} is {value!r}; accepted: a whole number of at least 1; repair it in "
-                "the checkpoint"
-            )
-        return value if value <= MAX_COUNT else None
-    return None
+    value = document.get("max_new_tokens")
+    if value is None:
+        return None
+    if type(value) is not int or value < 1:
+        raise BuildError(
+            f"{GENERATION_CONFIG_NAME}: max_new_tokens is {value!r}; accepted: a whole number of at least 1; repair it "
+            "in the checkpoint"
+        )
+    return value if value <= MAX_COUNT else None
