@@ -32,7 +32,7 @@ def test_a_checkpoint_without_generation_config() -> None:
 @pytest.mark.parametrize("value", ["0", "-1", '"64"', "64.0", "true", "[64]"])
 def test_what_is_no_number_of_tokens(value: str) -> None:
     with pytest.raises(
-        BuildError, match=rf"generation_config\.json: max_new_tokens is .*; accepted: a whole number of at least"
+        BuildError, match=r"generation_config\.json: max_new_tokens is .*; accepted: a whole number of at least"
     ):
         default_max_new_tokens({"generation_config.json": f'{{"max_new_tokens": {value}}}'})
 
