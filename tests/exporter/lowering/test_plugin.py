@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from engines.reference import step
 from exporter.checkpoint import open_checkpoint
 from exporter.io_spec import io_spec
 from exporter.lowering import plugin
@@ -123,7 +124,8 @@ def through_int8(x: torch.Tensor) -> torch.Tensor:
 
 def int8_cache_logits(model: Any, ids: list[int]) -> np.ndarray:
     with torch.no_grad():
-        return model(torch.tensor([ids]), cache=Int8Cache(), use_cache=True).logits[0].numpy()
+        logits, _ = step(model, torch.tensor([ids]), Int8Cache())
+    return logits[0].numpy()
 
 
 @pytest.mark.parametrize("case", ["mha", "gqa", "mqa", "head_dim", "moe"])
