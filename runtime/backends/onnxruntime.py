@@ -19,7 +19,7 @@ from runtime.backends._ort_devices import (
 )
 from runtime.backends._ort_step import Step
 from runtime.backends._rows import RowEngine
-from runtime.backends.cpus import has_exact_integer_products, usable_cores
+from runtime.backends.cpus import NO_VNNI, has_exact_integer_products, usable_cores
 from runtime.backends.huge_pages import collapse_new_memory
 from runtime.bundle import Bundle
 from runtime.kv_cache import KvCache
@@ -67,7 +67,8 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
         if manifest.quantization.get("fast_prefill") and not has_exact_integer_products():
             raise EngineMismatchError(
                 "the bundle was built with --fast-prefill, whose integer products need a CPU with VNNI (avx_vnni or "
-                "avx512_vnni), and this one has neither: its results would be wrong. Rebuild without --fast-prefill"
+                f"avx512_vnni), and this one has neither (or {NO_VNNI} hides it): its results would be wrong. Rebuild "
+                "without --fast-prefill"
             )
         device = device or _device_of(manifest)
         # The weights that ONNX Runtime packed for the CPU.

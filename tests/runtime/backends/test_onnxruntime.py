@@ -354,6 +354,8 @@ def test_a_fast_prefill_is_refused_where_integer_products_saturate(
     monkeypatch.setattr("runtime.backends.onnxruntime.has_exact_integer_products", lambda: False)
     with pytest.raises(EngineMismatchError, match="Rebuild without --fast-prefill"):
         OnnxRuntimeEngine(dataclasses.replace(bundle, manifest=quantized))
+    monkeypatch.setattr("runtime.backends.onnxruntime.has_exact_integer_products", lambda: True)
+    OnnxRuntimeEngine(dataclasses.replace(bundle, manifest=quantized), OrtOptions(threads=1)).close()
 
 
 def test_a_fixed_capacity_is_kept(tmp_path: Path) -> None:
