@@ -9,10 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
+from qwen_aot.engines.verify.reference import Reference
+from qwen_aot.engines.verify.scores import windows
+from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.generation.generator import Generator
 from qwen_aot.runtime.text.chat_template import ChatTemplate
 from tests.gguf_files import smollm2_path
@@ -57,11 +65,53 @@ def test_verify_passes_with_the_stated_bounds(precision: str, bundle: Callable[[
     verified(bundle(precision))
 
 
-def test_int8_keeps_perplexity_within_a_hundredth(bundle: Callable[[str], Path]) -> None:
-    """On 1552 positions, where the ratio is known to 0.003; seen: 1.004 to 1.008, by the CPU's kernels."""
+def test_int8_loses_little_whatever_the_cpu(bundle: Callable[[str], Path]) -> None:
+    """On 1552 positions, where KL is known to 0.0002 and the ratio, whose logarithm it foretells, to 0.003.
+
+    All CPUs' kernels round alike (tests/exporter/lowering/test_ort.py) and add in different orders, after which
+    activations halfway between two codes fall to either side. Norm weights moved by their last bit do the same on one
+    CPU: ten times, KL was 0.0060 to 0.0063 and the ratio 1.004 to 1.012. Blocks of 64 have 0.0103, which this refuses.
+    """
     report = verified(bundle("int8"), "--text", ROOT / "LICENSE", "--windows", 8)
     assert report["positions"] > 1500
-    assert report["perplexity_ratio"] <= 1.01
+    assert report["kl_divergence"] <= 0.0075
+    (ratio,) = (check for check in report["checks"] if check["name"] == "perplexity_ratio")
+    assert ratio["bound"] == 1.01 and ratio["uncertainty"] < 0.007  # two standard errors, which `verified` allows
+
+
+def test_int8_weights_alone_lose_a_third_of_it_on_every_cpu(bundle: Callable[[str], Path]) -> None:
+    """Without rounded activations nothing depends on a CPU. Seen: KL 0.00225, ratio 1.0035."""
+    assert MODEL is not None
+    tokenizer = Tokenizer.from_file(str(bundle("int8") / "tokenizer.json"))
+    ids = tokenizer.encode((ROOT / "LICENSE").read_text(), add_special_tokens=False).ids
+    with open_checkpoint(MODEL) as checkpoint:
+        rounded = SimpleNamespace(
+            path=checkpoint.path,
+            config=checkpoint.config,
+            tensors=checkpoint.tensors,
+            read=lambda name: through_int8(checkpoint.read(name)),
+        )
+        models = [Reference(source) for source in (checkpoint, rounded)]  # type: ignore[arg-type]
+    divergence, losses = [], []
+    for window in windows(ids, 256, 8):
+        exact, found = (torch.from_numpy(model.logits(window, 64)).double().log_softmax(1) for model in models)
+        divergence.append((exact.exp() * (exact - found)).sum(1))
+        targets = torch.from_numpy(window[65:])[:, None]
+        losses.append((exact - found)[:-1].gather(1, targets))
+    assert torch.cat(divergence).mean() <= 0.0025
+    assert torch.cat(losses).mean().exp() <= 1.004
+
+
+def through_int8(weight: NDArray[np.generic]) -> NDArray[np.float32]:
+    """A matrix as int8 in blocks of 32 stands for it: its largest magnitude is code -128."""
+    rows = weight.astype(np.float32)
+    if rows.ndim != 2:
+        return rows
+    blocks = rows.reshape(len(rows), -1, 32)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
+    scale = np.where(largest == 0, 1, largest / np.float32(-128))
+    codes = np.rint(blocks / scale).clip(-128, 127)
+    return (codes * scale).astype(np.float32).reshape(rows.shape)
 
 
 def test_verify_fails_and_names_the_bound(bundle: Callable[[str], Path]) -> None:

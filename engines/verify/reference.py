@@ -40,9 +40,6 @@ class Reference:
                 .from_pretrained(None, config=config, state_dict=_state_dict(checkpoint), dtype=torch.float32)
                 .eval()
             )
-            # transformers 5.24 renamed the cache, as an argument and in the output
-            takes = inspect.signature(self._model.forward).parameters
-            self._cache = "cache" if "cache" in takes else "past_key_values"
         finally:
             if was_shown:
                 transformers.utils.logging.enable_progress_bar()
@@ -58,12 +55,31 @@ class Reference:
     def greedy(self, prompt: NDArray[np.int64], count: int) -> list[int]:
         """The `count` likeliest tokens one after the other, end-of-text included."""
         tokens: list[int] = []
-        step, cache = torch.from_numpy(prompt)[None], None
+        new, cache = torch.from_numpy(prompt)[None], None
         for _ in range(count):
-            output = self._model(step, **{self._cache: cache}, use_cache=True, logits_to_keep=1)
-            step, cache = output.logits[:, -1:].argmax(-1), output[self._cache]
-            tokens.append(int(step))
+            logits, cache = step(self._model, new, cache, logits_to_keep=1)
+            new = logits[:, -1:].argmax(-1)
+            tokens.append(int(new))
         return tokens
+
+
+def step(model: Any, token_ids: torch.Tensor, cache: Any = None, **options: Any) -> tuple[torch.Tensor, Any]:
+    """One pass of a transformers model that reads a cache and appends to it.
+
+    transformers 5.24 renamed the cache, as an argument and in the output; the name is the one this model takes.
+
+    Args:
+        model: a transformers causal language model.
+        token_ids: [B, S] int64, the new tokens.
+        cache: a transformers cache, such as an earlier step's; None: an empty one.
+        options: further arguments of the model's `forward`.
+
+    Returns:
+        Logits [B, S, V], and the cache with the new tokens.
+    """
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    output = model(token_ids, **{name: cache}, use_cache=True, **options)
+    return output.logits, output[name]
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:

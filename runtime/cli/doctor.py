@@ -202,16 +202,23 @@ def _gpus_of_tool() -> list[dict[str, str]]:
 
 
 def cpu() -> dict[str, Any]:
-    """The processor's name, its cores, and the features that decide which kernels run."""
+    """The processor and its cores."""
+    return {
+        **processor(),
+        "machine": platform.machine(),
+        "logical_cores": os.cpu_count(),
+        "threads": usable_cores(),
+    }
+
+
+def processor() -> dict[str, Any]:
+    """The processor's name, and the features that decide which kernels run."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     present = set(flags[1].split()) if flags else set()
     return {
         "name": name[1] if name else platform.processor() or platform.machine(),
-        "machine": platform.machine(),
-        "logical_cores": os.cpu_count(),
-        "threads": usable_cores(),
         "features": [feature for feature in CPU_FEATURES if feature in present],
     }
 

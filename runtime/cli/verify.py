@@ -145,9 +145,9 @@ def command(
                 on_progress=show,
             )
     if as_json:
-        print_json({"bundle": str(bundle), "reference": reference, **result.to_json()})
+        print_json({"bundle": str(bundle), "reference": reference, **_with_cpu(result.to_json())})
     else:
-        _show(result)
+        _show(result, runs_on_cpu=generator.engine.manifest.target == "cpu")
     if not result.has_passed:
         click.get_current_context().exit(EXIT_FAILED)
 
@@ -259,13 +259,22 @@ def verifier_for(checkpoint: Checkpoint, precision: str) -> Verifier:
                 advance(event.done, event.total)
 
         with Generator.open(folder) as generator:
-            return require_passed(compare(generator, checkpoint, bounds_for(precision), on_progress=show))
+            return _with_cpu(require_passed(compare(generator, checkpoint, bounds_for(precision), on_progress=show)))
 
     return verifier
 
 
-def _show(result: Verification) -> None:
+def _with_cpu(report: Mapping[str, Any]) -> dict[str, Any]:
+    from qwen_aot.runtime.cli.doctor import processor
+
+    return {**report, "cpu": processor()}
+
+
+def _show(result: Verification, *, runs_on_cpu: bool) -> None:
+    from rich.markup import escape
     from rich.table import Table
+
+    from qwen_aot.runtime.cli.doctor import processor
 
     scores = result.scores
     console = stdout()
@@ -291,5 +300,12 @@ def _show(result: Verification) -> None:
         verdict = "" if check is None else "[green]ok[/]" if check.has_passed else "[bold red]failed[/]"
         table.add_row(name, "-" if found is None else f"{found:.6g}{error}", bound, verdict)
     console.print(table)
+    if runs_on_cpu:
+        cpu = processor()
+        console.print(
+            f"computed by {escape(cpu['name'])} ({', '.join(cpu['features']) or 'no special features'}): another CPU "
+            "adds in another order, after which rounded activations differ, and finds other numbers",
+            soft_wrap=True,
+        )
     failed = [check.name for check in result.checks if not check.has_passed]
     console.print(f"[bold red]failed: {', '.join(failed)}[/]" if failed else "[bold green]all bounds hold[/]")

@@ -19,13 +19,13 @@ _NUMPY = {
 }
 
 
-def open_session(path: Path) -> ort.InferenceSession:
+def open_session(model: Path | bytes) -> ort.InferenceSession:
     """A CPU session that keeps the graph's own numbers (no silent int8 activations)."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 class Stepper:

@@ -6,7 +6,10 @@ import math
 import os
 from pathlib import Path
 
-__all__ = ["has_exact_integer_products", "usable_cores"]
+__all__ = ["NO_VNNI", "has_exact_integer_products", "usable_cores"]
+
+# Environment variable: set to anything, this CPU counts as one without VNNI.
+NO_VNNI = "QWEN_AOT_NO_VNNI"
 
 
 def usable_cores(root: Path = Path("/")) -> int:
@@ -29,11 +32,16 @@ def has_exact_integer_products(root: Path = Path("/")) -> bool:
     x86-64 without VNNI adds pairs of products in 16 bits, which saturate: a product may come out half as large.
     Source: ONNX Runtime's documentation of quantization, "When and why do I need to try U8U8?".
 
+    The environment variable QWEN_AOT_NO_VNNI hides VNNI from this function (and from nothing else: the kernels stay
+    those of the CPU), to see on any machine what happens on one without.
+
     Args:
         root: of the file system that describes the system; a system that doesn't tell counts as exact.
     """
     text = _read(root / "proc/cpuinfo") or ""
     flags = {flag for line in text.splitlines() if line.startswith("flags") for flag in line.split()}
+    if flags and os.environ.get(NO_VNNI):
+        flags -= {"avx_vnni", "avx512_vnni"}
     return not flags or bool(flags & {"avx_vnni", "avx512_vnni"})
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_aot.errors import EngineMismatchError, GenerationError, onnxruntime_errors
-from qwen_aot.runtime.backends.cpu.cpus import has_exact_integer_products, usable_cores
+from qwen_aot.runtime.backends.cpu.cpus import NO_VNNI, has_exact_integer_products, usable_cores
 from qwen_aot.runtime.backends.cpu.huge_pages import collapse_new_memory
 from qwen_aot.runtime.backends.ort.devices import (
     DEVICES,
@@ -67,7 +67,8 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
         if manifest.engines.text.quantization.get("fast_prefill") and not has_exact_integer_products():
             raise EngineMismatchError(
                 "the bundle was built with --fast-prefill, whose integer products need a CPU with VNNI (avx_vnni or "
-                "avx512_vnni), and this one has neither: its results would be wrong. Rebuild without --fast-prefill"
+                f"avx512_vnni), and this one has neither (or {NO_VNNI} hides it): its results would be wrong. Rebuild "
+                "without --fast-prefill"
             )
         device = device or _device_of(manifest)
         # The weights that ONNX Runtime packed for the CPU.

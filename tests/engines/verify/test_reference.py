@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig
+from transformers.utils import ModelOutput
 
-from qwen_aot.engines.verify.reference import Reference, config_json
+from qwen_aot.engines.verify.reference import Reference, config_json, step
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from tests.checkpoints import save_tiny
 
@@ -46,6 +47,41 @@ def test_logits_and_greedy_tokens(tmp_path: Path, options: dict[str, Any], sourc
             )
         np.testing.assert_allclose(reference.logits(IDS, 4), expected[4:], rtol=0, atol=1e-5)
         assert reference.greedy(IDS, 5) == generated[0, len(IDS) :].tolist()
+
+
+class OldNames(torch.nn.Module):
+    """A model of transformers before 5.24: the sum of all tokens so far, of which the cache holds the earlier ones."""
+
+    def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, use_cache: bool = False) -> dict[str, Any]:
+        assert use_cache
+        total = input_ids.cumsum(1) + (past_key_values or 0)
+        return ModelOutput(logits=total[..., None].float(), past_key_values=int(total[0, -1]))
+
+
+class NewNames(OldNames):
+    """The same since 5.24."""
+
+    def forward(self, input_ids: torch.Tensor, cache: Any = None, use_cache: bool = False) -> dict[str, Any]:
+        output = super().forward(input_ids, cache, use_cache)
+        return ModelOutput(logits=output["logits"], cache=output["past_key_values"])
+
+
+@pytest.mark.parametrize("names", [OldNames, NewNames])
+def test_a_step_hands_on_the_cache_under_either_name(names: type[torch.nn.Module]) -> None:
+    first, cache = step(names(), torch.tensor([[1, 2]]))
+    second, _ = step(names(), torch.tensor([[4]]), cache)
+    assert first.flatten().tolist() == [1, 3]
+    assert second.flatten().tolist() == [7]
+
+
+def test_steps_equal_one_pass(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", kv_heads=2)
+    ids = torch.from_numpy(IDS)[None]
+    with torch.inference_mode():
+        first, cache = step(model, ids[:, :9])
+        second, _ = step(model, ids[:, 9:], cache)
+        expected = model(ids).logits
+    np.testing.assert_allclose(torch.cat([first, second], 1), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_what_is_raised_becomes_a_code_and_a_message(error: BaseException, code:
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("error", [ValueError("bug"), ModuleNotFoundError("bug", name="engines.nothing")])
+@pytest.mark.parametrize("error", [ValueError("bug"), ModuleNotFoundError("bug", name="qwen_aot.engines.nothing")])
 def test_our_bugs_keep_their_traceback(error: Exception) -> None:
     result = CliRunner().invoke(verb_that_raises(error))
     assert result.exception is error

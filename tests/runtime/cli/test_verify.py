@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qwen_aot.engines.verify.scores import Scores, Verification
+from qwen_aot.runtime.cli import doctor, verify
 from tests.checkpoints import save_tiny
 from tests.runtime.cli.conftest import Run
 
@@ -20,6 +22,19 @@ def test_a_sound_bundle_passes(run: Run, bundle: Path, checkpoint: Path) -> None
     assert report["positions"] == 100  # of 64: prefills end at 7 and 15, then 16 … 63
     assert report["greedy_tokens"] == 64
     assert report["perplexity"] > 1
+    cpu = json.loads(run("doctor", "--json").stdout)["cpu"]
+    assert report["cpu"] == {"name": cpu["name"], "features": cpu["features"]}
+
+
+def test_a_cpu_bundles_numbers_are_said_to_be_this_cpus(
+    run: Run, bundle: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "processor", lambda: {"name": "Xeon [8]", "features": ["avx512_vnni", "amx_int8"]})
+    text = run("verify", bundle, "--reference", checkpoint, "--window", 16, "--windows", 1).stdout
+    assert "computed by Xeon [8] (avx512_vnni, amx_int8): another CPU adds in another order" in text
+    scores = Scores(1, 0.0, 0.0, 0.0, 1.0, 0, None, 1, 1.0, 2.0, 2.0, 0.0)
+    verify._show(Verification(scores, ()), runs_on_cpu=False)
+    assert "all bounds hold" in (other := capsys.readouterr().out) and "computed by" not in other
 
 
 def test_another_models_bundle_fails_and_says_where(run: Run, bundle: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from qwen_aot.engines.verify.reference import step
 from qwen_aot.errors import ExportError
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
@@ -26,11 +27,11 @@ from qwen_aot.exporter.lowering.ort.provider import Provider
 from qwen_aot.exporter.quantize.blockwise import BlockFormat, dequantize, quantize
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.stitch import stitch
-from qwen_aot.runtime.backends.cpu.cpus import has_exact_integer_products
+from qwen_aot.runtime.backends.cpu.cpus import NO_VNNI, has_exact_integer_products
 from tests.checkpoints import reference_logits, save_tiny
 from tests.exporter.cases import CASES
 from tests.exporter.graph.test_trace import DENSE, MOE
-from tests.exporter.stepper import Stepper
+from tests.exporter.stepper import Stepper, open_session
 
 EXACT_BOUND = 1e-3  # fp32 sums in another order; seen: under 2e-5
 INT8_ACTIVATIONS_BOUND = 0.5  # logits have std 1; activations rounded to 8 bits block by block; seen: under 0.3
@@ -315,6 +316,36 @@ def test_int8_activations_move_logits_a_little(name, models, tmp_path):
     assert compare(models, "gqa", OrtOptions(FORMATS[name]), tmp_path) < INT8_ACTIVATIONS_BOUND
 
 
+@pytest.mark.parametrize("rows", [1, 5, 64])  # each has a kernel of its own
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_eight_bit_kernels_round_activations_to_the_nearest_code_and_nothing_else(block_size, rows):
+    """Whatever the CPU: its bundles differ from another's in the order of fp32 sums alone (docs/performance.md).
+
+    Activations lie near codes of any size, so that rounding is beyond doubt, and pairs of products beyond 16 bits.
+    """
+    K, N, n = 4 * block_size, 48, 4
+    random = np.random.default_rng(rows)
+    codes = random.integers(0, 256, (N, n, block_size), np.uint8)
+    scales = random.uniform(0.5, 1.5, (N, n)).astype(np.float32)
+    near = random.integers(-126, 127, (rows, n, block_size)).astype(np.float32)
+    x = near + random.uniform(-0.4, 0.4, near.shape).astype(np.float32)
+    near[..., 0] = x[..., 0] = 127  # the largest: a step is 1
+    attributes = {"K": K, "N": N, "bits": 8, "block_size": block_size, "accuracy_level": OrtOptions().accuracy_level}
+    node = onnx.helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain=ort.MS_DOMAIN, **attributes)
+    tensors = [onnx.numpy_helper.from_array(array, name) for name, array in (("codes", codes), ("scales", scales))]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([node], "one", ends[:1], ends[1:], tensors)
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid(ort.MS_DOMAIN, 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    (got,) = open_session(model.SerializeToString()).run(None, {"x": x.reshape(rows, K)})
+    weight = ((codes - 128.0) * scales[..., None]).reshape(N, K)
+    want = near.reshape(rows, K) @ weight.T
+    unrounded = x.reshape(rows, K) @ weight.T
+    size = np.abs(want).max()
+    assert np.abs(got - want).max() < 1e-5 * size  # fp32 sums; seen: 5e-7
+    assert np.abs(unrounded - want).max() > 1e-3 * size
+
+
 @pytest.mark.parametrize("name", ["int4", "int8"])
 @pytest.mark.parametrize("case", ["gqa", "moe"])
 def test_a_row_of_a_quantized_model_does_not_depend_on_other_rows(case, name, models, tmp_path):
@@ -349,38 +380,101 @@ def with_integer_projections(model: Any) -> Any:
     return integer
 
 
-needs_vnni = pytest.mark.skipif(
-    not has_exact_integer_products(), reason="8-bit products saturate on this CPU; the runtime refuses such bundles"
-)
+def within_seven_bits(model: Any) -> Any:
+    """A copy whose projections' channels have codes of at most 64, and 127 once a row, in a pair with a zero.
+
+    Two products of an activation's unsigned byte, at most 255, then add up to at most 32,640: no kernel saturates.
+    """
+    narrow = copy.deepcopy(model)
+    for name, module in narrow.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.startswith("model.layers"):
+            weight = module.weight.detach()
+            largest = weight.abs().amax(dim=1, keepdim=True)
+            weight.clamp_(-largest * 64 / 127, largest * 64 / 127)
+            rows = torch.arange(len(weight))
+            pairs = rows % (weight.shape[1] // 2)
+            weight[rows, 2 * pairs] = largest[:, 0]
+            weight[rows, 2 * pairs + 1] = 0
+    return narrow
 
 
-@needs_vnni
-def test_fast_prefill_computes_integer_projections_and_decodes_from_the_cache_it_left(models, tmp_path):
-    checkpoint, model = models("one_layer")  # the last layer's other projections stay in blocks: only q|k|v is integer
-    layout = BlockFormat(8, 32)
-    options = OrtOptions(layout, accuracy_level=1, fast_prefill=True)
+def with_defined_products(onnx_file: Path) -> Path:
+    """Replaces MatMulIntegerToFloat by its definition, in place: fp32 holds sums of so few products exactly."""
+    model = onnx.load(onnx_file, load_external_data=False)
+    (choice,) = (node for node in model.graph.node if node.op_type == "If")
+    (many,) = (attribute.g for attribute in choice.attribute if attribute.name == "then_branch")
+    nodes = list(many.node)
+    del many.node[:]
+    replaced = 0
+    for node in nodes:
+        if node.op_type != "MatMulIntegerToFloat":
+            many.node.append(node)
+            continue
+        replaced += 1
+        a, b, a_scale, b_scale, zero = node.input
+        steps = [
+            ("Cast", [a], "a", {"to": onnx.TensorProto.FLOAT}),
+            ("Cast", [zero], "zero", {"to": onnx.TensorProto.FLOAT}),
+            ("Cast", [b], "b", {"to": onnx.TensorProto.FLOAT}),
+            ("Sub", ["a", "zero"], "centred", {}),
+            ("MatMul", ["centred", "b"], "product", {}),
+            ("Mul", [a_scale, b_scale], "scale", {}),
+            ("Mul", ["product", "scale"], "", {}),
+        ]
+        named = {result: f"{node.name}.{result}" for _, _, result, _ in steps} | {"": node.output[0]}
+        for op_type, inputs, result, attributes in steps:
+            operands = [named.get(name, name) for name in inputs]
+            many.node.append(onnx.helper.make_node(op_type, operands, [named[result]], **attributes))
+    assert replaced
+    onnx.save(model, onnx_file)
+    return onnx_file
+
+
+@pytest.fixture(params=["7 bits", "8 bits", "8 bits, as defined"])
+def fast_prefill(request, models, tmp_path, monkeypatch):
+    """Exports a case: its (perhaps narrowed) transformers model, and a graph that this CPU computes exactly.
+
+    Eight bits saturate in kernels without VNNI, and the runtime refuses such a bundle there. On such a CPU, and on one
+    that counts as such, they are multiplied as defined; the kernel gets the seven bits that it computes exactly.
+    """
+    if request.param == "8 bits, as defined":
+        monkeypatch.setenv(NO_VNNI, "1")
+
+    def make(case: str, **options: Any) -> tuple[Any, Path]:
+        checkpoint, model = models(case)
+        if request.param == "7 bits":
+            model, checkpoint = within_seven_bits(model), tmp_path / "narrow"
+            model.save_pretrained(checkpoint)
+        onnx_file = export(checkpoint, tmp_path / "onnx", OrtOptions(FORMATS["int8"], fast_prefill=True, **options))
+        is_exact = request.param == "7 bits" or has_exact_integer_products()
+        return model, onnx_file if is_exact else with_defined_products(onnx_file)
+
+    return make
+
+
+def test_fast_prefill_computes_integer_projections_and_decodes_from_the_cache_it_left(fast_prefill):
+    # the last layer's other projections stay in blocks: only q|k|v is integer
+    model, onnx_file = fast_prefill("one_layer", accuracy_level=1)
     ids = np.random.default_rng(3).integers(0, model.config.vocab_size, FROM_TOKENS + 10).tolist()
-    got = stepped_logits(export(checkpoint, tmp_path / "onnx", options), ids, FROM_TOKENS)
-    reference = with_rounded_weights(model, layout)
+    got = stepped_logits(onnx_file, ids, FROM_TOKENS)
+    reference = with_rounded_weights(model, FORMATS["int8"])
     attention = reference.model.layers[0].self_attn
     exact = copy.deepcopy(attention)
     integer = with_integer_projections(model).model.layers[0].self_attn
     for part in ("q_proj", "k_proj", "v_proj"):
         setattr(attention, part, integer.get_submodule(part))
-    prefilled = reference(torch.tensor([ids[:FROM_TOKENS]]), use_cache=True)
-    assert np.abs(got[0] - prefilled.logits[0, -1].detach().numpy()).max() < EXACT_BOUND
+    prefilled, cache = step(reference, torch.tensor([ids[:FROM_TOKENS]]))
+    assert np.abs(got[0] - prefilled[0, -1].detach().numpy()).max() < EXACT_BOUND
     # From here on one token a step: the block form, on the keys and values that the integer form cached.
     for part in ("q_proj", "k_proj", "v_proj"):
         setattr(attention, part, exact.get_submodule(part))
-    rest = reference(torch.tensor([ids[FROM_TOKENS:]]), past_key_values=prefilled.past_key_values)
-    assert np.abs(got[1:] - rest.logits[0].detach().numpy()).max() < EXACT_BOUND
+    rest, _ = step(reference, torch.tensor([ids[FROM_TOKENS:]]), cache)
+    assert np.abs(got[1:] - rest[0].detach().numpy()).max() < EXACT_BOUND
 
 
-@needs_vnni
 @pytest.mark.parametrize("case", ["gqa", "moe_k1"])
-def test_fast_prefill_stays_close_and_rows_stay_apart(case, models, tmp_path):
-    checkpoint, model = models(case)
-    onnx_file = export(checkpoint, tmp_path / "onnx", OrtOptions(FORMATS["int8"], fast_prefill=True))
+def test_fast_prefill_stays_close_and_rows_stay_apart(case, fast_prefill):
+    model, onnx_file = fast_prefill(case)
     mine, *others = (
         np.random.default_rng(seed).integers(0, model.config.vocab_size, FROM_TOKENS + 3).tolist() for seed in (1, 2, 3)
     )

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from qwen_aot.engines.verify.reference import step
 from qwen_aot.errors import ExportError
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.graph.ops import DOMAIN
@@ -124,7 +125,8 @@ def through_int8(x: torch.Tensor) -> torch.Tensor:
 
 def int8_cache_logits(model: Any, ids: list[int]) -> np.ndarray:
     with torch.no_grad():
-        return model(torch.tensor([ids]), cache=Int8Cache(), use_cache=True).logits[0].numpy()
+        logits, _ = step(model, torch.tensor([ids]), Int8Cache())
+    return logits[0].numpy()
 
 
 @pytest.mark.parametrize("case", ["mha", "gqa", "mqa", "head_dim", "moe"])

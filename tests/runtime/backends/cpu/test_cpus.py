@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_aot.runtime.backends.cpu.cpus import has_exact_integer_products, usable_cores
+from qwen_aot.runtime.backends.cpu.cpus import NO_VNNI, has_exact_integer_products, usable_cores
 
 
 @pytest.fixture
@@ -63,18 +63,22 @@ def test_this_machine() -> None:
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
 
 
-@pytest.mark.parametrize(
-    ("cpuinfo", "is_exact"),
-    [
-        ("flags\t\t: fpu avx2 avx512_vnni\n", True),
-        ("flags\t\t: fpu avx2 avx_vnni\n", True),
-        ("flags\t\t: fpu avx2 avx512f\n", False),
-        ("Features\t: fp asimd asimddp\n", True),
-        (None, True),
-    ],
-)
-def test_integer_products_are_exact_with_vnni_or_off_x86(tmp_path: Path, cpuinfo: str | None, is_exact: bool) -> None:
-    if cpuinfo is not None:
-        (tmp_path / "proc").mkdir()
-        (tmp_path / "proc/cpuinfo").write_text(cpuinfo)
-    assert has_exact_integer_products(tmp_path) is is_exact
+CPUINFO = {
+    "avx512_vnni": "flags\t\t: fpu avx2 avx512_vnni\n",
+    "avx_vnni": "flags\t\t: fpu avx2 avx_vnni\n",
+    "neither": "flags\t\t: fpu avx2 avx512f\n",
+    "arm": "Features\t: fp asimd asimddp\n",
+    "untold": None,
+}
+
+
+@pytest.mark.parametrize("cpu", CPUINFO)
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_integer_products_are_exact_with_vnni_that_is_not_hidden_and_off_x86(
+    tmp_path: Path, cpu: str, is_hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(NO_VNNI, "1" if is_hidden else "")
+    if (text := CPUINFO[cpu]) is not None:
+        write(tmp_path, "proc/cpuinfo", text)
+    exact = {"arm", "untold"} if is_hidden else {"avx512_vnni", "avx_vnni", "arm", "untold"}
+    assert has_exact_integer_products(tmp_path) is (cpu in exact)

@@ -355,6 +355,8 @@ def test_a_fast_prefill_is_refused_where_integer_products_saturate(
     monkeypatch.setattr("qwen_aot.runtime.backends.ort.engine.has_exact_integer_products", lambda: False)
     with pytest.raises(EngineMismatchError, match="Rebuild without --fast-prefill"):
         OnnxRuntimeEngine(dataclasses.replace(bundle, manifest=quantized))
+    monkeypatch.setattr("qwen_aot.runtime.backends.ort.engine.has_exact_integer_products", lambda: True)
+    OnnxRuntimeEngine(dataclasses.replace(bundle, manifest=quantized), OrtOptions(threads=1)).close()
 
 
 def test_a_fixed_capacity_is_kept(tmp_path: Path) -> None:
