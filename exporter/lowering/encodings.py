@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from qwen_aot.exporter.checkpoint.encoding import CodeForm
@@ -37,7 +38,7 @@ def warn_of_rounding(lowered: Traced) -> tuple[str, ...]:
             continue
         encoding, refusal = lowered.encodings[name], lowered.refused_codes.get(name)
         lost[encoding.name, refusal or _rounding(recipe)] += 1
-        if encoding.form is not None and refusal is not None and _has_codes(lowered, recipe):
+        if encoding.form is not None and refusal is not None and _fits_other_blocks(lowered, recipe):
             forms[encoding.form] += 1
     if not lost:
         return ()
@@ -53,7 +54,7 @@ def warn_of_rounding(lowered: Traced) -> tuple[str, ...]:
 def flags_that_keep(forms: Sequence[CodeForm]) -> str | None:
     """The command line's flags for blocks that codes of all these forms fit; None: there are none."""
     sizes = [size for size in BLOCK_SIZES if all(form.group_size % size == 0 for form in forms)]
-    if not forms or not sizes or any(form.has_permutation for form in forms):
+    if not forms or not sizes:
         return None
     precision = "int4" if all(form.bits <= 4 for form in forms) else "int8"
     zero_points = " --asymmetric" if any(form.has_zero_points for form in forms) else ""
@@ -78,10 +79,17 @@ def _rounds(lowered: Traced, recipe: Recipe) -> bool:
     return recipe.from_codes is None and not is_fp32
 
 
-def _has_codes(lowered: Traced, recipe: Recipe) -> bool:
-    """Whether everything stacked in the recipe could be read as codes."""
+def _fits_other_blocks(lowered: Traced, recipe: Recipe) -> bool:
+    """Whether blocks are all that keeps the recipe from taking codes: other flags would."""
     encodings = [lowered.encodings.get(source.name) for source in recipe.sources]
-    return all(encoding is not None and encoding.form is not None for encoding in encodings)
+    scales = lowered.compute_type.numpy()
+    return all(
+        encoding is not None
+        and encoding.form is not None
+        and not encoding.form.has_permutation
+        and np.can_cast(encoding.form.scale_dtype, scales)
+        for encoding in encodings
+    )
 
 
 def _rounding(recipe: Recipe) -> str:

@@ -89,7 +89,7 @@ def write(file: Path, folder: Path, options: OrtOptions, dtype: ir.DataType = ir
 
 
 def decoded(onnx_file: Path) -> dict[str, np.ndarray]:
-    """(code - zero point) * scale of each MatMulNBits, GatherBlockQuantized and QMoE, as ONNX Runtime documents them."""
+    """(code - zero point) * scale of each MatMulNBits, GatherBlockQuantized and QMoE, as their documentation has it."""
     graph = onnx.load(onnx_file).graph
     arrays = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
     producers = {name: node for node in graph.node for name in node.output}
