@@ -22,10 +22,11 @@ from qwen_aot.engines.bundle.writer import BundleWriter, refuse_unless_replaceab
 from qwen_aot.engines.profiles import profiles
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.errors import BuildError
-from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
+from qwen_aot.exporter.lowering.encodings import warn_of_rounding
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.weights.recipe import Traced, output_bytes_of
 from qwen_aot.exporter.weights.stitch import check_sources, chunk_bytes, output_bytes, stitch
@@ -200,7 +201,9 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages) -> Plan:
     capacity = positions if spec.facts.has_fixed_capacity else None
     traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions, capacity=capacity))
     check_sources(traced, checkpoint)
+    traced.encodings = encodings_of(checkpoint)
     lowered = stages.run("lower", lambda _: builder.lower(traced, spec))
+    warnings += warn_of_rounding(lowered)
     texts = dict(checkpoint.tokenizer.files)
     needed = estimate(
         weight_bytes=output_bytes(lowered),

@@ -16,9 +16,10 @@ from qwen_aot.engines.bundle.stages import StageCost, Stages
 from qwen_aot.engines.onnxruntime import cpu as onnxruntime
 from qwen_aot.engines.spec.build_spec import BuildSpec, Precision
 from qwen_aot.errors import BuildError
-from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
+from qwen_aot.exporter.lowering.encodings import warn_of_rounding
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat
 from qwen_aot.exporter.model.config import ModelConfig
@@ -127,7 +128,10 @@ def export_graph(
     stages = Stages(names if checkpoint is not None else (*names[:2], names[3]), on_progress)
     with FolderWriter(out, _refuse_unless_export) as writer:
         traced = stages.run("trace", lambda _: trace(config, ir.DataType[compute_type], positions=positions))
+        if checkpoint is not None:
+            traced.encodings = encodings_of(checkpoint)
         lowered = stages.run("lower", lambda _: LOWERINGS[lowering].lower(traced, name, block_size, symmetric))
+        warn_of_rounding(lowered)
         weight_bytes = output_bytes(lowered)
         with explained(writer.out):
             if checkpoint is not None:

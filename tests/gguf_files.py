@@ -51,6 +51,7 @@ def save_gguf(
     architecture: str,
     *,
     kind: Type = Type.F32,
+    kinds: Mapping[str, Type] | None = None,
     facts: Mapping[str, Any] | None = None,
     without: tuple[str, ...] = (),
 ) -> dict[str, NDArray[np.float32]]:
@@ -61,6 +62,7 @@ def save_gguf(
         model: of `tests.checkpoints.tiny_model`.
         architecture: qwen2, qwen2moe or llama (whose biases are left out).
         kind: of the matrices; vectors stay F32.
+        kinds: by the ends of Hugging Face names, of matrices of another type.
         facts: metadata that is added, or replaces what the model says; a value None removes the key.
         without: GGUF tensors that are left out.
     """
@@ -100,7 +102,8 @@ def save_gguf(
             stored = _interleave(array, config.num_key_value_heads)
         if name.endswith("shared_expert_gate.weight"):
             stored = array.reshape(-1)  # as the converter does
-        used = kind if stored.ndim > 1 else Type.F32
+        named = next((each for ending, each in (kinds or {}).items() if name.endswith(ending)), kind)
+        used = named if stored.ndim > 1 else Type.F32
         data = gguf.quantize(stored, used)
         writer.add_tensor(target, data, raw_dtype=used)
         values = gguf.dequantize(data, used).reshape(stored.shape)

@@ -18,7 +18,7 @@ from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.engines.tensorrt.onnx_files import onnx_entries, require_same_onnx
 from qwen_aot.engines.verify.per_layer import BOUNDS, LayerReport, compare_layers, mark_layers, step_feeds
 from qwen_aot.errors import BuildError
-from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.graph.plugin_ops import PluginOp
 from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
@@ -122,6 +122,7 @@ def _onnx_of_engine(folder: Path, manifest: Manifest, checkpoint: Checkpoint, ro
     positions = cache_capacity(manifest.max_context, manifest.prefill_chunk)
     dtype = ir.DataType[spec.combination.compute_type]
     traced = trace(checkpoint.config, dtype, positions=positions, capacity=positions)
+    traced.encodings = encodings_of(checkpoint)
     lowered = builder_for(spec.target).lower(traced, spec)
     made = root / "engine"
     made.mkdir()

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_aot.exporter.checkpoint.encoding import EncodedRows, Encoding
 from qwen_aot.exporter.model.config import ModelConfig
 
 
@@ -29,12 +30,14 @@ class TensorInfo:
     Attributes:
         dtype: what `Checkpoint.read` returns (bf16 as ml_dtypes.bfloat16; quantized GGUF types as float32).
         span: None where the stored bytes are not the tensor itself (quantized or permuted).
+        encoding: how it is stored, where that isn't plain numbers.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     span: FileSpan | None = None
+    encoding: Encoding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +79,21 @@ class Checkpoint(Protocol):
             CheckpointError: the tensor is missing or its bytes can't be read.
         """
 
+    def read_encoded(self, name: str, rows: slice | None = None) -> EncodedRows:
+        """A tensor, or some rows of it, as the codes that are stored; `read` gives what `dequantize` makes of them.
+
+        Raises:
+            CheckpointError: the tensor is missing, or its encoding has no form that can be read as codes.
+        """
+
     def close(self) -> None:
         """Releases the mappings; arrays already returned must not be used afterwards."""
 
     def __enter__(self) -> Checkpoint: ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+def encodings_of(checkpoint: Checkpoint) -> Mapping[str, Encoding]:
+    """How the tensors are stored that aren't plain numbers, by name."""
+    return {name: info.encoding for name, info in checkpoint.tensors.items() if info.encoding is not None}

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import TensorInfo, TokenizerFiles
+from qwen_aot.exporter.checkpoint.encoding import EncodedRows, no_codes
 from qwen_aot.exporter.model.config import ModelConfig
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -63,6 +64,14 @@ class RandomCheckpoint:
         digest = hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=8).digest()
         first = (int.from_bytes(digest, "little") + start * width) % _POOL
         return _window(self._pool(name), first, count * width).reshape(count, *shape[1:])
+
+    def read_encoded(self, name: str, rows: slice | None = None) -> EncodedRows:
+        """Refuses: every tensor here is plain numbers.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise no_codes(self.path, name)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from qwen_aot.errors import ExportError
 from qwen_aot.exporter.graph import ops
-from qwen_aot.exporter.weights.recipe import Recipe, Traced, Transform, cast_to
+from qwen_aot.exporter.weights.recipe import Arrays, Recipe, Traced, Transform, cast_to
 
 _INDEX_ELEMENTS = (
     1 << 16
@@ -119,27 +119,17 @@ def fold_casts_of_initializers(traced: Traced) -> int:
             traced.model.graph.remove(node, safe=True)
         value.type = ir.TensorType(dtype)
         output = dataclasses.replace(recipe.outputs[0], dtype=dtype)
-        traced.recipes[name] = dataclasses.replace(
-            recipe, outputs=(output,), transform=_then(recipe.transform, cast_to(dtype))
-        )
+        traced.recipes[name] = recipe.converted((output,), _cast(cast_to(dtype)))
         folded += len(users)
     return folded
 
 
-def _then(first: Transform, second: Transform) -> Transform:
-    def transform(rows: NDArray[np.float32]) -> tuple[NDArray[np.generic], ...]:
-        return second(first(rows)[0].astype(np.float32, copy=False))
-
-    return transform
+def _cast(cast: Transform) -> Callable[[Arrays], Arrays]:
+    return lambda arrays: cast(arrays[0].astype(np.float32, copy=False))
 
 
 def transpose_recipe(recipe: Recipe) -> Recipe:
     """The recipe of the transposed matrix: [N, K] -> [K, N]."""
     (output,) = recipe.outputs
-    inner = recipe.transform
-
-    def transform(rows: NDArray[np.float32]) -> tuple[NDArray[np.generic], ...]:
-        return (inner(rows)[0].T,)
-
     turned = dataclasses.replace(output, shape=output.shape[::-1], row_axis=1)
-    return dataclasses.replace(recipe, outputs=(turned,), transform=transform)
+    return recipe.converted((turned,), lambda arrays: (arrays[0].T,))

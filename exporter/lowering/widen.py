@@ -10,9 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from qwen_aot.exporter.weights.recipe import Recipe, Traced, Transform
+from qwen_aot.exporter.weights.recipe import Arrays, Recipe, Traced
 
 
 def widen_bf16(traced: Traced) -> int:
@@ -51,12 +50,9 @@ def _widened(recipe: Recipe) -> Recipe:
         dataclasses.replace(output, dtype=ir.DataType.FLOAT) if output.dtype == ir.DataType.BFLOAT16 else output
         for output in recipe.outputs
     )
-    return dataclasses.replace(recipe, outputs=outputs, transform=_wide_rows(recipe.transform))
+    return recipe.converted(outputs, _wide)
 
 
-def _wide_rows(inner: Transform) -> Transform:
-    def transform(rows: NDArray[np.float32]) -> tuple[NDArray[np.generic], ...]:
-        bfloat16 = ir.DataType.BFLOAT16.numpy()
-        return tuple(part.astype(np.float32) if part.dtype == bfloat16 else part for part in inner(rows))
-
-    return transform
+def _wide(arrays: Arrays) -> Arrays:
+    bfloat16 = ir.DataType.BFLOAT16.numpy()
+    return tuple(part.astype(np.float32) if part.dtype == bfloat16 else part for part in arrays)

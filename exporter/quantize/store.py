@@ -1,23 +1,69 @@
-"""Quantized weights of one graph: initializers and recipes for codes, scales and zero points, made on first use."""
+"""Quantized weights of one graph: initializers and recipes for codes, scales and zero points, made on first use.
+
+A weight is quantized from floats, unless all tensors that it is made of are stored as codes which fit the format: then
+these are kept (`exporter.quantize.encoded`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qwen_aot.exporter.checkpoint.encoding import Arrange, EncodedRows, arranged, dequantize, stack
 from qwen_aot.exporter.quantize.blockwise import BlockFormat, Quantized, pack, quantize, quantize_channels
-from qwen_aot.exporter.weights.recipe import Output, Recipe, Traced
+from qwen_aot.exporter.quantize.encoded import as_blocks, in_form_of, obstacle
+from qwen_aot.exporter.weights.recipe import Arrays, Output, Recipe, Traced
 
 # Matrices whose rounding costs a trained model most (docs/performance.md), by the ends of their names. A tied head is
 # the embedding.
 SENSITIVE = ("embed_tokens.weight", "lm_head.weight", "down_proj.weight")
 
-Arrange = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-Pick = Callable[[NDArray[np.float32], Quantized], NDArray[np.generic]]  # float rows and their blocks -> one part
+_UNCHECKED_SCALE = 256.0  # 255 steps of it, the most that a code can be from its zero, still fit fp16
+
+
+class _Rows(Protocol):
+    """Rows of a weight, in the kernel's order, as its initializers are made of them."""
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """[r, K]."""
+
+    @property
+    def blocks(self) -> Quantized:
+        """The same rows in blocks."""
+
+
+@dataclass(frozen=True)
+class _FloatRows:
+    values: NDArray[np.float32]
+    layout: BlockFormat
+
+    @cached_property
+    def blocks(self) -> Quantized:
+        return quantize(self.values, self.layout)
+
+
+@dataclass(frozen=True)
+class _CodedRows:
+    rows: EncodedRows
+    layout: BlockFormat
+
+    @cached_property
+    def values(self) -> NDArray[np.float32]:
+        return dequantize(self.rows)
+
+    @cached_property
+    def blocks(self) -> Quantized:
+        return as_blocks(self.rows, self.layout)
+
+
+Pick = Callable[[_Rows], NDArray[np.generic]]  # one part
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +81,7 @@ class _Entry:
     """How one weight is quantized, and what is kept of it."""
 
     recipe: Recipe  # of the float weight
+    keeps_codes: bool
     arrange: Arrange
     layout: BlockFormat
     rows_per_group: int
@@ -44,12 +91,24 @@ class _Entry:
     def quantized_recipe(self) -> Recipe:
         inner, arrange, layout, picks = self.recipe.transform, self.arrange, self.layout, tuple(self.picks)
 
-        def transform(rows: NDArray[np.float32]) -> tuple[NDArray[np.generic], ...]:
-            values = arrange(inner(rows)[0].astype(np.float32, copy=False))
-            quantized = quantize(values, layout)
-            return tuple(pick(values, quantized) for pick in picks)
+        def transform(rows: NDArray[np.float32]) -> Arrays:
+            made = _FloatRows(arrange(inner(rows)[0].astype(np.float32, copy=False), 0), layout)
+            return tuple(pick(made) for pick in picks)
 
-        return Recipe(self.recipe.sources, tuple(self.outputs), transform, self.rows_per_group)
+        def from_codes(parts: Sequence[EncodedRows]) -> Arrays:
+            rows = stack([in_form_of(layout, part) for part in parts])
+            if np.abs(rows.scales).max(initial=0) > _UNCHECKED_SCALE:
+                inner(dequantize(rows))  # refuses values that the compute type can't hold
+            made = _CodedRows(arranged(rows, arrange), layout)
+            return tuple(pick(made) for pick in picks)
+
+        return Recipe(
+            self.recipe.sources,
+            tuple(self.outputs),
+            transform,
+            self.rows_per_group,
+            from_codes if self.keeps_codes else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +172,10 @@ class QuantizedWeights:
         layout, n, zeros = entry.layout, entry.layout.blocks(width), None
         if with_zero_points or not layout.symmetric:
 
-            def pick(values: NDArray[np.float32], quantized: Quantized) -> NDArray[np.generic]:
+            def pick(rows: _Rows) -> NDArray[np.generic]:
                 if layout.symmetric:
-                    return np.full((len(values), n, 1), 1 << (layout.bits - 1), np.uint8)
-                return quantized.found_zero_points
+                    return np.full((len(rows.blocks.scales), n, 1), 1 << (layout.bits - 1), np.uint8)
+                return rows.blocks.found_zero_points
 
             zeros = self._output(weight, entry, "block_zero_points", ir.DataType.UINT8, (rows, n, 1), pick)
         return self._matrix(weight, entry, zeros)
@@ -130,8 +189,8 @@ class QuantizedWeights:
         codes = Output(f"{name}_channel_codes", ir.DataType.INT8, (width, rows), row_axis=1)
         scales = Output(f"{name}_channel_scales", ir.DataType.FLOAT, (rows,))
         return ChannelWeight(
-            self._add(entry, codes, lambda values, _: quantize_channels(values)[0].T),
-            self._add(entry, scales, lambda values, _: quantize_channels(values)[1]),
+            self._add(entry, codes, lambda rows: quantize_channels(rows.values)[0].T),
+            self._add(entry, scales, lambda rows: quantize_channels(rows.values)[1]),
         )
 
     def experts(
@@ -139,7 +198,7 @@ class QuantizedWeights:
         weight: ir.Value,
         layout: BlockFormat,
         size: tuple[int, int],
-        arrange: Arrange = lambda rows: rows,
+        arrange: Arrange = lambda rows, _: rows,
         rows_per_group: int = 1,
     ) -> QuantizedWeight:
         """For QMoE.
@@ -156,7 +215,7 @@ class QuantizedWeights:
         codes_shape = (*lead, n * layout.block_bytes)
         return QuantizedWeight(
             entry.layout,
-            self._output(weight, entry, "codes", ir.DataType.UINT8, codes_shape, lambda _, q: q.codes),
+            self._output(weight, entry, "codes", ir.DataType.UINT8, codes_shape, lambda rows: rows.blocks.codes),
             self._scales(weight, entry, (*lead, n)),
             self._packed_zero_points(weight, entry, lead, width),
         )
@@ -167,7 +226,7 @@ class QuantizedWeights:
         codes_shape = (rows, n, entry.layout.block_bytes)
         return QuantizedWeight(
             entry.layout,
-            self._output(weight, entry, "codes", ir.DataType.UINT8, codes_shape, lambda _, q: q.codes),
+            self._output(weight, entry, "codes", ir.DataType.UINT8, codes_shape, lambda rows: rows.blocks.codes),
             self._scales(weight, entry, (rows, n)),
             zero_points,
         )
@@ -175,7 +234,7 @@ class QuantizedWeights:
     def _scales(self, weight: ir.Value, entry: _Entry, shape: tuple[int, ...]) -> ir.Value:
         dtype = self._scale_type
         return self._output(
-            weight, entry, "scales", dtype, shape, lambda _, q: q.scales.astype(dtype.numpy(), copy=False)
+            weight, entry, "scales", dtype, shape, lambda rows: rows.blocks.scales.astype(dtype.numpy(), copy=False)
         )
 
     def _packed_zero_points(
@@ -185,20 +244,44 @@ class QuantizedWeights:
             return None
         shape, bits = (*lead, entry.layout.zero_point_bytes(width)), entry.layout.bits
         return self._output(
-            weight, entry, "zero_points", ir.DataType.UINT8, shape, lambda _, q: pack(q.found_zero_points, bits)
+            weight,
+            entry,
+            "zero_points",
+            ir.DataType.UINT8,
+            shape,
+            lambda rows: pack(rows.blocks.found_zero_points, bits),
         )
 
     def _entry(
         self,
         weight: ir.Value,
         layout: BlockFormat,
-        arrange: Arrange = lambda rows: rows,
+        arrange: Arrange = lambda rows, _: rows,
         rows_per_group: int = 1,
     ) -> _Entry:
         name = str(weight.name)
         if name not in self._entries:
-            self._entries[name] = _Entry(self._traced.recipes.pop(name), arrange, layout, rows_per_group)
+            recipe = self._traced.recipes.pop(name)
+            keeps_codes = self._can_keep_codes(recipe, layout)
+            self._entries[name] = _Entry(recipe, keeps_codes, arrange, layout, rows_per_group)
         return self._entries[name]
+
+    def _can_keep_codes(self, recipe: Recipe, layout: BlockFormat) -> bool:
+        """Whether all sources are codes that fit the layout; if only some, the reason is noted."""
+        reasons: dict[str, str | None] = {}
+        for source in recipe.sources:
+            encoding = self._traced.encodings.get(source.name)
+            if encoding is None:
+                reasons[source.name] = "plain numbers"
+            elif encoding.form is None:
+                reasons[source.name] = "no kernel takes codes of this type"
+            else:
+                reasons[source.name] = obstacle(encoding.form, source.shape[-1], layout, self._scale_type.numpy())
+        if not any(reasons.values()):
+            return True
+        for name in reasons.keys() & self._traced.encodings.keys():
+            self._traced.refused_codes[name] = reasons[name] or "stacked with tensors whose codes don't fit"
+        return False
 
     def _output(
         self, weight: ir.Value, entry: _Entry, part: str, dtype: ir.DataType, shape: tuple[int, ...], pick: Pick

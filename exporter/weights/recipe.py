@@ -1,13 +1,14 @@
 """Recipes: how initializers are made from checkpoint tensors.
 
 A recipe reads one or several checkpoint tensors, stacked along axis 0, a few rows at a time, and turns each chunk of
-rows into chunks of one or several initializers (a cast, a transpose, or codes and scales).
+rows into chunks of one or several initializers (a cast, a transpose, or codes and scales). Where the checkpoint stores
+codes, a recipe may take these instead of floats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
@@ -16,9 +17,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen_aot.errors import ExportError
+from qwen_aot.exporter.checkpoint.encoding import EncodedRows, Encoding
 from qwen_aot.exporter.model.config import ModelConfig
 
-Transform = Callable[[NDArray[np.float32]], tuple[NDArray[Any], ...]]
+Arrays = tuple[NDArray[Any], ...]  # one an output
+Transform = Callable[[NDArray[np.float32]], Arrays]
+CodesTransform = Callable[[Sequence[EncodedRows]], Arrays]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +59,30 @@ class Recipe:
         transform: a chunk of stacked rows [r, ...] as float32 -> one array an output, in output order, whose row axis
             is proportional to r. It must not depend on how the rows are cut, beyond `rows_per_group`.
         rows_per_group: chunks hold a multiple of this many rows.
+        from_codes: not None: all sources are read as codes, and this is called in the place of `transform`, with the
+            chunk's rows of each source that it reaches, in order.
     """
 
     sources: tuple[Source, ...]
     outputs: tuple[Output, ...]
     transform: Transform
     rows_per_group: int = 1
+    from_codes: CodesTransform | None = None
 
     @property
     def rows(self) -> int:
         """Stacked rows."""
         return sum(source.shape[0] for source in self.sources)
+
+    def converted(self, outputs: tuple[Output, ...], convert: Callable[[Arrays], Arrays]) -> Recipe:
+        """The recipe of `outputs`, which `convert` makes of this recipe's arrays, wherever these come from."""
+        inner, coded = self.transform, self.from_codes
+        return replace(
+            self,
+            outputs=outputs,
+            transform=lambda rows: convert(inner(rows)),
+            from_codes=None if coded is None else lambda parts: convert(coded(parts)),
+        )
 
 
 @dataclass(slots=True)
@@ -74,11 +91,21 @@ class Traced:
 
     Attributes:
         recipes: by the name of each recipe's first output.
+        encodings: how the checkpoint stores the tensors that aren't plain numbers, by name. Set before lowering:
+            lowerings choose by it.
+        refused_codes: tensor -> why a lowering that takes codes doesn't take this one's.
     """
 
     model: ir.Model
     config: ModelConfig
     recipes: dict[str, Recipe] = field(default_factory=dict)
+    encodings: Mapping[str, Encoding] = field(default_factory=dict)
+    refused_codes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def compute_type(self) -> ir.DataType:
+        """What the graph was traced in."""
+        return ir.DataType[self.model.metadata_props.get("qwen_aot.compute_dtype", "float").upper()]
 
 
 def cast_to(dtype: ir.DataType) -> Transform:

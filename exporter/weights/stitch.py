@@ -18,7 +18,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen_aot.errors import CheckpointError, ExportError
-from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
+from qwen_aot.exporter.checkpoint.encoding import EncodedRows
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.weights.recipe import Output, Recipe, Traced
 
@@ -95,6 +96,16 @@ def _may_be_unused(name: str, config: ModelConfig) -> bool:
     )
 
 
+def _check_encodings(traced: Traced, checkpoint: Checkpoint) -> None:
+    """A graph must have been lowered for the encodings of the checkpoint that fills it: else codes would be lost."""
+    found = encodings_of(checkpoint)
+    if dict(traced.encodings) != found:
+        raise ExportError(
+            f"the graph wasn't lowered for {checkpoint.path}: it expects {len(traced.encodings)} tensors stored as "
+            f"codes, and {len(found)} are; set Traced.encodings before lowering"
+        )
+
+
 def _check_tied_head(traced: Traced, checkpoint: Checkpoint) -> None:
     """A tied checkpoint's `lm_head.weight`, if stored, must equal the embedding."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
@@ -131,8 +142,10 @@ def stitch(
 
     Raises:
         CheckpointError: a tensor is missing, unused, of wrong shape, or holds NaN or Inf.
+        ExportError: the graph was lowered for another checkpoint.
     """
     check_sources(traced, checkpoint)
+    _check_encodings(traced, checkpoint)
     _check_tied_head(traced, checkpoint)
     layout = _layout(traced.recipes.values())
     total = sum(_source_bytes(recipe) for recipe in traced.recipes.values())
@@ -193,15 +206,31 @@ def _read_rows(recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint) ->
     if not recipe.sources:
         return np.empty((0,), np.float32)
     parts = []
+    for name, rows in _reached(recipe, start, stop):
+        part = checkpoint.read(name, rows).astype(np.float32, copy=False)
+        _check_finite(part, name, rows.start, checkpoint)
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _read_codes(recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint) -> list[EncodedRows]:
+    """Rows start … stop of the stacked sources, as the codes that each source has, with finite scales."""
+    parts = []
+    for name, rows in _reached(recipe, start, stop):
+        part = checkpoint.read_encoded(name, rows)
+        _check_finite(part.scales.astype(np.float32, copy=False), f"{name} (scales)", rows.start, checkpoint)
+        parts.append(part)
+    return parts
+
+
+def _reached(recipe: Recipe, start: int, stop: int) -> Iterator[tuple[str, slice]]:
+    """The sources that rows start … stop of the stack lie in, and which of their rows these are."""
     first = 0
     for source in recipe.sources:
         low, high = max(start - first, 0), min(stop - first, source.shape[0])
         if low < high:
-            part = checkpoint.read(source.name, slice(low, high)).astype(np.float32, copy=False)
-            _check_finite(part, source.name, low, checkpoint)
-            parts.append(part)
+            yield source.name, slice(low, high)
         first += source.shape[0]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _check_finite(part: NDArray[np.float32], name: str, first_row: int, checkpoint: Checkpoint) -> None:
@@ -219,7 +248,10 @@ def _check_finite(part: NDArray[np.float32], name: str, first_row: int, checkpoi
 
 
 def _make_chunk(recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint, data: _DataFile) -> None:
-    arrays = recipe.transform(_read_rows(recipe, start, stop, checkpoint))
+    if recipe.from_codes is not None:
+        arrays = recipe.from_codes(_read_codes(recipe, start, stop, checkpoint))
+    else:
+        arrays = recipe.transform(_read_rows(recipe, start, stop, checkpoint))
     if len(arrays) != len(recipe.outputs):
         raise ExportError(
             f"recipe of {recipe.outputs[0].name} gave {len(arrays)} arrays for {len(recipe.outputs)} outputs"

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType
 
 from qwen_aot.engines.build import STAGES, build_bundle, plan_build
 from qwen_aot.engines.bundle.progress import ProgressEvent
@@ -15,7 +16,8 @@ from qwen_aot.engines.spec.build_spec import COMBINATIONS, BuildSpec, Combinatio
 from qwen_aot.errors import BuildError, DeployError
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.generation.generator import Generator
-from tests.checkpoints import save_tiny
+from tests.checkpoints import save_tiny, tiny_config, tiny_model
+from tests.gguf_files import save_gguf
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 
@@ -118,6 +120,28 @@ def test_without_a_tokenizer_there_is_a_warning(tmp_path: Path, caplog: pytest.L
     assert "bare has no tokenizer.json: the bundle takes and gives token ids only" in caplog.text
     assert "tokenizer.json" not in json.loads((tmp_path / "bundle/manifest.json").read_text())["files"]
     assert len(json.loads((tmp_path / "bundle/report.json").read_text())["warnings"]) == 1
+
+
+def test_rounding_of_stored_codes_is_in_the_report_and_in_the_plan(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "model.gguf"
+    save_gguf(file, tiny_model(tiny_config(vocab=320)), "qwen2", kind=GGMLQuantizationType.Q8_0)
+
+    def warnings_of(spec: BuildSpec) -> list[str]:
+        build(file, tmp_path / "bundle", spec)
+        report = json.loads((tmp_path / "bundle/report.json").read_text())
+        with open_checkpoint(file) as source:
+            assert list(plan_build(source, spec, tmp_path / "bundle").warnings) == report["warnings"]
+        return [warning for warning in report["warnings"] if "no tokenizer.json" not in warning]
+
+    (warning,) = warnings_of(BuildSpec(precision=Precision.INT4, max_context=128))
+    assert "12 of gguf-q8_0 (8 bits in blocks of 32 don't fit 4 bits in blocks of 64)" in warning
+    assert "4 of gguf-q8_0 (8 bits in blocks of 32 don't fit 8 bits in blocks of 64)" in warning  # sensitive ones
+    assert warning.endswith("--precision int8 --block-size 32 keeps the checkpoint's own numbers")
+    assert caplog.text.count(warning) == 2  # a build and a plan
+    assert warnings_of(BuildSpec(precision=Precision.INT8, block_size=32, max_context=128)) == []
+    assert warnings_of(FP32) == []
 
 
 def test_what_transformers_reads_in_the_tokenizers_files_opens(checkpoint: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import FileSpan, TensorInfo, TokenizerFiles
+from qwen_aot.exporter.checkpoint.encoding import EncodedRows, no_codes
+from qwen_aot.exporter.checkpoint.gguf.codes import decode, encoding_of, has_codes
 from qwen_aot.exporter.checkpoint.gguf.config import parse
 from qwen_aot.exporter.checkpoint.gguf.header import GgufHeader, GgufTensor, read_header
 from qwen_aot.exporter.checkpoint.gguf.tokenizer import tokenizer_files
@@ -81,7 +83,8 @@ class _Stored:
 class GgufCheckpoint:
     """A `.gguf` file, opened for reading (see `exporter.checkpoint.base.Checkpoint`).
 
-    Quantized tensors are read as float32; the bytes of rows and experts that aren't asked for aren't touched.
+    Quantized tensors are read as float32, or as codes; the bytes of rows and experts that aren't asked for aren't
+    touched.
 
     Raises:
         CheckpointError: the file is damaged, or its architecture, tensor type or tokenizer is not supported.
@@ -124,6 +127,17 @@ class GgufCheckpoint:
             return self._file.view(tensor.offset, tensor.shape, dtype, rows)
         return self._file.view(tensor.offset, tensor.shape, dtype, None)[_row_index(stored, rows)]
 
+    def read_encoded(self, name: str, rows: slice | None = None) -> EncodedRows:
+        """A tensor, or some rows of it, as codes and scales, in the rows' Hugging Face order.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its type has no codes of this form.
+        """
+        if name not in self._stored or not has_codes(self._stored[name].tensor.type):
+            raise no_codes(self.path, name)
+        stored = self._stored[name]
+        return decode(self._coded_rows(stored)[_row_index(stored, rows)], stored.tensor.type)
+
     def close(self) -> None:
         """Unmaps the file."""
         self._file.close()
@@ -136,7 +150,7 @@ class GgufCheckpoint:
 
     def _dequantize(self, stored: _Stored, rows: slice | None) -> NDArray[np.float32]:
         tensor = stored.tensor
-        coded = self._file.view(tensor.offset, (tensor.shape[0], tensor.row_bytes), np.dtype(np.uint8), None)
+        coded = self._coded_rows(stored)
         index = _row_index(stored, rows)
         result = np.empty((len(index), *tensor.shape[1:]), np.float32)
         step = max(1, _CHUNK_ELEMENTS // math.prod(tensor.shape[1:]))
@@ -146,12 +160,18 @@ class GgufCheckpoint:
             result[start : start + step] = values.reshape(-1, *tensor.shape[1:])
         return result
 
+    def _coded_rows(self, stored: _Stored) -> NDArray[np.uint8]:
+        """A quantized tensor's rows as they are stored [rows, bytes]."""
+        tensor = stored.tensor
+        return self._file.view(tensor.offset, (tensor.shape[0], tensor.row_bytes), np.dtype(np.uint8), None)
+
     def _info(self, name: str, stored: _Stored) -> TensorInfo:
         tensor = stored.tensor
         span = None
         if tensor.type in _PLAIN and not stored.rotary_head_dim:
             span = FileSpan(self.path, tensor.offset, tensor.shape[0] * tensor.row_bytes)
-        return TensorInfo(name, tensor.shape, _PLAIN.get(tensor.type, np.dtype(np.float32)), span)
+        encoding = None if tensor.type in _PLAIN else encoding_of(tensor.type)
+        return TensorInfo(name, tensor.shape, _PLAIN.get(tensor.type, np.dtype(np.float32)), span, encoding)
 
 
 def _interpret(path: Path, header: GgufHeader) -> tuple[ModelConfig, Mapping[str, _Stored], TokenizerFiles]:

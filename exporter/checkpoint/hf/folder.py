@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import TensorInfo, TokenizerFiles
+from qwen_aot.exporter.checkpoint.encoding import EncodedRows, no_codes
 from qwen_aot.exporter.checkpoint.hf.config import read_folder
 from qwen_aot.exporter.checkpoint.hf.safetensors import SafetensorsShards
 from qwen_aot.exporter.checkpoint.hf.tokenizer import read_tokenizer_files
@@ -52,6 +53,14 @@ class HfFolderCheckpoint:
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} has no tensor {name!r}")
         return self._shards.read(name, rows)
+
+    def read_encoded(self, name: str, rows: slice | None = None) -> EncodedRows:
+        """Refuses: every tensor here is plain numbers.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise no_codes(self.path, name)
 
     def close(self) -> None:
         """Unmaps the files."""

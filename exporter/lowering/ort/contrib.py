@@ -75,7 +75,7 @@ def lower(traced: Traced, options: OrtOptions | None = None) -> Traced:
         ExportError: the provider has no kernels of these ops in the trace's compute type, or none for its experts.
     """
     options = options or OrtOptions()
-    facts, compute_type = PROVIDERS[options.provider], _compute_type(traced)
+    facts, compute_type = PROVIDERS[options.provider], traced.compute_type
     if compute_type not in facts.compute_types:
         accepted = " or ".join(_COMMON_NAMES[dtype] for dtype in facts.compute_types)
         raise ExportError(
@@ -99,13 +99,9 @@ def lower(traced: Traced, options: OrtOptions | None = None) -> Traced:
 _COMMON_NAMES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16"}
 
 
-def _compute_type(traced: Traced) -> ir.DataType:
-    return ir.DataType[traced.model.metadata_props.get("qwen_aot.compute_dtype", "float").upper()]
-
-
 def passes(traced: Traced, options: OrtOptions) -> list[tuple[str, Callable[[Traced], int]]]:
     """The passes in order, by name."""
-    facts, compute_type = PROVIDERS[options.provider], _compute_type(traced)
+    facts, compute_type = PROVIDERS[options.provider], traced.compute_type
     last: list[tuple[str, Callable[[Traced], int]]] = []
     steps: list[tuple[str, Callable[[Traced], int]]] = [
         ("fuse_swiglu", fuse_swiglu),

@@ -7,15 +7,17 @@ zero points, made while the checkpoint streams through.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qwen_aot.exporter.checkpoint.encoding import Arrange
 from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.lowering.passes import decides
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES
-from qwen_aot.exporter.quantize.store import Arrange, QuantizedWeights, dims
+from qwen_aot.exporter.quantize.store import QuantizedWeights, dims
 from qwen_aot.exporter.weights.recipe import Traced
 
 MS_DOMAIN = "com.microsoft"
@@ -162,12 +164,12 @@ def quantize_experts(traced: Traced, weights: QuantizedWeights, accuracy_level: 
 
 
 def _interleave(width: int, padded: int) -> Arrange:
-    """Rows of experts [e * 2F, M], gates before ups -> [e * 2Fp, M], gate and up by turns, zeros beyond F."""
+    """Rows of experts [e * 2F, M], gates before ups -> [e * 2Fp, M], gate and up by turns, `fill` beyond F."""
 
-    def transform(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    def transform(rows: NDArray[Any], fill: int) -> NDArray[Any]:
         m = rows.shape[1]
         by_half = rows.reshape(-1, 2, width, m)
-        result = np.zeros((len(by_half), padded, 2, m), np.float32)
+        result = np.full((len(by_half), padded, 2, m), fill, rows.dtype)
         result[:, :width] = by_half.transpose(0, 2, 1, 3)
         return result.reshape(-1, m)
 

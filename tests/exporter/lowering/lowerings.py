@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qwen_aot.exporter.checkpoint.base import encodings_of
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
@@ -27,6 +28,8 @@ def export(checkpoint: Path, folder: Path, lowering: str, dtype: ir.DataType = i
     """Traces in `dtype`, lowers, writes weights and graph; returns the path of model.onnx."""
     folder.mkdir(exist_ok=True, parents=True)
     with open_checkpoint(checkpoint) as source:
-        traced = LOWERINGS[lowering](trace(source.config, dtype))
+        traced = trace(source.config, dtype)
+        traced.encodings = encodings_of(source)
+        traced = LOWERINGS[lowering](traced)
         stitch(traced, source, folder / DATA_FILE)
         return save_graph(traced, folder)

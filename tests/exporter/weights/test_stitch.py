@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +19,8 @@ from safetensors.numpy import save_file
 
 from qwen_aot.errors import CheckpointError, ExportError
 from qwen_aot.exporter.checkpoint import mapped
-from qwen_aot.exporter.checkpoint.base import TensorInfo
+from qwen_aot.exporter.checkpoint.base import TensorInfo, encodings_of
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows, Encoding
 from qwen_aot.exporter.checkpoint.hf.safetensors import SafetensorsShards
 from qwen_aot.exporter.lowering.passes import transpose_recipe
 from qwen_aot.exporter.model.config import ModelConfig, MoeConfig
@@ -137,6 +139,82 @@ def test_bytes_do_not_depend_on_how_rows_are_cut(
         stitch(graph, ArrayCheckpoint(**arrays), folder / "data", threads=threads)
     np.testing.assert_array_equal(read_back(graph, "w"), stacked.T if is_transposed else stacked)
     np.testing.assert_array_equal(read_back(graph, "sums"), stacked.reshape(-1, group * columns).sum(1))
+
+
+HALF = np.dtype(np.float16)
+
+
+class CodedCheckpoint(ArrayCheckpoint):
+    """Matrices stored as bytes in blocks of 4, by name; `read` isn't expected."""
+
+    def __init__(self, **rows: EncodedRows) -> None:
+        super().__init__(**{name: each.codes for name, each in rows.items()})
+        self.rows = rows
+
+    @property
+    def tensors(self) -> Any:
+        encoding = Encoding("bytes", CodeForm(8, 4, HALF))
+        return {name: dataclasses.replace(info, encoding=encoding) for name, info in super().tensors.items()}
+
+    def read_encoded(self, name: str, rows: slice) -> EncodedRows:
+        whole = self.rows[name]
+        return dataclasses.replace(whole, codes=whole.codes[rows], scales=whole.scales[rows])
+
+
+def coded(rows: int, seed: int, *, bad_scale: float | None = None) -> EncodedRows:
+    rng = np.random.default_rng(seed)
+    scales = rng.normal(size=(rows, 2)).astype(np.float16)
+    if bad_scale is not None:
+        scales[1, 1] = bad_scale
+    return EncodedRows(CodeForm(8, 4, HALF), rng.integers(0, 256, (rows, 8), np.uint8), scales)
+
+
+def of_codes(checkpoint: CodedCheckpoint) -> Traced:
+    """A graph of all codes and all scales, stacked."""
+
+    def refuse(rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        raise AssertionError("made from floats")
+
+    def from_codes(parts: Sequence[EncodedRows]) -> tuple[np.ndarray, ...]:
+        return np.concatenate([part.codes for part in parts]), np.concatenate([part.scales for part in parts])
+
+    total = sum(len(rows.codes) for rows in checkpoint.rows.values())
+    outputs = (Output("codes", ir.DataType.UINT8, (total, 8)), Output("scales", ir.DataType.FLOAT16, (total, 2)))
+    sources = tuple(Source(name, rows.codes.shape) for name, rows in checkpoint.rows.items())
+    graph = traced(Recipe(sources, outputs, refuse, from_codes=from_codes))
+    graph.encodings = encodings_of(checkpoint)
+    return graph
+
+
+@given(counts=st.lists(st.integers(1, 20), min_size=1, max_size=4), chunk_rows=st.integers(1, 30))
+def test_codes_do_not_depend_on_how_rows_are_cut(counts, chunk_rows, tmp_path_factory):
+    checkpoint = CodedCheckpoint(**{f"w{i}": coded(count, i) for i, count in enumerate(counts)})
+    graph = of_codes(checkpoint)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "CHUNK_BYTES", 4 * 8 * chunk_rows)
+        stitch(graph, checkpoint, tmp_path_factory.mktemp("codes") / "data")
+    for name in ("codes", "scales"):
+        expected = np.concatenate([getattr(rows, name) for rows in checkpoint.rows.values()])
+        np.testing.assert_array_equal(read_back(graph, name), expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_scale_that_is_not_finite_is_named(value, tmp_path):
+    checkpoint = CodedCheckpoint(w0=coded(3, 0), w1=coded(3, 1, bad_scale=value))
+    with pytest.raises(CheckpointError, match=rf"tensor w1 \(scales\) holds {value} at \[1, 1\]"):
+        stitch(of_codes(checkpoint), checkpoint, tmp_path / "data")
+
+
+def test_what_changes_a_recipe_changes_what_it_makes_of_codes(tmp_path):
+    checkpoint = CodedCheckpoint(w0=coded(3, 0))
+    graph = of_codes(checkpoint)
+    (recipe,) = graph.recipes.values()
+    widened = (recipe.outputs[0], dataclasses.replace(recipe.outputs[1], dtype=ir.DataType.FLOAT))
+    wide = recipe.converted(widened, lambda arrays: (arrays[0], arrays[1].astype(np.float32)))
+    graph = traced(wide)
+    graph.encodings = encodings_of(checkpoint)
+    stitch(graph, checkpoint, tmp_path / "data")
+    np.testing.assert_array_equal(read_back(graph, "scales"), checkpoint.rows["w0"].scales.astype(np.float32))
 
 
 def test_a_computed_initializer_has_no_sources(tmp_path):

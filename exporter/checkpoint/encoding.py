@@ -1,0 +1,129 @@
+"""Tensors that a checkpoint stores as codes: one canonical form for all formats, and what it stands for.
+
+    value[r, permutation[k]] = (codes[r, k] - zero_points[r, k // group_size]) * scales[r, k // group_size]
+
+A reader gives rows in this form, a lowering carries codes and scales into its kernels' layout without rounding them,
+and `dequantize` is the one way back to floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_aot.errors import CheckpointError
+
+# Takes an array whose axis 0 are rows, and what fills the rows that it adds; gives the rows in another order.
+Arrange = Callable[[NDArray[Any], int], NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class CodeForm:
+    """How codes stand for values.
+
+    Attributes:
+        bits: 1 to 8; codes go from 0 to 2 ** bits - 1.
+        group_size: elements along K that share a scale; K where a row has one. A row's last group may be partly filled.
+        scale_dtype: of scales, as they are stored.
+        has_zero_points: each group has its own; False: zero is the middle of the range, 2 ** (bits - 1).
+        has_permutation: groups are made of columns in another order than the tensor's.
+    """
+
+    bits: int
+    group_size: int
+    scale_dtype: np.dtype[Any]
+    has_zero_points: bool = False
+    has_permutation: bool = False
+
+    @property
+    def middle(self) -> int:
+        """Zero, where there are no zero points."""
+        return 1 << (self.bits - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How a checkpoint stores one tensor that isn't plain numbers.
+
+    Attributes:
+        name: for reports: format and type (`gguf-q8_0`).
+        form: of its codes; None: they have no such form (a type with minimums), and only floats can be read.
+    """
+
+    name: str
+    form: CodeForm | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRows:
+    """Rows of a matrix [r, K] as codes; n = ceil(K / group_size) groups a row.
+
+    Attributes:
+        codes: [r, K] uint8, one a byte.
+        scales: [r, n], of the form's `scale_dtype`; may be negative or 0.
+        zero_points: [r, n] uint8; None: the form has none.
+        permutation: [K] int64, the tensor's column that each column of codes stands for; None: its own.
+    """
+
+    form: CodeForm
+    codes: NDArray[np.uint8]
+    scales: NDArray[Any]
+    zero_points: NDArray[np.uint8] | None = None
+    permutation: NDArray[np.int64] | None = None
+
+
+def dequantize(rows: EncodedRows) -> NDArray[np.float32]:
+    """The values [r, K] that codes stand for."""
+    group = np.arange(rows.codes.shape[1]) // rows.form.group_size
+    values = rows.codes.astype(np.float32)
+    if rows.zero_points is None:
+        values -= np.float32(rows.form.middle)
+    else:
+        values -= rows.zero_points.astype(np.float32)[:, group]
+    values *= rows.scales.astype(np.float32)[:, group]
+    if rows.permutation is None:
+        return values
+    ordered = np.empty_like(values)
+    ordered[:, rows.permutation] = values
+    return ordered
+
+
+def stack(parts: Sequence[EncodedRows]) -> EncodedRows:
+    """Rows of several matrices of one form, one after the other.
+
+    Raises:
+        CheckpointError: their columns are in different orders, so that no one matrix has these rows as codes.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    assert all(part.form == first.form for part in parts)
+    orders = [part.permutation for part in parts if part.permutation is not None]
+    if any(not np.array_equal(order, orders[0]) for order in orders):
+        raise CheckpointError("matrices that read one input have their columns in different orders as codes")
+    zeros = [part.zero_points for part in parts if part.zero_points is not None]
+    return replace(
+        first,
+        codes=np.concatenate([part.codes for part in parts]),
+        scales=np.concatenate([part.scales for part in parts]),
+        zero_points=np.concatenate(zeros) if zeros else None,
+    )
+
+
+def arranged(rows: EncodedRows, arrange: Arrange) -> EncodedRows:
+    """The rows in another order; rows that are added stand for 0."""
+    return replace(
+        rows,
+        codes=arrange(rows.codes, rows.form.middle),
+        scales=arrange(rows.scales, 0),
+        zero_points=None if rows.zero_points is None else arrange(rows.zero_points, rows.form.middle),
+    )
+
+
+def no_codes(where: object, name: str) -> CheckpointError:
+    """The error for a tensor that can't be read as codes."""
+    return CheckpointError(f"{where}: tensor {name!r} isn't stored as codes that can be read; read it as floats")

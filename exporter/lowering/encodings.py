@@ -1,0 +1,98 @@
+"""Which of a checkpoint's own codes reach a lowered graph, and a warning about those that are rounded anew."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qwen_aot.exporter.checkpoint.encoding import CodeForm
+from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES
+from qwen_aot.exporter.weights.recipe import Recipe, Traced
+
+logger = logging.getLogger(__name__)
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def encodings_kept(lowered: Traced) -> dict[str, int]:
+    """Encoding -> the number of its tensors whose codes and scales the graph carries as the checkpoint has them."""
+    users = _users(lowered)
+    kept = (name for name, recipes in users.items() if all(recipe.from_codes is not None for recipe in recipes))
+    return dict(sorted(Counter(lowered.encodings[name].name for name in kept).items()))
+
+
+def warn_of_rounding(lowered: Traced) -> tuple[str, ...]:
+    """Logs and returns one warning that names what is rounded a second time, and how to keep it; none where nothing is.
+
+    Floats made of codes are exact in fp32, so fp32 weights lose nothing.
+    """
+    lost: Counter[tuple[str, str]] = Counter()
+    forms: Counter[CodeForm] = Counter()  # of tensors that other blocks would keep
+    for name, recipes in _users(lowered).items():
+        recipe = next((recipe for recipe in recipes if _rounds(lowered, recipe)), None)
+        if recipe is None:
+            continue
+        encoding, refusal = lowered.encodings[name], lowered.refused_codes.get(name)
+        lost[encoding.name, refusal or _rounding(recipe)] += 1
+        if encoding.form is not None and refusal is not None and _fits_other_blocks(lowered, recipe):
+            forms[encoding.form] += 1
+    if not lost:
+        return ()
+    what = "; ".join(f"{count} of {name} ({reason})" for (name, reason), count in sorted(lost.items()))
+    flags, helped = flags_that_keep(list(forms)), forms.total()
+    which = "the checkpoint's own numbers" if helped == lost.total() else f"the numbers of {helped} of them"
+    remedy = f"; {flags} keeps {which}" if flags else ""
+    warning = f"tensors that the checkpoint stores quantized are rounded a second time: {what}{remedy}"
+    logger.warning("%s", warning)
+    return (warning,)
+
+
+def flags_that_keep(forms: Sequence[CodeForm]) -> str | None:
+    """The command line's flags for blocks that codes of all these forms fit; None: there are none."""
+    sizes = [size for size in BLOCK_SIZES if all(form.group_size % size == 0 for form in forms)]
+    if not forms or not sizes:
+        return None
+    precision = "int4" if all(form.bits <= 4 for form in forms) else "int8"
+    zero_points = " --asymmetric" if any(form.has_zero_points for form in forms) else ""
+    return f"--precision {precision} --block-size {sizes[-1]}{zero_points}"
+
+
+def _users(lowered: Traced) -> dict[str, list[Recipe]]:
+    """The recipes that read each encoded tensor."""
+    users: dict[str, list[Recipe]] = {}
+    for recipe in lowered.recipes.values():
+        for source in recipe.sources:
+            if source.name in lowered.encodings:
+                users.setdefault(source.name, []).append(recipe)
+    return users
+
+
+def _rounds(lowered: Traced, recipe: Recipe) -> bool:
+    """Whether the outputs hold other values than the checkpoint."""
+    is_fp32 = lowered.compute_type == ir.DataType.FLOAT and all(
+        output.dtype == ir.DataType.FLOAT for output in recipe.outputs
+    )
+    return recipe.from_codes is None and not is_fp32
+
+
+def _fits_other_blocks(lowered: Traced, recipe: Recipe) -> bool:
+    """Whether blocks are all that keeps the recipe from taking codes: other flags would."""
+    encodings = [lowered.encodings.get(source.name) for source in recipe.sources]
+    scales = lowered.compute_type.numpy()
+    return all(
+        encoding is not None
+        and encoding.form is not None
+        and not encoding.form.has_permutation
+        and np.can_cast(encoding.form.scale_dtype, scales)
+        for encoding in encodings
+    )
+
+
+def _rounding(recipe: Recipe) -> str:
+    """What is done to floats, by what is made of them."""
+    dtype = recipe.outputs[0].dtype
+    return f"as {dtype.name.lower()}" if dtype in _FLOATS else "this target quantizes from floats"

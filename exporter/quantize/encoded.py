@@ -1,0 +1,68 @@
+"""A checkpoint's own codes in the blocks of a `BlockFormat`: whether they fit without rounding, and how.
+
+Codes of fewer bits fit a wider format, and groups fit any block that divides them: both change how numbers are
+written, not what they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows
+from qwen_aot.exporter.quantize.blockwise import BlockFormat, Quantized, pack
+
+
+def obstacle(form: CodeForm, width: int, layout: BlockFormat, scale_dtype: DTypeLike) -> str | None:
+    """Why rows of K = `width` codes can't be stored in `layout` as they are; None: they can."""
+    if form.has_permutation:
+        return "their columns are in another order"
+    if form.has_zero_points and layout.symmetric:
+        return "they have zero points, and these blocks have none"
+    fits = form.group_size % layout.block_size == 0 or form.group_size >= width
+    if form.bits > layout.bits or not fits:
+        return (
+            f"{form.bits} bits in blocks of {form.group_size} don't fit {layout.bits} bits in blocks of "
+            f"{layout.block_size}"
+        )
+    if not np.can_cast(form.scale_dtype, scale_dtype):
+        return f"their {form.scale_dtype.name} scales don't fit {np.dtype(scale_dtype).name}"
+    return None
+
+
+def in_form_of(layout: BlockFormat, rows: EncodedRows) -> EncodedRows:
+    """The same values in the bits, groups and zero points of `layout`; scales keep their numbers.
+
+    Requires: no `obstacle`.
+    """
+    form = rows.form
+    assert obstacle(form, rows.codes.shape[1], layout, np.float32) is None
+    blocks = layout.blocks(rows.codes.shape[1])
+    group = np.arange(blocks) * layout.block_size // form.group_size
+    target = CodeForm(layout.bits, layout.block_size, np.dtype(np.float32), has_zero_points=not layout.symmetric)
+    codes, zeros = rows.codes, rows.zero_points
+    if layout.symmetric:
+        codes = codes + np.uint8(target.middle - form.middle)
+    elif zeros is None:
+        zeros = np.full(rows.scales.shape, form.middle, np.uint8)
+    return replace(
+        rows,
+        form=target,
+        codes=codes,
+        scales=rows.scales[:, group].astype(np.float32),
+        zero_points=None if zeros is None else zeros[:, group],
+    )
+
+
+def as_blocks(rows: EncodedRows, layout: BlockFormat) -> Quantized:
+    """Rows that are in the form of `layout`, packed as its kernels read them; elements beyond K stand for 0."""
+    r, width = rows.codes.shape
+    blocks, size = layout.blocks(width), layout.block_size
+    codes = rows.codes
+    if width != blocks * size:
+        fill = rows.form.middle if rows.zero_points is None else rows.zero_points[:, -1:]
+        codes = np.empty((r, blocks * size), np.uint8)
+        codes[:, :width], codes[:, width:] = rows.codes, fill
+    return Quantized(pack(codes.reshape(r, blocks, size), layout.bits), rows.scales, rows.zero_points)

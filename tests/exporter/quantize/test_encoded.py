@@ -1,0 +1,63 @@
+"""Codes carried into a block format: no value changes, and what doesn't fit is named."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from qwen_aot.exporter.checkpoint.encoding import CodeForm
+from qwen_aot.exporter.quantize import blockwise
+from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat
+from qwen_aot.exporter.quantize.encoded import as_blocks, in_form_of, obstacle
+from tests.exporter.checkpoint.test_encoding import FORMS, by_hand, random_rows
+
+HALF = np.dtype(np.float16)
+LAYOUTS = st.builds(
+    BlockFormat, bits=st.sampled_from([4, 8]), block_size=st.sampled_from(BLOCK_SIZES), symmetric=st.booleans()
+)
+
+
+@given(form=FORMS, layout=LAYOUTS, rows=st.integers(1, 3), width=st.integers(1, 300))
+def test_what_fits_keeps_every_value(form, layout, rows, width):
+    assume(obstacle(form, width, layout, np.float32) is None)
+    encoded = random_rows(form, rows, width)
+    blocks = as_blocks(in_form_of(layout, encoded), layout)
+    assert blocks.codes.shape == (rows, layout.blocks(width), layout.block_bytes)
+    np.testing.assert_array_equal(blockwise.dequantize(blocks, layout, width), by_hand(encoded))
+    whole = layout.blocks(width) * layout.block_size
+    np.testing.assert_array_equal(blockwise.dequantize(blocks, layout, whole)[:, width:], 0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_of_the_same_form_are_taken_as_they_are(bits):
+    encoded = random_rows(CodeForm(bits, 32, HALF), 3, 96)
+    blocks = as_blocks(in_form_of(BlockFormat(bits, 32), encoded), BlockFormat(bits, 32))
+    stored = encoded.codes if bits == 8 else encoded.codes[:, ::2] | encoded.codes[:, 1::2] << np.uint8(4)
+    np.testing.assert_array_equal(blocks.codes.reshape(3, -1), stored)
+    np.testing.assert_array_equal(blocks.scales, encoded.scales.astype(np.float32))
+    assert blocks.zero_points is None
+
+
+@pytest.mark.parametrize(
+    ("form", "layout", "scales", "reason"),
+    [
+        (CodeForm(8, 32, HALF), BlockFormat(8, 32), np.float16, None),
+        (CodeForm(4, 32, HALF), BlockFormat(8, 16), np.float32, None),
+        (CodeForm(8, 100, HALF), BlockFormat(8, 64), np.float32, None),  # one group a row
+        (CodeForm(4, 32, HALF, has_zero_points=True), BlockFormat(4, 32, symmetric=False), np.float32, None),
+        (CodeForm(8, 32, HALF), BlockFormat(4, 32), np.float32, "8 bits in blocks of 32 don't fit 4 bits in blocks"),
+        (CodeForm(4, 32, HALF), BlockFormat(4, 64), np.float32, "4 bits in blocks of 32 don't fit 4 bits in blocks of"),
+        (CodeForm(4, 24, HALF), BlockFormat(4, 16), np.float32, "blocks of 24 don't fit"),
+        (CodeForm(4, 32, HALF, has_zero_points=True), BlockFormat(8, 32), np.float32, "they have zero points"),
+        (CodeForm(4, 32, HALF, has_permutation=True), BlockFormat(4, 32), np.float32, "columns are in another order"),
+        (CodeForm(4, 32, np.dtype(np.float32)), BlockFormat(4, 32), np.float16, "float32 scales don't fit float16"),
+        (CodeForm(4, 32, np.dtype(ml_dtypes.bfloat16)), BlockFormat(4, 32), np.float16, "bfloat16 scales don't fit"),
+        (CodeForm(4, 32, np.dtype(ml_dtypes.bfloat16)), BlockFormat(4, 32), np.float32, None),
+    ],
+)
+def test_what_does_not_fit_is_named(form, layout, scales, reason):
+    found = obstacle(form, 100, layout, scales)
+    assert found is None if reason is None else reason in str(found)
