@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from qwen_aot.exporter.model.tensors import Role
 
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
+_SEGMENT = re.compile(r"(?<![^.])[0-9]+(?![^.])")  # a number between dots
 _FIELD = re.compile(r"\{(layer|expert)\}")
+_INDEX = "0|[1-9][0-9]{0,8}"  # one way of writing each: `01` is another name
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +35,27 @@ class TensorNames:
     """
 
     def __init__(self, templates: Mapping[Role, str]) -> None:
-        self._roles = {_FIELD.sub("#", template): role for role, template in templates.items()}
-        self._templates = dict(templates)
+        # By what is left of a name without its numbers, so that a name is compared with one pattern.
+        self._patterns = {
+            _without_numbers(template): (role, _pattern(template)) for role, template in templates.items()
+        }
+        assert len(self._patterns) == len(templates), "two roles have one name"
 
     def find(self, stored: str) -> Place | None:
         """What a tensor of a file is, or None: it is none of these."""
-        role = self._roles.get(_INDEX.sub("#", stored))
-        if role is None:
+        role, pattern = self._patterns.get(_without_numbers(stored), (None, None))
+        match = None if pattern is None else pattern.fullmatch(stored)
+        if role is None or match is None:
             return None
-        template = self._templates[role]
-        indices = dict(zip(_FIELD.findall(template), map(int, _INDEX.findall(stored)), strict=True))
-        place = Place(role, **indices)
-        # An index is written in one way: `01` is another name.
-        return place if template.format(layer=place.layer, expert=place.expert) == stored else None
+        return Place(role, **{field: int(index) for field, index in match.groupdict().items()})
+
+
+def _without_numbers(name: str) -> str:
+    return _SEGMENT.sub("#", _FIELD.sub("0", name))
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\\{(layer|expert)\\\}", rf"(?P<\1>{_INDEX})", re.escape(template)))
 
 
 CANONICAL = TensorNames({role: role.template for role in Role})  # transformers' own, by which readers give tensors
