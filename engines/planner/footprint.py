@@ -6,18 +6,32 @@ Weights and cache are exact. Activations are an estimate, and carry that in thei
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from qwen_aot.engines.planner.activations import activation_bytes
-from qwen_aot.engines.planner.forms import COMPUTE_BYTES, Forms, is_blockwise, weight_forms
+from qwen_aot.engines.planner.forms import COMPUTE_BYTES, Form, Forms, is_blockwise, weight_forms
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.tensors import Parameter, Role, WeightClass, layer_kinds, outer_parameters
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES
 from qwen_aot.runtime.bundle.manifest import cache_capacity
 
 _CACHE_BYTES = COMPUTE_BYTES | {"INT8": 1}
 _CACHE_SCALE_BYTES = 2  # fp16: one for each key and each value of a head and token
+
+
+_FORMS: Mapping[WeightClass, Callable[[Forms], Form]] = {
+    WeightClass.NORM: lambda _: Form(32),
+    WeightClass.BIAS: lambda forms: forms.plain,
+    WeightClass.DECIDING: lambda forms: forms.plain,
+    WeightClass.EMBEDDING: lambda forms: forms.embedding,
+    WeightClass.HEAD: lambda forms: forms.head,
+    WeightClass.PROJECTION: lambda forms: forms.projection,
+    WeightClass.DOWN: lambda forms: forms.down,
+    WeightClass.EXPERT: lambda forms: forms.expert,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,76 +100,73 @@ class _Part:
 def _parts(config: ModelConfig, spec: BuildSpec, context: int) -> Iterator[_Part]:
     """Every weight of the model, layers of one kind together."""
     forms = weight_forms(spec)
-    M, layers = config.hidden_size, config.num_hidden_layers
-    sparse = len(config.moe.sparse_layers) if config.moe is not None else 0
-    yield from _ends(config, spec, forms, context)
-    yield _Part.whole(4 * M * (2 * layers + 1))  # norms, fp32
-    yield from _attention(config, forms, layers)
-    if sparse < layers:
-        yield from _mlp(config, forms, config.intermediate_size, layers - sparse, not config.is_sparse(layers - 1))
-    if sparse:
-        yield from _sparse_mlp(config, spec, forms, sparse)
-
-
-def _ends(config: ModelConfig, spec: BuildSpec, forms: Forms, context: int) -> Iterator[_Part]:
-    """Embedding, rotary tables, head."""
-    V, M, B = config.vocab_size, config.hidden_size, spec.max_batch
-    yield _Part(forms.embedding.bytes_of(V, M), forms.embedding.bytes_of(B, M))
+    for parameter in outer_parameters(config):
+        yield _part(parameter, config, spec, forms)
+    if config.tie_word_embeddings:
+        yield _tied_head(config, forms)
     positions = cache_capacity(context, spec.prefill_chunk)
-    yield _Part(forms.rotary.bytes_of(positions, config.head_dim), forms.rotary.bytes_of(B, config.head_dim))
+    yield _Part(
+        forms.rotary.bytes_of(positions, config.head_dim), forms.rotary.bytes_of(spec.max_batch, config.head_dim)
+    )
+    for layers, parameters in layer_kinds(config):
+        for parameter in parameters:
+            yield _part(parameter, config, spec, forms) * len(layers)
+    yield from _channels(config, forms)
+
+
+def _part(parameter: Parameter, config: ModelConfig, spec: BuildSpec, forms: Forms) -> _Part:
+    """One initializer of the trace as it is stored."""
+    if parameter.weight_class is WeightClass.EXPERT:
+        return _experts(parameter, config, spec, forms)
+    *lead, width = parameter.shape
+    form, rows = _FORMS[parameter.weight_class](forms), math.prod(lead)
+    read = spec.max_batch if parameter.weight_class is WeightClass.EMBEDDING else rows
+    return _Part(form.bytes_of(rows, width), form.bytes_of(read, width))
+
+
+def _tied_head(config: ModelConfig, forms: Forms) -> _Part:
+    """The head of a model whose table has none."""
+    V, M = config.vocab_size, config.hidden_size
     head = forms.head.bytes_of(V, M)
-    if config.tie_word_embeddings and forms.shares_tied_head:
-        without = dataclasses.replace(forms.head, zero_point_bits=0)  # those alone are another tensor than its own
-        yield _Part(head - without.bytes_of(V, M), head)
-    else:
-        yield _Part.whole(head)
+    if not forms.shares_tied_head:
+        return _Part.whole(head)
+    without = dataclasses.replace(forms.head, zero_point_bits=0)  # those alone are another tensor than its own
+    return _Part(head - without.bytes_of(V, M), head)
 
 
-def _attention(config: ModelConfig, forms: Forms, layers: int) -> Iterator[_Part]:
-    """q, k and v with their biases, and the output projection."""
-    M, projected = config.hidden_size, config.query_size + 2 * config.key_value_size
-    yield _Part.whole(forms.projection.bytes_of(projected, M)) * layers
-    yield _Part.whole(forms.projection.bytes_of(M, config.query_size)) * layers
-    if config.attention_bias:
-        yield _Part.whole(forms.plain.bytes_of(1, projected)) * layers
-    if forms.channels is not None:
-        yield _Part(forms.channels.bytes_of(projected, M), 0) * layers
-        yield _Part(forms.channels.bytes_of(M, config.query_size), 0) * (layers - 1)  # the last one's sees one token
+def _channels(config: ModelConfig, forms: Forms) -> Iterator[_Part]:
+    """The second form of the layers' projections, which prefill alone reads.
+
+    In the last layer, which goes on from q, k and v with one token a row, those alone have it.
+    """
+    if forms.channels is None:
+        return
+    last = config.num_hidden_layers - 1
+    for layers, parameters in layer_kinds(config):
+        for parameter in parameters:
+            if parameter.weight_class in (WeightClass.PROJECTION, WeightClass.DOWN):
+                is_left_out = last in layers and Role.QUERY not in parameter.roles
+                rows, width = parameter.shape
+                yield _Part(forms.channels.bytes_of(rows, width), 0) * (len(layers) - is_left_out)
 
 
-def _mlp(config: ModelConfig, forms: Forms, size: int, count: int, has_last: bool) -> Iterator[_Part]:
-    """`count` dense MLPs or shared experts of an intermediate size; `has_last`: the last layer's is among them."""
-    M = config.hidden_size
-    yield _Part.whole(forms.projection.bytes_of(2 * size, M) + forms.down.bytes_of(M, size)) * count
-    if forms.channels is not None:
-        channels = forms.channels.bytes_of(2 * size, M) + forms.channels.bytes_of(M, size)
-        yield _Part(channels, 0) * (count - has_last)
-
-
-def _sparse_mlp(config: ModelConfig, spec: BuildSpec, forms: Forms, count: int) -> Iterator[_Part]:
-    """Routers, routed experts, shared experts and their gates of `count` layers."""
-    moe, M = config.moe, config.hidden_size
-    assert moe is not None
-    E = moe.num_experts
-    expert = _expert_bytes(forms, spec, M, moe.moe_intermediate_size)
-    yield _Part(E * expert, min(E, spec.max_batch * moe.num_experts_per_tok) * expert) * count
-    yield _Part.whole(forms.plain.bytes_of(E, M)) * count
-    if moe.shared_expert_intermediate_size:
-        is_last = config.is_sparse(config.num_hidden_layers - 1)
-        yield from _mlp(config, forms, moe.shared_expert_intermediate_size, count, is_last)
-        yield _Part.whole(forms.plain.bytes_of(1, M)) * count
-
-
-def _expert_bytes(forms: Forms, spec: BuildSpec, hidden_size: int, intermediate_size: int) -> int:
-    """Of one routed expert.
+def _experts(parameter: Parameter, config: ModelConfig, spec: BuildSpec, forms: Forms) -> _Part:
+    """One matrix of all routed experts of a layer.
 
     ONNX Runtime's kernel wants blocks that divide M, and F filled up to whole blocks; where no block size divides M,
     the experts stay as computed.
     """
-    form, M, F = forms.expert, hidden_size, intermediate_size
+    assert config.moe is not None and parameter.num_experts is not None
+    form, fills = _FORMS[parameter.weight_class](forms), 1
     if is_blockwise(spec):
         assert form.block_size is not None
-        dividing = [size for size in BLOCK_SIZES if size <= form.block_size and M % size == 0]
+        dividing = [size for size in BLOCK_SIZES if size <= form.block_size and config.hidden_size % size == 0]
         form = dataclasses.replace(form, block_size=max(dividing)) if dividing else forms.plain
-        F = -(-F // (form.block_size or 1)) * (form.block_size or 1)
-    return form.bytes_of(2 * F, M) + form.bytes_of(M, F)
+        fills = form.block_size or 1
+    _, rows, width = parameter.shape
+    if parameter.roles == (Role.EXPERT_DOWN,):
+        width = -(-width // fills) * fills
+    else:
+        rows = sum(-(-shape[0] // fills) * fills for _, shape in parameter.parts)  # gate's and up's each
+    expert, E = form.bytes_of(rows, width), parameter.num_experts
+    return _Part(E * expert, min(E, spec.max_batch * config.moe.num_experts_per_tok) * expert)

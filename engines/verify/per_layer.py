@@ -17,11 +17,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen_aot.errors import BuildError
+from qwen_aot.exporter.model.tensors import Role
 from qwen_aot.runtime.bundle.manifest import CAPACITY_STEP
 
 LAYER = "layer.{}"  # name of the marked output
-FINAL_NORM = "model.norm.weight"
-INPUT_NORM = "model.layers.{}.input_layernorm.weight"
 
 # Of the median relative difference after any layer: twice to ten times what tiny models show, and above what a trained
 # one of 135M parameters does (fp16 0.0017; int8 0.11, a scale a channel; int4 0.53, blocks of 128). Streams that have
@@ -89,7 +88,7 @@ def mark_layers(path: Path, num_layers: int) -> MarkedGraph:
     """
     model = ir.load(path)
     graph = model.graph
-    gains = [INPUT_NORM.format(index) for index in range(1, num_layers)] + [FINAL_NORM]
+    gains = [Role.INPUT_NORM.tensor_name(index) for index in range(1, num_layers)] + [Role.FINAL_NORM.tensor_name()]
     for index, gain in enumerate(gains):
         weight = graph.initializers.get(gain)
         norms = [] if weight is None else [use.node for use in weight.uses() if use.node.graph is graph]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.tensors import WeightClass, checkpoint_tensors
 
 _CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
 
@@ -138,11 +140,7 @@ def _state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     }
     config = checkpoint.config
     if not config.attention_bias:
-        for layer in range(config.num_hidden_layers):
-            for name, size in (
-                ("q_proj", config.query_size),
-                ("k_proj", config.key_value_size),
-                ("v_proj", config.key_value_size),
-            ):
-                state[f"model.layers.{layer}.self_attn.{name}.bias"] = torch.zeros(size)
+        for tensor in checkpoint_tensors(dataclasses.replace(config, attention_bias=True)):
+            if tensor.role.weight_class is WeightClass.BIAS:
+                state[tensor.name] = torch.zeros(tensor.shape)
     return state

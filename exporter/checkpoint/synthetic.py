@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import TensorInfo, TokenizerFiles
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows, no_codes
+from qwen_aot.exporter.checkpoint.names import CANONICAL
 from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.tensors import WeightClass, checkpoint_tensors
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _POOL = 1_048_573  # values; a prime, so that no row length repeats in step with it
@@ -33,13 +35,15 @@ class RandomCheckpoint:
         self.config = config
         self.tokenizer = TokenizerFiles()
         self.tensors: Mapping[str, TensorInfo] = {
-            tensor: TensorInfo(tensor, shape, _BFLOAT16) for tensor, shape in config.tensor_shapes().items()
+            tensor.name: TensorInfo(tensor.name, tensor.shape, _BFLOAT16) for tensor in checkpoint_tensors(config)
         }
         self._seed = seed
         values = np.random.default_rng(seed).standard_normal(_POOL, dtype=np.float32)
         self._weights = (values * _WEIGHT_STD).astype(_BFLOAT16)
-        self._biases = (values * _BIAS_STD).astype(_BFLOAT16)
-        self._norms = (1 + values * _NORM_STD).astype(_BFLOAT16)
+        self._pools = {
+            WeightClass.BIAS: (values * _BIAS_STD).astype(_BFLOAT16),
+            WeightClass.NORM: (1 + values * _NORM_STD).astype(_BFLOAT16),
+        }
 
     @property
     def source(self) -> Mapping[str, str]:
@@ -83,9 +87,9 @@ class RandomCheckpoint:
         self.close()
 
     def _pool(self, name: str) -> NDArray[Any]:
-        if name.endswith("norm.weight"):
-            return self._norms
-        return self._biases if name.endswith(".bias") else self._weights
+        place = CANONICAL.find(name)
+        assert place is not None
+        return self._pools.get(place.role.weight_class, self._weights)
 
 
 def _window(pool: NDArray[Any], first: int, length: int) -> NDArray[Any]:

@@ -1,22 +1,24 @@
 """The decoder, written for export: one model for dense, GQA and MoE checkpoints.
 
-Parameters carry the names that recipes use. Projections that read the same input are one `Linear` (q, k, v; gate
-and up). The residual stream and the norms' statistics are fp32 whatever the compute type, because Qwen's residual
-overflows fp16. The last layer's output projection and MLP run for each row's last token only, since nothing else
-reaches the logits.
+Parameters have the names and shapes of `exporter.model.tensors`; a module has a bias, experts or a shared expert where
+that table does. Projections that read the same input are one `Linear` (q, k, v; gate and up). The residual stream and
+the norms' statistics are fp32 whatever the compute type, because Qwen's residual overflows fp16. The last layer's
+output projection and MLP run for each row's last token only, since nothing else reaches the logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from qwen_aot.exporter.graph.ops import DOMAIN, VERSION, Op
 from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.tensors import Shape, layer_parameters, outer_parameters
 
 Cache = tuple[Tensor, Tensor]
+Shapes = Mapping[str, Shape]  # of parameters, by their names in a layer or in the model
 Attributes = dict[str, int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]]
 
 
@@ -28,13 +30,17 @@ def _call(op: Op, inputs: list[Tensor], attributes: Attributes | None, shape: Se
     return result
 
 
-class Linear(nn.Module):
-    """x [..., K] -> [..., N], weight [N, K] as in Hugging Face."""
+def _parameter(shape: Shape, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype))
 
-    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, *, bias: bool = False) -> None:
+
+class Linear(nn.Module):
+    """x [..., K] -> [..., N], weight [N, K] as in Hugging Face; with a bias [N] where `shapes` has one."""
+
+    def __init__(self, shapes: Shapes, name: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
+        self.weight = _parameter(shapes[f"{name}.weight"], dtype)
+        self.bias = _parameter(shapes[f"{name}.bias"], dtype) if f"{name}.bias" in shapes else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the projection to x [..., K]."""
@@ -50,9 +56,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class RMSNorm(nn.Module):
     """fp32 in, fp32 out, weight [M] fp32."""
 
-    def __init__(self, hidden_size: int, epsilon: float) -> None:
+    def __init__(self, shapes: Shapes, name: str, epsilon: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
+        self.weight = _parameter(shapes[f"{name}.weight"], torch.float32)
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,11 +77,11 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """SwiGLU MLP with gate and up in one projection."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, shapes: Shapes, name: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, dtype)
-        self.down_proj = Linear(intermediate_size, hidden_size, dtype)
-        self.intermediate_size = intermediate_size
+        self.gate_up_proj = Linear(shapes, f"{name}.gate_up_proj", dtype)
+        self.down_proj = Linear(shapes, f"{name}.down_proj", dtype)
+        self.intermediate_size = self.down_proj.weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x [B, S, M] to the same shape."""
@@ -88,22 +94,21 @@ class MLP(nn.Module):
 class SparseMLP(nn.Module):
     """Routed experts (the SparseMoE op) plus the shared expert behind its sigmoid gate."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, shapes: Shapes, dtype: torch.dtype) -> None:
         super().__init__()
         moe = config.moe
         assert moe is not None
-        experts, m, f = moe.num_experts, config.hidden_size, moe.moe_intermediate_size
         self.attributes: Attributes = {
             "num_experts_per_tok": moe.num_experts_per_tok,
             "norm_topk_prob": int(moe.norm_topk_prob),
         }
-        self.gate = Linear(m, experts, dtype)
-        self.experts_gate_up = nn.Parameter(torch.empty(experts, 2 * f, m, dtype=dtype))
-        self.experts_down = nn.Parameter(torch.empty(experts, m, f, dtype=dtype))
-        self.has_shared_expert = moe.shared_expert_intermediate_size > 0
+        self.gate = Linear(shapes, "mlp.gate", dtype)
+        self.experts_gate_up = _parameter(shapes["mlp.experts_gate_up"], dtype)
+        self.experts_down = _parameter(shapes["mlp.experts_down"], dtype)
+        self.has_shared_expert = "mlp.shared_expert_gate.weight" in shapes
         if self.has_shared_expert:
-            self.shared_expert = MLP(m, moe.shared_expert_intermediate_size, dtype)
-            self.shared_expert_gate = Linear(m, 1, dtype)
+            self.shared_expert = MLP(shapes, "mlp.shared_expert", dtype)
+            self.shared_expert_gate = Linear(shapes, "mlp.shared_expert_gate", dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x [B, S, M] to the same shape."""
@@ -123,18 +128,17 @@ class SparseMLP(nn.Module):
 class Attention(nn.Module):
     """q, k, v in one projection; the cached attention op; the output projection is applied by the layer."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, shapes: Shapes, dtype: torch.dtype) -> None:
         super().__init__()
-        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.qkv_proj = Linear(config.hidden_size, (heads + 2 * kv_heads) * head_dim, dtype, bias=config.attention_bias)
-        self.o_proj = Linear(heads * head_dim, config.hidden_size, dtype)
+        self.qkv_proj = Linear(shapes, "self_attn.qkv_proj", dtype)
+        self.o_proj = Linear(shapes, "self_attn.o_proj", dtype)
         self.attributes: Attributes = {
-            "num_heads": heads,
-            "num_kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "scale": head_dim**-0.5,
+            "num_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "scale": config.head_dim**-0.5,
         }
-        self.width = heads * head_dim
+        self.width = config.query_size
 
     def forward(self, x: Tensor, past: Cache, step: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Maps x [B, S, M] to attention before its output projection [B, S, H*D], present key and value."""
@@ -155,13 +159,12 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, *, is_sparse: bool) -> None:
         super().__init__()
+        shapes = {parameter.local_name: parameter.shape for parameter in layer_parameters(config, is_sparse=is_sparse)}
         self.dtype = dtype
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp: nn.Module = (
-            SparseMLP(config, dtype) if is_sparse else MLP(config.hidden_size, config.intermediate_size, dtype)
-        )
+        self.input_layernorm = RMSNorm(shapes, "input_layernorm", config.rms_norm_eps)
+        self.self_attn = Attention(config, shapes, dtype)
+        self.post_attention_layernorm = RMSNorm(shapes, "post_attention_layernorm", config.rms_norm_eps)
+        self.mlp: nn.Module = SparseMLP(config, shapes, dtype) if is_sparse else MLP(shapes, "mlp", dtype)
 
     def forward(
         self, residual: Tensor, past: Cache, step: Sequence[Tensor], last_token: Tensor | None
@@ -200,13 +203,14 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, sparse: Sequence[bool], positions: int) -> None:
         super().__init__()
+        shapes = {parameter.name(): parameter.shape for parameter in outer_parameters(config)}
         self.dtype = dtype
-        self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype))
-        self.rotary_cos = nn.Parameter(torch.empty(positions, config.head_dim // 2, dtype=torch.float32))
-        self.rotary_sin = nn.Parameter(torch.empty(positions, config.head_dim // 2, dtype=torch.float32))
+        self.embed_tokens = _parameter(shapes["model.embed_tokens.weight"], dtype)
+        self.rotary_cos = _parameter((positions, config.head_dim // 2), torch.float32)
+        self.rotary_sin = _parameter((positions, config.head_dim // 2), torch.float32)
         self.layers = nn.ModuleList(DecoderLayer(config, dtype, is_sparse=is_sparse) for is_sparse in sparse)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, dtype)
+        self.norm = RMSNorm(shapes, "model.norm", config.rms_norm_eps)
+        self.lm_head = Linear(shapes, "lm_head", dtype) if "lm_head.weight" in shapes else None
 
     def forward(
         self,

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from qwen_aot.errors import CheckpointError
+from qwen_aot.exporter.model.tensors import checkpoint_tensors, count_elements
 
 MODEL_TYPES = ("qwen2", "qwen2_moe")
 ROPE_TYPES = ("linear", "yarn", "llama3")  # beside None: those that change frequencies once, not per request
@@ -190,61 +191,21 @@ class ModelConfig:
         return 2 * self.num_hidden_layers * self.key_value_size * itemsize
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The exact set of tensors a checkpoint of this model holds: Hugging Face name -> shape.
+        """The exact set of tensors a checkpoint of this model holds: the name by which readers give it -> shape.
 
         A projection is [out, in]. `lm_head.weight` is absent with tied embeddings.
         """
-        M, V = self.hidden_size, self.vocab_size
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, M)}
-        for layer in range(self.num_hidden_layers):
-            prefix = f"model.layers.{layer}."
-            attention = prefix + "self_attn."
-            for name, size in (
-                ("q_proj", self.query_size),
-                ("k_proj", self.key_value_size),
-                ("v_proj", self.key_value_size),
-            ):
-                shapes[f"{attention}{name}.weight"] = (size, M)
-                if self.attention_bias:
-                    shapes[f"{attention}{name}.bias"] = (size,)
-            shapes[attention + "o_proj.weight"] = (M, self.query_size)
-            if self.moe is not None and self.is_sparse(layer):
-                shapes[prefix + "mlp.gate.weight"] = (self.moe.num_experts, M)
-                for expert in range(self.moe.num_experts):
-                    shapes |= _mlp_shapes(f"{prefix}mlp.experts.{expert}.", M, self.moe.moe_intermediate_size)
-                if self.moe.shared_expert_intermediate_size:
-                    shapes |= _mlp_shapes(prefix + "mlp.shared_expert.", M, self.moe.shared_expert_intermediate_size)
-                    shapes[prefix + "mlp.shared_expert_gate.weight"] = (1, M)
-            else:
-                shapes |= _mlp_shapes(prefix + "mlp.", M, self.intermediate_size)
-            shapes[prefix + "input_layernorm.weight"] = (M,)
-            shapes[prefix + "post_attention_layernorm.weight"] = (M,)
-        shapes["model.norm.weight"] = (M,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (V, M)
-        return shapes
+        return {tensor.name: tensor.shape for tensor in checkpoint_tensors(self)}
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model; tied embeddings count once."""
-        return sum(math.prod(shape) for shape in self.tensor_shapes().values())
+        return count_elements(self)
 
     @property
     def num_activated_parameters(self) -> int:
         """Parameters that take part in one token's step: of the routed experts, only the chosen ones."""
-        if self.moe is None:
-            return self.num_parameters
-        idle = self.moe.num_experts - self.moe.num_experts_per_tok
-        expert = 3 * self.hidden_size * self.moe.moe_intermediate_size
-        return self.num_parameters - len(self.moe.sparse_layers) * idle * expert
-
-
-def _mlp_shapes(prefix: str, M: int, F: int) -> dict[str, tuple[int, ...]]:
-    return {
-        prefix + "gate_proj.weight": (F, M),
-        prefix + "up_proj.weight": (F, M),
-        prefix + "down_proj.weight": (M, F),
-    }
+        return count_elements(self, experts=None if self.moe is None else self.moe.num_experts_per_tok)
 
 
 def require_layers(name: str, value: int) -> int:

@@ -16,13 +16,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen_aot.exporter.checkpoint.encoding import Arrange, EncodedRows, arranged, dequantize, stack
+from qwen_aot.exporter.model.tensors import SENSITIVE, weight_class_of
 from qwen_aot.exporter.quantize.blockwise import BlockFormat, Quantized, pack, quantize, quantize_channels
 from qwen_aot.exporter.quantize.encoded import as_blocks, in_form_of, obstacle
 from qwen_aot.exporter.weights.recipe import Arrays, Output, Recipe, Traced
-
-# Matrices whose rounding costs a trained model most (docs/performance.md), by the ends of their names. A tied head is
-# the embedding.
-SENSITIVE = ("embed_tokens.weight", "lm_head.weight", "down_proj.weight")
 
 _UNCHECKED_SCALE = 256.0  # 255 steps of it, the most that a code can be from its zero, still fit fp16
 
@@ -144,7 +141,7 @@ class QuantizedWeights:
         Args:
             traced: its recipes and initializers are replaced as weights are asked for.
             layout: the format of most matrices.
-            sensitive: that of SENSITIVE matrices; None: `layout`.
+            sensitive: that of matrices of the classes SENSITIVE; None: `layout`.
             scale_type: of scales, but not those of channels: the compute type, which the kernels want.
         """
         self._traced = traced
@@ -154,7 +151,7 @@ class QuantizedWeights:
         self._entries: dict[str, _Entry] = {}
 
     def _layout_of(self, weight: ir.Value) -> BlockFormat:
-        return self._sensitive if str(weight.name).endswith(SENSITIVE) else self.layout
+        return self._sensitive if weight_class_of(str(weight.name)) in SENSITIVE else self.layout
 
     def matrix(self, weight: ir.Value) -> QuantizedWeight:
         """For MatMulNBits."""

@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 from qwen_aot.errors import CheckpointError, ExportError
 from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows
+from qwen_aot.exporter.checkpoint.names import CANONICAL
 from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.tensors import Role
 from qwen_aot.exporter.weights.recipe import Output, Recipe, Traced
 
 CHUNK_BYTES = 16 << 20  # float32 bytes handled at once by a thread: large enough for NumPy, small against any model
 _RESIDENT_BYTES = 32 << 20  # written pages that a thread keeps mapped
+_SHARED_EXPERT = frozenset({Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN, Role.SHARED_EXPERT_GATE})
 ALIGNMENT = 4096  # bytes; ONNX asks for page-aligned offsets so that external data can be memory-mapped
 
 
@@ -88,11 +91,12 @@ def _may_be_unused(name: str, config: ModelConfig) -> bool:
     Old checkpoints store `rotary_emb.inv_freq`; tied ones may repeat the embedding as `lm_head.weight`; a shared expert
     of size 0 has matrices without elements, and a gate for them.
     """
+    place = CANONICAL.find(name)
     has_empty_shared_expert = config.moe is not None and not config.moe.shared_expert_intermediate_size
     return (
         name.endswith("rotary_emb.inv_freq")
-        or (config.tie_word_embeddings and name == "lm_head.weight")
-        or (has_empty_shared_expert and ".mlp.shared_expert" in name)
+        or (config.tie_word_embeddings and name == Role.HEAD.tensor_name())
+        or (has_empty_shared_expert and place is not None and place.role in _SHARED_EXPERT)
     )
 
 
@@ -108,7 +112,7 @@ def _check_encodings(traced: Traced, checkpoint: Checkpoint) -> None:
 
 def _check_tied_head(traced: Traced, checkpoint: Checkpoint) -> None:
     """A tied checkpoint's `lm_head.weight`, if stored, must equal the embedding."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    head, embedding = Role.HEAD.tensor_name(), Role.EMBEDDING.tensor_name()
     if not traced.config.tie_word_embeddings or head not in checkpoint.tensors:
         return
     shape = checkpoint.tensors[embedding].shape

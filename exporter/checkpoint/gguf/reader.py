@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,12 @@ from qwen_aot.exporter.checkpoint.encoding import EncodedRows, no_codes
 from qwen_aot.exporter.checkpoint.gguf.codes import decode, encoding_of, has_codes
 from qwen_aot.exporter.checkpoint.gguf.config import parse
 from qwen_aot.exporter.checkpoint.gguf.header import GgufHeader, GgufTensor, read_header
+from qwen_aot.exporter.checkpoint.gguf.names import NAMES
 from qwen_aot.exporter.checkpoint.gguf.tokenizer import tokenizer_files
 from qwen_aot.exporter.checkpoint.mapped import MappedFile
+from qwen_aot.exporter.checkpoint.names import Place
 from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.tensors import Role, WeightClass
 
 _PLAIN: Mapping[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F32: np.dtype("<f4"),
@@ -40,36 +42,8 @@ _QUANTIZED = tuple(
 )
 _SUPPORTED = (*_PLAIN, *_QUANTIZED)
 
+_ROTARY = (Role.QUERY, Role.KEY, Role.QUERY_BIAS, Role.KEY_BIAS)
 _CHUNK_ELEMENTS = 4 << 20  # dequantized at once: the gguf package takes several times that in temporaries
-
-# GGUF name inside a block -> Hugging Face name inside a layer
-_LAYER_NAMES: Mapping[str, str] = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_q.bias": "self_attn.q_proj.bias",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_k.bias": "self_attn.k_proj.bias",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_v.bias": "self_attn.v_proj.bias",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-    "ffn_gate_inp.weight": "mlp.gate.weight",
-    "ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight",
-    "ffn_gate_shexp.weight": "mlp.shared_expert.gate_proj.weight",
-    "ffn_up_shexp.weight": "mlp.shared_expert.up_proj.weight",
-    "ffn_down_shexp.weight": "mlp.shared_expert.down_proj.weight",
-    "ffn_gate_exps.weight": "mlp.experts.{expert}.gate_proj.weight",
-    "ffn_up_exps.weight": "mlp.experts.{expert}.up_proj.weight",
-    "ffn_down_exps.weight": "mlp.experts.{expert}.down_proj.weight",
-}
-_OUTER_NAMES: Mapping[str, str] = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,35 +171,33 @@ def _interpret(path: Path, header: GgufHeader) -> tuple[ModelConfig, Mapping[str
 
 def _to_hugging_face(tensors: Mapping[str, GgufTensor], rotary_head_dim: int) -> Iterator[tuple[str, _Stored]]:
     for name, tensor in tensors.items():
-        if name in _OUTER_NAMES:
-            yield _OUTER_NAMES[name], _Stored(tensor)
-            continue
-        match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-        if match is None or match[2] not in _LAYER_NAMES:
+        place = NAMES.find(name)
+        if place is None:
             raise CheckpointError(f"tensor {name!r} is not one of a Qwen1.5 or llama decoder; not supported")
-        layer, local = match[1], match[2]
-        target = f"model.layers.{layer}.{_LAYER_NAMES[local]}"
-        if local.endswith("_exps.weight"):
-            yield from _experts(name, target, tensor)
-        elif local == "ffn_gate_inp_shexp.weight" and len(tensor.shape) == 1:
-            yield target, _Stored(GgufTensor(tensor.offset, (1, *tensor.shape), tensor.type))
-        elif rotary_head_dim and local.startswith(("attn_q.", "attn_k.")):
+        if place.role.weight_class is WeightClass.EXPERT:
+            yield from _experts(name, place, tensor)
+        elif place.role is Role.SHARED_EXPERT_GATE and len(tensor.shape) == 1:
+            yield place.name, _Stored(GgufTensor(tensor.offset, (1, *tensor.shape), tensor.type))
+        elif rotary_head_dim and place.role in _ROTARY:
             if tensor.shape[0] % rotary_head_dim:
                 raise CheckpointError(
                     f"tensor {name!r} has {tensor.shape[0]} rows, not whole heads of {rotary_head_dim}"
                 )
-            yield target, _Stored(tensor, rotary_head_dim)
+            yield place.name, _Stored(tensor, rotary_head_dim)
         else:
-            yield target, _Stored(tensor)
+            yield place.name, _Stored(tensor)
 
 
-def _experts(name: str, target: str, tensor: GgufTensor) -> Iterator[tuple[str, _Stored]]:
+def _experts(name: str, place: Place, tensor: GgufTensor) -> Iterator[tuple[str, _Stored]]:
     """[E, out, in] -> E tensors [out, in] whose bytes lie one after the other."""
     if len(tensor.shape) != 3:
         raise CheckpointError(f"tensor {name!r} has shape {list(tensor.shape)}; accepted: [experts, out, in]")
     for expert in range(tensor.shape[0]):
         offset = tensor.offset + expert * tensor.row_bytes
-        yield target.format(expert=expert), _Stored(GgufTensor(offset, tensor.shape[1:], tensor.type))
+        yield (
+            place.role.tensor_name(place.layer, expert),
+            _Stored(GgufTensor(offset, tensor.shape[1:], tensor.type)),
+        )
 
 
 def _row_index(stored: _Stored, rows: slice | None) -> NDArray[np.int64]:

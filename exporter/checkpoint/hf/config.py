@@ -1,21 +1,15 @@
-"""Hugging Face config.json, in the old and the new key spelling, -> ModelConfig; its only reader."""
+"""A Hugging Face folder's config.json -> ModelConfig, by the reader of its architecture."""
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen_aot.errors import CheckpointError
-from qwen_aot.exporter.checkpoint.hf import config_keys
-from qwen_aot.exporter.model.config import DTYPES, MODEL_TYPES, ModelConfig, MoeConfig, RopeScaling, require_layers
-from qwen_aot.exporter.model.rope import yarn_attention_factor
-
-logger = logging.getLogger(__name__)
-
-_MISSING = object()
+from qwen_aot.exporter.checkpoint.hf.architectures import ARCHITECTURES, Architecture
+from qwen_aot.exporter.model.config import ModelConfig
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -35,21 +29,39 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_folder(folder: Path) -> ModelConfig:
-    """The config of a checkpoint's folder, stop ids of its generation_config.json included."""
+def read_folder(folder: Path) -> tuple[ModelConfig, Architecture]:
+    """The config of a checkpoint's folder, stop ids of its generation_config.json included, and its architecture.
+
+    Raises:
+        CheckpointError: there is no config.json, or it is not supported.
+    """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; accepted: a folder saved by transformers")
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
     raw = read_json(folder / "config.json")
     try:
-        return parse(raw, generation)
+        return parse(raw, generation), architecture_of(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
 
 
+def architecture_of(raw: Mapping[str, Any]) -> Architecture:
+    """The row of ARCHITECTURES that a parsed config.json names.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise CheckpointError(
+            f"model_type is {model_type!r}; accepted: {', '.join(ARCHITECTURES)} (the Qwen1.5 architectures)"
+        )
+    return ARCHITECTURES[model_type]
+
+
 def parse(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
-    """Reads a Hugging Face `config.json` of `qwen2` or `qwen2_moe`, in the old and the new key spelling.
+    """Reads a Hugging Face `config.json` of any architecture in ARCHITECTURES.
 
     Args:
         raw: the parsed config.json.
@@ -58,231 +70,4 @@ def parse(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -
     Raises:
         CheckpointError: a key is missing, or a value is not supported (named).
     """
-    generation = generation or {}
-    model_type = raw.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise CheckpointError(
-            f"model_type is {model_type!r}; accepted: {', '.join(MODEL_TYPES)} (the Qwen1.5 architectures)"
-        )
-    _refuse_unsupported(raw, model_type)
-    hidden_size = _count(raw, "hidden_size")
-    heads = _count(raw, "num_attention_heads")
-    layers = require_layers("num_hidden_layers", _count(raw, "num_hidden_layers"))
-    max_positions = _count(raw, "max_position_embeddings", 32768)
-    head_dim = raw.get("head_dim")
-    if head_dim is None:
-        if heads < 1 or hidden_size % heads:
-            raise CheckpointError(
-                f"hidden_size is {hidden_size}, not a multiple of num_attention_heads ({heads}); "
-                "give head_dim when they are unrelated"
-            )
-        head_dim = hidden_size // heads
-    else:
-        head_dim = _count(raw, "head_dim")
-    _check_layer_types(raw.get("layer_types"), layers)
-    rope_theta, rope_scaling = _rope(raw, max_positions)
-    return ModelConfig(
-        model_type=model_type,
-        vocab_size=_count(raw, "vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=_count(raw, "intermediate_size"),
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads if raw.get("num_key_value_heads") is None else _count(raw, "num_key_value_heads"),
-        head_dim=head_dim,
-        max_position_embeddings=max_positions,
-        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-        rope_theta=rope_theta,
-        tie_word_embeddings=_flag(raw, "tie_word_embeddings", False),
-        attention_bias=_flag(raw, "qkv_bias", _flag(raw, "attention_bias", True)),
-        rope_scaling=rope_scaling,
-        moe=_moe(raw, layers) if model_type == "qwen2_moe" else None,
-        torch_dtype=_dtype(raw),
-        bos_token_id=_token_id(raw, generation, "bos_token_id"),
-        eos_token_ids=_eos_token_ids(raw, generation),
-        pad_token_id=_token_id(raw, generation, "pad_token_id"),
-    )
-
-
-def _refuse_unsupported(raw: Mapping[str, Any], model_type: str) -> None:
-    quantization = raw.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise CheckpointError(
-            f"quantization_config says {method!r}; a quantized Hugging Face checkpoint is not supported "
-            "yet; accepted: the bfloat16, float16 or float32 one, which the build quantizes itself"
-        )
-    architectures = raw.get("architectures") or []
-    if not isinstance(architectures, list):
-        raise CheckpointError(f"architectures is {architectures!r}; accepted: a list of names")
-    for architecture in architectures:
-        if not str(architecture).endswith("ForCausalLM"):
-            raise CheckpointError(
-                f"architectures names {architecture!r}; accepted: Qwen2ForCausalLM, Qwen2MoeForCausalLM"
-            )
-    for key, accepted in config_keys.ACCEPTED.items():
-        value = raw.get(key, accepted[0])
-        if value not in accepted:
-            values = ", ".join(json.dumps(each) for each in accepted if each is not None) or "null"
-            raise CheckpointError(f"{key} is {json.dumps(value)}; not supported; accepted: {values}")
-    known = (
-        config_keys.READ
-        | config_keys.HARMLESS
-        | config_keys.ACCEPTED.keys()
-        | (config_keys.READ_MOE if model_type == "qwen2_moe" else frozenset())
-    )
-    unknown = sorted(key for key in raw if key not in known)
-    if unknown:
-        logger.warning("config.json has keys that are not known here and are ignored: %s", ", ".join(unknown))
-
-
-def _check_layer_types(layer_types: object, layers: int) -> None:
-    if layer_types is None:
-        return
-    if not isinstance(layer_types, list) or len(layer_types) != layers:
-        raise CheckpointError(f"layer_types is {layer_types!r}; accepted: a list of num_hidden_layers ({layers})")
-    for layer, kind in enumerate(layer_types):
-        if kind != "full_attention":
-            raise CheckpointError(f"layer_types[{layer}] is {kind!r}; not supported; accepted: 'full_attention'")
-
-
-def _rope(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
-    """(rope_theta, scaling), from `rope_scaling` beside `rope_theta` or from the newer `rope_parameters`."""
-    old, new = (_rope_object(raw, key) for key in ("rope_scaling", "rope_parameters"))
-    if old and new and dict(old) != dict(new):
-        raise CheckpointError(
-            f"rope_scaling is {dict(old)} and rope_parameters is {dict(new)}; accepted: one of them. Keep the one that "
-            "is meant, with its rope_theta."
-        )
-    rope = old or new
-    rope_theta = _number(rope, "rope_theta", _number(raw, "rope_theta", 10000.0))
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(rope_type, str) or rope_type not in config_keys.ROPE_KEYS:
-        raise CheckpointError(
-            f"rope_type is {rope_type!r}; not supported; accepted: {', '.join(config_keys.ROPE_KEYS)}. "
-            "Remove rope_scaling (rope_parameters.rope_type) to serve the model at its trained context."
-        )
-    if rope.get("partial_rotary_factor", 1) not in (1, None):
-        raise CheckpointError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; accepted: 1")
-    common = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    unknown = sorted(key for key in rope if key not in config_keys.ROPE_KEYS[rope_type] | common)
-    if unknown:
-        raise CheckpointError(
-            f"rope_scaling of type {rope_type!r} has {unknown[0]!r}; not supported; accepted: "
-            f"{', '.join(sorted(config_keys.ROPE_KEYS[rope_type]))}"
-        )
-    if rope_type == "default":
-        return rope_theta, None
-    if rope_type == "linear":
-        return rope_theta, RopeScaling("linear", _number(rope, "factor"))
-    key = "original_max_position_embeddings"
-    original = _count(rope if raw.get(key) is None else raw, key, max_positions)
-    if rope_type == "llama3":
-        return rope_theta, RopeScaling(
-            "llama3",
-            _number(rope, "factor"),
-            original_max_position_embeddings=original,
-            low_freq_factor=_number(rope, "low_freq_factor"),
-            high_freq_factor=_number(rope, "high_freq_factor"),
-        )
-    factor = _number(rope, "factor", max_positions / max(original, 1))
-    return rope_theta, RopeScaling(
-        "yarn",
-        factor,
-        attention_factor=_yarn_attention_factor(rope, factor),
-        original_max_position_embeddings=original,
-        beta_fast=_number(rope, "beta_fast", 32.0),
-        beta_slow=_number(rope, "beta_slow", 1.0),
-        truncate=_flag(rope, "truncate", True),
-    )
-
-
-def _rope_object(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The object under one of the rotary keys, without the nesting by layer type of transformers 5."""
-    rope = raw.get(key) or {}
-    if isinstance(rope, Mapping):
-        rope = rope.get("full_attention") or rope
-    if not isinstance(rope, Mapping):
-        raise CheckpointError(f"{key} is {rope!r}; accepted: an object or null")
-    return rope
-
-
-def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
-    if rope.get("attention_factor") is not None:
-        return _number(rope, "attention_factor")
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return yarn_attention_factor(factor, _number(rope, "mscale")) / yarn_attention_factor(
-            factor, _number(rope, "mscale_all_dim")
-        )
-    return yarn_attention_factor(factor)
-
-
-def _moe(raw: Mapping[str, Any], layers: int) -> MoeConfig:
-    step = _count(raw, "decoder_sparse_step", 1)
-    if step < 1:
-        raise CheckpointError(f"decoder_sparse_step is {step}; accepted: whole numbers from 1")
-    dense = raw.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
-        raise CheckpointError(f"mlp_only_layers is {dense!r}; accepted: a list of layer indices")
-    return MoeConfig(
-        num_experts=_count(raw, "num_experts", 60),
-        num_experts_per_tok=_count(raw, "num_experts_per_tok", 4),
-        moe_intermediate_size=_count(raw, "moe_intermediate_size", 1408),
-        shared_expert_intermediate_size=_count(raw, "shared_expert_intermediate_size", 5632),
-        norm_topk_prob=_flag(raw, "norm_topk_prob", False),
-        sparse_layers=frozenset(layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0),
-    )
-
-
-def _dtype(raw: Mapping[str, Any]) -> str:
-    """What the weights were saved in; only a hint, since each tensor says its own."""
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise CheckpointError(f"torch_dtype is {dtype!r}; accepted: {', '.join(DTYPES)}")
-    return name
-
-
-def _token_id(raw: Mapping[str, Any], generation: Mapping[str, Any], key: str) -> int | None:
-    value = generation.get(key) if raw.get(key) is None else raw[key]
-    return None if value is None else _count({key: value}, key)
-
-
-def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """Stop ids of both files, each once: a chat model's generation_config.json names more of them."""
-    ids: dict[int, None] = {}
-    for source in (generation, raw):
-        value = source.get("eos_token_id")
-        for each in value if isinstance(value, list) else [] if value is None else [value]:
-            ids[_count({"eos_token_id": each}, "eos_token_id")] = None
-    return tuple(ids)
-
-
-def _count(raw: Mapping[str, Any], key: str, default: object = _MISSING) -> int:
-    value = raw.get(key, default)
-    if value is _MISSING:
-        raise CheckpointError(f"{key} is missing; accepted: a whole number")
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise CheckpointError(f"{key} is {value!r}; accepted: a whole number")
-    return value
-
-
-def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = raw.get(key)
-    value = default if value is None else value
-    if value is None:
-        raise CheckpointError(f"{key} is missing; accepted: a number")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CheckpointError(f"{key} is {value!r}; accepted: a number")
-    try:
-        return float(value)
-    except OverflowError:
-        raise CheckpointError(f"{key} is a number of {len(str(value))} digits; accepted: a float64") from None
-
-
-def _flag(raw: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = raw.get(key)
-    value = default if value is None else value
-    if not isinstance(value, bool):
-        raise CheckpointError(f"{key} is {value!r}; accepted: true or false")
-    return value
+    return architecture_of(raw).parse(raw, generation or {})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qwen_aot.exporter.checkpoint.encoding import EncodedRows, no_codes
 from qwen_aot.exporter.checkpoint.hf.config import read_folder
 from qwen_aot.exporter.checkpoint.hf.safetensors import SafetensorsShards
 from qwen_aot.exporter.checkpoint.hf.tokenizer import read_tokenizer_files
+from qwen_aot.exporter.checkpoint.names import TensorNames
 
 
 class HfFolderCheckpoint:
@@ -26,14 +28,18 @@ class HfFolderCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.path = Path(os.path.abspath(folder))  # "." has no name
-        self.config = read_folder(folder)
+        self.config, architecture = read_folder(folder)
         self.tokenizer: TokenizerFiles = read_tokenizer_files(folder, vocab_size=self.config.vocab_size)
         self._shards = SafetensorsShards(folder)
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor by name, with the bytes' place in its file."""
-        return self._shards.tensors
+        try:
+            self._stored_names = _stored_names(self.path, self._shards.tensors, architecture.names)
+        except CheckpointError:
+            self._shards.close()
+            raise
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: dataclasses.replace(self._shards.tensors[stored], name=name)
+            for name, stored in self._stored_names.items()
+        }
 
     @property
     def source(self) -> Mapping[str, str]:
@@ -52,7 +58,7 @@ class HfFolderCheckpoint:
         """
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} has no tensor {name!r}")
-        return self._shards.read(name, rows)
+        return self._shards.read(self._stored_names[name], rows)
 
     def read_encoded(self, name: str, rows: slice | None = None) -> EncodedRows:
         """Refuses: every tensor here is plain numbers.
@@ -71,3 +77,15 @@ class HfFolderCheckpoint:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _stored_names(path: Path, stored_names: Iterable[str], names: TensorNames) -> dict[str, str]:
+    """The name by which each tensor is given -> its name in the files; a tensor of no role keeps that."""
+    result: dict[str, str] = {}
+    for stored in stored_names:
+        place = names.find(stored)
+        name = stored if place is None else place.name
+        if name in result:
+            raise CheckpointError(f"{path} has {name} twice, as {result[name]} and as {stored}; accepted: one of them")
+        result[name] = stored
+    return result

@@ -43,7 +43,7 @@ class OrtOptions:
 
     Attributes:
         weights: how projections, experts, head and embedding are stored; None: in the trace's compute type.
-        sensitive: how the matrices are stored whose rounding costs most (`exporter.quantize.store.SENSITIVE`: head,
+        sensitive: how the matrices are stored whose rounding costs most (`exporter.model.tensors.SENSITIVE`: head,
             embedding, down projections, but not those of experts); None: as the others.
         accuracy_level: of MatMulNBits: 4 quantizes activations to int8 inside (block by block, so that rows don't
             touch each other), 1 computes in fp32.

@@ -51,7 +51,7 @@ SHAPES = {
 def test_agrees_with_transformers(shape: dict[str, Any], tmp_path: Path) -> None:
     reference = tiny_config(**shape)
     reference.save_pretrained(tmp_path)
-    config = read_folder(tmp_path)
+    config, _ = read_folder(tmp_path)
     model = tiny_model(reference)
     for name in (
         "vocab_size",
@@ -131,7 +131,7 @@ def test_stop_ids_of_both_files_are_merged() -> None:
 def test_generation_config_is_read_from_the_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(DENSE | {"eos_token_id": 5}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 6}))
-    assert read_folder(tmp_path).eos_token_ids == (6, 5)
+    assert read_folder(tmp_path)[0].eos_token_ids == (6, 5)
 
 
 REFUSED = {
