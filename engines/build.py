@@ -45,8 +45,6 @@ from qwen_aot.runtime.bundle.manifest import (
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("trace", "lower", "write weights", "hash", "load check", "verify")
-TENSORRT_STAGES = ("trace", "lower", "write weights", "compile", "hash", "check")
 REPORT_NAME = "report.json"
 
 Verifier = Callable[[Path, Advance], Mapping[str, Any]]
@@ -141,12 +139,12 @@ def build_bundle(
     if isinstance(checkpoint, str | Path):
         with open_checkpoint(checkpoint) as opened:
             return build_bundle(opened, spec, out, on_progress=on_progress, verifier=verifier)
-    if spec.is_tensorrt and verifier is not None:
+    if verifier is not None and not spec.facts.can_verify_here:
         raise BuildError(
             f"a {spec.target} bundle can't be verified where it is built: its engine runs on its own GPU only; "
             "leave out --verify, and run `qwen-aot verify` on a machine with that GPU"
         )
-    stages = Stages(_stage_names(spec, with_verify=verifier is not None), on_progress)
+    stages = Stages(spec.facts.stage_names(with_verify=verifier is not None), on_progress)
     with BundleWriter(Path(out)) as writer:
         plan = _plan(checkpoint, spec, stages)
         check_resources(plan.estimate, writer.out)
@@ -160,7 +158,7 @@ def build_bundle(
             return plan.manifest_for(files, facts)
 
         manifest = stages.run("hash", lambda advance: writer.seal(manifest_for, advance))
-        stages.run("check" if spec.is_tensorrt else "load check", lambda _: builder.check(writer.folder, manifest))
+        stages.run(spec.facts.check_stage, lambda _: builder.check(writer.folder, manifest))
         verification: Mapping[str, Any] = {}
         if verifier is not None:
             verification = stages.run("verify", lambda advance: verifier(writer.folder, advance), "positions")
@@ -178,14 +176,8 @@ def build_bundle(
     return report
 
 
-def _stage_names(spec: BuildSpec, *, with_verify: bool) -> tuple[str, ...]:
-    if spec.is_tensorrt:
-        return TENSORRT_STAGES
-    return STAGES if with_verify else STAGES[:-1]
-
-
 def _finish(builder: Builder, spec: BuildSpec, lowered: Traced, folder: Path, stages: Stages) -> EngineFacts | None:
-    if not spec.is_tensorrt:
+    if not spec.facts.compiles:
         return builder.finish(folder, spec, lowered, lambda done, total: None)
     return stages.run("compile", lambda advance: builder.finish(folder, spec, lowered, advance), "%")
 
@@ -209,9 +201,9 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages) -> Plan:
         weight_bytes=output_bytes(lowered),
         text_bytes=sum(len(text.encode()) for text in texts.values()),
         chunk_bytes=chunk_bytes(lowered),
-        bits=_bits(spec),
+        bits=spec.precision.row.bits,
         int4_bytes=output_bytes_of(lowered, ir.DataType.INT4),
-        is_compiled=spec.is_tensorrt,
+        is_compiled=spec.facts.compiles,
     )
     return Plan(lowered, needed, _manifest_maker(checkpoint, config, spec, max_context, lowered), texts, warnings)
 
@@ -295,7 +287,3 @@ def _io_tensor(value: ir.Value) -> IoTensor:
     assert value.name is not None and value.dtype is not None and value.shape is not None
     shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
     return IoTensor(name=value.name, dtype=str(value.dtype.numpy()), shape=shape)
-
-
-def _bits(spec: BuildSpec) -> int:
-    return {"int4": 4, "int8": 8, "fp8": 8, "fp16": 16, "bf16": 16}.get(str(spec.precision), 32)

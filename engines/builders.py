@@ -1,15 +1,15 @@
-"""The interface of every target's builder, and the table of them."""
+"""The interface of every target's builder."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
 from qwen_aot.engines.bundle.stages import Advance
-from qwen_aot.engines.spec.build_spec import BuildSpec, Target
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.targets import TARGETS, Target
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.manifest import IoTensor, Manifest, TensorRtFacts
 
@@ -24,7 +24,7 @@ class EngineFacts:
 
 
 class Builder(Protocol):
-    """What a target does its own way. A module with these four functions."""
+    """What a target does its own way. A module with these four functions; `engines.spec.targets` names it."""
 
     def require(self, spec: BuildSpec) -> None:
         """Checks that the target's library is here and can do what is asked for, before any work is done.
@@ -60,15 +60,6 @@ class Builder(Protocol):
         """
 
 
-# Modules, imported when a build needs them: a target's library may be absent.
-BUILDERS: Mapping[Target, str] = {
-    Target.CPU: "qwen_aot.engines.onnxruntime.cpu",
-    Target.CUDA: "qwen_aot.engines.onnxruntime.cuda",
-    Target.TENSORRT_RTX: "qwen_aot.engines.tensorrt.builder",
-    Target.TENSORRT: "qwen_aot.engines.tensorrt.builder",
-}
-
-
 def builder_for(target: Target) -> Builder:
-    """The builder of a target."""
-    return cast(Builder, importlib.import_module(BUILDERS[target]))
+    """The builder of a target, imported only now: its library may be absent."""
+    return cast(Builder, importlib.import_module(TARGETS[target].builder))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import onnx_ir as ir
 
@@ -14,68 +13,42 @@ from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.resources import check_resources, estimate
 from qwen_aot.engines.bundle.stages import StageCost, Stages
 from qwen_aot.engines.onnxruntime import cpu as onnxruntime
-from qwen_aot.engines.spec.build_spec import BuildSpec, Precision
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.lowerings import LOWERINGS
+from qwen_aot.engines.spec.precisions import Precision, PrecisionRow
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.encodings import warn_of_rounding
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
-from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.stitch import chunk_bytes, output_bytes, stitch
 
-
-@dataclass(frozen=True, slots=True)
-class Lowering:
-    """One form of graph that `export` writes.
-
-    Attributes:
-        precisions: name -> (compute type by its ONNX name, bits of a stored weight); the first is the default.
-        lower: gets the traced graph, the precision's name and the block size and symmetry of `BuildSpec`.
-    """
-
-    precisions: Mapping[str, tuple[str, int]]
-    lower: Callable[[Traced, str, int | None, bool], Traced]
+Lower = Callable[[Traced, PrecisionRow, int | None, bool], Traced]  # also block size and symmetry, as in `BuildSpec`
 
 
-_TENSORRT_PRECISIONS = {
-    "fp32": ("FLOAT", 32),
-    "fp16": ("FLOAT16", 16),
-    "bf16": ("BFLOAT16", 16),
-    "int8": ("FLOAT16", 8),
-    "int4": ("FLOAT16", 4),
-    "fp8": ("FLOAT16", 8),
-}
-
-
-def _lower_standard(traced: Traced, precision: str, block_size: int | None, symmetric: bool) -> Traced:
+def _lower_standard(traced: Traced, row: PrecisionRow, block_size: int | None, symmetric: bool) -> Traced:
     if block_size is not None or not symmetric:
         raise BuildError(
             "the standard lowering is symmetric and chooses its blocks; leave out block size and asymmetric"
         )
-    weights = next((form for form in get_args(WeightFormat) if form == precision), None)
-    return standard.lower(traced, standard.StandardOptions(weights))
+    return standard.lower(traced, standard.StandardOptions(row.weight_format))
 
 
-def _lower_ort(traced: Traced, precision: str, block_size: int | None, symmetric: bool) -> Traced:
-    spec = BuildSpec(precision=Precision(precision), block_size=block_size, symmetric=symmetric)
+def _lower_ort(traced: Traced, row: PrecisionRow, block_size: int | None, symmetric: bool) -> Traced:
+    spec = BuildSpec(precision=Precision(row.name), block_size=block_size, symmetric=symmetric)
     return onnxruntime.lower(traced, spec)
 
 
-def _lower_plugin(traced: Traced, precision: str, block_size: int | None, symmetric: bool) -> Traced:
+def _lower_plugin(traced: Traced, row: PrecisionRow, block_size: int | None, symmetric: bool) -> Traced:
     if block_size is not None or not symmetric:
         raise BuildError("the plugin lowering is symmetric and chooses its blocks; leave out block size and asymmetric")
-    weights = next((form for form in get_args(WeightFormat) if form == precision), None)
-    return plugin.lower(traced, plugin.PluginOptions(weights))
+    return plugin.lower(traced, plugin.PluginOptions(row.weight_format))
 
 
-LOWERINGS: Mapping[str, Lowering] = {
-    "standard": Lowering(_TENSORRT_PRECISIONS, _lower_standard),
-    "plugin": Lowering(_TENSORRT_PRECISIONS, _lower_plugin),
-    "ort": Lowering({"fp32": ("FLOAT", 32), "int8": ("FLOAT", 8), "int4": ("FLOAT", 4)}, _lower_ort),
-}
+_LOWER: Mapping[str, Lower] = {"standard": _lower_standard, "plugin": _lower_plugin, "ort": _lower_ort}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,22 +94,22 @@ def export_graph(
     Raises:
         DeployError: the combination doesn't exist, or the export failed; `out` is as it was.
     """
-    compute_type, bits = _choose(lowering, precision)
-    name = precision or next(iter(LOWERINGS[lowering].precisions))
+    row = _choose(lowering, precision)
+    dtype = ir.DataType[row.compute_type_on(LOWERINGS[lowering].target)]
     positions = BuildSpec(max_context=max_context).context_for(config.max_position_embeddings)
     names = ("trace", "lower", "write weights", "write graph")
     stages = Stages(names if checkpoint is not None else (*names[:2], names[3]), on_progress)
     with FolderWriter(out, _refuse_unless_export) as writer:
-        traced = stages.run("trace", lambda _: trace(config, ir.DataType[compute_type], positions=positions))
+        traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions))
         if checkpoint is not None:
             traced.encodings = encodings_of(checkpoint)
-        lowered = stages.run("lower", lambda _: LOWERINGS[lowering].lower(traced, name, block_size, symmetric))
+        lowered = stages.run("lower", lambda _: _LOWER[lowering](traced, row, block_size, symmetric))
         warn_of_rounding(lowered)
         weight_bytes = output_bytes(lowered)
         with explained(writer.out):
             if checkpoint is not None:
                 chunk = chunk_bytes(lowered)
-                needed = estimate(weight_bytes=weight_bytes, text_bytes=0, chunk_bytes=chunk, bits=bits)
+                needed = estimate(weight_bytes=weight_bytes, text_bytes=0, chunk_bytes=chunk, bits=row.bits)
                 check_resources(needed, writer.out)
                 data_file = writer.folder / DATA_FILE
                 stages.run("write weights", lambda advance: stitch(lowered, checkpoint, data_file, on_progress=advance))
@@ -145,14 +118,14 @@ def export_graph(
     return Exported(writer.out / MODEL_FILE, weight_bytes, checkpoint is not None, tuple(stages.meter.costs))
 
 
-def _choose(lowering: str, precision: str | None) -> tuple[str, int]:
-    """Compute type and bits of a combination, or a refusal by name."""
+def _choose(lowering: str, precision: str | None) -> PrecisionRow:
+    """The precision of a combination, or a refusal by name."""
     if lowering not in LOWERINGS:
         raise BuildError(f"lowering {lowering!r} doesn't exist; what exists: {', '.join(LOWERINGS)}")
     precisions = LOWERINGS[lowering].precisions
     name = precision or next(iter(precisions))
     if name not in precisions:
-        existing = "; ".join(f"{key}: {', '.join(row.precisions)}" for key, row in LOWERINGS.items())
+        existing = "; ".join(f"{key}: {', '.join(facts.precisions)}" for key, facts in LOWERINGS.items())
         raise BuildError(f"lowering {lowering} has no precision {name!r}; what exists: {existing}")
     return precisions[name]
 

@@ -66,7 +66,7 @@ def estimate(
     """
     threads = os.cpu_count() or 1
     stitching_bytes = _COPIES_OF_CHUNK * threads * chunk_bytes
-    compiling_bytes, seconds = 0, weight_bytes / _BYTES_PER_SECOND[bits]
+    compiling_bytes, seconds = 0, weight_bytes / _bytes_per_second(bits)
     if is_compiled:
         other_bytes = weight_bytes - int4_bytes
         compiling_bytes = int(_COMPILER_COPIES * other_bytes + _COMPILER_COPIES_OF_INT4 * int4_bytes) + _COMPILER_BYTES
@@ -77,6 +77,11 @@ def estimate(
         peak_memory_bytes=_BASE_BYTES + max(stitching_bytes, compiling_bytes),
         seconds=seconds,
     )
+
+
+def _bytes_per_second(bits: int) -> float:
+    """Of the narrowest weights measured that are at least as wide."""
+    return next(rate for measured, rate in _BYTES_PER_SECOND.items() if bits <= measured)
 
 
 def check_resources(needed: Estimate, out: Path) -> None:

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from qwen_aot.engines.bundle.stages import Advance
-from qwen_aot.engines.spec.build_spec import BuildSpec, Precision
+from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.errors import BuildError, onnxruntime_errors
 from qwen_aot.exporter.lowering.ort import contrib as ort
 from qwen_aot.exporter.lowering.ort.contrib import OrtOptions
@@ -36,11 +36,11 @@ def lower(traced: Traced, spec: BuildSpec) -> Traced:
 
 def block_formats(spec: BuildSpec) -> tuple[BlockFormat | None, BlockFormat | None]:
     """How most matrices and how the sensitive ones are quantized; (None, None): not at all."""
-    block_size, sensitive_bits = spec.effective_block_size, spec.effective_sensitive_bits
-    if block_size is None or sensitive_bits is None:
+    row, block_size, sensitive_bits = spec.precision.row, spec.effective_block_size, spec.effective_sensitive_bits
+    if not row.is_quantized:
         return None, None
-    bits = {Precision.INT8: 8, Precision.INT4: 4}[spec.precision]
-    return BlockFormat(bits, block_size, spec.symmetric), BlockFormat(sensitive_bits, block_size, spec.symmetric)
+    assert block_size is not None and sensitive_bits is not None
+    return BlockFormat(row.bits, block_size, spec.symmetric), BlockFormat(sensitive_bits, block_size, spec.symmetric)
 
 
 def finish(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> None:

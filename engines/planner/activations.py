@@ -8,11 +8,6 @@ from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.experts import gather_limit
 from qwen_aot.runtime.bundle.manifest import cache_capacity
 
-_ARENA_FACTOR = 2  # see `activation_bytes`
-
-
-_MATMUL_WORKSPACE = 8_192_000  # bytes that TensorRT-RTX 1.7.1 keeps for matrix products, whatever their sizes are
-
 
 def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
     """The largest tensors that live at once in a step, in bytes: an estimate.
@@ -43,9 +38,7 @@ def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
     Memory"): this is 0.98 to 1.34 times as much in 24 dense graphs and 5 with experts (docs/planner.md).
     """
     steps = (1, spec.prefill_chunk), (spec.max_batch, 1)
-    return max(_step_activation_bytes(config, spec, *step) for step in steps) * (
-        1 if spec.is_tensorrt else _ARENA_FACTOR
-    )
+    return max(_step_activation_bytes(config, spec, *step) for step in steps) * spec.facts.memory.arena_factor
 
 
 def _step_activation_bytes(config: ModelConfig, spec: BuildSpec, B: int, S: int) -> int:
@@ -53,11 +46,12 @@ def _step_activation_bytes(config: ModelConfig, spec: BuildSpec, B: int, S: int)
     T, c = B * S, COMPUTE_BYTES[spec.combination.compute_type]
     W = cache_capacity(spec.context_for(config.max_position_embeddings), spec.prefill_chunk)
     M, V = config.hidden_size, config.vocab_size
-    is_windowed = spec.is_tensorrt and spec.attention == "native"
+    memory = spec.facts.memory
+    is_windowed = memory.copies_window and spec.attention == "native"
     always = 4 * T * M + 4 * B * V + (2 * B * S * W if is_windowed else 0)
     projected = config.query_size + 2 * config.key_value_size
     window = 2 * c * B * W * config.key_value_size if is_windowed else 0
-    aside = window // 2 + _MATMUL_WORKSPACE if spec.is_tensorrt else 0
+    aside = window // 2 + memory.workspace_bytes
     sparse = len(config.moe.sparse_layers) if config.moe is not None else 0
     attention = c * T * (M + 2 * projected + config.query_size)
     phases = [attention + max(window - aside, 0), c * B * V]

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qwen_aot.engines.spec.build_spec import Target
+from qwen_aot.engines.spec.targets import Target
 from qwen_aot.errors import BuildError
 
 _GIB = 1 << 30

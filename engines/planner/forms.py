@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from qwen_aot.engines.spec.build_spec import BuildSpec, Precision, Target
+from qwen_aot.engines.spec.build_spec import BuildSpec
 
 COMPUTE_BYTES = {"FLOAT": 4, "FLOAT16": 2, "BFLOAT16": 2}
 
@@ -63,7 +63,7 @@ class Forms:
 
 def is_blockwise(spec: BuildSpec) -> bool:
     """Whether the weights are ONNX Runtime's blocks (`exporter.quantize`)."""
-    return not spec.is_tensorrt and spec.effective_block_size is not None
+    return spec.precision.row.is_quantized and spec.facts.weight_layout == "blocks"
 
 
 def weight_forms(spec: BuildSpec) -> Forms:
@@ -75,9 +75,8 @@ def weight_forms(spec: BuildSpec) -> Forms:
     # reads fp32.
     rotary = Form(32) if spec.attention == "plugin" else plain
     forms = Forms(plain, rotary, plain, plain, plain, plain, plain)
-    if spec.precision in (Precision.INT8, Precision.INT4, Precision.FP8):
-        bits = 4 if spec.precision == Precision.INT4 else 8
-        weights = Form(bits, plain.bits // 8, spec.effective_block_size)
+    if spec.precision.row.is_quantized:
+        weights = Form(spec.precision.row.bits, plain.bits // 8, spec.effective_block_size)
         forms = dataclasses.replace(forms, down=weights, projection=weights, expert=weights)
         if spec.tensorrt.quantize_head:
             forms = dataclasses.replace(forms, head=weights, shares_tied_head=False)
@@ -87,19 +86,19 @@ def weight_forms(spec: BuildSpec) -> Forms:
 def _block_forms(spec: BuildSpec, plain: Form) -> Forms:
     """Blocks, filled up; the embedding's zero points are a byte each, the others' packed.
 
-    On CUDA the embedding has zero points in any case (`exporter.lowering.ort.provider`).
+    Some targets want the embedding's zero points in any case.
     """
 
     def blocks(bits: int, zero_point_bits: int, *, always: bool = False) -> Form:
         zero_points = zero_point_bits if always or not spec.symmetric else 0
         return Form(bits, plain.bits // 8, spec.effective_block_size, fills_blocks=True, zero_point_bits=zero_points)
 
-    bits, sensitive = 8 if spec.precision == Precision.INT8 else 4, spec.effective_sensitive_bits
+    bits, sensitive = spec.precision.row.bits, spec.effective_sensitive_bits
     assert sensitive is not None
     return Forms(
         plain=plain,
         rotary=plain,
-        embedding=blocks(sensitive, 8, always=spec.target == Target.CUDA),
+        embedding=blocks(sensitive, 8, always=spec.facts.always_zero_points),
         head=blocks(sensitive, sensitive),
         down=blocks(sensitive, sensitive),
         projection=blocks(bits, bits),

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from qwen_aot.engines.planner.devices import DEVICES, Device
 from qwen_aot.engines.planner.footprint import Footprint, footprint
-from qwen_aot.engines.spec.build_spec import COMBINATIONS, BuildSpec, Precision, Target
-from qwen_aot.engines.spec.flavours import LOWEST_CAPABILITY, capability
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.flavours import capability
+from qwen_aot.engines.spec.precisions import Precision, combinations
+from qwen_aot.engines.spec.targets import Target
 from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, TensorRtOptions
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.runtime.bundle.manifest import MAX_COUNT
@@ -123,33 +125,29 @@ def plans(
                 yield plan(model, config, spec, device)
 
 
-# What the standard lowering stores experts in is the compute type alone (`exporter.lowering.tensorrt.quantized`), the
-# plugin reads int8 and int4 too (`exporter.lowering.tensorrt.plugin_experts`).
-_WEIGHT_ONLY = (Precision.INT8, Precision.INT4, Precision.FP8)
-
-
 def refusal_of(config: ModelConfig, spec: BuildSpec, device: Device) -> str | None:
     """Why a model's target or precision can't run on a device; None where it can."""
     if spec.target not in device.targets:
         accepted = ", ".join(device.targets)
-        if spec.target == Target.CPU:
-            return f"target cpu runs in the host's memory, which a card doesn't share; targets here: {accepted}"
-        return f"target {spec.target} doesn't run on SM {device.capability_name}; targets here: {accepted}"
-    lowest = LOWEST_CAPABILITY.get(spec.precision, "0.0")
-    if device.capability < capability(lowest):
-        smaller = "; int8 is as small" if spec.precision == Precision.FP8 else ""
-        return f"{spec.precision} needs SM {lowest} or later, and this is SM {device.capability_name}{smaller}"
-    if spec.target == Target.CUDA and config.moe is not None and spec.effective_block_size is not None:
-        return f"quantized experts don't exist for cuda ({spec.precision} asked for); fp16 does"
-    if spec.is_tensorrt and config.moe is not None and spec.precision in _WEIGHT_ONLY:
-        if spec.moe == "native":
+        if not spec.facts.runs_on_gpu:
             return (
-                f"quantized experts don't exist for {spec.target} without a plugin ({spec.precision} asked for); fp16 "
-                "does"
+                f"target {spec.target} runs in the host's memory, which a card doesn't share; targets here: {accepted}"
             )
-        if spec.precision == Precision.FP8:
-            return "fp8 experts don't exist in the plugin; int8 is as small"
-    return None
+        return f"target {spec.target} doesn't run on SM {device.capability_name}; targets here: {accepted}"
+    row = spec.precision.row
+    lowest = row.lowest_capability
+    instead = "" if row.instead is None else f"; {row.instead} is as small"
+    if device.capability < capability(lowest):
+        return f"{spec.precision} needs SM {lowest} or later, and this is SM {device.capability_name}{instead}"
+    if config.moe is None or not row.is_quantized or spec.facts.quantized_experts == "yes":
+        return None
+    if spec.facts.quantized_experts == "no":
+        return f"quantized experts don't exist for {spec.target} ({spec.precision} asked for); fp16 does"
+    if spec.moe == "native":
+        return (
+            f"quantized experts don't exist for {spec.target} without a plugin ({spec.precision} asked for); fp16 does"
+        )
+    return None if row.has_plugin_experts else f"{spec.precision} experts don't exist in the plugin{instead}"
 
 
 def longest_context(config: ModelConfig, spec: BuildSpec, usable_bytes: int) -> int:
@@ -222,15 +220,15 @@ def _smaller(config: ModelConfig, spec: BuildSpec, device: Device) -> list[Build
 
     others = (
         BuildSpec(
-            target=row.target,
-            precision=row.precision,
+            target=other.target,
+            precision=other.precision,
             max_context=spec.max_context,
             max_batch=spec.max_batch,
             prefill_chunk=spec.prefill_chunk,
             tensorrt=dataclasses.replace(DEFAULT_OPTIONS, kv_precision=_kv_of(spec)),
         )
-        for row in COMBINATIONS
-        if row.target == spec.target
+        for other in combinations()
+        if other.target == spec.target
     )
     kept = [other for other in others if size(other) < size(spec) and refusal_of(config, other, device) is None]
     return sorted(kept, key=size, reverse=True)

@@ -8,12 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qwen_aot.engines.spec.precisions import PRECISIONS
 from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, Form, TensorRtOptions
 from qwen_aot.errors import BuildError
-
-# The oldest GPUs that have a precision. Source: NVIDIA's support matrices of both libraries. TensorRT-RTX's says no to
-# int8 for 7.5, which its builder compiles without complaint.
-LOWEST_CAPABILITY: Mapping[str, str] = {"fp8": "8.9", "bf16": "8.0", "int8": "8.0", "int4": "8.0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +53,7 @@ class Flavour:
                     "out, or choose a target that has them: "
                     + ", ".join(other.target for other in FLAVOURS.values() if other.has_plugins)
                 )
-        lowest = LOWEST_CAPABILITY.get(precision, "0.0")
+        lowest = PRECISIONS[precision].lowest_capability
         too_old = [name for name in options.compute_capabilities if capability(name) < capability(lowest)]
         if too_old:
             raise BuildError(
@@ -70,7 +67,7 @@ class Flavour:
 
     def capabilities(self, options: TensorRtOptions, precision: str) -> tuple[str, ...]:
         """The GPUs to build for, in ascending order: those asked for, or the default ones that have the precision."""
-        lowest = LOWEST_CAPABILITY.get(precision, "0.0")
+        lowest = PRECISIONS[precision].lowest_capability
         default = (name for name in self.default_capabilities if capability(name) >= capability(lowest))
         return tuple(sorted(options.compute_capabilities or default, key=capability))
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_aot.engines.builders import EngineFacts
 from qwen_aot.engines.bundle.stages import Advance
-from qwen_aot.engines.spec.build_spec import BuildSpec, Precision
+from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.flavours import FLAVOURS
 from qwen_aot.engines.tensorrt.compile import Compilation
 from qwen_aot.engines.tensorrt.library import load, require_capabilities, require_standard_layers
@@ -17,16 +16,9 @@ from qwen_aot.engines.tensorrt.sizes import engine_size_bounds
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE, save_graph
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
-from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat
 from qwen_aot.exporter.lowering.tensorrt.standard import StandardOptions
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.manifest import Manifest
-
-_WEIGHT_FORMATS: Mapping[Precision, WeightFormat] = {
-    Precision.INT8: "int8",
-    Precision.INT4: "int4",
-    Precision.FP8: "fp8",
-}
 
 
 def require(spec: BuildSpec) -> None:
@@ -51,7 +43,7 @@ def lower(traced: Traced, spec: BuildSpec) -> Traced:
         BuildError: the plugins are needed and aren't there.
         ExportError: the model can't be stored so.
     """
-    weights, quantize_head = _WEIGHT_FORMATS.get(spec.precision), spec.tensorrt.quantize_head
+    weights, quantize_head = spec.precision.row.weight_format, spec.tensorrt.quantize_head
     has_experts = traced.config.moe is not None
     if spec.attention == "native" and not (spec.moe == "plugin" and has_experts):
         return standard.lower(traced, StandardOptions(weights, quantize_head))

@@ -14,9 +14,11 @@ from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.resources import check_resources, estimate
 from qwen_aot.engines.export import export_graph
 from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.precisions import PRECISIONS, row_of
+from qwen_aot.engines.spec.targets import facts_of
 from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.engines.tensorrt.onnx_files import onnx_entries, require_same_onnx
-from qwen_aot.engines.verify.per_layer import BOUNDS, LayerReport, compare_layers, mark_layers, step_feeds
+from qwen_aot.engines.verify.per_layer import LayerReport, compare_layers, mark_layers, step_feeds
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.graph.plugin_ops import PluginOp
@@ -26,21 +28,23 @@ from qwen_aot.exporter.lowering.tensorrt.plugin import strip_definitions
 from qwen_aot.exporter.weights.stitch import chunk_bytes, output_bytes, stitch
 from qwen_aot.runtime.bundle.manifest import Manifest, cache_capacity
 
-_GPU_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+_CPU_PROVIDER = "CPUExecutionProvider"
 
 
 def bound_for(precision: str) -> float:
     """The bound of a precision.
 
     Raises:
-        BuildError: ONNX Runtime's CPU provider can't run it.
+        BuildError: there is no such precision, or ONNX Runtime's CPU provider can't run it.
     """
-    if precision not in BOUNDS:
+    bound = row_of(precision).layer_bound
+    if bound is None:
+        accepted = ", ".join(row.name for row in PRECISIONS.values() if row.layer_bound is not None)
         raise BuildError(
             f"layers of precision {precision} can't be compared: ONNX Runtime's CPU provider has no such kernels; "
-            f"accepted: {', '.join(BOUNDS)}"
+            f"accepted: {accepted}"
         )
-    return BOUNDS[precision]
+    return bound
 
 
 def compare_bundle_layers(
@@ -99,7 +103,7 @@ def compare_bundle_layers(
             mark_layers(graph, config.num_hidden_layers),
             (feeds[0], feeds[1]),
             bound,
-            providers=_GPU_PROVIDERS if manifest.target == "cuda" and _has_cuda() else _GPU_PROVIDERS[1:],
+            providers=_providers(facts_of(manifest.target).layer_provider),
         )
 
 
@@ -152,8 +156,9 @@ def _plugin_options(folder: Path, manifest: Manifest) -> TensorRtOptions:
     )
 
 
-def _has_cuda() -> bool:
-    """Whether ONNX Runtime here is the build for CUDA; whether it starts, the report's provider tells."""
+def _providers(first: str) -> tuple[str, ...]:
+    """A provider, if ONNX Runtime here is a build with it, and the CPU's; the report tells which one started."""
     import onnxruntime
 
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    wanted = dict.fromkeys((first, _CPU_PROVIDER))
+    return tuple(name for name in wanted if name == _CPU_PROVIDER or name in onnxruntime.get_available_providers())

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_aot.engines.spec.bounds import Bounds
+from qwen_aot.engines.spec.precisions import row_of
 from qwen_aot.errors import BuildError
 
 # A position is decisive where the reference gives its first token at least this probability: there a quantized
@@ -46,53 +48,6 @@ class ScoringReference(Protocol):
 
     def greedy(self, prompt: NDArray[np.int64], count: int) -> list[int]:
         """The likeliest tokens one after the other."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """What a bundle may differ by. None: not bounded.
-
-    Attributes:
-        max_logit_difference: largest absolute difference of any logit.
-        mean_logit_difference: mean absolute difference.
-        kl_divergence: mean KL(reference ‖ bundle) over positions, in nats.
-        top1_agreement: least share of decisive positions with the same first token.
-        greedy_agreement: least share of free-running greedy tokens before the first that differs.
-        perplexity_ratio: bundle's perplexity over the reference's.
-    """
-
-    max_logit_difference: float | None = None
-    mean_logit_difference: float | None = None
-    kl_divergence: float | None = None
-    top1_agreement: float | None = None
-    greedy_agreement: float | None = None
-    perplexity_ratio: float | None = None
-
-
-BOUNDS: Mapping[str, Bounds] = {
-    # The same arithmetic in another order: 1e-3 is 3 to 30 times what fp32 sums of these sizes differ by.
-    "fp32": Bounds(
-        max_logit_difference=1e-3,
-        mean_logit_difference=1e-4,
-        kl_divergence=1e-6,
-        top1_agreement=1.0,
-        greedy_agreement=1.0,
-        perplexity_ratio=1.001,
-    ),
-    # Activations of 11 bits move logits of size 10 by a few hundredths; near ties may break the other way.
-    "fp16": Bounds(max_logit_difference=0.25, kl_divergence=1e-3, top1_agreement=0.99, perplexity_ratio=1.005),
-    # Activations of 8 bits.
-    "bf16": Bounds(kl_divergence=0.02, top1_agreement=0.98, perplexity_ratio=1.01),
-    # The same model has 0.006 nats, 1.0 and 1.004 to 1.012 at block 32, by the order of sums (docs/performance.md);
-    # one scale a row costs 0.03 nats.
-    "int8": Bounds(kl_divergence=0.05, top1_agreement=0.97, perplexity_ratio=1.01),
-    # E4M3 has 3 bits of mantissa, so that single logits move far and greedy texts part early. Rounding the weights
-    # alone costs the same model 0.020 nats and 1.026 at 1.0, with the head 0.041 and 1.040.
-    "fp8": Bounds(kl_divergence=0.1, top1_agreement=0.95, perplexity_ratio=1.06),
-    # Small models feel 4 bits most: SmolLM2-135M, head and embedding included, has 0.46 nats, 0.90 and 1.46 at block
-    # 32, and 1.08 nats, 0.67 and 2.6 at block 128, which these bounds refuse there.
-    "int4": Bounds(kl_divergence=0.6, top1_agreement=0.8, perplexity_ratio=1.7),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +127,12 @@ class Verification:
 
 
 def bounds_for(precision: str, **given: float | None) -> Bounds:
-    """A precision's default bounds, with those that are given in place of the defaults."""
-    return replace(BOUNDS[precision], **{name: value for name, value in given.items() if value is not None})
+    """A precision's default bounds, with those that are given in place of the defaults.
+
+    Raises:
+        BuildError: there is no such precision.
+    """
+    return replace(row_of(precision).bounds, **{name: value for name, value in given.items() if value is not None})
 
 
 def verify(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_aot.engines.spec.build_spec import BuildSpec, Precision, Target
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.precisions import PRECISIONS
+from qwen_aot.engines.spec.targets import Target
 from qwen_aot.engines.spec.tensorrt_options import KV_PRECISIONS, TensorRtOptions
 from qwen_aot.engines.tensorrt.plugin_library import ENVIRONMENT, PLUGIN_LIBRARY
 from qwen_aot.runtime.cli.command import VerbCommand, option
@@ -22,9 +24,17 @@ DEFAULT = BuildSpec()
 _TENSORRT = "TensorRT"
 
 
-def _either(kinds: type[StrEnum]) -> str:
+def _either(kinds: Iterable[str]) -> str:
     *others, last = kinds
-    return f"{', '.join(others)} or {last}" if others else str(last)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _precisions() -> str:
+    """How each precision stores the weights, those together that do it alike."""
+    names: dict[str, list[str]] = {}
+    for name, row in PRECISIONS.items():
+        names.setdefault(row.summary, []).append(name)
+    return "The weights: " + "; ".join(f"{_either(found)}, {summary}" for summary, found in names.items())
 
 
 @click.command("build", cls=VerbCommand, context_settings=CONTEXT)
@@ -39,7 +49,7 @@ def _either(kinds: type[StrEnum]) -> str:
     group="Main",
 )
 @option("--target", default=str(DEFAULT.target), help=f"{_either(Target)}: where it runs.", group="Main")
-@option("--precision", help=f"{_either(Precision)}: the weights.  [default: the target's]", group="Main")
+@option("--precision", help=f"{_precisions()}.  [default: the target's]", group="Main")
 @option("--dry-run", is_flag=True, help="Show sizes, memory and time, and write nothing.", group="Main")
 @option("--json", "as_json", is_flag=True, help="One JSON object on stdout.", group="Main")
 @option(

@@ -7,9 +7,18 @@ from pathlib import Path
 
 import click
 
+from qwen_aot.engines.spec.lowerings import LOWERINGS
 from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
 from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, json_option
+
+
+def _lowerings() -> str:
+    """Which precisions the lowerings have, those together that have the same."""
+    sharing: dict[str, list[str]] = {}
+    for name, facts in LOWERINGS.items():
+        sharing.setdefault(", ".join(facts.precisions), []).append(name)
+    return "; ".join(f"{', '.join(names)}: {precisions}" for precisions, names in sharing.items())
 
 
 @click.command("export", cls=VerbCommand, context_settings=CONTEXT)
@@ -17,14 +26,14 @@ from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, json_option
 @option("-o", "--output", "out", required=True, type=GivenPath(), help="Folder for the graph.", group="Main")
 @option(
     "--lowering",
-    type=click.Choice(["standard", "plugin", "ort"]),
+    type=click.Choice(list(LOWERINGS)),
     default="standard",
     help="Standard ONNX (opset 24), the same around TensorRT plugins, or ONNX Runtime's fastest ops.",
     group="Main",
 )
 @option(
     "--precision",
-    help="standard, plugin: fp32, fp16, bf16, int8, int4, fp8; ort: fp32, int8, int4.  [default: fp32]",
+    help=f"{_lowerings()}.  [default: {next(iter(LOWERINGS['standard'].precisions))}]",
     group="Main",
 )
 @option("--max-context", type=int, help="Rows of the rotary tables.  [default: the model's context]", group="Main")

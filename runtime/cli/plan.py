@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_aot.engines.spec.build_spec import Precision, Target
+from qwen_aot.engines.spec.precisions import PRECISIONS
+from qwen_aot.engines.spec.targets import Target
 from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, KV_PRECISIONS
 from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import print_json, show_logs, size, stdout
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     "--precision",
     "precisions",
     multiple=True,
-    help=f"{', '.join(Precision)}; may be given again.  [default: the target's]",
+    help=f"{', '.join(PRECISIONS)}; may be given again.  [default: the target's]",
     group="What",
 )
 @option("--context", type=int, help="Tokens a row can hold.  [default: the target's]", group="What")

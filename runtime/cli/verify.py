@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from qwen_aot.engines.build import Verifier
     from qwen_aot.engines.bundle.progress import OnProgress, ProgressEvent
     from qwen_aot.engines.bundle.stages import Advance
-    from qwen_aot.engines.verify.scores import Bounds, Verification
+    from qwen_aot.engines.spec.bounds import Bounds
+    from qwen_aot.engines.verify.scores import Verification
     from qwen_aot.exporter.checkpoint.base import Checkpoint
     from qwen_aot.runtime.bundle.manifest import Manifest
     from qwen_aot.runtime.generation.generator import Generator

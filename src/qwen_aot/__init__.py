@@ -19,7 +19,9 @@ from qwen_aot.version import __version__
 
 if TYPE_CHECKING:
     from qwen_aot.engines.build import BuildReport, build_bundle
-    from qwen_aot.engines.spec.build_spec import BuildSpec, Precision, Target
+    from qwen_aot.engines.spec.build_spec import BuildSpec
+    from qwen_aot.engines.spec.precisions import Precision
+    from qwen_aot.engines.spec.targets import Target
     from qwen_aot.errors import (
         BuildError,
         BundleError,
@@ -70,7 +72,9 @@ _ERRORS = [name for name in __all__ if name.endswith("Error")]
 _HOMES = {
     **dict.fromkeys(_ERRORS, "qwen_aot.errors"),
     **dict.fromkeys(("BuildReport", "build_bundle"), "qwen_aot.engines.build"),
-    **dict.fromkeys(("BuildSpec", "Precision", "Target"), "qwen_aot.engines.spec.build_spec"),
+    "BuildSpec": "qwen_aot.engines.spec.build_spec",
+    "Precision": "qwen_aot.engines.spec.precisions",
+    "Target": "qwen_aot.engines.spec.targets",
     "open_checkpoint": "qwen_aot.exporter.checkpoint.open",
     "Chat": "qwen_aot.runtime.generation.chat",
     "GenerationConfig": "qwen_aot.runtime.generation.config",

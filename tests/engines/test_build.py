@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType
 
-from qwen_aot.engines.build import STAGES, build_bundle, plan_build
+from qwen_aot.engines.build import build_bundle, plan_build
 from qwen_aot.engines.bundle.progress import ProgressEvent
 from qwen_aot.engines.bundle.stages import Advance
-from qwen_aot.engines.spec.build_spec import COMBINATIONS, BuildSpec, Combination, Precision, Target
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.precisions import Combination, Precision, combinations
+from qwen_aot.engines.spec.targets import Target
 from qwen_aot.errors import BuildError, DeployError
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.generation.generator import Generator
@@ -21,6 +23,7 @@ from tests.gguf_files import save_gguf
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 
+STAGES = ["trace", "lower", "write weights", "hash", "load check"]
 FP32 = BuildSpec(precision=Precision.FP32, max_context=128)
 
 
@@ -66,7 +69,7 @@ def test_a_bundle_is_whole_and_says_what_it_is(checkpoint: Path, tmp_path: Path)
     }
     assert {"torch", "onnx", "onnxruntime", "qwen-aot", "python"} <= set(manifest["tool_versions"])
     stages = list(dict.fromkeys(event.stage for event in events))
-    assert stages == list(STAGES[:-1])
+    assert stages == STAGES
 
 
 def test_the_default_length_is_the_checkpoints(tmp_path: Path) -> None:
@@ -77,7 +80,7 @@ def test_the_default_length_is_the_checkpoints(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "bundle/manifest.json").read_text())["default_max_new_tokens"] == 64
 
 
-RUN_HERE = [row for row in COMBINATIONS if row.target is Target.CPU]
+RUN_HERE = [row for row in combinations() if row.target is Target.CPU]
 
 
 @pytest.mark.parametrize("row", RUN_HERE, ids=lambda row: f"{row.target}-{row.precision}")
@@ -85,7 +88,7 @@ RUN_HERE = [row for row in COMBINATIONS if row.target is Target.CPU]
 def test_every_combination_builds_and_answers(
     checkpoint: Path, tmp_path: Path, row: Combination, symmetric: bool
 ) -> None:
-    if not symmetric and not row.asymmetric:
+    if not symmetric and not row.choices.asymmetric:
         pytest.skip(f"{row.precision} has no asymmetric form")
     spec = BuildSpec(target=row.target, precision=row.precision, symmetric=symmetric, max_context=128)
     build(checkpoint, tmp_path / "bundle", spec)
@@ -98,7 +101,7 @@ def test_every_combination_builds_and_answers(
 def test_the_report_has_seconds_and_peak_memory_of_each_stage(checkpoint: Path, tmp_path: Path) -> None:
     build(checkpoint, tmp_path / "bundle")
     report = json.loads((tmp_path / "bundle/report.json").read_text())
-    assert [stage["stage"] for stage in report["stages"]] == list(STAGES[:-1])
+    assert [stage["stage"] for stage in report["stages"]] == STAGES
     assert all(stage["seconds"] >= 0 and stage["peak_memory_bytes"] > 1 << 20 for stage in report["stages"])
     assert report["peak_memory_bytes"] == max(stage["peak_memory_bytes"] for stage in report["stages"])
     data = (tmp_path / "bundle/model.onnx.data").stat().st_size

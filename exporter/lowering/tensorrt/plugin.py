@@ -20,7 +20,7 @@ from qwen_aot.exporter.graph import ops, plugin_ops
 from qwen_aot.exporter.graph.plugin_ops import PLUGIN_ATTRIBUTES, PluginOp, is_plugin
 from qwen_aot.exporter.lowering.tensorrt import standard
 from qwen_aot.exporter.lowering.tensorrt.plugin_experts import ExpertBits, expert_bits, plug_experts
-from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat, refuse_experts
+from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat, has_blocks, refuse_experts
 from qwen_aot.exporter.model.io_spec import TensorSpec, io_spec
 from qwen_aot.exporter.weights.recipe import Traced
 
@@ -95,7 +95,7 @@ def passes(options: PluginOptions, bits: ExpertBits | None) -> list[tuple[str, C
         options: of the lowering.
         bits: of an expert's weight; None: experts stay as the standard lowering has them.
     """
-    opset = _BLOCK_OPSET if options.weights == "int4" else plugin_ops.OPSET
+    opset = _BLOCK_OPSET if has_blocks(options.weights) else plugin_ops.OPSET
     steps = standard.quantizing_passes(options.standard)  # first: a router is told by the experts that it feeds
     if options.attention == "plugin":
         steps.append(("plug_attention", lambda traced: plug_attention(traced, int8_cache=options.int8_cache)))

@@ -40,6 +40,25 @@ _CHANNELS: dict[str, tuple[_Channels, ir.DataType, float]] = {
 }
 
 
+def _int4_packed(
+    rows: NDArray[np.float32], block: int, scale_dtype: DTypeLike
+) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+    """Codes [r, K / 2], two to a byte, and scales [r, K / block]."""
+    codes, scales = int4_blocks(rows, block, scale_dtype)
+    return pack(codes.view(np.uint8) & np.uint8(15), 4), scales
+
+
+_Blocks = Callable[[NDArray[np.float32], int, DTypeLike], tuple[NDArray[Any], NDArray[Any]]]
+_BLOCKS: dict[str, tuple[_Blocks, ir.DataType, tuple[int, ...]]] = {
+    "int4": (_int4_packed, ir.DataType.INT4, INT4_BLOCKS),
+}
+
+
+def has_blocks(weights: WeightFormat | None) -> bool:
+    """Whether scales are of blocks along K."""
+    return weights in _BLOCKS
+
+
 def refuse_experts(traced: Traced, weights: WeightFormat) -> None:
     """Experts can't be quantized here.
 
@@ -59,7 +78,7 @@ def quantize_linears(traced: Traced, weights: WeightFormat, *, quantize_head: bo
     """Linear on float weights -> Linear on dequantized ones. Returns the number of nodes replaced.
 
     The head keeps the compute type unless `quantize_head`; a tied one is then stored beside the embedding. Where no
-    block of INT4_BLOCKS divides K, an int4 matrix is stored as int8.
+    block of INT4_BLOCKS divides K, an int4 matrix is stored as int8 with a scale a channel.
     Before: y = Linear(x, weight, bias?)
     After: int4: y = Linear(x, DequantizeLinear(codes, scales), bias?)
     int8, fp8: y = Linear(x, DequantizeLinear(codes, unit)) * scales (+ bias)
@@ -73,28 +92,31 @@ def quantize_linears(traced: Traced, weights: WeightFormat, *, quantize_head: bo
     for node in nodes:
         weight = node.inputs[1]
         assert weight is not None
-        block = next((size for size in INT4_BLOCKS if dims(weight)[1] % size == 0), None)
-        if weights == "int4" and block is not None:
-            _quantize_blocks(traced, node, weight, block)
+        if weights in _CHANNELS:
+            _quantize_channels(traced, node, weight, weights)
+        elif (block := _block_size(weight, weights)) is not None:
+            _quantize_blocks(traced, node, weight, weights, block)
         else:
-            _quantize_channels(traced, node, weight, "int8" if weights == "int4" else weights)
+            _quantize_channels(traced, node, weight, "int8")
     return len(nodes)
 
 
-def _quantize_blocks(traced: Traced, node: ir.Node, weight: ir.Value, block: int) -> None:
+def _block_size(weight: ir.Value, form: str) -> int | None:
+    """The largest block of the form that divides K; None: none does."""
+    width = dims(weight)[1]
+    return next((size for size in _BLOCKS[form][2] if width % size == 0), None)
+
+
+def _quantize_blocks(traced: Traced, node: ir.Node, weight: ir.Value, form: str, block: int) -> None:
     rows, width = dims(weight)
     dtype = dtype_of(weight)
-
-    def quantize(values: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
-        codes, scales = int4_blocks(values, block, dtype.numpy())
-        return pack(codes.view(np.uint8) & np.uint8(15), 4), scales
-
+    make, stored, _ = _BLOCKS[form]
     codes, scales = quantized_initializers(
         traced,
         weight,
-        Output(f"{weight.name}_codes", ir.DataType.INT4, (rows, width)),
+        Output(f"{weight.name}_codes", stored, (rows, width)),
         Output(f"{weight.name}_scales", dtype, (rows, width // block)),
-        quantize,
+        lambda values: make(values, block, dtype.numpy()),
     )
     dequantize = _dequantize(node, weight, codes, scales, {"axis": 1, "block_size": block})
     traced.model.graph.insert_before(node, dequantize)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from qwen_aot.engines.spec.build_spec import COMBINATIONS, TARGETS, BuildSpec, Precision, Target
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.precisions import Combination, Precision, combinations
+from qwen_aot.engines.spec.targets import Target
 from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.errors import BuildError
 
 
-@pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: f"{row.target}-{row.precision}")
-def test_every_row_builds_with_its_defaults(row) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("row", combinations(), ids=lambda row: f"{row.target}-{row.precision}")
+def test_every_row_builds_with_its_defaults(row: Combination) -> None:
     spec = BuildSpec(target=row.target, precision=row.precision)
-    assert spec.effective_block_size == (row.block_sizes[0] if row.block_sizes else None)
+    assert spec.effective_block_size == (row.choices.block_sizes[0] if row.choices.block_sizes else None)
     if row.target is Target.CPU:
         recorded = {"block_size", "symmetric", "sensitive_bits", "fast_prefill"}
-        assert set(spec.quantization) == (recorded if row.block_sizes else set())
-
-
-def test_every_target_has_facts_and_rows() -> None:
-    assert set(TARGETS) == set(Target) == {row.target for row in COMBINATIONS}
+        assert set(spec.quantization) == (recorded if row.choices.block_sizes else set())
 
 
 def test_strings_become_members() -> None:

@@ -12,10 +12,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from qwen_aot.engines.spec.build_spec import Precision
+from qwen_aot.engines.spec.bounds import Bounds
+from qwen_aot.engines.spec.precisions import Precision
 from qwen_aot.engines.verify.scores import (
-    BOUNDS,
-    Bounds,
     Scores,
     bounds_for,
     checks,
@@ -81,7 +80,13 @@ def sequences(*lengths: int) -> list[NDArray[np.int64]]:
 def test_every_precision_that_can_be_built_has_bounds() -> None:
     for precision in Precision:
         bounds = bounds_for(precision, kl_divergence=0.5)
-        assert bounds == replace(BOUNDS[precision], kl_divergence=0.5)
+        assert bounds == replace(precision.row.bounds, kl_divergence=0.5)
+        assert bounds.top1_agreement is not None and bounds.perplexity_ratio is not None
+
+
+def test_a_precision_of_another_version_has_no_bounds() -> None:
+    with pytest.raises(BuildError, match="precision 'int3' doesn't exist; what exists: fp32, fp16"):
+        bounds_for("int3")
 
 
 @pytest.mark.parametrize("length", [4, 5, 8, 9, 12, 40])
@@ -100,7 +105,7 @@ def test_an_engine_is_driven_by_prefill_in_pieces_then_steps(length: int) -> Non
 
 def test_an_equal_engine_scores_zero_and_passes_every_bound() -> None:
     logits = table(0)
-    result = verify(TableEngine(logits), TableReference(logits), sequences(40, 17), BOUNDS["fp32"], greedy_tokens=6)
+    result = verify(TableEngine(logits), TableReference(logits), sequences(40, 17), bounds_for("fp32"), greedy_tokens=6)
     assert result.has_passed
     assert result.scores.max_logit_difference == 0
     assert result.scores.kl_divergence == 0
@@ -200,7 +205,7 @@ def test_nan_fails() -> None:
     expected = table(0)
     broken = expected.copy()
     broken[:, 0] = np.nan
-    result = verify(TableEngine(broken), TableReference(expected), sequences(20), BOUNDS["int4"], greedy_tokens=2)
+    result = verify(TableEngine(broken), TableReference(expected), sequences(20), bounds_for("int4"), greedy_tokens=2)
     assert not result.has_passed
 
 
@@ -216,7 +221,7 @@ def test_without_decisive_positions_top1_is_not_bounded() -> None:
 def test_bounds_given_replace_the_defaults() -> None:
     bounds = bounds_for("int8", kl_divergence=0.5, top1_agreement=None)
     assert bounds.kl_divergence == 0.5
-    assert bounds.top1_agreement == BOUNDS["int8"].top1_agreement
+    assert bounds.top1_agreement == 0.97
 
 
 @pytest.mark.parametrize(

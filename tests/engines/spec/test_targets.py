@@ -1,0 +1,83 @@
+"""A target is one row and one builder: that the rows are whole, and what is derived of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwen_aot.engines.builders import builder_for
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.flavours import FLAVOURS
+from qwen_aot.engines.spec.precisions import Precision, combinations
+from qwen_aot.engines.spec.targets import TARGETS, Target, facts_of
+from qwen_aot.errors import BuildError
+
+
+def test_every_target_has_facts_and_precisions() -> None:
+    assert list(TARGETS) == list(Target)
+    assert set(Target) == {row.target for row in combinations()}
+
+
+@pytest.mark.parametrize("target", Target)
+def test_a_target_names_its_builder(target: Target) -> None:
+    builder = builder_for(target)
+    for step in ("require", "lower", "finish", "check"):
+        assert callable(getattr(builder, step))
+
+
+@pytest.mark.parametrize("target", Target)
+def test_the_defaults_are_those_of_the_row(target: Target) -> None:
+    spec, facts = BuildSpec(target=target), TARGETS[target]
+    assert spec.precision == facts.default_precision
+    assert spec.prefill_chunk == facts.default_prefill_chunk
+    assert spec.context_for(32768) == (facts.default_context_limit or 32768)
+    plain = next(row for row in combinations() if row.target == target)
+    assert plain.compute_type == facts.compute_type
+
+
+def test_what_compiles_is_what_has_a_library() -> None:
+    compiled = [target for target in Target if TARGETS[target].compiles]
+    assert compiled == list(FLAVOURS) == ["tensorrt-rtx", "tensorrt"]
+    assert all(TARGETS[target].has_fixed_capacity and not TARGETS[target].can_verify_here for target in compiled)
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_stages_of_a_graph_that_is_served_as_it_is(target: str) -> None:
+    stages = ("trace", "lower", "write weights", "hash", "load check")
+    assert facts_of(target).stage_names() == stages
+    assert facts_of(target).stage_names(with_verify=True) == (*stages, "verify")
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt"])
+def test_stages_of_an_engine_that_is_compiled(target: str) -> None:
+    assert facts_of(target).stage_names() == ("trace", "lower", "write weights", "compile", "hash", "check")
+
+
+def test_the_host_and_the_card() -> None:
+    assert [str(target) for target in Target if not TARGETS[target].runs_on_gpu] == ["cpu"]
+    assert facts_of("cuda").layer_provider == "CUDAExecutionProvider"
+    assert {facts_of(name).layer_provider for name in ("cpu", *FLAVOURS)} == {"CPUExecutionProvider"}
+
+
+@pytest.mark.parametrize(
+    ("target", "arena", "workspace", "copies"),
+    [
+        ("cpu", 2, 0, False),
+        ("cuda", 2, 0, False),
+        ("tensorrt-rtx", 1, 8_192_000, True),
+        ("tensorrt", 1, 8_192_000, True),
+    ],
+)
+def test_what_a_step_takes(target: str, arena: int, workspace: int, copies: bool) -> None:
+    memory = facts_of(target).memory
+    assert (memory.arena_factor, memory.workspace_bytes, memory.copies_window) == (arena, workspace, copies)
+
+
+def test_a_target_of_another_version_is_refused() -> None:
+    with pytest.raises(BuildError, match="target 'npu' doesn't exist; what exists: cpu, cuda, tensorrt-rtx, tensorrt"):
+        facts_of("npu")
+
+
+def test_only_blocks_have_fast_prefill() -> None:
+    assert [str(row.target) for row in combinations() if row.choices.fast_prefill] == ["cpu", "cpu"]
+    assert {facts_of(name).weight_layout for name in FLAVOURS} == {"dequantized"}
+    assert BuildSpec(precision=Precision.INT8, fast_prefill=True).quantization["fast_prefill"] is True
