@@ -26,7 +26,7 @@ from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
-from qwen_aot.exporter.lowering.encodings import warn_of_rounding
+from qwen_aot.exporter.lowering.encodings import encodings_kept, encodings_requantized, warn_of_rounding
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.weights.recipe import Traced, output_bytes_of
 from qwen_aot.exporter.weights.stitch import check_sources, chunk_bytes, output_bytes, stitch
@@ -258,7 +258,7 @@ def _manifest_maker(
                 file=spec.facts.engine_file,
                 precision=str(spec.precision),
                 quantization=dict(spec.quantization),
-                weight_encodings=WeightEncodings(kept={}, requantized={}),
+                weight_encodings=WeightEncodings(encodings_kept(traced), encodings_requantized(traced)),
                 inputs=graph_inputs if facts is None else facts.inputs,
                 outputs=graph_outputs if facts is None else facts.outputs,
                 tensorrt=None if facts is None else facts.tensorrt,

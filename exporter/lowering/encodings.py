@@ -20,9 +20,12 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 def encodings_kept(lowered: Traced) -> dict[str, int]:
     """Encoding -> the number of its tensors whose codes and scales the graph carries as the checkpoint has them."""
-    users = _users(lowered)
-    kept = (name for name, recipes in users.items() if all(recipe.from_codes is not None for recipe in recipes))
-    return dict(sorted(Counter(lowered.encodings[name].name for name in kept).items()))
+    return _counts(lowered, are_kept=True)
+
+
+def encodings_requantized(lowered: Traced) -> dict[str, int]:
+    """Encoding -> the number of its tensors that the graph has in another form, made from floats."""
+    return _counts(lowered, are_kept=False)
 
 
 def warn_of_rounding(lowered: Traced) -> tuple[str, ...]:
@@ -59,6 +62,15 @@ def flags_that_keep(forms: Sequence[CodeForm]) -> str | None:
     precision = "int4" if all(form.bits <= 4 for form in forms) else "int8"
     zero_points = " --asymmetric" if any(form.has_zero_points for form in forms) else ""
     return f"--precision {precision} --block-size {sizes[-1]}{zero_points}"
+
+
+def _counts(lowered: Traced, *, are_kept: bool) -> dict[str, int]:
+    names = (
+        lowered.encodings[name].name
+        for name, recipes in _users(lowered).items()
+        if all(recipe.from_codes is not None for recipe in recipes) == are_kept
+    )
+    return dict(sorted(Counter(names).items()))
 
 
 def _users(lowered: Traced) -> dict[str, list[Recipe]]:

@@ -125,7 +125,7 @@ def test_without_a_tokenizer_there_is_a_warning(tmp_path: Path, caplog: pytest.L
     assert len(json.loads((tmp_path / "bundle/report.json").read_text())["warnings"]) == 1
 
 
-def test_rounding_of_stored_codes_is_in_the_report_and_in_the_plan(
+def test_what_became_of_stored_codes_is_in_the_report_the_plan_and_the_manifest(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "model.gguf"
@@ -138,13 +138,20 @@ def test_rounding_of_stored_codes_is_in_the_report_and_in_the_plan(
             assert list(plan_build(source, spec, tmp_path / "bundle").warnings) == report["warnings"]
         return [warning for warning in report["warnings"] if "no tokenizer.json" not in warning]
 
+    def kept_and_requantized() -> tuple[dict[str, int], dict[str, int]]:
+        encodings = json.loads((tmp_path / "bundle/manifest.json").read_text())["engines"]["text"]["weight_encodings"]
+        return encodings["kept"], encodings["requantized"]
+
     (warning,) = warnings_of(BuildSpec(precision=Precision.INT4, max_context=128))
     assert "12 of gguf-q8_0 (8 bits in blocks of 32 don't fit 4 bits in blocks of 64)" in warning
     assert "4 of gguf-q8_0 (8 bits in blocks of 32 don't fit 8 bits in blocks of 64)" in warning  # sensitive ones
     assert warning.endswith("--precision int8 --block-size 32 keeps the checkpoint's own numbers")
     assert caplog.text.count(warning) == 2  # a build and a plan
+    assert kept_and_requantized() == ({}, {"gguf-q8_0": 16})
     assert warnings_of(BuildSpec(precision=Precision.INT8, block_size=32, max_context=128)) == []
+    assert kept_and_requantized() == ({"gguf-q8_0": 16}, {})
     assert warnings_of(FP32) == []
+    assert kept_and_requantized() == ({}, {"gguf-q8_0": 16})  # exactly: fp32 holds every value
 
 
 def test_what_transformers_reads_in_the_tokenizers_files_opens(checkpoint: Path, tmp_path: Path) -> None:
