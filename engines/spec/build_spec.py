@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from qwen_aot.engines.spec.flavours import FLAVOURS
+from qwen_aot.engines.spec.flavours import capabilities_of, check_options, form_of
 from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, Form, TensorRtOptions
 from qwen_aot.errors import BuildError
+from qwen_aot.runtime.bundle.flavours import FLAVOURS
 
 
 class Target(StrEnum):
@@ -192,7 +193,7 @@ class BuildSpec:
         if self.tensorrt != DEFAULT_OPTIONS and not self.is_tensorrt:
             raise BuildError(f"target {self.target} takes no TensorRT options, and these were given: {self.tensorrt}")
         if self.is_tensorrt:
-            FLAVOURS[self.target].check(self.tensorrt, self.precision)
+            check_options(FLAVOURS[self.target], self.tensorrt, self.precision)
             self._check_kv_precision()
         if self.tensorrt.quantize_head and self.precision not in _QUANTIZED:
             raise BuildError(
@@ -230,17 +231,17 @@ class BuildSpec:
     @property
     def compute_capabilities(self) -> tuple[str, ...]:
         """The GPUs that a TensorRT engine is built for, "8.9" for example; empty: the one that it is built on."""
-        return FLAVOURS[self.target].capabilities(self.tensorrt, self.precision) if self.is_tensorrt else ()
+        return capabilities_of(FLAVOURS[self.target], self.tensorrt, self.precision) if self.is_tensorrt else ()
 
     @property
     def attention(self) -> Form:
         """Who computes attention: the project's "plugin", or the target's "native" layers."""
-        return FLAVOURS[self.target].form(self.tensorrt.attention) if self.is_tensorrt else "native"
+        return form_of(FLAVOURS[self.target], self.tensorrt.attention) if self.is_tensorrt else "native"
 
     @property
     def moe(self) -> Form:
         """Who computes routed experts: the project's "plugin", or the target's "native" layers."""
-        return FLAVOURS[self.target].form(self.tensorrt.moe) if self.is_tensorrt else "native"
+        return form_of(FLAVOURS[self.target], self.tensorrt.moe) if self.is_tensorrt else "native"
 
     @property
     def cache_type(self) -> str:

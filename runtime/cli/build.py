@@ -10,7 +10,7 @@ import click
 
 from qwen_aot.engines.spec.build_spec import BuildSpec, Precision, Target
 from qwen_aot.engines.spec.tensorrt_options import KV_PRECISIONS, TensorRtOptions
-from qwen_aot.engines.tensorrt.plugin_library import ENVIRONMENT, PLUGIN_LIBRARY
+from qwen_aot.runtime.bundle.plugin_library import PLUGIN_LIBRARY, PLUGIN_LIBRARY_VARIABLE
 from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
 from qwen_aot.runtime.cli.options import CONTEXT, GivenPath
@@ -108,7 +108,7 @@ def _either(kinds: type[StrEnum]) -> str:
 @option(
     "--plugin-library",
     type=click.Path(dir_okay=False, path_type=Path),
-    help=f"{PLUGIN_LIBRARY}, as `python -m qwen_aot.plugins.library` writes it.  [default: ${ENVIRONMENT}]",
+    help=f"{PLUGIN_LIBRARY}, as `python -m qwen_aot.plugins.library` writes it.  [default: ${PLUGIN_LIBRARY_VARIABLE}]",
     group=_TENSORRT,
 )
 @option("--random-weights", is_flag=True, help="For a variant's name: weights drawn from --seed.", group="Trial")

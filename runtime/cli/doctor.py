@@ -137,15 +137,14 @@ def lacks(needs: tuple[Need, ...], *, has_gpu: bool) -> list[str]:
 
 def lacks_plugins(target: str) -> list[str]:
     """How to get the plugins' library, if the target computes attention and experts with it and none is named."""
-    from qwen_aot.engines.spec.flavours import FLAVOURS
-    from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS
-    from qwen_aot.engines.tensorrt.plugin_library import require_plugin_library
+    from qwen_aot.runtime.bundle.flavours import FLAVOURS
+    from qwen_aot.runtime.bundle.plugin_library import require_plugin_library
     from qwen_aot.errors import BuildError
 
     if target not in FLAVOURS or not FLAVOURS[target].has_plugins:
         return []
     try:
-        require_plugin_library(DEFAULT_OPTIONS)
+        require_plugin_library(option=None)
     except BuildError as error:
         return [str(error)]
     return []
