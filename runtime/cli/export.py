@@ -9,7 +9,7 @@ import click
 
 from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
-from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, json_option
+from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, json_option, threads_option
 
 
 @click.command("export", cls=VerbCommand, context_settings=CONTEXT)
@@ -31,6 +31,7 @@ from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, json_option
 @option("--block-size", type=int, help="Weights that share a scale (int8, int4).", group="Quantization")
 @option("--symmetric/--asymmetric", default=True, help="Without or with zero points.", group="Quantization")
 @json_option
+@threads_option
 def command(
     checkpoint: str,
     out: Path,
@@ -40,6 +41,7 @@ def command(
     block_size: int | None,
     symmetric: bool,
     as_json: bool,
+    threads: int | None,
 ) -> None:
     """Write a model's ONNX graph with KV-cache inputs and outputs.
 
@@ -68,6 +70,7 @@ def command(
                     block_size=block_size,
                     symmetric=symmetric,
                     max_context=max_context,
+                    threads=threads,
                     on_progress=show,
                 )
         else:
