@@ -15,7 +15,7 @@ from qwen_aot.engines.builders import Builder, EngineFacts, builder_for
 from qwen_aot.engines.bundle.default_length import default_max_new_tokens
 from qwen_aot.engines.bundle.folder import explained
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
-from qwen_aot.engines.bundle.resources import Estimate, check_resources, estimate
+from qwen_aot.engines.bundle.resources import Estimate, check_resources, estimate, threads_for
 from qwen_aot.engines.bundle.stages import Advance, StageCost, Stages
 from qwen_aot.engines.bundle.versions import tool_versions
 from qwen_aot.engines.bundle.writer import BundleWriter, refuse_unless_replaceable
@@ -100,7 +100,12 @@ class BuildReport:
 
 
 def plan_build(
-    checkpoint: Checkpoint, spec: BuildSpec, out: Path, *, on_progress: OnProgress = ignore_progress
+    checkpoint: Checkpoint,
+    spec: BuildSpec,
+    out: Path,
+    *,
+    on_progress: OnProgress = ignore_progress,
+    threads: int | None = None,
 ) -> Plan:
     """Does everything but write: checks, traces, lowers and sizes up. This is `--dry-run`.
 
@@ -110,7 +115,7 @@ def plan_build(
     out = out.expanduser().resolve()
     with explained(out):
         refuse_unless_replaceable(out)
-    plan = _plan(checkpoint, spec, Stages(("trace", "lower"), on_progress))
+    plan = _plan(checkpoint, spec, Stages(("trace", "lower"), on_progress), threads)
     check_resources(plan.estimate, out)
     return plan
 
@@ -122,6 +127,7 @@ def build_bundle(
     *,
     on_progress: OnProgress = ignore_progress,
     verifier: Verifier | None = None,
+    threads: int | None = None,
 ) -> BuildReport:
     """Builds a bundle at `out`, replacing the one that stands there once the new one is whole.
 
@@ -132,13 +138,14 @@ def build_bundle(
         on_progress: told about each step.
         verifier: called with the finished but not yet installed bundle and a callback for progress; its result
             goes into report.json, and what it raises fails the build.
+        threads: that stitch the weights at most; None: one for each core that this process may use.
 
     Raises:
         DeployError: the build failed; `out` is as it was.
     """
     if isinstance(checkpoint, str | Path):
         with open_checkpoint(checkpoint) as opened:
-            return build_bundle(opened, spec, out, on_progress=on_progress, verifier=verifier)
+            return build_bundle(opened, spec, out, on_progress=on_progress, verifier=verifier, threads=threads)
     if verifier is not None and not spec.facts.can_verify_here:
         raise BuildError(
             f"a {spec.target} bundle can't be verified where it is built: its engine runs on its own GPU only; "
@@ -146,12 +153,12 @@ def build_bundle(
         )
     stages = Stages(spec.facts.stage_names(with_verify=verifier is not None), on_progress)
     with BundleWriter(Path(out)) as writer:
-        plan = _plan(checkpoint, spec, stages)
+        plan = _plan(checkpoint, spec, stages, threads)
         check_resources(plan.estimate, writer.out)
         builder = builder_for(spec.target)
         for name, text in plan.texts.items():
             writer.write_text(name, text)
-        stages.run("write weights", lambda advance: _write_engine(plan.traced, checkpoint, writer, advance))
+        stages.run("write weights", lambda advance: _write_engine(plan, checkpoint, writer, advance))
         facts = _finish(builder, spec, plan.traced, writer.folder, stages)
 
         def manifest_for(files: Mapping[str, FileEntry]) -> Manifest:
@@ -182,7 +189,8 @@ def _finish(builder: Builder, spec: BuildSpec, lowered: Traced, folder: Path, st
     return stages.run("compile", lambda advance: builder.finish(folder, spec, lowered, advance), "%")
 
 
-def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages) -> Plan:
+def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages, threads: int | None) -> Plan:
+    threads_for(threads)  # refused before any work
     config = checkpoint.config
     max_context = spec.context_for(config.max_position_embeddings)
     warnings = _warnings(checkpoint)
@@ -202,6 +210,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages) -> Plan:
         text_bytes=sum(len(text.encode()) for text in texts.values()),
         chunk_bytes=chunk_bytes(lowered),
         bits=spec.precision.row.bits,
+        threads=threads,
         int4_bytes=output_bytes_of(lowered, ir.DataType.INT4),
         is_compiled=spec.facts.compiles,
     )
@@ -220,11 +229,12 @@ def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _write_engine(
-    traced: Traced, checkpoint: Checkpoint, writer: BundleWriter, advance: Callable[[int, int], None]
+    plan: Plan, checkpoint: Checkpoint, writer: BundleWriter, advance: Callable[[int, int], None]
 ) -> None:
     with explained(writer.out):
-        stitch(traced, checkpoint, writer.folder / DATA_FILE, on_progress=advance)
-        save_graph(traced, writer.folder)
+        data_file = writer.folder / DATA_FILE
+        stitch(plan.traced, checkpoint, data_file, on_progress=advance, threads=plan.estimate.threads)
+        save_graph(plan.traced, writer.folder)
 
 
 def _manifest_maker(

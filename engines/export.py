@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qwen_aot.engines.bundle.folder import FolderWriter, explained
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
-from qwen_aot.engines.bundle.resources import check_resources, estimate
+from qwen_aot.engines.bundle.resources import check_resources, estimate, threads_for
 from qwen_aot.engines.bundle.stages import StageCost, Stages
 from qwen_aot.engines.onnxruntime import cpu as onnxruntime
 from qwen_aot.engines.spec.build_spec import BuildSpec
@@ -76,6 +76,7 @@ def export_graph(
     block_size: int | None = None,
     symmetric: bool = True,
     max_context: int | None = None,
+    threads: int | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Exported:
     """Writes the folder `out`, replacing an earlier export there.
@@ -89,12 +90,14 @@ def export_graph(
         block_size: see `BuildSpec`; int8 and int4 only.
         symmetric: see `BuildSpec`.
         max_context: rows of the rotary tables in tokens; None: the model's.
+        threads: see `engines.build.build_bundle`.
         on_progress: told about each step.
 
     Raises:
         DeployError: the combination doesn't exist, or the export failed; `out` is as it was.
     """
     row = _choose(lowering, precision)
+    threads_for(threads)  # refused before any work
     dtype = ir.DataType[row.compute_type_on(LOWERINGS[lowering].target)]
     positions = BuildSpec(max_context=max_context).context_for(config.max_position_embeddings)
     names = ("trace", "lower", "write weights", "write graph")
@@ -109,13 +112,22 @@ def export_graph(
         with explained(writer.out):
             if checkpoint is not None:
                 chunk = chunk_bytes(lowered)
-                needed = estimate(weight_bytes=weight_bytes, text_bytes=0, chunk_bytes=chunk, bits=row.bits)
+                needed = estimate(
+                    weight_bytes=weight_bytes, text_bytes=0, chunk_bytes=chunk, bits=row.bits, threads=threads
+                )
                 check_resources(needed, writer.out)
                 data_file = writer.folder / DATA_FILE
-                stages.run("write weights", lambda advance: stitch(lowered, checkpoint, data_file, on_progress=advance))
+                _write_weights(lowered, checkpoint, data_file, needed.threads, stages)
             stages.run("write graph", lambda _: save_graph(lowered, writer.folder))
         writer.commit()
     return Exported(writer.out / MODEL_FILE, weight_bytes, checkpoint is not None, tuple(stages.meter.costs))
+
+
+def _write_weights(lowered: Traced, checkpoint: Checkpoint, data_file: Path, threads: int, stages: Stages) -> None:
+    stages.run(
+        "write weights",
+        lambda advance: stitch(lowered, checkpoint, data_file, on_progress=advance, threads=threads),
+    )
 
 
 def _choose(lowering: str, precision: str | None) -> PrecisionRow:

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_aot.errors import BuildError
+from qwen_aot.machine import usable_cores
 from qwen_aot.plugins.signatures import KERNELS
 from qwen_aot.plugins.variants import FAMILIES, SHARED_BYTES, SMS, Variant, variants
 
@@ -252,7 +253,7 @@ def _compile_all(
     with (
         tempfile.TemporaryDirectory(prefix="qwen-aot-triton-") as cache,
         concurrent.futures.ProcessPoolExecutor(
-            min(jobs or os.cpu_count() or 1, len(work)),
+            min(jobs or usable_cores(), len(work)),
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start_worker,
             initargs=(cache,),

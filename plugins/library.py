@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qwen_aot.errors import BuildError
+from qwen_aot.machine import usable_cores
 from qwen_aot.plugins import aot, kernel_table
 from qwen_aot.plugins.variants import SMS
 
@@ -149,7 +150,7 @@ def _compile(cmake: str, build: Path, headers: Path, jobs: int | None) -> Path:
         shutil.rmtree(target, ignore_errors=True)  # CMake keeps to the compiler that it found first
     _run([cmake, "-S", SOURCES, "-B", target, *options], "configuring the library failed")
     used.write_text(compiler)
-    parallel = str(jobs or os.cpu_count() or 1)
+    parallel = str(jobs or usable_cores())
     _run([cmake, "--build", target, "--parallel", parallel], "compiling the library failed")
     return target / FILE_NAME
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from qwen_aot.engines.bundle.progress import OnProgress, ProgressEvent
-from qwen_aot.engines.bundle.resources import peak_memory_bytes, reset_peak
+from qwen_aot.machine import peak_memory_bytes, reset_peak
 
 Result = TypeVar("Result")
 Advance = Callable[[int, int], None]  # (done, total)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from qwen_aot.engines.spec.flavours import FLAVOURS
+from qwen_aot.engines.spec.flavours import capabilities_of, check_options, form_of
 from qwen_aot.engines.spec.precisions import Choices, Combination, Precision, combinations, plain_name, quantized
 from qwen_aot.engines.spec.targets import TARGETS, Target, TargetFacts
 from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, Form, TensorRtOptions
 from qwen_aot.errors import BuildError
+from qwen_aot.runtime.bundle.flavours import FLAVOURS
 
 __all__ = ["BuildSpec", "Precision", "Target"]
 
@@ -69,7 +70,7 @@ class BuildSpec:
             )
         flavour = FLAVOURS.get(self.target)
         if flavour is not None:
-            flavour.check(self.tensorrt, self.precision)
+            check_options(flavour, self.tensorrt, self.precision)
             self._check_kv_precision()
         elif self.tensorrt != DEFAULT_OPTIONS:
             raise BuildError(f"target {self.target} takes no TensorRT options, and these were given: {self.tensorrt}")
@@ -105,7 +106,7 @@ class BuildSpec:
     def compute_capabilities(self) -> tuple[str, ...]:
         """The GPUs that a TensorRT engine is built for, "8.9" for example; empty: the one that it is built on."""
         flavour = FLAVOURS.get(self.target)
-        return () if flavour is None else flavour.capabilities(self.tensorrt, self.precision)
+        return () if flavour is None else capabilities_of(flavour, self.tensorrt, self.precision)
 
     @property
     def attention(self) -> Form:
@@ -148,7 +149,7 @@ class BuildSpec:
 
     def _form(self, asked: Form | None) -> Form:
         flavour = FLAVOURS.get(self.target)
-        return "native" if flavour is None else flavour.form(asked)
+        return "native" if flavour is None else form_of(flavour, asked)
 
     def _check_kv_precision(self) -> None:
         asked, own = self.tensorrt.kv_precision, plain_name(self.combination.compute_type)

@@ -32,7 +32,7 @@ class TensorRtOptions:
         attention: computed by the project's plugin, or by TensorRT's own layers. None: the flavour's own.
         moe: the same of routed experts.
         kv_precision: one of KV_PRECISIONS, of the KV cache; auto: the compute type.
-        plugin_library: the plugins' library; None: as `engines.tensorrt.plugin_library` finds it.
+        plugin_library: the plugins' library; None: as `runtime.bundle.plugin_library` finds it.
     """
 
     compute_capabilities: tuple[str, ...] = ()

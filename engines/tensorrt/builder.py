@@ -7,10 +7,9 @@ from pathlib import Path
 from qwen_aot.engines.builders import EngineFacts
 from qwen_aot.engines.bundle.stages import Advance
 from qwen_aot.engines.spec.build_spec import BuildSpec
-from qwen_aot.engines.spec.flavours import FLAVOURS
 from qwen_aot.engines.tensorrt.compile import Compilation
 from qwen_aot.engines.tensorrt.library import load, require_capabilities, require_standard_layers
-from qwen_aot.engines.tensorrt.plugin_library import copy_plugin_library, find_plugin_library, require_plugin_library
+from qwen_aot.engines.tensorrt.plugin_library import copy_plugin_library
 from qwen_aot.engines.tensorrt.progress import run_watched
 from qwen_aot.engines.tensorrt.sizes import engine_size_bounds
 from qwen_aot.errors import BuildError
@@ -18,7 +17,9 @@ from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE, save_graph
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.lowering.tensorrt.standard import StandardOptions
 from qwen_aot.exporter.weights.recipe import Traced
+from qwen_aot.runtime.bundle.flavours import FLAVOURS
 from qwen_aot.runtime.bundle.manifest import Manifest
+from qwen_aot.runtime.bundle.plugin_library import find_plugin_library, require_plugin_library
 
 
 def require(spec: BuildSpec) -> None:
@@ -31,7 +32,7 @@ def require(spec: BuildSpec) -> None:
     library = load(flavour)
     require_capabilities(library, flavour, spec.compute_capabilities)
     if spec.attention == "plugin":
-        require_plugin_library(spec.tensorrt)
+        require_plugin_library(spec.tensorrt.plugin_library)
     else:
         require_standard_layers(library, flavour)
 
@@ -47,7 +48,7 @@ def lower(traced: Traced, spec: BuildSpec) -> Traced:
     has_experts = traced.config.moe is not None
     if spec.attention == "native" and not (spec.moe == "plugin" and has_experts):
         return standard.lower(traced, StandardOptions(weights, quantize_head))
-    find_plugin_library(spec.tensorrt)
+    find_plugin_library(spec.tensorrt.plugin_library)
     options = plugin.PluginOptions(
         weights, quantize_head, spec.attention, spec.moe, int8_cache=spec.cache_type == "INT8"
     )
@@ -63,7 +64,7 @@ def finish(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> 
     flavour, library = FLAVOURS[spec.target], None
     if plugin.strip_definitions(lowered):
         save_graph(lowered, folder)
-        library = copy_plugin_library(require_plugin_library(spec.tensorrt), folder)
+        library = copy_plugin_library(require_plugin_library(spec.tensorrt.plugin_library), folder)
     compilation = Compilation(load(flavour), flavour, spec, lowered, folder, library)
     facts = run_watched(compilation.run, compilation.cancel, lambda: advance(compilation.percent, 100))
     for name in (MODEL_FILE, DATA_FILE):

@@ -18,7 +18,6 @@ from qwen_aot.engines.bundle.folder import explained
 from qwen_aot.engines.planner.activations import activation_bytes
 from qwen_aot.engines.profiles import profile_shapes, profiles
 from qwen_aot.engines.spec.build_spec import BuildSpec
-from qwen_aot.engines.spec.flavours import Flavour
 from qwen_aot.engines.tensorrt.config import TimingCache, make_config
 from qwen_aot.engines.tensorrt.gpu import own_capabilities
 from qwen_aot.engines.tensorrt.messages import failure, make_logger
@@ -37,6 +36,7 @@ from qwen_aot.exporter.graph.plugin_ops import is_plugin
 from qwen_aot.exporter.graph.save import MODEL_FILE
 from qwen_aot.exporter.model.io_spec import IoSpec, io_spec
 from qwen_aot.exporter.weights.recipe import Traced
+from qwen_aot.runtime.bundle.flavours import Flavour
 from qwen_aot.runtime.bundle.manifest import PluginFacts, Profile, TensorRtFacts, cache_capacity
 
 logger = logging.getLogger(__name__)

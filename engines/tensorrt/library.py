@@ -6,8 +6,9 @@ import importlib
 import re
 from typing import Any
 
-from qwen_aot.engines.spec.flavours import Flavour, capability
+from qwen_aot.engines.spec.flavours import capability
 from qwen_aot.errors import BuildError
+from qwen_aot.runtime.bundle.flavours import Flavour
 
 
 def load(flavour: Flavour) -> Any:
@@ -25,10 +26,9 @@ def load(flavour: Flavour) -> Any:
         ) from error
     found = tuple(int(number) for number in re.findall(r"\d+", module.__version__)[: len(flavour.at_least)])
     if found < flavour.at_least:
-        oldest = ".".join(map(str, flavour.at_least))
         raise BuildError(
-            f"target {flavour.target} needs {flavour.title} {oldest} or later, and {module.__version__} is installed; "
-            f"upgrade it with `{flavour.install} --upgrade`"
+            f"target {flavour.target} needs {flavour.title} {flavour.oldest} or later, and {module.__version__} is "
+            f"installed; upgrade it with `{flavour.install} --upgrade`"
         )
     return module
 

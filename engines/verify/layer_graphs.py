@@ -132,7 +132,7 @@ def _onnx_of_engine(folder: Path, manifest: Manifest, checkpoint: Checkpoint, ro
     made.mkdir()
     needed = estimate(weight_bytes=output_bytes(lowered), text_bytes=0, chunk_bytes=chunk_bytes(lowered), bits=16)
     check_resources(needed, made)
-    stitch(lowered, checkpoint, made / DATA_FILE)
+    stitch(lowered, checkpoint, made / DATA_FILE, threads=needed.threads)
     path = save_graph(lowered, made)
     runnable = path.read_bytes()
     if strip_definitions(lowered):  # what the parser is given

@@ -24,6 +24,7 @@ from qwen_aot.exporter.checkpoint.names import CANONICAL
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import Role
 from qwen_aot.exporter.weights.recipe import Output, Recipe, Traced
+from qwen_aot.machine import usable_cores
 
 CHUNK_BYTES = 16 << 20  # float32 bytes handled at once by a thread: large enough for NumPy, small against any model
 _RESIDENT_BYTES = 32 << 20  # written pages that a thread keeps mapped
@@ -142,7 +143,7 @@ def stitch(
         checkpoint: where the sources are read.
         data_file: created (or overwritten), next to which the graph will be saved.
         on_progress: called with (bytes read so far, bytes to read) of sources.
-        threads: chunks worked on at once; None: the number of cores.
+        threads: chunks worked on at once; None: one for each of `machine.usable_cores`.
 
     Raises:
         CheckpointError: a tensor is missing, unused, of wrong shape, or holds NaN or Inf.
@@ -157,7 +158,7 @@ def stitch(
     with open(data_file, "wb") as file:
         # Reserved, not just sized: a full disk is an error now, not a bus error on a mapped page later.
         os.posix_fallocate(file.fileno(), 0, output_bytes(traced))
-    workers = threads or os.cpu_count() or 1
+    workers = threads or usable_cores()
     with _DataFile(data_file, layout) as data, ThreadPoolExecutor(workers) as pool:
         pending: dict[Future[None], int] = {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from qwen_aot.errors import EngineMismatchError, GenerationError
-from qwen_aot.runtime.backends.tensorrt.library import FLAVOURS, flavour_of
+from qwen_aot.runtime.bundle.flavours import FLAVOURS, flavour_of
 from qwen_aot.runtime.bundle.load import Bundle
 from qwen_aot.runtime.engine.protocol import Engine
 
@@ -17,7 +17,7 @@ def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
 
     Args:
         bundle: from `runtime.bundle.load.load_bundle`.
-        threads: CPU threads for one operator; None: see `runtime.backends.cpu.cpus.usable_cores`.
+        threads: CPU threads for one operator; None: see `machine.usable_cores`.
 
     Raises:
         EngineMismatchError: no backend runs this engine, its library is missing or too old, or this machine's GPU
@@ -35,7 +35,8 @@ def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
         from qwen_aot.runtime.backends.tensorrt.engine import TensorRtEngine
 
         return TensorRtEngine(bundle)
+    accepted = [".onnx", *(flavour.suffix for flavour in FLAVOURS.values())]
     raise EngineMismatchError(
         f"the bundle's engine is {file!r} for target {bundle.manifest.target!r}, which this version "
-        f"of the runtime can't run; accepted: {', '.join(['.onnx', *(flavour.suffix for flavour in FLAVOURS)])} files"
+        f"of the runtime can't run; accepted: {', '.join(accepted)} files"
     )

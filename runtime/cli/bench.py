@@ -83,8 +83,7 @@ def measure_bundle(
     Raises:
         click.UsageError: prompt and answer don't fit the bundle's context.
     """
-    from qwen_aot.engines.bundle.resources import peak_memory_bytes, reset_peak
-    from qwen_aot.runtime.backends.cpu.cpus import usable_cores
+    from qwen_aot.machine import peak_memory_bytes, reset_peak, usable_cores
     from qwen_aot.runtime.cli.doctor import cpu
     from qwen_aot.runtime.generation.generator import Generator
 

@@ -8,33 +8,53 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_aot.engines.spec.build_spec import BuildSpec
-from qwen_aot.engines.spec.precisions import PRECISIONS
-from qwen_aot.engines.spec.targets import Target
-from qwen_aot.engines.spec.tensorrt_options import KV_PRECISIONS, TensorRtOptions
-from qwen_aot.engines.tensorrt.plugin_library import ENVIRONMENT, PLUGIN_LIBRARY
+from qwen_aot.machine import available_memory_bytes, free_disk_bytes
+from qwen_aot.runtime.bundle.plugin_library import PLUGIN_LIBRARY, PLUGIN_LIBRARY_VARIABLE
 from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
-from qwen_aot.runtime.cli.options import CONTEXT, GivenPath
+from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, threads_option
 
 if TYPE_CHECKING:
     from qwen_aot.engines.build import BuildReport, Plan
 
-DEFAULT = BuildSpec()
 _TENSORRT = "TensorRT"
 
 
 def _either(kinds: Iterable[str]) -> str:
     *others, last = kinds
-    return f"{', '.join(others)} or {last}" if others else last
+    return f"{', '.join(others)} or {last}" if others else str(last)
+
+
+def _targets() -> str:
+    from qwen_aot.engines.spec.build_spec import BuildSpec, Target
+
+    return f"{_either(Target)}: where it runs.  [default: {BuildSpec().target}]"
 
 
 def _precisions() -> str:
     """How each precision stores the weights, those together that do it alike."""
+    from qwen_aot.engines.spec.precisions import PRECISIONS
+
     names: dict[str, list[str]] = {}
     for name, row in PRECISIONS.items():
         names.setdefault(row.summary, []).append(name)
-    return "The weights: " + "; ".join(f"{_either(found)}, {summary}" for summary, found in names.items())
+    forms = "; ".join(f"{_either(found)}, {summary}" for summary, found in names.items())
+    return f"The weights: {forms}.  [default: the target's]"
+
+
+def _max_batch() -> str:
+    from qwen_aot.engines.spec.build_spec import BuildSpec
+
+    return f"Rows that run together.  [default: {BuildSpec().max_batch}]"
+
+
+def _kv_precisions() -> str:
+    from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, KV_PRECISIONS
+
+    return (
+        f"{', '.join(KV_PRECISIONS)}: the KV cache; auto is the compute type; int8 needs the attention plugin.  "
+        f"[default: {DEFAULT_OPTIONS.kv_precision}]"
+    )
 
 
 @click.command("build", cls=VerbCommand, context_settings=CONTEXT)
@@ -48,8 +68,8 @@ def _precisions() -> str:
     help="The bundle's folder.",
     group="Main",
 )
-@option("--target", default=str(DEFAULT.target), help=f"{_either(Target)}: where it runs.", group="Main")
-@option("--precision", help=f"{_precisions()}.  [default: the target's]", group="Main")
+@option("--target", help=_targets, group="Main")
+@option("--precision", help=_precisions, group="Main")
 @option("--dry-run", is_flag=True, help="Show sizes, memory and time, and write nothing.", group="Main")
 @option("--json", "as_json", is_flag=True, help="One JSON object on stdout.", group="Main")
 @option(
@@ -58,7 +78,7 @@ def _precisions() -> str:
     help="Tokens a row can hold.  [default: the model's; TensorRT: at most 4096]",
     group="Capacity",
 )
-@option("--max-batch", type=int, default=DEFAULT.max_batch, help="Rows that run together.", group="Capacity")
+@option("--max-batch", type=int, help=_max_batch, group="Capacity")
 @option("--prefill-chunk", type=int, help="Prompt tokens in one step.  [default: the target's]", group="Capacity")
 @option(
     "--block-size",
@@ -67,7 +87,10 @@ def _precisions() -> str:
     group="Quantization",
 )
 @option(
-    "--symmetric/--asymmetric", default=DEFAULT.symmetric, help="Without or with zero points.", group="Quantization"
+    "--symmetric/--asymmetric",
+    default=None,
+    help="Without or with zero points.  [default: symmetric]",
+    group="Quantization",
 )
 @option(
     "--sensitive-bits",
@@ -111,14 +134,13 @@ def _precisions() -> str:
 @option("--moe", help="plugin or native: the same of routed experts.  [default: plugin with tensorrt]", group=_TENSORRT)
 @option(
     "--kv-precision",
-    default=DEFAULT.tensorrt.kv_precision,
-    help=f"{', '.join(KV_PRECISIONS)}: the KV cache; auto is the compute type; int8 needs the attention plugin.",
+    help=_kv_precisions,
     group=_TENSORRT,
 )
 @option(
     "--plugin-library",
     type=click.Path(dir_okay=False, path_type=Path),
-    help=f"{PLUGIN_LIBRARY}, as `python -m qwen_aot.plugins.library` writes it.  [default: ${ENVIRONMENT}]",
+    help=f"{PLUGIN_LIBRARY}, as `python -m qwen_aot.plugins.library` writes it.  [default: ${PLUGIN_LIBRARY_VARIABLE}]",
     group=_TENSORRT,
 )
 @option("--random-weights", is_flag=True, help="For a variant's name: weights drawn from --seed.", group="Trial")
@@ -130,6 +152,7 @@ def _precisions() -> str:
     help="Compare with transformers before installing (cpu).",
     group="Trial",
 )
+@threads_option
 def command(
     checkpoint: str,
     out: Path,
@@ -148,8 +171,9 @@ def command(
     quantize_head: bool,
     attention: Any,  # TensorRtOptions refuses what isn't one of its forms
     moe: Any,
-    kv_precision: str,
+    kv_precision: str | None,
     plugin_library: Path | None,
+    threads: int | None,
     **request: Any,
 ) -> None:
     """Build a bundle from a checkpoint.
@@ -162,6 +186,8 @@ def command(
     CHECKPOINT is a Hugging Face folder, a .gguf file, or a variant's name with --random-weights. What stands
     at the output stays until the new bundle is whole; a failed or interrupted build changes nothing.
     """
+    from qwen_aot.engines.spec.build_spec import BuildSpec
+    from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, TensorRtOptions
     from qwen_aot.errors import BuildError
 
     show_logs()
@@ -177,10 +203,10 @@ def command(
             quantize_head=quantize_head,
             attention=attention,
             moe=moe,
-            kv_precision=kv_precision,
+            kv_precision=DEFAULT_OPTIONS.kv_precision if kv_precision is None else kv_precision,
             plugin_library=plugin_library,
         )
-        spec = BuildSpec(tensorrt=options, **request)
+        spec = BuildSpec(tensorrt=options, **{name: value for name, value in request.items() if value is not None})
     except BuildError as error:
         raise click.UsageError(str(error)) from None
 
@@ -193,10 +219,10 @@ def command(
         progress_on_stderr() as show,
     ):
         if dry_run:
-            plan = plan_build(source, spec, out, on_progress=show)
+            plan = plan_build(source, spec, out, on_progress=show, threads=threads)
         else:
             verifier = verifier_for(source, spec.precision) if with_verify else None
-            report = build_bundle(source, spec, out, on_progress=show, verifier=verifier)
+            report = build_bundle(source, spec, out, on_progress=show, verifier=verifier, threads=threads)
     if dry_run:
         _show_plan(plan, out, as_json)
     elif as_json:
@@ -206,8 +232,6 @@ def command(
 
 
 def _show_plan(plan: Plan, out: Path, as_json: bool) -> None:
-    from qwen_aot.engines.bundle.resources import available_memory_bytes, free_disk_bytes
-
     facts = {
         "bundle": str(out),
         "bundle_bytes": plan.estimate.bundle_bytes,
@@ -216,6 +240,7 @@ def _show_plan(plan: Plan, out: Path, as_json: bool) -> None:
         "peak_memory_bytes": plan.estimate.peak_memory_bytes,
         "available_memory_bytes": available_memory_bytes(),
         "seconds": plan.estimate.seconds,
+        "threads": plan.estimate.threads,
         "warnings": list(plan.warnings),
     }
     if as_json:
@@ -229,7 +254,7 @@ def _show_plan(plan: Plan, out: Path, as_json: bool) -> None:
     console.print(
         f"memory   about {size(plan.estimate.peak_memory_bytes)} ({size(available_memory_bytes())} available)"
     )
-    console.print(f"time     about {duration(plan.estimate.seconds)} from here")
+    console.print(f"time     about {duration(plan.estimate.seconds)} from here, {plan.estimate.threads} threads")
     console.print("nothing was written (--dry-run)")
 
 

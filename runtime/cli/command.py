@@ -49,12 +49,22 @@ class Verb:
 
 
 class GroupedOption(click.Option):
-    """An option that `--help` shows under a heading, with its default."""
+    """An option that `--help` shows under a heading, with its default.
+
+    A help text that is a function is called when it is shown: it may import what a running verb would.
+    """
 
     def __init__(self, *args: Any, group: str = "Options", **kwargs: Any) -> None:
         kwargs.setdefault("show_default", True)
+        self._make_help = kwargs.pop("help") if callable(kwargs.get("help")) else None
         super().__init__(*args, **kwargs)
         self.group = group
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """What `--help` shows of it."""
+        if self._make_help is not None:
+            self.help = self._make_help()
+        return super().get_help_record(ctx)
 
 
 def option(*names: str, group: str = "Options", **kwargs: Any) -> Callable[[Any], Any]:

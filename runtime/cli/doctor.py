@@ -15,7 +15,10 @@ from typing import Any
 
 import click
 
-from qwen_aot.runtime.backends.cpu.cpus import usable_cores
+from qwen_aot.errors import BuildError, EngineMismatchError
+from qwen_aot.machine import available_memory_bytes, free_disk_bytes, physical_memory_bytes, usable_cores
+from qwen_aot.runtime.bundle.flavours import FLAVOURS, Flavour
+from qwen_aot.runtime.bundle.plugin_library import require_plugin_library
 from qwen_aot.runtime.cli.command import VerbCommand
 from qwen_aot.runtime.cli.console import print_json, size, stdout
 from qwen_aot.runtime.cli.options import CONTEXT, json_option
@@ -47,8 +50,18 @@ class TargetNeeds:
 
 _EXPORT = tuple(Need(name, "build") for name in ("torch", "onnx", "onnx-ir", "onnxscript", "ml-dtypes"))
 _ONNXRUNTIME = Need("onnxruntime", "cpu", (1, 32))
-_TENSORRT_RTX = Need("tensorrt-rtx-cu13", "tensorrt-rtx", (1, 7))
-_TENSORRT = Need("tensorrt", "tensorrt", (10, 13))
+
+
+def _needs_of(flavour: Flavour) -> TargetNeeds:
+    library = Need(flavour.package, flavour.target, flavour.at_least)
+    return TargetNeeds(
+        build=(*_EXPORT, library),
+        run=(library, Need("cuda-bindings", flavour.target, (13,))),
+        build_on_gpu=not flavour.builds_for_others,
+        run_on_gpu=True,
+    )
+
+
 TARGETS: Mapping[str, TargetNeeds] = {
     "cpu": TargetNeeds(build=(*_EXPORT, _ONNXRUNTIME), run=(_ONNXRUNTIME,)),
     "cuda": TargetNeeds(
@@ -56,17 +69,7 @@ TARGETS: Mapping[str, TargetNeeds] = {
         run=(Need("onnxruntime-gpu", "cuda", (1, 31)), Need("cuda-bindings", "cuda", (13,))),
         run_on_gpu=True,
     ),
-    "tensorrt-rtx": TargetNeeds(
-        build=(*_EXPORT, _TENSORRT_RTX),
-        run=(_TENSORRT_RTX, Need("cuda-bindings", "tensorrt-rtx", (13,))),
-        run_on_gpu=True,
-    ),
-    "tensorrt": TargetNeeds(
-        build=(*_EXPORT, _TENSORRT),
-        run=(_TENSORRT, Need("cuda-bindings", "tensorrt", (13,))),
-        build_on_gpu=True,
-        run_on_gpu=True,
-    ),
+    **{target: _needs_of(flavour) for target, flavour in FLAVOURS.items()},
 }
 OPTIONAL = (Need("gguf", "build"), Need("transformers", "verify"), Need("safetensors", "verify"))
 
@@ -90,8 +93,6 @@ def command(as_json: bool) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything `doctor` reports, as plain JSON values."""
-    from qwen_aot.engines.bundle.resources import available_memory_bytes, free_disk_bytes
-
     needs = {need.package: need for row in TARGETS.values() for need in (*row.build, *row.run)}
     needs |= {need.package: need for need in OPTIONAL}
     found_gpus = gpus()
@@ -101,7 +102,7 @@ def examine() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": cpu(),
         "memory": {
-            "total_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "total_bytes": physical_memory_bytes(),
             "available_bytes": available_memory_bytes(),
         },
         "free_disk_bytes": free_disk_bytes(Path.cwd()),
@@ -137,15 +138,10 @@ def lacks(needs: tuple[Need, ...], *, has_gpu: bool) -> list[str]:
 
 def lacks_plugins(target: str) -> list[str]:
     """How to get the plugins' library, if the target computes attention and experts with it and none is named."""
-    from qwen_aot.engines.spec.flavours import FLAVOURS
-    from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS
-    from qwen_aot.engines.tensorrt.plugin_library import require_plugin_library
-    from qwen_aot.errors import BuildError
-
     if target not in FLAVOURS or not FLAVOURS[target].has_plugins:
         return []
     try:
-        require_plugin_library(DEFAULT_OPTIONS)
+        require_plugin_library(option=None)
     except BuildError as error:
         return [str(error)]
     return []
@@ -170,7 +166,6 @@ def gpus() -> list[dict[str, str]]:
 
 def _gpu_of_cuda() -> list[dict[str, str]]:
     """Where nvidia-smi is missing or doesn't know, as on Jetsons of JetPack 6 and before; needs CUDA's bindings."""
-    from qwen_aot.errors import EngineMismatchError
     from qwen_aot.runtime.backends.cuda.runtime import find_device, load_cuda
 
     try:

@@ -10,7 +10,7 @@ import click
 from qwen_aot.engines.spec.lowerings import LOWERINGS
 from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
-from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, json_option
+from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, json_option, threads_option
 
 
 def _lowerings() -> str:
@@ -40,6 +40,7 @@ def _lowerings() -> str:
 @option("--block-size", type=int, help="Weights that share a scale (int8, int4).", group="Quantization")
 @option("--symmetric/--asymmetric", default=True, help="Without or with zero points.", group="Quantization")
 @json_option
+@threads_option
 def command(
     checkpoint: str,
     out: Path,
@@ -49,6 +50,7 @@ def command(
     block_size: int | None,
     symmetric: bool,
     as_json: bool,
+    threads: int | None,
 ) -> None:
     """Write a model's ONNX graph with KV-cache inputs and outputs.
 
@@ -77,6 +79,7 @@ def command(
                     block_size=block_size,
                     symmetric=symmetric,
                     max_context=max_context,
+                    threads=threads,
                     on_progress=show,
                 )
         else:

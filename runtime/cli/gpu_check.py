@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen_aot.runtime.bundle.flavours import FLAVOURS
+from qwen_aot.runtime.bundle.plugin_library import PLUGIN_LIBRARY, PLUGIN_LIBRARY_VARIABLE
 from qwen_aot.runtime.cli.check_steps import Failure, Skip, Step, StepResult, has_passed, run_steps, write_report
 from qwen_aot.runtime.cli.command import EXIT_FAILED, VerbCommand, option
 from qwen_aot.runtime.cli.console import print_json, show_logs, stdout
@@ -34,7 +36,7 @@ TEST_SECONDS = 3600
 TESTS = Path(__file__).resolve().parents[2] / "tests"  # beside the packages in a clone; not in a wheel
 
 # Target -> the module whose presence says that its library is installed.
-FLAVOURS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "cuda": "onnxruntime"}
+MODULES = {**{target: flavour.module for target, flavour in FLAVOURS.items()}, "cuda": "onnxruntime"}
 
 
 @click.command("gpu-check", cls=VerbCommand, context_settings=CONTEXT)
@@ -91,7 +93,7 @@ def plan(machine: Mapping[str, Any], model: str, folder: Path) -> list[Step]:
         Step("gpu tests", True, _run_tests, needs=(gpu,)),
         Step("measure plugin kernels", True, _measure_kernels, needs=(gpu,)),
     ]
-    for target in FLAVOURS:
+    for target in MODULES:
         steps += _steps_of(target, model, folder, gpu)
     return steps
 
@@ -128,7 +130,7 @@ def _find_gpu(machine: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _find_library(target: str) -> Mapping[str, Any]:
-    module = FLAVOURS[target]
+    module = MODULES[target]
     if importlib.util.find_spec(module) is None:
         raise Skip(f"{module} isn't installed")
     if target == "cuda":
@@ -184,14 +186,13 @@ def _reference_target() -> str:
 
 def _build_plugins(folder: Path) -> Mapping[str, Any]:
     """The plugins' library for this machine's GPU, unless the environment names one."""
-    from qwen_aot.engines.tensorrt.plugin_library import ENVIRONMENT
     from qwen_aot.errors import BuildError
     from qwen_aot.plugins.library import build_library, find_cmake, tensorrt_headers
     from qwen_aot.plugins.variants import SMS
     from qwen_aot.runtime.backends.cuda.runtime import find_device, load_cuda
 
-    if named := os.environ.get(ENVIRONMENT):
-        return {"library": named, "named_by": ENVIRONMENT}
+    if named := os.environ.get(PLUGIN_LIBRARY_VARIABLE):
+        return {"library": named, "named_by": PLUGIN_LIBRARY_VARIABLE}
     sm = find_device(load_cuda()).compute_capability
     if sm not in SMS:
         raise Skip(f"there are no kernels for SM {sm}; there are for {', '.join(SMS)}")
@@ -209,10 +210,8 @@ def _build_plugins(folder: Path) -> Mapping[str, Any]:
 
 def _build_engine(model: str, target: str, folder: Path) -> Mapping[str, Any]:
     """The target's own form; where it has plugins and there is no library of them, native layers."""
-    from qwen_aot.engines.tensorrt.plugin_library import ENVIRONMENT, PLUGIN_LIBRARY
-
     out, library = folder / target, folder / "plugins" / PLUGIN_LIBRARY
-    if target != WITH_PLUGINS or os.environ.get(ENVIRONMENT):
+    if target != WITH_PLUGINS or os.environ.get(PLUGIN_LIBRARY_VARIABLE):
         return _build(model, target, "fp16", out)
     if library.is_file():
         return {"forms": "plugin", **_build(model, target, "fp16", out, plugin_library=library)}

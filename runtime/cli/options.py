@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen_aot.machine import MAX_THREADS
 from qwen_aot.runtime.cli.command import option
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ class GivenPath(click.Path):
 bundle_argument: Decorator = click.argument("bundle", type=GivenPath())
 json_option: Decorator = option("--json", "as_json", is_flag=True, help="One JSON object on stdout.", group="Output")
 threads_option: Decorator = option(
-    "--threads", type=click.IntRange(1), help="CPU threads.  [default: one for each physical core]", group="Machine"
+    "--threads",
+    type=click.IntRange(1, MAX_THREADS),
+    help="CPU threads.  [default: one for each core that this process may use]",
+    group="Machine",
 )
 
 _GENERATION = "Generation (defaults: the bundle's generation_config.json)"

@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_aot.engines.spec.precisions import PRECISIONS
-from qwen_aot.engines.spec.targets import Target
-from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, KV_PRECISIONS
 from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import print_json, show_logs, size, stdout
 from qwen_aot.runtime.cli.options import CONTEXT, json_option
@@ -20,23 +17,40 @@ if TYPE_CHECKING:
     from qwen_aot.exporter.model.config import ModelConfig
 
 
+def _targets() -> str:
+    from qwen_aot.engines.spec.build_spec import Target
+
+    return f"{', '.join(Target)}.  [default: each device's]"
+
+
+def _precisions() -> str:
+    from qwen_aot.engines.spec.precisions import PRECISIONS
+
+    return f"{', '.join(PRECISIONS)}; may be given again.  [default: the target's]"
+
+
+def _kv_precisions() -> str:
+    from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, KV_PRECISIONS
+
+    return f"{', '.join(KV_PRECISIONS)}: the KV cache (tensorrt).  [default: {DEFAULT_OPTIONS.kv_precision}]"
+
+
 @click.command("plan", cls=VerbCommand, context_settings=CONTEXT)
 @click.argument("models", nargs=-1, metavar="[CHECKPOINT|VARIANT]...")
 @option("--device", "devices", multiple=True, help="One device; may be given again.  [default: all]", group="Where")
-@option("--target", help=f"{', '.join(Target)}.  [default: each device's]", group="Where")
+@option("--target", help=_targets, group="Where")
 @option(
     "--precision",
     "precisions",
     multiple=True,
-    help=f"{', '.join(PRECISIONS)}; may be given again.  [default: the target's]",
+    help=_precisions,
     group="What",
 )
 @option("--context", type=int, help="Tokens a row can hold.  [default: the target's]", group="What")
 @option("--batch", type=int, default=1, help="Rows that run together.", group="What")
 @option(
     "--kv-precision",
-    default=DEFAULT_OPTIONS.kv_precision,
-    help=f"{', '.join(KV_PRECISIONS)}: the KV cache (tensorrt).",
+    help=_kv_precisions,
     group="What",
 )
 @json_option
@@ -47,7 +61,7 @@ def command(
     precisions: tuple[str, ...],
     context: int | None,
     batch: int,
-    kv_precision: str,
+    kv_precision: str | None,
     as_json: bool,
 ) -> None:
     """Show which models fit which devices, and how fast at most.
@@ -64,6 +78,7 @@ def command(
     show_logs()
     from qwen_aot.engines.planner.devices import DEVICES, find_device
     from qwen_aot.engines.planner.plans import plans
+    from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS
     from qwen_aot.errors import BuildError
 
     try:
@@ -76,7 +91,7 @@ def command(
                 precisions=dict.fromkeys(precisions) or (None,),  # type: ignore[arg-type]  # and theirs
                 max_context=context,
                 max_batch=batch,
-                kv_precision=kv_precision,
+                kv_precision=DEFAULT_OPTIONS.kv_precision if kv_precision is None else kv_precision,
             )
         )
     except BuildError as error:

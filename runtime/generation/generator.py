@@ -54,7 +54,7 @@ class Generator:
 
         Args:
             path: the bundle's folder.
-            threads: CPU threads; None: see `runtime.backends.cpu.cpus.usable_cores`.
+            threads: CPU threads; None: see `machine.usable_cores`.
             skip_hash_above: see `runtime.bundle.load.load_bundle`.
 
         Raises:

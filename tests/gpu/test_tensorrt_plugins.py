@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_aot.engines.tensorrt.plugin_library import ENVIRONMENT
 from qwen_aot.plugins.aot import PTX_SM
 from qwen_aot.plugins.library import FILE_NAME
 from qwen_aot.plugins.variants import SMS
@@ -26,6 +25,7 @@ from qwen_aot.runtime.backends.cuda.runtime import find_device, load_cuda
 from qwen_aot.runtime.backends.open import open_engine
 from qwen_aot.runtime.backends.tensorrt.engine import TensorRtEngine
 from qwen_aot.runtime.bundle.load import load_bundle
+from qwen_aot.runtime.bundle.plugin_library import PLUGIN_LIBRARY_VARIABLE
 from qwen_aot.runtime.engine.protocol import Engine
 from tests.checkpoints import reference_logits, save_tiny
 from tests.exporter.lowering.tensorrt.test_plugin import int8_cache_logits
@@ -81,7 +81,7 @@ def cli(*arguments: str | Path, **environment: str) -> None:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("tensorrt")
-    if named := os.environ.get(ENVIRONMENT):
+    if named := os.environ.get(PLUGIN_LIBRARY_VARIABLE):
         return Path(named)
     folder = tmp_path_factory.mktemp("library")
     sm = find_device(load_cuda()).compute_capability
@@ -136,7 +136,7 @@ def build(checkpoint: Path, out: Path, library: Path, *options: str) -> Path:
     sizes = {"--max-context": CONTEXT, "--max-batch": ROWS, "--prefill-chunk": CHUNK}
     given = [str(part) for pair in sizes.items() for part in pair]
     verb = ("qwen_aot", "build", checkpoint, "-o", out, "--target", "tensorrt")
-    cli(*verb, *given, *options, **{ENVIRONMENT: str(library)})
+    cli(*verb, *given, *options, **{PLUGIN_LIBRARY_VARIABLE: str(library)})
     return out
 
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from qwen_aot.errors import ExportError
 from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.lowering.ort.prefill import split_prefill
-from qwen_aot.exporter.lowering.ort.provider import PROVIDERS, Provider, ProviderFacts
+from qwen_aot.exporter.lowering.ort.provider import MS_DOMAIN, MS_VERSION, PROVIDERS, Provider, ProviderFacts
 from qwen_aot.exporter.lowering.ort.quantized import quantize_embedding, quantize_experts, quantize_linears
 from qwen_aot.exporter.lowering.passes import (
     clean_up,
@@ -32,9 +32,6 @@ from qwen_aot.exporter.quantize.store import QuantizedWeights
 from qwen_aot.exporter.weights.recipe import Traced
 
 logger = logging.getLogger(__name__)
-
-MS_DOMAIN = "com.microsoft"
-MS_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qwen_aot.exporter.lowering.ort.provider import MS_DOMAIN
 from qwen_aot.exporter.quantize.store import QuantizedWeights
 from qwen_aot.exporter.weights.recipe import Traced
 
-MS_DOMAIN = "com.microsoft"
 FROM_TOKENS = 32  # in a step, per row; below, reading twice the bytes costs more than the arithmetic saves
 
 

@@ -1,4 +1,4 @@
-"""What ONNX Runtime's execution providers differ in, as far as the `ort` lowering must know."""
+"""The domain of ONNX Runtime's own ops, and what its execution providers differ in, as the `ort` lowering must know."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import onnx_ir as ir
+
+MS_DOMAIN, MS_VERSION = "com.microsoft", 1  # of the contrib ops
 
 
 class Provider(StrEnum):

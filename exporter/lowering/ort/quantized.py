@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from qwen_aot.exporter.checkpoint.encoding import Arrange
 from qwen_aot.exporter.graph import ops
+from qwen_aot.exporter.lowering.ort.provider import MS_DOMAIN
 from qwen_aot.exporter.lowering.passes import decides
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES
 from qwen_aot.exporter.quantize.store import QuantizedWeights, dims
 from qwen_aot.exporter.weights.recipe import Traced
-
-MS_DOMAIN = "com.microsoft"
 
 
 def quantize_linears(traced: Traced, weights: QuantizedWeights, accuracy_level: int) -> int:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_aot.errors import EngineMismatchError, GenerationError, onnxruntime_errors
-from qwen_aot.runtime.backends.cpu.cpus import NO_VNNI, has_exact_integer_products, usable_cores
+from qwen_aot.machine import usable_cores
+from qwen_aot.runtime.backends.cpu.features import NO_VNNI, has_exact_integer_products
 from qwen_aot.runtime.backends.cpu.huge_pages import collapse_new_memory
 from qwen_aot.runtime.backends.ort.devices import (
     DEVICES,

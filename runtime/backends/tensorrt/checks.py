@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwen_aot.errors import EngineMismatchError
 from qwen_aot.runtime.backends.cuda.runtime import Device
-from qwen_aot.runtime.backends.tensorrt.library import flavour_of
+from qwen_aot.runtime.bundle.flavours import flavour_of
 from qwen_aot.runtime.bundle.manifest import Manifest, TensorRtFacts
 
 __all__ = ["check_device", "tensorrt_facts"]

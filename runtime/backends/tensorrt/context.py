@@ -54,7 +54,7 @@ class Context:
         Raises:
             GenerationError: the library refuses.
         """
-        name = self._library.flavour.name
+        name = self._library.flavour.title
         if self._raw is None:
             raise GenerationError(
                 f"{name} can't make an execution context: {self._library.take_errors()}. If the GPU's memory ran out, "
@@ -105,7 +105,7 @@ class Context:
         """
         if not self._raw.execute_async_v3(self._stream.handle):
             raise GenerationError(
-                f"{self._library.flavour.name} failed to start a step: {self._library.take_errors()}. If it comes "
+                f"{self._library.flavour.title} failed to start a step: {self._library.take_errors()}. If it comes "
                 "back, open the bundle again; if the GPU's memory ran out, end other programs that use it"
             )
 
@@ -116,6 +116,6 @@ class Context:
     def _set(self, call: str, name: str, value: Any) -> None:
         if not getattr(self._raw, call)(name, value):
             raise GenerationError(
-                f"{self._library.flavour.name} refuses {call}({name!r}, {value}): {self._library.take_errors()}. "
+                f"{self._library.flavour.title} refuses {call}({name!r}, {value}): {self._library.take_errors()}. "
                 "Rebuild the bundle"
             )

@@ -1,4 +1,4 @@
-"""The two flavours of TensorRT: one Python API under two names, and the few things in which they differ."""
+"""Loads the TensorRT library that a bundle's engine was built by."""
 
 from __future__ import annotations
 
@@ -6,70 +6,15 @@ import importlib
 import logging
 import re
 from collections import deque
-from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 from qwen_aot.errors import EngineMismatchError
+from qwen_aot.runtime.bundle.flavours import Flavour, flavour_of
 from qwen_aot.runtime.bundle.manifest import Manifest, TensorRtFacts
 
-__all__ = ["FLAVOURS", "Flavour", "Library", "flavour_of", "load_library"]
+__all__ = ["Library", "load_library"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Flavour:
-    """What one flavour's name stands for.
-
-    Attributes:
-        suffix: of its engine files.
-        module: that is imported.
-        name: for messages.
-        install: a command, with the place for a version.
-        captures_graphs: the library captures CUDA graphs itself, if asked through its runtime configuration. It
-            compiles kernels for a shape while slower ones already run; a graph captured from outside would keep the
-            slow ones for good. Source: TensorRT-RTX's documentation, "Working with RTX CUDA Graphs".
-        compiles_on_device: an engine's kernels are compiled where it runs, and its contexts take a runtime
-            configuration, which can hold a cache of them. Source: the same, "Working with Runtime Cache".
-        builds_for_others: it builds engines for GPUs that aren't there.
-    """
-
-    suffix: str
-    module: str
-    name: str
-    install: str
-    captures_graphs: bool
-    compiles_on_device: bool
-    builds_for_others: bool
-
-
-FLAVOURS = (
-    Flavour(
-        ".rtx",
-        "tensorrt_rtx",
-        "TensorRT-RTX",
-        "pip install tensorrt-rtx-cu13=={version}",
-        captures_graphs=True,
-        compiles_on_device=True,
-        builds_for_others=True,
-    ),
-    Flavour(
-        ".plan",
-        "tensorrt",
-        "TensorRT",
-        "pip install tensorrt=={version} (on a Jetson: apt install python3-libnvinfer)",
-        captures_graphs=False,
-        compiles_on_device=False,
-        builds_for_others=False,
-    ),
-)
-
-
-def flavour_of(engine: str) -> Flavour | None:
-    """The flavour that an engine file's name belongs to; None: neither."""
-    suffix = PurePosixPath(engine).suffix
-    return next((flavour for flavour in FLAVOURS if flavour.suffix == suffix), None)
 
 
 class Library:
@@ -102,19 +47,19 @@ def load_library(manifest: Manifest, facts: TensorRtFacts) -> Library:
     """
     flavour = flavour_of(manifest.engines.text.file)
     assert flavour is not None  # what `open_engine` chose this backend by
-    install = flavour.install.format(version=".".join(map(str, _numbers(facts.version))))
+    install = flavour.install_version.format(version=".".join(map(str, _numbers(facts.version))))
     try:
         api = importlib.import_module(flavour.module)
     except (ImportError, OSError) as error:  # OSError: the bindings are there, the libraries aren't
         raise EngineMismatchError(
-            f"{flavour.name} can't be imported ({error}): install version {facts.version}, which built this bundle: "
+            f"{flavour.title} can't be imported ({error}): install version {facts.version}, which built this bundle: "
             f"{install}"
         ) from error
     found = str(api.__version__)
     if not _can_run(found, facts):
         later = " or later" if facts.version_compatible else ""
         raise EngineMismatchError(
-            f"{flavour.name} is {found}, and the bundle's engine was built by {facts.version}; accepted: version "
+            f"{flavour.title} is {found}, and the bundle's engine was built by {facts.version}; accepted: version "
             f"{facts.version}{later}. Install it ({install}), or rebuild the bundle with the version that is installed"
         )
     return Library(flavour, api)

@@ -69,7 +69,7 @@ class LoadedEngine:
         # No local variable: see the class.
         if plugins is not None and self._runtime.get_plugin_registry().load_library(str(plugins)) is None:
             raise EngineMismatchError(
-                f"{self._library.flavour.name} {self._library.api.__version__} can't load the plugin library "
+                f"{self._library.flavour.title} {self._library.api.__version__} can't load the plugin library "
                 f"{plugins}: {self._library.take_errors()}. Rebuild the bundle with a library that was built for this "
                 "machine and version"
             )
@@ -77,7 +77,7 @@ class LoadedEngine:
             self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise EngineMismatchError(
-                f"{self._library.flavour.name} {self._library.api.__version__} can't load {path}: "
+                f"{self._library.flavour.title} {self._library.api.__version__} can't load {path}: "
                 f"{self._library.take_errors()}. Rebuild the bundle for this GPU and version, or end other programs if "
                 "the GPU's memory ran out"
             )

@@ -69,11 +69,11 @@ class RuntimeCache:
         if self._raw is None:
             self._raw = config.create_runtime_cache()
             if self._raw is None:
-                logger.debug("%s made no runtime cache: %s", self._library.flavour.name, self._library.take_errors())
+                logger.debug("%s made no runtime cache: %s", self._library.flavour.title, self._library.take_errors())
                 return
             self._load()
         if not config.set_runtime_cache(self._raw):
-            logger.debug("%s took no runtime cache: %s", self._library.flavour.name, self._library.take_errors())
+            logger.debug("%s took no runtime cache: %s", self._library.flavour.title, self._library.take_errors())
 
     def save(self) -> None:
         """Writes the file, if there are kernels that it lacks. After the contexts, which may compile to their end."""

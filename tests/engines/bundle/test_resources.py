@@ -2,65 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from qwen_aot.engines.bundle import resources
-from qwen_aot.engines.bundle.resources import (
-    Estimate,
-    available_memory_bytes,
-    check_resources,
-    estimate,
-    free_disk_bytes,
-)
+from qwen_aot.engines.bundle.resources import Estimate, check_resources, estimate, threads_for
 from qwen_aot.errors import BuildError
 
-KIB = 1024
-
-
-def machine(root: Path, *, available_kib: int, cgroup: str = "", resident_kib: int = 0) -> Path:
-    (root / "self").mkdir(parents=True)
-    (root / "meminfo").write_text(f"MemTotal: 999 kB\nMemAvailable: {available_kib} kB\nHugePages_Total: 0\n")
-    (root / "self/status").write_text(f"Name:\tpython\nVmRSS:\t{resident_kib} kB\n")
-    (root / "self/cgroup").write_text(cgroup)
-    return root
-
-
-def test_memory_without_a_control_group(tmp_path: Path) -> None:
-    proc = machine(tmp_path / "proc", available_kib=100, resident_kib=7)
-    assert available_memory_bytes(proc, tmp_path / "none") == 107 * KIB
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_control_group_above_ours_limits_memory(tmp_path: Path, version: int) -> None:
-    line = "0::/pod/app\n" if version == 2 else "4:cpu,memory:/pod/app\n3:cpuset:/\n"
-    proc = machine(tmp_path / "proc", available_kib=100, cgroup=line)
-    root = tmp_path / "cgroup"
-    pod = root / "pod" if version == 2 else root / "memory/pod"
-    (pod / "app").mkdir(parents=True)
-    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    (pod / names[0]).write_text(f"{50 * KIB}\n")
-    (pod / names[1]).write_text(f"{30 * KIB}\n")
-    (pod / "memory.stat").write_text(f"cache 5\n{'total_' if version == 1 else ''}inactive_file {10 * KIB}\n")
-    (pod / "app" / names[0]).write_text("max\n")
-    assert available_memory_bytes(proc, root) == 30 * KIB  # 50 - (30 - 10)
-
-
-def test_disk_of_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
-    assert free_disk_bytes(tmp_path / "a/b/c") == pytest.approx(free_disk_bytes(tmp_path), rel=0.01)
+ROOMY = {"threads": 2, "available_bytes": 1 << 40}
 
 
 def test_refuses_what_the_disk_or_the_memory_cannot_take(tmp_path: Path) -> None:
-    check_resources(Estimate(bundle_bytes=1, disk_bytes=1, peak_memory_bytes=1, seconds=0), tmp_path)
+    small = Estimate(bundle_bytes=1, disk_bytes=1, peak_memory_bytes=1, seconds=0, threads=1)
+    check_resources(small, tmp_path)
     with pytest.raises(BuildError, match=r"the build needs 1,000,000,000,000,000,000 bytes and the disk"):
-        check_resources(Estimate(bundle_bytes=1, disk_bytes=10**18, peak_memory_bytes=1, seconds=0), tmp_path)
+        check_resources(dataclasses.replace(small, disk_bytes=10**18), tmp_path)
     with pytest.raises(BuildError, match=r"the build needs about .* bytes of memory"):
-        check_resources(Estimate(bundle_bytes=1, disk_bytes=1, peak_memory_bytes=10**18, seconds=0), tmp_path)
+        check_resources(dataclasses.replace(small, peak_memory_bytes=10**18), tmp_path)
 
 
 def test_a_compiled_engine_stands_beside_its_graph_and_takes_the_compilers_memory() -> None:
-    sizes = {"weight_bytes": 10**9, "text_bytes": 7, "chunk_bytes": 1000, "bits": 16}
+    sizes = {"weight_bytes": 10**9, "text_bytes": 7, "chunk_bytes": 1000, "bits": 16, **ROOMY}
     plain, compiled = estimate(**sizes), estimate(**sizes, is_compiled=True)
     assert (plain.disk_bytes, compiled.disk_bytes) == (10**9 + 7, 2 * 10**9 + 7)
     assert plain.bundle_bytes == compiled.bundle_bytes == 10**9 + 7
@@ -84,12 +48,62 @@ COMPILED = (
 @pytest.mark.parametrize(("weights", "int4", "peak", "seconds"), COMPILED)
 def test_estimates_against_measured_builds(weights: float, int4: float, peak: float, seconds: float) -> None:
     """Memory at most a tenth below the peak (a build that starts must end) and a quarter above; time within a half."""
-    sizes = {"weight_bytes": int(weights * 1e9), "text_bytes": 0, "chunk_bytes": 1000, "bits": 16}
+    sizes = {"weight_bytes": int(weights * 1e9), "text_bytes": 0, "chunk_bytes": 1000, "bits": 16, **ROOMY}
     found = estimate(**sizes, int4_bytes=int(int4 * 1e9), is_compiled=True)
     assert 0.9 <= found.peak_memory_bytes / (peak * 1e9) <= 1.25
     assert 0.5 <= (found.seconds - estimate(**sizes).seconds) / seconds <= 1.5
 
 
-def test_where_peaks_cannot_be_reset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "_fields", lambda path: {})
-    assert resources.peak_memory_bytes() > 1 << 20  # the process's peak since its start, in bytes
+GIB = 1 << 30
+# Qwen1.5-0.5B at int4, in chunks of 16 MiB.
+SMALL_MODEL = {"weight_bytes": 360_000_000, "text_bytes": 10**7, "chunk_bytes": 16 << 20, "bits": 4}
+
+
+def test_threads_shrink_to_what_memory_holds_before_a_build_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container of 8 GiB on a machine of 128 CPUs, which no quota hides."""
+    found = estimate(**SMALL_MODEL, threads=128, available_bytes=8 * GIB)
+    assert 1 < found.threads < 128
+    assert found.peak_memory_bytes <= 8 * GIB
+    more = estimate(**SMALL_MODEL, threads=found.threads + 1, available_bytes=1 << 40)
+    assert more.threads == found.threads + 1
+    assert more.peak_memory_bytes > 8 * GIB  # one more would not have fitted
+    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 8 * GIB)
+    check_resources(found, tmp_path)
+    with pytest.raises(BuildError, match="bytes of memory and 8,589,934,592 are free"):
+        check_resources(more, tmp_path)
+
+
+def test_as_many_threads_as_asked_for_where_memory_is_plenty() -> None:
+    few, many = (estimate(**SMALL_MODEL, threads=threads, available_bytes=64 * GIB) for threads in (2, 128))
+    assert (few.threads, many.threads) == (2, 128)
+    assert many.peak_memory_bytes > few.peak_memory_bytes
+    assert estimate(**{**SMALL_MODEL, "chunk_bytes": 0}, threads=3, available_bytes=64 * GIB).threads == 3
+
+
+def test_one_thread_remains_and_memory_that_does_not_hold_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = estimate(**SMALL_MODEL, threads=128, available_bytes=GIB // 4)
+    assert found.threads == 1
+    monkeypatch.setattr(resources, "available_memory_bytes", lambda: GIB // 4)
+    with pytest.raises(BuildError, match=r"the build needs about .* bytes of memory"):
+        check_resources(found, tmp_path)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025])
+def test_numbers_that_are_none_of_threads(threads: int) -> None:
+    with pytest.raises(BuildError, match=rf"threads is {threads}; accepted: 1 to 1024; leave it out for one a core"):
+        threads_for(threads)
+
+
+def test_threads_as_asked_for_or_one_for_each_usable_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "usable_cores", lambda: 5)
+    assert [threads_for(threads) for threads in (None, 1, 1024)] == [5, 1, 1024]
+
+
+def test_without_numbers_this_machine_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "usable_cores", lambda: 128)
+    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 8 * GIB)
+    assert estimate(**SMALL_MODEL) == estimate(**SMALL_MODEL, threads=128, available_bytes=8 * GIB)

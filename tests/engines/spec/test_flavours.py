@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from qwen_aot.engines.spec.build_spec import BuildSpec, Precision, Target
-from qwen_aot.engines.spec.flavours import FLAVOURS
 from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.engines.tensorrt import library as tensorrt_library
 from qwen_aot.engines.tensorrt.library import known_capabilities, load, require_capabilities
 from qwen_aot.errors import BuildError
+from qwen_aot.runtime.bundle.flavours import FLAVOURS
 from tests.engines.tensorrt.builder_double import make_module
 
 

@@ -16,12 +16,12 @@ import pytest
 from qwen_aot.engines.build import build_bundle
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
-from qwen_aot.engines.tensorrt.plugin_library import ENVIRONMENT, PLUGIN_LIBRARY
 from qwen_aot.engines.verify.layer_graphs import bound_for, compare_bundle_layers
 from qwen_aot.errors import BuildError, ExportError
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.bundle.load import load_bundle
 from qwen_aot.runtime.bundle.manifest import Manifest, PluginFacts
+from qwen_aot.runtime.bundle.plugin_library import PLUGIN_LIBRARY, PLUGIN_LIBRARY_VARIABLE
 from tests.checkpoints import save_tiny
 from tests.engines.tensorrt.builder_double import LIBRARY_HEADER, ILogger, OnnxParser, PluginRegistry, make_module
 
@@ -48,7 +48,7 @@ def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.delenv(PLUGIN_LIBRARY_VARIABLE, raising=False)
     path = tmp_path / "built" / "plugins.so"
     path.parent.mkdir()
     path.write_bytes(CONTENT)
@@ -113,7 +113,7 @@ def test_attention_is_a_plugin_and_the_bundle_holds_its_library(
 def test_the_library_may_be_named_by_the_environment(
     trt: ModuleType, checkpoint: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(ENVIRONMENT, str(library))
+    monkeypatch.setenv(PLUGIN_LIBRARY_VARIABLE, str(library))
     manifest = build(checkpoint, tmp_path / "bundle")
     assert manifest.engines.text.tensorrt is not None and manifest.engines.text.tensorrt.plugins == FACTS
     (config,) = trt.Builder.configs
@@ -140,7 +140,7 @@ def test_without_a_library(checkpoint: Path, tmp_path: Path) -> None:
     build_it = re.escape(
         "build it with `python -m qwen_aot.plugins.library -o FOLDER` and name it with --plugin-library"
     )
-    with pytest.raises(BuildError, match=rf"none is named; {build_it}.*{ENVIRONMENT}.*--attention native"):
+    with pytest.raises(BuildError, match=rf"none is named; {build_it}.*{PLUGIN_LIBRARY_VARIABLE}.*--attention native"):
         build(checkpoint, tmp_path / "bundle")
     with pytest.raises(BuildError, match=rf"gone.so doesn't exist; {build_it}"):
         build(checkpoint, tmp_path / "bundle", plugin_library=tmp_path / "gone.so")

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from qwen_aot.machine import usable_cores
 from tests.runtime.cli.conftest import Run
 
 
 def test_builds_and_reports_as_json(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    result = run("build", checkpoint, "-o", out, "--precision", "fp32", "--max-batch", 3, "--verify", "--json")
+    arguments = ("--precision", "fp32", "--max-batch", 3, "--verify", "--threads", 1, "--json")
+    result = run("build", checkpoint, "-o", out, *arguments)
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["bundle"] == str(out)
     assert report["verification"]["passed"] is True
+    assert report["estimate"]["threads"] == 1
     assert "[1/6] trace ..." in result.stderr
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["engines"]["text"]["precision"], manifest["max_batch"]) == ("fp32", 3)
@@ -39,6 +42,7 @@ def test_a_dry_run_shows_and_writes_nothing(run: Run, tmp_path: Path) -> None:
     facts = json.loads(result.stdout)
     assert facts["bundle_bytes"] == pytest.approx(463_987_712 * 4, rel=0.01)
     assert facts["peak_memory_bytes"] > 0 and facts["seconds"] > 0
+    assert 1 <= facts["threads"] <= usable_cores()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -58,6 +62,8 @@ def test_a_dry_run_shows_and_writes_nothing(run: Run, tmp_path: Path) -> None:
         (("--target", "tensorrt-rtx", "--attention", "plugin"), 2, "TensorRT-RTX has no plugin layers"),
         (("--target", "tensorrt", "--moe", "fast"), 2, "moe 'fast' doesn't exist; accepted: plugin, native"),
         (("--target", "tensorrt-rtx", "--plugin-library", "x.so"), 2, "doesn't take plugin_library: it has no plugin"),
+        (("--threads", "0"), 2, "0 is not in the range 1<=x<=1024"),
+        (("--threads", "1025"), 2, "1025 is not in the range 1<=x<=1024"),
         (("--kv-precision", "int8"), 2, "target cpu takes no TensorRT options"),
         (("--random-weights",), 2, "--random-weights goes with a variant's name"),
     ],

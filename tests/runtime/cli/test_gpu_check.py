@@ -69,7 +69,7 @@ def test_a_library_that_is_not_installed_is_skipped(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(Skip, match=r"no CUDAExecutionProvider: pip install 'qwen-aot\[cuda\]'"):
         gpu_check._find_library("cuda")
-    monkeypatch.setitem(gpu_check.FLAVOURS, "tensorrt", "no_such_module")
+    monkeypatch.setitem(gpu_check.MODULES, "tensorrt", "no_such_module")
     with pytest.raises(Skip, match="no_such_module isn't installed"):
         gpu_check._find_library("tensorrt")
 

@@ -39,6 +39,27 @@ def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
         assert f"{name:<{max(map(len, VERBS))}}  {verb.help}" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("verb", "lines"),
+    [
+        (
+            "build",
+            (
+                "--target TEXT cpu, cuda, tensorrt-rtx or tensorrt: where it runs. [default: cpu]",
+                "--precision TEXT fp32, fp16, bf16, fp8, int8 or int4: the weights. [default: the target's]",
+                "--max-batch INTEGER Rows that run together. [default: 1]",
+                "--kv-precision TEXT auto, fp16, bf16, int8: the KV cache; auto is the compute type; int8 needs the "
+                "attention plugin. [default: auto]",
+            ),
+        ),
+        ("plan", ("--kv-precision TEXT auto, fp16, bf16, int8: the KV cache (tensorrt). [default: auto]",)),
+    ],
+)
+def test_help_tells_what_the_tables_of_builds_hold(run: Run, verb: str, lines: tuple[str, ...]) -> None:
+    text = " ".join(run(verb, "--help").stdout.split())
+    assert [line for line in lines if line not in text] == []
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_two_examples_and_its_line_in_the_list(run: Run, verb: str) -> None:
     result = run(verb, "--help")

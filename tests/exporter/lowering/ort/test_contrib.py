@@ -27,7 +27,7 @@ from qwen_aot.exporter.lowering.ort.provider import Provider
 from qwen_aot.exporter.quantize.blockwise import BlockFormat, dequantize, quantize
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.stitch import stitch
-from qwen_aot.runtime.backends.cpu.cpus import NO_VNNI, has_exact_integer_products
+from qwen_aot.runtime.backends.cpu.features import NO_VNNI, has_exact_integer_products
 from tests.checkpoints import reference_logits, save_tiny
 from tests.exporter.cases import CASES
 from tests.exporter.graph.test_trace import DENSE, MOE

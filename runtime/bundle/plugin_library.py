@@ -1,0 +1,59 @@
+"""The library of the project's TensorRT plugins: its name in a bundle, and where a build finds it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+from qwen_aot.errors import BuildError
+
+__all__ = ["PLUGIN_LIBRARY", "PLUGIN_LIBRARY_VARIABLE", "find_plugin_library", "require_plugin_library"]
+
+PLUGIN_LIBRARY = "libqwen_aot_plugins.so"  # as `python -m qwen_aot.plugins.library` writes it, and its name in a bundle
+PLUGIN_LIBRARY_VARIABLE = "QWEN_AOT_PLUGIN_LIBRARY"  # of the environment; names it where the option doesn't
+
+# How an ELF file begins, and the number there of the processors that TensorRT runs on. Source: elf.h.
+_ELF_MAGIC, _MACHINE_AT = b"\x7fELF", 18
+_MACHINES = {62: "x86_64", 183: "aarch64"}
+
+_BUILD_IT = (
+    f"build it with `python -m qwen_aot.plugins.library -o FOLDER` and name it with --plugin-library "
+    f"FOLDER/{PLUGIN_LIBRARY} or in {PLUGIN_LIBRARY_VARIABLE}, or do without it: --attention native --moe native"
+)
+
+
+def find_plugin_library(option: Path | None) -> Path:
+    """The library that the option `--plugin-library` names, or else the environment.
+
+    Raises:
+        BuildError: there is none; says how to build it.
+    """
+    named = option or os.environ.get(PLUGIN_LIBRARY_VARIABLE)
+    if not named:
+        raise BuildError(f"the plugins of target tensorrt need their library, and none is named; {_BUILD_IT}")
+    path = Path(named).expanduser().resolve()
+    if not path.is_file():
+        raise BuildError(f"the plugin library {path} doesn't exist; {_BUILD_IT}")
+    return path
+
+
+def require_plugin_library(option: Path | None) -> Path:
+    """The library, as far as a look at its head tells that TensorRT can load it here.
+
+    Raises:
+        BuildError: there is none, or the file is no library, or another processor's; says how to build it.
+    """
+    path = find_plugin_library(option)
+    try:
+        with path.open("rb") as file:
+            header = file.read(_MACHINE_AT + 2)
+    except OSError as error:
+        raise BuildError(f"the plugin library {path} can't be read: {error.strerror or error}; {_BUILD_IT}") from error
+    if not header.startswith(_ELF_MAGIC):
+        raise BuildError(f"{path}, named as the plugin library, isn't a shared library; {_BUILD_IT}")
+    number = int.from_bytes(header[_MACHINE_AT:], "little")
+    machine, here = _MACHINES.get(number, f"another processor (ELF machine {number})"), platform.machine()
+    if machine != here:
+        raise BuildError(f"the plugin library {path} is for {machine}, and this machine is {here}; {_BUILD_IT}")
+    return path
