@@ -163,6 +163,22 @@ def test_experts_whose_width_no_block_size_divides(hidden_size: int) -> None:
     assert footprint(config, spec).weight_bytes == pytest.approx(lowered_bytes(config, spec, lower), rel=0.005)
 
 
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_experts_are_filled_up_to_whole_blocks(block_size: int) -> None:
+    """Gate, up and down each: in blocks of 16 as of 32, 49 to 64 are stored as 64."""
+
+    def planned(intermediate_size: int) -> int:
+        config = tiny_moe()
+        assert config.moe is not None
+        moe = dataclasses.replace(config.moe, moe_intermediate_size=intermediate_size)
+        spec = BuildSpec(precision=Precision.INT4, block_size=block_size, max_context=64)
+        return footprint(dataclasses.replace(config, moe=moe), spec).weight_bytes
+
+    assert planned(49) == planned(63) == planned(64) < planned(65)
+    sixteen_rows = 2 * 8 * 3 * 16 * (64 // 2 + 4 * 64 // 16)  # of 2 layers' 8 experts: codes and fp32 scales
+    assert planned(64) - planned(48) == (sixteen_rows if block_size == 16 else 0)
+
+
 @pytest.mark.parametrize("form", ["cpu-int4", "tensorrt-fp16"])
 def test_weights_of_a_whole_model(form: str) -> None:
     config, (spec, lower) = VARIANTS["qwen1.5-0.5b"], FORMS[form]

@@ -103,9 +103,14 @@ def test_the_order_in_which_tensors_are_stacked() -> None:
     assert [tensor.name for tensor in of["mlp.experts_gate_up"].tensors(7)] == [
         f"{layer}mlp.experts.{expert}.{part}_proj.weight" for expert in range(4) for part in ("gate", "up")
     ]
+    assert [tensor.name for tensor in of["mlp.shared_expert.gate_up_proj.weight"].tensors(7)] == [
+        f"{layer}mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up")
+    ]
     assert [tensor.name for tensor in of["mlp.experts_down"].tensors(7)] == [
         f"{layer}mlp.experts.{expert}.down_proj.weight" for expert in range(4)
     ]
+    (gate_up,) = (p for p in layer_parameters(config_of("mha"), is_sparse=False) if "gate_up" in p.template)
+    assert [t.name for t in gate_up.tensors(7)] == [f"{layer}mlp.{part}_proj.weight" for part in ("gate", "up")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
