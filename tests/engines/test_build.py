@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf import GGMLQuantizationType
 
+from qwen_aot.engines import build as build_module
+from qwen_aot.engines import export as export_module
 from qwen_aot.engines.build import build_bundle, plan_build
+from qwen_aot.engines.bundle import resources
 from qwen_aot.engines.bundle.progress import ProgressEvent
 from qwen_aot.engines.bundle.stages import Advance
 from qwen_aot.engines.spec.build_spec import BuildSpec
@@ -17,6 +21,7 @@ from qwen_aot.engines.spec.precisions import Combination, Precision, combination
 from qwen_aot.engines.spec.targets import Target
 from qwen_aot.errors import BuildError, DeployError
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.exporter.weights.stitch import stitch as real_stitch
 from qwen_aot.runtime.generation.generator import Generator
 from tests.checkpoints import save_tiny, tiny_config, tiny_model
 from tests.gguf_files import save_gguf
@@ -226,3 +231,51 @@ def test_without_onnxruntime_nothing_is_begun(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with open_checkpoint(checkpoint) as source, pytest.raises(BuildError, match="onnxruntime, which isn't installed"):
         plan_build(source, FP32, tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("cores", "free_bytes", "asked", "expected"),
+    [
+        (3, 1 << 40, None, 3),
+        (3, 1 << 40, 5, 5),
+        (128, 0, None, 1),  # memory for no chunk: one thread is what is compared with it
+    ],
+    ids=["one a core", "as asked for", "memory is short"],
+)
+def test_threads_that_stitch(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    free_bytes: int,
+    asked: int | None,
+    expected: int,
+) -> None:
+    used = []
+
+    def stitch(*arguments: Any, threads: int, **options: Any) -> None:
+        used.append(threads)
+        real_stitch(*arguments, threads=threads, **options)
+
+    for module in (build_module, export_module):
+        monkeypatch.setattr(module, "stitch", stitch)
+        monkeypatch.setattr(module, "check_resources", lambda needed, out: None)
+    monkeypatch.setattr(resources, "usable_cores", lambda: cores)
+    monkeypatch.setattr(resources, "available_memory_bytes", lambda: free_bytes)
+    build(checkpoint, tmp_path / "bundle", threads=asked)
+    with open_checkpoint(checkpoint) as source:
+        export_module.export_graph(source.config, tmp_path / "graph", checkpoint=source, threads=asked)
+    assert used == [expected, expected]
+    assert json.loads((tmp_path / "bundle/report.json").read_text())["estimate"]["threads"] == expected
+
+
+def test_a_number_that_is_none_of_threads_is_refused_before_any_work(checkpoint: Path, tmp_path: Path) -> None:
+    with open_checkpoint(checkpoint) as source:
+        for start in (
+            lambda: build_bundle(source, FP32, tmp_path / "bundle", threads=0),
+            lambda: plan_build(source, FP32, tmp_path / "bundle", threads=1025),
+            lambda: export_module.export_graph(source.config, tmp_path / "graph", checkpoint=source, threads=-1),
+        ):
+            with pytest.raises(BuildError, match="accepted: 1 to 1024"):
+                start()
+    assert list(tmp_path.iterdir()) == []
