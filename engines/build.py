@@ -28,6 +28,7 @@ from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.encodings import encodings_kept, encodings_requantized, warn_of_rounding
 from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.tensors import num_parameters
 from qwen_aot.exporter.weights.recipe import Traced, output_bytes_of
 from qwen_aot.exporter.weights.stitch import check_sources, chunk_bytes, output_bytes, stitch
 from qwen_aot.runtime.bundle.manifest import (
@@ -250,7 +251,7 @@ def _manifest_maker(
         model=ModelFacts(
             name=checkpoint.path.name,
             model_type=config.model_type,
-            num_parameters=config.num_parameters,
+            num_parameters=num_parameters(config),
             vocab_size=config.vocab_size,
             num_hidden_layers=config.num_hidden_layers,
             num_attention_heads=config.num_attention_heads,

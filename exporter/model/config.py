@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from qwen_aot.errors import CheckpointError
-from qwen_aot.exporter.model.tensors import checkpoint_tensors, count_elements
 
 MODEL_TYPES = ("qwen2", "qwen2_moe")
 ROPE_TYPES = ("linear", "yarn", "llama3")  # beside None: those that change frequencies once, not per request
@@ -189,23 +188,6 @@ class ModelConfig:
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Cache bytes of one token over all layers, keys and values, at `itemsize` bytes an element."""
         return 2 * self.num_hidden_layers * self.key_value_size * itemsize
-
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The exact set of tensors a checkpoint of this model holds: the name by which readers give it -> shape.
-
-        A projection is [out, in]. `lm_head.weight` is absent with tied embeddings.
-        """
-        return {tensor.name: tensor.shape for tensor in checkpoint_tensors(self)}
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the whole model; tied embeddings count once."""
-        return count_elements(self)
-
-    @property
-    def num_activated_parameters(self) -> int:
-        """Parameters that take part in one token's step: of the routed experts, only the chosen ones."""
-        return count_elements(self, experts=None if self.moe is None else self.moe.num_experts_per_tok)
 
 
 def require_layers(name: str, value: int) -> int:

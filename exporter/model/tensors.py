@@ -13,10 +13,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # ModelConfig's counts come from here
-    from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.config import ModelConfig
 
 Shape = tuple[int, ...]
 
@@ -246,13 +244,26 @@ def checkpoint_tensors(config: ModelConfig) -> Iterator[Tensor]:
         yield from parameter.tensors(layer)
 
 
-def count_elements(config: ModelConfig, *, experts: int | None = None) -> int:
-    """Elements of all weights, tied embeddings once.
+def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """The exact set of tensors a checkpoint of this model holds: the name by which readers give it -> shape.
 
-    Args:
-        config: the model's facts.
-        experts: how many of each layer's routed experts count; None: all.
+    A projection is [out, in]. `lm_head.weight` is absent with tied embeddings.
     """
+    return {tensor.name: tensor.shape for tensor in checkpoint_tensors(config)}
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of the whole model; tied embeddings count once."""
+    return _count_elements(config, experts=None)
+
+
+def num_activated_parameters(config: ModelConfig) -> int:
+    """Parameters that take part in one token's step: of the routed experts, only the chosen ones."""
+    return _count_elements(config, experts=None if config.moe is None else config.moe.num_experts_per_tok)
+
+
+def _count_elements(config: ModelConfig, *, experts: int | None) -> int:
+    """Elements of all weights; `experts`: how many of each layer's routed ones count, None: all."""
     total = sum(_elements(parameter, experts) for parameter in outer_parameters(config))
     for layers, parameters in layer_kinds(config):
         total += len(layers) * sum(_elements(parameter, experts) for parameter in parameters)

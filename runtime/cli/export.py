@@ -7,18 +7,20 @@ from pathlib import Path
 
 import click
 
-from qwen_aot.engines.spec.lowerings import LOWERINGS
 from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
 from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, json_option, threads_option
 
 
-def _lowerings() -> str:
+def _precisions() -> str:
     """Which precisions the lowerings have, those together that have the same."""
+    from qwen_aot.engines.spec.lowerings import LOWERINGS
+
     sharing: dict[str, list[str]] = {}
     for name, facts in LOWERINGS.items():
         sharing.setdefault(", ".join(facts.precisions), []).append(name)
-    return "; ".join(f"{', '.join(names)}: {precisions}" for precisions, names in sharing.items())
+    forms = "; ".join(f"{', '.join(names)}: {precisions}" for precisions, names in sharing.items())
+    return f"{forms}.  [default: {next(iter(LOWERINGS['standard'].precisions))}]"
 
 
 @click.command("export", cls=VerbCommand, context_settings=CONTEXT)
@@ -26,14 +28,14 @@ def _lowerings() -> str:
 @option("-o", "--output", "out", required=True, type=GivenPath(), help="Folder for the graph.", group="Main")
 @option(
     "--lowering",
-    type=click.Choice(list(LOWERINGS)),
+    type=click.Choice(["standard", "plugin", "ort"]),
     default="standard",
     help="Standard ONNX (opset 24), the same around TensorRT plugins, or ONNX Runtime's fastest ops.",
     group="Main",
 )
 @option(
     "--precision",
-    help=f"{_lowerings()}.  [default: {next(iter(LOWERINGS['standard'].precisions))}]",
+    help=_precisions,
     group="Main",
 )
 @option("--max-context", type=int, help="Rows of the rotary tables.  [default: the model's context]", group="Main")

@@ -17,6 +17,7 @@ from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.tensorrt import standard
+from qwen_aot.exporter.model.tensors import num_parameters
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.stitch import stitch
 from qwen_aot.runtime.bundle.manifest import (
@@ -164,7 +165,7 @@ def export_tensorrt_bundle(
         model=ModelFacts(
             name=checkpoint.name,
             model_type=config.model_type,
-            num_parameters=config.num_parameters,
+            num_parameters=num_parameters(config),
             vocab_size=config.vocab_size,
             num_hidden_layers=config.num_hidden_layers,
             num_attention_heads=config.num_attention_heads,

@@ -22,6 +22,7 @@ from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.model.config import ModelConfig, MoeConfig
+from qwen_aot.exporter.model.tensors import num_parameters, tensor_shapes
 from qwen_aot.exporter.model.variants import VARIANTS
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.stitch import output_bytes
@@ -189,7 +190,7 @@ def test_published_parameters_at_two_bytes_are_a_variants_weights() -> None:
     """What is more: norms at four bytes and the rotary tables."""
     for config in VARIANTS.values():
         planned = footprint(config, tensorrt_spec("fp16")).weight_bytes
-        assert planned == pytest.approx(2 * config.num_parameters, rel=0.002)
+        assert planned == pytest.approx(2 * num_parameters(config), rel=0.002)
 
 
 def quantized_bytes(config: ModelConfig, bits: int, block_size: int | None) -> int:
@@ -198,7 +199,7 @@ def quantized_bytes(config: ModelConfig, bits: int, block_size: int | None) -> i
     fp16, but codes with fp16 scales in the projections, and fp32 norms.
     """
     total = 0
-    for name, shape in config.tensor_shapes().items():
+    for name, shape in tensor_shapes(config).items():
         elements = math.prod(shape)
         if name.endswith(("norm.weight", "layernorm.weight")):
             total += 4 * elements

@@ -19,6 +19,7 @@ from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.errors import BuildError, ExportError
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.tensorrt import standard
+from qwen_aot.exporter.model.tensors import num_parameters
 from qwen_aot.exporter.model.variants import VARIANTS
 
 PRECISIONS = ("fp16", "bf16", "int8", "int4", "fp8")
@@ -183,7 +184,7 @@ def test_the_ceiling_is_bandwidth_over_bytes_of_a_step() -> None:
     """Of 7B in fp16 that is all but the embedding, and the cache: 2 x 32 layers x 4096 wide x 2 bytes a token."""
     config = VARIANTS["qwen1.5-7b"]
     found = planned("qwen1.5-7b", "rtx-4090", spec_of("fp16", max_context=2048))
-    read = 2 * (config.num_parameters - 151936 * 4096) + 2048 * 2 * 32 * 4096 * 2
+    read = 2 * (num_parameters(config) - 151936 * 4096) + 2048 * 2 * 32 * 4096 * 2
     assert found.ceiling == pytest.approx(1008e9 / read, rel=0.001)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.exporter.model.tensors import tensor_shapes
 from tests.checkpoints import save_tiny
 
 
@@ -51,7 +52,7 @@ def test_what_transformers_saves_is_exactly_what_the_configuration_expects(
 ) -> None:
     save_tiny(tmp_path, **shape)
     with open_checkpoint(tmp_path) as checkpoint:
-        assert {n: info.shape for n, info in checkpoint.tensors.items()} == checkpoint.config.tensor_shapes()
+        assert {n: info.shape for n, info in checkpoint.tensors.items()} == tensor_shapes(checkpoint.config)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

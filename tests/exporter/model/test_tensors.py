@@ -17,11 +17,12 @@ from qwen_aot.exporter.model.tensors import (
     Role,
     WeightClass,
     checkpoint_tensors,
-    count_elements,
     layer_kinds,
     layer_parameters,
+    num_parameters,
     outer_parameters,
     placed_parameters,
+    tensor_shapes,
     weight_class_of,
 )
 from tests.checkpoints import tiny_config, tiny_model
@@ -51,7 +52,7 @@ def test_a_checkpoint_holds_what_transformers_saves(kind: str) -> None:
     tensors = list(checkpoint_tensors(config_of(kind)))
     assert {tensor.name: tensor.shape for tensor in tensors} == {name: array.shape for name, array in state.items()}
     assert len(tensors) == len(state)
-    assert count_elements(config_of(kind)) == sum(math.prod(array.shape) for array in state.values())
+    assert num_parameters(config_of(kind)) == sum(math.prod(array.shape) for array in state.values())
     for tensor in tensors:
         digits = [int(part) for part in tensor.name.split(".") if part.isdigit()]
         assert [index for index in (tensor.layer, tensor.expert) if index is not None] == digits
@@ -61,8 +62,8 @@ def test_a_shared_expert_of_size_0_has_no_tensors() -> None:
     config = config_of("moe")
     assert config.moe is not None
     without = dataclasses.replace(config, moe=dataclasses.replace(config.moe, shared_expert_intermediate_size=0))
-    gone = set(config.tensor_shapes()) - set(without.tensor_shapes())
-    assert gone == {name for name in config.tensor_shapes() if "shared_expert" in name} != set()
+    gone = set(tensor_shapes(config)) - set(tensor_shapes(without))
+    assert gone == {name for name in tensor_shapes(config) if "shared_expert" in name} != set()
 
 
 def test_the_graphs_initializers() -> None:

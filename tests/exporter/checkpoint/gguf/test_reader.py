@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.hf import config as hf_config
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.exporter.model.tensors import tensor_shapes
 from tests.checkpoints import tiny_config, tiny_model
 from tests.gguf_files import hugging_face_state, save_gguf
 
@@ -37,7 +38,7 @@ def test_gives_back_the_models_tensors(architecture: str, shape: dict[str, Any],
     save_gguf(path, model, architecture)
     with open_checkpoint(path) as checkpoint:
         config = checkpoint.config
-        assert {name: info.shape for name, info in checkpoint.tensors.items()} == config.tensor_shapes()
+        assert {name: info.shape for name, info in checkpoint.tensors.items()} == tensor_shapes(config)
         expected = hugging_face_state(model)
         for name in checkpoint.tensors:
             np.testing.assert_array_equal(checkpoint.read(name), expected[name])
