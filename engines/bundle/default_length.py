@@ -21,7 +21,8 @@ def default_max_new_tokens(texts: Mapping[str, str]) -> int | None:
         None: it states none, or one that no graph can count to ("no limit").
 
     Raises:
-        BuildError: it isn't a JSON object, or the number isn't one.
+        BundleError: generation_config.json isn't a JSON object.
+        BuildError: the number isn't a whole one of at least 1.
     """
     if GENERATION_CONFIG_NAME not in texts:
         return None

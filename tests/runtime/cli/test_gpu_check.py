@@ -191,10 +191,8 @@ def write_engine(folder: Path, name: str, flavour: str = "tensorrt", *, has_plug
         assert manifest.engines.text.tensorrt is not None
         plugins = PluginFacts("libqwen_aot_plugins.so", "0" * 64, in_engine=False, ops=("QwenGQA",))
         facts = replace(manifest.engines.text.tensorrt, plugins=plugins)
-        written = replace(
-            with_text_engine(manifest, tensorrt=facts),
-            files={**manifest.files, plugins.file: FileEntry(0, plugins.sha256)},
-        )
+        files = {**manifest.files, plugins.file: FileEntry(0, plugins.sha256)}
+        written = with_text_engine(replace(manifest, files=files), tensorrt=facts)
         (folder / name / MANIFEST_NAME).write_text(written.to_json())
 
 

@@ -21,6 +21,7 @@ from tests.doubles.bundles import PLUGIN_CONTENT, PLUGIN_LIBRARY, export_tensorr
 from tests.doubles.gpu import Gpu
 from tests.doubles.install import installed
 from tests.runtime.backends.tensorrt.engines import ids, opened, write_checksum_bundle
+from tests.runtime.toys import with_text_engine
 
 TOLERANCE = 1e-4  # of logits (std 1), from transformers in fp32: rounding of a few layers' sums
 # A cache of 8 bits: keys and values are off by up to 1/254 of their head's largest. Seen with models like these: 0.04.
@@ -100,7 +101,7 @@ def test_a_library_inside_the_engine_is_left_to_tensorrt(bundle: Path) -> None:
     inside = replace(facts, plugins=replace(facts.plugins, in_engine=True))
     with installed(Gpu()) as gpu, pytest.raises(EngineMismatchError, match="Cannot find plugin"):
         # The double's engine doesn't hold it, so that this shows that nothing was loaded.
-        TensorRtEngine(Bundle(loaded.path, replace(loaded.manifest, tensorrt=inside)))
+        TensorRtEngine(Bundle(loaded.path, with_text_engine(loaded.manifest, tensorrt=inside)))
     assert gpu.calls["load_library"] == 0
 
 
