@@ -47,6 +47,7 @@ PLUGINS = (
 
 ARROWS = (
     Arrow("", "errors", "one error tree"),
+    Arrow("", "extras", "one answer to which extra brings a package"),
     Arrow("", "machine", "one answer to what the process may use"),
     Arrow("", "version", "one version"),
     *(arrow for layers in (EXPORTER, ENGINES, RUNTIME, PLUGINS) for arrow in downwards(layers)),
@@ -117,7 +118,7 @@ def test_every_folder_has_its_place_in_the_order() -> None:
     files = (path.relative_to(TREE).with_suffix("") for path in _modules(TREE) if path.stem != "__init__")
     inside = {".".join(file.parts) for file in files}
     outside = {module for module in inside if not any(is_within(module, folder) for folder in FOLDERS)}
-    assert outside == {"__main__", "errors", "machine", "version"}
+    assert outside == {"__main__", "errors", "extras", "machine", "version"}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def write(root: Path, files: dict[str, str]) -> Path:
 
 
 ALL = {  # one module for each place of the table, so that imports of it resolve
-    **{f"{name}.py": "" for name in ("errors", "machine", "version")},
+    **{f"{name}.py": "" for name in ("errors", "extras", "machine", "version")},
     **{f"{folder.replace('.', '/')}/it.py": "" for folder in FOLDERS},
     **{f"runtime/cli/{verb}.py": "" for verb in ("build", "doctor", "bench", "generate", "chat", "inspect")},
 }

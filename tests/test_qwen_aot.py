@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -23,16 +25,50 @@ def test_every_public_name_resolves_and_is_documented(name: str) -> None:
 
 
 def test_names_are_what_type_checkers_see() -> None:
-    """The imports for type checkers name the modules that the lazy table names."""
+    """The imports for type checkers name the modules that the lazy table names, and no name is in one of them alone."""
     tree = ast.parse(Path(qwen_aot.__file__).read_text())
-    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
-    seen = {}
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    seen, assigned = {}, {}
     for node in block.body:
-        if isinstance(node, ast.ImportFrom):
-            seen |= {alias.name: node.module for alias in node.names}
-    assert set(seen) | {"load", "__version__"} == set(qwen_aot.__all__)
+        match node:
+            case ast.ImportFrom():
+                seen |= {alias.name: node.module for alias in node.names}
+            case ast.Assign():
+                assigned[ast.unparse(node.targets[0])] = ast.unparse(node.value)
+    assert set(seen) | set(assigned) | {"__version__"} == set(qwen_aot.__all__)
+    assert set(qwen_aot._HOMES) | {"__version__"} == set(qwen_aot.__all__)
     for name, module in seen.items():
+        assert qwen_aot._HOMES[name] == module
         assert getattr(qwen_aot, name) is getattr(importlib.import_module(str(module)), name)
+    assert assigned == qwen_aot._OTHER_NAMES
+    assert qwen_aot.load == qwen_aot.Generator.open
+
+
+def test_a_star_import_gives_every_name() -> None:
+    names: dict[str, object] = {}
+    exec("from qwen_aot import *", names)
+    assert set(qwen_aot.__all__) <= set(names)
+
+
+def test_a_name_whose_extra_is_missing_is_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_torch(name: str) -> ModuleType:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(importlib, "import_module", no_torch)
+    stand_in = qwen_aot.build_bundle
+    assert isinstance(stand_in, type) and stand_in.__name__ == "build_bundle"
+    message = "qwen_aot.build_bundle needs the package 'torch', which isn't installed; install it with "
+    assert stand_in.__doc__ == f"Not here: {message}`pip install 'qwen-aot[build]'`."
+    with pytest.raises(qwen_aot.errors.BuildError, match=re.escape(f"{message}`pip install 'qwen-aot[build]'`")):
+        qwen_aot.build_bundle("checkpoint", qwen_aot.errors, out="bundle")
+    assert qwen_aot.build_bundle is stand_in  # `isinstance` and comparisons hold
+    assert qwen_aot.BuildReport is not stand_in
+
+
+def test_a_module_of_ours_that_is_missing_is_no_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qwen_aot.engines.build", None)
+    with pytest.raises(ModuleNotFoundError, match=r"qwen_aot\.engines\.build"):
+        qwen_aot.build_bundle  # noqa: B018
 
 
 def test_importing_loads_nothing_heavy() -> None:

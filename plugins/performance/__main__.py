@@ -15,7 +15,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m qwen_aot.plugins.performance",
         description="Print the tables of docs/plugins-performance.md.",
-        epilog="Examples:\n  python -m plugins.performance\n"
+        epilog="Examples:\n  python -m qwen_aot.plugins.performance\n"
         "  python -m qwen_aot.plugins.performance --update build/kernels --document docs/plugins-performance.md",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

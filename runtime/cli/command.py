@@ -16,6 +16,7 @@ from typing import Any, NoReturn, cast
 import click
 
 from qwen_aot.errors import DeployError
+from qwen_aot.extras import missing_package
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -24,20 +25,6 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 # A finger that stays on Ctrl-C, or a shell that passes it on as well, means one wish: what comes so soon after the
 # first doesn't cut the cleaning up. Later ones count again, should a library have swallowed the first.
 SAME_WISH_SECONDS = 1.0
-
-# Import name of a package that only an extra brings -> that extra.
-EXTRA_OF = {
-    "gguf": "build",
-    "ml_dtypes": "build",
-    "onnx": "build",
-    "onnx_ir": "build",
-    "onnxruntime": "cpu",
-    "onnxscript": "build",
-    "polygraphy": "verify",
-    "safetensors": "verify",
-    "torch": "build",
-    "transformers": "verify",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +128,6 @@ class LazyGroup(_Terminal, click.Group):
             formatter.write_dl([(name, verb.help) for name, verb in self._verbs.items()])
 
 
-def missing_dependency(error: ModuleNotFoundError) -> str:
-    """Says which extra brings a module that isn't installed. One that no extra brings is our bug: raises."""
-    package = (error.name or "").partition(".")[0]
-    if package not in EXTRA_OF:
-        raise error
-    return (
-        f"this command needs the package {package!r}, which isn't installed; install it with "
-        f"`pip install 'qwen-aot[{EXTRA_OF[package]}]'`"
-    )
-
-
 class _Terminated(BaseException):
     """SIGTERM, raised like Ctrl-C's KeyboardInterrupt, so that half-written files are cleaned up."""
 
@@ -197,7 +173,7 @@ def _report(error: BaseException) -> int:
         case DeployError():
             click.echo(f"error: {error}", err=True)
         case ModuleNotFoundError():
-            click.echo(f"error: {missing_dependency(error)}", err=True)
+            click.echo(f"error: {missing_package('this command', error)}", err=True)
         case KeyboardInterrupt() | click.Abort():
             click.echo("interrupted", err=True)
             return EXIT_INTERRUPTED

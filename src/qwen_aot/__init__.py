@@ -7,15 +7,21 @@ Example:
     ...     print(generator.generate(["The capital of France is"])[0].text)
     ...     for event in qwen_aot.Chat(generator).send("Hello"):
     ...         print(event)
+
+A device has no extra `build`, which `build_bundle`, `BuildReport` and `open_checkpoint` need. There these names give
+stand-ins: `from qwen_aot import *`, `help` and `hasattr` work as everywhere, and calling one raises `BuildError`, which
+names the extra.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import operator
 import os.path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from qwen_aot.extras import missing_package
 from qwen_aot.version import __version__
 
 if TYPE_CHECKING:
@@ -86,14 +92,32 @@ _HOMES = {
 _OTHER_NAMES = {"load": "Generator.open"}  # in their home, where they are called differently there
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'qwen_aot' has no attribute {name!r}")
-    return operator.attrgetter(_OTHER_NAMES.get(name, name))(importlib.import_module(_HOMES[name]))
+if not TYPE_CHECKING:  # type checkers would take every name for one of ours, of type Any
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'qwen_aot' has no attribute {name!r}")
+        try:
+            home = importlib.import_module(_HOMES[name])
+        except ModuleNotFoundError as error:
+            return _stand_in(name, missing_package(f"qwen_aot.{name}", error))
+        return operator.attrgetter(_OTHER_NAMES.get(name, name))(home)
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+@functools.cache
+def _stand_in(name: str, reason: str) -> type:
+    """What a name gives where its extra isn't installed: a class, which `isinstance` takes, that can't be called."""
+
+    def refuse(cls: type, *args: object, **kwargs: object) -> NoReturn:
+        from qwen_aot.errors import BuildError
+
+        raise BuildError(reason)
+
+    return type(name, (), {"__doc__": f"Not here: {reason}.", "__module__": __name__, "__new__": refuse})
 
 
 def _require_links() -> None:
