@@ -110,7 +110,7 @@ def _untouched(nbytes: int) -> NDArray[np.uint8]:
 def _view(runs: Runs, width: int, count: int) -> NDArray[np.uint8]:
     """uint8 [count, width], no copy."""
     assert runs.block.bytes is not None
-    assert 0 <= runs.start and width <= runs.pitch and count >= 1
+    assert runs.start >= 0 and 0 < width <= runs.pitch and count >= 1
     assert runs.start + (count - 1) * runs.pitch + width <= runs.block.nbytes
     return np.lib.stride_tricks.as_strided(
         runs.block.bytes[runs.start :], shape=(count, width), strides=(runs.pitch, 1)

@@ -97,8 +97,10 @@ class Engine(Protocol):
         """
 
     def close(self) -> None:
-        """Frees the engine and its cache, once no step runs: a step at work is waited for, the chunks of a prompt
-        that haven't begun are not. Logits that a call gave are gone."""
+        """Frees the engine and its cache; logits that a call gave are gone.
+
+        A step at work is waited for, the chunks of its prompt that haven't begun are not.
+        """
 
     def __enter__(self) -> Engine: ...
 

@@ -28,7 +28,10 @@ class Cache(Protocol):
         """Makes room for `tokens` per row, keeping content; returns whether memory moved."""
 
     def scrub(self, row: int, end: int) -> None:
-        """Zero-fills a row's slots from its length to `end`: a step that failed may have left NaN, and 0 x NaN is NaN."""
+        """Zero-fills a row's slots from its length to `end`.
+
+        A step that failed may have left NaN there, and 0 x NaN is NaN.
+        """
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Makes a row hold the first `length` tokens of another; empties it first, and leaves it so if it fails."""

@@ -176,9 +176,9 @@ class Batch:
                 return [self._fail(source, error)]
             self._forget(source)
             return []
-        for rows in (self._rows, self._held, self._next):
-            rows[target] = rows[source]  # type: ignore[index]
-        self._rows[source] = None
+        self._rows[target], self._rows[source] = self._rows[source], None
+        self._held[target] = self._held[source]
+        self._next[target] = self._next[source]
         self._forget(source)
         return []
 
