@@ -1,13 +1,16 @@
-"""The linear KV cache, in host or device memory: rows of one shared capacity that grows without losing content.
+"""The linear KV cache, in host or device memory: rows of one shared capacity.
 
-The capacity is a multiple of CAPACITY_STEP and grows by at least a quarter, so that over a generation each new
-token costs the copy of five at most, and at most a fifth of the cache lies unused.
+Where untouched memory takes no room (host memory on Linux), everything that rows may ever hold is allocated at once and
+nothing ever moves. Elsewhere the capacity is a multiple of CAPACITY_STEP and grows by at least a quarter without losing
+content, so that over a generation each new token costs the copy of five at most, and at most a fifth of the cache lies
+unused; `reserve` makes it grow before there is anything to copy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.bundle.manifest import CAPACITY_STEP, IoTensor
-from qwen_aot.runtime.engine.kv_memory import Block, HostMemory, Memory
+from qwen_aot.runtime.engine.kv_memory import Block, HostMemory, Memory, Runs
 
 __all__ = ["STORAGE_DTYPES", "KvCache", "Region"]
 
@@ -50,7 +53,7 @@ class KvCache:
     def __init__(
         self, tensors: Sequence[IoTensor], *, max_batch: int, max_capacity: int, memory: Memory | None = None
     ) -> None:
-        """Makes the cache; host memory is touched as rows fill.
+        """Makes the cache; host memory takes room as rows fill.
 
         Args:
             tensors: the manifest's cache inputs. A number in the place of C fixes the capacity.
@@ -68,7 +71,12 @@ class KvCache:
         self._limit = fixed if isinstance(fixed, int) else max_capacity
         self.capacity = fixed if isinstance(fixed, int) else CAPACITY_STEP
         self.lengths: NDArray[np.int64] = np.zeros(max_batch, np.int64)
-        self._blocks = self._allocate(self.capacity)
+        self._blocks: list[Block] = []
+        if self.memory.is_lazy and self.capacity < self._limit:
+            # Where so much isn't even given as addresses (a limit of the system), what is needed may yet be.
+            with contextlib.suppress(GenerationError):
+                self._blocks, self.capacity = self._allocate(self._limit), self._limit
+        self._blocks = self._blocks or self._allocate(self.capacity)
 
     @property
     def nbytes(self) -> int:
@@ -94,18 +102,41 @@ class KvCache:
         grown = self._allocate(capacity)
         for index, (tensor, new) in enumerate(zip(self._tensors, grown, strict=True)):
             old, slot = self._blocks[index], _slot_bytes(tensor)
-            self.memory.copy(old, self.capacity * slot, new, capacity * slot, used * slot)
+            if used:
+                source, target = Runs(old, 0, self.capacity * slot), Runs(new, 0, capacity * slot)
+                self.memory.copy(source, target, used * slot, self._max_batch * int(tensor.shape[1]))
             self._blocks[index] = new
             self.memory.free(old)
         self.capacity = capacity
         return True
 
-    def scrub(self, row: int) -> None:
-        """Zero-fills a row beyond its length: a step that failed may have left NaN, and 0 x NaN is NaN."""
-        for tensor, block in zip(self._tensors, self._blocks, strict=True):
-            heads, slot = int(tensor.shape[1]), _slot_bytes(tensor)
-            pitch = self.capacity * slot
-            self.memory.clear(block, row * heads * pitch, heads, pitch, int(self.lengths[row]) * slot)
+    def scrub(self, row: int, end: int) -> None:
+        """Zero-fills a row's slots from its length to `end`: a step that failed may have left NaN, and 0 x NaN is NaN.
+
+        What lies beyond isn't touched, so that it goes on to take no room.
+        """
+        self._check_slots(end)
+        length = int(self.lengths[row])
+        if end <= length:
+            return
+        for tensor, runs in self._rows(row):
+            slot = _slot_bytes(tensor)
+            places = Runs(runs.block, runs.start + length * slot, runs.pitch)
+            self.memory.clear(places, (end - length) * slot, int(tensor.shape[1]))
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Makes a row hold the first `length` tokens of another.
+
+        Raises:
+            GenerationError: the copy failed; the target is empty.
+        """
+        self._check_slots(length)
+        self.lengths[target] = 0
+        if length == 0:
+            return
+        for (tensor, read), (_, written) in zip(self._rows(source), self._rows(target), strict=True):
+            self.memory.copy(read, written, length * _slot_bytes(tensor), int(tensor.shape[1]))
+        self.lengths[target] = length
 
     def regions(self, first_row: int, rows: int) -> list[Region]:
         """The rows' part of each array, in the order of the tensors given."""
@@ -131,6 +162,15 @@ class KvCache:
             self.memory.free(block)
         self._blocks = []
         self.lengths[:] = 0
+
+    def _rows(self, row: int) -> Iterator[tuple[IoTensor, Runs]]:
+        """Of each array: where the heads of a row begin."""
+        for tensor, block in zip(self._tensors, self._blocks, strict=True):
+            pitch = self.capacity * _slot_bytes(tensor)
+            yield tensor, Runs(block, row * int(tensor.shape[1]) * pitch, pitch)
+
+    def _check_slots(self, end: int) -> None:
+        assert 0 <= end <= self.capacity, f"{end} slots of a row of {self.capacity}"
 
     def _shape(self, tensor: IoTensor, capacity: int) -> tuple[int, ...]:
         return (self._max_batch, int(tensor.shape[1]), capacity, *(int(d) for d in tensor.shape[3:]))

@@ -31,10 +31,10 @@ class NonFiniteLogitsError(GenerationError):
 
 
 class Engine(Protocol):
-    """A loaded bundle. A context manager; one thread at a time.
+    """A loaded bundle. A context manager.
 
     Rows are slots of one cache: `manifest.max_batch` of them, each of up to `manifest.max_context` tokens.
-    A call that raises leaves every row's length as it was.
+    A call that raises leaves every row's length as it was. Calls from several threads wait for each other.
     """
 
     @property
@@ -76,8 +76,31 @@ class Engine(Protocol):
     def truncate(self, row: int, length: int) -> None:
         """Forgets a row's tokens from `length` on (0 empties the row)."""
 
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Makes `target` hold the first `length` tokens of `source` (0 to what it holds) and nothing else.
+
+        The rows are two. If it raises while it copies, the target is empty.
+
+        Raises:
+            GenerationError: there is no such row or so much in it, or the device failed.
+        """
+
+    def reserve(self, tokens: int) -> None:
+        """Allocates now what rows of `tokens` need, so that no step of them allocates or moves the cache.
+
+        For who serves many: `manifest.max_context` before the first request. Memory that takes room only once it
+        is touched is reserved from the start.
+
+        Raises:
+            ContextFullError: it is more than the context.
+            GenerationError: there is no memory for it; the cache is as it was.
+        """
+
     def close(self) -> None:
-        """Frees the engine and its cache."""
+        """Frees the engine and its cache; logits that a call gave are gone.
+
+        A step at work is waited for, the chunks of its prompt that haven't begun are not.
+        """
 
     def __enter__(self) -> Engine: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -26,8 +27,14 @@ class Cache(Protocol):
     def reserve(self, tokens: int) -> bool:
         """Makes room for `tokens` per row, keeping content; returns whether memory moved."""
 
-    def scrub(self, row: int) -> None:
-        """Zero-fills a row beyond its length: a step that failed may have left NaN, and 0 x NaN is NaN."""
+    def scrub(self, row: int, end: int) -> None:
+        """Zero-fills a row's slots from its length to `end`.
+
+        A step that failed may have left NaN there, and 0 x NaN is NaN.
+        """
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Makes a row hold the first `length` tokens of another; empties it first, and leaves it so if it fails."""
 
 
 class Step(Protocol):
@@ -61,6 +68,8 @@ class RowEngine(Generic[StepT, CacheT]):
     Prefill runs one row a step, so a prompt is never padded; decode runs a contiguous range of rows. An idle
     row whose cache is empty is run with one token that is then forgotten: the graph never sees an empty row,
     and what it wrote lies beyond the row's length, where slots are scratch.
+
+    One lock is held by every call that reads or changes the cache, and by `close`, which therefore waits for a step.
     """
 
     def __init__(self, manifest: Manifest, cache: CacheT, prefill: StepT, decode: StepT) -> None:
@@ -69,6 +78,8 @@ class RowEngine(Generic[StepT, CacheT]):
         self._cache = cache
         self._prefill: StepT | None = prefill
         self._decode: StepT | None = decode
+        self._lock = threading.Lock()
+        self._is_closing = False  # set without the lock, so that a long prompt sees it between two chunks
 
     @property
     def manifest(self) -> Manifest:
@@ -95,6 +106,61 @@ class RowEngine(Generic[StepT, CacheT]):
 
         See `runtime.engine.protocol.Engine.prefill`.
         """
+        with self._lock:
+            return self._prefill_chunks(row, token_ids)
+
+    def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Appends one token [B] to each of B contiguous rows; returns logits [B, V].
+
+        See `runtime.engine.protocol.Engine.decode`.
+        """
+        with self._lock:
+            return self._decode_rows(first_row, token_ids)
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets a row's tokens from `length` on (0 empties the row)."""
+        with self._lock:
+            self._check_rows(row, 1)
+            self._check_held(row, length, "cut to")
+            self._cache.lengths[row] = length
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Makes `target` hold the first `length` tokens of `source` and nothing else.
+
+        See `runtime.engine.protocol.Engine.copy_row`.
+        """
+        with self._lock:
+            _opened(self._decode)
+            self._check_rows(source, 1)
+            self._check_rows(target, 1)
+            if source == target:
+                raise GenerationError(f"row {source} can't be copied to itself; accepted: two rows")
+            self._check_held(source, length, "copied up to")
+            self._cache.copy_row(source, target, length)
+
+    def reserve(self, tokens: int) -> None:
+        """Allocates now what rows of `tokens` need.
+
+        See `runtime.engine.protocol.Engine.reserve`.
+        """
+        with self._lock:
+            _opened(self._decode)
+            check_room(0, 0, tokens, self._manifest.max_context)
+            self._cache.reserve(tokens + 1)  # a row may stand idle, full, in a step of others
+
+    def close(self) -> None:
+        """Waits for a step at work, then ends both; a closed engine runs nothing more. Closing again does nothing."""
+        self._is_closing = True
+        with self._lock:
+            self._prefill = None
+            self._decode = None
+            self._free_resources()
+
+    def _free_resources(self) -> None:
+        """Frees what a backend holds; may be called again."""
+        raise NotImplementedError
+
+    def _prefill_chunks(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         step, lengths = _opened(self._prefill), self._cache.lengths
         self._check_rows(row, 1)
         start, count, chunk = int(lengths[row]), len(token_ids), self._manifest.prefill_chunk
@@ -108,6 +174,8 @@ class RowEngine(Generic[StepT, CacheT]):
         end = start  # where the row is left: a call that raises leaves it as it was
         try:
             for offset in range(0, count, chunk):
+                if self._is_closing:
+                    raise GenerationError("the engine was closed before the end of a prompt; open the bundle again")
                 piece = token_ids[None, offset : offset + chunk]
                 step.new_tokens[0] = piece.shape[1]
                 logits = step.run(row, piece)
@@ -117,14 +185,10 @@ class RowEngine(Generic[StepT, CacheT]):
         finally:
             lengths[row] = end
             if end == start:
-                self._cache.scrub(row)
+                self._cache.scrub(row, start + count)
         return logits.reshape(-1)
 
-    def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Appends one token [B] to each of B contiguous rows; returns logits [B, V].
-
-        See `runtime.engine.protocol.Engine.decode`.
-        """
+    def _decode_rows(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         step = _opened(self._decode)
         rows = len(token_ids)
         self._check_rows(first_row, rows)
@@ -147,24 +211,10 @@ class RowEngine(Generic[StepT, CacheT]):
         except GenerationError as error:
             stepped = range(first_row, first_row + rows)
             for failed in error.rows if isinstance(error, NonFiniteLogitsError) else stepped:
-                self._cache.scrub(failed)
+                self._cache.scrub(failed, int(self._cache.lengths[failed]) + 1)
             raise
         lengths += ~is_idle
         return logits
-
-    def truncate(self, row: int, length: int) -> None:
-        """Forgets a row's tokens from `length` on (0 empties the row)."""
-        self._check_rows(row, 1)
-        held = int(self._cache.lengths[row])
-        if not 0 <= length <= held:
-            _opened(self._prefill)  # a closed engine holds nothing, which is then the reason
-            raise GenerationError(f"row {row} can't be cut to {length} tokens; accepted: 0 to the {held} it holds")
-        self._cache.lengths[row] = length
-
-    def close(self) -> None:
-        """Ends both steps; a closed engine runs nothing more. A backend frees the rest."""
-        self._prefill = None
-        self._decode = None
 
     def __enter__(self) -> Self:
         return self
@@ -178,6 +228,12 @@ class RowEngine(Generic[StepT, CacheT]):
                 f"rows {first_row} to {first_row + rows - 1} were asked for; accepted: 0 to "
                 f"{self._manifest.max_batch - 1} (--max-batch of the build)"
             )
+
+    def _check_held(self, row: int, length: int, what: str) -> None:
+        held = int(self._cache.lengths[row])
+        if not 0 <= length <= held:
+            _opened(self._prefill)  # a closed engine holds nothing, which is then the reason
+            raise GenerationError(f"row {row} can't be {what} {length} tokens; accepted: 0 to the {held} it holds")
 
     def _check_ids(self, token_ids: NDArray[np.int64]) -> None:
         largest, vocab_size = int(token_ids.max()), self._manifest.model.vocab_size

@@ -1,4 +1,7 @@
-"""Continuous batching: requests wait for one of the engine's rows, and a finished row takes the next."""
+"""Continuous batching in bounded steps: requests wait for one of the engine's rows, and share it chunk by chunk.
+
+docs/scheduling.md states the rules; tests/golden/schedule.json pins them.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,21 @@ from qwen_aot.runtime.generation.request import Completion, Event, FinishReason,
 from qwen_aot.runtime.generation.sequence import ActiveSequence
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 
-__all__ = ["Batch"]
+__all__ = ["CHUNK_ALONE", "CHUNK_BESIDE_DECODE", "TOKENS_PER_IDLE_ROW", "Batch"]
+
+# Tokens of a prompt in one step: what running streams wait for, and what no one waits for. docs/scheduling.md has the
+# measurements.
+CHUNK_BESIDE_DECODE = 64
+CHUNK_ALONE = 256
+
+# An idle row in a decode step costs about as much as copying this many tokens of a row.
+TOKENS_PER_IDLE_ROW = 192
 
 _IDLE = -1  # the engine's mark of a row without a token
 
 
 class Batch:
-    """Schedules requests on an engine, which it alone may drive. One thread at a time.
-
-    A waiting request is prefilled as soon as a row is free, before the next decode step of the others.
-    """
+    """Schedules requests on an engine, which it alone may drive. One thread at a time."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None) -> None:
         """Starts with every row free."""
@@ -36,6 +44,8 @@ class Batch:
         self._rows: list[ActiveSequence | None] = [None] * rows
         self._held: list[list[int]] = [[] for _ in range(rows)]  # tokens in the cache of a free row
         self._next: NDArray[np.int64] = np.full(rows, _IDLE, np.int64)  # each row's token to feed
+        self._prefilling: deque[int] = deque()  # rows, the next to take a chunk first
+        self._idle_cost = 0  # of idle rows in decode steps since the last move, in tokens copied
         self._count = 0
 
     @property
@@ -93,20 +103,18 @@ class Batch:
         return index
 
     def step(self) -> list[Event]:
-        """Does one piece of work: prefills one waiting request, or decodes one token of each running one.
+        """Does one bounded piece of work: at most one decode of all running rows and one chunk of one prompt.
 
-        A request that fails by itself, in its prefill or by logits that aren't finite, ends with an error in its
-        Completion, and the others go on.
-
-        Raises:
-            GenerationError: a step of all rows failed; call `clear`.
+        Before that, cancelled requests end and waiting ones take free rows. A request that fails by itself, in its
+        prefill or by logits that aren't finite, ends with an error in its Completion, and the others go on; a decode
+        step that fails ends those that were in it.
         """
-        cancelled = self._retire_cancelled()
-        if cancelled:
-            return cancelled
-        if self._waiting and any(sequence is None for sequence in self._rows):
-            return self._start(self._waiting.popleft())
-        return self._decode()
+        events: list[Event] = self._retire_cancelled()
+        events += self._admit()
+        events += self._compact()
+        events += self._decode()
+        events += self._prefill()
+        return events
 
     def restart(self) -> None:
         """Counts indices from 0 again; nothing may be waiting or running."""
@@ -123,43 +131,119 @@ class Batch:
     def clear(self) -> None:
         """Drops every request and empties every row."""
         self._waiting.clear()
+        self._prefilling.clear()
         for row in range(len(self._rows)):
             self._rows[row] = None
             self._forget(row)
 
-    def _decode(self) -> list[Event]:
-        active = [row for row, sequence in enumerate(self._rows) if sequence is not None]
-        if not active:
+    def _admit(self) -> list[Event]:
+        """Gives free rows to waiting requests in their order; one that copies its beginning is a step's last."""
+        while self._waiting and None in self._rows:
+            sequence = self._waiting.popleft()
+            row, kept = self._choose_row(sequence)
+            donor, shared = self._find_donor(sequence, row)
+            self._rows[row] = sequence
+            self._held[row] = []
+            self._prefilling.append(row)
+            if shared > kept:
+                try:
+                    self._engine.copy_row(donor, row, shared)
+                except GenerationError as error:
+                    return [self._fail(row, error)]
+                sequence.cached_tokens = sequence.prefilled_tokens = shared
+                break
+            self._engine.truncate(row, kept)
+            sequence.cached_tokens = sequence.prefilled_tokens = kept
+        return []
+
+    def _compact(self) -> list[Event]:
+        """Moves one row, if that shortens the span of running rows and idle ones have cost as much by now."""
+        running = self._running()
+        move = self._find_move(running)
+        if move is None:
+            self._idle_cost = 0
             return []
-        first = active[0]
+        self._idle_cost += (running[-1] - running[0] + 1 - len(running)) * TOKENS_PER_IDLE_ROW
+        source, target = move
+        length = int(self._engine.cache_length[source])
+        if self._idle_cost < length:
+            return []
+        self._idle_cost = 0
         try:
-            logits = self._engine.decode(first, self._next[first : active[-1] + 1])
+            self._engine.copy_row(source, target, length)
+        except GenerationError as error:
+            if self._rows[source] is not None:
+                return [self._fail(source, error)]
+            self._forget(source)
+            return []
+        self._rows[target], self._rows[source] = self._rows[source], None
+        self._held[target] = self._held[source]
+        self._next[target] = self._next[source]
+        self._forget(source)
+        return []
+
+    def _find_move(self, running: list[int]) -> tuple[int, int] | None:
+        """The row to move and where to, so that fewer idle rows lie between running ones; None: nothing helps.
+
+        A running row at either end goes into an empty row between them. If there are only rows there that hold a
+        conversation, the shortest of these goes out of the way first.
+        """
+        if not running:
+            return None
+        first, last = running[0], running[-1]
+        empty = [row for row, occupant in enumerate(self._rows) if occupant is None and not self._held[row]]
+        holes = [row for row in empty if first < row < last]
+        if holes:
+            without_last = max(running[-2], holes[0]) - first
+            without_first = last - min(running[1], holes[-1])
+            return (last, holes[0]) if without_last <= without_first else (first, holes[-1])
+        held = [row for row in range(first + 1, last) if self._held[row]]
+        if held and empty:
+            return min(held, key=lambda row: (len(self._held[row]), row)), empty[0]
+        return None
+
+    def _decode(self) -> list[Event]:
+        running = self._running()
+        if not running:
+            return []
+        first = running[0]
+        try:
+            logits = self._engine.decode(first, self._next[first : running[-1] + 1])
         except NonFiniteLogitsError as error:
             return [self._fail(row, error) for row in error.rows]
+        except GenerationError as error:
+            return [self._fail(row, error) for row in running]
         events: list[Event] = []
-        for row in active:
+        for row in running:
             events += self._advance(row, logits[row - first])
         return events
 
-    def _start(self, sequence: ActiveSequence) -> list[Event]:
-        """Prefills a request into a free row, in chunks between which it can be cancelled."""
-        row, kept = self._choose_row(sequence)
-        self._rows[row] = sequence
-        self._held[row] = []
-        self._engine.truncate(row, kept)
-        sequence.cached_tokens = kept
-        ids = np.asarray(sequence.prompt_ids[kept:], np.int64)
-        chunk = self._engine.manifest.prefill_chunk
-        for offset in range(0, len(ids), chunk):
-            if sequence.is_cancelled:
-                return [self._retire(row, sequence.finish(FinishReason.CANCELLED))]
-            started = time.perf_counter()
-            try:
-                logits = self._engine.prefill(row, ids[offset : offset + chunk])
-            except GenerationError as error:
-                return [self._fail(row, error)]
-            sequence.prefill_seconds += time.perf_counter() - started
+    def _prefill(self) -> list[Event]:
+        """Prefills one chunk of the row whose turn it is."""
+        if not self._prefilling:
+            return []
+        row = self._prefilling[0]
+        sequence = self._rows[row]
+        assert sequence is not None
+        size = min(CHUNK_BESIDE_DECODE if self._running() else CHUNK_ALONE, self._engine.manifest.prefill_chunk)
+        start = sequence.prefilled_tokens
+        ids = np.asarray(sequence.prompt_ids[start : start + size], np.int64)
+        started = time.perf_counter()
+        try:
+            logits = self._engine.prefill(row, ids)
+        except GenerationError as error:
+            return [self._fail(row, error)]
+        sequence.prefill_seconds += time.perf_counter() - started
+        sequence.prefilled_tokens += len(ids)
+        self._prefilling.rotate(-1)
+        if not sequence.is_prefilled:
+            return []
+        self._prefilling.remove(row)
         return self._advance(row, logits)
+
+    def _running(self) -> list[int]:
+        """Rows whose prompt is in the cache, ascending."""
+        return [row for row, sequence in enumerate(self._rows) if sequence is not None and sequence.is_prefilled]
 
     def _advance(self, row: int, logits: NDArray[np.float32]) -> list[Event]:
         sequence = self._rows[row]
@@ -188,6 +272,28 @@ class Batch:
             best = empty[0]
         return best, min(shared[best], len(sequence.prompt_ids) - 1)
 
+    def _find_donor(self, sequence: ActiveSequence, target: int) -> tuple[int, int]:
+        """The other row of a conversation that begins most as the request does, and how many tokens of it are useful.
+
+        Only what was, or is being, kept for other requests is looked at, and only for a request that keeps its own.
+        """
+        if not sequence.request.keep_cache:
+            return target, 0
+        lengths = self._engine.cache_length
+        shared = {}
+        for row, occupant in enumerate(self._rows):
+            if row == target:
+                continue
+            if occupant is None:
+                content = self._held[row]
+            elif occupant.request.keep_cache:
+                content = (occupant.prompt_ids + occupant.token_ids)[: int(lengths[row])]
+            else:
+                continue
+            shared[row] = min(_common_prefix(content, sequence.prompt_ids), len(sequence.prompt_ids) - 1)
+        best = max(shared, key=lambda row: (shared[row], -row), default=target)
+        return best, shared.get(best, 0)
+
     def _retire_cancelled(self) -> list[Event]:
         events: list[Event] = []
         for sequence in [s for s in self._waiting if s.is_cancelled]:
@@ -200,9 +306,7 @@ class Batch:
 
     def _retire(self, row: int, completion: Completion) -> Completion:
         """Frees a row whose request has ended."""
-        sequence = self._rows[row]
-        assert sequence is not None
-        self._rows[row] = None
+        sequence = self._vacate(row)
         self._next[row] = _IDLE
         if sequence.request.keep_cache:
             length = int(self._engine.cache_length[row])
@@ -213,11 +317,17 @@ class Batch:
 
     def _fail(self, row: int, error: GenerationError) -> Completion:
         """Frees a row whose step failed, and what it held."""
+        sequence = self._vacate(row)
+        self._forget(row)
+        return sequence.fail(error)
+
+    def _vacate(self, row: int) -> ActiveSequence:
         sequence = self._rows[row]
         assert sequence is not None
         self._rows[row] = None
-        self._forget(row)
-        return sequence.fail(error)
+        if row in self._prefilling:
+            self._prefilling.remove(row)
+        return sequence
 
     def _forget(self, row: int) -> None:
         self._held[row] = []

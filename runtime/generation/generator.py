@@ -24,7 +24,7 @@ EventStream: TypeAlias = abc.Generator[Event, None, None]  # an iterator that ca
 
 
 class Generator:
-    """Generates from prompts; a context manager. One thread at a time.
+    """Generates from prompts; a context manager. One stream at a time; `close` may come from any thread.
 
     Example:
         >>> with Generator.open("bundle") as generator:
@@ -46,7 +46,8 @@ class Generator:
         self._tokenizer = tokenizer
         self._defaults = defaults or GenerationDefaults(eos_token_ids=engine.manifest.model.eos_token_ids)
         self._batch = Batch(engine, tokenizer)
-        self._is_busy = False
+        self._streaming = threading.Lock()  # held by the one stream that runs
+        self._stepping = threading.Lock()  # held during a step: logits lie in the engine's memory until it ends
 
     @classmethod
     def open(cls, path: str | Path, *, threads: int | None = None, skip_hash_above: int | None = None) -> Generator:
@@ -125,16 +126,17 @@ class Generator:
         return self._stream(requests, prompts)
 
     def _stream(self, requests: Sequence[Request], prompts: list[list[int]]) -> EventStream:
-        if self._is_busy:
+        if not self._streaming.acquire(blocking=False):
             raise GenerationError("another stream of this generator isn't finished: end it or close it first")
-        self._is_busy = True
         errors: list[GenerationError] = []
         try:
             self._batch.restart()
             for request, ids in zip(requests, prompts, strict=True):
                 self._batch.add(request, ids)
             while not self._batch.is_idle:
-                for event in self._batch.step():
+                with self._stepping:
+                    events = self._batch.step()
+                for event in events:
                     if isinstance(event, Completion) and event.error is not None:
                         errors.append(event.error)
                     yield event
@@ -142,15 +144,16 @@ class Generator:
             self._batch.abandon()
             raise
         finally:
-            self._is_busy = False
             if not self._batch.is_idle:
                 self._batch.clear()
+            self._streaming.release()
         if errors:
             raise errors[0]
 
     def close(self) -> None:
-        """Closes the engine."""
-        self._engine.close()
+        """Closes the engine once no step runs; a stream that isn't finished fails at its next one."""
+        with self._stepping:
+            self._engine.close()
 
     def __enter__(self) -> Generator:
         return self

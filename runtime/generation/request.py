@@ -30,9 +30,9 @@ class Request:
     Attributes:
         prompt: text, or token ids.
         config: see `GenerationDefaults.resolve`.
-        cancel: set it, from any thread, to end the request at the next step or prefill chunk.
-        keep_cache: start from a row whose cache begins as this prompt does, and leave the row filled for the
-            next such request (a conversation). The reused part may have been computed in other steps, so
+        cancel: set it, from any thread, to end the request at the next step.
+        keep_cache: start from what the cache of another such request holds of this prompt's beginning, and leave the
+            row filled for the next one (a conversation). The reused part may have been computed in other steps, so
             logits can differ from those of a fresh prefill by rounding.
     """
 

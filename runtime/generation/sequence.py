@@ -26,7 +26,8 @@ class ActiveSequence:
         request: as given.
         prompt_ids: the prompt's tokens.
         token_ids: generated so far.
-        cached_tokens: leading tokens of the prompt that the row already held.
+        cached_tokens: leading tokens of the prompt that the cache already held.
+        prefilled_tokens: leading tokens of the prompt that are in the row by now.
         prefill_seconds: spent in prefill steps.
     """
 
@@ -44,6 +45,7 @@ class ActiveSequence:
         self.prompt_ids = list(prompt_ids)
         self.token_ids: list[int] = []
         self.cached_tokens = 0
+        self.prefilled_tokens = 0
         self.prefill_seconds = 0.0
         config = request.config
         # The last token needn't fit: it is never fed.
@@ -64,6 +66,11 @@ class ActiveSequence:
     def is_cancelled(self) -> bool:
         """Whether the caller has asked for the end."""
         return self.request.cancel is not None and self.request.cancel.is_set()
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether all of the prompt is in the row."""
+        return self.prefilled_tokens == len(self.prompt_ids)
 
     def advance(self, logits: NDArray[np.float32]) -> list[Event]:
         """Chooses the next token from logits [V].

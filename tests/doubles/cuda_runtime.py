@@ -30,6 +30,7 @@ class cudaError_t(IntEnum):
 class cudaMemcpyKind(IntEnum):
     cudaMemcpyHostToDevice = 1
     cudaMemcpyDeviceToHost = 2
+    cudaMemcpyDeviceToDevice = 3
 
 
 class cudaStreamCaptureMode(IntEnum):
@@ -107,6 +108,37 @@ class Fill:
         self.begin()
         for line in range(self.height):
             ctypes.memset(self.address + line * self.pitch, self.value, self.width)
+
+
+@dataclass
+class DeviceCopy:
+    """`height` lines of `width` bytes within device memory, each side with its own pitch."""
+
+    gpu: Gpu
+    target: int
+    target_pitch: int
+    source: int
+    source_pitch: int
+    width: int
+    height: int
+
+    def begin(self) -> None:
+        if self.width > min(self.target_pitch, self.source_pitch):
+            raise self.gpu.misuse(
+                f"lines of {self.width} bytes were asked for, {self.source_pitch} and {self.target_pitch} apart"
+            )
+        for address, pitch in ((self.target, self.target_pitch), (self.source, self.source_pitch)):
+            self.gpu.check_range(address, (self.height - 1) * pitch + self.width, "device")
+        for line in range(self.height):
+            for other in range(self.height):
+                distance = self.target + line * self.target_pitch - self.source - other * self.source_pitch
+                if abs(distance) < self.width:
+                    raise self.gpu.misuse("a copy's source and target overlap")
+
+    def execute(self) -> None:
+        self.begin()
+        for line in range(self.height):
+            ctypes.memmove(self.target + line * self.target_pitch, self.source + line * self.source_pitch, self.width)
 
 
 @dataclass
@@ -237,6 +269,22 @@ def make_cuda_runtime(gpu: Gpu) -> ModuleType:
     @function()
     def cudaMemcpyAsync(target: int, source: int, size: int, kind: cudaMemcpyKind, stream: Handle) -> None:
         copy = Copy(gpu, target, source, size, kind == cudaMemcpyKind.cudaMemcpyHostToDevice)
+        gpu.submit(gpu.stream(stream), copy)
+
+    @function()
+    def cudaMemcpy2DAsync(
+        target: int,
+        target_pitch: int,
+        source: int,
+        source_pitch: int,
+        width: int,
+        height: int,
+        kind: cudaMemcpyKind,
+        stream: Handle,
+    ) -> None:
+        if kind != cudaMemcpyKind.cudaMemcpyDeviceToDevice:
+            raise gpu.misuse(f"lines are copied within the device here, not {kind.name}")
+        copy = DeviceCopy(gpu, target, target_pitch, source, source_pitch, width, height)
         gpu.submit(gpu.stream(stream), copy)
 
     @function()

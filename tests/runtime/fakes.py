@@ -31,6 +31,7 @@ class FakeEngine:
         self.rows: list[list[int]] = [[] for _ in range(manifest.max_batch)]
         self.prefills: list[tuple[int, list[int]]] = []
         self.decodes: list[tuple[int, list[int]]] = []
+        self.copies: list[tuple[int, int, int]] = []
         self.is_closed = False
 
     @property
@@ -68,6 +69,14 @@ class FakeEngine:
     def truncate(self, row: int, length: int) -> None:
         assert 0 <= length <= len(self.rows[row])
         del self.rows[row][length:]
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        assert source != target and 0 <= length <= len(self.rows[source])
+        self.copies.append((source, target, length))
+        self.rows[target] = self.rows[source][:length]
+
+    def reserve(self, tokens: int) -> None:
+        assert tokens <= self._manifest.max_context
 
     def close(self) -> None:
         self.is_closed = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qwen_aot.runtime.backends.cuda.runtime import OUT_OF_MEMORY, Cuda, CudaError, find_device, load_cuda
-from qwen_aot.runtime.engine.kv_memory import Block
+from qwen_aot.runtime.engine.kv_memory import Block, Runs
 
 __all__ = ["CudaMemory"]
 
@@ -16,6 +16,7 @@ class CudaMemory:
     """
 
     device = "cuda"
+    is_lazy = False
 
     def __init__(self, cuda: Cuda | None = None) -> None:
         """Looks for a GPU.
@@ -41,14 +42,15 @@ class CudaMemory:
         self._finish("cudaMemset", block.pointer, 0, nbytes)
         return block
 
-    def copy(self, source: Block, source_pitch: int, target: Block, target_pitch: int, width: int) -> None:
+    def copy(self, source: Runs, target: Runs, width: int, count: int) -> None:
         """See `runtime.engine.kv_memory.Memory.copy`."""
-        runs, kind = source.nbytes // source_pitch, self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self._finish("cudaMemcpy2D", target.pointer, target_pitch, source.pointer, source_pitch, width, runs, kind)
+        kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        read, written = source.block.pointer + source.start, target.block.pointer + target.start
+        self._finish("cudaMemcpy2D", written, target.pitch, read, source.pitch, width, count, kind)
 
-    def clear(self, block: Block, start: int, runs: int, pitch: int, skip: int) -> None:
+    def clear(self, target: Runs, width: int, count: int) -> None:
         """See `runtime.engine.kv_memory.Memory.clear`."""
-        self._finish("cudaMemset2D", block.pointer + start + skip, pitch, 0, pitch - skip, runs)
+        self._finish("cudaMemset2D", target.block.pointer + target.start, target.pitch, 0, width, count)
 
     def free(self, block: Block) -> None:
         """See `runtime.engine.kv_memory.Memory.free`."""

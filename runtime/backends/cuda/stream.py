@@ -78,6 +78,11 @@ class CudaStream:
         """Fills the first `width` of each `stride` bytes with zeros, `blocks` times."""
         self._cuda.call("cudaMemset2DAsync", address, stride, 0, width, blocks, self._stream)
 
+    def copy_blocks(self, target: int, source: int, *, stride: int, width: int, blocks: int) -> None:
+        """Copies the first `width` of each `stride` bytes of device memory, `blocks` times; they don't overlap."""
+        kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._cuda.call("cudaMemcpy2DAsync", target, stride, source, stride, width, blocks, kind, self._stream)
+
     def synchronize(self) -> None:
         """Waits for everything asked for so far.
 

@@ -95,9 +95,7 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
         """The onnxruntime.InferenceSession, to inspect; None once closed."""
         return self._session
 
-    def close(self) -> None:
-        """Frees the session and the cache; a closed engine runs nothing more."""
-        super().close()
+    def _free_resources(self) -> None:
         self._session = None
         self._cache.release()
 

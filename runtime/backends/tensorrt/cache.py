@@ -78,22 +78,46 @@ class DeviceCache:
         assert tokens <= self.capacity
         return False
 
-    def scrub(self, row: int) -> None:
-        """Zero-fills a row beyond its length: a step that failed may have left NaN, and 0 x NaN is NaN.
+    def scrub(self, row: int, end: int) -> None:
+        """Zero-fills a row's slots from its length to `end`: a step that failed may have left NaN, and 0 x NaN is NaN.
 
         Comes after a failure, so its own is noted only: the engine can't be used any more then.
         """
         length = int(self.lengths[row])
+        assert end <= self.capacity
+        if end <= length:
+            return
         try:
             for tensor in self.tensors:
                 self._stream.zero_blocks(
                     tensor.row_address(row) + length * tensor.slot_bytes,
                     stride=tensor.head_bytes,
-                    width=(self.capacity - length) * tensor.slot_bytes,
+                    width=(end - length) * tensor.slot_bytes,
                     blocks=tensor.row_shape[0],
                 )
         except CudaError as error:
             self._cuda.lose(error)
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Makes a row hold the first `length` tokens of another.
+
+        Raises:
+            GenerationError: the copy failed; the target is empty.
+        """
+        self._cuda.check_usable()
+        self.lengths[target] = 0
+        if length == 0:
+            return
+        for tensor in self.tensors:
+            self._stream.copy_blocks(
+                tensor.row_address(target),
+                tensor.row_address(source),
+                stride=tensor.head_bytes,
+                width=length * tensor.slot_bytes,
+                blocks=tensor.row_shape[0],
+            )
+        self._stream.synchronize()
+        self.lengths[target] = length
 
     def _allocate(self, tensor: IoTensor, max_batch: int) -> CacheTensor:
         row_shape = tuple(int(size) for size in tensor.shape[1:])

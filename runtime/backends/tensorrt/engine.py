@@ -96,9 +96,7 @@ class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
         self._free.atexit = False
         super().__init__(manifest, cache, *steps)
 
-    def close(self) -> None:
-        """Frees the engine and all of its memory; a closed engine runs nothing more."""
-        super().close()
+    def _free_resources(self) -> None:
         self._free()
 
 

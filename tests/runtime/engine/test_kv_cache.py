@@ -1,5 +1,7 @@
 """KvCache: zero-filled, aligned, grows without losing content."""
 
+import mmap
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +10,14 @@ from hypothesis import strategies as st
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.bundle.manifest import CAPACITY_STEP, IoTensor, cache_capacity
 from qwen_aot.runtime.engine.kv_cache import KvCache
+from qwen_aot.runtime.engine.kv_memory import Block, HostMemory
+
+
+class EagerMemory(HostMemory):
+    """Memory that is taken when it is allocated, as a GPU's is."""
+
+    is_lazy = False
+
 
 TENSORS = (
     IoTensor("past_key_values.0.key", "float16", ("B", 2, "C", 4)),
@@ -16,7 +26,7 @@ TENSORS = (
 
 
 def test_new_memory_is_zero_and_aligned() -> None:
-    cache = KvCache(TENSORS, max_batch=3, max_capacity=2048)
+    cache = KvCache(TENSORS, max_batch=3, max_capacity=2048, memory=EagerMemory())
     key, scale = cache.views(0, 3)
     assert (key.shape, key.dtype) == ((3, 2, CAPACITY_STEP, 4), np.float16)
     assert (scale.shape, scale.dtype) == ((3, 2, CAPACITY_STEP), np.float32)
@@ -35,7 +45,7 @@ def test_views_are_the_memory_of_contiguous_rows() -> None:
 
 
 def test_growth_keeps_content_and_zero_fills_the_rest() -> None:
-    cache = KvCache(TENSORS, max_batch=2, max_capacity=2048)
+    cache = KvCache(TENSORS, max_batch=2, max_capacity=2048, memory=EagerMemory())
     cache.lengths[:] = (3, CAPACITY_STEP)
     rng = np.random.default_rng(0)
     before = []
@@ -55,7 +65,7 @@ def test_growth_keeps_content_and_zero_fills_the_rest() -> None:
 )
 def test_the_capacity_never_passes_the_rotary_tables(max_context: int, prefill_chunk: int, steps: list[float]) -> None:
     positions = cache_capacity(max_context, prefill_chunk)  # what a build gives the tables
-    cache = KvCache(TENSORS[1:], max_batch=1, max_capacity=positions)
+    cache = KvCache(TENSORS[1:], max_batch=1, max_capacity=positions, memory=EagerMemory())
     # The longest step: one more than the context, beside an idle row that is full.
     for share in [*steps, 1.0]:
         tokens = round(share * max_context) + 1
@@ -66,7 +76,7 @@ def test_the_capacity_never_passes_the_rotary_tables(max_context: int, prefill_c
 
 
 def test_without_memory_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = KvCache(TENSORS, max_batch=2, max_capacity=2048)
+    cache = KvCache(TENSORS, max_batch=2, max_capacity=2048, memory=EagerMemory())
     cache.views(0, 2)[0][:] = 5
     zeros = np.zeros
     calls = iter([zeros, None])
@@ -102,3 +112,76 @@ def test_a_fixed_capacity() -> None:
 def test_bfloat16_is_kept_as_its_bits() -> None:
     cache = KvCache((IoTensor("k", "bfloat16", ("B", 2, "C", 4)),), max_batch=1, max_capacity=256)
     assert cache.views(0, 1)[0].dtype == np.uint16
+
+
+def test_where_untouched_memory_takes_no_room_nothing_ever_moves() -> None:
+    tensors = (IoTensor("k", "float32", ("B", 16, "C", 64)),) * 8
+    before = _resident_bytes()
+    cache = KvCache(tensors, max_batch=16, max_capacity=32768)
+    assert (cache.capacity, cache.nbytes) == (32768, 16 * 8 * 16 * 32768 * 64 * 4)  # 16 GiB
+    regions = cache.regions(0, 16)
+    cache.lengths[:] = 100
+    for view in cache.views(0, 16):
+        assert not view[3, :, :100].any()
+        view[3, :, :100] = 7
+    cache.copy_row(3, 9, 100)
+    cache.scrub(9, 103)
+    # Two rows of 100 tokens in 8 arrays are 26 MB, in whole pages; of the 16 GiB nothing else has been touched.
+    assert _resident_bytes() - before < 60 << 20
+    assert cache.reserve(32768) is False
+    assert cache.regions(0, 16) == regions
+
+
+def test_a_system_that_refuses_so_many_addresses_gets_a_cache_that_grows() -> None:
+    class Limited(HostMemory):
+        def allocate(self, nbytes: int) -> Block:
+            if nbytes > 1 << 20:
+                raise MemoryError
+            return super().allocate(nbytes)
+
+    cache = KvCache(TENSORS, max_batch=3, max_capacity=1 << 20, memory=Limited())
+    assert cache.capacity == CAPACITY_STEP
+    assert cache.reserve(CAPACITY_STEP + 1) is True
+
+
+@given(
+    memory=st.sampled_from([HostMemory, EagerMemory]),
+    lengths=st.tuples(*[st.integers(0, CAPACITY_STEP)] * 3),
+    rows=st.permutations(range(3)),
+    share=st.floats(0, 1),
+)
+def test_a_copied_row_holds_that_beginning_and_the_others_are_as_they_were(
+    memory: type[HostMemory], lengths: tuple[int, int, int], rows: list[int], share: float
+) -> None:
+    cache = KvCache(TENSORS, max_batch=3, max_capacity=2048, memory=memory())
+    cache.lengths[:] = lengths
+    rng = np.random.default_rng(0)
+    for view in cache.views(0, 3):
+        view[:, :, :CAPACITY_STEP] = rng.standard_normal((3, 2, CAPACITY_STEP, *view.shape[3:]))
+    expected = [view.copy() for view in cache.views(0, 3)]
+    source, target, _ = rows
+    length = int(share * lengths[source])
+    cache.copy_row(source, target, length)
+    for array, view in zip(expected, cache.views(0, 3), strict=True):
+        array[target, :, :length] = array[source, :, :length]
+        np.testing.assert_array_equal(view, array)
+    assert cache.lengths.tolist() == [length if row == target else lengths[row] for row in range(3)]
+
+
+def test_scrubbing_clears_what_a_step_may_have_written_and_no_more() -> None:
+    cache = KvCache(TENSORS, max_batch=2, max_capacity=2048)
+    cache.lengths[:] = (3, 5)
+    for view in cache.views(0, 2):
+        view[:, :, :20] = 1
+    cache.scrub(1, 9)
+    cache.scrub(0, 3)
+    for view in cache.views(0, 2):
+        assert (view[0, :, :20] == 1).all()
+        assert (view[1, :, :5] == 1).all() and not view[1, :, 5:9].any() and (view[1, :, 9:20] == 1).all()
+    with pytest.raises(AssertionError, match="2049 slots of a row of 2048"):
+        cache.scrub(0, 2049)
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE

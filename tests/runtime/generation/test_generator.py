@@ -100,16 +100,23 @@ def test_a_finished_row_is_refilled_while_others_go_on() -> None:
 
 def test_the_step_covers_only_rows_in_use() -> None:
     generator, engine = make_generator(max_batch=3)
-    requests = [Request([n + 1], GenerationConfig(max_new_tokens=n)) for n in (2, 6, 4)]
+    requests = [Request([n + 1], GenerationConfig(max_new_tokens=n)) for n in (3, 7, 4)]
     list(generator.stream(requests))
-    # All three; then the first is done; then the last.
-    assert [(first, len(ids)) for first, ids in engine.decodes] == [(0, 3), (1, 2), (1, 2), (1, 1), (1, 1)]
+    # The rows come in one by one; the first is done when the third comes; then the last.
+    assert [(first, len(ids)) for first, ids in engine.decodes] == [(0, 1), (0, 2), *[(1, 2)] * 3, (1, 1)]
 
 
 def test_an_idle_row_between_others_is_marked() -> None:
     generator, engine = make_generator(max_batch=3)
-    list(generator.stream([Request([n], GenerationConfig(max_new_tokens=n)) for n in (4, 2, 4)]))
-    assert [ids[1] < 0 for _, ids in engine.decodes] == [False, True, True]
+    long = [1] * 30  # 4 chunks
+    requests = [Request(prompt, GenerationConfig(max_new_tokens=12)) for prompt in ([1], long, [2])]
+    list(generator.stream(requests))
+    assert [[id_ >= 0 for id_ in ids] for _, ids in engine.decodes[:6]] == [
+        [True],  # while row 1 has its first chunk
+        [True],  # row 2 its only one
+        *[[True, False, True]] * 3,  # row 1 the other three
+        [True, True, True],
+    ]
 
 
 def test_long_prompts_are_prefilled_in_chunks() -> None:

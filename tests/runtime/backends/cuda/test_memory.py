@@ -12,7 +12,8 @@ from qwen_aot.runtime.backends.cuda.memory import CudaMemory
 from qwen_aot.runtime.backends.cuda.runtime import Cuda
 from qwen_aot.runtime.bundle.manifest import CAPACITY_STEP, IoTensor
 from qwen_aot.runtime.engine.kv_cache import KvCache
-from qwen_aot.runtime.engine.kv_memory import HostMemory
+from qwen_aot.runtime.engine.kv_memory import Runs
+from tests.runtime.engine.test_kv_cache import EagerMemory
 from tests.runtime.fake_cuda import Code, FakeCuda
 
 TENSORS = (
@@ -33,10 +34,10 @@ def test_runs_are_copied_and_cleared() -> None:
     memory = CudaMemory(Cuda(fake))
     small, large = memory.allocate(6), memory.allocate(10)
     fake.write(small.pointer, b"abcdef")
-    memory.copy(small, 3, large, 5, 2)
-    assert fake.read(large.pointer, 10) == b"ab\0\0\0de\0\0\0"
-    memory.clear(small, 3, 1, 3, 1)
-    assert fake.read(small.pointer, 6) == b"abcd\0\0"
+    memory.copy(Runs(small, 0, 3), Runs(large, 1, 5), 2, 2)
+    assert fake.read(large.pointer, 10) == b"\0ab\0\0\0de\0\0"
+    memory.clear(Runs(small, 1, 3), 1, 2)
+    assert fake.read(small.pointer, 6) == b"a\0cd\0f"
     assert fake.unfinished == 0
 
 
@@ -67,7 +68,7 @@ def test_an_error_of_the_gpu_says_which_work_failed() -> None:
     block = memory.allocate(8)
     fake.fails = Code.cudaErrorIllegalAddress
     with pytest.raises(GenerationError, match="the GPU failed in cudaDeviceSynchronize: cudaErrorIllegalAddress"):
-        memory.clear(block, 0, 1, 8, 0)
+        memory.clear(Runs(block, 0, 8), 8, 1)
     memory.free(block)
     with pytest.raises(GenerationError, match="the GPU failed in cudaFree: cudaErrorInvalidValue"):
         memory.free(block)
@@ -85,14 +86,18 @@ def contents(fake: FakeCuda, cache: KvCache) -> list[np.ndarray]:
 
 def test_a_cache_on_the_gpu_holds_what_one_on_the_host_holds() -> None:
     fake, rng = FakeCuda(), np.random.default_rng(0)
-    host = KvCache(TENSORS, max_batch=3, max_capacity=2048, memory=HostMemory())
+    host = KvCache(TENSORS, max_batch=3, max_capacity=2048, memory=EagerMemory())
     gpu = KvCache(TENSORS, max_batch=3, max_capacity=2048, memory=CudaMemory(Cuda(fake)))
     for cache in (host, gpu):
         cache.lengths[:] = (3, 250, 7)
     for view, region in zip(host.views(0, 3), gpu.regions(0, 3), strict=True):
         view[...] = rng.standard_normal(view.shape)
         fake.write(region.pointer, view.tobytes())
-    for work in (lambda cache: cache.reserve(CAPACITY_STEP + 1), lambda cache: cache.scrub(1)):
+    for work in (
+        lambda cache: cache.reserve(CAPACITY_STEP + 1),
+        lambda cache: cache.scrub(1, 300),
+        lambda cache: cache.copy_row(1, 2, 77),
+    ):
         work(host)
         work(gpu)
         for view, array in zip(host.views(0, 3), contents(fake, gpu), strict=True):

@@ -18,6 +18,7 @@ from qwen_aot.runtime.backends.open import open_engine
 from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine, OrtOptions
 from qwen_aot.runtime.bundle.load import load_bundle
 from qwen_aot.runtime.bundle.manifest import CAPACITY_STEP
+from qwen_aot.runtime.engine.kv_memory import HostMemory
 from qwen_aot.runtime.engine.protocol import NonFiniteLogitsError
 from tests.runtime.toys import (
     ALL_INPUTS,
@@ -135,7 +136,26 @@ def test_idle_rows_do_not_move(engine: OnnxRuntimeEngine, idle_holds: int) -> No
     assert engine.prefill(1, ids(50)).argmax() == checksum([*held, 50])
 
 
-def test_the_cache_grows_and_keeps_content(engine: OnnxRuntimeEngine) -> None:
+@pytest.fixture
+def growing(checksum_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OnnxRuntimeEngine]:
+    """An engine as on a system where all memory takes room."""
+    monkeypatch.setattr(HostMemory, "is_lazy", False)
+    with OnnxRuntimeEngine(load_bundle(checksum_bundle), OrtOptions(threads=1)) as engine:
+        yield engine
+
+
+def test_a_reserved_cache_grows_before_the_steps(growing: OnnxRuntimeEngine) -> None:
+    growing.reserve(1000)
+    before = growing.cache.regions(0, 4)
+    growing.prefill(0, np.ones(990, np.int64))
+    for _ in range(10):
+        growing.decode(0, ids(1, -1))
+    assert growing.decode(0, ids(-1, 2))[1].argmax() == checksum([2])  # beside an idle row that is full
+    assert growing.cache.regions(0, 4) == before
+
+
+def test_the_cache_grows_and_keeps_content(growing: OnnxRuntimeEngine) -> None:
+    engine = growing
     first = list(range(CAPACITY_STEP - 1))
     ids_below = [token_id % VOCAB_SIZE for token_id in first]
     other = [3, 2, 1]
@@ -277,6 +297,25 @@ def test_a_row_does_not_depend_on_the_others(attention: tuple[OnnxRuntimeEngine,
         engine.prefill(1, ids(*sequence))
         results.append(engine.decode(0, ids(8 if fill else -1, 3, 9 if fill else -1))[1].copy())
     np.testing.assert_array_equal(results[0], results[1])
+
+
+def test_a_copied_row_goes_on_by_itself(attention: tuple[OnnxRuntimeEngine, float]) -> None:
+    engine, tolerance = attention
+    sequence = RNG.integers(0, VOCAB_SIZE, 30).tolist()
+    engine.prefill(0, ids(*sequence))
+    engine.prefill(2, ids(*RNG.integers(0, VOCAB_SIZE, 60)))
+    engine.copy_row(0, 2, 21)
+    assert engine.cache_length.tolist() == [30, 0, 21, 0]
+    logits = engine.decode(0, ids(7, -1, 8))
+    np.testing.assert_allclose(logits[0], attention_reference([*sequence, 7]), atol=tolerance)
+    np.testing.assert_allclose(logits[2], attention_reference([*sequence[:21], 8]), atol=tolerance)
+    with pytest.raises(GenerationError, match="row 2 can't be copied up to 23 tokens; accepted: 0 to the 22 it holds"):
+        engine.copy_row(2, 0, 23)
+    engine.close()
+    with pytest.raises(GenerationError, match="the engine is closed"):
+        engine.copy_row(0, 1, 0)
+    with pytest.raises(GenerationError, match="the engine is closed"):
+        engine.reserve(1)
 
 
 @pytest.mark.parametrize("rubbish", [np.nan, 65504.0])

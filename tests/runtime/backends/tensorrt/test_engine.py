@@ -171,6 +171,41 @@ def test_a_full_context_is_refused_and_nothing_is_written(checksum_bundle: Path)
         assert engine.cache_length.tolist() == [2, 1000, 0, 0]
 
 
+def test_a_copied_row_goes_on_by_itself(checksum_bundle: Path) -> None:
+    with opened(checksum_bundle) as (engine, gpu):
+        engine.prefill(0, ids(1, 2, 3, 4))
+        engine.prefill(3, ids(*range(50, 70)))  # longer than what comes
+        engine.copy_row(0, 3, 3)
+        assert engine.cache_length.tolist() == [4, 0, 0, 3]
+        logits = engine.decode(0, ids(5, -1, -1, 6))
+        assert [int(logits[0].argmax()), int(logits[3].argmax())] == [checksum([1, 2, 3, 4, 5]), checksum([1, 2, 3, 6])]
+        engine.copy_row(0, 1, 0)
+        assert engine.cache_length.tolist() == [5, 0, 0, 4]
+        for source, target, length, message in (
+            (0, 0, 1, "row 0 can't be copied to itself"),
+            (0, 1, 6, "row 0 can't be copied up to 6 tokens; accepted: 0 to the 5 it holds"),
+            (0, 4, 1, "rows 4 to 4 were asked for; accepted: 0 to 3"),
+        ):
+            with pytest.raises(GenerationError, match=message):
+                engine.copy_row(source, target, length)
+        assert gpu.calls["cudaMemcpy2DAsync"] == len(engine.cache.tensors)
+        engine.reserve(1000)  # all of it is there from the start
+        with pytest.raises(ContextFullError):
+            engine.reserve(1001)
+
+
+def test_a_copy_that_fails_leaves_the_target_empty(checksum_bundle: Path) -> None:
+    with opened(checksum_bundle) as (engine, gpu):
+        engine.prefill(0, ids(1, 2, 3))
+        engine.prefill(1, ids(4))
+        gpu.fail("cudaMemcpy2DAsync", nth=2)
+        with pytest.raises(GenerationError, match="the GPU failed in cudaMemcpy2DAsync: cudaErrorUnknown"):
+            engine.copy_row(0, 1, 3)
+        assert engine.cache_length.tolist() == [3, 0, 0, 0]
+        engine.copy_row(0, 1, 3)
+        assert engine.decode(1, ids(9))[0].argmax() == checksum([1, 2, 3, 9])
+
+
 def test_a_chat_goes_on_where_it_was_cut(checksum_bundle: Path) -> None:
     with opened(checksum_bundle) as (engine, _):
         engine.prefill(0, ids(1, 2, 3, 4))
