@@ -108,8 +108,9 @@ def test_fp8_is_built_for_the_gpus_that_have_it(checkpoints: Path, tmp_path: Pat
 
 
 def test_the_head_is_quantized_on_request(checkpoints: Path, tmp_path: Path) -> None:
-    plain, _ = build(checkpoints / "mha", tmp_path / "plain", spec_of(Precision.INT8))
-    quantized, _ = build(checkpoints / "mha", tmp_path / "quantized", spec_of(Precision.INT8, quantize_head=True))
+    specs = {"plain": spec_of(Precision.INT8), "quantized": spec_of(Precision.INT8, quantize_head=True)}
+    built = {name: build(checkpoints / "mha", tmp_path / name, spec)[0] for name, spec in specs.items()}
+    plain, quantized = built["plain"].engines.text, built["quantized"].engines.text
     assert plain.tensorrt is not None and quantized.tensorrt is not None
     assert plain.tensorrt.weight_bytes - quantized.tensorrt.weight_bytes > 100 * 128  # a byte for each of [131, 128]
     assert quantized.quantization == {"symmetric": True, "quantize_head": True}

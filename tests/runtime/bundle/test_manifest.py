@@ -268,6 +268,7 @@ Edit = Callable[[dict[str, Any]], Any]
             lambda d: text(d).update(logits_rows=8),
             r"logits_rows is 8, and the output 'last_logits' is absent; accepted: float32 \[B, logits_rows, 211\]",
         ),
+        (lambda d: text(d).update(logits_rows=0), "logits_rows is 0; accepted: 1 to 2147483647"),
         (lambda d: text(d).update(plan=[]), r"text: plan is \[\]; accepted: an object or null"),
         (
             lambda d: text(d).update(plan={"verify": STEP}),
