@@ -68,7 +68,7 @@ def test_verify_passes_with_the_stated_bounds(precision: str, bundle: Callable[[
 def test_int8_loses_little_whatever_the_cpu(bundle: Callable[[str], Path]) -> None:
     """On 1552 positions, where KL is known to 0.0002 and the ratio, whose logarithm it foretells, to 0.003.
 
-    All CPUs' kernels round alike (tests/exporter/lowering/test_ort.py) and add in different orders, after which
+    All CPUs' kernels round alike (tests/exporter/lowering/ort/test_contrib.py) and add in different orders, after which
     activations halfway between two codes fall to either side. Norm weights moved by their last bit do the same on one
     CPU: ten times, KL was 0.0060 to 0.0063 and the ratio 1.004 to 1.012. Blocks of 64 have 0.0103, which this refuses.
     """

@@ -52,7 +52,9 @@ def gpu_of(device: str) -> Gpu:
     """
     facts = DEVICES[device]
     if facts.compute is None:
-        raise BuildError(f"what {facts.name} computes isn't listed in engines/devices.py; accepted: {', '.join(GPUS)}")
+        raise BuildError(
+            f"what {facts.name} computes isn't listed in engines/planner/devices.py; accepted: {', '.join(GPUS)}"
+        )
     compute = facts.compute
     return Gpu(
         sm=facts.capability_name,

@@ -1,6 +1,6 @@
 """Polygraphy's runner on engines of whichever TensorRT flavours are installed.
 
-Without a GPU the same runner is tested on doubles (tests/engines/test_compare_engine.py).
+Without a GPU the same runner is tested on doubles (tests/engines/verify/test_compare_engine.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The TensorRT backend on a GPU: whichever flavours are installed, with tiny engines built here.
 
-Without a GPU the same logic is tested on doubles (tests/runtime/backends/test_tensorrt.py). TensorRT's own layers;
+Without a GPU the same logic is tested on doubles (tests/runtime/backends/tensorrt/test_engine.py). TensorRT's own layers;
 those of plugins have tests/gpu/test_tensorrt_plugins.py.
 """
 

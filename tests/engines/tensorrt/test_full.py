@@ -1,6 +1,6 @@
 """The `tensorrt` target on a strict double of its module: the real one needs a GPU and was not run.
 
-Without plugins here; those have tests/engines/test_tensorrt_plugins.py.
+Without plugins here; those have tests/engines/tensorrt/test_plugins.py.
 """
 
 from __future__ import annotations
