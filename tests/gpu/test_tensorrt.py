@@ -1,7 +1,7 @@
 """The TensorRT backend on a GPU: whichever flavours are installed, with tiny engines built here.
 
-Without a GPU the same logic is tested on doubles (tests/runtime/backends/tensorrt/test_engine.py). TensorRT's own layers;
-those of plugins have tests/gpu/test_tensorrt_plugins.py.
+Without a GPU the same logic is tested on doubles (tests/runtime/backends/tensorrt/test_engine.py). TensorRT's own
+layers; those of plugins have tests/gpu/test_tensorrt_plugins.py.
 """
 
 from __future__ import annotations

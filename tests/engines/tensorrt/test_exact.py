@@ -1,6 +1,7 @@
 """The very file that TensorRT's parser is given, run by ONNX Runtime on the CPU, against transformers.
 
-tests/exporter/lowering/tensorrt/test_standard.py has each precision of the lowering alone; this goes through a whole build.
+tests/exporter/lowering/tensorrt/test_standard.py has each precision of the lowering alone; this goes through a
+whole build.
 """
 
 from __future__ import annotations
