@@ -37,6 +37,7 @@ class Step:
         copies: source row, target row and length, of each copy.
         calls: all of them in the form of schedule.json.
         events: what the step returned.
+        prefilling: the requests in rows whose prompt isn't whole after the step.
     """
 
     decodes: list[tuple[int, list[int]]] = field(default_factory=list)
@@ -44,6 +45,7 @@ class Step:
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     calls: list[list[object]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    prefilling: set[int] = field(default_factory=set)
 
     @property
     def ended(self) -> list[tuple[int, FinishReason]]:
@@ -111,6 +113,7 @@ def run(
                 batch.add(Request(each.prompt, config, cancel, keep_cache=each.keep_cache))
         engine.step = Step()
         engine.step.events = batch.step()
+        engine.step.prefilling = {row.index for row in batch._rows if row is not None and not row.is_prefilled}
         steps.append(engine.step)
         check_rows(batch, engine)
     return steps

@@ -1,5 +1,6 @@
 """The scheduler: bounded steps, no starvation, fair turns, one end for each request, rows that move."""
 
+import itertools
 import json
 from collections import Counter
 
@@ -132,13 +133,19 @@ def test_what_holds_of_every_schedule(plan: list[Planned], rows: int, prefill_ch
         if tokens[index]:
             assert [n for n in given_out if n < end_of[index][0]] == list(range(last, end_of[index][0]))
 
-    # Turns: from the later one's first chunk to the earlier one's last, two prompts' chunks alternate.
-    for a in first:
-        for b in first[first.index(a) + 1 :]:
-            begin = min(number for number, index in chunks if index == b)
-            end = min(max(number for number, index in chunks if index == which) for which in (a, b))
-            count = Counter(index for number, index in chunks if begin <= number <= end)
-            assert abs(count[a] - count[b]) <= 1 or end < begin
+    # No step passes over the prompts in rows, and as long as two are there, neither gets two chunks more.
+    for before, step in itertools.pairwise(steps):
+        if before.prefilling - {index for index, _ in step.ended}:
+            assert len(step.prefills) == 1
+    for a, b in itertools.combinations(first, 2):
+        together = [
+            number
+            for number, before in enumerate(steps[:-1], 1)
+            if {a, b} <= before.prefilling
+            and not {(a, FinishReason.CANCELLED), (b, FinishReason.CANCELLED)} & set(steps[number].ended)
+        ]
+        count = Counter(index for number, index in chunks if number in together)
+        assert abs(count[a] - count[b]) <= 1
 
 
 def requests_of(batch: Batch, new: dict[int, int], prompt_tokens: dict[int, int] | None = None) -> None:
