@@ -5,8 +5,8 @@
 Each kernel of one layer and step is captured into a CUDA graph of many launches, over copies of the step's tensors that
 together exceed L2 several times, and the graph is replayed between two CUDA events. Printed: microseconds a launch
 (median of the rounds), the bytes that the model counts over that time, which part of the card's bandwidth it is, and
-the model's bound. Bandwidth is that of engines/planner/devices.py, or else the memory clock times the bus width that the
-driver reports; a Jetson reports another, and must be named. What a kernel reads of the one before it (parts, inner
+the model's bound. Bandwidth is that of engines/planner/devices.py, or else the memory clock times the bus width that
+the driver reports; a Jetson reports another, and must be named. What a kernel reads of the one before it (parts, inner
 activations) may be in L2, as in a real step.
 """
 
