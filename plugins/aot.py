@@ -85,7 +85,7 @@ def _sources(module: str) -> list[Path]:
             found[name] = _origin(name)
             nodes = ast.walk(ast.parse(found[name].read_bytes()))
             imported = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
-            pending += [other for other in imported if other.startswith("plugins.kernels.")]
+            pending += [other for other in imported if other.startswith("qwen_aot.plugins.kernels.")]
     return [found[name] for name in sorted(found)]
 
 

@@ -232,11 +232,17 @@ def compare(
 
 
 def _require_same_model(manifest: Manifest, checkpoint: Checkpoint) -> None:
-    for name in ("vocab_size", "num_hidden_layers", "num_parameters"):
-        ours, theirs = getattr(manifest.model, name), getattr(checkpoint.config, name)
+    from qwen_aot.exporter.model.tensors import num_parameters
+
+    model, config = manifest.model, checkpoint.config
+    for name, ours, theirs in (
+        ("vocab_size", model.vocab_size, config.vocab_size),
+        ("num_hidden_layers", model.num_hidden_layers, config.num_hidden_layers),
+        ("num_parameters", model.num_parameters, num_parameters(config)),
+    ):
         if ours != theirs:
             raise CheckpointError(
-                f"the reference {checkpoint.path} has {name} {theirs:,}, the bundle's model {manifest.model.name} has "
+                f"the reference {checkpoint.path} has {name} {theirs:,}, the bundle's model {model.name} has "
                 f"{ours:,}: give the checkpoint that the bundle was built from"
             )
 

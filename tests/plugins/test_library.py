@@ -238,7 +238,7 @@ def test_a_full_disk_and_ctrl_c_leave_the_standing_library(tmp_path, monkeypatch
         (("_compile", interrupt), 130, "interrupted\n"),
     ):
         monkeypatch.setattr(library, "_compile", make_library)
-        monkeypatch.setattr(f"plugins.library.{step[0]}", step[1])
+        monkeypatch.setattr(f"qwen_aot.plugins.library.{step[0]}", step[1])
         assert library.main() == code
         assert capsys.readouterr().err == said
         assert (out / library.FILE_NAME).read_bytes() == b"old"
