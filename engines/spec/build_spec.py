@@ -13,7 +13,7 @@ from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, Form, Tensor
 from qwen_aot.errors import BuildError
 from qwen_aot.runtime.bundle.flavours import FLAVOURS
 
-__all__ = ["BuildSpec", "Precision", "Target"]
+__all__ = ["BuildSpec"]
 
 _Name = TypeVar("_Name", bound=str)
 

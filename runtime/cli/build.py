@@ -26,7 +26,8 @@ def _either(kinds: Iterable[str]) -> str:
 
 
 def _targets() -> str:
-    from qwen_aot.engines.spec.build_spec import BuildSpec, Target
+    from qwen_aot.engines.spec.build_spec import BuildSpec
+    from qwen_aot.engines.spec.targets import Target
 
     return f"{_either(Target)}: where it runs.  [default: {BuildSpec().target}]"
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _targets() -> str:
-    from qwen_aot.engines.spec.build_spec import Target
+    from qwen_aot.engines.spec.targets import Target
 
     return f"{', '.join(Target)}.  [default: each device's]"
 

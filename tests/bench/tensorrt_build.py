@@ -65,7 +65,9 @@ def run(options: argparse.Namespace, side: str, folder: str) -> dict[str, Any]:
 
 
 def _spec(options: argparse.Namespace) -> Any:
-    from qwen_aot.engines.spec.build_spec import BuildSpec, Precision, Target
+    from qwen_aot.engines.spec.build_spec import BuildSpec
+    from qwen_aot.engines.spec.precisions import Precision
+    from qwen_aot.engines.spec.targets import Target
     from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 
     return BuildSpec(

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from qwen_aot.engines.build import build_bundle
-from qwen_aot.engines.spec.build_spec import BuildSpec, Precision
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.precisions import Precision
 from qwen_aot.engines.verify.compare_engine import compare_in_process
 from qwen_aot.runtime.backends.cuda.runtime import find_device, load_cuda
 from tests.checkpoints import save_tiny

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwen_aot.engines.planner.devices import DEVICES, find_device
-from qwen_aot.engines.spec.build_spec import Target
+from qwen_aot.engines.spec.targets import Target
 from qwen_aot.errors import BuildError
 
 # GiB, bits of the memory bus, transfers a second of one bit, compute capability.

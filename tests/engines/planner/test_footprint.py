@@ -17,7 +17,9 @@ from qwen_aot.engines.onnxruntime import cpu as onnxruntime
 from qwen_aot.engines.onnxruntime import cuda
 from qwen_aot.engines.planner.activations import activation_bytes
 from qwen_aot.engines.planner.footprint import footprint
-from qwen_aot.engines.spec.build_spec import BuildSpec, Precision, Target
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.precisions import Precision
+from qwen_aot.engines.spec.targets import Target
 from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from qwen_aot.engines.planner.devices import DEVICES
 from qwen_aot.engines.planner.footprint import footprint
 from qwen_aot.engines.planner.plans import Plan, largest_batch, longest_context, plan, plans, refusal_of
-from qwen_aot.engines.spec.build_spec import BuildSpec, Precision, Target
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.precisions import Precision
+from qwen_aot.engines.spec.targets import Target
 from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.errors import BuildError, ExportError
 from qwen_aot.exporter.graph.trace import trace

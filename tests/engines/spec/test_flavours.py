@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from qwen_aot.engines.spec.build_spec import BuildSpec, Precision, Target
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.precisions import Precision
+from qwen_aot.engines.spec.targets import Target
 from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.engines.tensorrt import library as tensorrt_library
 from qwen_aot.engines.tensorrt.library import known_capabilities, load, require_capabilities

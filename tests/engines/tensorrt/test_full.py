@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from qwen_aot.engines.build import build_bundle
-from qwen_aot.engines.spec.build_spec import BuildSpec, Target
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.targets import Target
 from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.engines.verify.layer_graphs import bound_for, compare_bundle_layers
 from qwen_aot.errors import BuildError

@@ -11,7 +11,9 @@ import pytest
 
 from qwen_aot.engines.build import build_bundle
 from qwen_aot.engines.planner.footprint import footprint
-from qwen_aot.engines.spec.build_spec import BuildSpec, Precision, Target
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.precisions import Precision
+from qwen_aot.engines.spec.targets import Target
 from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
 from qwen_aot.exporter.model.config import ModelConfig

@@ -11,7 +11,8 @@ import onnx_ir as ir
 import pytest
 
 from qwen_aot.engines.build import build_bundle
-from qwen_aot.engines.spec.build_spec import BuildSpec, Precision
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.precisions import Precision
 from qwen_aot.engines.verify.compare_engine import compare_in_process
 from qwen_aot.errors import BuildError, EngineMismatchError
 from tests.checkpoints import save_tiny

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_aot.engines.spec.build_spec import BuildSpec, Target
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.targets import Target
 from qwen_aot.runtime.bundle.flavours import FLAVOURS, flavour_of
 
 EXTRAS = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]["optional-dependencies"]

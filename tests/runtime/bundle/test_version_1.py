@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from qwen_aot.engines.build import build_bundle
-from qwen_aot.engines.spec.build_spec import BuildSpec, Precision
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.precisions import Precision
 from qwen_aot.errors import BundleError
 from qwen_aot.runtime.bundle.load import load_bundle
 from qwen_aot.runtime.generation.generator import Generator

@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qwen_aot.engines.build import build_bundle
-from qwen_aot.engines.spec.build_spec import BuildSpec, Precision
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.precisions import Precision
 from qwen_aot.runtime.cli.main import qwen_aot
 from tests.checkpoints import save_tiny
 

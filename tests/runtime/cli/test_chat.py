@@ -71,7 +71,8 @@ def test_a_full_context_is_a_note_and_the_chat_goes_on(run: Run, bundle: Path) -
 
 def test_a_bundle_without_a_template_is_refused(run: Run, tmp_path: Path) -> None:
     from qwen_aot.engines.build import build_bundle
-    from qwen_aot.engines.spec.build_spec import BuildSpec, Precision
+    from qwen_aot.engines.spec.build_spec import BuildSpec
+    from qwen_aot.engines.spec.precisions import Precision
     from tests.checkpoints import save_tiny
 
     save_tiny(tmp_path / "bare")
