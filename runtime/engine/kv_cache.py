@@ -8,7 +8,7 @@ unused; `reserve` makes it grow before there is anything to copy.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ from numpy.typing import DTypeLike, NDArray
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.bundle.manifest import CAPACITY_STEP, IoTensor
 from qwen_aot.runtime.engine.kv_memory import Block, HostMemory, Memory, Runs
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["STORAGE_DTYPES", "KvCache", "Region"]
 
@@ -74,8 +76,10 @@ class KvCache:
         self._blocks: list[Block] = []
         if self.memory.is_lazy and self.capacity < self._limit:
             # Where so much isn't even given as addresses (a limit of the system), what is needed may yet be.
-            with contextlib.suppress(GenerationError):
+            try:
                 self._blocks, self.capacity = self._allocate(self._limit), self._limit
+            except GenerationError as error:
+                logger.warning("the KV cache can't be reserved whole and will grow by copying: %s", error)
         self._blocks = self._blocks or self._allocate(self.capacity)
 
     @property
@@ -86,11 +90,8 @@ class KvCache:
     def reserve(self, tokens: int) -> bool:
         """Makes room for `tokens` per row, keeping content; returns whether the arrays moved.
 
-        New arrays are filled, and old ones freed, one at a time: in host memory, where untouched pages take no room,
-        the peak is the new cache and one old array.
-
         Raises:
-            GenerationError: there is no memory for it; the cache is as it was.
+            GenerationError: there is no memory for it, or the copy failed; the cache is as it was.
         """
         if tokens <= self.capacity:
             return False
@@ -100,14 +101,19 @@ class KvCache:
         capacity = min(-(-wanted // CAPACITY_STEP) * CAPACITY_STEP, self._limit)
         used = int(self.lengths.max())
         grown = self._allocate(capacity)
-        for index, (tensor, new) in enumerate(zip(self._tensors, grown, strict=True)):
-            old, slot = self._blocks[index], _slot_bytes(tensor)
-            if used:
-                source, target = Runs(old, 0, self.capacity * slot), Runs(new, 0, capacity * slot)
-                self.memory.copy(source, target, used * slot, self._max_batch * int(tensor.shape[1]))
-            self._blocks[index] = new
+        try:
+            for tensor, old, new in zip(self._tensors, self._blocks, grown, strict=True):
+                if used:
+                    slot = _slot_bytes(tensor)
+                    source, target = Runs(old, 0, self.capacity * slot), Runs(new, 0, capacity * slot)
+                    self.memory.copy(source, target, used * slot, self._max_batch * int(tensor.shape[1]))
+        except BaseException:
+            for new in grown:
+                self.memory.free(new)
+            raise
+        replaced, self._blocks, self.capacity = self._blocks, grown, capacity
+        for old in replaced:
             self.memory.free(old)
-        self.capacity = capacity
         return True
 
     def scrub(self, row: int, end: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import sys
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 __all__ = ["Block", "HostMemory", "Memory", "Runs"]
 
 _ALIGNMENT = 64  # bytes: a cache line and an AVX-512 register; numpy itself aligns to 16
-_MAP_NORESERVE = 0x4000  # Linux; Python's mmap has no name for it before 3.13
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has no name for it before 3.13; Linux's number
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,8 @@ def _untouched(nbytes: int) -> NDArray[np.uint8]:
     numpy's own allocation asks for them.
     """
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-    pages.madvise(mmap.MADV_NOHUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages (a real-time one, say) knows no such advice
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(pages, np.uint8)
 
 

@@ -52,7 +52,7 @@ class Engine(Protocol):
     def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends tokens [n], n >= 1, to a row, in chunks; returns the logits [V] of the last one.
 
-        The returned memory is valid until the next call.
+        The returned memory is valid until the next `prefill`, `decode` or `close`.
 
         Raises:
             ContextFullError: they don't fit.
@@ -64,7 +64,7 @@ class Engine(Protocol):
         """Appends one token [B] to each of B contiguous rows; returns logits [B, V].
 
         A negative id marks an idle row: nothing of it moves and its logits are meaningless. The returned
-        memory is valid until the next call.
+        memory is valid until the next `prefill`, `decode` or `close`.
 
         Raises:
             ContextFullError: a row is full.
@@ -88,8 +88,8 @@ class Engine(Protocol):
     def reserve(self, tokens: int) -> None:
         """Allocates now what rows of `tokens` need, so that no step of them allocates or moves the cache.
 
-        For who serves many: `manifest.max_context` before the first request. Memory that takes room only once it
-        is touched is reserved from the start.
+        For who serves many: `manifest.max_context` before the first request. Host memory on Linux takes room only once
+        it is touched: there the addresses are reserved from the start, and this allocates and checks nothing more.
 
         Raises:
             ContextFullError: it is more than the context.

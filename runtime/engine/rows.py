@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.bundle.manifest import Manifest
+from qwen_aot.runtime.engine.exclusive import Exclusive
 from qwen_aot.runtime.engine.protocol import NonFiniteLogitsError, check_finite, check_room
 
 __all__ = ["Cache", "RowEngine", "Step"]
@@ -78,7 +78,7 @@ class RowEngine(Generic[StepT, CacheT]):
         self._cache = cache
         self._prefill: StepT | None = prefill
         self._decode: StepT | None = decode
-        self._lock = threading.Lock()
+        self._lock = Exclusive()
         self._is_closing = False  # set without the lock, so that a long prompt sees it between two chunks
 
     @property
@@ -149,12 +149,17 @@ class RowEngine(Generic[StepT, CacheT]):
             self._cache.reserve(tokens + 1)  # a row may stand idle, full, in a step of others
 
     def close(self) -> None:
-        """Waits for a step at work, then ends both; a closed engine runs nothing more. Closing again does nothing."""
+        """Waits for a step at work, then ends both; a closed engine runs nothing more. Closing again does nothing.
+
+        From within a step on the same thread (a signal handler) it is done when the step ends.
+        """
         self._is_closing = True
-        with self._lock:
-            self._prefill = None
-            self._decode = None
-            self._free_resources()
+        self._lock.run(self._end)
+
+    def _end(self) -> None:
+        self._prefill = None
+        self._decode = None
+        self._free_resources()
 
     def _free_resources(self) -> None:
         """Frees what a backend holds; may be called again."""

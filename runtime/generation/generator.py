@@ -12,6 +12,7 @@ from typing import TypeAlias
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.backends.open import open_engine
 from qwen_aot.runtime.bundle.load import load_bundle
+from qwen_aot.runtime.engine.exclusive import Exclusive
 from qwen_aot.runtime.engine.protocol import Engine
 from qwen_aot.runtime.generation.batch import Batch
 from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
@@ -47,7 +48,7 @@ class Generator:
         self._defaults = defaults or GenerationDefaults(eos_token_ids=engine.manifest.model.eos_token_ids)
         self._batch = Batch(engine, tokenizer)
         self._streaming = threading.Lock()  # held by the one stream that runs
-        self._stepping = threading.Lock()  # held during a step: logits lie in the engine's memory until it ends
+        self._stepping = Exclusive()  # held during a step: logits lie in the engine's memory until it ends
 
     @classmethod
     def open(cls, path: str | Path, *, threads: int | None = None, skip_hash_above: int | None = None) -> Generator:
@@ -126,10 +127,12 @@ class Generator:
         return self._stream(requests, prompts)
 
     def _stream(self, requests: Sequence[Request], prompts: list[list[int]]) -> EventStream:
-        if not self._streaming.acquire(blocking=False):
-            raise GenerationError("another stream of this generator isn't finished: end it or close it first")
         errors: list[GenerationError] = []
+        is_ours = False
         try:
+            is_ours = self._streaming.acquire(blocking=False)
+            if not is_ours:
+                raise GenerationError("another stream of this generator isn't finished: end it or close it first")
             self._batch.restart()
             for request, ids in zip(requests, prompts, strict=True):
                 self._batch.add(request, ids)
@@ -144,16 +147,19 @@ class Generator:
             self._batch.abandon()
             raise
         finally:
-            if not self._batch.is_idle:
-                self._batch.clear()
-            self._streaming.release()
+            if is_ours:
+                if not self._batch.is_idle:
+                    self._batch.clear()
+                self._streaming.release()
         if errors:
             raise errors[0]
 
     def close(self) -> None:
-        """Closes the engine once no step runs; a stream that isn't finished fails at its next one."""
-        with self._stepping:
-            self._engine.close()
+        """Closes the engine once no step runs; a stream that isn't finished fails at its next one.
+
+        From a signal handler that interrupted a step, it is done when that step ends.
+        """
+        self._stepping.run(self._engine.close)
 
     def __enter__(self) -> Generator:
         return self

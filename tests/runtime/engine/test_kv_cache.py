@@ -1,5 +1,6 @@
 """KvCache: zero-filled, aligned, grows without losing content."""
 
+import errno
 import mmap
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.bundle.manifest import CAPACITY_STEP, IoTensor, cache_capacity
 from qwen_aot.runtime.engine.kv_cache import KvCache
-from qwen_aot.runtime.engine.kv_memory import Block, HostMemory
+from qwen_aot.runtime.engine.kv_memory import Block, HostMemory, Runs
 
 
 class EagerMemory(HostMemory):
@@ -93,6 +94,34 @@ def test_without_memory_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None
     assert cache.capacity == CAPACITY_STEP
     assert [view.shape[2] for view in cache.views(0, 2)] == [CAPACITY_STEP] * 2
     assert (cache.views(0, 2)[0] == 5).all()
+
+
+def test_a_kernel_that_knows_no_huge_pages_gives_memory_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pages(mmap.mmap):
+        def madvise(self, *arguments: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("qwen_aot.runtime.engine.kv_memory.mmap.mmap", Pages)
+    block = HostMemory().allocate(4096)
+    assert block.bytes is not None and not block.bytes.any()
+
+
+def test_growth_whose_copy_fails_leaves_the_cache_as_it_was() -> None:
+    class Failing(EagerMemory):
+        copies = 0
+
+        def copy(self, source: Runs, target: Runs, width: int, count: int) -> None:
+            self.copies += 1
+            if self.copies == 2:
+                raise GenerationError("the device failed")
+            super().copy(source, target, width, count)
+
+    cache = KvCache(TENSORS, max_batch=1, max_capacity=1024, memory=Failing())
+    cache.lengths[:] = 3
+    before = [region.pointer for region in cache.regions(0, 1)]
+    with pytest.raises(GenerationError, match="the device failed"):
+        cache.reserve(300)
+    assert (cache.capacity, [region.pointer for region in cache.regions(0, 1)]) == (256, before)
 
 
 def test_more_than_an_address_can_count() -> None:

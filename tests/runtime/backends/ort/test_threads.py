@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine, OrtOptions
 from qwen_aot.runtime.bundle.load import load_bundle
+from qwen_aot.runtime.engine.exclusive import Exclusive
 from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.generator import Generator
 from qwen_aot.runtime.generation.request import Request, TokenEvent
@@ -145,6 +147,44 @@ def test_closing_a_generator_while_it_streams(bundle: Path) -> None:
         assert not streaming.is_alive()
         (error,) = results
         assert isinstance(error, GenerationError) and "the engine is closed" in str(error)
+
+
+def test_closing_a_generator_from_a_signal_handler_in_a_step(bundle: Path) -> None:
+    """The handler runs on the thread that is in the step, which can't wait for itself: closing waits for its end."""
+    generator = Generator.open(bundle, threads=1)
+    engine = generator.engine
+    assert isinstance(engine, OnnxRuntimeEngine)
+    step = engine._decode
+    assert step is not None
+    run = step._run
+
+    def interrupted(binding: object) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        run(binding)
+
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: generator.close())
+    step._run = interrupted  # type: ignore[method-assign, assignment]
+    try:
+        events = generator.stream([Request([1, 2, 3], GenerationConfig(max_new_tokens=8))])
+        assert isinstance(next(events), TokenEvent)  # of the prefill
+        with pytest.raises(GenerationError, match="closed"):
+            list(events)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert engine.session is None
+
+
+def test_what_asks_again_within_a_step_is_refused() -> None:
+    lock = Exclusive()
+    done = []
+    with lock:
+        with pytest.raises(GenerationError, match="in a step on this very thread"), lock:
+            pass
+        lock.run(lambda: done.append("later"))
+        assert done == []
+    assert done == ["later"]
+    lock.run(lambda: done.append("now"))
+    assert done == ["later", "now"]
 
 
 def test_one_of_many_threads_gets_the_stream(bundle: Path) -> None:

@@ -1,0 +1,46 @@
+"""A lock whose holder may be asked, on its own thread, to do something once it leaves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from qwen_aot.errors import GenerationError
+
+__all__ = ["Exclusive"]
+
+
+class Exclusive:
+    """One thread at a time, in a `with` block.
+
+    A signal handler, or a finalizer that the garbage collector runs, comes on a thread that may hold the lock already:
+    it can't wait for itself. What it wants done by `run` is done when the block is left; what enters again is refused.
+    """
+
+    def __init__(self) -> None:
+        """Starts free."""
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+        self._afterwards: list[Callable[[], None]] = []
+
+    def __enter__(self) -> None:
+        if self._holder == threading.get_ident():
+            raise GenerationError("the engine is in a step on this very thread: end the step before you ask for more")
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            while self._afterwards:
+                self._afterwards.pop()()
+        finally:
+            self._holder = None
+            self._lock.release()
+
+    def run(self, action: Callable[[], None]) -> None:
+        """Does something with the lock held: now, or when the block that this thread is in ends."""
+        if self._holder == threading.get_ident():
+            self._afterwards.append(action)
+            return
+        with self:
+            action()
