@@ -61,10 +61,10 @@ class Profile:
     max_tokens: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_tokens <= self.max_tokens:
+        if not 1 <= self.min_tokens <= self.max_tokens <= MAX_COUNT:
             raise BundleError(
                 f"profile {self.name!r} allows {self.min_tokens} to {self.max_tokens} tokens; "
-                f"accepted: 1 <= min_tokens <= max_tokens"
+                f"accepted: 1 <= min_tokens <= max_tokens <= {MAX_COUNT}"
             )
 
 
@@ -137,7 +137,10 @@ class TextEngine(EngineEntry):
 
     def __post_init__(self) -> None:
         EngineEntry.__post_init__(self)  # super() doesn't know a class with slots
-        self._check_plan([profile.name for profile in self.profiles])
+        names = [profile.name for profile in self.profiles]
+        if len(set(names)) != len(names):
+            raise BundleError(f"a profile is listed twice among {', '.join(names)}")
+        self._check_plan(names)
         require_counts(self, "logits_rows")
 
     def check_cache(self, slots: int) -> None:

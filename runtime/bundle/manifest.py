@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from qwen_aot.errors import BundleError
 from qwen_aot.runtime.bundle import version_1
-from qwen_aot.runtime.bundle.checks import MAX_COUNT, require_counts
+from qwen_aot.runtime.bundle.checks import MAX_COUNT, require_counts, require_within
 from qwen_aot.runtime.bundle.engine_entry import (
     CACHE_PREFIX,
     DTYPES,
@@ -99,6 +99,9 @@ class ModelFacts:
             "head_dim",
             "max_position_embeddings",
         )
+        ids = {"bos_token_id": self.bos_token_id, "pad_token_id": self.pad_token_id}
+        ids |= {f"eos_token_ids[{index}]": token_id for index, token_id in enumerate(self.eos_token_ids)}
+        require_within(ids, 0, self.vocab_size - 1)
 
 
 @dataclass(frozen=True, slots=True)

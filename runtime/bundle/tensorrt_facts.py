@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qwen_aot.errors import BundleError
-from qwen_aot.runtime.bundle.checks import MAX_BYTES, require_counts
-from qwen_aot.runtime.bundle.files import FileEntry
+from qwen_aot.runtime.bundle.checks import MAX_BYTES, require_counts, require_within
+from qwen_aot.runtime.bundle.files import FileEntry, check_file_name
 
 __all__ = ["PluginFacts", "TensorRtFacts"]
 
@@ -68,6 +68,9 @@ class TensorRtFacts:
                 raise BundleError(f"compute capability {capability!r}; accepted: numbers like 8.9")
         names = ("weight_bytes", "cache_bytes", "activation_bytes_estimated", "builder_activation_bytes")
         require_counts(self, *names, least=0, most=MAX_BYTES)
+        require_within({f"layers[{kind!r}]": count for kind, count in self.layers.items()}, 1)
+        for name in self.onnx:
+            check_file_name(name)
 
     @property
     def activation_bytes(self) -> int:

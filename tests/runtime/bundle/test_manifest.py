@@ -60,9 +60,9 @@ models = st.builds(
     num_key_value_heads=positive,
     head_dim=positive,
     max_position_embeddings=positive,
-    bos_token_id=st.none() | st.integers(0, 10**6),
-    eos_token_ids=st.lists(st.integers(0, 10**6), max_size=3).map(tuple),
-    pad_token_id=st.none() | st.integers(0, 10**6),
+    bos_token_id=st.none() | st.just(0),  # in any vocabulary
+    eos_token_ids=st.lists(st.just(0), max_size=3).map(tuple),
+    pad_token_id=st.none() | st.just(0),
     source=st.dictionaries(words, words, max_size=3),
 )
 
@@ -75,12 +75,12 @@ tensorrt_facts = st.builds(
     hardware_compatible=st.booleans(),
     version_compatible=st.booleans(),
     has_weights=st.booleans(),
-    layers=st.dictionaries(words, st.integers(0, 99), max_size=3),
+    layers=st.dictionaries(words, st.integers(1, 99), max_size=3),
     weight_bytes=sizes,
     cache_bytes=sizes,
     activation_bytes_estimated=sizes,
     builder_activation_bytes=st.none() | sizes,
-    onnx=st.dictionaries(words, entries, max_size=2),
+    onnx=st.dictionaries(safe_names, entries, max_size=2),
     plugins=st.none(),
 )
 encodings = st.dictionaries(words, positive, max_size=2)
@@ -116,7 +116,7 @@ def texts(draw: st.DrawFn, files: Mapping[str, FileEntry], vocab_size: int) -> T
     facts = draw(st.none() | tensorrt_facts)
     if facts is not None and draw(st.booleans()):
         facts = replace(facts, plugins=PluginFacts(file, files[file].sha256, draw(st.booleans()), ("QwenGQA",)))
-    profile_list = draw(st.lists(profiles, max_size=3).map(tuple))
+    profile_list = draw(st.lists(profiles, max_size=3, unique_by=lambda profile: profile.name).map(tuple))
     plan = {profile.name: draw(step_plans) for profile in profile_list[:1]}
     rows = draw(st.none() | positive)
     last_logits = () if rows is None else (IoTensor("last_logits", "float32", ("B", rows, vocab_size)),)
