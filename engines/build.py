@@ -191,7 +191,8 @@ def _finish(builder: Builder, spec: BuildSpec, lowered: Traced, folder: Path, st
 
 
 def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages, threads: int | None) -> Plan:
-    threads_for(threads)  # refused before any work
+    threads_for(threads)  # refused before any work, as is what the manifest can't say
+    max_new_tokens = default_max_new_tokens(checkpoint.tokenizer.files)
     config = checkpoint.config
     max_context = spec.context_for(config.max_position_embeddings)
     warnings = _warnings(checkpoint)
@@ -215,7 +216,13 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages, threads: int 
         int4_bytes=output_bytes_of(lowered, ir.DataType.INT4),
         is_compiled=spec.facts.compiles,
     )
-    return Plan(lowered, needed, _manifest_maker(checkpoint, config, spec, max_context, lowered), texts, warnings)
+    return Plan(
+        lowered,
+        needed,
+        _manifest_maker(checkpoint, config, spec, max_context, max_new_tokens, lowered),
+        texts,
+        warnings,
+    )
 
 
 def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -239,13 +246,17 @@ def _write_engine(
 
 
 def _manifest_maker(
-    checkpoint: Checkpoint, config: ModelConfig, spec: BuildSpec, max_context: int, traced: Traced
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    spec: BuildSpec,
+    max_context: int,
+    max_new_tokens: int | None,
+    traced: Traced,
 ) -> Callable[[Mapping[str, FileEntry], EngineFacts | None], Manifest]:
     graph = traced.model.graph
     graph_inputs = tuple(_io_tensor(value) for value in graph.inputs)
     graph_outputs = tuple(_io_tensor(value) for value in graph.outputs)
     cache_dtype = next(tensor.dtype for tensor in graph_inputs if tensor.name == "past_key_values.0.key")
-    max_new_tokens = default_max_new_tokens(checkpoint.tokenizer.files)
     return lambda files, facts: Manifest(
         format_version=FORMAT_VERSION,
         model=ModelFacts(

@@ -208,6 +208,15 @@ class _Names(type):
     def __iter__(cls) -> Iterator[Precision]:
         return map(Precision, PRECISIONS)
 
+    def __len__(cls) -> int:
+        return len(PRECISIONS)
+
+    def __getitem__(cls, name: str) -> Precision:
+        try:
+            return getattr(cls, name)  # type: ignore[no-any-return]
+        except AttributeError as error:
+            raise KeyError(str(error)) from None
+
     def __getattr__(cls, name: str) -> Precision:
         try:
             return Precision(name.lower().replace("_", "-"))
@@ -235,6 +244,11 @@ class Precision(str, metaclass=_Names):
         if name not in PRECISIONS:
             raise ValueError(f"{name!r} isn't a precision; accepted: {', '.join(PRECISIONS)}")
         return _MEMBERS.setdefault(name, super().__new__(cls, name))
+
+    @property
+    def value(self) -> str:
+        """The name as plain text, as an enum's member has it."""
+        return str.__str__(self)
 
     @property
     def row(self) -> PrecisionRow:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,15 +25,16 @@ class Reference:
     """A transformers model in fp32.
 
     Args:
-        checkpoint: a Hugging Face folder's config.json is read by transformers itself; other formats give theirs
-            through ModelConfig. Weights come through the checkpoint's reader, so that every format has a reference.
+        checkpoint: a Hugging Face folder's config.json is read by transformers itself, if it knows the architecture;
+            everything else gives its facts through ModelConfig. Weights come through the checkpoint's reader, so that
+            every format has a reference.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         transformers: Any = importlib.import_module("transformers")  # its types don't follow its own calls
         config = (
             transformers.AutoConfig.from_pretrained(checkpoint.path)
-            if checkpoint.path.is_dir()
+            if _is_known(checkpoint.path)
             else transformers.AutoConfig.for_model(**config_json(checkpoint.config))
         )
         was_shown = transformers.utils.logging.is_progress_bar_enabled()
@@ -63,6 +66,12 @@ class Reference:
             new = logits[:, -1:].argmax(-1)
             tokens.append(int(new))
         return tokens
+
+
+def _is_known(path: Path) -> bool:
+    """Whether this is a folder of an architecture that transformers reads as it is."""
+    file = path / "config.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") in _CLASSES
 
 
 def step(model: Any, token_ids: torch.Tensor, cache: Any = None, **options: Any) -> tuple[torch.Tensor, Any]:

@@ -10,6 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_aot.exporter.checkpoint.encoding import CodeForm
+from qwen_aot.exporter.checkpoint.names import CANONICAL
+from qwen_aot.exporter.model.tensors import SENSITIVE
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES
 from qwen_aot.exporter.weights.recipe import Recipe, Traced
 
@@ -35,18 +37,22 @@ def warn_of_rounding(lowered: Traced) -> tuple[str, ...]:
     """
     lost: Counter[tuple[str, str]] = Counter()
     forms: Counter[CodeForm] = Counter()  # of tensors that other blocks would keep
+    kept: list[tuple[str, CodeForm]] = []  # by name: what the remedy must hold, what is kept already included
     for name, recipes in _users(lowered).items():
         recipe = next((recipe for recipe in recipes if _rounds(lowered, recipe)), None)
-        if recipe is None:
-            continue
         encoding, refusal = lowered.encodings[name], lowered.refused_codes.get(name)
+        if recipe is None:
+            if encoding.form is not None:
+                kept.append((name, encoding.form))
+            continue
         lost[encoding.name, refusal or _rounding(recipe)] += 1
         if encoding.form is not None and refusal is not None and _fits_other_blocks(lowered, recipe):
             forms[encoding.form] += 1
+            kept.append((name, encoding.form))
     if not lost:
         return ()
     what = "; ".join(f"{count} of {name} ({reason})" for (name, reason), count in sorted(lost.items()))
-    flags, helped = flags_that_keep(list(forms)), forms.total()
+    flags, helped = flags_that_keep(kept) if forms else None, forms.total()
     which = "the checkpoint's own numbers" if helped == lost.total() else f"the numbers of {helped} of them"
     remedy = f"; {flags} keeps {which}" if flags else ""
     warning = f"tensors that the checkpoint stores quantized are rounded a second time: {what}{remedy}"
@@ -54,14 +60,23 @@ def warn_of_rounding(lowered: Traced) -> tuple[str, ...]:
     return (warning,)
 
 
-def flags_that_keep(forms: Sequence[CodeForm]) -> str | None:
-    """The command line's flags for blocks that codes of all these forms fit; None: there are none."""
-    sizes = [size for size in BLOCK_SIZES if all(form.group_size % size == 0 for form in forms)]
+def flags_that_keep(forms: Sequence[tuple[str, CodeForm]]) -> str | None:
+    """The command line's flags for blocks that the codes of all these tensors fit; None: there are none.
+
+    Sensitive matrices have 8 bits in any case; the others decide between int4 and int8.
+    """
+    sizes = [size for size in BLOCK_SIZES if all(form.group_size % size == 0 for _, form in forms)]
     if not forms or not sizes:
         return None
-    precision = "int4" if all(form.bits <= 4 for form in forms) else "int8"
-    zero_points = " --asymmetric" if any(form.has_zero_points for form in forms) else ""
+    plain = [form for name, form in forms if not _is_sensitive(name)]
+    precision = "int4" if all(form.bits <= 4 for form in plain or [form for _, form in forms]) else "int8"
+    zero_points = " --asymmetric" if any(form.has_zero_points for _, form in forms) else ""
     return f"--precision {precision} --block-size {sizes[-1]}{zero_points}"
+
+
+def _is_sensitive(tensor: str) -> bool:
+    place = CANONICAL.find(tensor)
+    return place is not None and place.role.weight_class in SENSITIVE
 
 
 def _counts(lowered: Traced, *, are_kept: bool) -> dict[str, int]:

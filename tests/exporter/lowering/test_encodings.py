@@ -84,4 +84,21 @@ def test_flags_are_named_only_where_they_help(form, dtype, ending):
     ],
 )
 def test_flags_hold_every_form(forms, flags):
-    assert flags_that_keep(forms) == flags
+    assert flags_that_keep([("model.layers.0.self_attn.q_proj.weight", form) for form in forms]) == flags
+
+
+def test_sensitive_matrices_have_eight_bits_in_any_case():
+    four, six = CodeForm(4, 32, HALF), CodeForm(6, 16, np.dtype(np.float32))
+    forms = [("model.layers.0.self_attn.q_proj.weight", four), ("model.embed_tokens.weight", six)]
+    assert flags_that_keep(forms) == "--precision int4 --block-size 16"
+    assert flags_that_keep([*forms, ("model.layers.0.mlp.up_proj.weight", six)]) == "--precision int8 --block-size 16"
+
+
+def test_the_flags_keep_what_is_kept_already():
+    lowered = traced(ir.DataType.FLOAT)
+    eight, six = Encoding("q8", CodeForm(8, 32, HALF)), Encoding("q6", CodeForm(6, 16, np.dtype(np.float32)))
+    lowered.encodings = {**dict.fromkeys(lowered.encodings, eight), "model.embed_tokens.weight": six}
+    ort.lower(lowered, OrtOptions(BlockFormat(4, 16), BlockFormat(8, 16), accuracy_level=1))
+    (warning,) = warn_of_rounding(lowered)
+    assert "q6" not in warning  # in 8-bit blocks of 16 it is kept
+    assert warning.endswith("; --precision int8 --block-size 16 keeps the checkpoint's own numbers")

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from qwen_aot.engines.verify.reference import Reference
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.hf.architectures import ARCHITECTURES, Architecture
 from qwen_aot.exporter.checkpoint.names import TensorNames
@@ -94,6 +95,15 @@ def test_its_graph_is_that_of_the_same_weights_as_qwen2(lowering: str, tmp_path:
     assert (tmp_path / "out/model.onnx.data").read_bytes() == (tmp_path / "same/model.onnx.data").read_bytes()
     logits = Stepper(graph, 1, 32).step([PROMPT])
     np.testing.assert_allclose(logits, reference_logits(model, [PROMPT])[:, -1], atol=1e-3)
+
+
+def test_the_reference_of_verify_takes_its_facts_from_the_row(tmp_path: Path, register: Any) -> None:
+    model = save_tiny(tmp_path / "qwen2", kv_heads=2)
+    save_blocks(tmp_path / "blocks", tmp_path / "qwen2")
+    register()
+    with open_checkpoint(tmp_path / "blocks") as checkpoint:
+        found = Reference(checkpoint).logits(np.array(PROMPT), 0)
+    np.testing.assert_allclose(found, reference_logits(model, [PROMPT])[0].numpy(), rtol=0, atol=1e-5)
 
 
 def test_a_row_that_swaps_two_roles_gives_other_logits(tmp_path: Path, register: Any) -> None:
