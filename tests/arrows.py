@@ -90,12 +90,24 @@ def _imports_by_name(call: ast.Call) -> bool:
 
 
 def _nodes(tree: ast.AST, runs_on_import: bool) -> Iterator[tuple[ast.AST, bool]]:
+    later = {id(node) for node in _bodies_run_later(tree)}
     for child in ast.iter_child_nodes(tree):
-        yield child, runs_on_import
-        is_later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or (
-            isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
-        )
-        yield from _nodes(child, runs_on_import and not is_later)
+        runs = runs_on_import and id(child) not in later
+        yield child, runs
+        yield from _nodes(child, runs)
+
+
+def _bodies_run_later(node: ast.AST) -> list[ast.AST]:
+    """Children that don't run with their parent: a function's body (its decorators and defaults do), type checkers'."""
+    match node:
+        case ast.FunctionDef() | ast.AsyncFunctionDef():
+            return list(node.body)
+        case ast.Lambda():
+            return [node.body]
+        case ast.If() if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            return list(node.body)
+        case _:
+            return []
 
 
 def _base(node: ast.ImportFrom, importer: str, is_package: bool) -> str:

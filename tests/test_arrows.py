@@ -223,8 +223,12 @@ def test_the_checker_reports_a_forbidden_arrow(tree: Path, importer: str, import
         ("\nfrom qwen_aot.engines.spec.it import x\n", False),
         ("if True:\n    from qwen_aot.engines.spec.it import x\n", False),
         ("class C:\n    from qwen_aot.engines.spec.it import x\n", False),
+        ("if not TYPE_CHECKING:\n    from qwen_aot.engines.spec.it import x\n", False),
+        ("if TYPE_CHECKING: pass\nelse: from qwen_aot.engines.spec.it import x\n", False),
+        ("\ndef f(a=__import__('qwen_aot.engines.spec.it')): pass\n", False),
+        ("\n@__import__('qwen_aot.engines.spec.it').x\ndef f(): pass\n", False),
     ],
-    ids=["function", "type checking", "top", "if", "class"],
+    ids=["function", "type checking", "top", "if", "class", "not type checking", "else", "default", "decorator"],
 )
 def test_a_build_verb_may_import_what_builds_in_functions_only(tmp_path: Path, text: str, is_allowed: bool) -> None:
     root = write(tmp_path, {**ALL, "runtime/cli/build.py": text})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # Import name of a package that only an extra brings -> that extra.
 EXTRA_OF = {
+    "cuda": "cuda",
     "gguf": "build",
     "ml_dtypes": "build",
     "onnx": "build",
@@ -12,8 +13,11 @@ EXTRA_OF = {
     "onnxscript": "build",
     "polygraphy": "verify",
     "safetensors": "verify",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt-rtx",
     "torch": "build",
     "transformers": "verify",
+    "triton": "plugins",
 }
 
 

@@ -47,7 +47,7 @@ def run_blocked(arguments: Sequence[object], stdin: str = "") -> subprocess.Comp
     ("arguments", "stdin", "shown"),
     [
         (("generate", "BUNDLE", "--prompt", "The bridge", "--max-new-tokens", "4", "--json"), "", '"finish_reason"'),
-        (("chat", "BUNDLE", "--max-new-tokens", "4"), "hello\n", ""),
+        (("chat", "BUNDLE", "--max-new-tokens", "4"), "hello\n", "ended by"),
         (("bench", "BUNDLE", "--prompt-tokens", "8", "--gen-tokens", "4", "--rounds", "1"), "", "peak memory"),
         (("inspect", "BUNDLE"), "", "sha256"),
         (("doctor",), "", "cpu build"),
