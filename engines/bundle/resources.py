@@ -82,7 +82,8 @@ def estimate(
     if available_bytes is None:
         available_bytes = available_memory_bytes()
     thread_bytes = max(1, _COPIES_OF_CHUNK * chunk_bytes)
-    threads = max(1, min(threads_for(threads), (available_bytes - _BASE_BYTES) // thread_bytes))
+    # A tenth is left: free memory moves, and `check_resources` reads it again.
+    threads = max(1, min(threads_for(threads), (available_bytes * 9 // 10 - _BASE_BYTES) // thread_bytes))
     stitching_bytes = threads * thread_bytes
     compiling_bytes, seconds = 0, weight_bytes / _bytes_per_second(bits)
     if is_compiled:
