@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from qwen_aot.exporter.weights.recipe import Output, Traced
 
 ExpertBits = Literal[16, 8, 4]
 
-_BITS: dict[WeightFormat, ExpertBits] = {"int8": 8, "int4": 4}
+PLUGIN_EXPERT_BITS: Mapping[WeightFormat | None, ExpertBits] = {"int8": 8, "int4": 4}
 
 
 def expert_bits(traced: Traced, weights: WeightFormat | None) -> ExpertBits:
@@ -31,10 +32,10 @@ def expert_bits(traced: Traced, weights: WeightFormat | None) -> ExpertBits:
     moe = traced.config.moe
     if weights is None or moe is None:
         return 16
-    if weights not in _BITS:
+    if weights not in PLUGIN_EXPERT_BITS:
         raise ExportError(
             f"{weights} experts don't exist in the QwenMoE plugin; accepted: the compute type (fp16, bf16), "
-            f"{', '.join(_BITS)}"
+            f"{', '.join(map(str, PLUGIN_EXPERT_BITS))}"
         )
     for name, size in (("hidden size", traced.config.hidden_size), ("intermediate size", moe.moe_intermediate_size)):
         if weights == "int4" and size % EXPERT_BLOCK:
@@ -42,7 +43,7 @@ def expert_bits(traced: Traced, weights: WeightFormat | None) -> ExpertBits:
                 f"int4 experts have blocks of {EXPERT_BLOCK} elements, and the experts' {name} is {size}; accepted: "
                 "int8, or the compute type"
             )
-    return _BITS[weights]
+    return PLUGIN_EXPERT_BITS[weights]
 
 
 def plug_experts(traced: Traced, bits: ExpertBits) -> int:

@@ -36,6 +36,7 @@ from qwen_aot.engines.verify.layer_graphs import bound_for
 from qwen_aot.engines.verify.scores import bounds_for
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.exporter.lowering.tensorrt.plugin_experts import PLUGIN_EXPERT_BITS
 from qwen_aot.exporter.model.tensors import num_parameters
 from qwen_aot.exporter.model.variants import VARIANTS
 from qwen_aot.runtime.cli.main import qwen_aot
@@ -98,6 +99,13 @@ def test_a_row_says_all_that_its_targets_need(row: PrecisionRow) -> None:
             assert row.weight_format is not None
     assert row.weight_format is None or row.is_quantized
     assert not row.has_plugin_experts or row.weight_format is not None
+    if row.is_quantized:
+        assert row.has_plugin_experts == (row.weight_format in PLUGIN_EXPERT_BITS)
+    if row.has_plugin_experts:
+        assert PLUGIN_EXPERT_BITS[row.weight_format] == row.bits
+    for target, choices in row.targets.items():
+        if row.is_quantized and TARGETS[target].weight_layout == "blocks":
+            assert {row.bits, *choices.sensitive_bits} <= {4, 8}  # what ONNX Runtime's blocks hold
 
 
 def test_what_exists_in_the_order_of_messages() -> None:

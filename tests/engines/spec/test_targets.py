@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from qwen_aot.engines.builders import builder_for
@@ -10,6 +12,7 @@ from qwen_aot.engines.spec.flavours import FLAVOURS
 from qwen_aot.engines.spec.precisions import Precision, combinations
 from qwen_aot.engines.spec.targets import TARGETS, Target, facts_of
 from qwen_aot.errors import BuildError
+from qwen_aot.exporter.lowering.ort.provider import PROVIDERS, Provider
 
 
 def test_every_target_has_facts_and_precisions() -> None:
@@ -22,6 +25,18 @@ def test_a_target_names_its_builder(target: Target) -> None:
     builder = builder_for(target)
     for step in ("require", "lower", "finish", "check"):
         assert callable(getattr(builder, step))
+
+
+@pytest.mark.parametrize(("target", "provider"), [(Target.CPU, Provider.CPU), (Target.CUDA, Provider.CUDA)])
+def test_what_the_planner_knows_of_a_provider_is_what_its_lowering_does(target: Target, provider: Provider) -> None:
+    planned, lowered = TARGETS[target], PROVIDERS[provider]
+    assert (planned.quantized_experts == "yes") == lowered.has_quantized_experts
+    assert planned.always_zero_points == (not lowered.has_default_zero_point)
+
+
+def test_an_engines_file_has_its_flavours_suffix() -> None:
+    suffixes = {name: Path(TARGETS[Target(name)].engine_file).suffix for name in FLAVOURS}
+    assert suffixes == {name: flavour.suffix for name, flavour in FLAVOURS.items()}
 
 
 @pytest.mark.parametrize("target", Target)
