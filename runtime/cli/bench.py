@@ -129,10 +129,11 @@ def _measure(generator: Generator, prompt_tokens: int, gen_tokens: int, rounds: 
     from qwen_aot.runtime.generation.config import GenerationConfig
 
     configs = (
-        GenerationConfig(max_new_tokens=gen_tokens, ignore_eos=True),
+        GenerationConfig(max_new_tokens=gen_tokens, ignore_eos=True, stop=()),
         GenerationConfig(  # what a chat commonly asks for
             max_new_tokens=gen_tokens,
             ignore_eos=True,
+            stop=(),
             temperature=0.7,
             top_k=20,
             top_p=0.8,

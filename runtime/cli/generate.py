@@ -74,7 +74,7 @@ def command(
             text = ChatTemplate.from_tokenizer(generator.tokenizer).render(messages)
             assert generator.tokenizer is not None
             request = generator.tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
-        for event in generator.stream([Request(request, config)]):
+        for event in generator.stream([Request(request, config, is_chat=as_chat)]):
             if isinstance(event, Completion):
                 if not as_json:
                     click.echo(event.last_text)

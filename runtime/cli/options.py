@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-FALLBACK_MAX_NEW_TOKENS = 256  # where neither the request nor generation_config.json bounds an answer
 
 Decorator = Callable[[Any], Any]
 
@@ -47,7 +46,7 @@ _generation_options = (
     option(
         "--max-new-tokens",
         type=click.IntRange(1),
-        help=f"Longest answer.  [default: the bundle's, or {FALLBACK_MAX_NEW_TOKENS}]",
+        help="Longest answer.  [default: the bundle's; else the context's end for a chat, 1024 for other text]",
         group=_GENERATION,
     ),
     option(
@@ -87,6 +86,4 @@ def generation_config(defaults: GenerationDefaults, given: Mapping[str, Any]) ->
     from qwen_aot.runtime.generation.config import UNSET
 
     settings = {name: UNSET if value is None or value == () else value for name, value in given.items()}
-    if settings["max_new_tokens"] is UNSET and defaults.max_new_tokens is None:
-        settings["max_new_tokens"] = FALLBACK_MAX_NEW_TOKENS
     return defaults.resolve(**settings)

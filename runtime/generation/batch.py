@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import ContextFullError, GenerationError
 from qwen_aot.runtime.engine.protocol import Engine, NonFiniteLogitsError
+from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
 from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request
 from qwen_aot.runtime.generation.sequence import ActiveSequence
 from qwen_aot.runtime.text.tokenizer import Tokenizer
@@ -35,10 +36,17 @@ _IDLE = -1  # the engine's mark of a row without a token
 class Batch:
     """Schedules requests on an engine, which it alone may drive. One thread at a time."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None) -> None:
-        """Starts with every row free."""
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, defaults: GenerationDefaults | None = None) -> None:
+        """Starts with every row free.
+
+        Args:
+            engine: nothing else may drive it meanwhile.
+            tokenizer: None: prompts are token ids and there is no text.
+            defaults: for what a request leaves open; None: what the manifest says.
+        """
         self._engine = engine
         self._tokenizer = tokenizer
+        self._defaults = defaults or GenerationDefaults.from_manifest(engine.manifest)
         self._waiting: deque[ActiveSequence] = deque()
         rows = engine.manifest.max_batch
         self._rows: list[ActiveSequence | None] = [None] * rows
@@ -63,7 +71,8 @@ class Batch:
             ContextFullError: the prompt is longer than the context.
         """
         manifest = self._engine.manifest
-        if self._tokenizer is None and (isinstance(request.prompt, str) or request.config.stop):
+        config = self._complete(request, room=1)
+        if self._tokenizer is None and (isinstance(request.prompt, str) or config.stop):
             raise GenerationError(
                 "the bundle has no tokenizer, so it takes and gives token ids only: give the prompt as ids "
                 "(--prompt-ids) without stop strings, or rebuild it from a checkpoint with tokenizer.json"
@@ -97,8 +106,9 @@ class Batch:
         """
         index = self._count
         ids = self.tokenize(request) if prompt_ids is None else prompt_ids
-        max_context = self._engine.manifest.max_context
-        self._waiting.append(ActiveSequence(index, request, ids, self._tokenizer, max_context=max_context))
+        # The last token needn't fit: it is never fed.
+        config = self._complete(request, room=self._engine.manifest.max_context - len(ids) + 1)
+        self._waiting.append(ActiveSequence(index, request, config, ids, self._tokenizer))
         self._count += 1
         return index
 
@@ -333,6 +343,9 @@ class Batch:
         self._held[row] = []
         self._next[row] = _IDLE
         self._engine.truncate(row, 0)
+
+    def _complete(self, request: Request, *, room: int) -> GenerationConfig:
+        return self._defaults.complete(request.config, is_chat=request.is_chat, room=room)
 
     def _check_ids(self, ids: list[int]) -> None:
         vocab_size = self._engine.manifest.model.vocab_size

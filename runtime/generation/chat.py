@@ -77,7 +77,7 @@ class Chat:
                 "conversation (/clear in the terminal), say less at once, or rebuild the bundle with a larger "
                 "--max-context"
             )
-        request = Request(ids, self._config, cancel, keep_cache=True)
+        request = Request(ids, self._config, cancel, keep_cache=True, is_chat=True)
         return self._answer(messages, self._generator.stream([request]))
 
     def _answer(self, messages: list[Message], events: EventStream) -> EventStream:

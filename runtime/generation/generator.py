@@ -41,12 +41,12 @@ class Generator:
         Args:
             engine: nothing else may drive it meanwhile.
             tokenizer: None: prompts are token ids and there is no text.
-            defaults: None: greedy, ending at the model's own ids.
+            defaults: None: greedy, with the manifest's ends and length.
         """
         self._engine = engine
         self._tokenizer = tokenizer
-        self._defaults = defaults or GenerationDefaults(eos_token_ids=engine.manifest.model.eos_token_ids)
-        self._batch = Batch(engine, tokenizer)
+        self._defaults = defaults or GenerationDefaults.from_manifest(engine.manifest)
+        self._batch = Batch(engine, tokenizer, self._defaults)
         self._streaming = threading.Lock()  # held by the one stream that runs
         self._stepping = Exclusive()  # held during a step: logits lie in the engine's memory until it ends
 
@@ -98,7 +98,7 @@ class Generator:
             cancel: set it to end all of them.
 
         Returns:
-            One completion for each prompt, in their order.
+            One completion for each prompt and choice, in their order.
 
         Raises:
             GenerationError: a prompt can't be taken (nothing has run), or a request failed; `stream` gives the
@@ -106,11 +106,10 @@ class Generator:
         """
         if isinstance(prompts, str):
             raise GenerationError(f"prompts is the text {prompts!r}; accepted: a list of prompts, such as [text]")
-        config = config or self._defaults.resolve()
         requests = [Request(prompt, config, cancel) for prompt in prompts]
         with contextlib.closing(self.stream(requests)) as events:
             completions = [event for event in events if isinstance(event, Completion)]
-        return sorted(completions, key=lambda completion: completion.index)
+        return sorted(completions, key=lambda completion: (completion.index, completion.choice))
 
     def stream(self, requests: Sequence[Request]) -> EventStream:
         """Generates token by token; each request's last event is its Completion.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from qwen_aot.errors import GenerationError
@@ -29,17 +29,19 @@ class Request:
 
     Attributes:
         prompt: text, or token ids.
-        config: see `GenerationDefaults.resolve`.
+        config: see `GenerationDefaults.resolve`; None: the bundle's defaults.
         cancel: set it, from any thread, to end the request at the next step.
         keep_cache: start from what the cache of another such request holds of this prompt's beginning, and leave the
             row filled for the next one (a conversation). The reused part may have been computed in other steps, so
             logits can differ from those of a fresh prefill by rounding.
+        is_chat: the prompt is a conversation's: where nobody says how long an answer may be, it may fill the context.
     """
 
     prompt: str | Sequence[int]
-    config: GenerationConfig = field(default_factory=GenerationConfig)
+    config: GenerationConfig | None = None
     cancel: threading.Event | None = None
     keep_cache: bool = False
+    is_chat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +68,19 @@ class TokenEvent:
         token_id: the token.
         text: what became certain with it: whole characters, and nothing that may belong to a stop string.
         logprobs: if asked for.
+        choice: which of the request's outputs it belongs to, 0 to n - 1.
     """
 
     index: int
     token_id: int
     text: str
     logprobs: TokenLogprobs | None
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A request's end and all of its output.
+    """A request's end and all of its output; each choice of it has one.
 
     Attributes:
         index: of the request, in the order given.
@@ -89,6 +93,9 @@ class Completion:
         logprobs: one for each token id, if asked for.
         timings: where the time went.
         error: why it failed; None unless `finish_reason` is `error`.
+        choice: which of the request's outputs it is, 0 to n - 1.
+        prompt_logprobs: one for each token of the prompt, if asked for, the first None; fewer if the request ended
+            before its prompt was done. None: not asked for.
     """
 
     index: int
@@ -101,6 +108,8 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...]
     timings: Timings
     error: GenerationError | None = None
+    choice: int = 0
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 Event = TokenEvent | Completion

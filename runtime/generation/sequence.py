@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.errors import GenerationError
+from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request, Timings, TokenEvent
 from qwen_aot.runtime.generation.sampling import Sampler, TokenLogprobs, log_probabilities
 from qwen_aot.runtime.generation.stopping import StopMatcher
@@ -24,6 +25,7 @@ class ActiveSequence:
     Attributes:
         index: of the request.
         request: as given.
+        config: its settings, complete.
         prompt_ids: the prompt's tokens.
         token_ids: generated so far.
         cached_tokens: leading tokens of the prompt that the cache already held.
@@ -35,25 +37,30 @@ class ActiveSequence:
         self,
         index: int,
         request: Request,
+        config: GenerationConfig,
         prompt_ids: Sequence[int],
         tokenizer: Tokenizer | None,
-        *,
-        max_context: int,
     ) -> None:
+        """Starts with nothing done; `config` is what `GenerationDefaults.complete` gave."""
+        assert config.max_new_tokens is not None and config.stop is not None and config.eos_token_ids is not None
         self.index = index
         self.request = request
+        self.config = config
         self.prompt_ids = list(prompt_ids)
         self.token_ids: list[int] = []
         self.cached_tokens = 0
         self.prefilled_tokens = 0
         self.prefill_seconds = 0.0
-        config = request.config
-        # The last token needn't fit: it is never fed.
-        room = max_context - len(self.prompt_ids) + 1
-        self._limit = room if config.max_new_tokens is None else min(room, config.max_new_tokens)
+        self._limit = config.max_new_tokens
         # Special tokens have no text in which a stop string could be found.
         special = [tokenizer.special_id(stop) for stop in config.stop] if tokenizer else []
-        self._ending_ids = config.ending_ids | {token_id for token_id in special if token_id is not None}
+        self._ending_ids = frozenset(
+            [
+                *config.stop_token_ids,
+                *(() if config.ignore_eos else config.eos_token_ids),
+                *(token_id for token_id in special if token_id is not None),
+            ]
+        )
         self._sampler = Sampler(config, self.prompt_ids)
         self._detokenizer = make_detokenizer(tokenizer) if tokenizer else None
         self._stop = StopMatcher(config.stop)
@@ -85,8 +92,8 @@ class ActiveSequence:
             return [self.finish(FinishReason.STOP)]
         self.token_ids.append(token_id)
         logprobs = None
-        if self.request.config.logprobs is not None:
-            logprobs = log_probabilities(logits, token_id, self.request.config.logprobs)
+        if self.config.logprobs is not None:
+            logprobs = log_probabilities(logits, token_id, self.config.logprobs)
             self._logprobs.append(logprobs)
         piece = self._detokenizer.push(token_id) if self._detokenizer else ""
         text, is_stopped = self._stop.push(piece)

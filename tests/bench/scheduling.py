@@ -66,7 +66,8 @@ def measure_throughput(batch: Batch, draws: np.random.Generator, vocab_size: int
 
 def measure_arrival(batch: Batch, draws: np.random.Generator, vocab_size: int, prompt_tokens: int) -> Arrival:
     """One stream, and after 16 of its tokens a prompt."""
-    running = batch.add(Request(draws.integers(0, vocab_size, 32).tolist(), GenerationConfig(ignore_eos=True)))
+    endless = GenerationConfig(max_new_tokens=10**9, ignore_eos=True)  # to the end of the context
+    running = batch.add(Request(draws.integers(0, vocab_size, 32).tolist(), endless))
     times: list[float] = []
     arrived, late, first_token = 0.0, -1, 0.0
     while first_token == 0.0:

@@ -1,5 +1,7 @@
 """GenerationConfig: a bundle's defaults, a request's settings, and their rules."""
 
+import dataclasses
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from qwen_aot.errors import BundleError, GenerationError
 from qwen_aot.runtime.bundle.load import Bundle, load_bundle
+from qwen_aot.runtime.bundle.manifest import Manifest
 from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
 from tests.runtime.toys import checksum_model, io_tables, make_manifest, write_bundle
 
@@ -29,9 +32,7 @@ QWEN = {
 
 def test_the_bundle_decides_where_nothing_is_given() -> None:
     config = GenerationDefaults.from_document(QWEN).resolve()
-    assert config == GenerationConfig(
-        temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.1, eos_token_ids=(151645, 151643)
-    )
+    assert config == GenerationConfig(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.1)
     assert not config.is_greedy
 
 
@@ -45,15 +46,42 @@ def test_what_is_given_goes_first() -> None:
         seed=3,
         stop=["x"],
         logprobs=2,
+        min_new_tokens=2,
+        min_p=0.1,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={3: 1},
+        suppress_tokens=[4],
+        n=2,
+        stop_token_ids=[5],
+        eos_token_ids=[6],
+        ignore_eos=True,
+        prompt_logprobs=1,
     )
     assert config == GenerationConfig(
         max_new_tokens=9,
         temperature=1.0,
         seed=3,
         stop=("x",),
-        eos_token_ids=(151645, 151643),
         logprobs=2,
+        min_new_tokens=2,
+        min_p=0.1,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={3: 1.0},
+        suppress_tokens=(4,),
+        n=2,
+        stop_token_ids=(5,),
+        eos_token_ids=(6,),
+        ignore_eos=True,
+        prompt_logprobs=1,
     )
+
+
+def test_every_knob_is_a_keyword_of_resolve() -> None:
+    # What the Python face, the command line and a server pass through.
+    keywords = inspect.signature(GenerationDefaults.resolve).parameters.keys() - {"self"}
+    assert keywords == {field.name for field in dataclasses.fields(GenerationConfig)}
 
 
 def test_temperature_zero_turns_the_bundles_penalty_off() -> None:
@@ -76,15 +104,32 @@ def test_a_given_sampling_option_turns_sampling_on() -> None:
     assert defaults.resolve(seed=1).is_greedy
 
 
-def test_eos_of_the_document_or_of_the_model() -> None:
-    assert GenerationDefaults.from_document({"eos_token_id": 5}, (7,)).eos_token_ids == (5,)
-    assert GenerationDefaults.from_document({}, (7,)).eos_token_ids == (7,)
+def manifest_with(eos: tuple[int, ...] = (), length: int | None = None) -> Manifest:
+    manifest = make_manifest(eos_token_ids=eos)
+    return dataclasses.replace(manifest, default_max_new_tokens=length)
 
 
-def test_ending_ids() -> None:
-    config = GenerationConfig(eos_token_ids=(1, 2), stop_token_ids=(3,))
-    assert config.ending_ids == {1, 2, 3}
-    assert GenerationConfig(eos_token_ids=(1, 2), stop_token_ids=(3,), ignore_eos=True).ending_ids == {3}
+def ends(defaults: GenerationDefaults, config: GenerationConfig | None = None) -> tuple[int, ...] | None:
+    return defaults.complete(config, is_chat=False, room=9).eos_token_ids
+
+
+def test_the_ids_that_end_a_text_are_everybodys() -> None:
+    # A fine-tune whose generation_config.json says <|endoftext|> alone, and whose template ends turns with another.
+    from_document = GenerationDefaults.from_document
+    assert ends(from_document({"eos_token_id": 5}, manifest_with((7, 5)))) == (5, 7)
+    assert ends(from_document({"eos_token_id": [5, 6]}, manifest_with((6, 7)))) == (5, 6, 7)
+    assert ends(from_document({}, manifest_with((7,)))) == (7,)
+    assert ends(from_document({"eos_token_id": 5})) == (5,)
+    assert ends(GenerationDefaults.from_manifest(manifest_with((7,)))) == (7,)
+
+
+def test_settings_made_without_the_bundle_end_where_its_own_do() -> None:
+    defaults = GenerationDefaults(eos_token_ids=(1, 2), stop=("END",), max_new_tokens=6)
+    for config in (None, GenerationConfig(), defaults.resolve(), defaults.resolve(stop=None, eos_token_ids=None)):
+        complete = defaults.complete(config, is_chat=False, room=9)
+        assert (complete.eos_token_ids, complete.stop, complete.max_new_tokens) == ((1, 2), ("END",), 6)
+    given = GenerationConfig(eos_token_ids=(), stop=(), max_new_tokens=2)
+    assert defaults.complete(given, is_chat=False, room=9) == given
 
 
 @pytest.mark.parametrize(
@@ -160,7 +205,7 @@ def test_keys_that_change_the_output_and_are_not_supported_are_named(
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
         GenerationDefaults.from_document({"num_beams": 4, "no_repeat_ngram_size": 3})
-    assert "generation_config.json sets num_beams, no_repeat_ngram_size" in caplog.text
+    assert "generation_config.json sets no_repeat_ngram_size, num_beams" in caplog.text
 
 
 def bundle_with(tmp_path: Path, texts: dict[str, str]) -> Bundle:
@@ -172,12 +217,14 @@ def bundle_with(tmp_path: Path, texts: dict[str, str]) -> Bundle:
 
 def test_from_a_bundle(tmp_path: Path) -> None:
     bundle = bundle_with(tmp_path, {"generation_config.json": json.dumps(QWEN)})
-    assert GenerationDefaults.from_bundle(bundle) == GenerationDefaults.from_document(QWEN)
+    assert GenerationDefaults.from_bundle(bundle) == GenerationDefaults.from_document(QWEN, bundle.manifest)
+    assert GenerationDefaults.from_bundle(bundle).eos_token_ids == (151645, 151643, 7)
 
 
 def test_from_a_bundle_without_the_file(tmp_path: Path) -> None:
-    config = GenerationDefaults.from_bundle(bundle_with(tmp_path, {})).resolve()
-    assert config == GenerationConfig(top_k=50, eos_token_ids=(7,))
+    defaults = GenerationDefaults.from_bundle(bundle_with(tmp_path, {}))
+    assert defaults.resolve() == GenerationConfig(top_k=50)
+    assert defaults.eos_token_ids == (7,)
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
