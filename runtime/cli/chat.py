@@ -20,7 +20,14 @@ from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import show_logs, stdout
 from qwen_aot.runtime.cli.generate import speeds
-from qwen_aot.runtime.cli.options import CONTEXT, bundle_argument, generation_config, generation_options, threads_option
+from qwen_aot.runtime.cli.options import (
+    CONTEXT,
+    allow_special_tokens_option,
+    bundle_argument,
+    generation_config,
+    generation_options,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from qwen_aot.runtime.generation.config import GenerationConfig
@@ -40,9 +47,10 @@ MULTILINE_MARK = '"""'
 @click.command("chat", cls=VerbCommand, context_settings=CONTEXT)
 @bundle_argument
 @option("--system", help="System prompt.  [default: the chat template's]", group="Conversation")
+@allow_special_tokens_option
 @generation_options
 @threads_option
-def command(bundle: Path, system: str | None, threads: int | None, **settings: Any) -> None:
+def command(bundle: Path, system: str | None, allow_special_tokens: bool, threads: int | None, **settings: Any) -> None:
     """Talk with a bundle in the terminal.
 
     \b
@@ -60,7 +68,7 @@ def command(bundle: Path, system: str | None, threads: int | None, **settings: A
         opened = Generator.open(bundle, threads=threads)
     with opened as generator:
         config = generation_config(generator.defaults, settings)
-        conversation = Conversation(generator, config, system, console)
+        conversation = Conversation(generator, config, system, console, allow_special_tokens=allow_special_tokens)
         console.print(f"[bold]{escape(generator.engine.manifest.model.name)}[/] - /help for commands, Ctrl-D to leave")
         for text in _inputs(console):
             if not conversation.take(text):
@@ -70,10 +78,19 @@ def command(bundle: Path, system: str | None, threads: int | None, **settings: A
 class Conversation:
     """What the terminal shows of a `runtime.generation.chat.Chat`."""
 
-    def __init__(self, generator: Generator, config: GenerationConfig, system: str | None, console: Console) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        config: GenerationConfig,
+        system: str | None,
+        console: Console,
+        *,
+        allow_special_tokens: bool,
+    ) -> None:
         self._generator = generator
         self._config = config
         self._console = console
+        self._allow_special_tokens = allow_special_tokens
         self._start(system)
 
     def take(self, text: str) -> bool:
@@ -101,7 +118,7 @@ class Conversation:
     def _start(self, system: str | None) -> None:
         from qwen_aot.runtime.generation.chat import Chat
 
-        self._chat = Chat(self._generator, self._config, system=system)
+        self._chat = Chat(self._generator, self._config, system=system, allow_special_tokens=self._allow_special_tokens)
 
     def _answer(self, text: str) -> None:
         from qwen_aot.runtime.generation.request import Completion

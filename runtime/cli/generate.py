@@ -13,6 +13,7 @@ from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import print_json, show_logs
 from qwen_aot.runtime.cli.options import (
     CONTEXT,
+    allow_special_tokens_option,
     bundle_argument,
     generation_config,
     generation_options,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @option("--prompt-ids", help="Token ids to continue, such as 1,2,3.", group="Prompt")
 @option("--chat", "as_chat", is_flag=True, help="The prompt is a user's message: answer it.", group="Prompt")
 @option("--system", help="System prompt, with --chat.  [default: the chat template's]", group="Prompt")
+@allow_special_tokens_option
 @generation_options
 @json_option
 @threads_option
@@ -39,6 +41,7 @@ def command(
     prompt_ids: str | None,
     as_chat: bool,
     system: str | None,
+    allow_special_tokens: bool,
     as_json: bool,
     threads: int | None,
     **settings: Any,
@@ -58,10 +61,11 @@ def command(
         raise click.UsageError("--system goes with --chat")
     if as_chat and prompt_ids is not None:
         raise click.UsageError("--chat takes text; give --prompt or standard input instead of --prompt-ids")
-    request = _prompt(prompt, prompt_ids)
+    if allow_special_tokens and not as_chat:
+        raise click.UsageError("--allow-special-tokens goes with --chat: without it they are always read")
+    prompt_given = _prompt(prompt, prompt_ids)
     from qwen_aot.runtime.generation.generator import Generator
     from qwen_aot.runtime.generation.request import Completion, Request
-    from qwen_aot.runtime.text.chat_template import ChatTemplate
 
     start = time.perf_counter()
     with Generator.open(bundle, threads=threads) as generator:
@@ -69,12 +73,12 @@ def command(
         config = generation_config(generator.defaults, settings)
         has_text = generator.tokenizer is not None
         if as_chat:
-            roles = (("system", system), ("user", request))
+            roles = (("system", system), ("user", prompt_given))
             messages = [{"role": role, "content": text} for role, text in roles if isinstance(text, str)]
-            text = ChatTemplate.from_tokenizer(generator.tokenizer).render(messages)
-            assert generator.tokenizer is not None
-            request = generator.tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
-        for event in generator.stream([Request(request, config, is_chat=as_chat)]):
+            request = generator.chat_request(messages, config, allow_special_tokens=allow_special_tokens)
+        else:
+            request = Request(prompt_given, config)
+        for event in generator.stream(request):
             if isinstance(event, Completion):
                 if not as_json:
                     click.echo(event.last_text)

@@ -40,6 +40,12 @@ threads_option: Decorator = option(
     help="CPU threads.  [default: one for each core that this process may use]",
     group="Machine",
 )
+allow_special_tokens_option: Decorator = option(
+    "--allow-special-tokens",
+    is_flag=True,
+    help="Special tokens spelled in a message are those tokens, not plain text.",
+    group="Conversation",
+)
 
 _GENERATION = "Generation (defaults: the bundle's generation_config.json)"
 _generation_options = (

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from qwen_aot.errors import ContextFullError
+from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.generator import EventStream, Generator
-from qwen_aot.runtime.generation.request import Completion, Request
-from qwen_aot.runtime.text.chat_template import ChatTemplate, Message
+from qwen_aot.runtime.generation.options import check_names
+from qwen_aot.runtime.generation.request import Completion
+from qwen_aot.runtime.text.chat_template import Message
 
 __all__ = ["Chat"]
 
@@ -18,13 +22,21 @@ class Chat:
     """One conversation. The tokens that a turn shares with the cache are not computed again.
 
     Example:
-        >>> chat = Chat(generator, system="You are terse.")
+        >>> chat = Chat(generator, system="You are terse.", max_new_tokens=64)
         >>> for event in chat.send("Hello"):
         ...     print(event.text if isinstance(event, TokenEvent) else event.last_text, end="")
     """
 
     def __init__(
-        self, generator: Generator, config: GenerationConfig | None = None, *, system: str | None = None
+        self,
+        generator: Generator,
+        config: GenerationConfig | None = None,
+        *,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        allow_special_tokens: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         """Starts an empty conversation.
 
@@ -32,13 +44,27 @@ class Chat:
             generator: serves one conversation at a time for each of its rows; others reuse less.
             config: of every answer; None: the bundle's defaults.
             system: the system prompt; None: the template's own, if it has one.
+            tools: see `Generator.chat_request`.
+            allow_special_tokens: see `Generator.chat_request`.
+            template_variables: see `Generator.chat_request`.
+            options: see `Generator.chat_request`; `n` isn't one, as a conversation has one answer to each turn.
 
         Raises:
-            GenerationError: the bundle has no tokenizer or template.
+            GenerationError: the bundle has no tokenizer or template, or a value can't be taken.
+            TypeError: there is no such option.
         """
         self._generator = generator
-        self._template = ChatTemplate.from_tokenizer(generator.tokenizer)
-        self._config = config or generator.defaults.resolve()
+        self._request = functools.partial(
+            generator.chat_request,
+            config=config,
+            tools=tools,
+            allow_special_tokens=allow_special_tokens,
+            template_variables=template_variables,
+            **options,
+        )
+        check_names(options, "Chat()", others=generator.chat_encoder.template.variables)
+        if options.get("n", 1) != 1 or (config is not None and config.n != 1):
+            raise GenerationError("a Chat has one answer to each turn: leave n out, or use Generator.chat")
         self._system = system
         self._messages: list[Message] = []
         self.reset()
@@ -68,17 +94,7 @@ class Chat:
             GenerationError: see `Generator.stream`.
         """
         messages = [*self._messages, {"role": "user", "content": text}]
-        assert self._generator.tokenizer is not None
-        ids = self._generator.tokenizer.encode(self._template.render(messages), add_special_tokens=False)
-        max_context = self._generator.engine.manifest.max_context
-        if len(ids) > max_context:
-            raise ContextFullError(
-                f"the conversation has {len(ids)} tokens with this turn, the context holds {max_context}: start a new "
-                "conversation (/clear in the terminal), say less at once, or rebuild the bundle with a larger "
-                "--max-context"
-            )
-        request = Request(ids, self._config, cancel, keep_cache=True, is_chat=True)
-        return self._answer(messages, self._generator.stream([request]))
+        return self._answer(messages, self._generator.stream(self._request(messages=messages, cancel=cancel)))
 
     def _answer(self, messages: list[Message], events: EventStream) -> EventStream:
         answer = ""

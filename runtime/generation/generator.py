@@ -1,36 +1,43 @@
-"""Generator: prompts in, tokens and text out, over one engine."""
+"""Generator: prompts and conversations in, tokens and text out, over one engine."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias, Unpack, overload
 
-from qwen_aot.errors import GenerationError
+from qwen_aot.errors import ContextFullError, GenerationError
 from qwen_aot.runtime.backends.open import open_engine
 from qwen_aot.runtime.bundle.load import load_bundle
-from qwen_aot.runtime.engine.exclusive import Exclusive
 from qwen_aot.runtime.engine.protocol import Engine
-from qwen_aot.runtime.generation.batch import Batch
 from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
+from qwen_aot.runtime.generation.driver import Driver
+from qwen_aot.runtime.generation.options import OPTION_NAMES, GenerationOptions, check_names, resolve_each
+from qwen_aot.runtime.generation.prompts import Configs, Prompt, is_one_prompt, make_requests
 from qwen_aot.runtime.generation.request import Completion, Event, Request
+from qwen_aot.runtime.text.chat_encoder import ChatEncoder
+from qwen_aot.runtime.text.chat_template import Message
 from qwen_aot.runtime.text.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["EventStream", "Generator"]
 
 EventStream: TypeAlias = abc.Generator[Event, None, None]  # an iterator that can be closed
 
+_STREAMING = "another stream of this generator isn't finished: end it or close it first"
+
 
 class Generator:
     """Generates from prompts; a context manager. One stream at a time; `close` may come from any thread.
 
+    `GenerationService` shares one between threads.
+
     Example:
         >>> with Generator.open("bundle") as generator:
-        ...     config = generator.defaults.resolve(max_new_tokens=32)
-        ...     print(generator.generate(["The capital of France is"], config)[0].text)
+        ...     print(generator.generate("The capital of France is", max_new_tokens=32).text)
+        ...     print(generator.chat([{"role": "user", "content": "Hello"}]).text)
     """
 
     def __init__(
@@ -46,9 +53,8 @@ class Generator:
         self._engine = engine
         self._tokenizer = tokenizer
         self._defaults = defaults or GenerationDefaults.from_manifest(engine.manifest)
-        self._batch = Batch(engine, tokenizer, self._defaults)
-        self._streaming = threading.Lock()  # held by the one stream that runs
-        self._stepping = Exclusive()  # held during a step: logits lie in the engine's memory until it ends
+        self._driver = Driver(engine, tokenizer, self._defaults)
+        self._chat_encoder: ChatEncoder | None = None
 
     @classmethod
     def open(cls, path: str | Path, *, threads: int | None = None, skip_hash_above: int | None = None) -> Generator:
@@ -83,73 +89,336 @@ class Generator:
         """What the bundle says about generation."""
         return self._defaults
 
-    def generate(
+    @property
+    def driver(self) -> Driver:
+        """What steps the engine; to be borrowed."""
+        return self._driver
+
+    @property
+    def chat_encoder(self) -> ChatEncoder:
+        """The chat template with the tokenizer.
+
+        Raises:
+            GenerationError: the bundle has no tokenizer or template.
+        """
+        if self._chat_encoder is None:
+            self._chat_encoder = ChatEncoder.from_tokenizer(self._tokenizer)
+        return self._chat_encoder
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is one prompt, though it is a sequence of texts
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Prompt,
         config: GenerationConfig | None = None,
         *,
         cancel: threading.Event | None = None,
-    ) -> list[Completion]:
-        """Generates from several prompts, as many at once as the engine has rows.
+        allow_special_tokens: bool = True,
+        **options: Unpack[GenerationOptions],
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        config: Configs = None,
+        *,
+        cancel: threading.Event | None = None,
+        allow_special_tokens: bool = True,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # as above
+        self,
+        prompts: Prompt,
+        config: GenerationConfig | None = None,
+        *,
+        n: int,
+        cancel: threading.Event | None = None,
+        allow_special_tokens: bool = True,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        config: Configs = None,
+        *,
+        n: int,
+        cancel: threading.Event | None = None,
+        allow_special_tokens: bool = True,
+        **options: Unpack[GenerationOptions],
+    ) -> list[list[Completion]]: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        config: Configs = None,
+        *,
+        cancel: threading.Event | None = None,
+        allow_special_tokens: bool = True,
+        **options: Any,
+    ) -> Completion | list[Completion] | list[list[Completion]]:
+        """Goes on from one prompt or from several, as many at once as the engine has rows.
 
         Args:
-            prompts: texts or lists of token ids.
-            config: for all of them; None: the bundle's defaults.
+            prompts: a text or a list of token ids; or a list of those.
+            config: the settings, or a list with those of each prompt; None: the bundle's defaults.
             cancel: set it to end all of them.
+            allow_special_tokens: special tokens that a text spells are those tokens; False: they are plain text.
+            options: `max_new_tokens=64`, `temperature=0.7`, ...: those of `GenerationDefaults.resolve`. Each replaces
+                what the config says.
 
         Returns:
-            One completion for each prompt and choice, in their order.
+            Of one prompt its completion, of several a list in their order. Where `n` is given as an option, even 1,
+            each prompt has a list of n completions instead.
 
         Raises:
-            GenerationError: a prompt can't be taken (nothing has run), or a request failed; `stream` gives the
-                results of the others.
+            GenerationError: a prompt or option can't be taken (nothing has run), or a request failed; `stream` gives
+                the results of the others.
+            TypeError: there is no such option.
         """
-        if isinstance(prompts, str):
-            raise GenerationError(f"prompts is the text {prompts!r}; accepted: a list of prompts, such as [text]")
-        requests = [Request(prompt, config, cancel) for prompt in prompts]
-        with contextlib.closing(self.stream(requests)) as events:
-            completions = [event for event in events if isinstance(event, Completion)]
-        return sorted(completions, key=lambda completion: (completion.index, completion.choice))
+        is_one, requests = self._requests("generate()", prompts, config, cancel, allow_special_tokens, options)
+        if "n" in options:
+            groups = self._run(requests)
+            return groups[0] if is_one else groups
+        completions = self._run_single(requests)
+        return completions[0] if is_one else completions
 
-    def stream(self, requests: Sequence[Request]) -> EventStream:
-        """Generates token by token; each request's last event is its Completion.
+    def stream(
+        self,
+        prompts: Prompt | Request | Sequence[Prompt | Request],
+        config: Configs = None,
+        *,
+        cancel: threading.Event | None = None,
+        allow_special_tokens: bool = True,
+        **options: Any,
+    ) -> EventStream:
+        """Generates token by token; each request's last event is its Completion (each choice's, with `n`).
 
         All requests are checked before any runs. Closing the stream cancels what isn't finished. A request that
         fails by itself gets a Completion with the error; when the others are done, the first such error is
         raised.
 
+        Args:
+            prompts: as for `generate`, or Requests, which hold their own settings.
+            config: see `generate`.
+            cancel: see `generate`.
+            allow_special_tokens: see `generate`.
+            options: see `generate`.
+
         Raises:
             GenerationError: a request can't be taken or failed, a step failed, or another stream isn't finished.
             ContextFullError: a prompt is longer than the context.
+            TypeError: there is no such option.
         """
-        prompts = [self._batch.tokenize(request) for request in requests]
-        return self._stream(requests, prompts)
+        if isinstance(prompts, Request):
+            prompts = [prompts]
+        if not isinstance(prompts, str) and any(isinstance(each, Request) for each in prompts):
+            requests = [each for each in prompts if isinstance(each, Request)]
+            if len(requests) < len(prompts) or config is not None or cancel is not None or options:
+                raise GenerationError("a Request holds its own settings: give only Requests, or prompts with options")
+        else:
+            _, requests = self._requests("stream()", prompts, config, cancel, allow_special_tokens, options)
+        prompt_ids = [self._driver.batch.tokenize(request) for request in requests]
+        return self._stream(requests, prompt_ids)
 
-    def _stream(self, requests: Sequence[Request], prompts: list[list[int]]) -> EventStream:
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        config: GenerationConfig | None = None,
+        *,
+        n: int,
+        stream: Literal[False] = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        cancel: threading.Event | None = None,
+        allow_special_tokens: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[Completion]: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        config: GenerationConfig | None = None,
+        *,
+        stream: Literal[False] = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        cancel: threading.Event | None = None,
+        allow_special_tokens: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        config: GenerationConfig | None = None,
+        *,
+        stream: Literal[True],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        cancel: threading.Event | None = None,
+        allow_special_tokens: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> EventStream: ...
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        config: GenerationConfig | None = None,
+        *,
+        stream: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        cancel: threading.Event | None = None,
+        allow_special_tokens: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Completion | list[Completion] | EventStream:
+        """Answers a conversation, of which only the cache remembers anything: a beginning in it isn't computed again.
+
+        Args:
+            messages: see `chat_request`.
+            config: the settings; None: the bundle's defaults.
+            stream: give the events as they come, as `stream` does, and not the completion.
+            tools: see `chat_request`.
+            cancel: set it to end the answer.
+            allow_special_tokens: see `chat_request`.
+            template_variables: see `chat_request`.
+            options: see `chat_request`.
+
+        Returns:
+            The completion; with `n` among the options a list of n; with `stream` the events.
+
+        Raises:
+            GenerationError: see `chat_request` and `stream`.
+            TypeError: there is no such option.
+        """
+        request = self.chat_request(
+            messages,
+            config,
+            tools=tools,
+            cancel=cancel,
+            allow_special_tokens=allow_special_tokens,
+            template_variables=template_variables,
+            **options,
+        )
+        if stream:
+            return self.stream(request)
+        return self._run([request])[0] if "n" in options else self._run_single([request])[0]
+
+    def chat_request(
+        self,
+        messages: Sequence[Message],
+        config: GenerationConfig | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        cancel: threading.Event | None = None,
+        allow_special_tokens: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Request:
+        """The request that answers a conversation, to be streamed or submitted.
+
+        Args:
+            messages: as in OpenAI's API: `role`, `content` (a text, or parts of type `text`), and what else the
+                template reads of one (`name`, `tool_calls`, `reasoning_content`, ...).
+            config: the settings; None: the bundle's defaults.
+            tools: JSON schemas of functions, for a template that takes them.
+            cancel: set it to end the answer.
+            allow_special_tokens: control tokens that the texts spell are control tokens; False: they are plain text.
+            template_variables: what else the template gets, whether it reads it or not.
+            options: those of `generate`, and variables that the template reads (`enable_thinking=False`, ...).
+
+        Raises:
+            ContextFullError: the conversation doesn't fit the context.
+            GenerationError: the bundle has no tokenizer or template, or see `ChatEncoder.encode`.
+            TypeError: there is no such option.
+        """
+        encoder = self.chat_encoder
+        check_names(options, "chat()", others=encoder.template.variables)
+        knobs = {name: value for name, value in options.items() if name in OPTION_NAMES}
+        variables = {name: value for name, value in options.items() if name not in OPTION_NAMES}
+        (settings,) = resolve_each(self._defaults, config, knobs, 1)
+        ids = encoder.encode(
+            messages,
+            tools=tools,
+            allow_special_tokens=allow_special_tokens,
+            variables=variables | dict(template_variables or {}),
+        )
+        max_context = self._engine.manifest.max_context
+        if len(ids) > max_context:
+            raise ContextFullError(
+                f"the conversation has {len(ids)} tokens with this turn, the context holds {max_context}: start a new "
+                "conversation (/clear in the terminal), say less at once, or rebuild the bundle with a larger "
+                "--max-context"
+            )
+        return Request(ids, settings, cancel, keep_cache=True, is_chat=True)
+
+    def _requests(
+        self,
+        function: str,
+        prompts: object,
+        config: Configs,
+        cancel: threading.Event | None,
+        allow_special_tokens: bool,
+        options: Mapping[str, Any],
+    ) -> tuple[bool, list[Request]]:
+        """Whether there is one prompt and no list, and the requests."""
+        check_names(options, function)
+        is_one = is_one_prompt(prompts)
+        several: Any = [prompts] if is_one else prompts
+        requests = make_requests(
+            several,
+            config,
+            options,
+            defaults=self._defaults,
+            tokenizer=self._tokenizer,
+            cancel=cancel,
+            allow_special_tokens=allow_special_tokens,
+        )
+        return is_one, requests
+
+    def _run(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """The completions of each request, by choice."""
+        groups: list[list[Completion]] = [[] for _ in requests]
+        with contextlib.closing(self.stream(requests)) as events:
+            for event in events:
+                if isinstance(event, Completion):
+                    groups[event.index].append(event)
+        return [sorted(group, key=lambda completion: completion.choice) for group in groups]
+
+    def _run_single(self, requests: Sequence[Request]) -> list[Completion]:
+        """The completion of each request."""
+        for request in requests:
+            if request.config is not None and request.config.n > 1:
+                raise GenerationError(
+                    f"the config has n={request.config.n}: give n={request.config.n} as an option too, for a list of "
+                    "completions of each prompt"
+                )
+        return [completion for (completion,) in self._run(requests)]
+
+    def _stream(self, requests: Sequence[Request], prompt_ids: list[list[int]]) -> EventStream:
         errors: list[GenerationError] = []
-        is_ours = False
+        driver = self._driver
+        driver.borrow(_STREAMING)
         try:
-            is_ours = self._streaming.acquire(blocking=False)
-            if not is_ours:
-                raise GenerationError("another stream of this generator isn't finished: end it or close it first")
-            self._batch.restart()
-            for request, ids in zip(requests, prompts, strict=True):
-                self._batch.add(request, ids)
-            while not self._batch.is_idle:
-                with self._stepping:
-                    events = self._batch.step()
-                for event in events:
+            for request, ids in zip(requests, prompt_ids, strict=True):
+                driver.batch.add(request, ids)
+            while not driver.batch.is_idle:
+                for event in driver.step():
                     if isinstance(event, Completion) and event.error is not None:
                         errors.append(event.error)
                     yield event
         except GeneratorExit:  # closed between two steps, when all rows are whole
-            self._batch.abandon()
+            driver.batch.abandon()
             raise
         finally:
-            if is_ours:
-                if not self._batch.is_idle:
-                    self._batch.clear()
-                self._streaming.release()
+            driver.give_back()
         if errors:
             raise errors[0]
 
@@ -158,7 +427,7 @@ class Generator:
 
         From a signal handler that interrupted a step, it is done when that step ends.
         """
-        self._stepping.run(self._engine.close)
+        self._driver.close()
 
     def __enter__(self) -> Generator:
         return self

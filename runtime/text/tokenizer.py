@@ -10,8 +10,9 @@ from tokenizers import Tokenizer as RustTokenizer
 from qwen_aot.errors import BundleError, GenerationError
 from qwen_aot.runtime.bundle.load import Bundle
 from qwen_aot.runtime.bundle.strict_json import parse_object
+from qwen_aot.runtime.text.control_tokens import ControlTokens, Span
 
-__all__ = ["Tokenizer", "load_tokenizer"]
+__all__ = ["Tokenizer", "check_unicode", "load_tokenizer"]
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -29,7 +30,7 @@ class Tokenizer:
             vocab_size: the model's; often larger than the tokenizer's, being padded.
 
         Raises:
-            BundleError: the tokenizer has an id that the model lacks, or chat_template is no template.
+            BundleError: the tokenizer has an id that the model lacks, or the config a value of another type.
         """
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
         if largest >= vocab_size:
@@ -41,7 +42,9 @@ class Tokenizer:
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self._config = config
+        self._special_tokens = ControlTokens(tokenizer)
         self._chat_template = _read_template(config.get("chat_template"))
+        self._chat_control_tokens = _read_control_tokens(config.get("chat_control_tokens"))
         self._special_ids = frozenset(
             id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special
         )
@@ -67,35 +70,29 @@ class Tokenizer:
         return self._chat_template
 
     @property
-    def special_tokens(self) -> dict[str, str]:
-        """`bos_token`, `eos_token`, `pad_token` and `unk_token` as text, where the config has them."""
-        found = {}
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            token = self._config.get(name)
-            if isinstance(token, dict):
-                token = token.get("content")
-            if isinstance(token, str):
-                found[name] = token
-        return found
+    def config(self) -> dict[str, Any]:
+        """tokenizer_config.json (may be empty)."""
+        return self._config
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Text to ids.
+    @property
+    def chat_control_tokens(self) -> list[str] | None:
+        """Tokens that chats use as control tokens besides the special ones; None: the config doesn't say."""
+        return self._chat_control_tokens
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, allow_special_tokens: bool = True) -> list[int]:
+        """Text to ids; conversations are `ChatEncoder`'s.
 
         Args:
-            text: special tokens written in it become their ids.
+            text: to encode.
             add_special_tokens: let the tokenizer add what it puts around every text (Qwen's adds nothing).
-                False for text that a chat template made.
+            allow_special_tokens: special tokens that the text spells become their ids; False: they are plain text.
 
         Raises:
             GenerationError: the text holds surrogates (it was read from bytes that aren't UTF-8).
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise GenerationError(
-                f"the text isn't valid Unicode (a lone surrogate at character {error.start}): give UTF-8 text"
-            ) from error
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        check_unicode(text)
+        own: list[Span] | None = None if allow_special_tokens else []
+        return self._special_tokens.encode(text, own, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Ids to text, special tokens left out."""
@@ -106,6 +103,20 @@ class Tokenizer:
         return self._tokenizer.id_to_token(token_id)
 
 
+def check_unicode(text: str) -> None:
+    """Refuses surrogates, which no tokenizer takes.
+
+    Raises:
+        GenerationError: the text holds some (it was read from bytes that aren't UTF-8).
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise GenerationError(
+            f"the text isn't valid Unicode (a lone surrogate at character {error.start}): give UTF-8 text"
+        ) from error
+
+
 def _read_template(value: Any) -> str | None:
     """`chat_template`: a text, or several as [{"name": ..., "template": ...}]."""
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
@@ -114,6 +125,15 @@ def _read_template(value: Any) -> str | None:
         raise BundleError(
             f"{TOKENIZER_CONFIG_NAME}: chat_template is a {type(value).__name__}; accepted: a text, or a list of "
             "objects with name and template; repair it in the checkpoint and rebuild"
+        )
+    return value
+
+
+def _read_control_tokens(value: Any) -> list[str] | None:
+    if value is not None and not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+        raise BundleError(
+            f"{TOKENIZER_CONFIG_NAME}: chat_control_tokens is {value!r}; accepted: a list of texts; repair it in the "
+            "checkpoint and rebuild"
         )
     return value
 

@@ -72,7 +72,7 @@ def test_facts_of_tokenizer_config(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(bundle_with(tmp_path, texts))
     assert tokenizer is not None
     assert tokenizer.chat_template == "{{ x }}"
-    assert tokenizer.special_tokens == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    assert tokenizer.config == config
 
 
 def test_of_several_templates_the_default_is_taken() -> None:
@@ -112,3 +112,18 @@ def test_padding_and_truncation_of_the_file_are_off() -> None:
 def test_text_that_was_not_utf8() -> None:
     with pytest.raises(GenerationError, match="a lone surrogate at character 1"):
         golden_tokenizer().encode("a\udcff")
+
+
+def test_special_tokens_as_text() -> None:
+    tokenizer = golden_tokenizer()
+    text = "a<|im_end|>b"
+    plain = tokenizer.encode(text, allow_special_tokens=False)
+    assert not tokenizer.special_ids & set(plain) and tokenizer.decode(plain) == text
+    assert tokenizer.special_id("<|im_end|>") in tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("value", ["<think>", [1], {}])
+def test_chat_control_tokens_of_another_type_are_refused(value: object) -> None:
+    with pytest.raises(BundleError, match=r"chat_control_tokens is .*; accepted: a list of texts"):
+        golden_tokenizer({"chat_control_tokens": value})
+    assert golden_tokenizer({"chat_control_tokens": ["<think>"]}).chat_control_tokens == ["<think>"]
