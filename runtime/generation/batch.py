@@ -61,6 +61,11 @@ class Batch:
         """Whether nothing is waiting or running."""
         return not self._waiting and all(sequence is None for sequence in self._rows)
 
+    @property
+    def rows_in_use(self) -> int:
+        """How many rows hold a request."""
+        return sum(sequence is not None for sequence in self._rows)
+
     def tokenize(self, request: Request) -> list[int]:
         """A request's prompt as ids, checked; changes nothing.
 

@@ -197,7 +197,8 @@ class ControlTokens:
 
         It shares the model, so it costs no memory to speak of. Stand-ins take whitespace beside them as the tokens do.
         """
-        if first not in self._encoders:
+        made = self._encoders.get(first)
+        if made is None:
             encoder = RustTokenizer(self._tokenizer.model)
             if self._tokenizer.normalizer is not None:
                 encoder.normalizer = self._tokenizer.normalizer
@@ -216,8 +217,9 @@ class ControlTokens:
                 encoder.add_tokens([AddedToken(spelling, **{"normalized": False, **flags})])
             found = {spelling: encoder.token_to_id(spelling) for spelling in spellings}
             ids = {new_id: spellings[spelling] for spelling, new_id in found.items() if new_id is not None}
-            self._encoders = {first: (encoder, ids, stand_ins)}
-        return self._encoders[first]
+            made = encoder, ids, stand_ins
+            self._encoders = {first: made}
+        return made
 
     def _unknown_id(self) -> int | None:
         token = getattr(self._tokenizer.model, "unk_token", None)

@@ -8,6 +8,8 @@
     │   └── EngineMismatchError  the bundle is sound but this machine or library can't run it
     └── GenerationError          a request or a step failed at run time
         ├── ContextFullError     the sequence doesn't fit the engine's context
+        ├── QueueFullError       a service has as many requests waiting as it may: try again later
+        ├── ServiceClosedError   a service was closed or drained, or its worker failed (then it has a cause)
         └── NonFiniteLogitsError (`runtime.engine.protocol`) names the rows whose logits hold NaN or Inf
 
 A message says what was wrong, the value seen, what is accepted and what to do.
@@ -24,6 +26,8 @@ __all__ = [
     "EngineMismatchError",
     "ExportError",
     "GenerationError",
+    "QueueFullError",
+    "ServiceClosedError",
     "onnxruntime_errors",
 ]
 
@@ -58,6 +62,14 @@ class GenerationError(DeployError):
 
 class ContextFullError(GenerationError):
     """The sequence doesn't fit the engine's context."""
+
+
+class QueueFullError(GenerationError):
+    """A service has as many requests waiting as it may."""
+
+
+class ServiceClosedError(GenerationError):
+    """A service takes no more requests: it was closed or drained, or its worker failed."""
 
 
 def onnxruntime_errors() -> tuple[type[Exception], ...]:
