@@ -32,6 +32,24 @@ class GivenPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+def _biases(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> dict[int, float] | None:
+    """Token id -> bias, from texts ID=VALUE; None: there are none."""
+    biases: dict[int, float] = {}
+    for text in texts:
+        left, _, right = text.partition("=")
+        try:
+            token_id, bias = int(left), float(right)
+        except ValueError:
+            token_id, bias = -1, 0.0
+        if token_id < 0 or not -100 <= bias <= 100:
+            reason = f"{text!r} isn't a token id, = and a number of -100 to 100, such as 1234=-5"
+            raise click.BadParameter(reason, ctx, param)
+        if token_id in biases:
+            raise click.BadParameter(f"it has the token id {token_id} twice; give each once", ctx, param)
+        biases[token_id] = bias
+    return biases or None
+
+
 bundle_argument: Decorator = click.argument("bundle", type=GivenPath())
 json_option: Decorator = option("--json", "as_json", is_flag=True, help="One JSON object on stdout.", group="Output")
 threads_option: Decorator = option(
@@ -69,9 +87,35 @@ _generation_options = (
         group=_GENERATION,
     ),
     option(
+        "--min-p",
+        type=click.FloatRange(0, 1),
+        help="Draw from tokens at least this many times as likely as the likeliest; 0: all.",
+        group=_GENERATION,
+    ),
+    option(
         "--repetition-penalty",
         type=click.FloatRange(0, min_open=True),
         help="Above 1 makes seen tokens less likely.",
+        group=_GENERATION,
+    ),
+    option(
+        "--presence-penalty",
+        type=click.FloatRange(-2, 2),
+        help="Taken from the logits of tokens that the answer has.",
+        group=_GENERATION,
+    ),
+    option(
+        "--frequency-penalty",
+        type=click.FloatRange(-2, 2),
+        help="Taken from a token's logit as often as the answer has it.",
+        group=_GENERATION,
+    ),
+    option(
+        "--logit-bias",
+        multiple=True,
+        callback=_biases,
+        metavar="ID=VALUE",
+        help="Add VALUE (-100 to 100) to a token's logit; may be given again.",
         group=_GENERATION,
     ),
     option("--seed", type=click.IntRange(0), help="For the same draws again.", group=_GENERATION),

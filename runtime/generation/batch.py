@@ -5,22 +5,22 @@ docs/scheduling.md states the rules; tests/golden/schedule.json pins them.
 
 from __future__ import annotations
 
-import operator
 import time
 from collections import deque
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_aot.errors import ContextFullError, GenerationError
+from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.engine.protocol import Engine, NonFiniteLogitsError
+from qwen_aot.runtime.generation.choices import PendingChoices
 from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
+from qwen_aot.runtime.generation.prompt import prompt_ids
 from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request
 from qwen_aot.runtime.generation.sequence import ActiveSequence
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 
-__all__ = ["CHUNK_ALONE", "CHUNK_BESIDE_DECODE", "TOKENS_PER_IDLE_ROW", "Batch"]
+__all__ = ["CHUNK_ALONE", "CHUNK_BESIDE_DECODE", "COPY_TOKENS", "TOKENS_PER_IDLE_ROW", "Batch"]
 
 # Tokens of a prompt in one step: what running streams wait for, and what no one waits for. docs/scheduling.md has the
 # measurements.
@@ -29,6 +29,9 @@ CHUNK_ALONE = 256
 
 # An idle row in a decode step costs about as much as copying this many tokens of a row.
 TOKENS_PER_IDLE_ROW = 192
+
+# A step admits no more once it has copied so many tokens of rows: about what five idle rows cost.
+COPY_TOKENS = 1024
 
 _IDLE = -1  # the engine's mark of a row without a token
 
@@ -48,6 +51,7 @@ class Batch:
         self._tokenizer = tokenizer
         self._defaults = defaults or GenerationDefaults.from_manifest(engine.manifest)
         self._waiting: deque[ActiveSequence] = deque()
+        self._pending: dict[int, PendingChoices] = {}  # by request, in order of arrival
         rows = engine.manifest.max_batch
         self._rows: list[ActiveSequence | None] = [None] * rows
         self._held: list[list[int]] = [[] for _ in range(rows)]  # tokens in the cache of a free row
@@ -72,57 +76,41 @@ class Batch:
         An empty prompt starts from the model's BOS token.
 
         Raises:
-            GenerationError: text without a tokenizer, ids outside the vocabulary, nothing and no BOS.
+            GenerationError: see `prompt.prompt_ids`.
             ContextFullError: the prompt is longer than the context.
         """
-        manifest = self._engine.manifest
         config = self._complete(request, room=1)
-        if self._tokenizer is None and (isinstance(request.prompt, str) or config.stop):
-            raise GenerationError(
-                "the bundle has no tokenizer, so it takes and gives token ids only: give the prompt as ids "
-                "(--prompt-ids) without stop strings, or rebuild it from a checkpoint with tokenizer.json"
-            )
-        if isinstance(request.prompt, str):
-            assert self._tokenizer is not None
-            ids = self._tokenizer.encode(request.prompt)
-        else:
-            ids = _as_ids(request.prompt)
-        if not ids:
-            if manifest.model.bos_token_id is None:
-                raise GenerationError("the prompt is empty and the model has no BOS token: give at least one token")
-            ids = [manifest.model.bos_token_id]
-        self._check_ids(ids)
-        if len(ids) > manifest.max_context:
-            raise ContextFullError(
-                f"the prompt has {len(ids)} tokens, the context holds {manifest.max_context}: shorten it, or rebuild "
-                f"the bundle with --max-context {len(ids)} or more"
-            )
-        return ids
+        return prompt_ids(request.prompt, config, self._tokenizer, self._engine.manifest)
 
-    def add(self, request: Request, prompt_ids: list[int] | None = None) -> int:
+    def add(self, request: Request, ids: list[int] | None = None) -> int:
         """Queues a request; returns its index, which its events carry.
 
         Args:
             request: what to generate.
-            prompt_ids: what `tokenize` gave for it, if that has been called.
+            ids: what `tokenize` gave for it, if that has been called.
 
         Raises:
             GenerationError: see `tokenize`.
         """
         index = self._count
-        ids = self.tokenize(request) if prompt_ids is None else prompt_ids
+        ids = self.tokenize(request) if ids is None else ids
         # The last token needn't fit: it is never fed.
         config = self._complete(request, room=self._engine.manifest.max_context - len(ids) + 1)
-        self._waiting.append(ActiveSequence(index, request, config, ids, self._tokenizer))
+        first, *others = [
+            ActiveSequence(index, request, config, ids, self._tokenizer, choice) for choice in range(config.n)
+        ]
+        self._waiting.append(first)
+        if others:
+            self._pending[index] = PendingChoices(others)
         self._count += 1
         return index
 
     def step(self) -> list[Event]:
         """Does one bounded piece of work: at most one decode of all running rows and one chunk of one prompt.
 
-        Before that, cancelled requests end and waiting ones take free rows. A request that fails by itself, in its
-        prefill or by logits that aren't finite, ends with an error in its Completion, and the others go on; a decode
-        step that fails ends those that were in it.
+        Before that, cancelled requests end; choices that are due and waiting requests take free rows. A request that
+        fails by itself, in its prefill or by logits that aren't finite, ends with an error in its Completion, and the
+        others go on; a decode step that fails ends those that were in it.
         """
         events: list[Event] = self._retire_cancelled()
         events += self._admit()
@@ -139,6 +127,7 @@ class Batch:
     def abandon(self) -> None:
         """Drops every request. Rows stay filled for the requests that keep their cache, as if cancelled."""
         self._waiting.clear()
+        self._pending.clear()
         for row, sequence in enumerate(self._rows):
             if sequence is not None:
                 self._retire(row, sequence.finish(FinishReason.CANCELLED))
@@ -146,30 +135,62 @@ class Batch:
     def clear(self) -> None:
         """Drops every request and empties every row."""
         self._waiting.clear()
+        self._pending.clear()
         self._prefilling.clear()
         for row in range(len(self._rows)):
             self._rows[row] = None
             self._forget(row)
 
     def _admit(self) -> list[Event]:
-        """Gives free rows to waiting requests in their order; one that copies its beginning is a step's last."""
-        while self._waiting and None in self._rows:
-            sequence = self._waiting.popleft()
-            row, kept = self._choose_row(sequence)
-            donor, shared = self._find_donor(sequence, row)
-            self._rows[row] = sequence
-            self._held[row] = []
-            self._prefilling.append(row)
-            if shared > kept:
+        """Gives free rows to choices that are due, then to waiting requests, in their order.
+
+        The copy with which a step has copied enough, or one that fails, is the last thing.
+        """
+        events: list[Event] = []
+        copied = 0
+        while copied < COPY_TOKENS and None in self._rows:
+            due = next((index for index, pending in self._pending.items() if pending.is_due), None)
+            logits = None
+            if due is not None:
+                row, donor = self._lowest_row(), self._row_of(due)
+                logits = self._begin_choice(row, self._occupant(donor))
+            elif self._waiting:
+                row, donor = self._begin_prompt(self._waiting.popleft())
+            else:
+                break
+            if donor != row:
+                shared = self._occupant(row).prefilled_tokens
                 try:
                     self._engine.copy_row(donor, row, shared)
                 except GenerationError as error:
-                    return [self._fail(row, error)]
-                sequence.cached_tokens = sequence.prefilled_tokens = shared
-                break
+                    return [*events, *self._fail(row, error)]
+                copied += shared
+            if logits is not None:
+                events += self._advance(row, logits)
+        return events
+
+    def _begin_prompt(self, sequence: ActiveSequence) -> tuple[int, int]:
+        """Seats a request; returns its row, and the one to copy its beginning from (the same: nothing is copied)."""
+        row, kept = self._choose_row(sequence)
+        donor, shared = self._find_donor(sequence, row)
+        self._rows[row] = sequence
+        self._held[row] = []
+        self._prefilling.append(row)
+        if shared <= kept:
+            donor, shared = row, kept
             self._engine.truncate(row, kept)
-            sequence.cached_tokens = sequence.prefilled_tokens = kept
-        return []
+        sequence.cached_tokens = sequence.prefilled_tokens = shared
+        return row, donor
+
+    def _begin_choice(self, row: int, sibling: ActiveSequence) -> NDArray[np.float32]:
+        """Seats the next choice of a request; returns the logits [V] of the prompt's last token."""
+        pending = self._pending[sibling.index]
+        sequence, logits = pending.begin(sibling)
+        if not pending:
+            del self._pending[sibling.index]
+        self._rows[row] = sequence
+        self._held[row] = []
+        return logits
 
     def _compact(self) -> list[Event]:
         """Moves one row, if that shortens the span of running rows and idle ones have cost as much by now."""
@@ -188,7 +209,7 @@ class Batch:
             self._engine.copy_row(source, target, length)
         except GenerationError as error:
             if self._rows[source] is not None:
-                return [self._fail(source, error)]
+                return self._fail(source, error)
             self._forget(source)
             return []
         self._rows[target], self._rows[source] = self._rows[source], None
@@ -222,14 +243,19 @@ class Batch:
         if not running:
             return []
         first = running[0]
+        started = time.perf_counter()
         try:
             logits = self._engine.decode(first, self._next[first : running[-1] + 1])
         except NonFiniteLogitsError as error:
-            return [self._fail(row, error) for row in error.rows]
+            return [event for row in error.rows for event in self._fail(row, error)]
         except GenerationError as error:
-            return [self._fail(row, error) for row in running]
+            return [event for row in running for event in self._fail(row, error)]
+        seconds = time.perf_counter() - started
         events: list[Event] = []
         for row in running:
+            sequence = self._occupant(row)
+            if not sequence.is_prefilled:
+                sequence.note_fed(1, seconds)
             events += self._advance(row, logits[row - first])
         return events
 
@@ -238,37 +264,61 @@ class Batch:
         if not self._prefilling:
             return []
         row = self._prefilling[0]
-        sequence = self._rows[row]
-        assert sequence is not None
+        sequence = self._occupant(row)
         size = min(CHUNK_BESIDE_DECODE if self._running() else CHUNK_ALONE, self._engine.manifest.prefill_chunk)
+        if sequence.has_prompt_logprobs:
+            size = 1
         start = sequence.prefilled_tokens
         ids = np.asarray(sequence.prompt_ids[start : start + size], np.int64)
         started = time.perf_counter()
         try:
             logits = self._engine.prefill(row, ids)
         except GenerationError as error:
-            return [self._fail(row, error)]
-        sequence.prefill_seconds += time.perf_counter() - started
-        sequence.prefilled_tokens += len(ids)
+            return self._fail(row, error)
+        sequence.note_fed(len(ids), time.perf_counter() - started)
         self._prefilling.rotate(-1)
-        if not sequence.is_prefilled:
+        if not sequence.is_running:
             return []
         self._prefilling.remove(row)
         return self._advance(row, logits)
 
     def _running(self) -> list[int]:
-        """Rows whose prompt is in the cache, ascending."""
-        return [row for row, sequence in enumerate(self._rows) if sequence is not None and sequence.is_prefilled]
+        """Rows whose next token is known, ascending."""
+        return [row for row, sequence in enumerate(self._rows) if sequence is not None and sequence.is_running]
 
     def _advance(self, row: int, logits: NDArray[np.float32]) -> list[Event]:
+        """Chooses a row's next token from logits [V]; if that ends it, the row goes to a choice that is due."""
+        sequence = self._occupant(row)
+        if not sequence.is_prefilled:
+            self._next[row] = sequence.read_prompt(logits)
+            return []
+        if sequence.index in self._pending:
+            self._pending[sequence.index].keep(logits)
+        events = sequence.advance(logits)
+        while isinstance(events[-1], Completion):
+            if sequence.index not in self._pending:
+                self._retire(row, events[-1])
+                return events
+            self._engine.truncate(row, len(sequence.prompt_ids))
+            logits = self._begin_choice(row, sequence)
+            sequence = self._occupant(row)
+            events += sequence.advance(logits)
+        self._next[row] = sequence.token_ids[-1]
+        return events
+
+    def _occupant(self, row: int) -> ActiveSequence:
         sequence = self._rows[row]
         assert sequence is not None
-        events = sequence.advance(logits)
-        if isinstance(events[-1], Completion):
-            self._retire(row, events[-1])
-        else:
-            self._next[row] = sequence.token_ids[-1]
-        return events
+        return sequence
+
+    def _row_of(self, index: int) -> int:
+        """The lowest row of a request that has one."""
+        return next(row for row, each in enumerate(self._rows) if each is not None and each.index == index)
+
+    def _lowest_row(self) -> int:
+        """The lowest empty row, or the lowest free one, whose content is dropped."""
+        free = [row for row, occupant in enumerate(self._rows) if occupant is None]
+        return min(free, key=lambda row: (len(self._held[row]) > 0, row))
 
     def _choose_row(self, sequence: ActiveSequence) -> tuple[int, int]:
         """A free row, and how many of its tokens the request can use; at least one is left to prefill.
@@ -276,9 +326,9 @@ class Batch:
         A request that keeps its cache takes the row it shares most with, but an empty one where that would
         cost another conversation more than it saves: two of them may share a system prompt and nothing else.
         """
+        if not sequence.reuses_cache:
+            return self._lowest_row(), 0
         free = [row for row, occupant in enumerate(self._rows) if occupant is None]
-        if not sequence.request.keep_cache:
-            return min(free, key=lambda row: (len(self._held[row]) > 0, row)), 0
         shared = {row: _common_prefix(self._held[row], sequence.prompt_ids) for row in free}
         best = max(free, key=lambda row: (shared[row], -row))
         lost = len(self._held[best]) - shared[best]
@@ -292,7 +342,7 @@ class Batch:
 
         Only what was, or is being, kept for other requests is looked at, and only for a request that keeps its own.
         """
-        if not sequence.request.keep_cache:
+        if not sequence.reuses_cache:
             return target, 0
         lengths = self._engine.cache_length
         shared = {}
@@ -317,6 +367,9 @@ class Batch:
         for row, running in enumerate(self._rows):
             if running is not None and running.is_cancelled:
                 events.append(self._retire(row, running.finish(FinishReason.CANCELLED)))
+        for index, pending in list(self._pending.items()):
+            if pending.is_cancelled:
+                events += [sequence.finish(FinishReason.CANCELLED) for sequence in self._pending.pop(index).take_all()]
         return events
 
     def _retire(self, row: int, completion: Completion) -> Completion:
@@ -330,15 +383,17 @@ class Batch:
             self._forget(row)
         return completion
 
-    def _fail(self, row: int, error: GenerationError) -> Completion:
-        """Frees a row whose step failed, and what it held."""
+    def _fail(self, row: int, error: GenerationError) -> list[Event]:
+        """Frees a row whose step failed, and what it held; without another row, choices that are left fail too."""
         sequence = self._vacate(row)
         self._forget(row)
-        return sequence.fail(error)
+        failed = [sequence]
+        if sequence.index in self._pending and not any(each and each.index == sequence.index for each in self._rows):
+            failed += self._pending.pop(sequence.index).take_all()
+        return [each.fail(error) for each in failed]
 
     def _vacate(self, row: int) -> ActiveSequence:
-        sequence = self._rows[row]
-        assert sequence is not None
+        sequence = self._occupant(row)
         self._rows[row] = None
         if row in self._prefilling:
             self._prefilling.remove(row)
@@ -352,22 +407,6 @@ class Batch:
     def _complete(self, request: Request, *, room: int) -> GenerationConfig:
         return self._defaults.complete(request.config, is_chat=request.is_chat, room=room)
 
-    def _check_ids(self, ids: list[int]) -> None:
-        vocab_size = self._engine.manifest.model.vocab_size
-        outside = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
-        if outside:
-            raise GenerationError(f"the prompt has the token id {outside[0]}; accepted: 0 to {vocab_size - 1}")
-
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _as_ids(prompt: Sequence[int]) -> list[int]:
-    """Token ids as whole numbers; bytes and fractions would pass for them."""
-    try:
-        if isinstance(prompt, bytes | bytearray):
-            raise TypeError
-        return [operator.index(token_id) for token_id in prompt]
-    except TypeError:
-        raise GenerationError(f"the prompt is {str(prompt)[:80]!r}; accepted: text, or a list of token ids") from None

@@ -1,27 +1,29 @@
 """Choosing the next token: small functions on one row of logits, and the Sampler that chains them.
 
-Order and meaning are transformers' (repetition penalty, temperature, top-k, top-p). The vocabulary is cut to
-few candidates before anything is sorted.
+Order and meaning are transformers' (`logit_changes`, then temperature, top-k, top-p, min-p), see docs/generation.md.
+The vocabulary is cut to few candidates before anything is sorted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.runtime.generation.config import GenerationConfig
+from qwen_aot.runtime.generation.logit_changes import LogitChanges
 
 __all__ = [
     "Candidates",
     "Sampler",
     "TokenLogprobs",
-    "apply_repetition_penalty",
     "draw",
     "log_probabilities",
+    "min_p",
+    "random_numbers",
     "top_k",
     "top_p",
 ]
@@ -29,6 +31,7 @@ __all__ = [
 _BLOCKS = 2048  # in top_k's first cut, each of V / 2048 logits
 _DRAW_BLOCK = 512  # weights that are summed before any is looked at alone
 _BINS = 2048  # of top_p's histogram
+_SMALLEST = float(np.finfo(np.float32).smallest_subnormal)  # what weighs less weighs nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,30 +66,6 @@ class TokenLogprobs:
 
     token: float
     top: tuple[tuple[int, float], ...]
-
-
-def apply_repetition_penalty(
-    logits: NDArray[np.float32],
-    seen_ids: NDArray[np.int64],
-    penalty: float,
-    out: NDArray[np.float32] | None = None,
-) -> NDArray[np.float32]:
-    """Divides positive logits of seen ids by the penalty and multiplies negative ones.
-
-    Args:
-        logits: [V], not changed.
-        seen_ids: int64, no id twice.
-        penalty: above 0; 1 changes nothing.
-        out: [V], memory for the result; None: new memory.
-
-    Source: Keskar et al., "CTRL" (2019), https://arxiv.org/abs/1909.05858, with the sign rule of
-    transformers' RepetitionPenaltyLogitsProcessor.
-    """
-    result = np.empty_like(logits) if out is None else out
-    np.copyto(result, logits)
-    seen = result[seen_ids]
-    result[seen_ids] = np.where(seen < 0, seen * np.float32(penalty), seen / np.float32(penalty))
-    return result
 
 
 def top_k(logits: NDArray[np.float32], k: int) -> Candidates:
@@ -126,7 +105,7 @@ def top_p(candidates: Candidates, p: float, out: NDArray[np.float32] | None = No
         return candidates
     weights = _weights(candidates.logits, out)
     goal = p * float(weights.sum(dtype=np.float64))
-    for threshold in (1e-2, 1e-4, 1e-6, 0.0):  # of the likeliest one's weight
+    for threshold in (1e-2, 1e-4, 1e-6, _SMALLEST):  # of the likeliest one's weight
         likely = np.flatnonzero(weights >= threshold)
         weight = weights[likely]
         if float(weight.sum(dtype=np.float64)) >= goal:
@@ -156,6 +135,21 @@ def _split_at(
     held = np.cumsum(np.bincount(bins, weights, minlength=_BINS + 1))
     edge = min(int(np.searchsorted(held, goal)), _BINS)
     return bins < edge, np.flatnonzero(bins == edge), float(held[edge - 1]) if edge else 0.0
+
+
+def min_p(candidates: Candidates, p: float, out: NDArray[np.float32] | None = None) -> Candidates:
+    """The candidates at least p times as probable as the likeliest. p = 0 keeps all.
+
+    Args:
+        candidates: to choose from; not changed.
+        p: 0 to 1.
+        out: as for `top_p`.
+
+    Source: Nguyen et al., "Turning Up the Heat: Min-p Sampling" (2024), https://arxiv.org/abs/2407.01082.
+    """
+    if p == 0:
+        return candidates
+    return candidates.take(np.flatnonzero(_weights(candidates.logits, out) >= np.float32(p)))
 
 
 def draw(candidates: Candidates, u: float, out: NDArray[np.float32] | None = None) -> int:
@@ -203,38 +197,62 @@ def _kth_largest(values: NDArray[np.float32], k: int) -> float:
     return float(np.partition(values, len(values) - k)[len(values) - k])
 
 
-class Sampler:
-    """One request's choices; its random numbers are its own, so they don't depend on the rest of a batch."""
+def random_numbers(seed: int | None, choice: int) -> np.random.Generator:
+    """A choice's own random numbers: `.random()` gives one in [0, 1) for each token that is drawn.
 
-    def __init__(self, config: GenerationConfig, prompt_ids: Iterable[int]) -> None:
-        """Starts the request's random numbers and notes what the penalty has seen."""
+    Args:
+        seed: None: new ones at each call.
+        choice: 0: those of the seed, as a request of one choice has; else those of the seed's child of that number.
+
+    Source: O'Neill, "PCG" (2014), https://www.pcg-random.org (PCG64, XSL-RR), seeded by numpy's SeedSequence, whose
+    children have their number as `spawn_key`; tests/golden/make_generation.py states both in whole numbers.
+    """
+    if seed is None or choice == 0:
+        return np.random.default_rng(seed)
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(choice,)))
+
+
+class Sampler:
+    """Chooses the tokens of one output; its random numbers are its own and don't depend on the rest of a batch."""
+
+    def __init__(
+        self, config: GenerationConfig, prompt_ids: Iterable[int], ending_ids: Collection[int] = (), choice: int = 0
+    ) -> None:
+        """Starts the output's random numbers and notes what the penalties have seen.
+
+        Args:
+            config: the request's.
+            prompt_ids: the prompt's tokens.
+            ending_ids: ids that end the request.
+            choice: the output's number.
+        """
         self._config = config
-        self._penalty = config.repetition_penalty
-        self._seen = set(prompt_ids) if self._penalty != 1 else set()
-        self._seen_ids: NDArray[np.int64] = np.fromiter(self._seen, np.int64, len(self._seen))
-        self._random = np.random.default_rng(config.seed)
+        self._changes = LogitChanges(config, prompt_ids, ending_ids)
+        self._random = random_numbers(config.seed, choice)
         # [2, V]: the logits as changed, and weights. Two fresh arrays of a whole vocabulary at each step would
         # be given back to the system and mapped anew: 1 ms for 151,936 logits, against 0.15 in all.
         self._scratch: NDArray[np.float32] = np.empty((2, 0), np.float32)
 
     def choose(self, logits: NDArray[np.float32]) -> int:
         """The next token from finite logits [V], which are not changed."""
-        if self._penalty == 1 and self._config.is_greedy:
+        is_changed = not self._changes.is_off
+        if not is_changed and self._config.is_greedy:
             return int(logits.argmax())
         if self._scratch.shape[1] != len(logits):
             self._scratch = np.empty((2, len(logits)), np.float32)
-        if self._penalty != 1:
-            logits = apply_repetition_penalty(logits, self._seen_ids, self._penalty, out=self._scratch[0])
+        if is_changed:
+            np.copyto(self._scratch[0], logits)
+            logits = self._scratch[0]
+            self._changes.apply(logits)
         token_id = int(logits.argmax()) if self._config.is_greedy else self._draw(logits)
-        if self._penalty != 1 and token_id not in self._seen:
-            self._seen.add(token_id)
-            self._seen_ids = np.append(self._seen_ids, token_id)
+        self._changes.count(token_id)
         return token_id
 
     def _draw(self, logits: NDArray[np.float32]) -> int:
-        """Temperature, top-k, top-p. Dividing keeps the order, so it may follow the cut to k."""
+        """Temperature, top-k, top-p, min-p. Dividing keeps the order, so it may follow the cut to k."""
         config, (changed, weights) = self._config, self._scratch
         kept = top_k(logits, config.top_k)
         np.divide(kept.logits, np.float32(config.temperature), out=changed[: len(kept.logits)])
         cooled = Candidates(kept.ids, changed[: len(kept.logits)])
-        return draw(top_p(cooled, config.top_p, weights), self._random.random(), weights)
+        likely = min_p(top_p(cooled, config.top_p, weights), config.min_p, weights)
+        return draw(likely, self._random.random(), weights)

@@ -1,4 +1,4 @@
-"""One request in flight: logits in, events out. Knows no engine and no other request."""
+"""One output in flight: logits in, events out. Knows no engine and no other request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request, Timings, TokenEvent
 from qwen_aot.runtime.generation.sampling import Sampler, TokenLogprobs, log_probabilities
-from qwen_aot.runtime.generation.stopping import StopMatcher
+from qwen_aot.runtime.generation.stopping import StopMatcher, ending_ids
 from qwen_aot.runtime.text.detokenizer import make_detokenizer
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 
@@ -20,17 +20,18 @@ __all__ = ["ActiveSequence"]
 
 
 class ActiveSequence:
-    """The state of one request, from its arrival to its completion.
+    """The state of one output of a request, from its arrival to its completion.
 
     Attributes:
         index: of the request.
+        choice: which of the request's outputs it is.
         request: as given.
         config: its settings, complete.
         prompt_ids: the prompt's tokens.
         token_ids: generated so far.
         cached_tokens: leading tokens of the prompt that the cache already held.
         prefilled_tokens: leading tokens of the prompt that are in the row by now.
-        prefill_seconds: spent in prefill steps.
+        prefill_seconds: spent in the steps that fed the prompt.
     """
 
     def __init__(
@@ -40,10 +41,12 @@ class ActiveSequence:
         config: GenerationConfig,
         prompt_ids: Sequence[int],
         tokenizer: Tokenizer | None,
+        choice: int = 0,
     ) -> None:
         """Starts with nothing done; `config` is what `GenerationDefaults.complete` gave."""
         assert config.max_new_tokens is not None and config.stop is not None and config.eos_token_ids is not None
         self.index = index
+        self.choice = choice
         self.request = request
         self.config = config
         self.prompt_ids = list(prompt_ids)
@@ -52,20 +55,13 @@ class ActiveSequence:
         self.prefilled_tokens = 0
         self.prefill_seconds = 0.0
         self._limit = config.max_new_tokens
-        # Special tokens have no text in which a stop string could be found.
-        special = [tokenizer.special_id(stop) for stop in config.stop] if tokenizer else []
-        self._ending_ids = frozenset(
-            [
-                *config.stop_token_ids,
-                *(() if config.ignore_eos else config.eos_token_ids),
-                *(token_id for token_id in special if token_id is not None),
-            ]
-        )
-        self._sampler = Sampler(config, self.prompt_ids)
+        self._ending_ids = ending_ids(config, tokenizer)
+        self._sampler = Sampler(config, self.prompt_ids, self._ending_ids, choice)
         self._detokenizer = make_detokenizer(tokenizer) if tokenizer else None
         self._stop = StopMatcher(config.stop)
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs | None] = [None]
         self._arrived = time.perf_counter()
         self._first_token: float | None = None
 
@@ -78,6 +74,40 @@ class ActiveSequence:
     def is_prefilled(self) -> bool:
         """Whether all of the prompt is in the row."""
         return self.prefilled_tokens == len(self.prompt_ids)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the next token to feed is known: the prompt's, if each of them is to have its log-probabilities."""
+        return self.is_prefilled or (self.has_prompt_logprobs and self.prefilled_tokens > 0)
+
+    @property
+    def has_prompt_logprobs(self) -> bool:
+        """Whether each token of the prompt needs the logits before it, so that they are fed one by one."""
+        return self.config.prompt_logprobs is not None
+
+    @property
+    def reuses_cache(self) -> bool:
+        """Whether the prompt may start from what the cache holds of its beginning; logits of that are gone."""
+        return self.request.keep_cache and not self.has_prompt_logprobs
+
+    def note_fed(self, tokens: int, seconds: float) -> None:
+        """Counts tokens of the prompt that a step has fed."""
+        self.prefilled_tokens += tokens
+        self.prefill_seconds += seconds
+
+    def read_prompt(self, logits: NDArray[np.float32]) -> int:
+        """Notes the log-probabilities of the prompt's next token from logits [V]; returns it, to be fed."""
+        assert self.config.prompt_logprobs is not None
+        token_id = self.prompt_ids[self.prefilled_tokens]
+        self._prompt_logprobs.append(log_probabilities(logits, token_id, self.config.prompt_logprobs))
+        return token_id
+
+    def share_prompt(self, sibling: ActiveSequence) -> None:
+        """Starts behind the prompt as another choice of the request has computed it."""
+        self.cached_tokens = sibling.cached_tokens
+        self.prefilled_tokens = len(self.prompt_ids)
+        self.prefill_seconds = sibling.prefill_seconds
+        self._prompt_logprobs = sibling._prompt_logprobs
 
     def advance(self, logits: NDArray[np.float32]) -> list[Event]:
         """Chooses the next token from logits [V].
@@ -98,7 +128,7 @@ class ActiveSequence:
         piece = self._detokenizer.push(token_id) if self._detokenizer else ""
         text, is_stopped = self._stop.push(piece)
         self._text.append(text)
-        events: list[Event] = [TokenEvent(self.index, token_id, text, logprobs)]
+        events: list[Event] = [TokenEvent(self.index, token_id, text, logprobs, self.choice)]
         if is_stopped:
             events.append(self._complete(FinishReason.STOP, ""))
         elif len(self.token_ids) >= self._limit:
@@ -106,13 +136,13 @@ class ActiveSequence:
         return events
 
     def finish(self, reason: FinishReason) -> Completion:
-        """Ends the request; text that was held back comes out with it."""
+        """Ends the output; text that was held back comes out with it."""
         tail = self._detokenizer.flush() if self._detokenizer else ""
         text, is_stopped = self._stop.push(tail)
         return self._complete(FinishReason.STOP if is_stopped else reason, text + self._stop.flush())
 
     def fail(self, error: GenerationError) -> Completion:
-        """Ends the request with what it had given out before its step failed."""
+        """Ends the output with what it had given out before its step failed."""
         return self._complete(FinishReason.ERROR, "", error)
 
     def _complete(self, reason: FinishReason, last_text: str, error: GenerationError | None = None) -> Completion:
@@ -129,4 +159,6 @@ class ActiveSequence:
             logprobs=tuple(self._logprobs),
             timings=Timings(self.prefill_seconds, first_token - self._arrived, now - first_token),
             error=error,
+            choice=self.choice,
+            prompt_logprobs=tuple(self._prompt_logprobs) if self.has_prompt_logprobs else None,
         )

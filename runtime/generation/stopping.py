@@ -1,10 +1,29 @@
-"""Stop strings in streamed text: found across pieces, and never given out in part."""
+"""What ends a request: ids, and stop strings, found across pieces of streamed text and never given out in part."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["StopMatcher"]
+from qwen_aot.runtime.generation.config import GenerationConfig
+from qwen_aot.runtime.text.tokenizer import Tokenizer
+
+__all__ = ["StopMatcher", "ending_ids"]
+
+
+def ending_ids(config: GenerationConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The ids that end a request with complete settings.
+
+    A stop string that spells a special token stands for its id: special tokens have no text in which it could be found.
+    """
+    assert config.stop is not None and config.eos_token_ids is not None
+    special = [tokenizer.special_id(stop) for stop in config.stop] if tokenizer else []
+    return frozenset(
+        [
+            *config.stop_token_ids,
+            *(() if config.ignore_eos else config.eos_token_ids),
+            *(token_id for token_id in special if token_id is not None),
+        ]
+    )
 
 
 class StopMatcher:

@@ -5,9 +5,13 @@
 The rules of docs/scheduling.md, written down a second time and as plainly as possible. Nothing of qwen_aot is imported.
 
 A prompt is given as runs [first id, count] of consecutive ids, modulo VOCAB. The engine of these cases answers each
-row with the number of tokens in it, modulo VOCAB; no request stops but by its length or its cancellation. A request
-arrives, and is cancelled, before the step of that number. Calls are in order: ["copy", source row, target row, tokens],
-["decode", first row, [request or -1, ...]], ["prefill", row, request, first token, tokens].
+row with the number of tokens in it, modulo VOCAB; no request stops but by its length, its cancellation or a fault. A
+request arrives, and is cancelled, before the step of that number. Calls are in order: ["copy", source row, target row,
+tokens], ["decode", first row, [who or -1, ...]], ["prefill", row, request, first token, tokens], those that fail too.
+Who is a request, or [request, choice] for its choices after the first. Each end is [request, reason, choice].
+
+A fault makes the nth call of its kind fail, counted from 0: {"call": kind, "number": n, "rows": null}; with rows, a
+decode in which the logits of these rows aren't finite. A call that fails leaves the rows as they were.
 """
 
 from __future__ import annotations
@@ -17,13 +21,20 @@ from pathlib import Path
 from typing import Any
 
 VOCAB = 211
-ALONE, BESIDE, PER_IDLE_ROW = 256, 64, 192
+ALONE, BESIDE, PER_IDLE_ROW, COPIES = 256, 64, 192, 1024
+
+Unit = tuple[int, int]  # a request's choice
 
 
 def request(
-    prompt: list[list[int]], new: int, arrives: int = 0, cancelled: int | None = None, keep: bool = False
+    prompt: list[list[int]], new: int, arrives: int = 0, cancelled: int | None = None, keep: bool = False, **more: Any
 ) -> dict[str, Any]:
-    return {"prompt": prompt, "max_new_tokens": new, "arrives": arrives, "cancelled": cancelled, "keep_cache": keep}
+    made = {"prompt": prompt, "max_new_tokens": new, "arrives": arrives, "cancelled": cancelled, "keep_cache": keep}
+    return made | {"n": 1, "prompt_logprobs": None} | more
+
+
+def fault(call: str, number: int, rows: list[int] | None = None) -> dict[str, Any]:
+    return {"call": call, "number": number, "rows": rows}
 
 
 def ids(prompt: list[list[int]]) -> list[int]:
@@ -37,52 +48,113 @@ def common(a: list[int], b: list[int]) -> int:
     return n
 
 
-def steps(rows: int, prefill_chunk: int, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def steps(
+    rows: int, prefill_chunk: int, requests: list[dict[str, Any]], faults: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     prompts = [ids(r["prompt"]) for r in requests]
-    made: list[list[int]] = [[] for _ in requests]
-    user: list[int | None] = [None] * rows  # the request in each row
+    made: dict[Unit, list[int]] = {(i, c): [] for i, r in enumerate(requests) for c in range(r["n"])}
+    user: list[Unit | None] = [None] * rows  # who is in each row
     cache: list[list[int]] = [[] for _ in range(rows)]
-    queue: list[int] = []  # waiting
-    turns: list[int] = []  # requests in prefill
-    ended: set[int] = set()
+    queue: list[int] = []  # waiting requests
+    turns: list[Unit] = []  # in prefill
+    left: dict[int, list[int]] = {}  # choices of requests that have come and not begun
+    whole: set[int] = set()  # requests whose prompt has been computed
+    ended: set[Unit] = set()
+    counts = {"copy": 0, "decode": 0, "prefill": 0}
     waste = 0
     trace: list[dict[str, Any]] = []
 
-    while len(ended) < len(requests):
+    while len(ended) < len(made):
         number, calls, ends = len(trace), [], []
-        queue += [i for i, r in enumerate(requests) if r["arrives"] == number]
+        for i, r in enumerate(requests):
+            if r["arrives"] == number:
+                queue.append(i)
+                left[i] = list(range(1, r["n"]))
 
-        def leave(i: int, reason: str, ends: list[Any] = ends) -> None:
-            ended.add(i)
-            ends.append([i, reason])
-            if i in user:
-                row = user.index(i)
-                user[row] = None
-                if not requests[i]["keep_cache"]:
-                    cache[row] = []
-            if i in turns:
-                turns.remove(i)
+        def call(*parts: Any, calls: list[Any] = calls) -> dict[str, Any] | None:
+            """Writes a call down; returns its fault, if it has one."""
+            calls.append(list(parts))
+            found = [f for f in faults if f["call"] == parts[0] and f["number"] == counts[parts[0]]]
+            counts[parts[0]] += 1
+            return found[0] if found else None
 
-        # 1. Who is cancelled ends: first those that wait, in their order, then by row.
+        def end(unit: Unit, reason: str, ends: list[Any] = ends) -> None:
+            ended.add(unit)
+            ends.append([unit[0], reason, unit[1]])
+
+        def leave(row: int, reason: str) -> None:
+            unit = user[row]
+            assert unit is not None
+            user[row] = None
+            if unit in turns:
+                turns.remove(unit)
+            if reason == "error" or not requests[unit[0]]["keep_cache"]:
+                cache[row] = []
+            end(unit, reason)
+
+        def fail(row: int) -> None:
+            unit = user[row]
+            assert unit is not None
+            leave(row, "error")
+            if all(other is None or other[0] != unit[0] for other in user):
+                while left[unit[0]]:
+                    end((unit[0], left[unit[0]].pop(0)), "error")
+
+        def token(row: int) -> None:
+            """A token of whoever is in the row; one that ends leaves the row to the next choice of its request."""
+            unit = user[row]
+            assert unit is not None
+            i = unit[0]
+            whole.add(i)
+            made[unit].append(len(cache[row]) % VOCAB)
+            if len(made[unit]) == requests[i]["max_new_tokens"]:
+                if left[i]:
+                    end(unit, "length")
+                    cache[row] = prompts[i]
+                    user[row] = (i, left[i].pop(0))
+                    token(row)
+                else:
+                    leave(row, "length")
+
+        # 1. Who is cancelled ends: first those that wait, in their order, then by row, then choices that haven't begun.
         def is_cancelled(i: int, number: int = number) -> bool:
             return requests[i]["cancelled"] is not None and requests[i]["cancelled"] <= number
 
         for i in [i for i in queue if is_cancelled(i)]:
             queue.remove(i)
-            leave(i, "cancelled")
-        for i in [i for i in user if i is not None and is_cancelled(i)]:
-            leave(i, "cancelled")
+            end((i, 0), "cancelled")
+        for row, unit in enumerate(user):
+            if unit is not None and is_cancelled(unit[0]):
+                leave(row, "cancelled")
+        for i in sorted(left):
+            while is_cancelled(i) and left[i]:
+                end((i, left[i].pop(0)), "cancelled")
 
-        # 2. Free rows are given out in order.
-        while queue and None in user:
-            i = queue.pop(0)
-            prompt, keep = prompts[i], requests[i]["keep_cache"]
+        # 2. Free rows are given out: to choices whose prompt is there, then to requests, until enough is copied.
+        copied = 0
+        while None in user and copied < COPIES:
             free = [row for row in range(rows) if user[row] is None]
             empty = [row for row in free if not cache[row]]
-            if not keep:
-                row = empty[0] if empty else free[0]
-                shared = 0
-            else:
+            row = empty[0] if empty else free[0]
+            due = [i for i in sorted(left) if left[i] and i in whole]
+            if due:
+                i = due[0]
+                donor = next(r for r, unit in enumerate(user) if unit is not None and unit[0] == i)
+                user[row] = (i, left[i].pop(0))
+                if call("copy", donor, row, len(prompts[i])):
+                    fail(row)
+                    break
+                copied += len(prompts[i])
+                cache[row] = prompts[i]
+                token(row)
+                continue
+            if not queue:
+                break
+            i = queue.pop(0)
+            prompt = prompts[i]
+            keep = requests[i]["keep_cache"] and requests[i]["prompt_logprobs"] is None
+            shared = 0
+            if keep:
                 row = free[0]
                 for other in free:
                     if common(cache[other], prompt) > common(cache[row], prompt):
@@ -91,20 +163,23 @@ def steps(rows: int, prefill_chunk: int, requests: list[dict[str, Any]]) -> list
                 if empty and 2 * (len(cache[row]) - gain) > gain:
                     row = empty[0]
                 shared = min(common(cache[row], prompt), len(prompt) - 1)
-            best, donor = shared, None
+            best, source = shared, None
             for other in range(rows):
                 occupant = user[other]
-                if keep and other != row and (occupant is None or requests[occupant]["keep_cache"]):
+                if keep and other != row and (occupant is None or requests[occupant[0]]["keep_cache"]):
                     n = min(common(cache[other], prompt), len(prompt) - 1)
                     if n > best:
-                        best, donor = n, other
-            user[row] = i
-            turns.append(i)
-            if donor is not None:
-                calls.append(["copy", donor, row, best])
-                cache[row] = cache[donor][:best]
-                break
-            cache[row] = cache[row][:shared]
+                        best, source = n, other
+            user[row] = (i, 0)
+            turns.append((i, 0))
+            if source is not None:
+                if call("copy", source, row, best):
+                    fail(row)
+                    break
+                copied += best
+                cache[row] = cache[source][:best]
+            else:
+                cache[row] = cache[row][:shared]
 
         def running() -> list[int]:
             return [r for r in range(rows) if user[r] is not None and user[r] not in turns]
@@ -132,54 +207,80 @@ def steps(rows: int, prefill_chunk: int, requests: list[dict[str, Any]]) -> list
             source, target = move
             if waste >= len(cache[source]):
                 waste = 0
-                calls.append(["copy", source, target, len(cache[source])])
-                cache[target], cache[source] = cache[source], []
-                user[target], user[source] = user[source], None
+                if call("copy", source, target, len(cache[source])):
+                    if user[source] is None:
+                        cache[source] = []
+                    else:
+                        fail(source)
+                else:
+                    cache[target], cache[source] = cache[source], []
+                    user[target], user[source] = user[source], None
 
-        def token(row: int) -> None:
-            i = user[row]
-            assert i is not None
-            made[i].append(len(cache[row]) % VOCAB)
-            if len(made[i]) == requests[i]["max_new_tokens"]:
-                leave(i, "length")
-
-        # 4. One decode of all running rows.
+        # 4. One decode of all running rows: of the last token, or of the prompt's next where it is fed by token.
         decoding = running()
         if decoding:
             span = range(decoding[0], decoding[-1] + 1)
-            calls.append(["decode", span[0], [user[r] if r in decoding else -1 for r in span]])
-            for row in decoding:
-                i = user[row]
-                assert i is not None
-                cache[row] = [*cache[row], made[i][-1]]
-                token(row)
+            who: list[Any] = []
+            for r in span:
+                unit = user[r] if r in decoding else None
+                who.append(-1 if unit is None else unit[0] if unit[1] == 0 else list(unit))
+            found = call("decode", span[0], who)
+            if found is not None:
+                for row in decoding if found["rows"] is None else found["rows"]:
+                    fail(row)
+            else:
+                for row in decoding:
+                    unit = user[row]
+                    assert unit is not None
+                    prompt = prompts[unit[0]]
+                    fed = made[unit][-1] if made[unit] else prompt[len(cache[row])]
+                    cache[row] = [*cache[row], fed]
+                    if len(cache[row]) >= len(prompt):
+                        token(row)
 
         # 5. One chunk of the prompt whose turn it is: a small one while anyone runs.
         if turns:
             chunk = min(BESIDE if running() else ALONE, prefill_chunk)
-            i = turns[0]
-            row = user.index(i)
+            unit = turns[0]
+            i = unit[0]
+            if requests[i]["prompt_logprobs"] is not None:
+                chunk = 1
+            row = user.index(unit)
             start = len(cache[row])
             piece = prompts[i][start : start + chunk]
-            calls.append(["prefill", row, i, start, len(piece)])
-            cache[row] = cache[row] + piece
-            turns.pop(0)
-            if len(cache[row]) < len(prompts[i]):
-                turns.append(i)
+            if call("prefill", row, i, start, len(piece)):
+                fail(row)
             else:
-                token(row)
+                cache[row] = cache[row] + piece
+                turns.pop(0)
+                if len(cache[row]) == len(prompts[i]):
+                    token(row)
+                elif requests[i]["prompt_logprobs"] is None:
+                    turns.append(unit)
 
         trace.append({"calls": calls, "ended": ends})
     return trace
 
 
-def case(name: str, rows: int, prefill_chunk: int, requests: list[dict[str, Any]]) -> dict[str, Any]:
+def case(
+    name: str,
+    rows: int,
+    prefill_chunk: int,
+    requests: list[dict[str, Any]],
+    *faults: dict[str, Any],
+) -> dict[str, Any]:
+    """A case, each fault of which comes to pass."""
+    trace = steps(rows, prefill_chunk, requests, list(faults))
+    kinds = [call[0] for step in trace for call in step["calls"]]
+    for each in faults:
+        assert kinds.count(each["call"]) > each["number"], f"{name}: {each} never happens"
     return {
         "name": name,
         "rows": rows,
         "prefill_chunk": prefill_chunk,
         "requests": requests,
-        "steps": steps(rows, prefill_chunk, requests),
+        "faults": list(faults),
+        "steps": trace,
     }
 
 
@@ -244,6 +345,136 @@ CASES = [
         + [request([[3, 5]], 40), request([[80, 30]], 2, arrives=6, keep=True)],
     ),
     case("two rows end in one step", 3, 64, [request([[n, 70]], 5, arrives=n) for n in (0, 1, 1, 2, 2)]),
+    # choices of one prompt
+    case("choices copy the prompt", 4, 512, [request([[1, 300]], 5, n=3)]),
+    case("more choices than rows", 2, 512, [request([[1, 9]], 3, n=5)]),
+    case("choices in one row", 1, 512, [request([[1, 9]], 3, n=3), request([[2, 5]], 2)]),
+    case("choices of one token", 3, 512, [request([[1, 9]], 1, n=4), request([[2, 5]], 2)]),
+    case("choices go before who came later", 3, 512, [request([[1, 70]], 4, n=3)] + [request([[2, 5]], 9)] * 3),
+    case("a step admits until enough is copied", 6, 512, [request([[1, 600]], 6, n=5), request([[2, 5]], 3)]),
+    case("choices of two requests", 3, 64, [request([[1, 100]], 4, n=3), request([[2, 30]], 4, n=2)]),
+    case("choices are cancelled in rows and before", 2, 512, [request([[1, 9]], 9, n=4, cancelled=3)]),
+    case("choices are cancelled while their prompt is computed", 2, 64, [request([[1, 300]], 9, n=3, cancelled=2)]),
+    case(
+        "choices are cancelled while it waits", 1, 512, [request([[2, 4]], 9), request([[1, 9]], 9, n=3, cancelled=2)]
+    ),
+    case(
+        "choices that keep their rows",
+        3,
+        512,
+        [request([[7, 40]], 4, n=2, keep=True), request([[7, 40], [47, 4], [100, 9]], 3, arrives=12, keep=True)],
+    ),
+    case(
+        "rows of choices are compacted",
+        4,
+        512,
+        [request([[n, 5]], 3) for n in (1, 2, 3)] + [request([[9, 8]], 30, n=3)],
+    ),
+    # the prompt's log-probabilities
+    case("a prompt fed by token", 1, 512, [request([[3, 5]], 3, prompt_logprobs=0)]),
+    case("a prompt of one token", 1, 512, [request([[3, 1]], 2, prompt_logprobs=1)]),
+    case(
+        "a prompt fed beside a stream and a prompt",
+        3,
+        512,
+        [request([[9, 5]], 12), request([[3, 7]], 3, arrives=2, prompt_logprobs=2), request([[0, 150]], 2, arrives=3)],
+    ),
+    case("two prompts fed by token", 3, 512, [request([[n, 6]], 2, prompt_logprobs=0) for n in (1, 2)]),
+    case(
+        "cancelled while its prompt is fed",
+        2,
+        512,
+        [request([[3, 30]], 3, prompt_logprobs=0, cancelled=9), request([[1, 4]], 15)],
+    ),
+    case(
+        "a prompt fed by token starts from nothing",
+        2,
+        512,
+        [
+            request([[7, 20]], 3, keep=True),
+            request([[7, 30]], 3, arrives=6, keep=True, prompt_logprobs=0),
+            request([[7, 30], [37, 2]], 2, arrives=45, keep=True),
+        ],
+    ),
+    case("a prompt fed by token, then choices", 3, 512, [request([[3, 5]], 4, prompt_logprobs=0, n=4)]),
+    # faults
+    case("a prefill fails", 2, 64, [request([[1, 200]], 4), request([[2, 5]], 3)], fault("prefill", 2)),
+    case(
+        "the prefill of choices fails", 2, 64, [request([[1, 200]], 4, n=3), request([[2, 5]], 3)], fault("prefill", 1)
+    ),
+    case(
+        "the prefill of a waiting one goes on", 1, 64, [request([[1, 9]], 4), request([[2, 5]], 3)], fault("prefill", 0)
+    ),
+    case(
+        "a prompt that is fed by token fails at its first",
+        1,
+        64,
+        [request([[1, 9]], 4, prompt_logprobs=0)],
+        fault("prefill", 0),
+    ),
+    case(
+        "a copied beginning fails",
+        3,
+        512,
+        [
+            request([[7, 40], [90, 30]], 30, keep=True),
+            request([[7, 40], [150, 9]], 4, arrives=4, keep=True),
+            request([[2, 5]], 2, arrives=4),
+        ],
+        fault("copy", 0),
+    ),
+    case("the copy of a choice fails, and the next is made", 3, 512, [request([[1, 9]], 6, n=4)], fault("copy", 0)),
+    case("every copy of a choice fails", 2, 512, [request([[1, 9]], 3, n=3)], fault("copy", 0), fault("copy", 1)),
+    case("a move fails", 4, 512, [request([[n, 5]], 20 if n in (0, 3) else 2) for n in range(4)], fault("copy", 0)),
+    case(
+        "the move of a conversation fails",
+        4,
+        512,
+        [request([[n, 5]], {0: 40, 3: 40}.get(n, 2), keep=n == 1) for n in range(3)]
+        + [request([[3, 5]], 40), request([[80, 30]], 2, arrives=6, keep=True)],
+        fault("copy", 0),
+    ),
+    case("a decode fails", 2, 512, [request([[n, 4]], 6) for n in range(3)], fault("decode", 2)),
+    case(
+        "a decode fails beside a prompt",
+        2,
+        64,
+        [request([[1, 4]], 20), request([[2, 300]], 3, arrives=2)],
+        fault("decode", 3),
+    ),
+    case("one row's logits aren't finite", 3, 512, [request([[n, 4]], 6) for n in range(4)], fault("decode", 3, [1])),
+    case(
+        "two rows' logits aren't finite",
+        4,
+        512,
+        [request([[n, 4]], 8) for n in range(4)],
+        fault("decode", 4, [0, 3]),
+        fault("decode", 5, [1]),
+    ),
+    case(
+        "the logits of a row that keeps aren't finite",
+        2,
+        512,
+        [request([[7, 9]], 5, keep=True), request([[7, 9], [16, 3]], 3, arrives=5, keep=True)],
+        fault("decode", 1, [0]),
+    ),
+    case("a choice's logits aren't finite", 2, 512, [request([[1, 9]], 6, n=4)], fault("decode", 1, [1])),
+    case(
+        "the last row of choices fails",
+        1,
+        512,
+        [request([[1, 9]], 4, n=3), request([[2, 4]], 2)],
+        fault("decode", 1, [0]),
+    ),
+    case("a decode of choices fails", 2, 512, [request([[1, 9]], 4, n=5), request([[2, 4]], 2)], fault("decode", 1)),
+    case(
+        "the logits aren't finite while a prompt is fed",
+        2,
+        512,
+        [request([[3, 6]], 3, prompt_logprobs=0), request([[1, 4]], 9)],
+        fault("decode", 2, [1]),
+        fault("decode", 4, [0]),
+    ),
 ]
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from qwen_aot.errors import GenerationError
+from qwen_aot.runtime.engine.protocol import NonFiniteLogitsError
 from qwen_aot.runtime.generation.batch import Batch
 from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request
+from qwen_aot.runtime.generation.sequence import ActiveSequence
 from tests.runtime.fakes import FakeEngine
 from tests.runtime.toys import checksum, make_manifest
 
@@ -25,6 +29,17 @@ class Planned:
     arrives: int = 0
     cancelled: int | None = None
     keep_cache: bool = False
+    n: int = 1
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The nth call of a kind fails, counted from 0; with rows, a decode in which their logits aren't finite."""
+
+    call: str
+    number: int
+    rows: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -48,9 +63,9 @@ class Step:
     prefilling: set[int] = field(default_factory=set)
 
     @property
-    def ended(self) -> list[tuple[int, FinishReason]]:
-        """The requests that ended, in order."""
-        return [(event.index, event.finish_reason) for event in self.events if isinstance(event, Completion)]
+    def ended(self) -> list[tuple[int, FinishReason, int]]:
+        """The requests that ended, in order, with their choices."""
+        return [(e.index, e.finish_reason, e.choice) for e in self.events if isinstance(e, Completion)]
 
 
 class RecordedEngine(FakeEngine):
@@ -58,27 +73,43 @@ class RecordedEngine(FakeEngine):
 
     batch: Batch
     step: Step
+    faults: Sequence[Fault] = ()
+    counts: Counter[object]
 
     def prefill(self, row, token_ids):  # type: ignore[no-untyped-def]
         self.step.prefills.append((row, token_ids.tolist()))
-        self.step.calls.append(["prefill", row, self._request(row), len(self.rows[row]), len(token_ids)])
+        occupant = self._occupant(row)
+        assert occupant.choice == 0
+        self._record(["prefill", row, occupant.index, len(self.rows[row]), len(token_ids)])
         return super().prefill(row, token_ids)
 
     def decode(self, first_row, token_ids):  # type: ignore[no-untyped-def]
         self.step.decodes.append((first_row, token_ids.tolist()))
-        requests = [self._request(first_row + i) if id_ >= 0 else -1 for i, id_ in enumerate(token_ids.tolist())]
-        self.step.calls.append(["decode", first_row, requests])
+        who = [self._who(first_row + i) if id_ >= 0 else -1 for i, id_ in enumerate(token_ids.tolist())]
+        self._record(["decode", first_row, who])
         return super().decode(first_row, token_ids)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         self.step.copies.append((source, target, length))
-        self.step.calls.append(["copy", source, target, length])
+        self._record(["copy", source, target, length])
         super().copy_row(source, target, length)
 
-    def _request(self, row: int) -> int:
+    def _record(self, call: list[object]) -> None:
+        self.step.calls.append(call)
+        number = self.counts[call[0]]
+        self.counts[call[0]] += 1
+        for fault in self.faults:
+            if (fault.call, fault.number) == (call[0], number):
+                raise GenerationError("the device failed") if fault.rows is None else NonFiniteLogitsError(fault.rows)
+
+    def _who(self, row: int) -> object:
+        occupant = self._occupant(row)
+        return [occupant.index, occupant.choice] if occupant.choice else occupant.index
+
+    def _occupant(self, row: int) -> ActiveSequence:
         occupant = self.batch._rows[row]
         assert occupant is not None
-        return occupant.index
+        return occupant
 
 
 def run(
@@ -89,6 +120,7 @@ def run(
     next_token: Callable[[list[int]], int] = checksum,
     most_steps: int = 10_000,
     poison: frozenset[int] = frozenset(),
+    faults: Sequence[Fault] = (),
 ) -> list[Step]:
     """Runs a plan to its end.
 
@@ -100,6 +132,7 @@ def run(
     assert all(a.arrives <= b.arrives for a, b in itertools.pairwise(plan))
     manifest = make_manifest(max_batch=rows, max_context=MAX_CONTEXT, prefill_chunk=prefill_chunk)
     engine = RecordedEngine(manifest, next_token, poison)
+    engine.faults, engine.counts = faults, Counter()
     batch = engine.batch = Batch(engine, None)
     cancels = [threading.Event() for _ in plan]
     steps: list[Step] = []
@@ -109,11 +142,13 @@ def run(
             if each.cancelled is not None and each.cancelled <= len(steps):
                 cancel.set()
             if each.arrives == len(steps):
-                config = GenerationConfig(max_new_tokens=each.max_new_tokens)
+                config = GenerationConfig(
+                    max_new_tokens=each.max_new_tokens, n=each.n, prompt_logprobs=each.prompt_logprobs
+                )
                 batch.add(Request(each.prompt, config, cancel, keep_cache=each.keep_cache))
         engine.step = Step()
         engine.step.events = batch.step()
-        engine.step.prefilling = {row.index for row in batch._rows if row is not None and not row.is_prefilled}
+        engine.step.prefilling = {row.index for row in batch._rows if row is not None and not row.is_running}
         steps.append(engine.step)
         check_rows(batch, engine)
     return steps

@@ -13,6 +13,7 @@ import pytest
 from qwen_aot.errors import BundleError, GenerationError
 from qwen_aot.runtime.bundle.load import Bundle, load_bundle
 from qwen_aot.runtime.bundle.manifest import Manifest
+from qwen_aot.runtime.generation.checkpoint_settings import read_settings
 from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
 from tests.runtime.toys import checksum_model, io_tables, make_manifest, write_bundle
 
@@ -165,6 +166,28 @@ def test_settings_made_without_the_bundle_end_where_its_own_do() -> None:
         ({"ignore_eos": 1}, "ignore_eos is 1; accepted: True or False"),
         ({"logprobs": True}, "logprobs is True"),
         ({"logprobs": 101}, "logprobs is 101; accepted: 0 to 100"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1; accepted: 0 to 100"),
+        ({"min_new_tokens": -1}, "min_new_tokens is -1; accepted: 0 \\(off\\) or more"),
+        ({"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens is 5; accepted: at most max_new_tokens, 4"),
+        ({"min_p": 1.01}, "min_p is 1.01; accepted: 0 \\(off\\) to 1"),
+        ({"min_p": -0.1}, "min_p is -0.1"),
+        ({"min_p": None}, "min_p is None"),
+        ({"presence_penalty": 2.01}, "presence_penalty is 2.01; accepted: -2 to 2"),
+        ({"frequency_penalty": -2.01}, "frequency_penalty is -2.01; accepted: -2 to 2"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty is nan"),
+        ({"logit_bias": [(1, 2.0)]}, "logit_bias is \\[\\(1, 2.0\\)\\]; accepted: a mapping of ids to biases"),
+        ({"logit_bias": {-1: 0.0}}, "logit_bias is {-1: 0.0}; accepted: ids of 0 or more"),
+        ({"logit_bias": {"5": 0.0}}, "logit_bias is {'5': 0.0}; accepted: ids of 0 or more"),
+        ({"logit_bias": {5: 100.5}}, "logit_bias is {5: 100.5}; accepted: biases of -100 to 100"),
+        ({"logit_bias": {5: float("inf")}}, "logit_bias is {5: inf}"),
+        ({"logit_bias": {5: None}}, "logit_bias is {5: None}"),
+        ({"suppress_tokens": (-1,)}, "suppress_tokens is \\(-1,\\); accepted: a list of ids of 0 or more"),
+        ({"suppress_tokens": None}, "suppress_tokens is None"),
+        ({"stop_token_ids": None}, "stop_token_ids is None"),
+        ({"eos_token_ids": (0.5,)}, "eos_token_ids is \\(0.5,\\)"),
+        ({"n": 0}, "n is 0; accepted: 1 to 128"),
+        ({"n": 129}, "n is 129; accepted: 1 to 128"),
+        ({"n": True}, "n is True"),
     ],
 )
 def test_values_out_of_range(settings: dict[str, Any], message: str) -> None:
@@ -190,6 +213,13 @@ def test_numbers_of_numpy_are_numbers() -> None:
         ({"top_p": 7}, "top_p is 7; accepted: above 0, up to 1 .*repair the checkpoint's own and rebuild the bundle"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; accepted: at least 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; accepted: 0.001 to 1000"),
+        ({"min_p": 2}, "min_p is 2; accepted: 0 \\(off\\) to 1.*repair"),
+        ({"min_new_tokens": -1}, "min_new_tokens is -1"),
+        ({"suppress_tokens": 5}, "suppress_tokens is 5; accepted: a list of ids; rebuild"),
+        ({"suppress_tokens": [True]}, "suppress_tokens is \\[True\\]"),
+        ({"stop_strings": 5}, "stop_strings is 5; accepted: a text or a list of texts"),
+        ({"stop_strings": [""]}, "stop is \\('',\\); accepted: a list of texts that aren't empty"),
+        ({"eos_token_id": -1}, "eos_token_ids is \\(-1,\\)"),
     ],
 )
 def test_a_wrong_value_in_the_document(document: dict[str, Any], message: str) -> None:
@@ -206,6 +236,94 @@ def test_keys_that_change_the_output_and_are_not_supported_are_named(
     with caplog.at_level(logging.WARNING):
         GenerationDefaults.from_document({"num_beams": 4, "no_repeat_ngram_size": 3})
     assert "generation_config.json sets no_repeat_ngram_size, num_beams" in caplog.text
+
+
+# Keys of transformers' GenerationConfig that change neither which tokens are chosen nor when they end, for the models
+# and the inputs that we have.
+WITHOUT_EFFECT = {
+    # how it computes
+    "use_cache", "cache_config", "max_cache_len", "compile_config", "disable_compile", "low_memory",
+    "prefill_chunk_size", "continuous_batching_config", "use_mtp",
+    # what it gives back beside the tokens, or does to their scores at the end
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
+    "renormalize_logits", "remove_invalid_values",
+    # of beams alone; num_beams is named
+    "early_stopping", "length_penalty",
+    # of encoders and decoders, of padding, of a prompt without tokens
+    "decoder_start_token_id", "pad_token_id", "bos_token_id",
+    # speculation, whose tokens are the model's
+    "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind",
+    "target_lookbehind", "assistant_ensemble_weight", "speculation_type",
+    # of the file
+    "transformers_version", "_from_model_config",
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_key_of_transformers_is_taken_named_or_without_effect() -> None:
+    from transformers import GenerationConfig as Theirs
+
+    read: set[str] = set()
+
+    class Document(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            read.add(key)
+            return super().get(key, default)
+
+    read_settings(Document())
+    theirs = set(vars(Theirs()))
+    assert theirs >= {"min_p", "typical_p", "stop_strings"}
+    assert theirs - read == WITHOUT_EFFECT & theirs
+    assert not read & WITHOUT_EFFECT
+
+
+@pytest.mark.parametrize(
+    ("document", "names"),
+    [
+        ({"typical_p": 0.9}, "typical_p"),
+        ({"bad_words_ids": [[1]], "guidance_scale": 2.0}, "bad_words_ids, guidance_scale"),
+        ({"max_length": 20}, "max_length"),
+        ({"cache_implementation": "quantized"}, "cache_implementation"),
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+    ],
+)
+def test_what_is_not_supported_is_named(document: dict[str, Any], names: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        GenerationDefaults.from_document(document)
+    assert f"generation_config.json sets {names}, which this runtime doesn't have" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"typical_p": 1.0, "num_beams": 1, "guidance_scale": 1, "bad_words_ids": None, "top_h": None},
+        {"max_length": 4096, "max_new_tokens": 20},
+        {"cache_implementation": "static"},
+        {"min_p": 0.05, "suppress_tokens": [3], "min_new_tokens": 2, "stop_strings": "END"},
+    ],
+)
+def test_what_is_off_or_supported_is_not_named(document: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        GenerationDefaults.from_document(document)
+    assert not caplog.records
+
+
+def test_what_the_bundle_asks_at_least_is_no_reason_to_refuse_a_shorter_request() -> None:
+    defaults = GenerationDefaults.from_document({"min_new_tokens": 5, "suppress_tokens": [3]})
+    assert defaults.resolve().min_new_tokens == 5 and defaults.resolve().suppress_tokens == (3,)
+    assert defaults.resolve(max_new_tokens=2).min_new_tokens == 2
+    assert defaults.complete(None, is_chat=False, room=3).min_new_tokens == 3
+    with pytest.raises(GenerationError, match="min_new_tokens is 4; accepted: at most max_new_tokens, 2"):
+        defaults.resolve(max_new_tokens=2, min_new_tokens=4)
+
+
+def test_settings_keep_their_own_copy_of_a_bias() -> None:
+    biases = {5: 1}
+    config = GenerationConfig(logit_bias=biases)
+    biases[5] = 7
+    assert config.logit_bias == {5: 1.0}
+    assert hash(config) == hash(GenerationConfig(logit_bias={5: 1.0}))
 
 
 def bundle_with(tmp_path: Path, texts: dict[str, str]) -> Bundle:

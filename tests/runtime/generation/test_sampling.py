@@ -1,8 +1,10 @@
 """Sampling against transformers' vectors, and against plain sorting on a whole vocabulary."""
 
+import dataclasses
+import functools
 import json
 from collections import Counter
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,64 +13,108 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qwen_aot.runtime.generation.config import GenerationConfig
+from qwen_aot.runtime.generation.logit_changes import LogitChanges, apply_repetition_penalty
 from qwen_aot.runtime.generation.sampling import (
     Candidates,
     Sampler,
-    apply_repetition_penalty,
     draw,
     log_probabilities,
+    min_p,
     top_k,
     top_p,
 )
+from tests.golden.rows import row_of
+from tests.runtime.texts import GOLDEN
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "sampling.json"
-CASES = json.loads(GOLDEN.read_text(encoding="utf-8"))["cases"]
+CASES = json.loads((GOLDEN / "sampling.json").read_text(encoding="utf-8"))["cases"]
 VOCAB_SIZE = 151_936
 # float32 exp and division against float64 softmax of the same float32 logits
 PROBABILITY_TOLERANCE = 1e-6
 
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+
+
+@functools.cache
+def row_of_case(name: str) -> np.ndarray:
+    row = row_of(next(case["logits"] for case in CASES if case["name"] == name))
+    row.flags.writeable = False
+    return row
+
+
+def config_of(case: dict[str, Any], **more: Any) -> GenerationConfig:
+    settings = {"temperature": 1.0} | case["settings"] | more
+    return GenerationConfig(**settings | {"logit_bias": dict(settings.get("logit_bias", ()))})
+
+
+def changes_of(case: dict[str, Any], config: GenerationConfig) -> LogitChanges:
+    changes = LogitChanges(config, case["prompt"], case["ending_ids"])
+    for token_id in case["output"]:
+        changes.count(token_id)
+    return changes
+
 
 def cut(case: dict[str, Any]) -> tuple[np.ndarray, Candidates]:
-    """Penalised logits, and the candidates left by the chain of small functions."""
-    settings = case["settings"]
-    logits = apply_repetition_penalty(
-        np.array(case["logits"], np.float32), np.array(case["seen"], np.int64), settings["repetition_penalty"]
-    )
-    kept = top_k(logits, settings["top_k"])
-    cooled = Candidates(kept.ids, kept.logits / np.float32(settings["temperature"]))
-    return logits, top_p(cooled, settings["top_p"])
+    """Changed logits, and the candidates left by the chain of small functions."""
+    config = config_of(case)
+    logits = row_of_case(case["name"]).copy()
+    changes_of(case, config).apply(logits)
+    kept = top_k(logits, config.top_k)
+    cooled = Candidates(kept.ids, kept.logits / np.float32(config.temperature))
+    return logits, min_p(top_p(cooled, config.top_p), config.min_p)
 
 
 def ids_of(candidates: Candidates) -> list[int]:
     return [candidates.id_at(i) for i in range(len(candidates.logits))]
 
 
-@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+@each_case
 def test_the_chain_is_transformers(case: dict[str, Any]) -> None:
     logits, candidates = cut(case)
-    assert ids_of(candidates) == case["ids"]
-    weights = np.exp(candidates.logits.astype(np.float64))
-    np.testing.assert_allclose(weights / weights.sum(), case["probabilities"], atol=PROBABILITY_TOLERANCE)
+    ids = [i for i, logit in zip(ids_of(candidates), candidates.logits, strict=True) if np.isfinite(logit)]
+    assert (len(ids), sum(ids), ids if case["ids"] else None) == (case["id_count"], case["id_sum"], case["ids"])
+    weights = np.exp(candidates.logits.astype(np.float64) - candidates.logits.max())
+    probabilities = dict(zip(ids_of(candidates), weights / weights.sum(), strict=True))
+    for token_id, expected in case["probabilities"]:
+        assert probabilities[token_id] == pytest.approx(expected, abs=PROBABILITY_TOLERANCE)
     assert [[u, draw(candidates, u)] for u, _ in case["draws"]] == case["draws"]
     assert int(logits.argmax()) == case["greedy"]
+    if case["changed"] is not None:
+        expected_row = [-np.inf if value is None else value for value in case["changed"]]
+        np.testing.assert_allclose(logits, expected_row, rtol=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+@each_case
+def test_the_sampler_chooses_as_transformers(case: dict[str, Any]) -> None:
+    # Its own memory, and its own order: greedy needs no cut, and a row that nothing changes isn't copied.
+    logits = row_of_case(case["name"])
+    for temperature, expected in ((0.0, [[None, case["greedy"]]]), (None, case["draws"])):
+        for u, token_id in expected:
+            config = config_of(case, **({} if temperature is None else {"temperature": temperature}))
+            sampler = Sampler(config, case["prompt"], case["ending_ids"])
+            sampler._changes = changes_of(case, config)
+            sampler._random = SimpleNamespace(random=lambda u=u: u)  # type: ignore[assignment]
+            before = logits.copy()
+            assert sampler.choose(logits) == token_id
+            np.testing.assert_array_equal(logits, before)
+
+
+@each_case
 def test_log_probabilities_are_of_the_raw_logits(case: dict[str, Any]) -> None:
-    logits, expected = np.array(case["logits"], np.float32), case["raw_log_probabilities"]
-    for token_id in (0, len(expected) - 1):
-        found = log_probabilities(logits, token_id, 3)
-        assert found.token == pytest.approx(expected[token_id], abs=1e-5)
-        best = sorted(range(len(expected)), key=lambda i: (-logits[i], i))[:3]
-        assert [i for i, _ in found.top] == best
-        assert [value for _, value in found.top] == pytest.approx([expected[i] for i in best], abs=1e-5)
+    logits, expected = row_of_case(case["name"]), dict(case["log_probabilities"])
+    count = len(case["likeliest"])
+    for token_id, value in expected.items():
+        found = log_probabilities(logits, token_id, count)
+        assert found.token == pytest.approx(value, abs=1e-5)
+        assert [i for i, _ in found.top] == case["likeliest"]
+        assert [v for _, v in found.top] == pytest.approx([expected[i] for i in case["likeliest"]], abs=1e-5)
     assert log_probabilities(logits, 0, 0).top == ()
 
 
-def test_the_penalty_leaves_its_input() -> None:
-    logits = np.array([2, -2, 4], np.float32)
-    assert apply_repetition_penalty(logits, np.array([0, 1]), 2.0).tolist() == [1, -4, 4]
-    assert logits.tolist() == [2, -2, 4]
+def test_the_vectors_have_every_knob() -> None:
+    # A knob that decides which token is chosen, and that no vector turns on, would be anybody's guess.
+    used = {key for case in CASES for key in case["settings"]}
+    elsewhere = {"seed", "n", "stop", "stop_token_ids", "eos_token_ids", "ignore_eos", "max_new_tokens"}
+    assert used == {f.name for f in dataclasses.fields(GenerationConfig)} - elsewhere - {"logprobs", "prompt_logprobs"}
 
 
 def whole_vocabulary(seed: int, spread: float) -> np.ndarray:
@@ -167,10 +213,62 @@ def test_the_sampler_is_its_functions_chained(settings: dict[str, Any]) -> None:
     for step in range(20):
         logits = whole_vocabulary(step, 2.0)[:3000]
         given = logits.copy()
-        penalised = apply_repetition_penalty(logits, np.array(sorted(set(seen))), 1.3)
+        penalised = logits.copy()
+        apply_repetition_penalty(penalised, np.array(sorted(set(seen))), 1.3)
         kept = top_k(penalised, config.top_k)
         candidates = top_p(Candidates(kept.ids, kept.logits / np.float32(0.7)), config.top_p)
         expected = draw(candidates, random.random())
         assert sampler.choose(logits) == expected
         np.testing.assert_array_equal(logits, given)
         seen.append(expected)
+
+
+def test_each_choice_has_its_own_numbers() -> None:
+    sampled = GenerationConfig(temperature=1.0, seed=5)
+    rows = [whole_vocabulary(step, 2.0)[:500] for step in range(20)]
+    samplers = {choice: Sampler(sampled, [], choice=choice) for choice in range(4)}
+    found = {choice: [sampler.choose(row) for row in rows] for choice, sampler in samplers.items()}
+    assert found[0] == choices(sampled, [])  # as a request of one choice
+    assert len({tuple(each) for each in found.values()}) == 4
+
+
+@given(
+    bias=st.dictionaries(st.integers(0, 19), st.floats(-100, 100), max_size=5),
+    suppressed=st.sets(st.integers(0, 19), max_size=6),
+    seed=st.integers(0, 2**70),
+    more=st.fixed_dictionaries(
+        {},
+        optional={
+            "top_k": st.integers(0, 25),
+            "top_p": st.floats(0.01, 1),
+            "min_p": st.floats(0, 1),
+            "presence_penalty": st.floats(-2, 2),
+            "frequency_penalty": st.floats(-2, 2),
+            "repetition_penalty": st.floats(0.5, 2),
+            "temperature": st.sampled_from([0.0, 0.01, 1.0, 50.0]),
+        },
+    ),
+)
+def test_whatever_the_knobs_a_token_that_may_come_is_chosen(
+    bias: dict[int, float], suppressed: set[int], seed: int, more: dict[str, Any]
+) -> None:
+    settings = {"temperature": 1.0} | more
+    config = GenerationConfig(
+        logit_bias=bias, suppress_tokens=tuple(suppressed), seed=seed, min_new_tokens=3, **settings
+    )
+    first, second = (Sampler(config, [1, 2], {4, 5}) for _ in range(2))
+    for step in range(6):
+        row = np.random.default_rng(step).normal(0, 3, 20).astype(np.float32)
+        token_id = first.choose(row)
+        assert token_id not in suppressed and (step >= 3 or token_id not in {4, 5})
+        assert second.choose(row) == token_id  # a seed repeats it
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_of_100_decides(temperature: float) -> None:
+    rows = [np.clip(whole_vocabulary(step, 3.0)[:50], -9, 9) for step in range(10)]
+    wanted = Sampler(GenerationConfig(temperature=temperature, logit_bias={7: 100}, seed=0), [])
+    assert [wanted.choose(row) for row in rows] == [7] * 10
+    banned = {int(row.argmax()) for row in rows}
+    unwanted = Sampler(GenerationConfig(temperature=temperature, logit_bias=dict.fromkeys(banned, -100), seed=0), [])
+    assert banned.isdisjoint(unwanted.choose(row) for row in rows)
