@@ -20,7 +20,14 @@ from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import show_logs, stdout
 from qwen_aot.runtime.cli.generate import speeds
-from qwen_aot.runtime.cli.options import CONTEXT, bundle_argument, generation_config, generation_options, threads_option
+from qwen_aot.runtime.cli.options import (
+    CONTEXT,
+    allow_bundle_code_option,
+    bundle_argument,
+    generation_config,
+    generation_options,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from qwen_aot.runtime.generation.config import GenerationConfig
@@ -42,7 +49,8 @@ MULTILINE_MARK = '"""'
 @option("--system", help="System prompt.  [default: the chat template's]", group="Conversation")
 @generation_options
 @threads_option
-def command(bundle: Path, system: str | None, threads: int | None, **settings: Any) -> None:
+@allow_bundle_code_option
+def command(bundle: Path, system: str | None, threads: int | None, allow_bundle_code: bool, **settings: Any) -> None:
     """Talk with a bundle in the terminal.
 
     \b
@@ -57,7 +65,7 @@ def command(bundle: Path, system: str | None, threads: int | None, **settings: A
 
     console = stdout()
     with console.status("loading"):  # it redraws itself over whatever is typed, so it ends before the conversation
-        opened = Generator.open(bundle, threads=threads)
+        opened = Generator.open(bundle, threads=threads, allow_bundle_code=allow_bundle_code)
     with opened as generator:
         config = generation_config(generator.defaults, settings)
         conversation = Conversation(generator, config, system, console)

@@ -13,6 +13,7 @@ from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import print_json, show_logs
 from qwen_aot.runtime.cli.options import (
     CONTEXT,
+    allow_bundle_code_option,
     bundle_argument,
     generation_config,
     generation_options,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @generation_options
 @json_option
 @threads_option
+@allow_bundle_code_option
 def command(
     bundle: Path,
     prompt: str | None,
@@ -41,6 +43,7 @@ def command(
     system: str | None,
     as_json: bool,
     threads: int | None,
+    allow_bundle_code: bool,
     **settings: Any,
 ) -> None:
     """Continue a prompt with a bundle.
@@ -64,7 +67,7 @@ def command(
     from qwen_aot.runtime.text.chat_template import ChatTemplate
 
     start = time.perf_counter()
-    with Generator.open(bundle, threads=threads) as generator:
+    with Generator.open(bundle, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
         load_seconds = time.perf_counter() - start
         config = generation_config(generator.defaults, settings)
         has_text = generator.tokenizer is not None

@@ -41,6 +41,12 @@ threads_option: Decorator = option(
     help="CPU threads.  [default: one for each core that this process may use]",
     group="Machine",
 )
+allow_bundle_code_option: Decorator = option(
+    "--allow-bundle-code",
+    is_flag=True,
+    help="Run native code that the bundle brings: of a TensorRT bundle by someone whose programs you would run.",
+    group="Machine",
+)
 
 _GENERATION = "Generation (defaults: the bundle's generation_config.json)"
 _generation_options = (
