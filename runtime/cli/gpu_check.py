@@ -277,8 +277,9 @@ def _compare_with_polygraphy(model: str, folder: Path, target: str) -> Mapping[s
     """One prefill step of the engine against the CPU's fp32 bundle; of native layers, which the runner can bind."""
     import numpy as np
 
-    from qwen_aot.engines.verify.compare_engine import compare_in_process, read_manifest
+    from qwen_aot.engines.verify.compare_engine import compare_in_process
     from qwen_aot.errors import BuildError, EngineMismatchError
+    from qwen_aot.runtime.bundle.load import read_manifest
 
     if importlib.util.find_spec("polygraphy") is None:
         raise Skip("polygraphy isn't installed: pip install 'qwen-aot[verify]'")
