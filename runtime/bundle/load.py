@@ -68,9 +68,9 @@ def load_bundle(path: str | Path, *, skip_hash_above: int | None = None) -> Bund
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
         _check_file(folder, name, entry, skip_hash_above)
-    for engine in manifest.engines.all:
-        if PurePosixPath(engine.file).suffix == ".onnx":
-            _check_data_files(folder, engine.file, manifest)
+    engine = manifest.engines.text.file  # nothing here opens the other one
+    if PurePosixPath(engine).suffix == ".onnx":
+        _check_data_files(folder, engine, manifest)
     return Bundle(folder, manifest)
 
 
