@@ -20,7 +20,8 @@ from typing import Any
 
 from qwen_aot.engines.verify.per_layer import MarkedGraph, onnxruntime_runner, step_feeds
 from qwen_aot.errors import BuildError, DeployError, EngineMismatchError
-from qwen_aot.runtime.bundle.manifest import MANIFEST_NAME, Manifest
+from qwen_aot.runtime.bundle.load import read_manifest
+from qwen_aot.runtime.bundle.manifest import Manifest
 
 SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"  # Polygraphy's own, "1" or "0"
 _MACHINE_LACKS = 3  # exit code of the process where this machine lacks something
@@ -129,11 +130,6 @@ def compare_in_process(engine: Path, reference: Path, token_ids: Sequence[int], 
             )
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return found
-
-
-def read_manifest(bundle: Path) -> Manifest:
-    """Of a bundle's folder."""
-    return Manifest.from_json((bundle / MANIFEST_NAME).read_text(encoding="utf-8"))
 
 
 def compare_engine(engine: Path, reference: Path, token_ids: Sequence[int], bound_db: float) -> EngineComparison:

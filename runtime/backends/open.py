@@ -12,16 +12,17 @@ from qwen_aot.runtime.engine.protocol import Engine
 __all__ = ["open_engine"]
 
 
-def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
+def open_engine(bundle: Bundle, *, threads: int | None = None, allow_bundle_code: bool = False) -> Engine:
     """Opens a bundle's engine with the backend for its kind of file, imported only now.
 
     Args:
         bundle: from `runtime.bundle.load.load_bundle`.
         threads: CPU threads for one operator; None: see `machine.usable_cores`.
+        allow_bundle_code: let the bundle run native code of its own; see `runtime.backends.tensorrt.bundle_code`.
 
     Raises:
-        EngineMismatchError: no backend runs this engine, its library is missing or too old, or this machine's GPU
-            can't run it.
+        EngineMismatchError: no backend runs this engine, its library is missing or too old, this machine's GPU
+            can't run it, or it has code that isn't allowed.
         GenerationError: `threads` was given for an engine that runs on a GPU.
     """
     file = bundle.manifest.engines.text.file
@@ -34,7 +35,7 @@ def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
             raise GenerationError(f"threads is {threads}, and the bundle's engine runs on a GPU: leave it out")
         from qwen_aot.runtime.backends.tensorrt.engine import TensorRtEngine
 
-        return TensorRtEngine(bundle)
+        return TensorRtEngine(bundle, allow_bundle_code=allow_bundle_code)
     accepted = [".onnx", *(flavour.suffix for flavour in FLAVOURS.values())]
     raise EngineMismatchError(
         f"the bundle's engine is {file!r} for target {bundle.manifest.target!r}, which this version "

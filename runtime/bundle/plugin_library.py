@@ -1,4 +1,4 @@
-"""The library of the project's TensorRT plugins: its name in a bundle, and where a build finds it."""
+"""The library of the project's TensorRT plugins: its name in a bundle, and where this machine's own is found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from pathlib import Path
 
 from qwen_aot.errors import BuildError
 
-__all__ = ["PLUGIN_LIBRARY", "PLUGIN_LIBRARY_VARIABLE", "find_plugin_library", "require_plugin_library"]
+__all__ = [
+    "PLUGIN_LIBRARY",
+    "PLUGIN_LIBRARY_VARIABLE",
+    "find_plugin_library",
+    "named_plugin_library",
+    "require_plugin_library",
+]
 
 PLUGIN_LIBRARY = "libqwen_aot_plugins.so"  # as `python -m qwen_aot.plugins.library` writes it, and its name in a bundle
 PLUGIN_LIBRARY_VARIABLE = "QWEN_AOT_PLUGIN_LIBRARY"  # of the environment; names it where the option doesn't
@@ -23,16 +29,24 @@ _BUILD_IT = (
 )
 
 
+def named_plugin_library(option: Path | None = None) -> Path | None:
+    """This machine's own library: what the option `--plugin-library` names, or else the environment; None: nothing.
+
+    The one place where it is looked up: a build copies this file, and a runtime trusts no other one.
+    """
+    named = option or os.environ.get(PLUGIN_LIBRARY_VARIABLE)
+    return Path(named).expanduser().resolve() if named else None
+
+
 def find_plugin_library(option: Path | None) -> Path:
-    """The library that the option `--plugin-library` names, or else the environment.
+    """`named_plugin_library`, which must be there.
 
     Raises:
         BuildError: there is none; says how to build it.
     """
-    named = option or os.environ.get(PLUGIN_LIBRARY_VARIABLE)
-    if not named:
+    path = named_plugin_library(option)
+    if path is None:
         raise BuildError(f"the plugins of target tensorrt need their library, and none is named; {_BUILD_IT}")
-    path = Path(named).expanduser().resolve()
     if not path.is_file():
         raise BuildError(f"the plugin library {path} doesn't exist; {_BUILD_IT}")
     return path

@@ -13,7 +13,7 @@ import click
 
 from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import duration, print_json, show_logs, size, stdout
-from qwen_aot.runtime.cli.options import CONTEXT, bundle_argument, json_option, threads_option
+from qwen_aot.runtime.cli.options import CONTEXT, allow_bundle_code_option, bundle_argument, json_option, threads_option
 
 if TYPE_CHECKING:
     from qwen_aot.runtime.generation.config import GenerationConfig
@@ -56,7 +56,16 @@ class Round:
 @option("--rounds", type=click.IntRange(1), default=5, help="Measured after one that warms up.", group="Load")
 @json_option
 @threads_option
-def command(bundle: Path, prompt_tokens: int, gen_tokens: int, rounds: int, as_json: bool, threads: int | None) -> None:
+@allow_bundle_code_option
+def command(
+    bundle: Path,
+    prompt_tokens: int,
+    gen_tokens: int,
+    rounds: int,
+    as_json: bool,
+    threads: int | None,
+    allow_bundle_code: bool,
+) -> None:
     """Measure a bundle's speed and memory.
 
     \b
@@ -68,7 +77,7 @@ def command(bundle: Path, prompt_tokens: int, gen_tokens: int, rounds: int, as_j
     with the lowest and the highest beside it. "Own code" is what a decoded token costs outside the engine's run call.
     """
     show_logs()
-    result = measure_bundle(bundle, prompt_tokens, gen_tokens, rounds, threads)
+    result = measure_bundle(bundle, prompt_tokens, gen_tokens, rounds, threads, allow_bundle_code=allow_bundle_code)
     if as_json:
         print_json(result)
     else:
@@ -76,7 +85,13 @@ def command(bundle: Path, prompt_tokens: int, gen_tokens: int, rounds: int, as_j
 
 
 def measure_bundle(
-    bundle: Path, prompt_tokens: int, gen_tokens: int, rounds: int, threads: int | None = None
+    bundle: Path,
+    prompt_tokens: int,
+    gen_tokens: int,
+    rounds: int,
+    threads: int | None = None,
+    *,
+    allow_bundle_code: bool = False,
 ) -> dict[str, Any]:
     """What `bench` reports, as plain JSON values.
 
@@ -89,7 +104,7 @@ def measure_bundle(
 
     reset_peak()
     start = time.perf_counter()
-    with Generator.open(bundle, threads=threads) as generator:
+    with Generator.open(bundle, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
         load_seconds = time.perf_counter() - start
         manifest = generator.engine.manifest
         if prompt_tokens + gen_tokens > manifest.max_context:

@@ -22,6 +22,7 @@ from qwen_aot.runtime.cli.console import show_logs, stdout
 from qwen_aot.runtime.cli.generate import speeds
 from qwen_aot.runtime.cli.options import (
     CONTEXT,
+    allow_bundle_code_option,
     allow_special_tokens_option,
     bundle_argument,
     generation_config,
@@ -50,7 +51,15 @@ MULTILINE_MARK = '"""'
 @allow_special_tokens_option
 @generation_options
 @threads_option
-def command(bundle: Path, system: str | None, allow_special_tokens: bool, threads: int | None, **settings: Any) -> None:
+@allow_bundle_code_option
+def command(
+    bundle: Path,
+    system: str | None,
+    allow_special_tokens: bool,
+    threads: int | None,
+    allow_bundle_code: bool,
+    **settings: Any,
+) -> None:
     """Talk with a bundle in the terminal.
 
     \b
@@ -65,7 +74,7 @@ def command(bundle: Path, system: str | None, allow_special_tokens: bool, thread
 
     console = stdout()
     with console.status("loading"):  # it redraws itself over whatever is typed, so it ends before the conversation
-        opened = Generator.open(bundle, threads=threads)
+        opened = Generator.open(bundle, threads=threads, allow_bundle_code=allow_bundle_code)
     with opened as generator:
         config = generation_config(generator.defaults, settings)
         conversation = Conversation(generator, config, system, console, allow_special_tokens=allow_special_tokens)

@@ -13,6 +13,7 @@ from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import print_json, show_logs
 from qwen_aot.runtime.cli.options import (
     CONTEXT,
+    allow_bundle_code_option,
     allow_special_tokens_option,
     bundle_argument,
     generation_config,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @generation_options
 @json_option
 @threads_option
+@allow_bundle_code_option
 def command(
     bundle: Path,
     prompt: str | None,
@@ -44,6 +46,7 @@ def command(
     allow_special_tokens: bool,
     as_json: bool,
     threads: int | None,
+    allow_bundle_code: bool,
     **settings: Any,
 ) -> None:
     """Continue a prompt with a bundle.
@@ -68,7 +71,7 @@ def command(
     from qwen_aot.runtime.generation.request import Completion, Request
 
     start = time.perf_counter()
-    with Generator.open(bundle, threads=threads) as generator:
+    with Generator.open(bundle, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
         load_seconds = time.perf_counter() - start
         config = generation_config(generator.defaults, settings)
         has_text = generator.tokenizer is not None

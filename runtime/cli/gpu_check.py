@@ -260,7 +260,9 @@ def _compare(folder: Path, target: str) -> Mapping[str, Any]:
     reference = load_bundle(folder / "reference")
     version = DEVICES[reference.manifest.target].minimum_version
     on_cpu = replace(DEVICES["cpu"], minimum_version=version)
-    with OnnxRuntimeEngine(reference, device=on_cpu) as theirs, open_engine(load_bundle(folder / target)) as ours:
+    # This very run built it, of a library that it built or that the environment names.
+    engine = open_engine(load_bundle(folder / target), allow_bundle_code=True)
+    with engine as ours, OnnxRuntimeEngine(reference, device=on_cpu) as theirs:
         ids = np.random.default_rng(0).integers(0, ours.manifest.model.vocab_size, 2 * WINDOW).tolist()
         bounds = bounds_for(ours.manifest.engines.text.precision)
         result = verify(ours, EngineReference(theirs), windows(ids, WINDOW, 2), bounds, greedy_tokens=GREEDY)
@@ -275,8 +277,9 @@ def _compare_with_polygraphy(model: str, folder: Path, target: str) -> Mapping[s
     """One prefill step of the engine against the CPU's fp32 bundle; of native layers, which the runner can bind."""
     import numpy as np
 
-    from qwen_aot.engines.verify.compare_engine import compare_in_process, read_manifest
+    from qwen_aot.engines.verify.compare_engine import compare_in_process
     from qwen_aot.errors import BuildError, EngineMismatchError
+    from qwen_aot.runtime.bundle.load import read_manifest
 
     if importlib.util.find_spec("polygraphy") is None:
         raise Skip("polygraphy isn't installed: pip install 'qwen-aot[verify]'")
@@ -302,7 +305,7 @@ def _compare_with_polygraphy(model: str, folder: Path, target: str) -> Mapping[s
 def _measure(bundle: Path) -> Mapping[str, Any]:
     from qwen_aot.runtime.cli.bench import measure_bundle
 
-    return measure_bundle(bundle, prompt_tokens=256, gen_tokens=128, rounds=5)
+    return measure_bundle(bundle, prompt_tokens=256, gen_tokens=128, rounds=5, allow_bundle_code=True)
 
 
 def _run_tests(tests: Path = TESTS) -> Mapping[str, Any]:

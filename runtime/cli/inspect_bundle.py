@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from qwen_aot.errors import BundleError
-from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, MANIFEST_NAME, FileEntry, Manifest, TensorRtFacts
+from qwen_aot.runtime.bundle.load import file_sha256, read_manifest
+from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, FileEntry, TensorRtFacts
+from qwen_aot.runtime.bundle.places import place_of
 
 
 def facts(path: Path, *, with_hash: bool) -> dict[str, Any]:
@@ -17,11 +18,7 @@ def facts(path: Path, *, with_hash: bool) -> dict[str, Any]:
     Raises:
         BundleError: the manifest can't be read.
     """
-    try:
-        text = (path / MANIFEST_NAME).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path / MANIFEST_NAME} can't be read: {error}") from error
-    manifest = Manifest.from_json(text)
+    manifest = read_manifest(path)
     values = asdict(manifest)
     model, engine = values["model"], values["engines"]["text"]
     cache = [tensor for tensor in engine["inputs"] if tensor["name"].startswith(CACHE_PREFIX)]
@@ -54,7 +51,7 @@ def facts(path: Path, *, with_hash: bool) -> dict[str, Any]:
             {
                 "name": name,
                 "bytes": entry.bytes,
-                "status": _status(path / name, entry, with_hash),
+                "status": _status(path, name, entry, with_hash),
                 "sha256": entry.sha256,
             }
             for name, entry in manifest.files.items()
@@ -75,9 +72,11 @@ def _engine_facts(facts: TensorRtFacts | None) -> dict[str, Any]:
     }
 
 
-def _status(path: Path, entry: FileEntry, with_hash: bool) -> str:
+def _status(folder: Path, name: str, entry: FileEntry, with_hash: bool) -> str:
     try:
-        return _compared(path, entry, with_hash)
+        return _compared(place_of(folder, name).path, entry, with_hash)
+    except BundleError:
+        return "a link out of the bundle"
     except OSError as error:  # one file that may not be read; the others are shown all the same
         return f"can't be read: {error.strerror or error}"
 
@@ -90,5 +89,4 @@ def _compared(path: Path, entry: FileEntry, with_hash: bool) -> str:
         return f"size is {found}"
     if not with_hash:
         return "size ok"
-    with path.open("rb") as file:
-        return "ok" if hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256 else "damaged"
+    return "ok" if file_sha256(path) == entry.sha256 else "damaged"

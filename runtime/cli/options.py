@@ -64,6 +64,12 @@ allow_special_tokens_option: Decorator = option(
     help="Special tokens spelled in a message are those tokens, not plain text.",
     group="Conversation",
 )
+allow_bundle_code_option: Decorator = option(
+    "--allow-bundle-code",
+    is_flag=True,
+    help="Run native code that the bundle brings: of a TensorRT bundle by someone whose programs you would run.",
+    group="Machine",
+)
 
 _GENERATION = "Generation (defaults: the bundle's generation_config.json)"
 _generation_options = (

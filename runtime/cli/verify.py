@@ -11,7 +11,7 @@ import click
 from qwen_aot.errors import BuildError, CheckpointError
 from qwen_aot.runtime.cli.command import EXIT_FAILED, VerbCommand, option
 from qwen_aot.runtime.cli.console import print_json, progress_on_stderr, show_logs, stdout
-from qwen_aot.runtime.cli.options import CONTEXT, bundle_argument, json_option, threads_option
+from qwen_aot.runtime.cli.options import CONTEXT, allow_bundle_code_option, bundle_argument, json_option, threads_option
 
 if TYPE_CHECKING:
     from qwen_aot.engines.build import Verifier
@@ -90,6 +90,7 @@ def _bound_options(command: Any) -> Any:
 @_bound_options
 @json_option
 @threads_option
+@allow_bundle_code_option
 def command(
     bundle: Path,
     reference: str,
@@ -103,6 +104,7 @@ def command(
     layer_bound: float | None,
     as_json: bool,
     threads: int | None,
+    allow_bundle_code: bool,
     **bounds: float | None,
 ) -> None:
     """Compare a bundle with Hugging Face transformers in fp32.
@@ -129,7 +131,7 @@ def command(
     from qwen_aot.runtime.cli.source import open_source
     from qwen_aot.runtime.generation.generator import Generator
 
-    with Generator.open(bundle, threads=threads) as generator:
+    with Generator.open(bundle, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
         limits = bounds_for(generator.engine.manifest.engines.text.precision, **bounds)
         with (
             open_source(reference, random_weights=random_weights, seed=weights_seed) as checkpoint,

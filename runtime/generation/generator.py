@@ -57,22 +57,32 @@ class Generator:
         self._chat_encoder: ChatEncoder | None = None
 
     @classmethod
-    def open(cls, path: str | Path, *, threads: int | None = None, skip_hash_above: int | None = None) -> Generator:
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        skip_hash_above: int | None = None,
+        allow_bundle_code: bool = False,
+    ) -> Generator:
         """Opens a bundle.
 
         Args:
             path: the bundle's folder.
             threads: CPU threads; None: see `machine.usable_cores`.
             skip_hash_above: see `runtime.bundle.load.load_bundle`.
+            allow_bundle_code: let the bundle run native code that isn't this machine's own; for bundles of people whose
+                programs you would run. Also: the variable QWEN_AOT_ALLOW_BUNDLE_CODE=1.
 
         Raises:
             BundleError: the bundle is damaged.
-            EngineMismatchError: this machine can't run it.
+            EngineMismatchError: this machine can't run it, or it has code that isn't allowed.
         """
         bundle = load_bundle(path, skip_hash_above=skip_hash_above)
         tokenizer = load_tokenizer(bundle)
         defaults = GenerationDefaults.from_bundle(bundle)
-        return cls(open_engine(bundle, threads=threads), tokenizer, defaults)
+        engine = open_engine(bundle, threads=threads, allow_bundle_code=allow_bundle_code)
+        return cls(engine, tokenizer, defaults)
 
     @property
     def engine(self) -> Engine:

@@ -32,7 +32,7 @@ from qwen_aot.runtime.bundle.manifest import (
     cache_capacity,
 )
 from tests.doubles.install import VERSIONS
-from tests.doubles.tensorrt import METADATA_KEY, PLUGINS_KEY
+from tests.doubles.tensorrt import HOST_CODE_KEY, METADATA_KEY, PLUGINS_KEY
 from tests.runtime.toys import make_manifest, text_files
 
 ENGINE_FILES = {"tensorrt_rtx": "engine.rtx", "tensorrt": "engine.plan"}
@@ -76,6 +76,7 @@ def write_tensorrt_bundle(
     facts: Mapping[str, Any] | None = None,
     decode_tokens: int = 1,
     plugins: bool = False,
+    host_code: str | None = None,
 ) -> Path:
     """Writes a bundle whose engine the double can load; returns its folder.
 
@@ -87,6 +88,7 @@ def write_tensorrt_bundle(
         texts: further files.
         facts: what differs from `facts_for`.
         plugins: the engine has plugin layers, and the bundle their library.
+        host_code: what code for the host the engine carries: the plugin library's content, or nothing but its runtime.
         decode_tokens: the largest S of the engine's decode profile, which may be more than is ever asked for.
     """
     folder.mkdir(parents=True)
@@ -106,6 +108,8 @@ def write_tensorrt_bundle(
         texts = {**(texts or {}), PLUGIN_LIBRARY: PLUGIN_CONTENT}
         digest = hashlib.sha256(PLUGIN_CONTENT.encode()).hexdigest()
         facts = {"plugins": PluginFacts(PLUGIN_LIBRARY, digest, in_engine=False, ops=("QwenGQA",)), **(facts or {})}
+    if host_code is not None:
+        properties[HOST_CODE_KEY] = host_code
     onnx.helper.set_model_props(model, properties)
     contents = {ENGINE_FILES[flavour]: model.SerializeToString()}
     contents |= {name: text.encode() for name, text in (texts or {}).items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -103,6 +104,7 @@ class Gpu:
         self.objects: Counter[str] = Counter()  # of TensorRT, alive
         self.calls: Counter[str] = Counter()
         self.log: list[str] = []
+        self.libraries: list[Path] = []  # of plugins, in the order in which they were loaded
         self.misuses: list[str] = []
         self.lost: str | None = None
         self.fault: str | None = None

@@ -25,6 +25,7 @@ from tests.doubles.gpu import Gpu, StatusError
 
 METADATA_KEY = "tensorrt_double"  # JSON: profiles, weight_bytes, activation_bytes
 PLUGINS_KEY = "tensorrt_double_plugins"  # of an engine with plugin layers: the content of the library that they need
+HOST_CODE_KEY = "tensorrt_double_host_code"  # of an engine with code for the host: the plugin library in it, or nothing
 
 DataType = Enum("DataType", ["FLOAT", "HALF", "BF16", "INT8", "INT32", "INT64"])
 TensorIOMode = Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
@@ -129,6 +130,7 @@ class PluginRegistry:
             self._logger.log(Severity.ERROR, "the double was told to fail: load_library")
             return None
         self.contents.append(content)
+        self.gpu.libraries.append(Path(plugin_path))
         return object()
 
 
@@ -161,7 +163,14 @@ class Runtime(_Counted):
         session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         metadata = session.get_modelmeta().custom_metadata_map
         facts = json.loads(metadata[METADATA_KEY])
-        if PLUGINS_KEY in metadata and metadata[PLUGINS_KEY].encode() not in self._registry.contents:
+        plugins = list(self._registry.contents)
+        if HOST_CODE_KEY in metadata:
+            if not self.engine_host_code_allowed:
+                self._logger.log(Severity.ERROR, "the engine has code for the host, which isn't allowed")
+                return None
+            self.gpu.count_call("engine's host code")
+            plugins.append(metadata[HOST_CODE_KEY].encode())
+        if PLUGINS_KEY in metadata and metadata[PLUGINS_KEY].encode() not in plugins:
             self._logger.log(Severity.ERROR, "Cannot find plugin: QwenGQA, version: 1, namespace: qwen_aot")
             return None
         if self.gpu.used_bytes + facts["weight_bytes"] > self.gpu.total_bytes:

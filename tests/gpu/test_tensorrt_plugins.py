@@ -179,7 +179,7 @@ def assert_near(errors: np.ndarray, bound: float, case: str) -> None:
 def test_logits_are_those_of_transformers(checkpoint: Checkpoint, plugged: Callable[[str], Path], form: str) -> None:
     if form == "bf16" and checkpoint.case == "moe":
         pytest.skip("8 bits let too many tokens take another expert; the kernels have tests of their own")
-    with open_engine(load_bundle(plugged(form))) as engine:
+    with open_engine(load_bundle(plugged(form)), allow_bundle_code=True) as engine:
         rows = rows_of(engine)
     want = [checkpoint.expected(form, tokens) for _, tokens, _ in rows]
     assert_near(errors_of([logits for _, _, logits in rows], want), FORMS[form].bound, checkpoint.case)
@@ -188,7 +188,10 @@ def test_logits_are_those_of_transformers(checkpoint: Checkpoint, plugged: Calla
 def test_unequal_and_idle_rows_are_those_of_native_layers(
     checkpoint: Checkpoint, plugged: Callable[[str], Path], native: Path
 ) -> None:
-    with open_engine(load_bundle(plugged("fp16"))) as ours, open_engine(load_bundle(native)) as theirs:
+    with (
+        open_engine(load_bundle(plugged("fp16")), allow_bundle_code=True) as ours,
+        open_engine(load_bundle(native)) as theirs,
+    ):
         found, want = ([logits for _, _, logits in rows_of(engine)] for engine in (ours, theirs))
     assert_near(errors_of(found, want), FORMS["fp16"].bound, checkpoint.case)
 
@@ -198,7 +201,10 @@ def test_unequal_and_idle_rows_are_those_of_native_layers(
 def test_greedy_tokens_are_those_of_native_layers(
     checkpoint: Checkpoint, plugged: Callable[[str], Path], native: Path, form: str, bound: float
 ) -> None:
-    with open_engine(load_bundle(plugged(form))) as ours, open_engine(load_bundle(native)) as theirs:
+    with (
+        open_engine(load_bundle(plugged(form)), allow_bundle_code=True) as ours,
+        open_engine(load_bundle(native)) as theirs,
+    ):
         for count in PROMPTS:
             prompt = prompt_of(count, seed=count)
             want, want_logits = greedy(theirs, prompt)
@@ -230,7 +236,7 @@ def test_closing_gives_the_memory_back(plugged: Callable[[str], Path]) -> None:
     """Kernels that plugins loaded too: they go with the last plugin of a context."""
     cuda, free = load_cuda(), []
     for _ in range(6):
-        with open_engine(load_bundle(plugged("fp16"))) as engine:
+        with open_engine(load_bundle(plugged("fp16")), allow_bundle_code=True) as engine:
             greedy(engine, prompt_of(20))
         free.append(cuda.call("cudaMemGetInfo")[0])
     assert max(free[1:]) - min(free[1:]) < 4 << 20  # the first one loads libraries

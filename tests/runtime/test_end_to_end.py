@@ -7,9 +7,10 @@ import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 
-from qwen_aot.errors import EngineMismatchError, GenerationError
+from qwen_aot.errors import BundleError, EngineMismatchError, GenerationError
 from qwen_aot.runtime.backends.open import open_engine
 from qwen_aot.runtime.bundle.load import Bundle, load_bundle
 from qwen_aot.runtime.bundle.manifest import FileEntry, IoTensor, VisionEngine, WeightEncodings
@@ -61,6 +62,44 @@ def test_text_from_a_bundle(path: Path) -> None:
         assert list(completion.token_ids) == continuation(tokenizer.encode(prompt), 12)
         assert completion.text == tokenizer.decode(completion.token_ids)
     assert len(streamed) == 13 and streamed[-1].token_ids == completions[1].token_ids  # type: ignore[union-attr]
+
+
+def as_snapshot(path: Path, cache: Path) -> Path:
+    """The bundle in a hub's cache, its weights in a data file of their own: a folder of links to blobs."""
+    manifest = load_bundle(path).manifest
+    onnx.save(
+        onnx.load(path / "model.onnx"),
+        path / "model.onnx",
+        save_as_external_data=True,
+        location="model.onnx.data",
+        size_threshold=256,  # shapes must stay in the graph
+    )
+    assert (path / "model.onnx.data").stat().st_size > 0
+    contents = {file.name: file.read_bytes() for file in path.iterdir() if file.name != "manifest.json"}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    files = {name: FileEntry(len(content), hashes[name]) for name, content in contents.items()}
+    contents["manifest.json"] = replace(manifest, files=files).to_json().encode()
+    blobs, snapshot = cache / "models--me--tiny/blobs", cache / "models--me--tiny/snapshots/0123abcd"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for name, content in contents.items():
+        blob = hashlib.sha256(content).hexdigest()
+        (blobs / blob).write_bytes(content)
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    return snapshot
+
+
+def test_a_hubs_snapshot_gives_the_same_text(path: Path, tmp_path: Path) -> None:
+    with Generator.open(path, threads=1) as generator:
+        expected = generator.generate(["naïve"])[0]
+    snapshot = as_snapshot(path, tmp_path / "cache")
+    with Generator.open(snapshot, threads=1, skip_hash_above=0) as generator:
+        found = generator.generate(["naïve"])[0]
+    assert (found.text, found.token_ids) == (expected.text, expected.token_ids)
+    blob = (snapshot / "model.onnx.data").resolve()
+    blob.write_bytes(bytes(blob.stat().st_size))
+    with pytest.raises(BundleError, match=r"model\.onnx\.data is damaged or was changed"):
+        Generator.open(snapshot, skip_hash_above=0)
 
 
 def test_a_bundle_with_a_vision_engine_runs_text_alone(path: Path) -> None:

@@ -11,13 +11,13 @@ from qwen_aot.errors import EngineMismatchError
 from qwen_aot.runtime.backends.cuda.runtime import find_device, load_cuda
 from qwen_aot.runtime.backends.cuda.stream import CudaStream
 from qwen_aot.runtime.backends.tensorrt.buffers import StepBuffers
+from qwen_aot.runtime.backends.tensorrt.bundle_code import bundle_code
 from qwen_aot.runtime.backends.tensorrt.cache import DeviceCache, fixed_capacity
 from qwen_aot.runtime.backends.tensorrt.checks import check_device, tensorrt_facts
 from qwen_aot.runtime.backends.tensorrt.context import Bindings
 from qwen_aot.runtime.backends.tensorrt.graphs import DecodeGraphs
 from qwen_aot.runtime.backends.tensorrt.library import load_library
 from qwen_aot.runtime.backends.tensorrt.loaded_engine import LoadedEngine
-from qwen_aot.runtime.backends.tensorrt.plugins import plugin_library
 from qwen_aot.runtime.backends.tensorrt.runtime_cache import RuntimeCache, cache_file
 from qwen_aot.runtime.backends.tensorrt.step import WINDOW_STEP, TensorRtStep
 from qwen_aot.runtime.bundle.load import Bundle
@@ -35,12 +35,16 @@ class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
     step's copies and kernels follow each other without further synchronization.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        """Checks library, GPU and free memory, then loads the engine and allocates its cache.
+    def __init__(self, bundle: Bundle, *, allow_bundle_code: bool = False) -> None:
+        """Checks code, library, GPU and free memory, then loads the engine and allocates its cache.
+
+        Args:
+            bundle: checked.
+            allow_bundle_code: let it run native code of its own; see `runtime.backends.tensorrt.bundle_code`.
 
         Raises:
             EngineMismatchError: a library is missing or of another version, there is no GPU or driver, or the GPU
-                can't run this engine.
+                can't run this engine, or the bundle has code that isn't allowed.
             GenerationError: the GPU failed.
         """
         manifest = bundle.manifest
@@ -48,7 +52,7 @@ class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
         check_table(manifest)
         prefill, decode = (_profile(manifest, name) for name in ("prefill", "decode"))
         limits = _limits(manifest, fixed_capacity(manifest))
-        plugins = plugin_library(bundle, facts)
+        code = bundle_code(bundle, facts, is_allowed=allow_bundle_code)
         library = load_library(manifest, facts)
         cuda = load_cuda()
         device = find_device(cuda)
@@ -63,7 +67,7 @@ class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
                 runtime_cache = RuntimeCache(library, cuda, path)
             engine = LoadedEngine(library, stream, runtime_cache)
             resources.callback(engine.close)
-            engine.load(bundle.engine_path, facts, plugins)
+            engine.load(bundle.engine_path, code)
             engine.check_signature(manifest, limits)
             cache = DeviceCache(cuda, stream, manifest)
             engine.allocate_activations()

@@ -8,10 +8,11 @@ from typing import Any
 
 from qwen_aot.errors import EngineMismatchError, GenerationError
 from qwen_aot.runtime.backends.cuda.stream import CudaStream
+from qwen_aot.runtime.backends.tensorrt.bundle_code import BundleCode
 from qwen_aot.runtime.backends.tensorrt.context import Context
 from qwen_aot.runtime.backends.tensorrt.library import Library
 from qwen_aot.runtime.backends.tensorrt.runtime_cache import RuntimeCache
-from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, IoTensor, Manifest, TensorRtFacts
+from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, IoTensor, Manifest
 from qwen_aot.runtime.engine.io_table import present_name
 
 __all__ = ["LoadedEngine"]
@@ -50,22 +51,22 @@ class LoadedEngine:
         self._contexts: list[Context] = []
         self._activations = 0  # address
 
-    def load(self, path: Path, facts: TensorRtFacts, plugins: Path | None = None) -> None:
+    def load(self, path: Path, code: BundleCode) -> None:
         """Deserializes an engine file: its weights are in device memory then.
 
         Args:
             path: of the engine.
-            facts: of the manifest.
-            plugins: the library of its plugin layers, into the registry of this runtime alone; None: nothing to load.
+            code: what may run of the engine's own, and the library of its plugin layers, which goes into the registry
+                of this runtime alone.
 
         Raises:
             EngineMismatchError: TensorRT refuses the engine or the plugins.
         """
         self._library.take_errors()
         self._runtime = self._library.api.Runtime(self._library.logger)
-        if facts.version_compatible:
-            # Such an engine carries the code that runs it on later versions. A bundle is as trusted as a program.
+        if code.runs_engine_code:  # else TensorRT refuses an engine that carries any, whatever the manifest says
             self._runtime.engine_host_code_allowed = True
+        plugins = code.plugin_library
         # No local variable: see the class.
         if plugins is not None and self._runtime.get_plugin_registry().load_library(str(plugins)) is None:
             raise EngineMismatchError(

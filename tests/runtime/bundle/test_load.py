@@ -2,11 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen_aot.errors import BundleError
-from qwen_aot.runtime.bundle.load import load_bundle
+from qwen_aot.runtime.bundle import load
+from qwen_aot.runtime.bundle.load import load_bundle, read_manifest
+from tests.layouts import lay_out, layouts
 from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest, write_bundle
 
 
@@ -52,6 +55,75 @@ def test_a_flipped_bit_is_found_unless_large_files_are_skipped(path: Path) -> No
     with pytest.raises(BundleError, match="is damaged"):
         load_bundle(path, skip_hash_above=len(content))
     assert load_bundle(path, skip_hash_above=len(content) - 1).has("model.onnx")
+
+
+@pytest.mark.parametrize("case", layouts(), ids=lambda case: case["what"])
+def test_golden(case: dict[str, Any], tmp_path: Path) -> None:
+    opened = lay_out(case, tmp_path)
+    if case["accepted"]:
+        assert load_bundle(opened, skip_hash_above=case["skip_hash_above"]).path == opened
+        return
+    with pytest.raises(BundleError):
+        load_bundle(opened, skip_hash_above=case["skip_hash_above"])
+
+
+def layout(what: str, root: Path) -> Path:
+    return lay_out(next(case for case in layouts() if case["what"] == what), root)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (
+            "another model's blobs",
+            r"model\.onnx\.data is a link to .*models--me--other/blobs.*, outside the bundle; .*cp -rL",
+        ),
+        ("a snapshot that was copied with its links", "of a hub's snapshot, links may lead to the same model's blobs"),
+        ("a manifest linked from outside", r"manifest\.json is a link to .*/m/manifest\.json, outside the bundle"),
+        ("a changed blob whose hash is skipped", "is damaged or was changed: its SHA-256 is"),
+        ("a data file outside the folder", r"names the data file '\.\./model\.onnx\.data'; accepted: a file that manifest\.json lists"),
+        ("a graph that is something else", r"model\.onnx isn't an ONNX model, or is damaged \("),
+    ],
+)
+def test_what_a_refusal_says(what: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=message):
+        load_bundle(layout(what, tmp_path), skip_hash_above=0)
+
+
+def test_a_link_that_is_swapped_after_the_look(tmp_path: Path) -> None:
+    """What is read later is followed and hashed again: neither another place nor another content comes in."""
+    folder = layout("a snapshot", tmp_path)
+    bundle = load_bundle(folder)
+    weights = folder / "model.onnx.data"
+    assert bundle.read_text("model.onnx.data") == "weights of a model"
+    (tmp_path / "w").write_bytes(weights.read_bytes())
+    weights.unlink()
+    weights.symlink_to(tmp_path / "w")
+    with pytest.raises(BundleError, match="outside the bundle"):
+        bundle.read_text("model.onnx.data")
+    weights.unlink()
+    weights.write_text("WEIGHTS OF A MODEL")
+    with pytest.raises(BundleError, match="is damaged or was changed"):
+        bundle.read_text("model.onnx.data")
+
+
+def test_text_is_checked_when_it_is_read_though_it_was_skipped(path: Path) -> None:
+    bundle = load_bundle(path, skip_hash_above=0)
+    (path / "notes.txt").write_text("e ")
+    with pytest.raises(BundleError, match=r"notes\.txt is damaged or was changed"):
+        bundle.read_text("notes.txt")
+    (path / "notes.txt").write_text("longer than it was")
+    with pytest.raises(BundleError, match=r"notes\.txt is too long"):
+        bundle.read_text("notes.txt")
+
+
+def test_a_manifest_without_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (path / "manifest.json").stat().st_size
+    monkeypatch.setattr(load, "MAX_MANIFEST_BYTES", size)
+    assert read_manifest(path).model.name
+    monkeypatch.setattr(load, "MAX_MANIFEST_BYTES", size - 1)
+    with pytest.raises(BundleError, match=rf"manifest\.json has more than {size - 1} bytes"):
+        load_bundle(path)
 
 
 def test_a_link_out_of_the_folder(path: Path, tmp_path: Path) -> None:

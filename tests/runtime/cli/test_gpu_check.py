@@ -14,11 +14,10 @@ import pytest
 import torch
 
 from qwen_aot.engines.spec.build_spec import BuildSpec
-from qwen_aot.engines.verify.compare_engine import read_manifest
 from qwen_aot.engines.verify.engine_reference import EngineReference
 from qwen_aot.errors import BuildError, EngineMismatchError
 from qwen_aot.runtime.backends.open import open_engine
-from qwen_aot.runtime.bundle.load import load_bundle
+from qwen_aot.runtime.bundle.load import load_bundle, read_manifest
 from qwen_aot.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, PluginFacts
 from qwen_aot.runtime.cli import gpu_check
 from qwen_aot.runtime.cli.check_steps import Failure, Skip, Step, run_steps

@@ -41,6 +41,17 @@ def test_a_damaged_bundle(run: Run, bundle: Path, tmp_path: Path, arguments: tup
     assert status["report.json"] == "missing"
 
 
+def test_a_link_out_of_the_bundle_is_not_followed(run: Run, bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    (copy / "model.onnx").rename(tmp_path / "model.onnx")
+    (copy / "model.onnx").symlink_to("../model.onnx")
+    result = run("inspect", copy, "--json")
+    assert result.exit_code == 1
+    status = {file["name"]: file["status"] for file in json.loads(result.stdout)["files"]}
+    assert status.pop("model.onnx") == "a link out of the bundle"
+    assert set(status.values()) == {"ok"}
+
+
 def test_a_file_that_may_not_be_read_is_one_row(run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opens = Path.open
 

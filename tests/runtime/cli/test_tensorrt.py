@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qwen_aot.runtime.generation.generator import Generator
-from tests.doubles.bundles import export_tensorrt_bundle
+from tests.doubles.bundles import PLUGIN_LIBRARY, export_tensorrt_bundle
 from tests.doubles.gpu import Gpu
 from tests.doubles.install import installed
-from tests.runtime.backends.tensorrt.engines import FLAVOURS
+from tests.runtime.backends.tensorrt.engines import FLAVOURS, write_checksum_bundle
 from tests.runtime.cli.conftest import Run
 
 
@@ -60,3 +60,32 @@ def test_a_machine_without_a_gpu(run: Run, gpu_bundle: Path) -> None:
         result = run("generate", gpu_bundle, "--prompt", "fox")
     assert result.exit_code == 1
     assert "no NVIDIA driver was found" in result.stderr and "Traceback" not in result.stderr
+
+
+RUNS = {
+    "generate": ("--prompt-ids", "1,2", "--max-new-tokens", 1, "--ignore-eos"),
+    "chat": (),
+    "bench": ("--prompt-tokens", 4, "--gen-tokens", 2, "--rounds", 1),
+    "verify": ("--reference", "CHECKPOINT"),
+}
+
+
+@pytest.mark.parametrize("verb", RUNS)
+def test_native_code_of_a_bundle_runs_when_it_is_allowed(
+    run: Run, checkpoint: Path, tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each verb that opens an engine asks, and takes the option; what comes after is its own business."""
+    for name in ("QWEN_AOT_ALLOW_BUNDLE_CODE", "QWEN_AOT_PLUGIN_LIBRARY"):
+        monkeypatch.delenv(name, raising=False)
+    bundle = write_checksum_bundle(tmp_path / "bundle", plugins=True)
+    arguments = [checkpoint if argument == "CHECKPOINT" else argument for argument in RUNS[verb]]
+    with installed(Gpu()) as gpu:
+        result = run(verb, bundle, *arguments)
+        assert result.exit_code == 1
+        assert "brings native code" in result.stderr and "--allow-bundle-code" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert gpu.libraries == []
+    with installed(Gpu()) as gpu:
+        result = run(verb, bundle, *arguments, "--allow-bundle-code")
+        assert "brings native code" not in result.stderr
+        assert gpu.libraries == [bundle / PLUGIN_LIBRARY]

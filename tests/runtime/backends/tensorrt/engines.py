@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from qwen_aot.runtime.backends.tensorrt.engine import TensorRtEngine
 from qwen_aot.runtime.bundle.load import load_bundle
-from tests.doubles.bundles import write_tensorrt_bundle
+from tests.doubles.bundles import PLUGIN_CONTENT, write_tensorrt_bundle
 from tests.doubles.gpu import Gpu
 from tests.doubles.install import installed
 from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest
@@ -30,6 +31,13 @@ def write_checksum_bundle(
     inputs, outputs = io_tables(names, "float32", capacity=1024)
     manifest = make_manifest(inputs=inputs, outputs=outputs)
     return write_tensorrt_bundle(folder, checksum_model(inputs, outputs), manifest, flavour, **options)
+
+
+def install_plugin_library(path: Path, monkeypatch: pytest.MonkeyPatch, content: str = PLUGIN_CONTENT) -> Path:
+    """Makes this machine's own plugin library; returns its place."""
+    path.write_text(content)
+    monkeypatch.setenv("QWEN_AOT_PLUGIN_LIBRARY", str(path))
+    return path
 
 
 @contextmanager
