@@ -30,7 +30,8 @@ from qwen_aot.exporter.lowering.encodings import encodings_kept, encodings_requa
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import num_parameters
 from qwen_aot.exporter.weights.recipe import Traced, output_bytes_of
-from qwen_aot.exporter.weights.stitch import check_sources, chunk_bytes, output_bytes, stitch
+from qwen_aot.exporter.weights.sources import check_headers
+from qwen_aot.exporter.weights.stitch import chunk_bytes, output_bytes, stitch
 from qwen_aot.runtime.bundle.manifest import (
     FORMAT_VERSION,
     Engines,
@@ -198,11 +199,11 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages, threads: int 
     warnings = _warnings(checkpoint)
     builder = builder_for(spec.target)
     builder.require(spec)
+    check_headers(checkpoint)
     dtype = ir.DataType[spec.combination.compute_type]
     positions = cache_capacity(max_context, spec.prefill_chunk)
     capacity = positions if spec.facts.has_fixed_capacity else None
     traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions, capacity=capacity))
-    check_sources(traced, checkpoint)
     traced.encodings = encodings_of(checkpoint)
     lowered = stages.run("lower", lambda _: builder.lower(traced, spec))
     warnings += warn_of_rounding(lowered)

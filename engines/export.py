@@ -24,6 +24,7 @@ from qwen_aot.exporter.lowering.encodings import warn_of_rounding
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.weights.recipe import Traced
+from qwen_aot.exporter.weights.sources import check_headers
 from qwen_aot.exporter.weights.stitch import chunk_bytes, output_bytes, stitch
 
 Lower = Callable[[Traced, PrecisionRow, int | None, bool], Traced]  # also block size and symmetry, as in `BuildSpec`
@@ -100,6 +101,8 @@ def export_graph(
     threads_for(threads)  # refused before any work
     dtype = ir.DataType[row.compute_type_on(LOWERINGS[lowering].target)]
     positions = BuildSpec(max_context=max_context).context_for(config.max_position_embeddings)
+    if checkpoint is not None:
+        check_headers(checkpoint)
     names = ("trace", "lower", "write weights", "write graph")
     stages = Stages(names if checkpoint is not None else (*names[:2], names[3]), on_progress)
     with FolderWriter(out, _refuse_unless_export) as writer:

@@ -6,14 +6,22 @@ import math
 from dataclasses import dataclass
 
 from qwen_aot.errors import CheckpointError
+from qwen_aot.exporter.model.limits import (
+    MAX_CONTEXT,
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    check_products,
+    require_at_most,
+)
 
 MODEL_TYPES = ("qwen2", "qwen2_moe")
 ROPE_TYPES = ("linear", "yarn", "llama3")  # beside None: those that change frequencies once, not per request
-DTYPES = ("bfloat16", "float16", "float32")
-# Far beyond any decoder: what is larger is damage, and would take hours or all memory to list.
-MAX_LAYERS = 10_000
-MAX_EXPERTS = 10_000
-MAX_SIZE = 2**31 - 1
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+_MAX_ROPE_NUMBER = 2.0**20  # of factors and rotations: published ones are at most 64; fp32 tables and logs stay finite
+_MAX_ATTENTION_FACTOR = 100.0  # published: at most about 2; cos and sin times it must fit fp16
+_FP32 = (2.0**-126, 2.0**127)  # normal numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +56,10 @@ class RopeScaling:
                 f"rope scaling {self.rope_type!r} is not supported; accepted: none, {', '.join(ROPE_TYPES)}. "
                 "Remove rope_scaling (rope_parameters.rope_type) to serve the model at its trained context."
             )
-        _require_positive("rope_scaling.factor", self.factor, at_least=1)
-        _require_positive("rope_scaling.attention_factor", self.attention_factor)
-        _require_positive("rope_scaling.beta_slow", self.beta_slow)
+        _require_number("rope_scaling.factor", self.factor, 1, _MAX_ROPE_NUMBER)
+        _require_number("rope_scaling.attention_factor", self.attention_factor, _FP32[0], _MAX_ATTENTION_FACTOR)
+        for name in ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
+            _require_number(f"rope_scaling.{name}", getattr(self, name), 1 / _MAX_ROPE_NUMBER, _MAX_ROPE_NUMBER)
         if self.beta_fast < self.beta_slow:
             raise CheckpointError(
                 f"rope_scaling.beta_fast is {self.beta_fast}; accepted: from beta_slow ({self.beta_slow})"
@@ -62,14 +71,36 @@ class RopeScaling:
                 f"rope_scaling.original_max_position_embeddings is missing; {self.rope_type} needs it (tokens, from 1)"
             )
         _require_count(
-            "rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings, at_least=1
+            "rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings, 1, MAX_CONTEXT
         )
-        _require_positive("rope_scaling.low_freq_factor", self.low_freq_factor)
         if self.high_freq_factor <= self.low_freq_factor:
             raise CheckpointError(
                 f"rope_scaling.high_freq_factor is {self.high_freq_factor}; it must be greater than "
                 f"low_freq_factor ({self.low_freq_factor})"
             )
+
+    def context_for(self, max_position_embeddings: int) -> int:
+        """Tokens of context that a model has with this scaling.
+
+        YaRN as it is published leaves `max_position_embeddings` at the trained length and means `factor` times the
+        original one; a file that counts the factor already says the same or more. Linear scaling states no original
+        length, and llama3 is published with the longer one: both leave what the file says.
+
+        Args:
+            max_position_embeddings: as the checkpoint states it.
+
+        Raises:
+            CheckpointError: the scaled context is out of range.
+        """
+        if self.rope_type != "yarn" or self.original_max_position_embeddings is None:
+            return max_position_embeddings
+        scaled = int(self.factor * self.original_max_position_embeddings)
+        name = (
+            f"rope_scaling.factor ({self.factor}) x original_max_position_embeddings "
+            f"({self.original_max_position_embeddings})"
+        )
+        require_at_most(name, scaled, MAX_CONTEXT)
+        return max(max_position_embeddings, scaled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +115,13 @@ class MoeConfig:
     sparse_layers: frozenset[int]  # layer indices with experts (decoder_sparse_step, mlp_only_layers applied)
 
     def __post_init__(self) -> None:
-        _require_count("num_experts", self.num_experts, at_least=1, at_most=MAX_EXPERTS)
+        _require_count("num_experts", self.num_experts, 1, MAX_EXPERTS)
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise CheckpointError(
                 f"num_experts_per_tok is {self.num_experts_per_tok}; accepted: 1 to num_experts ({self.num_experts})"
             )
-        _require_count("moe_intermediate_size", self.moe_intermediate_size, at_least=1)
-        _require_count("shared_expert_intermediate_size", self.shared_expert_intermediate_size, at_least=0)
+        _require_count("moe_intermediate_size", self.moe_intermediate_size, 1, MAX_WIDTH)
+        _require_count("shared_expert_intermediate_size", self.shared_expert_intermediate_size, 0, MAX_WIDTH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +140,7 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    max_position_embeddings: int  # tokens
+    max_position_embeddings: int  # tokens of context, a rotary scaling's extension counted (`RopeScaling.context_for`)
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
@@ -128,19 +159,19 @@ class ModelConfig:
             )
         if self.torch_dtype not in DTYPES:
             raise CheckpointError(f"torch_dtype is {self.torch_dtype!r}; accepted: {', '.join(DTYPES)}")
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
+        for name, limit in (
+            ("vocab_size", MAX_VOCABULARY),
+            ("hidden_size", MAX_WIDTH),
+            ("intermediate_size", MAX_WIDTH),
+            ("num_attention_heads", MAX_WIDTH),
+            ("num_key_value_heads", MAX_WIDTH),
+            ("head_dim", MAX_WIDTH),
+            ("max_position_embeddings", MAX_CONTEXT),
         ):
-            _require_count(name, getattr(self, name), at_least=1)
-        _require_positive("rms_norm_eps", self.rms_norm_eps)
+            _require_count(name, getattr(self, name), 1, limit)
+        _require_number("rms_norm_eps", self.rms_norm_eps, *_FP32)
         require_layers("num_hidden_layers", self.num_hidden_layers)
-        _require_positive("rope_theta", self.rope_theta)
+        _require_number("rope_theta", self.rope_theta, 0, math.inf)
         if self.rope_theta <= 1:
             raise CheckpointError(f"rope_theta is {self.rope_theta}; accepted: numbers greater than 1")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -170,6 +201,25 @@ class ModelConfig:
                     raise CheckpointError(
                         f"{name} holds {token_id}; accepted: 0 to vocab_size - 1 ({self.vocab_size - 1})"
                     )
+        self._check_products()
+
+    def _check_products(self) -> None:
+        moe = self.moe
+        check_products(
+            layers=self.num_hidden_layers,
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            query_size=self.query_size,
+            key_value_size=self.key_value_size,
+            widths=(self.intermediate_size,)
+            if moe is None
+            else (self.intermediate_size, moe.moe_intermediate_size, moe.shared_expert_intermediate_size),
+            experts=0 if moe is None else moe.num_experts,
+            sparse_layers=0 if moe is None else len(moe.sparse_layers),
+            expert_width=0 if moe is None else moe.moe_intermediate_size,
+            context=self.max_position_embeddings,
+            head_dim=self.head_dim,
+        )
 
     @property
     def query_size(self) -> int:
@@ -196,19 +246,20 @@ def require_layers(name: str, value: int) -> int:
     Raises:
         CheckpointError: it is outside 1 … MAX_LAYERS.
     """
-    _require_count(name, value, at_least=1, at_most=MAX_LAYERS)
+    _require_count(name, value, 1, MAX_LAYERS)
     return value
 
 
-def _require_count(name: str, value: object, *, at_least: int, at_most: int = MAX_SIZE) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise CheckpointError(f"{name} is {value!r}; accepted: whole numbers from {at_least}")
-    if value > at_most:
-        raise CheckpointError(f"{name} is {value}; accepted: whole numbers from {at_least} to {at_most}")
+def _require_count(name: str, value: object, at_least: int, at_most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
+        shown = (
+            f"a number of {len(str(value))} digits" if isinstance(value, int) and abs(value) > 10**18 else repr(value)
+        )
+        raise CheckpointError(f"{name} is {shown}; accepted: whole numbers from {at_least} to {at_most}")
 
 
-def _require_positive(name: str, value: object, *, at_least: float | None = None) -> None:
+def _require_number(name: str, value: object, at_least: float, at_most: float) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or (value <= 0 if at_least is None else value < at_least):  # type: ignore[operator]
-        accepted = "numbers greater than 0" if at_least is None else f"numbers from {at_least}"
-        raise CheckpointError(f"{name} is {value!r}; accepted: {accepted}")
+    if not is_number or not at_least <= value <= at_most:  # type: ignore[operator]
+        upper = "" if at_most == math.inf else f" to {at_most:g}"
+        raise CheckpointError(f"{name} is {value!r}; accepted: numbers from {at_least:g}{upper}")

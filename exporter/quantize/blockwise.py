@@ -10,9 +10,10 @@ layout of ONNX Runtime's MatMulNBits, GatherBlockQuantized and QMoE.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from qwen_aot.errors import ExportError
 
@@ -81,11 +82,11 @@ class BlockFormat:
         return -(-self.blocks(width) * self.bits // 8)
 
 
-def quantize(rows: NDArray[np.float32], layout: BlockFormat) -> Quantized:
+def quantize(rows: NDArray[np.float32], layout: BlockFormat, scale_dtype: DTypeLike = np.float32) -> Quantized:
     """Quantizes rows [r, K], each block with the scale that rounds it best among a few.
 
     A block's error is its sum of squared differences. A symmetric scale has the sign that lets the element of largest
-    magnitude fall on the end of the range that is one longer.
+    magnitude fall on the end of the range that is one longer. Codes are made for scales as `scale_dtype` holds them.
     """
     r, width = rows.shape
     n, b = layout.blocks(width), layout.block_size
@@ -97,9 +98,9 @@ def quantize(rows: NDArray[np.float32], layout: BlockFormat) -> Quantized:
         part = slice(start, min(start + step, r))
         columns = as_columns(rows[part], n, b)
         if zeros is None:
-            found, scale = _symmetric(columns, layout.bits)
+            found, scale = _symmetric(columns, layout.bits, scale_dtype)
         else:
-            found, scale, zero = _asymmetric(columns, layout.bits)
+            found, scale, zero = _asymmetric(columns, layout.bits, scale_dtype)
             zeros[part] = zero.reshape(-1, n)
         codes[part] = found.T.reshape(-1, n, b)
         scales[part] = scale.reshape(-1, n)
@@ -142,12 +143,30 @@ def as_columns(rows: NDArray[np.float32], n: int, b: int) -> NDArray[np.float32]
     return np.ascontiguousarray(rows.reshape(r * n, b).T)
 
 
-def _symmetric(x: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+def as_stored(scales: NDArray[np.float32], dtype: DTypeLike) -> NDArray[Any]:
+    """Scales rounded to the type that they are stored in; away from 0 where that has few digits left.
+
+    Below 6e-5 fp16 loses digits, and half of a scale at its end: rounded down, the largest weights of the block would
+    be cut off by as much.
+    """
+    stored: NDArray[Any] = scales.astype(dtype)
+    # bfloat16 has the exponents of float32.
+    normal = np.finfo(np.float16 if np.dtype(dtype) == np.float16 else np.float32).smallest_normal
+    size = np.abs(scales)
+    is_short = (np.abs(stored.astype(np.float32)) < size) & (size < np.float32(normal))
+    outward = np.copysign(np.float32(1), scales[is_short]).astype(dtype)
+    stored[is_short] = np.nextafter(stored[is_short], outward)
+    return stored
+
+
+def _symmetric(
+    x: NDArray[np.float32], bits: int, scale_dtype: DTypeLike
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Columns [b, c] -> codes [b, c], scales [c]."""
     half = float(1 << (bits - 1))
     low, high = x.min(axis=0), x.max(axis=0)
     base = np.where(high > -low, high, low) / np.float32(-half)
-    scales = best_scales(x, base, bits)
+    scales = as_stored(best_scales(x, base, bits), scale_dtype).astype(np.float32, copy=False)
     codes = rounded(x * reciprocal(scales), half)
     codes += half
     return codes.astype(np.uint8), scales
@@ -177,11 +196,13 @@ def rounded(exact: NDArray[np.float32], half: float) -> NDArray[np.float32]:
     return np.minimum(result, half - 1, out=result)
 
 
-def _asymmetric(x: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
+def _asymmetric(
+    x: NDArray[np.float32], bits: int, scale_dtype: DTypeLike
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
     """Columns [b, c] -> codes [b, c], scales [c], zero points [c]: the range from the least to the largest, and 0."""
     top = float((1 << bits) - 1)
     low, high = np.minimum(x.min(axis=0), 0), np.maximum(x.max(axis=0), 0)
-    scales = high / top - low / top
+    scales = as_stored(high / top - low / top, scale_dtype).astype(np.float32, copy=False)
     inverse = reciprocal(scales)
     zeros = np.rint(-low * inverse)
     codes = x * inverse

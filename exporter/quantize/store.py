@@ -40,10 +40,11 @@ class _Rows(Protocol):
 class _FloatRows:
     values: NDArray[np.float32]
     layout: BlockFormat
+    scale_type: ir.DataType
 
     @cached_property
     def blocks(self) -> Quantized:
-        return quantize(self.values, self.layout)
+        return quantize(self.values, self.layout, self.scale_type.numpy())
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,17 @@ class _Entry:
     keeps_codes: bool
     arrange: Arrange
     layout: BlockFormat
+    scale_type: ir.DataType
     rows_per_group: int
     outputs: list[Output] = field(default_factory=list)
     picks: list[Pick] = field(default_factory=list)
 
     def quantized_recipe(self) -> Recipe:
         inner, arrange, layout, picks = self.recipe.transform, self.arrange, self.layout, tuple(self.picks)
+        scale_type = self.scale_type
 
         def transform(rows: NDArray[np.float32]) -> Arrays:
-            made = _FloatRows(arrange(inner(rows)[0].astype(np.float32, copy=False), 0), layout)
+            made = _FloatRows(arrange(inner(rows)[0].astype(np.float32, copy=False), 0), layout, scale_type)
             return tuple(pick(made) for pick in picks)
 
         def from_codes(parts: Sequence[EncodedRows]) -> Arrays:
@@ -260,7 +263,7 @@ class QuantizedWeights:
         if name not in self._entries:
             recipe = self._traced.recipes.pop(name)
             keeps_codes = self._can_keep_codes(recipe, layout)
-            self._entries[name] = _Entry(recipe, keeps_codes, arrange, layout, rows_per_group)
+            self._entries[name] = _Entry(recipe, keeps_codes, arrange, layout, self._scale_type, rows_per_group)
         return self._entries[name]
 
     def _can_keep_codes(self, recipe: Recipe, layout: BlockFormat) -> bool:

@@ -1,7 +1,7 @@
 """Symmetric weight-only forms for ONNX's DequantizeLinear: weight = code * scale, with every scale above 0.
 
 Codes are made for the scale as it is stored, in the compute type. A row or block of zeros has the smallest scale there
-is, since TensorRT refuses 0.
+is, since TensorRT refuses 0. A scale beyond the compute type is an error.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from qwen_aot.exporter.quantize.blockwise import as_columns, best_scales, reciprocal, rounded
+from qwen_aot.exporter.quantize.blockwise import as_columns, as_stored, best_scales, reciprocal, rounded
+from qwen_aot.exporter.weights.recipe import OutOfRangeError
 
 _INT8_MAX = np.float32(127)  # of 128: codes stay symmetric, as TensorRT's own quantizers have them
 _E4M3_MAX = np.float32(448)
@@ -48,7 +49,7 @@ def int4_blocks(
     blocks = width // block_size
     columns = as_columns(rows, blocks, block_size)
     base = np.abs(columns).max(axis=0) / np.float32(8)
-    scales = _stored(best_scales(columns, base, 4), scale_dtype)
+    scales = _stored(best_scales(columns, base, 4), scale_dtype, base * 8, 8)
     codes = rounded(columns * reciprocal(scales.astype(np.float32)), 8)
     return codes.T.reshape(r, width).astype(np.int8), scales.reshape(r, blocks)
 
@@ -58,12 +59,36 @@ def _channel_scales(
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """Scales [r] as they are stored, and what rows are multiplied by [r, 1]."""
     step = np.float32(unit)
-    scales = _stored(np.maximum(rows.max(axis=1), -rows.min(axis=1)) / largest_code / step, dtype)
+    largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+    with np.errstate(over="ignore"):  # refused where it is stored
+        exact = largest / largest_code / step
+    scales = _stored(exact, dtype, largest, float(largest_code * step))
     return scales, reciprocal(scales.astype(np.float32) * step)[:, None]
 
 
-def _stored(scales: NDArray[np.float32], dtype: DTypeLike) -> NDArray[Any]:
-    """Rounded to the stored type, and never 0."""
-    smallest = ml_dtypes.finfo(dtype).smallest_subnormal  # type: ignore[no-untyped-call]  # its stub has no types
-    stored: NDArray[Any] = np.maximum(scales.astype(dtype), smallest).astype(dtype)
+def _stored(
+    scales: NDArray[np.float32], dtype: DTypeLike, magnitudes: NDArray[np.float32], reach: float
+) -> NDArray[Any]:
+    """Rounded to the stored type, and never 0.
+
+    Args:
+        scales: [r] of rows, or [r * n] of each row's n blocks.
+        dtype: the stored type.
+        magnitudes: what each of them must reach, in the same order.
+        reach: the weight that a scale of 1 reaches.
+
+    Raises:
+        OutOfRangeError: a scale is larger than any number of the type. Its row is that of `magnitudes`.
+    """
+    facts = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]  # its stub has no types
+    largest = float(facts.max)
+    if scales.max(initial=0) > largest:
+        place = int(np.argmax(scales))
+        raise OutOfRangeError(
+            place,
+            f"weights of magnitude {float(magnitudes[place]):.6g} need a scale that {np.dtype(dtype).name} doesn't "
+            f"hold (weights up to {largest * reach:.6g} do); choose a precision that isn't quantized (fp16, bf16), or "
+            "target cpu, whose scales are fp32",
+        )
+    stored: NDArray[Any] = np.maximum(as_stored(scales, dtype), facts.smallest_subnormal).astype(dtype)
     return stored

@@ -13,7 +13,7 @@ from qwen_aot.exporter.model.rope import inverse_frequencies
 from qwen_aot.exporter.model.tensors import Parameter, Role, WeightClass, placed_parameters
 from qwen_aot.exporter.weights.recipe import Output, Recipe, Source, Transform, cast_to
 
-_ROTARY_ROWS = 4096  # positions computed at once, in float64: memory doesn't grow with the context
+_ROTARY_ROWS = 4096  # positions computed at once, in float64
 
 
 def decoder_recipes(config: ModelConfig, dtype: ir.DataType, positions: int) -> dict[str, Recipe]:
@@ -43,19 +43,19 @@ def _rotary(config: ModelConfig, positions: int) -> Iterator[Recipe]:
     """The two tables that no checkpoint holds."""
     for name, function in (("model.rotary.cos", np.cos), ("model.rotary.sin", np.sin)):
         table = Output(name, ir.DataType.FLOAT, (positions, config.head_dim // 2))
-        yield Recipe((), (table,), _rotary_table(config, positions, function))
+        yield Recipe((), (table,), _rotary_table(config, function))
 
 
-def _rotary_table(config: ModelConfig, positions: int, function: np.ufunc) -> Transform:
-    """Cosine or sine of position x frequency [positions, D/2]; angles are rounded to float32 as transformers does."""
+def _rotary_table(config: ModelConfig, function: np.ufunc) -> Transform:
+    """Cosine or sine of position x frequency, positions [r] -> [r, D/2]; angles are float32 as in transformers."""
 
-    def transform(_: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
+    def transform(positions: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
         frequencies, attention_scaling = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        table = np.empty((positions, config.head_dim // 2), np.float32)
-        for first in range(0, positions, _ROTARY_ROWS):
-            rows = np.arange(first, min(first + _ROTARY_ROWS, positions), dtype=np.float32)
-            angles = rows[:, None] * frequencies.astype(np.float32)
-            table[first : first + len(rows)] = function(angles.astype(np.float64)) * attention_scaling
+        table = np.empty((len(positions), config.head_dim // 2), np.float32)
+        for first in range(0, len(positions), _ROTARY_ROWS):
+            part = slice(first, first + _ROTARY_ROWS)
+            angles = positions[part, None] * frequencies.astype(np.float32)
+            table[part] = function(angles.astype(np.float64)) * attention_scaling
         return (table,)
 
     return transform

@@ -23,7 +23,7 @@ from qwen_aot.exporter.checkpoint.encoding import EncodedRows
 from qwen_aot.exporter.checkpoint.names import CANONICAL
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import Role
-from qwen_aot.exporter.weights.recipe import Output, Recipe, Traced
+from qwen_aot.exporter.weights.recipe import OutOfRangeError, Output, Recipe, Traced
 from qwen_aot.machine import usable_cores
 
 CHUNK_BYTES = 16 << 20  # float32 bytes handled at once by a thread: large enough for NumPy, small against any model
@@ -40,7 +40,7 @@ def output_bytes(traced: Traced) -> int:
 
 def chunk_bytes(traced: Traced) -> int:
     """Float32 bytes of the most rows that `stitch` converts at once in a thread."""
-    groups = (r.rows_per_group * _row_bytes(r) for r in traced.recipes.values() if r.sources)
+    groups = (r.rows_per_group * r.row_bytes for r in traced.recipes.values())
     return max(CHUNK_BYTES, *groups)
 
 
@@ -190,30 +190,26 @@ def _source_bytes(recipe: Recipe) -> int:
     return sum(4 * int(np.prod(source.shape, dtype=np.int64)) for source in recipe.sources)
 
 
-def _row_bytes(recipe: Recipe) -> int:
-    return 4 * int(np.prod(recipe.sources[0].shape[1:], dtype=np.int64))
-
-
 def _chunks(recipe: Recipe) -> Iterator[tuple[int, int]]:
-    """Row ranges of about CHUNK_BYTES; one empty range for a computed initializer."""
-    if not recipe.sources:
-        yield 0, 0
-        return
-    row_bytes = _row_bytes(recipe)
+    """Row ranges of about CHUNK_BYTES."""
     group = recipe.rows_per_group
-    step = max(1, CHUNK_BYTES // (row_bytes * group)) * group
+    step = max(1, CHUNK_BYTES // (recipe.row_bytes * group)) * group
     for start in range(0, recipe.rows, step):
         yield start, min(start + step, recipe.rows)
 
 
 def _read_rows(recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint) -> NDArray[np.float32]:
-    """Rows start … stop of the stacked sources, as float32, finite."""
+    """Rows start … stop of the stacked sources, as float32, finite; their indices where there are no sources."""
     if not recipe.sources:
-        return np.empty((0,), np.float32)
+        return np.arange(start, stop, dtype=np.float32)
     parts = []
     for name, rows in _reached(recipe, start, stop):
-        part = checkpoint.read(name, rows).astype(np.float32, copy=False)
-        _check_finite(part, name, rows.start, checkpoint)
+        stored = checkpoint.read(name, rows)
+        _check_finite(stored, name, rows.start, checkpoint)
+        with np.errstate(over="ignore"):
+            part = stored.astype(np.float32, copy=False)
+        if stored.dtype == np.float64:
+            _check_fits_float32(stored, part, name, rows.start, checkpoint)
         parts.append(part)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -238,9 +234,22 @@ def _reached(recipe: Recipe, start: int, stop: int) -> Iterator[tuple[str, slice
         first += source.shape[0]
 
 
-def _check_finite(part: NDArray[np.float32], name: str, first_row: int, checkpoint: Checkpoint) -> None:
+def _check_fits_float32(
+    stored: NDArray[np.float64], part: NDArray[np.float32], name: str, first_row: int, checkpoint: Checkpoint
+) -> None:
+    """A float64 tensor has no value beyond float32, in which everything is computed."""
+    if not np.isfinite(part).all():
+        first = np.argwhere(~np.isfinite(part))[0]
+        where = [int(first[0]) + first_row, *map(int, first[1:])]
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {name} holds {stored[tuple(first)]:.6g} at {where}, which float32 doesn't hold "
+            f"(at most {np.finfo(np.float32).max:.6g}); accepted: float64 tensors of values that fit float32"
+        )
+
+
+def _check_finite(part: NDArray[Any], name: str, first_row: int, checkpoint: Checkpoint) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
-        total = part.sum(dtype=np.float32)
+        total = part.sum(dtype=np.float64 if part.dtype == np.float64 else np.float32)
     if np.isfinite(total):  # one pass; only a sum that isn't finite needs the closer look
         return
     bad = np.argwhere(~np.isfinite(part))
@@ -253,16 +262,27 @@ def _check_finite(part: NDArray[np.float32], name: str, first_row: int, checkpoi
 
 
 def _make_chunk(recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint, data: _DataFile) -> None:
-    if recipe.from_codes is not None:
-        arrays = recipe.from_codes(_read_codes(recipe, start, stop, checkpoint))
-    else:
-        arrays = recipe.transform(_read_rows(recipe, start, stop, checkpoint))
+    try:
+        if recipe.from_codes is not None:
+            arrays = recipe.from_codes(_read_codes(recipe, start, stop, checkpoint))
+        else:
+            arrays = recipe.transform(_read_rows(recipe, start, stop, checkpoint))
+    except OutOfRangeError as error:
+        where = _place_of_row(recipe, start + error.row)
+        raise ExportError(f"{checkpoint.path}: {where}: {error.reason}") from error
     if len(arrays) != len(recipe.outputs):
         raise ExportError(
             f"recipe of {recipe.outputs[0].name} gave {len(arrays)} arrays for {len(recipe.outputs)} outputs"
         )
     for output, array in zip(recipe.outputs, arrays, strict=True):
         data.write(output, array, start, stop, recipe.rows)
+
+
+def _place_of_row(recipe: Recipe, row: int) -> str:
+    """The tensor and its row that a row of the stack is."""
+    for name, rows in _reached(recipe, row, row + 1):
+        return f"tensor {name}, row {rows.start}"
+    return f"{recipe.outputs[0].name}, row {row}"  # computed
 
 
 class _DataFile:

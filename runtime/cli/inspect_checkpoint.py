@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
+from qwen_aot.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
 
 def facts(path: Path, *, list_tensors: bool) -> dict[str, Any]:
-    """The configuration, the tokenizer's files and the tensors by dtype.
+    """The configuration, the tokenizer's files and the tensors by dtype; logs a warning where these don't fit.
 
     Raises:
         CheckpointError: the path isn't a checkpoint.
     """
     from qwen_aot.exporter.checkpoint.open import open_checkpoint
     from qwen_aot.exporter.model.tensors import num_parameters
+    from qwen_aot.exporter.weights.sources import check_headers
 
     with open_checkpoint(path) as checkpoint:
+        try:
+            check_headers(checkpoint)
+        except CheckpointError as error:
+            logger.warning("the tensors aren't those of the configuration, and no build takes them: %s", error)
         config = dataclasses.asdict(checkpoint.config)
         if config["moe"] is not None:
             config["moe"]["sparse_layers"] = sorted(config["moe"]["sparse_layers"])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def open_source(name: str, *, random_weights: bool = False, seed: int = 0) -> Checkpoint:
-    """Opens a checkpoint, or makes a variant's from random weights.
+    """Opens a checkpoint and compares its headers with its configuration, or makes a variant's from random weights.
 
     Raises:
         click.UsageError: a variant without `random_weights`, a path with it, or nothing.
@@ -23,6 +23,7 @@ def open_source(name: str, *, random_weights: bool = False, seed: int = 0) -> Ch
     """
     from qwen_aot.exporter.checkpoint.open import open_checkpoint
     from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
+    from qwen_aot.exporter.weights.sources import check_headers
 
     if not name:
         raise click.UsageError("the checkpoint's name is empty (a variable that isn't set?); give a path")
@@ -31,7 +32,13 @@ def open_source(name: str, *, random_weights: bool = False, seed: int = 0) -> Ch
             raise click.UsageError(
                 f"--random-weights goes with a variant's name, and {name} is a checkpoint; leave it out"
             )
-        return open_checkpoint(name)
+        checkpoint = open_checkpoint(name)
+        try:
+            check_headers(checkpoint)
+        except CheckpointError:
+            checkpoint.close()
+            raise
+        return checkpoint
     variant, config = find_variant(name)
     if not random_weights:
         raise click.UsageError(

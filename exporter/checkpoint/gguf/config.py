@@ -16,6 +16,8 @@ from qwen_aot.exporter.model.rope import yarn_attention_factor
 
 logger = logging.getLogger(__name__)
 
+_NO_TOKEN = (-1, 2**32 - 1)  # how files say that there is none; the latter is -1 as an unsigned number
+
 ARCHITECTURES = ("qwen2", "qwen2moe", "llama")
 
 # Keys (behind the architecture's prefix) that change the computation, and what they may say.
@@ -24,16 +26,21 @@ _ACCEPTED: Mapping[str, tuple[object, ...]] = {
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
     "attention.scale": (),
-    "attention.sliding_window": (0,),
+    "attention.sliding_window_pattern": (),
+    "attention.temperature_scale": (),
     "attn_logit_softcapping": (),
     "embedding_scale": (1.0,),
     "expert_weights_scale": (0.0, 1.0),
     "expert_gating_func": (1,),  # softmax
     "expert_group_count": (),
+    "expert_group_used_count": (),
     "final_logit_softcapping": (),
+    "interleave_moe_layer_step": (0, 1),
     "leading_dense_block_count": (0,),
     "logit_scale": (1.0,),
+    "nextn_predict_layers": (0,),
     "residual_scale": (1.0,),
+    "rope.dimension_sections": (),
     "rope.scaling.yarn_attn_factor": (1.0,),
     "rope.scaling.yarn_ext_factor": (1.0,),
     "rope.scaling.yarn_log_multiplier": (0.0,),
@@ -47,6 +54,7 @@ _KNOWN = frozenset(
         "attention.head_count_kv",
         "attention.key_length",
         "attention.layer_norm_rms_epsilon",
+        "attention.sliding_window",
         "attention.value_length",
         "block_count",
         "context_length",
@@ -89,7 +97,7 @@ def stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def token_id(metadata: Mapping[str, Any], kind: str) -> int | None:
-    """The id in `tokenizer.ggml.{kind}_token_id`, if it is there.
+    """The id in `tokenizer.ggml.{kind}_token_id`, if it is there and says one.
 
     Raises:
         CheckpointError: it is not a whole number.
@@ -97,7 +105,7 @@ def token_id(metadata: Mapping[str, Any], kind: str) -> int | None:
     value = metadata.get(f"tokenizer.ggml.{kind}_token_id")
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise CheckpointError(f"tokenizer.ggml.{kind}_token_id is {value!r}; accepted: a whole number")
-    return value
+    return None if value in _NO_TOKEN else value
 
 
 def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
@@ -122,7 +130,15 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
     hidden_size = _count(architecture, facts, "embedding_length")
     heads = _count(architecture, facts, "attention.head_count")
     layers = require_layers(f"{architecture}.block_count", _count(architecture, facts, "block_count"))
-    context = _count(architecture, facts, "context_length")
+    trained = _count(architecture, facts, "context_length")
+    rope_scaling = _rope_scaling(architecture, facts, trained)
+    context = trained if rope_scaling is None else rope_scaling.context_for(trained)
+    window = _count(architecture, facts, "attention.sliding_window", 0)
+    if 0 < window < context:
+        raise CheckpointError(
+            f"{architecture}.attention.sliding_window is {window}, fewer tokens than the context of {context}; not "
+            f"supported; accepted: 0, or from {context}"
+        )
     if "token_embd.weight" not in tensor_shapes:
         raise CheckpointError("the GGUF file has no token_embd.weight; accepted: a whole model, not an adapter")
     return ModelConfig(
@@ -140,7 +156,7 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
         rope_theta=_number(facts, "rope.freq_base", 10000.0),
         tie_word_embeddings="output.weight" not in tensor_shapes,
         attention_bias="blk.0.attn_q.bias" in tensor_shapes,
-        rope_scaling=_rope_scaling(architecture, facts, context),
+        rope_scaling=rope_scaling,
         moe=_moe(architecture, facts, layers, tensor_shapes) if architecture == "qwen2moe" else None,
         torch_dtype="float32",  # what reading a quantized tensor gives
         bos_token_id=token_id(metadata, "bos"),

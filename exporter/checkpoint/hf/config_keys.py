@@ -6,8 +6,16 @@ from collections.abc import Mapping
 
 # Keys that change the computation: the only values under which ours is the same. None means "absent or null".
 ACCEPTED: Mapping[str, tuple[object, ...]] = {
-    "hidden_act": ("silu",),
-    "use_sliding_window": (False, None),
+    "hidden_act": ("silu", "swish"),  # two names of one function
+    "is_causal": (True, None),  # false: transformers lets every token see every other one
+    "per_layer_config": ({}, None),
+    "kv_sharing_modes": (None,),
+    "compression_config": (None,),  # quantized, in an old spelling
+    # Where transformers looks for the language model of a composite one.
+    "text_config": (None,),
+    "text_encoder": (None,),
+    "decoder": (None,),
+    "generator": (None,),
     "partial_rotary_factor": (1, None),
     "mlp_bias": (False, None),
     "attention_output_bias": (False, None),
@@ -54,7 +62,11 @@ READ = frozenset(
         "eos_token_id",
         "pad_token_id",
         "layer_types",
+        "use_sliding_window",
+        "sliding_window",
+        "max_window_layers",
         "architectures",
+        "auto_map",
         "quantization_config",
     }
 )
@@ -70,70 +82,141 @@ READ_MOE = frozenset(
     }
 )
 
-# Keys known not to change inference: training, bookkeeping, defaults of generation, what transformers prints.
-HARMLESS = frozenset(
-    {
-        "_attn_implementation",
-        "_name_or_path",
-        "attention_dropout",
-        "bad_words_ids",
-        "chunk_size_feed_forward",
-        "cross_attention_hidden_size",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "exponential_decay_length_penalty",
-        "finetuning_task",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "id2label",
-        "initializer_range",
-        "is_decoder",
-        "label2id",
-        "length_penalty",
-        "max_length",
-        "max_window_layers",
-        "min_length",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "output_scores",
-        "prefix",
-        "problem_type",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict",
-        "return_dict_in_generate",
-        "router_aux_loss_coef",
-        "sep_token_id",
-        "sliding_window",
-        "suppress_tokens",
-        "task_specific_params",
-        "temperature",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torchscript",
-        "transformers_version",
-        "typical_p",
-        "use_bfloat16",
-        "use_cache",
-        "unsloth_fixed",
-        "unsloth_version",
-    }
-)
+# Keys known not to change inference, by the reason.
+HARMLESS_BY_REASON: Mapping[str, frozenset[str]] = {
+    "of training and initialization": frozenset(
+        {
+            "attention_dropout",
+            "gradient_checkpointing",
+            "initializer_range",
+            "router_aux_loss_coef",
+            "tf_legacy_loss",
+            "tie_encoder_decoder",
+            "torchscript",
+            "unsloth_fixed",
+            "unsloth_version",
+            "use_bfloat16",
+        }
+    ),
+    "bookkeeping of files and libraries": frozenset(
+        {
+            "_commit_hash",
+            "_name_or_path",
+            "finetuning_task",
+            "name_or_path",
+            "task_specific_params",
+            "tokenizer_class",
+            "transformers_version",
+        }
+    ),
+    "which outputs transformers gives, not what is in them": frozenset(
+        {
+            "output_attentions",
+            "output_hidden_states",
+            "output_router_logits",
+            "return_dict",
+            "tie_last_hidden_states",
+            "use_cache",
+        }
+    ),
+    "of tasks, architectures and texts that a causal decoder doesn't have": frozenset(
+        {
+            "cross_attention_hidden_size",
+            "id2label",
+            "is_decoder",
+            "label2id",
+            "num_labels",
+            "prefix",
+            "problem_type",
+            "sep_token_id",
+        }
+    ),
+    "how transformers splits or schedules the same sums": frozenset(
+        {
+            "_attn_implementation",
+            "_experts_implementation",
+            "attn_implementation",
+            "chunk_size_feed_forward",
+            "experts_implementation",
+            "pretraining_tp",
+        }
+    ),
+    "defaults of generation: transformers 5 takes them from generation_config.json alone": frozenset(
+        {
+            "assistant_confidence_threshold",
+            "assistant_early_exit",
+            "assistant_ensemble_weight",
+            "assistant_lookbehind",
+            "bad_words_ids",
+            "begin_suppress_tokens",
+            "cache_config",
+            "cache_implementation",
+            "compile_config",
+            "constraints",
+            "continuous_batching_config",
+            "decoder_start_token_id",
+            "disable_compile",
+            "diversity_penalty",
+            "do_sample",
+            "dola_layers",
+            "early_stopping",
+            "encoder_no_repeat_ngram_size",
+            "encoder_repetition_penalty",
+            "epsilon_cutoff",
+            "eta_cutoff",
+            "exponential_decay_length_penalty",
+            "force_words_ids",
+            "forced_bos_token_id",
+            "forced_eos_token_id",
+            "guidance_scale",
+            "is_assistant",
+            "length_penalty",
+            "low_memory",
+            "max_cache_len",
+            "max_length",
+            "max_matching_ngram_size",
+            "max_new_tokens",
+            "max_time",
+            "min_length",
+            "min_new_tokens",
+            "min_p",
+            "no_repeat_ngram_size",
+            "num_assistant_tokens",
+            "num_assistant_tokens_schedule",
+            "num_beam_groups",
+            "num_beams",
+            "num_return_sequences",
+            "output_logits",
+            "output_scores",
+            "penalty_alpha",
+            "prefill_chunk_size",
+            "prompt_lookup_num_tokens",
+            "remove_invalid_values",
+            "renormalize_logits",
+            "repetition_penalty",
+            "return_dict_in_generate",
+            "sequence_bias",
+            "speculation_type",
+            "stop_strings",
+            "suppress_tokens",
+            "target_lookbehind",
+            "temperature",
+            "token_healing",
+            "top_h",
+            "top_k",
+            "top_p",
+            "typical_p",
+            "use_mtp",
+            "watermarking_config",
+        }
+    ),
+}
+HARMLESS = frozenset().union(*HARMLESS_BY_REASON.values())
 
-# rope_type -> keys it may have beside rope_type, rope_theta and partial_rotary_factor.
+# rope_type -> keys that it acts on, beside rope_type, rope_theta and partial_rotary_factor. Those of another type have
+# no effect: old files keep some.
 ROPE_KEYS: Mapping[str, frozenset[str]] = {
-    "default": frozenset({"factor"}),  # old files keep a factor that nothing reads
+    "default": frozenset(),
     "linear": frozenset({"factor"}),
     "yarn": frozenset(
         {

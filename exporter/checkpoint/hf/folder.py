@@ -16,7 +16,9 @@ from qwen_aot.exporter.checkpoint.encoding import EncodedRows, no_codes
 from qwen_aot.exporter.checkpoint.hf.config import read_folder
 from qwen_aot.exporter.checkpoint.hf.safetensors import SafetensorsShards
 from qwen_aot.exporter.checkpoint.hf.tokenizer import read_tokenizer_files
-from qwen_aot.exporter.checkpoint.names import TensorNames
+from qwen_aot.exporter.checkpoint.names import CANONICAL, TensorNames
+from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.tensors import WeightClass
 
 
 class HfFolderCheckpoint:
@@ -36,6 +38,7 @@ class HfFolderCheckpoint:
         except CheckpointError:
             self._shards.close()
             raise
+        self.config = _with_stored_biases(self.config, self._stored_names)
         self.tensors: Mapping[str, TensorInfo] = {
             name: dataclasses.replace(self._shards.tensors[stored], name=name)
             for name, stored in self._stored_names.items()
@@ -77,6 +80,18 @@ class HfFolderCheckpoint:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _with_stored_biases(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
+    """The facts of a dense model whose config.json denies the biases that its files hold.
+
+    transformers gives q, k and v of `qwen2` biases whatever `attention_bias` says; the key is of other architectures.
+    """
+    if config.model_type != "qwen2" or config.attention_bias:
+        return config
+    places = (CANONICAL.find(name) for name in names)
+    has_biases = any(place is not None and place.role.weight_class is WeightClass.BIAS for place in places)
+    return dataclasses.replace(config, attention_bias=has_biases)
 
 
 def _stored_names(path: Path, stored_names: Iterable[str], names: TensorNames) -> dict[str, str]:

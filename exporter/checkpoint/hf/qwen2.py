@@ -9,11 +9,14 @@ from typing import Any
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.hf import config_keys
+from qwen_aot.exporter.checkpoint.hf.attention_layers import check_attention_layers
 from qwen_aot.exporter.checkpoint.hf.config_values import count, flag, number
-from qwen_aot.exporter.model.config import DTYPES, ModelConfig, MoeConfig, RopeScaling, require_layers
-from qwen_aot.exporter.model.rope import yarn_attention_factor
+from qwen_aot.exporter.checkpoint.hf.rope import read_rope
+from qwen_aot.exporter.model.config import DTYPES, ModelConfig, MoeConfig, require_layers
 
 logger = logging.getLogger(__name__)
+
+_NO_TOKEN = -1  # how many files say that there is none
 
 
 def parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
@@ -31,7 +34,6 @@ def parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
     hidden_size = count(raw, "hidden_size")
     heads = count(raw, "num_attention_heads")
     layers = require_layers("num_hidden_layers", count(raw, "num_hidden_layers"))
-    max_positions = count(raw, "max_position_embeddings", 32768)
     head_dim = raw.get("head_dim")
     if head_dim is None:
         if heads < 1 or hidden_size % heads:
@@ -42,8 +44,8 @@ def parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
         head_dim = hidden_size // heads
     else:
         head_dim = count(raw, "head_dim")
-    _check_layer_types(raw.get("layer_types"), layers)
-    rope_theta, rope_scaling = _rope(raw, max_positions)
+    rope_theta, rope_scaling, max_positions = read_rope(raw, count(raw, "max_position_embeddings", 32768))
+    check_attention_layers(raw, layers, max_positions)
     return ModelConfig(
         model_type=model_type,
         vocab_size=count(raw, "vocab_size"),
@@ -57,7 +59,7 @@ def parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
         rms_norm_eps=number(raw, "rms_norm_eps", 1e-6),
         rope_theta=rope_theta,
         tie_word_embeddings=flag(raw, "tie_word_embeddings", False),
-        attention_bias=flag(raw, "qkv_bias", flag(raw, "attention_bias", True)),
+        attention_bias=_attention_bias(raw, model_type),
         rope_scaling=rope_scaling,
         moe=_moe(raw, layers) if model_type == "qwen2_moe" else None,
         torch_dtype=_dtype(raw),
@@ -83,6 +85,12 @@ def _refuse_unsupported(raw: Mapping[str, Any], model_type: str) -> None:
             raise CheckpointError(
                 f"architectures names {architecture!r}; accepted: Qwen2ForCausalLM, Qwen2MoeForCausalLM"
             )
+    if raw.get("auto_map"):
+        logger.warning(
+            "config.json names code of its own (auto_map), which is never run: the model is built as transformers' own "
+            "%s, as without trust_remote_code",
+            model_type,
+        )
     for key, accepted in config_keys.ACCEPTED.items():
         value = raw.get(key, accepted[0])
         if value not in accepted:
@@ -99,85 +107,14 @@ def _refuse_unsupported(raw: Mapping[str, Any], model_type: str) -> None:
         logger.warning("config.json has keys that are not known here and are ignored: %s", ", ".join(unknown))
 
 
-def _check_layer_types(layer_types: object, layers: int) -> None:
-    if layer_types is None:
-        return
-    if not isinstance(layer_types, list) or len(layer_types) != layers:
-        raise CheckpointError(f"layer_types is {layer_types!r}; accepted: a list of num_hidden_layers ({layers})")
-    for layer, kind in enumerate(layer_types):
-        if kind != "full_attention":
-            raise CheckpointError(f"layer_types[{layer}] is {kind!r}; not supported; accepted: 'full_attention'")
+def _attention_bias(raw: Mapping[str, Any], model_type: str) -> bool:
+    """Whether q, k and v have biases: what `qkv_bias` says of `qwen2_moe`.
 
-
-def _rope(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
-    """(rope_theta, scaling), from `rope_scaling` beside `rope_theta` or from the newer `rope_parameters`."""
-    old, new = (_rope_object(raw, key) for key in ("rope_scaling", "rope_parameters"))
-    if old and new and dict(old) != dict(new):
-        raise CheckpointError(
-            f"rope_scaling is {dict(old)} and rope_parameters is {dict(new)}; accepted: one of them. Keep the one that "
-            "is meant, with its rope_theta."
-        )
-    rope = old or new
-    rope_theta = number(rope, "rope_theta", number(raw, "rope_theta", 10000.0))
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(rope_type, str) or rope_type not in config_keys.ROPE_KEYS:
-        raise CheckpointError(
-            f"rope_type is {rope_type!r}; not supported; accepted: {', '.join(config_keys.ROPE_KEYS)}. "
-            "Remove rope_scaling (rope_parameters.rope_type) to serve the model at its trained context."
-        )
-    if rope.get("partial_rotary_factor", 1) not in (1, None):
-        raise CheckpointError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; accepted: 1")
-    common = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    unknown = sorted(key for key in rope if key not in config_keys.ROPE_KEYS[rope_type] | common)
-    if unknown:
-        raise CheckpointError(
-            f"rope_scaling of type {rope_type!r} has {unknown[0]!r}; not supported; accepted: "
-            f"{', '.join(sorted(config_keys.ROPE_KEYS[rope_type]))}"
-        )
-    if rope_type == "default":
-        return rope_theta, None
-    if rope_type == "linear":
-        return rope_theta, RopeScaling("linear", number(rope, "factor"))
-    key = "original_max_position_embeddings"
-    original = count(rope if raw.get(key) is None else raw, key, max_positions)
-    if rope_type == "llama3":
-        return rope_theta, RopeScaling(
-            "llama3",
-            number(rope, "factor"),
-            original_max_position_embeddings=original,
-            low_freq_factor=number(rope, "low_freq_factor"),
-            high_freq_factor=number(rope, "high_freq_factor"),
-        )
-    factor = number(rope, "factor", max_positions / max(original, 1))
-    return rope_theta, RopeScaling(
-        "yarn",
-        factor,
-        attention_factor=_yarn_attention_factor(rope, factor),
-        original_max_position_embeddings=original,
-        beta_fast=number(rope, "beta_fast", 32.0),
-        beta_slow=number(rope, "beta_slow", 1.0),
-        truncate=flag(rope, "truncate", True),
-    )
-
-
-def _rope_object(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The object under one of the rotary keys, without the nesting by layer type of transformers 5."""
-    rope = raw.get(key) or {}
-    if isinstance(rope, Mapping):
-        rope = rope.get("full_attention") or rope
-    if not isinstance(rope, Mapping):
-        raise CheckpointError(f"{key} is {rope!r}; accepted: an object or null")
-    return rope
-
-
-def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
-    if rope.get("attention_factor") is not None:
-        return number(rope, "attention_factor")
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return yarn_attention_factor(factor, number(rope, "mscale")) / yarn_attention_factor(
-            factor, number(rope, "mscale_all_dim")
-        )
-    return yarn_attention_factor(factor)
+    Of `qwen2` transformers reads neither key. A file whose own denies biases has none (a llama-layout checkpoint), or
+    the folder's reader finds them.
+    """
+    said = flag(raw, "qkv_bias", True)
+    return said if model_type == "qwen2_moe" else said and flag(raw, "attention_bias", True)
 
 
 def _moe(raw: Mapping[str, Any], layers: int) -> MoeConfig:
@@ -207,8 +144,10 @@ def _dtype(raw: Mapping[str, Any]) -> str:
 
 
 def _token_id(raw: Mapping[str, Any], generation: Mapping[str, Any], key: str) -> int | None:
-    value = generation.get(key) if raw.get(key) is None else raw[key]
-    return None if value is None else count({key: value}, key)
+    for source in (raw, generation):
+        if source.get(key) not in (None, _NO_TOKEN):
+            return count(source, key)
+    return None
 
 
 def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
@@ -216,6 +155,7 @@ def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tup
     ids: dict[int, None] = {}
     for source in (generation, raw):
         value = source.get("eos_token_id")
-        for each in value if isinstance(value, list) else [] if value is None else [value]:
-            ids[count({"eos_token_id": each}, "eos_token_id")] = None
+        for each in value if isinstance(value, list) else [value]:
+            if each not in (None, _NO_TOKEN):
+                ids[count({"eos_token_id": each}, "eos_token_id")] = None
     return tuple(ids)

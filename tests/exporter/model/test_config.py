@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2MoeConfig
 
-from qwen_aot.errors import CheckpointError
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.errors import BuildError, CheckpointError
 from qwen_aot.exporter.checkpoint.hf.config import parse, read_folder
 from qwen_aot.exporter.model.config import MoeConfig, RopeScaling
+from qwen_aot.exporter.model.limits import check_products
 from qwen_aot.exporter.model.tensors import num_activated_parameters, num_parameters
 from tests.checkpoints import tiny_config, tiny_model
 
@@ -139,7 +141,52 @@ REFUSED = {
     "model_type": ({"model_type": "llama"}, r"model_type is 'llama'; accepted: qwen2, qwen2_moe"),
     "no model_type": ({"model_type": None}, "model_type is None"),
     "activation": ({"hidden_act": "gelu"}, 'hidden_act is "gelu"; not supported; accepted: "silu"'),
-    "window": ({"use_sliding_window": True}, "use_sliding_window is true; not supported; accepted: false"),
+    "window": (
+        {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 511},
+        "use_sliding_window is true, so that layer 2 attends to the last 511 tokens only .*than the context of 512; .* "
+        "a sliding_window from 512, or the context .* cut to 511",
+    ),
+    "window of named layers": (
+        {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 4, "sliding_window": 4},
+        r"layer_types\[0\] is 'sliding_attention': it attends to the last 4 tokens",
+    ),
+    "no window": (
+        {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 4},
+        "attends to a window, but use_sliding_window is False",
+    ),
+    "window beyond the scaled context": (
+        {
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+            "sliding_window": 512,
+            "rope_scaling": {"type": "yarn", "factor": 2.0},
+        },
+        "fewer than the context of 1024",
+    ),
+    "both directions": ({"is_causal": False}, "is_causal is false; not supported; accepted: true"),
+    "nested": ({"text_config": {"hidden_size": 8}}, "text_config is {.*}; not supported; accepted: null"),
+    "layer by layer": ({"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config is .*; not supported"),
+    "two rope types": (
+        {"rope_scaling": {"type": "yarn", "rope_type": "default"}},
+        "rope_type is 'default' and type is",
+    ),
+    "rope theta twice": (
+        {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 1e6}},
+        "or two that mean the same",
+    ),
+    "two ropes": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e6}}},
+        "rope_parameters has 'sliding_attention' beside 'full_attention'",
+    ),
+    "truncate": ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": None}}, "truncate is null"),
+    "far": (
+        {"rope_scaling": {"type": "yarn", "factor": 2.0**20}},
+        r"rope_scaling.factor \(1048576.0\) x original_max_position_embeddings \(512\) is 536,870,912; accepted: up to",
+    ),
+    "attention factor": (
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 1e30}},
+        r"attention_factor is 1e\+30; accepted: numbers from .* to 100",
+    ),
     "layer_types": (
         {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
         r"layer_types\[3\] is 'sliding",
@@ -177,8 +224,8 @@ REFUSED = {
     "nested rope": ({"rope_parameters": {"full_attention": 5}}, "rope_parameters is 5; accepted: an object"),
     "theta of 1": ({"rope_theta": 1}, r"rope_theta is 1\.0; accepted: numbers greater than 1"),
     "huge theta": ({"rope_theta": 10**400}, "rope_theta is a number of 401 digits"),
-    "huge size": ({"vocab_size": 10**400}, "vocab_size is 10+; accepted: whole numbers from 1 to 2147483647"),
-    "huge depth": ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; .* from 1 to 10000"),
+    "huge size": ({"vocab_size": 10**400}, "vocab_size is a number of 401 digits; .* from 1 to 16777216"),
+    "huge depth": ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; .* from 1 to 1000"),
     "architectures": ({"architectures": "Qwen2ForCausalLM"}, "is 'Qwen2ForCausalLM'; accepted: a list of names"),
     "factor missing": ({"rope_scaling": {"type": "linear"}}, "factor is missing; accepted: a number"),
     "factor text": ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor is '2'; accepted: a number"),
@@ -196,7 +243,7 @@ REFUSED = {
     "bool count": ({"vocab_size": True}, "vocab_size is True; accepted: a whole number"),
     "flag": ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; accepted: true or false"),
     "heads": ({"num_attention_heads": 3}, "hidden_size is 64, not a multiple of num_attention_heads"),
-    "dtype": ({"torch_dtype": "float64"}, "torch_dtype is 'float64'; accepted: bfloat16, float16, float32"),
+    "dtype": ({"torch_dtype": "int8"}, "torch_dtype is 'int8'; accepted: bfloat16, float16, float32, float64"),
     "eos": ({"eos_token_id": ["x"]}, "eos_token_id is 'x'; accepted: a whole number"),
     "theta": ({"rope_theta": "many"}, "rope_theta is 'many'; accepted: a number"),
 }
@@ -214,7 +261,7 @@ REFUSED_MOE = {
     "top k": ({"num_experts_per_tok": 5}, r"num_experts_per_tok is 5; accepted: 1 to num_experts \(4\)"),
     "experts": ({"num_experts": 0}, "num_experts is 0; accepted: whole numbers from 1"),
     "many experts": ({"num_experts": 10**12}, "num_experts is 1000000000000; .* from 1 to 10000"),
-    "huge depth": ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; .* from 1 to 10000"),
+    "huge depth": ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; .* from 1 to 1000"),
     "no shared size": ({"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size is None"),
     "shared": ({"shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size is -1"),
 }
@@ -231,7 +278,7 @@ OUT_OF_RANGE = {
     "layers": ({"num_hidden_layers": 0}, "num_hidden_layers is 0; accepted: whole numbers from 1"),
     "kv heads": ({"num_key_value_heads": 3}, "num_key_value_heads is 3; it must divide num_attention_heads"),
     "head_dim": ({"head_dim": 15}, "head_dim is 15; rotary embedding needs an even number"),
-    "eps": ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0; accepted: numbers greater than 0"),
+    "eps": ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0; accepted: numbers from 1.17549e-38 to"),
     "theta": ({"rope_theta": float("nan")}, "rope_theta is nan"),
     "moe": ({"model_type": "qwen2_moe"}, "needs expert facts"),
     "no moe": ({"moe": MoeConfig(4, 2, 24, 40, False, frozenset({0}))}, "has no experts"),
@@ -276,7 +323,8 @@ def test_unknown_keys_are_told_and_harmless_ones_are_not(caplog: pytest.LogCaptu
         parse(DENSE | {"use_cache": True, "transformers_version": "4.37.0", "sliding_window": 4096})
         assert caplog.records == []
         parse(DENSE | {"frobnicate": 1, "auto_map": {"AutoModelForCausalLM": "code.Own"}})
-    assert "ignored: auto_map, frobnicate" in caplog.text
+    assert "ignored: frobnicate" in caplog.text
+    assert "code of its own (auto_map), which is never run" in caplog.text
 
 
 BROKEN_FILES = {
@@ -341,3 +389,106 @@ def test_any_value_gives_a_config_or_a_checkpoint_error(key: str, value: Any) ->
 
 def test_hash_and_equality_are_by_value() -> None:
     assert hash(parse(SPARSE)) == hash(parse(dict(SPARSE)))
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
+CONTEXTS: dict[str, tuple[dict[str, Any], int]] = {
+    "as published": ({"rope_scaling": {"type": "yarn", **YARN}}, 131072),
+    "as published, new type": ({"rope_scaling": {"rope_type": "yarn", **YARN}}, 131072),
+    "as published, new spelling": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **YARN}}, 131072),
+    "without the original length": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 131072),
+    "original beside it": (
+        {"original_max_position_embeddings": 16384, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+        65536,
+    ),
+    "multiplied already": ({"max_position_embeddings": 131072, "rope_scaling": {"type": "yarn", **YARN}}, 131072),
+    "factor left out": (
+        {"max_position_embeddings": 65536, "rope_scaling": {"type": "yarn", "original_max_position_embeddings": 32768}},
+        65536,
+    ),
+    "more than the factor": ({"max_position_embeddings": 200000, "rope_scaling": {"type": "yarn", **YARN}}, 200000),
+    "a fraction": ({"rope_scaling": {"type": "yarn", **YARN, "factor": 2.5}}, 81920),
+    "linear": ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 32768),
+    "llama3": (
+        {
+            "rope_scaling": {
+                "type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+        },
+        32768,
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "context"), CONTEXTS.values(), ids=CONTEXTS)
+def test_yarn_extends_the_context(change: dict[str, Any], context: int) -> None:
+    config = parse(DENSE | {"max_position_embeddings": 32768, "rope_theta": 1e6} | change)
+    assert config.max_position_embeddings == context
+    assert BuildSpec().context_for(config.max_position_embeddings) == context
+    assert BuildSpec(max_context=context).context_for(config.max_position_embeddings) == context
+    with pytest.raises(BuildError, match=f"is more than the model's {context} tokens"):
+        BuildSpec(max_context=context + 1).context_for(config.max_position_embeddings)
+
+
+# 250 bytes each: none may take long, or much memory.
+PRODUCTS = {
+    "width": ({"hidden_size": 2147483644}, "hidden_size is 2147483644; .* to 1048576"),
+    "heads": ({"num_attention_heads": 8192, "head_dim": 1024}, "num_attention_heads x head_dim is 8,388,608; accepted"),
+    "kv heads": (
+        {"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 2},
+        "num_attention_heads x head_dim is 2,097,152; accepted",
+    ),
+    "layers by width": (
+        {"num_hidden_layers": 1000, "intermediate_size": 2**20},
+        "num_hidden_layers x the widest projection is 1,048,576,000; accepted: up to 67,108,864",
+    ),
+    "experts by layers": (
+        {"num_hidden_layers": 1000, "num_experts": 10000, "model_type": "qwen2_moe"},
+        r"number of tensors \(num_hidden_layers x num_experts\) is 30,016,000; accepted: up to 250,000",
+    ),
+    "experts by width": (
+        {"num_experts": 10000, "moe_intermediate_size": 2**20, "model_type": "qwen2_moe"},
+        "num_experts x moe_intermediate_size x hidden_size x 2 is 1,342,177,280,000; accepted",
+    ),
+    "vocabulary": (
+        {"vocab_size": 2**24, "hidden_size": 2**18, "num_attention_heads": 2**10},
+        "vocab_size x hidden_size is 4,398,046,511,104; accepted: up to 1,099,511,627,776",
+    ),
+    "rotary": (
+        {"max_position_embeddings": 2**28, "head_dim": 128},
+        "max_position_embeddings x head_dim is 34,359,738,368; accepted: up to 17,179,869,184",
+    ),
+    "context": ({"max_position_embeddings": 2**31 - 1}, "max_position_embeddings is 2147483647; .* to 268435456"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), PRODUCTS.values(), ids=PRODUCTS)
+def test_products_are_capped(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        parse(SPARSE | DENSE | change)
+
+
+def test_the_largest_published_decoders_are_far_from_the_caps() -> None:
+    """By their config.json: Llama 3.1 405B, DeepSeek V3, Kimi K2 (layers, hidden, widest, heads x size, experts)."""
+    for layers, hidden, width, queries, experts in (
+        (126, 16384, 53248, 16384, 0),
+        (61, 7168, 18432, 128 * 192, 256),
+        (61, 7168, 18432, 64 * 192, 384),
+    ):
+        check_products(
+            layers=layers,
+            hidden_size=hidden,
+            vocab_size=256_000,
+            query_size=queries,
+            key_value_size=queries,
+            widths=(width,),
+            experts=experts,
+            sparse_layers=layers,
+            expert_width=2048,
+            context=10_000_000,
+            head_dim=128,
+        )

@@ -3,12 +3,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
+import torch
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from qwen_aot.exporter.checkpoint.hf.config import parse
 from qwen_aot.exporter.model.rope import inverse_frequencies, yarn_attention_factor
+from qwen_aot.exporter.weights.recipes import decoder_recipes
 from tests.checkpoints import tiny_config
 
 SCALINGS: dict[str, dict[str, Any]] = {
@@ -58,3 +61,23 @@ def test_agrees_with_transformers(scaling: dict[str, Any], theta: float, head_di
 def test_yarn_leaves_an_unscaled_context_alone() -> None:
     assert yarn_attention_factor(1.0) == 1.0
     assert yarn_attention_factor(0.5) == 1.0
+
+
+@pytest.mark.parametrize("spelling", ["type", "rope_type"])
+def test_published_yarn_at_the_end_of_its_context(spelling: str) -> None:
+    """Qwen's model cards: factor 4 over 32768, max_position_embeddings unchanged."""
+    yarn = {spelling: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    raw = tiny_config(max_position_embeddings=32768, head_dim=64).to_dict()
+    raw |= {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": yarn}
+    config = parse(raw)
+    assert config.max_position_embeddings == 131072
+    positions = np.array([0, 1, 32767, 32768, 100_003, 131_071], np.float32)
+    rotary = Qwen2RotaryEmbedding(Qwen2Config(**raw))
+    expected = rotary(torch.zeros(1), torch.from_numpy(positions)[None].long())
+    recipes = decoder_recipes(config, ir.DataType.FLOAT, config.max_position_embeddings)
+    for name, theirs in zip(("model.rotary.cos", "model.rotary.sin"), expected, strict=True):
+        assert recipes[name].rows == 131072
+        (ours,) = recipes[name].transform(positions)
+        # An angle of 131071 is rounded to float32 twice on its way, to 2^-7: frequencies differ by a last place.
+        np.testing.assert_allclose(ours, theirs[0, :, :32].numpy(), rtol=0, atol=2e-2)
+        np.testing.assert_allclose(ours[:2], theirs[0, :2, :32].numpy(), rtol=0, atol=1e-6)

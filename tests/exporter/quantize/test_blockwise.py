@@ -148,3 +148,19 @@ def test_channels_hold_each_row_within_half_a_step_of_its_own_scale():
     assert codes.dtype == np.int8
     np.testing.assert_array_equal(np.abs(codes).max(axis=1), [127, 127, 127, 0, 127, 127, 127])
     assert (np.abs(codes * scales[:, None] - rows) <= scales[:, None] * 0.5001).all()
+
+
+@pytest.mark.parametrize("size", [30000.0, 1.0, 1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_of_the_scale_that_fp16_holds(bits: int, symmetric: bool, size: float) -> None:
+    """Scales of small blocks lose digits in fp16: rounded after the codes were made, they would shift every weight."""
+    layout = BlockFormat(bits, 32, symmetric)
+    rows = (np.random.default_rng(3).uniform(-1, 1, (8, 64)) * size).astype(np.float32)
+    found = quantize(rows, layout, np.float16)
+    np.testing.assert_array_equal(found.scales, found.scales.astype(np.float16).astype(np.float32))
+    error = np.abs(dequantize(found, layout, 64) - rows).reshape(8, 2, 32).max(axis=2)
+    steps = np.abs(found.scales)
+    assert np.isfinite(error).all()
+    assert (error <= steps * (1.0 if symmetric else 0.5) + 1e-3 * size).all()  # the shorter end is cut off by a step
+    assert (steps <= size * 2.4 / ((1 << bits) - 1) * 1.2 + 6.1e-8).all()

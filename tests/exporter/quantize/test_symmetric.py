@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_aot.exporter.quantize.symmetric import fp8_channels, int4_blocks, int8_channels
+from qwen_aot.exporter.weights.recipe import OutOfRangeError
 from tests.exporter import rounding
 
 FLOAT16, BFLOAT16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
@@ -67,3 +68,41 @@ def test_rows_of_zeros_have_a_scale_above_zero(dtype):
     ):
         assert not codes.astype(np.float32).any()
         assert (scales.astype(np.float32) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("quantize", "unit", "largest"),
+    [(int8_channels, 2.0**-12, 2031.0), (fp8_channels, 2.0**-14, 1791.1), (int8_channels, 1.0, 8.319e6)],
+    ids=["int8", "fp8", "int8 experts"],
+)
+def test_a_row_beyond_fp16_scales_is_named_and_one_below_is_right(quantize, unit, largest):
+    rows = rows_of(0, 5, 64, 0.02)
+    rows[3, 7] = -largest
+    codes, scales = quantize(rows, unit, FLOAT16)
+    values = codes.astype(np.float32) * scales.astype(np.float32)[:, None] * np.float32(unit)
+    assert np.isfinite(values).all()
+    np.testing.assert_allclose(values[3, 7], -largest, rtol=0.01)
+    rows[3, 7] = -largest * 1.001
+    with pytest.raises(OutOfRangeError, match=r"magnitude \S+ need a scale that float16 doesn't hold") as caught:
+        quantize(rows, unit, FLOAT16)
+    assert caught.value.row == 3
+    quantize(rows, unit, BFLOAT16)
+
+
+def test_a_row_beyond_bf16_scales_is_named():
+    rows = np.full((2, 64), 3e38, np.float32)
+    with pytest.raises(OutOfRangeError, match=r"magnitude 3e\+38 need a scale that bfloat16 doesn't hold"):
+        int8_channels(rows, UNIT, BFLOAT16)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-4, 3e-5, 1e-5])
+def test_rows_whose_scales_fp16_holds_badly_lose_no_more_than_half_a_step(size):
+    """Experts' int8 scales, which have no unit: 127 steps of 6e-8, fp16's smallest, are 7.6e-6."""
+    rows = rows_of(1, 16, 64, size)
+    codes, scales = int8_channels(rows, 1.0, FLOAT16)
+    step = scales.astype(np.float32)[:, None]
+    assert (np.abs(codes * step - rows) <= step / 2 * 1.001).all()
+    assert (step[:, 0] <= np.abs(rows).max(axis=1) / 127 + 6e-8).all()
+    codes, scales = int4_blocks(rows, 32, FLOAT16)
+    step = np.repeat(scales.astype(np.float32), 32, axis=1)
+    assert (np.abs(codes * step - rows) <= step * 1.001).all()

@@ -217,11 +217,13 @@ def test_what_changes_a_recipe_changes_what_it_makes_of_codes(tmp_path):
     np.testing.assert_array_equal(read_back(graph, "scales"), checkpoint.rows["w0"].scales.astype(np.float32))
 
 
-def test_a_computed_initializer_has_no_sources(tmp_path):
-    recipe = Recipe((), (Output("t", ir.DataType.FLOAT, (2, 3)),), lambda _: (np.full((2, 3), 4, np.float32),))
-    graph = traced(recipe)
+@pytest.mark.parametrize("chunk_bytes", [1, 36, 16 << 20])
+def test_a_computed_initializer_is_made_of_its_rows_indices(chunk_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "CHUNK_BYTES", chunk_bytes)
+    table = Output("t", ir.DataType.FLOAT, (7, 3))
+    graph = traced(Recipe((), (table,), lambda rows: (rows[:, None] * np.arange(3, dtype=np.float32),)))
     stitch(graph, ArrayCheckpoint(), tmp_path / "data")
-    np.testing.assert_array_equal(read_back(graph, "t"), np.full((2, 3), 4))
+    np.testing.assert_array_equal(read_back(graph, "t"), np.outer(np.arange(7), np.arange(3)))
 
 
 def test_progress_ends_at_the_total(tmp_path):
@@ -267,15 +269,28 @@ def test_a_large_finite_tensor_whose_sum_overflows_is_accepted(tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "value", "message"),
     [
-        (ir.DataType.FLOAT16, -70000, r"magnitude 70000 doesn't fit float16 \(at most 65504\)"),
-        (ir.DataType.BFLOAT16, 3.4e38, r"magnitude 3\.4e\+38 doesn't fit bfloat16 \(at most 3\.38953e\+38\)"),
+        (ir.DataType.FLOAT16, -70000, r"row 2: a weight of magnitude 70000 doesn't fit float16 \(at most 65504\)"),
+        (ir.DataType.BFLOAT16, 3.4e38, r"row 2: .* 3\.4e\+38 doesn't fit bfloat16 \(at most 3\.38953e\+38\)"),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_a_weight_that_would_become_infinite_is_refused(dtype, value, message, tmp_path):
-    graph = traced(plain("w", (3, 5), dtype=dtype))
-    with pytest.raises(ExportError, match=message):
-        stitch(graph, ArrayCheckpoint(w0=np.full((3, 5), value, np.float32)), tmp_path / "data")
+def test_a_weight_that_would_become_infinite_is_refused(dtype, value, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 40)  # two rows: the row is counted from the tensor's first
+    graph = traced(plain("w", (3, 5), (4, 5), dtype=dtype))
+    arrays = [np.zeros((3, 5), np.float32), np.zeros((4, 5), np.float32)]
+    arrays[1][2, 3] = value
+    with pytest.raises(ExportError, match=f"arrays: tensor w1, {message}"):
+        stitch(graph, ArrayCheckpoint(w0=arrays[0], w1=arrays[1]), tmp_path / "data")
+
+
+def test_a_float64_value_beyond_float32_is_named(tmp_path):
+    graph = traced(plain("w", (3, 5)))
+    array = np.full((3, 5), 1e30)
+    stitch(graph, ArrayCheckpoint(w0=array), tmp_path / "data")
+    np.testing.assert_array_equal(read_back(graph, "w"), array.astype(np.float32))
+    array[1, 4] = -1e39
+    with pytest.raises(CheckpointError, match=r"w0 holds -1e\+39 at \[1, 4\], which float32 doesn't hold"):
+        stitch(graph, ArrayCheckpoint(w0=array), tmp_path / "data")
 
 
 def embedding() -> Recipe:

@@ -226,7 +226,7 @@ FACTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "window": (
         "qwen2",
         {"qwen2.attention.sliding_window": 128},
-        "sliding_window is 128; not supported; accepted: 0",
+        "sliding_window is 128, fewer tokens than the context of 512; not supported; accepted: 0, or from 512",
     ),
     "clamp": (
         "llama",
@@ -254,7 +254,7 @@ FACTS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 0.5},
         r"yarn_ext_factor is 0\.5; not supported; accepted: 1\.0",
     ),
-    "huge depth": ("qwen2moe", {"qwen2moe.block_count": 4_000_000_000}, r"block_count is 4000000000; .*to 10000"),
+    "huge depth": ("qwen2moe", {"qwen2moe.block_count": 4_000_000_000}, r"block_count is 4000000000; .*to 1000"),
     "experts": ("qwen2moe", {"qwen2moe.expert_count": 5}, r"expert_count is 5, but the tensors have 4"),
     "heads": (
         "qwen2",
@@ -311,6 +311,41 @@ def test_rope_scaling(facts: dict[str, Any], same_as: dict[str, Any] | None, tmp
     expected = hf_config.parse(config.to_dict() | {"rope_parameters": None, "rope_scaling": same_as})
     with open_checkpoint(tmp_path / "m.gguf") as checkpoint:
         assert checkpoint.config.rope_scaling == expected.rope_scaling
+        assert checkpoint.config.max_position_embeddings == expected.max_position_embeddings
+
+
+def test_yarn_extends_the_context_unless_the_file_counts_it(tmp_path: Path) -> None:
+    model = tiny_model(tiny_config(layers=1))
+    yarn = {"qwen2.rope.scaling.type": "yarn", "qwen2.rope.scaling.factor": 4.0}
+    original = {"qwen2.rope.scaling.original_context_length": 512}
+    for facts, context in ((yarn, 2048), (yarn | original, 2048), (yarn | original | {_LENGTH: 2048}, 2048)):
+        save_gguf(tmp_path / "m.gguf", model, "qwen2", facts=facts)
+        with open_checkpoint(tmp_path / "m.gguf") as checkpoint:
+            assert checkpoint.config.max_position_embeddings == context
+
+
+_LENGTH = "qwen2.context_length"
+
+WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
+    "window of the context": {"qwen2.attention.sliding_window": 512},
+    "no window": {"qwen2.attention.sliding_window": 0},
+    "no padding": {"tokenizer.ggml.padding_token_id": 2**32 - 1},
+    "no more predictions": {"qwen2.nextn_predict_layers": 0},
+}
+
+
+@pytest.mark.parametrize("facts", WITHOUT_EFFECT.values(), ids=WITHOUT_EFFECT)
+def test_values_without_effect_are_not_refused(
+    facts: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(tiny_config(layers=1))
+    save_gguf(tmp_path / "m.gguf", model, "qwen2")
+    with open_checkpoint(tmp_path / "m.gguf") as checkpoint:
+        plain = checkpoint.config
+    save_gguf(tmp_path / "m.gguf", model, "qwen2", facts=facts)
+    with open_checkpoint(tmp_path / "m.gguf") as checkpoint:
+        assert checkpoint.config == plain
+    assert caplog.records == []
 
 
 def test_refuses_another_architecture(tmp_path: Path) -> None:

@@ -1,0 +1,23 @@
+"""Compares a configuration with a checkpoint's headers, before anything is made of either."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.weights.recipe import Traced
+from qwen_aot.exporter.weights.recipes import decoder_recipes
+from qwen_aot.exporter.weights.stitch import check_sources
+
+
+def check_headers(checkpoint: Checkpoint) -> None:
+    """Every tensor that the configuration asks for is there with its shape, and no other is; nothing is read or traced.
+
+    A configuration that lies about sizes would else reach the tracer, and cost what they cost.
+
+    Raises:
+        CheckpointError: names the tensor and the rule.
+    """
+    empty = ir.Model(ir.Graph([], [], nodes=[], opset_imports={}), ir_version=10)
+    config = checkpoint.config
+    check_sources(Traced(empty, config, decoder_recipes(config, ir.DataType.FLOAT, positions=1)), checkpoint)
