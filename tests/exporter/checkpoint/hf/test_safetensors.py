@@ -288,7 +288,12 @@ def test_an_index_never_leaves_its_folder(shard: Any, sharded: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not valid JSON"), ("[]", 'no "weight_map" object'), ('{"weight_map": {}}', 'no "weight_map"')],
+    [
+        ("{", "is not valid JSON"),
+        ('{"weight_map":' * 100_000, "is not valid JSON"),
+        ("[]", 'no "weight_map" object'),
+        ('{"weight_map": {}}', 'no "weight_map"'),
+    ],
 )
 def test_a_broken_index(text: str, message: str, sharded: Path) -> None:
     (sharded / INDEX_NAME).write_text(text)
