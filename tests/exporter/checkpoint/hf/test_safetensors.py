@@ -148,6 +148,15 @@ BROKEN = {
         file_bytes(changed("a", data_offsets=[0])),
         r"has data_offsets \[0\]; accepted: \[begin, end\]",
     ),
+    "negative offset": (
+        file_bytes(changed("a", data_offsets=[-24, 0])),
+        r"has data_offsets \[-24, 0\]; accepted: \[begin, end\]",
+    ),
+    "huge offset": (
+        file_bytes(changed("c", data_offsets=[32, 10**30])),
+        "'c' lies at 32..1000000000000000000000000000000 of 160 data bytes",
+    ),
+    "digits": (file_bytes(b'{"a": ' + b"9" * 10_000 + b"}"), "header is not valid JSON"),
     "backwards": (
         file_bytes(changed("a", data_offsets=[24, 0])),
         "tensor 'a' lies at 24..0 of 160 data bytes",
