@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from qwen_aot.engines.bundle.folder import explained
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.resources import Estimate, check_resources, estimate, threads_for
 from qwen_aot.engines.bundle.stages import Advance, StageCost, Stages
+from qwen_aot.engines.bundle.text_facts import TextFacts, text_facts
 from qwen_aot.engines.bundle.versions import tool_versions
 from qwen_aot.engines.bundle.writer import BundleWriter, refuse_unless_replaceable
 from qwen_aot.engines.profiles import profiles
@@ -44,8 +44,6 @@ from qwen_aot.runtime.bundle.manifest import (
     WeightEncodings,
     cache_capacity,
 )
-
-logger = logging.getLogger(__name__)
 
 REPORT_NAME = "report.json"
 
@@ -196,7 +194,8 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages, threads: int 
     max_new_tokens = default_max_new_tokens(checkpoint.tokenizer.files)
     config = checkpoint.config
     max_context = spec.context_for(config.max_position_embeddings)
-    warnings = _warnings(checkpoint)
+    text = text_facts(checkpoint)
+    warnings = text.warnings
     builder = builder_for(spec.target)
     builder.require(spec)
     check_headers(checkpoint)
@@ -220,21 +219,10 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages, threads: int 
     return Plan(
         lowered,
         needed,
-        _manifest_maker(checkpoint, config, spec, max_context, max_new_tokens, lowered),
+        _manifest_maker(checkpoint, config, spec, max_context, max_new_tokens, text, lowered),
         texts,
         warnings,
     )
-
-
-def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
-    if "tokenizer.json" in checkpoint.tokenizer.files:
-        return ()
-    warning = (
-        f"{checkpoint.path.name} has no tokenizer.json: the bundle takes and gives token ids only; "
-        "put the tokenizer beside the weights and build again to talk in text"
-    )
-    logger.warning("%s", warning)
-    return (warning,)
 
 
 def _write_engine(
@@ -252,6 +240,7 @@ def _manifest_maker(
     spec: BuildSpec,
     max_context: int,
     max_new_tokens: int | None,
+    text: TextFacts,
     traced: Traced,
 ) -> Callable[[Mapping[str, FileEntry], EngineFacts | None], Manifest]:
     graph = traced.model.graph
@@ -261,7 +250,7 @@ def _manifest_maker(
     return lambda files, facts: Manifest(
         format_version=FORMAT_VERSION,
         model=ModelFacts(
-            name=checkpoint.path.name,
+            name=checkpoint.name,
             model_type=config.model_type,
             num_parameters=num_parameters(config),
             vocab_size=config.vocab_size,
@@ -271,7 +260,7 @@ def _manifest_maker(
             head_dim=config.head_dim,
             max_position_embeddings=config.max_position_embeddings,
             bos_token_id=config.bos_token_id,
-            eos_token_ids=config.eos_token_ids,
+            eos_token_ids=text.eos_token_ids,
             pad_token_id=config.pad_token_id,
             source=dict(checkpoint.source),
         ),

@@ -53,6 +53,7 @@ ARROWS = (
     *(arrow for layers in (EXPORTER, ENGINES, RUNTIME, PLUGINS) for arrow in downwards(layers)),
     Arrow("engines", "exporter", "engines are made of exported graphs"),
     Arrow("engines", "runtime.bundle", "bundles are written in the format that the runtime owns"),
+    Arrow("engines.bundle", "runtime.text", "a build renders chat templates by the code that will render them"),
     Arrow("plugins.performance", "engines.planner", "the GPUs that `plan` knows"),
     Arrow("plugins.performance", "exporter.model", "the shapes of the variants"),
     # A target's row names its builder, which is imported when a build needs it: the target's library may be absent.

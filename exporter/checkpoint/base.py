@@ -42,9 +42,15 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """Text files that go into a bundle unchanged: file name -> content. Empty without a tokenizer."""
+    """What a checkpoint says about text.
+
+    Attributes:
+        files: that go into a bundle: file name -> content. Empty without a tokenizer.
+        end_tokens: tokens that any of its files calls the end of a text, as text, in order.
+    """
 
     files: Mapping[str, str] = field(default_factory=dict)
+    end_tokens: tuple[str, ...] = ()
 
 
 class Checkpoint(Protocol):
@@ -53,6 +59,10 @@ class Checkpoint(Protocol):
     @property
     def path(self) -> Path:
         """The folder or file that was opened."""
+
+    @property
+    def name(self) -> str:
+        """What the model is called (`exporter.checkpoint.model_name`)."""
 
     @property
     def config(self) -> ModelConfig:
@@ -64,7 +74,10 @@ class Checkpoint(Protocol):
 
     @property
     def source(self) -> Mapping[str, str]:
-        """Where the weights come from: `format`, `path` (base name), `sha256` of the header(s)."""
+        """Where the weights come from: `format`, `path` (`name`), `sha256` of the header(s).
+
+        Of a snapshot of a hub's cache `repository` and `revision` as well.
+        """
 
     @property
     def tokenizer(self) -> TokenizerFiles:

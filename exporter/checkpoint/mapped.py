@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.errors import CheckpointError
+from qwen_aot.exporter.checkpoint.downloads import refuse_lfs_pointer, refuse_unfinished
 
 # Pages that were read count as the process's memory until they are dropped. Dropping is always safe: the
 # mapping is read-only, so a page that is touched again comes back from the page cache.
 _RESIDENT_BYTES = 64 << 20
+_START_BYTES = 64  # enough to tell a pointer from the file that it stands for
 
 
 class MappedFile:
@@ -25,7 +27,7 @@ class MappedFile:
     The price: the file must not be truncated while it is open.
 
     Raises:
-        CheckpointError: the file can't be opened, is not a regular one, or is empty.
+        CheckpointError: the file can't be opened, is not a regular one, is empty, or isn't downloaded yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,6 +39,8 @@ class MappedFile:
                 self.size = os.fstat(file.fileno()).st_size
                 if not self.size:
                     raise CheckpointError(f"{path} is empty; download it again")
+                refuse_unfinished(path)
+                refuse_lfs_pointer(path, file.read(_START_BYTES))
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise CheckpointError(f"{path} can't be read: {error.strerror}") from error

@@ -32,6 +32,7 @@ class RandomCheckpoint:
 
     def __init__(self, config: ModelConfig, seed: int = 0, name: str = "random") -> None:
         self.path = Path(name)
+        self.name = name
         self.config = config
         self.tokenizer = TokenizerFiles()
         self.tensors: Mapping[str, TensorInfo] = {
@@ -48,8 +49,8 @@ class RandomCheckpoint:
     @property
     def source(self) -> Mapping[str, str]:
         """Format, name and a digest of the seed: there is no header."""
-        digest = hashlib.sha256(f"{self.path.name}:{self._seed}".encode()).hexdigest()
-        return {"format": "random", "path": self.path.name, "sha256": digest}
+        digest = hashlib.sha256(f"{self.name}:{self._seed}".encode()).hexdigest()
+        return {"format": "random", "path": self.name, "sha256": digest}
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """One tensor, or some rows of it, made anew.
@@ -58,7 +59,7 @@ class RandomCheckpoint:
             CheckpointError: there is no such tensor.
         """
         if name not in self.tensors:
-            raise CheckpointError(f"a random {self.path.name} has no tensor {name!r}")
+            raise CheckpointError(f"a random {self.name} has no tensor {name!r}")
         shape = self.tensors[name].shape
         start, stop, step = (rows or slice(None)).indices(shape[0])
         if step != 1:

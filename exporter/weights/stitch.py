@@ -21,6 +21,7 @@ from qwen_aot.errors import CheckpointError, ExportError
 from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows
 from qwen_aot.exporter.checkpoint.names import CANONICAL
+from qwen_aot.exporter.checkpoint.nearest_names import nearest_clause
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import Role
 from qwen_aot.exporter.weights.recipe import OutOfRangeError, Output, Recipe, Traced
@@ -67,9 +68,11 @@ def check_sources(traced: Traced, checkpoint: Checkpoint) -> None:
         for source in recipe.sources:
             info = checkpoint.tensors.get(source.name)
             if info is None:
+                asked = {each.name for recipe in traced.recipes.values() for each in recipe.sources}
                 raise CheckpointError(
                     f"{checkpoint.path}: tensor {source.name} is missing (shape {list(source.shape)} expected by"
                     f" config.json); the checkpoint has {len(checkpoint.tensors)} tensors"
+                    f"{nearest_clause(source.name, checkpoint.tensors.keys() - asked)}"
                 )
             if info.shape != source.shape:
                 raise CheckpointError(
@@ -81,8 +84,8 @@ def check_sources(traced: Traced, checkpoint: Checkpoint) -> None:
     if unused:
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         raise CheckpointError(
-            f"{checkpoint.path}: the model has no place for {len(unused)} tensors: {shown};"
-            " does config.json belong to it?"
+            f"{checkpoint.path}: the model has no place for {len(unused)} tensors: {shown}"
+            f"{nearest_clause(unused[0], used)}; does config.json belong to it?"
         )
 
 

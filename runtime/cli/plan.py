@@ -119,7 +119,7 @@ def _configs(names: Iterable[str]) -> list[tuple[str, ModelConfig]]:
             from qwen_aot.exporter.checkpoint.open import open_checkpoint
 
             with open_checkpoint(name) as checkpoint:
-                configs.append((checkpoint.path.name, checkpoint.config))
+                configs.append((checkpoint.name, checkpoint.config))
         else:
             configs.append(find_variant(name))
     return configs or list(VARIANTS.items())

@@ -46,7 +46,7 @@ class ChatTemplate:
     Source: https://huggingface.co/docs/transformers/chat_templating, transformers/utils/chat_template_utils.py
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str | list[str]] | None = None) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, Any] | None = None) -> None:
         """Compiles the template.
 
         Args:

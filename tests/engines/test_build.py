@@ -60,7 +60,7 @@ def test_a_bundle_is_whole_and_says_what_it_is(checkpoint: Path, tmp_path: Path)
     }
     for name, entry in manifest["files"].items():
         assert (out / name).stat().st_size == entry["bytes"]
-    assert manifest["model"]["name"] == "tiny-model"
+    assert manifest["model"]["name"] == manifest["model"]["source"]["path"] == "tiny-model"
     assert manifest["max_context"] == 128
     engine = manifest["engines"]["text"]
     assert engine["cache_dtype"] == "float32"
@@ -279,3 +279,29 @@ def test_a_number_that_is_none_of_threads_is_refused_before_any_work(checkpoint:
             with pytest.raises(BuildError, match="accepted: 1 to 1024"):
                 start()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fine_tune_stops_where_its_template_ends_turns(tmp_path: Path) -> None:
+    """Its configurations name the base model's end only; the tokenizer's parts say nothing of the other."""
+    source = tmp_path / "tuned" / "checkpoint-500"
+    save_tiny(source, with_tokenizer=True, layers=1, eos_token_id=317)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        document = json.loads((source / name).read_text())
+        named = {"eos_token": "<|endoftext|>"} if name == "tokenizer_config.json" else {"eos_token_id": 317}
+        if name == "tokenizer_config.json":
+            named["chat_template"] = document["chat_template"].replace("<|im_end|>", "<|im_start|>") + "{{ sep_token }}"
+        (source / name).write_text(json.dumps(document | named))
+    build(source, tmp_path / "bundle")
+    manifest = json.loads((tmp_path / "bundle/manifest.json").read_text())
+    assert manifest["model"]["eos_token_ids"][:2] == [317, 318]
+    assert manifest["model"]["name"] == "tuned-checkpoint-500"
+    (warning,) = json.loads((tmp_path / "bundle/report.json").read_text())["warnings"]
+    assert "the chat template writes sep_token, which nothing defines" in warning
+
+
+def test_a_template_that_cannot_be_parsed_builds_nothing(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", with_tokenizer=True, layers=1)
+    (tmp_path / "model/chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(DeployError, match=r"chat template can't be used: .*line 1"):
+        build(tmp_path / "model", tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()

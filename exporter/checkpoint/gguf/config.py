@@ -83,17 +83,9 @@ _KNOWN = frozenset(
 
 
 def stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids that end a text: end of sequence, end of turn, and ChatML's when the chat template writes it.
-
-    Early conversions of chat models name only the base model's end of text.
-    """
-    named = (token_id(metadata, kind) for kind in ("eos", "eot"))
-    ids = dict.fromkeys(each for each in named if each is not None)
-    if "<|im_end|>" in str(metadata.get("tokenizer.chat_template", "")):
-        tokens = metadata.get("tokenizer.ggml.tokens", [])
-        if "<|im_end|>" in tokens:
-            ids[tokens.index("<|im_end|>")] = None
-    return tuple(ids)
+    """Ids that the file says end a text: end of sequence, of turn, of message; a build adds its template's end mark."""
+    named = (token_id(metadata, kind) for kind in ("eos", "eot", "eom"))
+    return tuple(dict.fromkeys(each for each in named if each is not None))
 
 
 def token_id(metadata: Mapping[str, Any], kind: str) -> int | None:

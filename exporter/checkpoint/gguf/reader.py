@@ -5,7 +5,6 @@ The `gguf` package dequantizes; this module maps names, undoes layouts and bound
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,10 +22,12 @@ from qwen_aot.exporter.checkpoint.base import FileSpan, TensorInfo, TokenizerFil
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows, no_codes
 from qwen_aot.exporter.checkpoint.gguf.codes import decode, encoding_of, has_codes
 from qwen_aot.exporter.checkpoint.gguf.config import parse
-from qwen_aot.exporter.checkpoint.gguf.header import GgufHeader, GgufTensor, read_header
+from qwen_aot.exporter.checkpoint.gguf.header import GgufTensor
 from qwen_aot.exporter.checkpoint.gguf.names import NAMES
+from qwen_aot.exporter.checkpoint.gguf.parts import GgufFiles, open_files
 from qwen_aot.exporter.checkpoint.gguf.tokenizer import tokenizer_files
 from qwen_aot.exporter.checkpoint.mapped import MappedFile
+from qwen_aot.exporter.checkpoint.model_name import file_name, located, origin
 from qwen_aot.exporter.checkpoint.names import Place
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import Role, WeightClass
@@ -48,41 +49,38 @@ _CHUNK_ELEMENTS = 4 << 20  # dequantized at once: the gguf package takes several
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """Where and how one Hugging Face tensor lies in the file."""
+    """Where and how one Hugging Face tensor lies in a file."""
 
+    file: MappedFile
     tensor: GgufTensor
     rotary_head_dim: int = 0  # not 0: rows of each head lie as [D/2, 2] instead of [2, D/2]
 
 
 class GgufCheckpoint:
-    """A `.gguf` file, opened for reading (see `exporter.checkpoint.base.Checkpoint`).
+    """A `.gguf` file, or a split one by any of its parts (see `exporter.checkpoint.base.Checkpoint`).
 
     Quantized tensors are read as float32, or as codes; the bytes of rows and experts that aren't asked for aren't
     touched.
 
     Raises:
-        CheckpointError: the file is damaged, or its architecture, tensor type or tokenizer is not supported.
+        CheckpointError: a file is damaged or missing, or its architecture, tensor type or tokenizer is not supported.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = MappedFile(path)
+        self.path = located(path)
+        self.name = file_name(path)
+        self._files = open_files(self.path)
         try:
-            header = read_header(self._file)
-            self.config, self._stored, self.tokenizer = _interpret(path, header)
+            self.config, self._stored, self.tokenizer = _interpret(self.path, self._files)
         except CheckpointError:
-            self._file.close()
+            self._files.close()
             raise
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: self._info(name, stored) for name, stored in self._stored.items()
-        }
-        header_bytes = self._file.view(0, (header.size,), np.dtype(np.uint8), None).tobytes()
-        self._header_sha256 = hashlib.sha256(header_bytes).hexdigest()
+        self.tensors: Mapping[str, TensorInfo] = {name: _info(name, stored) for name, stored in self._stored.items()}
 
     @property
     def source(self) -> Mapping[str, str]:
-        """Format, file name, SHA-256 of everything before the tensors' data."""
-        return {"format": "gguf", "path": self.path.name, "sha256": self._header_sha256}
+        """Format, file name, SHA-256 of everything before the tensors' data; a hub's repository and revision."""
+        return {"format": "gguf", "path": self.name, "sha256": self._files.sha256, **origin(self.path.parent)}
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """One tensor, or some rows of it: a view where the stored bytes are the tensor, else a new array.
@@ -95,11 +93,11 @@ class GgufCheckpoint:
         stored = self._stored[name]
         tensor = stored.tensor
         if tensor.type not in _PLAIN:
-            return self._dequantize(stored, rows)
+            return _dequantize(stored, rows)
         dtype = _PLAIN[tensor.type]
         if not stored.rotary_head_dim:
-            return self._file.view(tensor.offset, tensor.shape, dtype, rows)
-        return self._file.view(tensor.offset, tensor.shape, dtype, None)[_row_index(stored, rows)]
+            return stored.file.view(tensor.offset, tensor.shape, dtype, rows)
+        return stored.file.view(tensor.offset, tensor.shape, dtype, None)[_row_index(stored, rows)]
 
     def read_encoded(self, name: str, rows: slice | None = None) -> EncodedRows:
         """A tensor, or some rows of it, as codes and scales, in the rows' Hugging Face order.
@@ -110,11 +108,11 @@ class GgufCheckpoint:
         if name not in self._stored or not has_codes(self._stored[name].tensor.type):
             raise no_codes(self.path, name)
         stored = self._stored[name]
-        return decode(self._coded_rows(stored)[_row_index(stored, rows)], stored.tensor.type)
+        return decode(_coded_rows(stored)[_row_index(stored, rows)], stored.tensor.type)
 
     def close(self) -> None:
-        """Unmaps the file."""
-        self._file.close()
+        """Unmaps the files."""
+        self._files.close()
 
     def __enter__(self) -> GgufCheckpoint:
         return self
@@ -122,73 +120,82 @@ class GgufCheckpoint:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _dequantize(self, stored: _Stored, rows: slice | None) -> NDArray[np.float32]:
-        tensor = stored.tensor
-        coded = self._coded_rows(stored)
-        index = _row_index(stored, rows)
-        result = np.empty((len(index), *tensor.shape[1:]), np.float32)
-        step = max(1, _CHUNK_ELEMENTS // math.prod(tensor.shape[1:]))
-        for start in range(0, len(index), step):
-            chunk = coded[index[start : start + step]]
-            values = gguf.dequantize(chunk, tensor.type)
-            result[start : start + step] = values.reshape(-1, *tensor.shape[1:])
-        return result
 
-    def _coded_rows(self, stored: _Stored) -> NDArray[np.uint8]:
-        """A quantized tensor's rows as they are stored [rows, bytes]."""
-        tensor = stored.tensor
-        return self._file.view(tensor.offset, (tensor.shape[0], tensor.row_bytes), np.dtype(np.uint8), None)
-
-    def _info(self, name: str, stored: _Stored) -> TensorInfo:
-        tensor = stored.tensor
-        span = None
-        if tensor.type in _PLAIN and not stored.rotary_head_dim:
-            span = FileSpan(self.path, tensor.offset, tensor.shape[0] * tensor.row_bytes)
-        encoding = None if tensor.type in _PLAIN else encoding_of(tensor.type)
-        return TensorInfo(name, tensor.shape, _PLAIN.get(tensor.type, np.dtype(np.float32)), span, encoding)
+def _dequantize(stored: _Stored, rows: slice | None) -> NDArray[np.float32]:
+    tensor = stored.tensor
+    coded = _coded_rows(stored)
+    index = _row_index(stored, rows)
+    result = np.empty((len(index), *tensor.shape[1:]), np.float32)
+    step = max(1, _CHUNK_ELEMENTS // math.prod(tensor.shape[1:]))
+    for start in range(0, len(index), step):
+        chunk = coded[index[start : start + step]]
+        values = gguf.dequantize(chunk, tensor.type)
+        result[start : start + step] = values.reshape(-1, *tensor.shape[1:])
+    return result
 
 
-def _interpret(path: Path, header: GgufHeader) -> tuple[ModelConfig, Mapping[str, _Stored], TokenizerFiles]:
+def _coded_rows(stored: _Stored) -> NDArray[np.uint8]:
+    """A quantized tensor's rows as they are stored [rows, bytes]."""
+    tensor = stored.tensor
+    return stored.file.view(tensor.offset, (tensor.shape[0], tensor.row_bytes), np.dtype(np.uint8), None)
+
+
+def _info(name: str, stored: _Stored) -> TensorInfo:
+    tensor = stored.tensor
+    span = None
+    if tensor.type in _PLAIN and not stored.rotary_head_dim:
+        span = FileSpan(stored.file.path, tensor.offset, tensor.shape[0] * tensor.row_bytes)
+    encoding = None if tensor.type in _PLAIN else encoding_of(tensor.type)
+    return TensorInfo(name, tensor.shape, _PLAIN.get(tensor.type, np.dtype(np.float32)), span, encoding)
+
+
+def _interpret(path: Path, files: GgufFiles) -> tuple[ModelConfig, Mapping[str, _Stored], TokenizerFiles]:
     """What the header says about model, tensors (by Hugging Face name) and tokenizer."""
     try:
-        shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-        config = parse(header.metadata, shapes)
-        for name, tensor in header.tensors.items():
+        if files.metadata.get("general.type") == "adapter":
+            raise CheckpointError(
+                "this is an adapter (general.type), not a model; accepted: a whole model. Merge the adapter into its "
+                "model first (llama.cpp's `llama-export-lora`)"
+            )
+        config = parse(files.metadata, {name: tensor.shape for name, (_, tensor) in files.tensors.items()})
+        for name, (_, tensor) in files.tensors.items():
             if tensor.type not in _SUPPORTED:
                 accepted = ", ".join(each.name for each in _SUPPORTED)
                 raise CheckpointError(
                     f"tensor {name!r} is of type {tensor.type.name}; not supported; accepted: {accepted}"
                 )
-        rotary = config.head_dim if header.metadata["general.architecture"] == "llama" else 0
+        rotary = config.head_dim if files.metadata["general.architecture"] == "llama" else 0
         return (
             config,
-            dict(_to_hugging_face(header.tensors, rotary)),
-            tokenizer_files(header.metadata, vocab_size=config.vocab_size),
+            dict(_to_hugging_face(files.tensors, rotary)),
+            tokenizer_files(files.metadata, vocab_size=config.vocab_size),
         )
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _to_hugging_face(tensors: Mapping[str, GgufTensor], rotary_head_dim: int) -> Iterator[tuple[str, _Stored]]:
-    for name, tensor in tensors.items():
+def _to_hugging_face(
+    tensors: Mapping[str, tuple[MappedFile, GgufTensor]], rotary_head_dim: int
+) -> Iterator[tuple[str, _Stored]]:
+    for name, (file, tensor) in tensors.items():
         place = NAMES.find(name)
         if place is None:
             raise CheckpointError(f"tensor {name!r} is not one of a Qwen1.5 or llama decoder; not supported")
         if place.role.weight_class is WeightClass.EXPERT:
-            yield from _experts(name, place, tensor)
+            yield from _experts(name, place, file, tensor)
         elif place.role is Role.SHARED_EXPERT_GATE and len(tensor.shape) == 1:
-            yield place.name, _Stored(GgufTensor(tensor.offset, (1, *tensor.shape), tensor.type))
+            yield place.name, _Stored(file, GgufTensor(tensor.offset, (1, *tensor.shape), tensor.type))
         elif rotary_head_dim and place.role in _ROTARY:
             if tensor.shape[0] % rotary_head_dim:
                 raise CheckpointError(
                     f"tensor {name!r} has {tensor.shape[0]} rows, not whole heads of {rotary_head_dim}"
                 )
-            yield place.name, _Stored(tensor, rotary_head_dim)
+            yield place.name, _Stored(file, tensor, rotary_head_dim)
         else:
-            yield place.name, _Stored(tensor)
+            yield place.name, _Stored(file, tensor)
 
 
-def _experts(name: str, place: Place, tensor: GgufTensor) -> Iterator[tuple[str, _Stored]]:
+def _experts(name: str, place: Place, file: MappedFile, tensor: GgufTensor) -> Iterator[tuple[str, _Stored]]:
     """[E, out, in] -> E tensors [out, in] whose bytes lie one after the other."""
     if len(tensor.shape) != 3:
         raise CheckpointError(f"tensor {name!r} has shape {list(tensor.shape)}; accepted: [experts, out, in]")
@@ -196,7 +203,7 @@ def _experts(name: str, place: Place, tensor: GgufTensor) -> Iterator[tuple[str,
         offset = tensor.offset + expert * tensor.row_bytes
         yield (
             place.role.tensor_name(place.layer, expert),
-            _Stored(GgufTensor(offset, tensor.shape[1:], tensor.type)),
+            _Stored(file, GgufTensor(offset, tensor.shape[1:], tensor.type)),
         )
 
 

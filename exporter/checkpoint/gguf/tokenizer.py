@@ -21,6 +21,7 @@ from qwen_aot.exporter.checkpoint.tokenizer_checks import check_ids, check_templ
 
 logger = logging.getLogger(__name__)
 
+_NAMED_TEMPLATE = "tokenizer.chat_template."
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
@@ -71,9 +72,10 @@ def tokenizer_files(metadata: Mapping[str, Any], *, vocab_size: int) -> Tokenize
         **named,
     }
     config["clean_up_tokenization_spaces"] = False
-    if "tokenizer.chat_template" in metadata:
-        config["chat_template"] = metadata["tokenizer.chat_template"]
-        check_template(config["chat_template"], "the GGUF metadata")
+    template = _templates(metadata)
+    if template is not None:
+        config["chat_template"] = template
+        check_template(template, "the GGUF metadata")
     generation = {
         "bos_token_id": token_id(metadata, "bos"),
         "eos_token_id": list(stop_ids(metadata)),
@@ -84,8 +86,21 @@ def tokenizer_files(metadata: Mapping[str, Any], *, vocab_size: int) -> Tokenize
             TOKENIZER_NAME: tokenizer.to_str(),
             TOKENIZER_CONFIG_NAME: json.dumps(config, ensure_ascii=False, indent=2),
             GENERATION_CONFIG_NAME: json.dumps({k: v for k, v in generation.items() if v is not None}, indent=2),
-        }
+        },
+        end_tokens=tuple(named[name] for name in ("eos_token",) if name in named),
     )
+
+
+def _templates(metadata: Mapping[str, Any]) -> Any:
+    """The chat template, or where there are more the named ones as in tokenizer_config.json; None: there is none."""
+    default = metadata.get("tokenizer.chat_template")
+    others = {
+        key.removeprefix(_NAMED_TEMPLATE): value for key, value in metadata.items() if key.startswith(_NAMED_TEMPLATE)
+    }
+    if not others:
+        return default
+    named = others if default is None else {"default": default, **others}
+    return [{"name": name, "template": template} for name, template in named.items()]
 
 
 def _pre_type(metadata: Mapping[str, Any]) -> str:
@@ -105,7 +120,10 @@ def _named_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, s
         ("bos_token", "bos"),
         ("eos_token", "eos"),
         ("unk_token", "unknown"),
+        ("sep_token", "seperator"),  # as GGUF spells it
         ("pad_token", "padding"),
+        ("cls_token", "cls"),
+        ("mask_token", "mask"),
     ):
         index = token_id(metadata, kind)
         if index is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.hf.architectures import ARCHITECTURES, Architecture
+from qwen_aot.exporter.checkpoint.text_files import read_text
 from qwen_aot.exporter.model.config import ModelConfig
 
 
@@ -16,13 +17,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: the file is unreadable, not UTF-8 JSON, or not an object.
+        CheckpointError: the file is unreadable, a Git LFS pointer, not UTF-8 JSON, or not an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of thousands of digits
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:  # not JSON, or a number of thousands of digits
         raise CheckpointError(f"{path} is not valid JSON ({error}); download or save it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}; accepted: an object")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,16 @@ from typing import Any
 from numpy.typing import NDArray
 
 from qwen_aot.errors import CheckpointError
+from qwen_aot.exporter.checkpoint.adapters import refuse_adapter_tensors
 from qwen_aot.exporter.checkpoint.base import TensorInfo, TokenizerFiles
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows, no_codes
 from qwen_aot.exporter.checkpoint.hf.config import read_folder
+from qwen_aot.exporter.checkpoint.hf.fused_experts import separate
+from qwen_aot.exporter.checkpoint.hf.quantized_files import refuse_quantized_folder
 from qwen_aot.exporter.checkpoint.hf.safetensors import SafetensorsShards
 from qwen_aot.exporter.checkpoint.hf.tokenizer import read_tokenizer_files
+from qwen_aot.exporter.checkpoint.hf.wrappers import unwrapped
+from qwen_aot.exporter.checkpoint.model_name import folder_name, located, origin
 from qwen_aot.exporter.checkpoint.names import CANONICAL, TensorNames
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import WeightClass
@@ -29,28 +33,29 @@ class HfFolderCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = Path(os.path.abspath(folder))  # "." has no name
+        self.path = located(folder)
+        self.name = folder_name(folder)
         self.config, architecture = read_folder(folder)
+        refuse_quantized_folder(folder)
         self.tokenizer: TokenizerFiles = read_tokenizer_files(folder, vocab_size=self.config.vocab_size)
         self._shards = SafetensorsShards(folder)
         try:
-            self._stored_names = _stored_names(self.path, self._shards.tensors, architecture.names)
+            self.tensors: Mapping[str, TensorInfo] = _by_role(
+                self.path, self._shards.tensors, architecture.names, self.config
+            )
         except CheckpointError:
             self._shards.close()
             raise
-        self.config = _with_stored_biases(self.config, self._stored_names)
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: dataclasses.replace(self._shards.tensors[stored], name=name)
-            for name, stored in self._stored_names.items()
-        }
+        self.config = _with_stored_biases(self.config, self.tensors)
 
     @property
     def source(self) -> Mapping[str, str]:
-        """Format, folder name, SHA-256 of the header(s)."""
+        """Format, the model's name, SHA-256 of the header(s); of a hub's snapshot its repository and revision."""
         return {
             "format": "safetensors",
-            "path": self.path.resolve().name,
+            "path": self.name,
             "sha256": self._shards.header_sha256,
+            **origin(self.path),
         }
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
@@ -61,7 +66,7 @@ class HfFolderCheckpoint:
         """
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} has no tensor {name!r}")
-        return self._shards.read(self._stored_names[name], rows)
+        return self._shards.view(self.tensors[name], rows)
 
     def read_encoded(self, name: str, rows: slice | None = None) -> EncodedRows:
         """Refuses: every tensor here is plain numbers.
@@ -94,13 +99,28 @@ def _with_stored_biases(config: ModelConfig, names: Iterable[str]) -> ModelConfi
     return dataclasses.replace(config, attention_bias=has_biases)
 
 
-def _stored_names(path: Path, stored_names: Iterable[str], names: TensorNames) -> dict[str, str]:
-    """The name by which each tensor is given -> its name in the files; a tensor of no role keeps that."""
-    result: dict[str, str] = {}
-    for stored in stored_names:
-        place = names.find(stored)
-        name = stored if place is None else place.name
-        if name in result:
-            raise CheckpointError(f"{path} has {name} twice, as {result[name]} and as {stored}; accepted: one of them")
-        result[name] = stored
+def _by_role(
+    path: Path, stored: Mapping[str, TensorInfo], names: TensorNames, config: ModelConfig
+) -> dict[str, TensorInfo]:
+    """Each tensor by the name by which it is given: its role's; a tensor of no role keeps its own.
+
+    Raises:
+        CheckpointError: two are one, or the names are an adapter's, or another architecture's.
+    """
+    refuse_adapter_tensors(path, stored)
+    result: dict[str, TensorInfo] = {}
+    first: dict[str, str] = {}
+    for old, plain in unwrapped(path, stored, names).items():
+        for each, info in separate(path, plain, stored[old], config):
+            place = names.find(each)
+            if place is None and CANONICAL.find(each) is not None:
+                # Given under its own name it would be taken for what transformers means by it.
+                raise CheckpointError(
+                    f"{path}: tensor {old} is called as in a qwen2 checkpoint, and config.json says "
+                    "another architecture, whose files don't have it; take it out, or correct model_type"
+                )
+            name = each if place is None else place.name
+            if first.setdefault(name, old) != old or name in result:
+                raise CheckpointError(f"{path} has {name} twice, as {first[name]} and as {old}; accepted: one of them")
+            result[name] = dataclasses.replace(info, name=name)
     return result

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +21,18 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import FileSpan, TensorInfo
+from qwen_aot.exporter.checkpoint.downloads import why_missing
+from qwen_aot.exporter.checkpoint.hf.quantized_files import refuse_quantized
 from qwen_aot.exporter.checkpoint.mapped import MappedFile
+from qwen_aot.exporter.checkpoint.text_files import read_text
+
+logger = logging.getLogger(__name__)
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
 
+_OTHER_FORMAT = "consolidated"  # the same weights by Mistral's names, which its repositories carry beside transformers'
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
 # Weights are floating point; integer tensors belong to quantized checkpoints.
 _DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -55,7 +63,10 @@ class SafetensorsFile:
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """A read-only view of one tensor, or of some rows of it."""
-        info = self.tensors[name]
+        return self.view(self.tensors[name], rows)
+
+    def view(self, info: TensorInfo, rows: slice | None = None) -> NDArray[Any]:
+        """The same of a tensor that lies at a span of this file."""
         assert info.span is not None  # _parse_header sets it
         return self._file.view(info.span.offset, info.shape, info.dtype, rows)
 
@@ -69,48 +80,59 @@ class SafetensorsFile:
 
 
 class SafetensorsShards:
-    """All tensors of a folder: `model.safetensors`, its only `.safetensors` file, or the index's shards."""
+    """All tensors of a folder: `model.safetensors`, its only `.safetensors` file, or the index's shards.
+
+    Which files are read is what transformers reads; a `.safetensors` file that isn't among them is named in a warning.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, the index is wrong, or there are two sets of weights.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._files: list[SafetensorsFile] = []
+        self._files: dict[Path, SafetensorsFile] = {}
         self._file_of: dict[str, SafetensorsFile] = {}
         self._last_read: SafetensorsFile | None = None
         try:
-            if (folder / SINGLE_NAME).is_file() or not (folder / INDEX_NAME).is_file():
-                self._open_single(folder)
+            index = _find_index(folder)
+            if index is None:
+                self._add(_find_single(folder))
             else:
-                self._open_indexed(folder)
+                self._open_indexed(folder, index)
         except CheckpointError:
             self.close()
             raise
+        _warn_of_others(folder, {path.name for path in self._files})
         self.tensors: dict[str, TensorInfo] = {
-            name: file.tensors[name] for file in self._files for name in file.tensors
+            name: file.tensors[name] for file in self._files.values() for name in file.tensors
         }
 
     @property
     def header_sha256(self) -> str:
         """SHA-256 of the header, or of all headers' hashes in order of file name."""
-        if len(self._files) == 1:
-            return self._files[0].header_sha256
-        joined = "".join(file.header_sha256 for file in self._files)
-        return hashlib.sha256(joined.encode("ascii")).hexdigest()
+        hashes = [file.header_sha256 for file in self._files.values()]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode("ascii")).hexdigest()
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """A read-only view of one tensor, or of some rows of it (`SafetensorsFile.read`)."""
-        file = self._file_of[name]
+        return self.view(self.tensors[name], rows)
+
+    def view(self, info: TensorInfo, rows: slice | None = None) -> NDArray[Any]:
+        """The same of a tensor that is a part of a stored one: its span lies in one of the files."""
+        assert info.span is not None  # _parse_header sets it
+        file = self._files[info.span.path]
         if self._last_read is not None and self._last_read is not file:
             self._last_read.drop_pages()
         self._last_read = file
-        return file.read(name, rows)
+        return file.view(info, rows)
 
     def close(self) -> None:
         """Unmaps every file."""
-        for file in self._files:
+        for file in self._files.values():
             file.close()
 
     def _add(self, path: Path) -> SafetensorsFile:
         file = SafetensorsFile(path)
-        self._files.append(file)
+        self._files[path] = file
         for name in file.tensors:
             other = self._file_of.setdefault(name, file)
             if other is not file:
@@ -119,27 +141,14 @@ class SafetensorsShards:
                 )
         return file
 
-    def _open_single(self, folder: Path) -> None:
-        path = folder / SINGLE_NAME
-        if not path.is_file():
-            found = sorted(folder.glob("*.safetensors"))
-            if len(found) != 1:
-                names = ", ".join(each.name for each in found) or "no .safetensors file"
-                raise CheckpointError(
-                    f"{folder} has {names} and no {INDEX_NAME}; accepted: {SINGLE_NAME}, or shards with {INDEX_NAME}"
-                )
-            path = found[0]
-        self._add(path)
-
-    def _open_indexed(self, folder: Path) -> None:
-        index = folder / INDEX_NAME
+    def _open_indexed(self, folder: Path, index: Path) -> None:
         weight_map = _read_index(index)
         for shard in sorted(set(weight_map.values())):
             if not (folder / shard).is_file():
                 present = ", ".join(sorted(each.name for each in folder.glob("*.safetensors"))) or "none"
                 raise CheckpointError(
                     f"shard {shard} is missing from {folder}; {index.name} names it. Present: {present}. "
-                    "Download the checkpoint again."
+                    f"Download the checkpoint again{why_missing(folder, shard)}"
                 )
             file = self._add(folder / shard)
             for name in file.tensors:
@@ -151,12 +160,74 @@ class SafetensorsShards:
                 raise CheckpointError(f"tensor {name!r} is not in {shard}, where {index.name} says it is; save again")
 
 
+def _find_index(folder: Path) -> Path | None:
+    """The index to read, or None: there is one file of weights.
+
+    Raises:
+        CheckpointError: there are two sets of weights, or several indexes.
+    """
+    found = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    index = folder / INDEX_NAME
+    if index not in found:
+        if (folder / SINGLE_NAME).is_file() or not found:
+            return None
+        if len(found) > 1:
+            names = ", ".join(each.name for each in found)
+            raise CheckpointError(f"{folder} has several indexes: {names}; accepted: one, best called {INDEX_NAME}")
+        return found[0]
+    if not (folder / SINGLE_NAME).is_file():
+        return index
+    shards = set(_read_index(index).values())
+    if shards == {SINGLE_NAME}:
+        return index
+    present = sorted(shard for shard in shards if shard != SINGLE_NAME and (folder / shard).is_file())
+    if present:
+        raise CheckpointError(
+            f"{folder} holds two sets of weights: {SINGLE_NAME}, and {', '.join(present)} of {INDEX_NAME}; accepted: "
+            f"one. transformers would read {SINGLE_NAME}: move the other away, with its index, or the other way round"
+        )
+    logger.warning("%s: %s names shards that aren't there and is not read: %s is", folder, INDEX_NAME, SINGLE_NAME)
+    return None
+
+
+def _find_single(folder: Path) -> Path:
+    """The one file of weights in a folder without an index.
+
+    Raises:
+        CheckpointError: there is none, or several.
+    """
+    path = folder / SINGLE_NAME
+    if path.is_file():
+        return path
+    found = sorted(folder.glob("*.safetensors"))
+    found = [each for each in found if not each.name.startswith(_OTHER_FORMAT)] or found
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(each.name for each in found) or "no .safetensors file"
+    raise CheckpointError(
+        f"{folder} has {names} and no {INDEX_NAME}; accepted: {SINGLE_NAME}, or shards with {INDEX_NAME}"
+        f"{why_missing(folder, SINGLE_NAME if not found else INDEX_NAME)}"
+    )
+
+
+def _warn_of_others(folder: Path, read: set[str]) -> None:
+    others = sorted(each.name for each in folder.glob("*.safetensors") if each.name not in read)
+    strangers = [name for name in others if not name.startswith(_OTHER_FORMAT)]
+    if strangers:
+        logger.warning(
+            "%s: %s not read, as in transformers: the weights are %s",
+            folder,
+            ", ".join(strangers) + (" is" if len(strangers) == 1 else " are"),
+            ", ".join(sorted(read)[:2]) + (" ..." if len(read) > 2 else ""),
+        )
+    elif others:
+        logger.info("%s: %s not read: the same weights by other names", folder, ", ".join(others))
+
+
 def _read_index(path: Path) -> dict[str, str]:
     """The index's tensor name -> shard file name, each a plain name inside the folder."""
     try:
-        index = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
+        index = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -190,6 +261,7 @@ def _parse_header(path: Path, header: bytes, *, data_start: int, size: int) -> d
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the safetensors header is not valid JSON ({error})") from error
+    refuse_quantized(path, entries)
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in entries.items():

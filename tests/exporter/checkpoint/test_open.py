@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,12 @@ def test_weights_without_config(tmp_path: Path) -> None:
 def test_pickles_are_refused_with_the_conversion_command(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).touch()
-    with pytest.raises(CheckpointError, match=rf"holds {name}, a pickle.*save_pretrained\('.*-safetensors'\)"):
+    with pytest.raises(CheckpointError, match=rf"holds {name}, a pickle") as caught:
         open_checkpoint(tmp_path)
+    message = str(caught.value)
+    words = shlex.split(message[message.index("python -c") : message.index(" (then copy")])
+    assert f"save_pretrained({str(tmp_path) + '-safetensors'!r})" in words[2]
+    compile(words[2], "command", "exec")
 
 
 def test_safetensors_beside_pickles_are_used(tmp_path: Path) -> None:

@@ -249,6 +249,8 @@ ONES = np.ones((3, 5), np.float32)
     ("arrays", "message"),
     [
         ({}, r"tensor w0 is missing \(shape \[3, 5\] expected"),
+        ({"y__w0": ONES}, r"tensor w0 is missing .* has 1 tensors; nearest by name: y\.w0$"),
+        ({"w0": ONES, "y__w0": ONES}, r"no place for 1 tensors: y\.w0; nearest by name: w0; does config\.json"),
         ({"w0": ONES.T}, r"tensor w0 has shape \[5, 3\].*asks for \[3, 5\]"),
         ({"w0": ONES, "extra__weight": ONES}, r"no place for 1 tensors: extra\.weight"),
         ({"w0": np.where(np.arange(15).reshape(3, 5) == 7, np.nan, ONES)}, r"tensor w0 holds nan at \[1, 2\]"),

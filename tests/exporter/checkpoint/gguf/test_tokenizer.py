@@ -78,10 +78,10 @@ def test_files(metadata: dict[str, Any]) -> None:
     assert config["chat_template"] == CHATML
     assert (config["bos_token"], config["eos_token"], config["pad_token"]) == ("<|endoftext|>",) * 3
     assert not config["add_bos_token"]
-    end, chat_end = tokens.index("<|endoftext|>"), tokens.index("<|im_end|>")
+    end = tokens.index("<|endoftext|>")
     assert json.loads(files["generation_config.json"]) == {
         "bos_token_id": end,
-        "eos_token_id": [end, chat_end],
+        "eos_token_id": [end],
         "pad_token_id": end,
     }
 
@@ -91,8 +91,29 @@ def test_stop_ids() -> None:
     assert stop_ids({}) == ()
     assert stop_ids(base) == (1,)
     assert stop_ids(base | {"tokenizer.ggml.eot_token_id": 2}) == (1, 2)
-    assert stop_ids(base | {"tokenizer.chat_template": "x<|im_end|>"}) == (1, 2)
-    assert stop_ids(base | {"tokenizer.chat_template": "x"}) == (1,)
+    assert stop_ids(base | {"tokenizer.ggml.eom_token_id": 2, "tokenizer.ggml.eot_token_id": 0}) == (1, 0, 2)
+    assert stop_ids(base | {"tokenizer.ggml.eot_token_id": 1}) == (1,)
+
+
+def test_every_named_token_is_in_the_configuration(metadata: dict[str, Any]) -> None:
+    tokens = metadata["tokenizer.ggml.tokens"]
+    ids = {"unknown": 0, "seperator": 1, "cls": 2, "mask": 3}
+    found = read(metadata | {f"tokenizer.ggml.{kind}_token_id": index for kind, index in ids.items()})
+    config = json.loads(found.files["tokenizer_config.json"])
+    assert [config[f"{name}_token"] for name in ("unk", "sep", "cls", "mask")] == tokens[:4]
+    assert found.end_tokens == ("<|endoftext|>",)
+
+
+def test_named_templates(metadata: dict[str, Any]) -> None:
+    config = json.loads(
+        read(metadata | {"tokenizer.chat_template.tool_use": "tools", "tokenizer.chat_templates": ["tool_use"]}).files[
+            "tokenizer_config.json"
+        ]
+    )
+    assert config["chat_template"] == [
+        {"name": "default", "template": CHATML},
+        {"name": "tool_use", "template": "tools"},
+    ]
 
 
 def test_a_start_token_is_added_where_the_file_says_so(metadata: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import os
 import struct
@@ -147,6 +148,15 @@ BROKEN = {
         file_bytes(changed("a", data_offsets=[0])),
         r"has data_offsets \[0\]; accepted: \[begin, end\]",
     ),
+    "negative offset": (
+        file_bytes(changed("a", data_offsets=[-24, 0])),
+        r"has data_offsets \[-24, 0\]; accepted: \[begin, end\]",
+    ),
+    "huge offset": (
+        file_bytes(changed("c", data_offsets=[32, 10**30])),
+        "'c' lies at 32..1000000000000000000000000000000 of 160 data bytes",
+    ),
+    "digits": (file_bytes(b'{"a": ' + b"9" * 10_000 + b"}"), "header is not valid JSON"),
     "backwards": (
         file_bytes(changed("a", data_offsets=[24, 0])),
         "tensor 'a' lies at 24..0 of 160 data bytes",
@@ -287,7 +297,12 @@ def test_an_index_never_leaves_its_folder(shard: Any, sharded: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not valid JSON"), ("[]", 'no "weight_map" object'), ('{"weight_map": {}}', 'no "weight_map"')],
+    [
+        ("{", "is not valid JSON"),
+        ('{"weight_map":' * 100_000, "is not valid JSON"),
+        ("[]", 'no "weight_map" object'),
+        ('{"weight_map": {}}', 'no "weight_map"'),
+    ],
 )
 def test_a_broken_index(text: str, message: str, sharded: Path) -> None:
     (sharded / INDEX_NAME).write_text(text)
@@ -303,6 +318,74 @@ def test_shards_without_an_index(sharded: Path) -> None:
 
 def test_a_single_file_of_another_name(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(file_bytes())
+    shards = SafetensorsShards(tmp_path)
+    assert set(shards.tensors) == {"a", "b.weight", "c"}
+    shards.close()
+
+
+def test_two_sets_of_weights_are_refused(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[0]
+    (sharded / SINGLE_NAME).write_bytes(file_bytes())
+    with pytest.raises(
+        CheckpointError, match=rf"two sets of weights: {SINGLE_NAME}, and {shard.name}, .*move the other"
+    ):
+        SafetensorsShards(sharded)
+
+
+def test_an_index_whose_shards_are_gone_is_named_and_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, file_bytes())
+    (tmp_path / INDEX_NAME).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    with caplog.at_level(logging.WARNING):
+        shards = SafetensorsShards(tmp_path)
+    assert set(shards.tensors) == {"a", "b.weight", "c"}
+    shards.close()
+    assert f"{INDEX_NAME} names shards that aren't there and is not read: {SINGLE_NAME} is" in caplog.text
+
+
+def test_an_index_of_one_file_is_checked(tmp_path: Path) -> None:
+    write(tmp_path, file_bytes())
+    index = {"weight_map": dict.fromkeys(("a", "b.weight", "c"), SINGLE_NAME)}
+    (tmp_path / INDEX_NAME).write_text(json.dumps(index))
+    SafetensorsShards(tmp_path).close()
+    edit_index(tmp_path, lambda index: index["weight_map"].pop("a"))
+    with pytest.raises(CheckpointError, match=r"tensor 'a' of .* is not listed in"):
+        SafetensorsShards(tmp_path)
+
+
+def test_an_index_of_another_name(sharded: Path) -> None:
+    (sharded / INDEX_NAME).rename(sharded / "weights.safetensors.index.json")
+    shards = SafetensorsShards(sharded)
+    assert "model.norm.weight" in shards.tensors
+    shards.close()
+    (sharded / "more.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"several indexes: more\.safetensors\.index\.json, weights"):
+        SafetensorsShards(sharded)
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "message"),
+    [
+        ("model-00009-of-00009.safetensors", "WARNING", "model-00009-of-00009.safetensors is not read, as in transf"),
+        ("model.fp16.safetensors", "WARNING", "model.fp16.safetensors is not read, as in transformers"),
+        ("consolidated.safetensors", "INFO", "consolidated.safetensors not read: the same weights by other names"),
+    ],
+)
+def test_files_that_are_not_read_are_named(
+    name: str, level: str, message: str, sharded: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (sharded / name).write_bytes(file_bytes())
+    with caplog.at_level(logging.INFO):
+        shards = SafetensorsShards(sharded)
+    assert "a" not in shards.tensors
+    shards.close()
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert message in record.getMessage()
+
+
+def test_mistrals_file_is_not_the_only_one_beside_another(tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(file_bytes())
+    (tmp_path / "consolidated.safetensors").write_bytes(file_bytes({"z": GOOD_HEADER["a"]}, DATA[:24]))
     shards = SafetensorsShards(tmp_path)
     assert set(shards.tensors) == {"a", "b.weight", "c"}
     shards.close()
