@@ -16,16 +16,19 @@ from qwen_aot.engines.onnxruntime import cpu as onnxruntime
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.lowerings import LOWERINGS
 from qwen_aot.engines.spec.precisions import Precision, PrecisionRow
-from qwen_aot.errors import BuildError
+from qwen_aot.errors import BuildError, BundleError
 from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE, save_graph
-from qwen_aot.exporter.graph.trace import trace
+from qwen_aot.exporter.graph.trace import PRODUCER, trace
 from qwen_aot.exporter.lowering.encodings import warn_of_rounding
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.sources import check_headers
 from qwen_aot.exporter.weights.stitch import chunk_bytes, output_bytes, stitch
+from qwen_aot.runtime.bundle.onnx_file import read_onnx_file
+
+_DATA_BYTES = "qwen_aot.export_data_bytes"  # property of an exported graph: bytes of the data file beside it, or 0
 
 Lower = Callable[[Traced, PrecisionRow, int | None, bool], Traced]  # also block size and symmetry, as in `BuildSpec`
 
@@ -112,6 +115,7 @@ def export_graph(
         lowered = stages.run("lower", lambda _: _LOWER[lowering](traced, row, block_size, symmetric))
         warn_of_rounding(lowered)
         weight_bytes = output_bytes(lowered)
+        data_file = writer.folder / DATA_FILE
         with explained(writer.out):
             if checkpoint is not None:
                 chunk = chunk_bytes(lowered)
@@ -119,8 +123,10 @@ def export_graph(
                     weight_bytes=weight_bytes, text_bytes=0, chunk_bytes=chunk, bits=row.bits, threads=threads
                 )
                 check_resources(needed, writer.out)
-                data_file = writer.folder / DATA_FILE
                 _write_weights(lowered, checkpoint, data_file, needed.threads, stages)
+            # What tells this export, and the data file that belongs to it, from anyone else's.
+            data_bytes = data_file.stat().st_size if checkpoint is not None else 0
+            lowered.model.metadata_props[_DATA_BYTES] = str(data_bytes)
             stages.run("write graph", lambda _: save_graph(lowered, writer.folder))
         writer.commit()
     return Exported(writer.out / MODEL_FILE, weight_bytes, checkpoint is not None, tuple(stages.meter.costs))
@@ -146,7 +152,7 @@ def _choose(lowering: str, precision: str | None) -> PrecisionRow:
 
 
 def _refuse_unless_export(out: Path) -> None:
-    """Checks that `out` is free or holds nothing but an earlier export.
+    """Checks that `out` is free, an empty folder, or holds nothing but what an export wrote.
 
     Raises:
         BuildError: replacing it would destroy something else.
@@ -155,7 +161,25 @@ def _refuse_unless_export(out: Path) -> None:
         return
     if not out.is_dir():
         raise BuildError(f"{out} is a file; give a folder for the graph")
-    strangers = sorted({path.name for path in out.iterdir()} - {MODEL_FILE, DATA_FILE})
-    if strangers:
-        shown = ", ".join(strangers[:5])
-        raise BuildError(f"{out} holds files that an export doesn't write ({shown}); give another folder")
+    names = {path.name for path in out.iterdir()}
+    advice = "give another folder, or move this one away"
+    if strangers := sorted(names - {MODEL_FILE, DATA_FILE}):
+        raise BuildError(f"{out} holds files that an export doesn't write ({', '.join(strangers[:5])}); {advice}")
+    if not names:
+        return
+    try:
+        found = read_onnx_file(out / MODEL_FILE)
+    except (BundleError, OSError) as error:
+        raise BuildError(f"{out} holds no graph that an export wrote ({error}); {advice}") from error
+    if found.producer != PRODUCER or _DATA_BYTES not in found.properties:
+        raise BuildError(
+            f"{out / MODEL_FILE} wasn't written by an export (its producer is {found.producer!r}); {advice}"
+        )
+    data_file = out / DATA_FILE
+    if data_file.name in names and not (
+        data_file.is_file() and str(data_file.stat().st_size) == found.properties[_DATA_BYTES]
+    ):
+        raise BuildError(
+            f"{data_file} wasn't written by the export beside it, which wrote {found.properties[_DATA_BYTES]} bytes of "
+            f"data; {advice}"
+        )

@@ -34,6 +34,7 @@ SOURCES = Path(__file__).parent / "src"
 HEADERS_PACKAGE = "kernel-lens==2.0.1"
 HEADERS_SHA256 = "07cc714e8b5e7f34b672f7c7fad93febe7c747be5837ba276b1527370134ffe0"
 _NOT_FOR_CMAKE = {*'#;"\n'}  # in a path: the makefiles that it writes don't quote them
+_BUILD_NAMES = {"kernels", "table", "headers", "cmake", "lock"}  # of what a build leaves in its folder
 OLDEST_HEADERS = 10  # major version: the first with IPluginV3
 _HEADERS_IN_WHEEL = "kernel_lens/include/tensorrt/"
 _SDK_FOLDERS = (
@@ -184,6 +185,9 @@ def build_library(
     if unusable := sorted({*str(build)} & _NOT_FOR_CMAKE):
         raise BuildError(f"CMake can't build in {build}, whose name has {' '.join(unusable)}; choose another folder")
     build.mkdir(parents=True, exist_ok=True)
+    if strangers := sorted({path.name for path in build.iterdir()} - _BUILD_NAMES):
+        found = ", ".join(strangers[:5])
+        raise BuildError(f"{build} holds files that no build of the plugins writes ({found}); choose another folder")
     with _locked(build):
         headers = tensorrt_headers(build, tensorrt_include)
         aot.build(sms, build / "kernels", only=only, jobs=jobs)

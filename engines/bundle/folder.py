@@ -16,6 +16,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,7 +58,9 @@ class FolderWriter:
             self._made = [parent for parent in self.out.parents if not parent.exists()]
             try:
                 self.out.parent.mkdir(parents=True, exist_ok=True)
-                self._lock_fd = _acquire(self._lock, self.out)
+                self._lock_fd, is_left_over = _acquire(self._lock, self.out)
+                if not is_left_over:
+                    self._refuse_in_the_way()
                 self._recover()
                 self._check(self.out)
                 self.folder.mkdir()
@@ -69,9 +72,12 @@ class FolderWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError):  # the next build tries again
+        try:
             self._recover()
-        self._release()
+        except OSError:  # the next build tries again, which the lock file tells what is left over
+            self._release(is_clean=False)
+        else:
+            self._release()
 
     def write_text(self, name: str, text: str) -> None:
         """Writes one small file, UTF-8."""
@@ -84,6 +90,7 @@ class FolderWriter:
             for path in self.folder.iterdir():
                 sync(path)
             sync(self.folder)
+            self._check(self.out)  # what came there during the build isn't lost
             if self.out.exists():
                 self._replace()
             else:
@@ -98,6 +105,12 @@ class FolderWriter:
         sync(self.out.parent)
         shutil.rmtree(self._old, ignore_errors=True)
 
+    def _refuse_in_the_way(self) -> None:
+        """What has the names of leftovers, where no lock file says that a build was at work, is someone else's."""
+        for path in (self.folder, self._old):
+            if path.exists():
+                raise BuildError(f"{path} is in the way, and no build left it there: move it away, or rename it")
+
     def _recover(self) -> None:
         """Undoes what an unfinished build left; the lock is held."""
         if self._old.exists():
@@ -108,9 +121,10 @@ class FolderWriter:
         if self.folder.exists():
             shutil.rmtree(self.folder)
 
-    def _release(self) -> None:
+    def _release(self, *, is_clean: bool = True) -> None:
         if self._lock_fd is not None:
-            self._lock.unlink(missing_ok=True)
+            if is_clean:
+                self._lock.unlink(missing_ok=True)
             os.close(self._lock_fd)
             self._lock_fd = None
         for parent in self._made:
@@ -141,10 +155,20 @@ def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
 
 
-def _acquire(lock: Path, out: Path) -> int:
-    """Takes the lock file; a lock that its last owner unlinked meanwhile is not the lock, so look again."""
+def _acquire(lock: Path, out: Path) -> tuple[int, bool]:
+    """Takes the lock file; a lock that its last owner unlinked meanwhile is not the lock, so look again.
+
+    Returns:
+        Its descriptor, and whether the file was there already: a build was killed.
+    """
     while True:
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        was_there = lock.exists()
+        try:
+            fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC | (0 if was_there else os.O_CREAT | os.O_EXCL), 0o644)
+        except (FileNotFoundError, FileExistsError):  # another build's, which began or ended this moment
+            if not lock.parent.is_dir():
+                raise
+            continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -155,9 +179,12 @@ def _acquire(lock: Path, out: Path) -> int:
             ) from None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), os.stat(lock)):
+                if not re.fullmatch(rb"[0-9]*", os.pread(fd, 32, 0)):
+                    os.close(fd)
+                    raise BuildError(f"{lock} is in the way, and no build left it there: move it away, or rename it")
                 os.truncate(fd, 0)
                 os.pwrite(fd, str(os.getpid()).encode(), 0)
-                return fd
+                return fd, was_there
         os.close(fd)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qwen_aot.engines.bundle.folder import FolderWriter, explained, sync
-from qwen_aot.errors import BuildError
+from qwen_aot.errors import BuildError, BundleError
+from qwen_aot.runtime.bundle.load import file_sha256, read_manifest
 from qwen_aot.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest
+
+_HASHED_BYTES = 16 << 20  # what a person would edit is smaller: templates, tokenizers, reports
 
 
 class BundleWriter(FolderWriter):
@@ -75,12 +77,21 @@ def refuse_unless_replaceable(out: Path) -> None:
     if MANIFEST_NAME not in names:
         raise BuildError(f"{out} isn't empty and isn't a bundle (no {MANIFEST_NAME}); {advice}")
     try:
-        manifest = json.loads((out / MANIFEST_NAME).read_text(encoding="utf-8"))
-        listed = set(manifest["files"]) | {MANIFEST_NAME}
-    except (ValueError, KeyError, TypeError):
-        raise BuildError(f"{out}/{MANIFEST_NAME} isn't a bundle's manifest; {advice}") from None
-    if strangers := sorted(names - listed):
+        files = read_manifest(out).files
+    except BundleError as error:
+        raise BuildError(f"{out}/{MANIFEST_NAME} isn't a bundle's manifest ({error}); {advice}") from error
+    if strangers := sorted(names - {*files, MANIFEST_NAME}):
         raise BuildError(f"{out} holds files that its manifest doesn't list ({', '.join(strangers[:5])}); {advice}")
+    for name in sorted(names - {MANIFEST_NAME}):
+        if not _is_as_written(out / name, files[name]):
+            raise BuildError(f"{out / name} isn't as the build wrote it (changed, or damaged); {advice}")
+
+
+def _is_as_written(path: Path, entry: FileEntry) -> bool:
+    """Whether a file is what a build wrote, and not what someone put there; large ones are told by their size."""
+    if not path.is_file() or path.stat().st_size != entry.bytes:
+        return False
+    return entry.bytes > _HASHED_BYTES or file_sha256(path) == entry.sha256
 
 
 def _blocks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:

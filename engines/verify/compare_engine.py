@@ -86,7 +86,8 @@ def compare_in_process(engine: Path, reference: Path, token_ids: Sequence[int], 
     """Compares in a new process, in which Polygraphy uses the library of the engine's target.
 
     Args:
-        engine: a bundle with a TensorRT engine of TensorRT's own layers.
+        engine: a bundle with a TensorRT engine of TensorRT's own layers, which this machine built: Polygraphy lets it
+            run whatever code for the host it carries.
         reference: a bundle of the same checkpoint whose graph ONNX Runtime's CPU provider runs.
         token_ids: the prompt, at most `prefill_chunk` tokens.
         bound_db: the least signal-to-noise ratio of every output.

@@ -54,9 +54,10 @@ class MappedFile:
         Raises:
             CheckpointError: the file was closed.
         """
-        if self._bytes is None:
+        content = self._bytes  # once: of None, which another thread's `close` leaves, numpy makes new memory
+        if content is None:
             raise CheckpointError(f"{self.path} was closed; open the checkpoint again to read from it")
-        array: NDArray[Any] = np.ndarray(shape, dtype, buffer=self._bytes, offset=offset)
+        array: NDArray[Any] = np.ndarray(shape, dtype, buffer=content, offset=offset)
         if rows is not None:
             array = array[rows]
         if self._handed_out > _RESIDENT_BYTES:

@@ -26,6 +26,7 @@ from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.recipes import decoder_recipes
 from qwen_aot.version import __version__
 
+PRODUCER = "qwen-aot"  # of every graph of ours, in the file itself
 IR_VERSION = 10  # the lowest with 4-bit integers and function overloads, so that older parsers still read the file
 
 _TORCH_DTYPES = {
@@ -68,7 +69,7 @@ def trace(
     graph = _export(config, dtype, templates, positions)
     spec = io_spec(config, dtype, capacity)
     full = _Repeater(graph, config, templates, spec).build()
-    model = ir.Model(full, ir_version=IR_VERSION, producer_name="qwen-aot", producer_version=__version__)
+    model = ir.Model(full, ir_version=IR_VERSION, producer_name=PRODUCER, producer_version=__version__)
     model.metadata_props.update(
         {
             "qwen_aot.model_type": config.model_type,

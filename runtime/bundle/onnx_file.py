@@ -72,7 +72,9 @@ class _WireError(Exception):
 
 
 def _read(content: mmap.mmap) -> OnnxFile:
-    producer, properties, locations = b"", {}, set()
+    producer = b""
+    properties: dict[str, str] = {}
+    locations: set[str] = set()
     waiting = [("model", 0, len(content))]
     while waiting:
         message, start, end = waiting.pop()

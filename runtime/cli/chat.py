@@ -29,6 +29,7 @@ from qwen_aot.runtime.cli.options import (
     generation_options,
     threads_option,
 )
+from qwen_aot.whole_file import write_whole
 
 if TYPE_CHECKING:
     from qwen_aot.runtime.generation.config import GenerationConfig
@@ -153,9 +154,13 @@ class Conversation:
         if not name:
             self._note("give a file: /save chat.json")
             return
+        path = Path(name).expanduser()
         try:
+            if path.exists() and not (path.is_file() and _is_conversation(path)):
+                self._note(f"{name} is there and is no saved conversation; give another name")
+                return
             text = json.dumps([dict(message) for message in self._chat.messages], indent=2, ensure_ascii=False)
-            Path(name).expanduser().write_text(text + "\n", encoding="utf-8")
+            write_whole(path, f"{text}\n".encode())
         except OSError as error:
             self._note(f"{name} can't be written: {error.strerror}")
         else:
@@ -163,6 +168,17 @@ class Conversation:
 
     def _note(self, text: str) -> None:
         self._console.print(text, style="dim", markup=False, highlight=False)
+
+
+def _is_conversation(path: Path) -> bool:
+    """Whether a file holds what /save writes: a list of messages."""
+    try:
+        messages = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(messages, list) and all(
+        isinstance(message, dict) and message.keys() == {"role", "content"} for message in messages
+    )
 
 
 @contextlib.contextmanager

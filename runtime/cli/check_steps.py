@@ -11,6 +11,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from qwen_aot.errors import BuildError
+from qwen_aot.whole_file import write_whole
+
+_TITLE = "# qwen-aot gpu-check"  # of the report as text
+
 
 class Outcome(StrEnum):
     """What came of a step."""
@@ -104,19 +109,53 @@ def has_passed(results: Sequence[StepResult]) -> bool:
     )
 
 
-def write_report(base: Path, machine: Mapping[str, Any], results: Sequence[StepResult]) -> tuple[Path, Path]:
-    """Writes `base`.json and `base`.md; returns both."""
-    verdict = has_passed(results)
-    document = {"passed": verdict, "machine": machine, "steps": [asdict(result) for result in results]}
+def report_files(base: Path) -> tuple[Path, Path]:
+    """`base`.json and `base`.md, which may be written: they are free, or an earlier report.
+
+    Raises:
+        BuildError: something else is there.
+    """
     as_json, as_text = base.with_name(f"{base.name}.json"), base.with_name(f"{base.name}.md")
-    as_json.parent.mkdir(parents=True, exist_ok=True)
-    as_json.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
-    as_text.write_text(_markdown(verdict, machine, results), encoding="utf-8")
+    for path, is_report in ((as_json, _is_json_report), (as_text, _is_text_report)):
+        try:
+            if path.exists() and not (path.is_file() and is_report(path)):
+                raise BuildError(f"{path} is there and is no report of gpu-check; give another name with -o")
+        except OSError as error:
+            raise BuildError(f"{path} can't be read ({error.strerror}); give another name with -o") from error
     return as_json, as_text
 
 
+def write_report(base: Path, machine: Mapping[str, Any], results: Sequence[StepResult]) -> tuple[Path, Path]:
+    """Writes `base`.json and `base`.md, each whole or not at all; returns both.
+
+    Raises:
+        BuildError: something that is no report is there.
+        OSError: they can't be written.
+    """
+    as_json, as_text = report_files(base)
+    verdict = has_passed(results)
+    document = {"passed": verdict, "machine": machine, "steps": [asdict(result) for result in results]}
+    as_json.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(as_json, (json.dumps(document, indent=2, default=str) + "\n").encode())
+    write_whole(as_text, _markdown(verdict, machine, results).encode())
+    return as_json, as_text
+
+
+def _is_json_report(path: Path) -> bool:
+    try:
+        document = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and document.keys() == {"passed", "machine", "steps"}
+
+
+def _is_text_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_TITLE) + 1) == f"{_TITLE}\n".encode()
+
+
 def _markdown(verdict: bool, machine: Mapping[str, Any], results: Sequence[StepResult]) -> str:
-    lines = ["# qwen-aot gpu-check", "", "**passed**" if verdict else "**not passed**", "", "## Steps", ""]
+    lines = [_TITLE, "", "**passed**" if verdict else "**not passed**", "", "## Steps", ""]
     lines += ["| step | GPU | outcome | seconds | |", "| --- | --- | --- | ---: | --- |"]
     for result in results:
         message = (result.message.splitlines() or [""])[0].replace("|", "\\|")

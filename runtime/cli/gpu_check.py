@@ -16,7 +16,16 @@ import click
 
 from qwen_aot.runtime.bundle.flavours import FLAVOURS
 from qwen_aot.runtime.bundle.plugin_library import PLUGIN_LIBRARY, PLUGIN_LIBRARY_VARIABLE
-from qwen_aot.runtime.cli.check_steps import Failure, Skip, Step, StepResult, has_passed, run_steps, write_report
+from qwen_aot.runtime.cli.check_steps import (
+    Failure,
+    Skip,
+    Step,
+    StepResult,
+    has_passed,
+    report_files,
+    run_steps,
+    write_report,
+)
 from qwen_aot.runtime.cli.command import EXIT_FAILED, VerbCommand, option
 from qwen_aot.runtime.cli.console import print_json, show_logs, stdout
 from qwen_aot.runtime.cli.doctor import examine
@@ -66,6 +75,7 @@ def command(report: Path, model: str, as_json: bool) -> None:
     none failed.
     """
     show_logs()
+    report_files(report)  # before hours of work
     machine = examine()
     with tempfile.TemporaryDirectory(prefix="qwen-aot-gpu-check-") as folder:
         results = run_steps(plan(machine, model, Path(folder)), _progress)

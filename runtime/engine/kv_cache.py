@@ -93,6 +93,7 @@ class KvCache:
         Raises:
             GenerationError: there is no memory for it, or the copy failed; the cache is as it was.
         """
+        self._require_open()
         if tokens <= self.capacity:
             return False
         if tokens > self._limit:
@@ -146,6 +147,7 @@ class KvCache:
 
     def regions(self, first_row: int, rows: int) -> list[Region]:
         """The rows' part of each array, in the order of the tensors given."""
+        self._require_open()
         regions = []
         for tensor, block in zip(self._tensors, self._blocks, strict=True):
             shape = self._shape(tensor, self.capacity)
@@ -155,6 +157,7 @@ class KvCache:
 
     def views(self, first_row: int, rows: int) -> list[NDArray[np.generic]]:
         """The rows' part of each array in host memory, as an array; C-contiguous, no copy."""
+        self._require_open()
         views: list[NDArray[np.generic]] = []
         for tensor, block in zip(self._tensors, self._blocks, strict=True):
             assert block.bytes is not None, "the cache isn't in host memory"
@@ -175,7 +178,12 @@ class KvCache:
             pitch = self.capacity * _slot_bytes(tensor)
             yield tensor, Runs(block, row * int(tensor.shape[1]) * pitch, pitch)
 
+    def _require_open(self) -> None:
+        if self._tensors and not self._blocks:
+            raise GenerationError("the engine is closed; open the bundle again")
+
     def _check_slots(self, end: int) -> None:
+        self._require_open()
         assert 0 <= end <= self.capacity, f"{end} slots of a row of {self.capacity}"
 
     def _shape(self, tensor: IoTensor, capacity: int) -> tuple[int, ...]:

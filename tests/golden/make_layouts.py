@@ -304,7 +304,13 @@ CASES: list[tuple[str, list[Node], str, int | None, bool]] = [
     ),
     ("a snapshot of another name", [*blobs(), *snapshot(f"{NAME}/snapshot/1")], f"{NAME}/snapshot/1", None, False),
     # Files that a graph names.
-    ("a data file outside the folder", named(f"../{WEIGHTS}", "initializer", file(WEIGHTS, DATA)), "bundle", None, False),
+    (
+        "a data file outside the folder",
+        named(f"../{WEIGHTS}", "initializer", file(WEIGHTS, DATA)),
+        "bundle",
+        None,
+        False,
+    ),
     ("an absolute data file", named(f"/{WEIGHTS}"), "bundle", None, False),
     ("a data file that isn't listed", named("w", "initializer", file("bundle/w", DATA)), "bundle", None, False),
     (

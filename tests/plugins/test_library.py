@@ -245,6 +245,17 @@ def test_a_full_disk_and_ctrl_c_leave_the_standing_library(tmp_path, monkeypatch
         assert sorted(path.name for path in out.iterdir()) == ["build", library.FILE_NAME]
 
 
+def test_a_build_folder_of_another_project_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(library.aot, "build", lambda *_, **__: pytest.fail("something was built"))
+    project = tmp_path / "build"
+    (project / "cmake").mkdir(parents=True)
+    for name in ("cmake/mine.txt", "CMakeCache.txt"):
+        (project / name).write_text("mine")
+    with pytest.raises(BuildError, match=r"holds files that no build of the plugins writes \(CMakeCache\.txt\)"):
+        build_library(tmp_path, ["8.9"])
+    assert sorted(path.name for path in project.rglob("*")) == ["CMakeCache.txt", "cmake", "mine.txt"]
+
+
 @pytest.mark.parametrize(
     ("there", "message"),
     [([], "no cmake; install it with `pip install 'qwen-aot[plugins]'`"), (["cmake"], "no C++ compiler; install one")],

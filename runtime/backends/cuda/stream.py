@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.backends.cuda.runtime import Cuda, CudaError
 
 __all__ = ["CudaStream"]
@@ -44,7 +45,7 @@ class CudaStream:
         Raises:
             CudaError: there is none.
         """
-        address = int(self._cuda.call("cudaMalloc", max(count, 1)))
+        address = int(self._call("cudaMalloc", max(count, 1)))
         self._device.append(address)
         return address
 
@@ -54,7 +55,7 @@ class CudaStream:
         Raises:
             CudaError: there is none.
         """
-        address = int(self._cuda.call("cudaMallocHost", count))
+        address = int(self._call("cudaMallocHost", count))
         self._pinned.append(address)
         memory = np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(address))
         memory[:] = 0
@@ -63,25 +64,25 @@ class CudaStream:
     def copy_to_device(self, address: int, source: NDArray[Any]) -> None:
         """Copies a C-contiguous array of pinned memory to the device."""
         kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._cuda.call("cudaMemcpyAsync", address, source.ctypes.data, source.nbytes, kind, self._stream)
+        self._call("cudaMemcpyAsync", address, source.ctypes.data, source.nbytes, kind, self._stream)
 
     def copy_to_host(self, target: NDArray[Any], address: int) -> None:
         """Copies device memory into a C-contiguous array of pinned memory."""
         kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._cuda.call("cudaMemcpyAsync", target.ctypes.data, address, target.nbytes, kind, self._stream)
+        self._call("cudaMemcpyAsync", target.ctypes.data, address, target.nbytes, kind, self._stream)
 
     def zero(self, address: int, count: int) -> None:
         """Fills `count` bytes of device memory with zeros."""
-        self._cuda.call("cudaMemsetAsync", address, 0, count, self._stream)
+        self._call("cudaMemsetAsync", address, 0, count, self._stream)
 
     def zero_blocks(self, address: int, *, stride: int, width: int, blocks: int) -> None:
         """Fills the first `width` of each `stride` bytes with zeros, `blocks` times."""
-        self._cuda.call("cudaMemset2DAsync", address, stride, 0, width, blocks, self._stream)
+        self._call("cudaMemset2DAsync", address, stride, 0, width, blocks, self._stream)
 
     def copy_blocks(self, target: int, source: int, *, stride: int, width: int, blocks: int) -> None:
         """Copies the first `width` of each `stride` bytes of device memory, `blocks` times; they don't overlap."""
         kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self._cuda.call("cudaMemcpy2DAsync", target, stride, source, stride, width, blocks, kind, self._stream)
+        self._call("cudaMemcpy2DAsync", target, stride, source, stride, width, blocks, kind, self._stream)
 
     def synchronize(self) -> None:
         """Waits for everything asked for so far.
@@ -89,7 +90,7 @@ class CudaStream:
         Raises:
             CudaError: some of it failed.
         """
-        self._cuda.call("cudaStreamSynchronize", self._stream)
+        self._call("cudaStreamSynchronize", self._stream)
 
     def drain(self) -> None:
         """Waits after a failure, so that no copy is still at work on host memory; a further failure is noted only."""
@@ -106,15 +107,15 @@ class CudaStream:
         """
         # Thread-local: what other threads of the process allocate meanwhile doesn't end the capture.
         mode = self._cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._cuda.call("cudaStreamBeginCapture", self._stream, mode)
+        self._call("cudaStreamBeginCapture", self._stream, mode)
         try:
             work()
         except BaseException:
             self._end_broken_capture()
             raise
-        graph = self._cuda.call("cudaStreamEndCapture", self._stream)
+        graph = self._call("cudaStreamEndCapture", self._stream)
         try:
-            executable = self._cuda.call("cudaGraphInstantiate", graph, 0)
+            executable = self._call("cudaGraphInstantiate", graph, 0)
         finally:
             self._release("cudaGraphDestroy", graph)
         self._graphs.append(executable)
@@ -122,12 +123,21 @@ class CudaStream:
 
     def launch(self, executable: Any) -> None:
         """Runs a captured graph."""
-        self._cuda.call("cudaGraphLaunch", executable, self._stream)
+        self._call("cudaGraphLaunch", executable, self._stream)
 
     def destroy_graph(self, executable: Any) -> None:
         """Frees a captured graph; nothing of it may be at work."""
         self._graphs.remove(executable)
         self._release("cudaGraphExecDestroy", executable)
+
+    def require_open(self) -> None:
+        """The memory of this stream is still there, pinned host memory too.
+
+        Raises:
+            GenerationError: the stream was closed.
+        """
+        if self._stream is None:
+            raise GenerationError("the engine is closed; open the bundle again")
 
     def close(self) -> None:
         """Frees graphs, memory and the stream, whatever failed before. Whoever uses the memory must be gone."""
@@ -143,10 +153,15 @@ class CudaStream:
             stream, self._stream = self._stream, None
             self._release("cudaStreamDestroy", stream)
 
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """A call while the stream is open: without one CUDA would take its default stream, and memory that is gone."""
+        self.require_open()
+        return self._cuda.call(name, *arguments)
+
     def _end_broken_capture(self) -> None:
         """Gives the stream back after work that failed in the middle of a capture."""
         try:
-            graph = self._cuda.call("cudaStreamEndCapture", self._stream)
+            graph = self._call("cudaStreamEndCapture", self._stream)
         except CudaError:
             return  # the capture was invalid already, and there is no graph
         if int(graph) != 0:

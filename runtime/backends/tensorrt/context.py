@@ -72,6 +72,7 @@ class Context:
         Raises:
             GenerationError: the library refuses one.
         """
+        self._require_open()
         bound, self._shape = self._shape, None  # None as long as it is half done
         if bound == shape:
             self._shape = shape
@@ -103,6 +104,7 @@ class Context:
         Raises:
             GenerationError: the library refuses; some of the step may have been asked for.
         """
+        self._require_open()
         if not self._raw.execute_async_v3(self._stream.handle):
             raise GenerationError(
                 f"{self._library.flavour.title} failed to start a step: {self._library.take_errors()}. If it comes "
@@ -112,6 +114,10 @@ class Context:
     def close(self) -> None:
         """Ends the library's object."""
         self._raw = None
+
+    def _require_open(self) -> None:
+        if self._raw is None:
+            raise GenerationError("the engine is closed; open the bundle again")
 
     def _set(self, call: str, name: str, value: Any) -> None:
         if not getattr(self._raw, call)(name, value):

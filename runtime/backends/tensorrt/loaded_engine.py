@@ -118,6 +118,7 @@ class LoadedEngine:
         Raises:
             GenerationError: there is none.
         """
+        self._require_open()
         self._activations = self._stream.allocate(self._engine.device_memory_size_v2)
 
     def make_context(self, profile: int, *, captures_graphs: bool = False) -> Context:
@@ -130,6 +131,7 @@ class LoadedEngine:
         Raises:
             GenerationError: the library refuses.
         """
+        self._require_open()
         self._library.take_errors()
         context = Context(self._library, self._stream, self._create(captures_graphs))
         self._contexts.append(context)
@@ -157,6 +159,10 @@ class LoadedEngine:
                 self._runtime_cache.close()
             self._engine = None
             self._runtime = None
+
+    def _require_open(self) -> None:
+        if self._engine is None:
+            raise GenerationError("the engine is closed; open the bundle again")
 
     def _create(self, captures_graphs: bool) -> Any:
         api = self._library.api

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
+import stat
 from pathlib import Path
 from typing import Any
 
 from qwen_aot.runtime.backends.cuda.runtime import Cuda
 from qwen_aot.runtime.backends.tensorrt.library import Library
+from qwen_aot.whole_file import write_whole
 
 __all__ = ["RuntimeCache", "cache_file"]
 
@@ -104,8 +105,11 @@ class RuntimeCache:
 
 
 def _read(path: Path) -> bytes | None:
-    """What was written for the library; None: no file, or not as it was written."""
+    """What was written for the library; None: no file, or not as it was written, or by others."""
     try:
+        if not (_is_own(path.parent) and _is_own(path)):
+            logger.warning("%s isn't read: others may write it, and it holds code", path)
+            return None
         content = path.read_bytes()
     except OSError:
         return None
@@ -116,17 +120,16 @@ def _read(path: Path) -> bytes | None:
     return content[start:]
 
 
+def _is_own(path: Path) -> bool:
+    """Whether nobody but this user can have written it: compiled kernels run with the user's rights on the GPU."""
+    found = path.lstat()
+    return found.st_uid == os.geteuid() and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) == 0
+
+
 def _write(path: Path, content: bytes) -> None:
     """Puts a whole file in place, and drops the oldest ones beside it beyond MAX_FILES."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", dir=path.parent)
-    beside = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(path, content, mode=0o600)
     files = sorted(path.parent.glob("*.bin"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
     for old in files[MAX_FILES:]:
         old.unlink(missing_ok=True)

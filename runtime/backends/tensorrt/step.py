@@ -76,6 +76,7 @@ class TensorRtStep:
             GenerationError: the GPU or TensorRT failed.
         """
         self._cuda.check_usable()
+        self._stream.require_open()
         rows, tokens = token_ids.shape
         lengths = self._cache.lengths[first_row : first_row + rows]
         buffers, count = self._buffers, rows * tokens

@@ -289,3 +289,91 @@ def test_read_only_folder(tmp_path: Path) -> None:
     finally:
         tmp_path.chmod(0o755)
     assert assert_whole(out) == "old"
+
+
+def replaced(out: Path) -> str:
+    """Why a build over this is refused; all that is there stays as it was."""
+    before = {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()}
+    with pytest.raises(BuildError) as caught:
+        write(out, "new")
+    assert {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()} == before
+    return str(caught.value)
+
+
+def test_a_manifest_of_others_that_lists_its_files_is_no_bundle(tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    out.mkdir()
+    (out / "photo.jpg").write_text("mine")
+    (out / "manifest.json").write_text('{"files": {"photo.jpg": {}}}')
+    assert "isn't a bundle's manifest" in replaced(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("tokenizer.json", '{"edited": 1}'), ("tokenizer.json", "[]"), ("model.onnx", "")]
+)
+def test_a_file_that_someone_changed_is_not_replaced(tmp_path: Path, name: str, content: str) -> None:
+    write(tmp_path / "bundle", "old")
+    (tmp_path / "bundle" / name).write_text(content)
+    assert f"{name} isn't as the build wrote it" in replaced(tmp_path / "bundle")
+
+
+def test_a_folder_of_a_files_name_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    write(out, "old")
+    (out / "model.onnx").unlink()
+    (out / "model.onnx").mkdir()
+    (out / "model.onnx" / "mine").touch()
+    assert "model.onnx isn't as the build wrote it" in replaced(out)
+
+
+def test_a_file_that_is_gone_is_no_reason(tmp_path: Path) -> None:
+    write(tmp_path / "bundle", "old")
+    (tmp_path / "bundle" / "tokenizer.json").unlink()
+    write(tmp_path / "bundle", "new")
+    assert assert_whole(tmp_path / "bundle") == "new"
+
+
+def test_what_comes_there_during_the_build_is_not_lost(tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    write(out, "old")
+    with pytest.raises(BuildError, match=r"doesn't list \(notes\.txt\)"), BundleWriter(out) as writer:
+        writer.write_text("model.onnx", "new")
+        writer.write_text("tokenizer.json", "{}")
+        writer.seal(manifest_for)
+        (out / "notes.txt").write_text("mine")
+        writer.commit()
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    assert assert_whole(out) == "old"
+    assert neighbours(out) == []
+
+
+@pytest.mark.parametrize("name", [".bundle.building", ".bundle.old"])
+def test_a_folder_that_no_build_left_is_in_the_way(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine").touch()
+    assert f"{name} is in the way, and no build left it" in replaced(tmp_path / "bundle")
+    assert neighbours(tmp_path / "bundle") == [name]
+
+
+def test_a_lock_file_that_is_something_else(tmp_path: Path) -> None:
+    (tmp_path / ".bundle.lock").write_text("my own notes")
+    assert ".bundle.lock is in the way, and no build left it" in replaced(tmp_path / "bundle")
+
+
+def test_leftovers_that_could_not_be_deleted_are_told_by_their_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "bundle"
+    write(out, "old")
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch, BundleWriter(out) as writer:
+        writer.write_text("model.onnx", "half")
+        patch.setattr("shutil.rmtree", refuse)
+    assert neighbours(out) == [".bundle.building", ".bundle.lock"]
+    write(out, "new")
+    assert assert_whole(out) == "new"
+    assert neighbours(out) == []

@@ -81,7 +81,10 @@ def layout(what: str, root: Path) -> Path:
         ("a snapshot that was copied with its links", "of a hub's snapshot, links may lead to the same model's blobs"),
         ("a manifest linked from outside", r"manifest\.json is a link to .*/m/manifest\.json, outside the bundle"),
         ("a changed blob whose hash is skipped", "is damaged or was changed: its SHA-256 is"),
-        ("a data file outside the folder", r"names the data file '\.\./model\.onnx\.data'; accepted: a file that manifest\.json lists"),
+        (
+            "a data file outside the folder",
+            r"names the data file '\.\./model\.onnx\.data'; accepted: a file that manifest\.json lists",
+        ),
         ("a graph that is something else", r"model\.onnx isn't an ONNX model, or is damaged \("),
     ],
 )

@@ -40,6 +40,21 @@ def test_saves_the_conversation(run: Run, bundle: Path, tmp_path: Path) -> None:
     assert [message["content"] for message in messages if message["role"] != "assistant"] == ["Be brief.", "One", "Two"]
 
 
+def test_a_file_that_is_no_conversation_is_not_overwritten(run: Run, bundle: Path, tmp_path: Path) -> None:
+    others = {"notes.txt": "mine", "a.json": '{"role": "x"}', "b.json": "[1]", "c.json": '[{"role": "x"}]'}
+    for name, text in others.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "again.json").write_text('[{"role": "user", "content": "of another day"}]')
+    names = [*others, "folder", "again.json"]
+    result = run("chat", bundle, *SHORT, input="One\n" + "".join(f"/save {tmp_path / name}\n" for name in names))
+    said = " ".join(result.stdout.split())  # a path may break the line anywhere
+    assert said.count("is there and is no saved conversation; give another name") == len(others) + 1
+    assert {name: (tmp_path / name).read_text() for name in others} == others
+    assert json.loads((tmp_path / "again.json").read_text())[0] == {"role": "user", "content": "One"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
 def test_clear_and_system_start_anew(run: Run, bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "chat.json"
     run("chat", bundle, *SHORT, input=f"One\n/clear\n/system Rhyme.\nTwo\n/save {file}\n")

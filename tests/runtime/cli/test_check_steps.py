@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_aot.errors import BuildError
 from qwen_aot.runtime.cli.check_steps import (
     Failure,
     Outcome,
@@ -14,6 +15,7 @@ from qwen_aot.runtime.cli.check_steps import (
     Step,
     StepResult,
     has_passed,
+    report_files,
     run_steps,
     write_report,
 )
@@ -87,6 +89,39 @@ def result(outcome: Outcome, uses_gpu: bool = True) -> StepResult:
 )
 def test_the_verdict_needs_a_step_on_the_gpu_and_no_failure(results: list[StepResult], verdict: bool) -> None:
     assert has_passed(results) is verdict
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("r.md", "# my notes\n"),
+        ("r.md", "# qwen-aot gpu-check and more\n"),
+        ("r.json", "{}"),
+        ("r.json", '{"passed": true, "machine": {}, "steps": [], "mine": 1}'),
+        ("r.json", "no JSON"),
+        ("r.json", None),
+    ],
+)
+def test_a_file_that_is_no_report_is_not_overwritten(tmp_path: Path, name: str, content: str | None) -> None:
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text(content)
+    for act in (lambda: report_files(tmp_path / "r"), lambda: write_report(tmp_path / "r", {}, [])):
+        with pytest.raises(
+            BuildError, match=rf"{name} is there and is no report of gpu-check; give another name with -o"
+        ):
+            act()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert content is None or (tmp_path / name).read_text() == content
+
+
+def test_a_report_replaces_a_report(tmp_path: Path) -> None:
+    write_report(tmp_path / "r", {"gpus": ["one"]}, run_steps(STEPS))
+    as_json, as_text = write_report(tmp_path / "r", {"gpus": ["two"]}, run_steps(STEPS[:1]))
+    assert json.loads(as_json.read_text())["machine"] == {"gpus": ["two"]}
+    assert "**passed**" in as_text.read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "r.md"]
 
 
 def test_the_report_as_json_and_text(tmp_path: Path) -> None:

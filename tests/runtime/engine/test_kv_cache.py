@@ -2,6 +2,7 @@
 
 import errno
 import mmap
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -214,3 +215,22 @@ def test_scrubbing_clears_what_a_step_may_have_written_and_no_more() -> None:
 def _resident_bytes() -> int:
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * mmap.PAGESIZE
+
+
+def test_a_cache_that_was_released_refuses_everything() -> None:
+    cache = KvCache(TENSORS, max_batch=2, max_capacity=2048, memory=EagerMemory())
+    cache.release()
+    calls: list[Callable[[], object]] = [
+        lambda: cache.reserve(1),
+        lambda: cache.reserve(2000),
+        lambda: cache.scrub(0, 1),
+        lambda: cache.copy_row(0, 1, 0),
+        lambda: cache.copy_row(0, 1, 1),
+        lambda: cache.regions(0, 1),
+        lambda: cache.views(0, 1),
+    ]
+    for call in calls:
+        with pytest.raises(GenerationError, match="the engine is closed; open the bundle again"):
+            call()
+    cache.release()
+    assert cache.nbytes == 0

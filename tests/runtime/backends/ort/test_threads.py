@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -225,3 +229,47 @@ def test_no_step_allocates_or_moves_the_cache(engine: OnnxRuntimeEngine) -> None
     for _ in range(20):
         engine.decode(0, ids(1, -1, 2, 3))
     assert engine.cache.regions(0, 4) == before
+
+
+# Ends the interpreter with a generator in each state; what is left is freed in whatever order Python takes.
+AT_EXIT = textwrap.dedent(
+    """
+    import sys, threading
+    from qwen_aot.runtime.generation.config import GenerationConfig
+    from qwen_aot.runtime.generation.generator import Generator
+
+    generator = Generator.open(sys.argv[1], threads=1)
+    config = GenerationConfig(max_new_tokens=900, temperature=0.0)
+    steps = generator.engine.decode
+    running = threading.Event()
+
+    def decode(*arguments):
+        running.set()
+        return steps(*arguments)
+
+    generator.engine.decode = decode
+    if sys.argv[2] == "in a thread's step":
+        threading.Thread(target=generator.generate, args=([[1, 2]], config), daemon=True).start()
+        assert running.wait(20)
+    elif sys.argv[2] == "in a stream":
+        from qwen_aot.runtime.generation.request import Request
+        stream = generator.stream([Request([1, 2], config)])
+        next(stream)
+    elif sys.argv[2] == "closed":
+        generator.close()
+        generator.close()
+    print("end", flush=True)
+    """
+)
+
+
+@pytest.mark.parametrize("state", ["open", "closed", "in a stream", "in a thread's step"])
+def test_the_interpreter_ends_quietly(bundle: Path, state: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT_EXIT, str(bundle), state],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")

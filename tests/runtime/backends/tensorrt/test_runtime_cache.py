@@ -107,6 +107,44 @@ def test_each_gpu_version_and_engine_has_its_own_file(bundle: Path, tmp_path: Pa
     assert cache_file(sha256, "8.9", "1.7.1.116") != cache_file(sha256, "8.9", "1.8.0.1")
 
 
+def _of_another_user(path: Path) -> None:
+    os.chown(path, 65534, -1)
+
+
+def _for_the_group(path: Path) -> None:
+    path.chmod(path.stat().st_mode | 0o020)
+
+
+def _for_all(path: Path) -> None:
+    path.chmod(path.stat().st_mode | 0o002)
+
+
+def _a_link(path: Path) -> None:
+    """To a file of this user's own, in a folder that others may write: `path` itself tells nothing of who made it."""
+    target = path.with_name("target")
+    path.rename(target)
+    path.symlink_to(target)
+    os.chown(path, 65534, -1, follow_symlinks=False)
+
+
+@pytest.mark.parametrize("open_to_others", [_of_another_user, _for_the_group, _for_all, _a_link])
+@pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
+def test_kernels_that_others_could_write_are_not_run(
+    bundle: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    open_to_others: Callable[[Path], None],
+    is_folder: bool,
+) -> None:
+    if os.geteuid() != 0 and open_to_others in (_of_another_user, _a_link):
+        pytest.skip("giving a file away needs root")
+    compiled(bundle, tmp_path)
+    (file,) = files(tmp_path)
+    open_to_others(file.parent if is_folder else file)
+    assert len(compiled(bundle, tmp_path)) == 2
+    assert f"{file} isn't read: others may write it" in caplog.text
+
+
 def test_a_folder_that_cannot_be_made(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "qwen-aot").write_text("a file stands there")
     assert len(compiled(bundle, tmp_path)) == 2
