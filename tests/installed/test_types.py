@@ -14,12 +14,24 @@ REVEALED = {
     'qwen_aot.build_bundle("c", qwen_aot.BuildSpec(), "b")': "qwen_aot.engines.build.BuildReport",
     'qwen_aot.open_checkpoint("c")': "qwen_aot.exporter.checkpoint.base.Checkpoint",
     "qwen_aot.GenerationConfig().temperature": "float",
+    'qwen_aot.load("bundle").generate("a", max_new_tokens=3)': "qwen_aot.runtime.generation.request.Completion",
+    'qwen_aot.load("bundle").generate([1, 2])': "qwen_aot.runtime.generation.request.Completion",
     'qwen_aot.load("bundle").generate(["a"])[0]': "qwen_aot.runtime.generation.request.Completion",
+    'qwen_aot.load("bundle").generate([[1], [2]])[0]': "qwen_aot.runtime.generation.request.Completion",
+    'qwen_aot.load("bundle").generate("a", n=2)[0]': "qwen_aot.runtime.generation.request.Completion",
+    'qwen_aot.load("bundle").generate(["a"], n=2)[0][0]': "qwen_aot.runtime.generation.request.Completion",
+    'qwen_aot.load("bundle").chat([])': "qwen_aot.runtime.generation.request.Completion",
+    'qwen_aot.load("bundle").chat([], n=2)[0]': "qwen_aot.runtime.generation.request.Completion",
+    'qwen_aot.GenerationService(qwen_aot.load("b")).submit("a").result()': (
+        "qwen_aot.runtime.generation.request.Completion"
+    ),
     "qwen_aot.__version__": "str",
 }
 WRONG = {
     "qwen_aot.load(3)": "arg-type",
     'qwen_aot.load("bundle").token_count': "attr-defined",
+    'qwen_aot.load("bundle").generate("a", max_tokens=3)': "call-overload",
+    'qwen_aot.load("bundle").generate("a", top_p="high")': "call-overload",
     'qwen_aot.build_bundle("c", "int4", "b")': "arg-type",
     "qwen_aot.build_bundel": "attr-defined",
     "qwen_aot.GenerationConfig(temprature=1.0)": "call-arg",
