@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.installed.environments import run
 
+PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 REVEALED = {
     'qwen_aot.load("bundle")': "qwen_aot.runtime.generation.generator.Generator",
     'qwen_aot.build_bundle("c", qwen_aot.BuildSpec(), "b")': "qwen_aot.engines.build.BuildReport",
@@ -46,10 +48,17 @@ def output(device: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (folder / "right.py").write_text(f"import qwen_aot\n{lines}")
     lines = "".join(f"{expression}\n" for expression in WRONG)
     (folder / "wrong.py").write_text(f"import qwen_aot\n{lines}")
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (folder / "page.py").write_text("\n".join(blocks), encoding="utf-8")
     mypy = (sys.executable, "-m", "mypy", "--strict", "--python-executable", device, "--no-pretty")
-    done = run(*mypy, "--config-file=", "--cache-dir", folder / "cache", "right.py", "wrong.py", cwd=folder)
+    done = run(*mypy, "--config-file=", "--cache-dir", folder / "cache", "right.py", "wrong.py", "page.py", cwd=folder)
     assert done.stderr == ""
     return done.stdout.splitlines()
+
+
+def test_the_examples_of_the_docs_are_typed(output: list[str]) -> None:
+    assert [line for line in output if line.startswith("page.py")] == []
+    assert output[-1].endswith("(checked 3 source files)")
 
 
 def test_names_have_their_types(output: list[str]) -> None:
