@@ -1,4 +1,4 @@
-"""docs/python.md: every block runs, in one program, on a tiny bundle. (tests/installed/test_types.py checks its types.)"""
+"""docs/python.md: every block runs, in one program, on a tiny bundle; tests/installed/test_types.py checks types."""
 
 from __future__ import annotations
 
