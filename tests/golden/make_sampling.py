@@ -194,6 +194,9 @@ def main() -> None:
     cases += [make_case(f"ties, {settings}", tied, settings, prompt=[0]) for settings in cuts]
     cases.append(make_case("a tie that a penalty breaks", tied, {"presence_penalty": 0.5}, output=[1, 1, 3]))
     cases.append(make_case("one token", [0.25], {"min_p": 1.0, "top_k": 1, "presence_penalty": 2.0}, output=[0]))
+    spread = [float(f"{np.log(p):.6g}") for p in (0.5, 0.3, 0.1, 0.06, 0.04)]
+    # Min-p first would leave 0.9 of the probability, of which the first two are 0.85.
+    cases.append(make_case("top_p goes before min_p", spread, {"top_p": 0.85, "min_p": 0.15}))
     cases.append(make_case("weights that are 0", [0.0, -200.0, -3.0], {"top_p": 0.99, "suppress_tokens": [2]}))
     for number, settings in enumerate(LARGE):
         row = {"size": WHOLE, "seed": number, "peaks": [[70_000, 17.5], [11, 16.0], [151_000, 14.25], [9000, 12.0]]}

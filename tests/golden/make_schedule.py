@@ -351,6 +351,12 @@ CASES = [
     case("choices in one row", 1, 512, [request([[1, 9]], 3, n=3), request([[2, 5]], 2)]),
     case("choices of one token", 3, 512, [request([[1, 9]], 1, n=4), request([[2, 5]], 2)]),
     case("choices go before who came later", 3, 512, [request([[1, 70]], 4, n=3)] + [request([[2, 5]], 9)] * 3),
+    case(
+        "a free row goes to a choice before a request that waits",
+        2,
+        64,
+        [request([[1, 100]], 9, n=3), request([[2, 5]], 3), request([[3, 5]], 3)],
+    ),
     case("a step admits until enough is copied", 6, 512, [request([[1, 600]], 6, n=5), request([[2, 5]], 3)]),
     case("choices of two requests", 3, 64, [request([[1, 100]], 4, n=3), request([[2, 30]], 4, n=2)]),
     case("choices are cancelled in rows and before", 2, 512, [request([[1, 9]], 9, n=4, cancelled=3)]),

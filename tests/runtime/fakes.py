@@ -16,7 +16,8 @@ from tests.runtime.toys import checksum
 class FakeEngine:
     """An engine whose next token is a function of the row's tokens; it remembers what it was asked.
 
-    A row that is fed a `poison` has logits that aren't finite.
+    Logits that it gave are NaN once it is asked for others: a real one's memory then holds something else. A row that
+    is fed a `poison` has logits that aren't finite.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class FakeEngine:
         self.decodes: list[tuple[int, list[int]]] = []
         self.copies: list[tuple[int, int, int]] = []
         self.is_closed = False
+        self._given: NDArray[np.float32] = np.empty(0, np.float32)
 
     @property
     def manifest(self) -> Manifest:
@@ -48,13 +50,16 @@ class FakeEngine:
 
     def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         assert len(token_ids) > 0
+        self._given.fill(np.nan)
         self.prefills.append((row, token_ids.tolist()))
         if not self._poison.isdisjoint(token_ids.tolist()):
             raise NonFiniteLogitsError([row])
         self._append(row, token_ids.tolist())
-        return self._logits(row)
+        self._given = self._logits(row)
+        return self._given
 
     def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        self._given.fill(np.nan)
         self.decodes.append((first_row, token_ids.tolist()))
         poisoned = [first_row + offset for offset, id_ in enumerate(token_ids.tolist()) if id_ in self._poison]
         if poisoned:
@@ -64,6 +69,7 @@ class FakeEngine:
             if token_id >= 0:
                 self._append(first_row + offset, [token_id])
                 logits[offset] = self._logits(first_row + offset)
+        self._given = logits
         return logits
 
     def truncate(self, row: int, length: int) -> None:

@@ -101,7 +101,7 @@ def test_an_engine_of_an_unknown_kind(path: Path) -> None:
 def test_python_memory_is_flat_over_a_thousand_generations() -> None:
     engine = FakeEngine(make_manifest(max_batch=2, max_context=60))
     generator = Generator(engine)
-    config = GenerationConfig(max_new_tokens=4, temperature=1.0, repetition_penalty=1.1, seed=1, logprobs=2)
+    config = GenerationConfig(max_new_tokens=4, temperature=1.0, repetition_penalty=1.1, seed=1, logprobs=2, n=2)
 
     def generate(times: int) -> None:
         for i in range(times):

@@ -37,6 +37,34 @@ def test_greedy_ids_are_those_of_transformers(run: Run, bundle: Path, checkpoint
     assert answer["decode_tokens_per_second"] > 0
 
 
+def test_knobs_are_those_of_transformers(bundle: Path, checkpoint: Path) -> None:
+    """Whole answers of a real engine: greedy with all that changes logits, and a prompt's log-probabilities."""
+    ids = [5, 9, 77, 30, 200, 41]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    plain = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    first, second, *_ = plain[0, len(ids) :].tolist()
+    theirs = {"repetition_penalty": 1.3, "suppress_tokens": [first], "sequence_bias": [[[second], 0.5], [[77], -2.0]]}
+    expected = model.generate(
+        torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0, **theirs
+    )
+    with torch.no_grad():
+        scores = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
+    with Generator.open(bundle) as generator:
+        config = generator.defaults.resolve(
+            temperature=0, max_new_tokens=12, ignore_eos=True, repetition_penalty=1.3, suppress_tokens=[first],
+            logit_bias={second: 0.5, 77: -2.0}, n=3, prompt_logprobs=2,
+        )  # fmt: skip
+        completions = generator.generate([ids], config)
+    assert [completion.choice for completion in completions] == [0, 1, 2]
+    for completion in completions:
+        assert list(completion.token_ids) == expected[0, len(ids) :].tolist()
+        assert completion.prompt_logprobs is not None and completion.prompt_logprobs[0] is None
+        for place, found in enumerate(completion.prompt_logprobs[1:], 1):
+            assert found is not None and found.token == pytest.approx(float(scores[place - 1, ids[place]]), abs=1e-4)
+            assert found.top[0][1] == pytest.approx(float(scores[place - 1].max()), abs=1e-4)
+    assert first not in completions[0].token_ids
+
+
 def test_text_streams_to_stdout_and_speed_to_stderr(run: Run, bundle: Path) -> None:
     given = ("generate", bundle, "--temperature", 0, "--max-new-tokens", 8, "--ignore-eos")
     result = run(*given, "--prompt", "The quick brown")

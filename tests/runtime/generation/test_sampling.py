@@ -148,6 +148,15 @@ def test_top_p_of_a_whole_vocabulary_is_the_sorted_one(p: float, spread: float) 
     assert kept == sorted(order[: len(kept)].tolist())
 
 
+def test_top_p_leaves_out_what_has_no_weight() -> None:
+    # Nearly all of the probability is asked for, of more tokens than are sorted.
+    logits = np.full(5000, -30.0, np.float32)
+    logits[7] = 0
+    logits[100:200] = -np.inf
+    kept = ids_of(top_p(Candidates(None, logits), 1 - 1e-10))
+    assert 7 in kept and len(kept) > 2000 and not set(kept) & set(range(100, 200))
+
+
 @example(logits=[0.0, 0.5, 1.5e-12], k=0, p=0.5)  # weights that are equal once rounded
 @given(
     logits=st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40),
