@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("name", qwen_aot.__all__)
 def test_every_public_name_resolves_and_is_documented(name: str) -> None:
     value = getattr(qwen_aot, name)
-    if name != "__version__":
+    if name not in ("__version__", "Event", "EventStream", "Message", "Prompt"):  # a text, and names of types
         assert value.__doc__
 
 
@@ -84,6 +84,34 @@ def test_importing_loads_nothing_heavy() -> None:
 def test_an_unknown_name() -> None:
     with pytest.raises(AttributeError, match="module 'qwen_aot' has no attribute 'nothing'"):
         qwen_aot.nothing  # noqa: B018
+
+
+def test_load_hands_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The threads reach the engine, and what is hashed the reader of the bundle."""
+    from qwen_aot.runtime.generation import generator
+    from tests.runtime.fakes import FakeEngine
+    from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest, write_bundle
+
+    inputs, outputs = io_tables(ALL_INPUTS, "float32")
+    manifest = make_manifest(inputs=inputs, outputs=outputs)
+    folder = write_bundle(tmp_path / "bundle", checksum_model(inputs, outputs), manifest)
+    seen: dict[str, object] = {}
+
+    def open_engine(bundle: object, **options: object) -> FakeEngine:
+        seen.update(options)
+        return FakeEngine(manifest)
+
+    load_bundle = generator.load_bundle
+
+    def load(path: object, **options: object) -> object:
+        seen.update(options)
+        return load_bundle(path)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generator, "open_engine", open_engine)
+    monkeypatch.setattr(generator, "load_bundle", load)
+    with qwen_aot.load(folder, threads=3, skip_hash_above=7) as opened:
+        assert list(opened.generate([1, 2], max_new_tokens=1).token_ids) == [5]
+    assert seen == {"threads": 3, "skip_hash_above": 7}
 
 
 def test_load_opens_a_bundle() -> None:

@@ -13,10 +13,10 @@ from qwen_aot.errors import ContextFullError, GenerationError
 from qwen_aot.runtime.backends.open import open_engine
 from qwen_aot.runtime.bundle.load import load_bundle
 from qwen_aot.runtime.engine.protocol import Engine
+from qwen_aot.runtime.generation.arguments import Configs, Prompt, is_one_prompt, make_requests
 from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
 from qwen_aot.runtime.generation.driver import Driver
 from qwen_aot.runtime.generation.options import OPTION_NAMES, GenerationOptions, check_names, resolve_each
-from qwen_aot.runtime.generation.prompts import Configs, Prompt, is_one_prompt, make_requests
 from qwen_aot.runtime.generation.request import Completion, Event, Request
 from qwen_aot.runtime.text.chat_encoder import ChatEncoder
 from qwen_aot.runtime.text.chat_template import Message
@@ -225,7 +225,7 @@ class Generator:
         """
         if isinstance(prompts, Request):
             prompts = [prompts]
-        if not isinstance(prompts, str) and any(isinstance(each, Request) for each in prompts):
+        if isinstance(prompts, Sequence) and any(isinstance(each, Request) for each in prompts):
             requests = [each for each in prompts if isinstance(each, Request)]
             if len(requests) < len(prompts) or config is not None or cancel is not None or options:
                 raise GenerationError("a Request holds its own settings: give only Requests, or prompts with options")

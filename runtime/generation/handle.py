@@ -25,6 +25,8 @@ class Channel:
     Attributes:
         request: with a `cancel` of its own, which only the worker sets.
         prompt_ids: its prompt.
+        choices: completions that end it.
+        left: those that the worker hasn't seen.
         events: so far, in order.
         completions: those among them.
     """
@@ -35,12 +37,12 @@ class Channel:
         Args:
             request: as above.
             prompt_ids: as above.
-            choices: completions that end it.
+            choices: as above.
             cancel: the caller's own.
         """
         self.request = request
         self.prompt_ids = prompt_ids
-        self.choices = choices
+        self.choices = self.left = choices
         self.events: list[Event] = []
         self.completions: list[Completion] = []
         self._cancel = cancel

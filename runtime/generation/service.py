@@ -16,12 +16,12 @@ from types import TracebackType
 from typing import Any
 
 from qwen_aot.errors import GenerationError, QueueFullError, ServiceClosedError
+from qwen_aot.runtime.generation.arguments import Prompt, make_requests
 from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.driver import Driver
 from qwen_aot.runtime.generation.generator import Generator
 from qwen_aot.runtime.generation.handle import Channel, RequestHandle, settle
 from qwen_aot.runtime.generation.options import check_names
-from qwen_aot.runtime.generation.prompts import Prompt, make_requests
 from qwen_aot.runtime.generation.request import Completion, Event, Request
 from qwen_aot.runtime.text.chat_template import Message
 
@@ -354,7 +354,8 @@ class _Worker:
             channel = self._active[event.index]
             if isinstance(event, Completion):
                 self.ended_choices += 1
-                if len(channel.completions) + 1 == channel.choices:
+                channel.left -= 1
+                if channel.left == 0:
                     del self._active[event.index]
                     ended, prompt, cached = ended + 1, prompt + event.prompt_tokens, cached + event.cached_tokens
                 over.append((channel, event))

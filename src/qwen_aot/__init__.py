@@ -4,9 +4,8 @@ Example:
     >>> import qwen_aot
     >>> qwen_aot.build_bundle("Qwen1.5-0.5B-Chat", qwen_aot.BuildSpec(precision="int4"), "bundle")
     >>> with qwen_aot.load("bundle") as generator:
-    ...     print(generator.generate(["The capital of France is"])[0].text)
-    ...     for event in qwen_aot.Chat(generator).send("Hello"):
-    ...         print(event)
+    ...     print(generator.generate("The capital of France is", max_new_tokens=32).text)
+    ...     print(generator.chat([{"role": "user", "content": "Hello"}]).text)
 
 A device has no extra `build`, which `build_bundle`, `BuildReport` and `open_checkpoint` need. There these names give
 stand-ins: `from qwen_aot import *`, `help` and `hasattr` work as everywhere, and calling one raises `BuildError`, which
@@ -38,13 +37,21 @@ if TYPE_CHECKING:
         EngineMismatchError,
         ExportError,
         GenerationError,
+        QueueFullError,
+        ServiceClosedError,
     )
     from qwen_aot.exporter.checkpoint.open import open_checkpoint
     from qwen_aot.runtime.bundle.manifest import Manifest
+    from qwen_aot.runtime.generation.arguments import Prompt
     from qwen_aot.runtime.generation.chat import Chat
-    from qwen_aot.runtime.generation.config import GenerationConfig
-    from qwen_aot.runtime.generation.generator import Generator
-    from qwen_aot.runtime.generation.request import Completion, FinishReason, Request, TokenEvent
+    from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
+    from qwen_aot.runtime.generation.generator import EventStream, Generator
+    from qwen_aot.runtime.generation.handle import RequestHandle
+    from qwen_aot.runtime.generation.options import GenerationOptions
+    from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request, Timings, TokenEvent
+    from qwen_aot.runtime.generation.sampling import TokenLogprobs
+    from qwen_aot.runtime.generation.service import GenerationService, ServiceStatistics
+    from qwen_aot.runtime.text.chat_template import Message
 
     load = Generator.open
 
@@ -59,16 +66,29 @@ __all__ = [
     "ContextFullError",
     "DeployError",
     "EngineMismatchError",
+    "Event",
+    "EventStream",
     "ExportError",
     "FinishReason",
     "GenerationConfig",
+    "GenerationDefaults",
     "GenerationError",
+    "GenerationOptions",
+    "GenerationService",
     "Generator",
     "Manifest",
+    "Message",
     "Precision",
+    "Prompt",
+    "QueueFullError",
     "Request",
+    "RequestHandle",
+    "ServiceClosedError",
+    "ServiceStatistics",
     "Target",
+    "Timings",
     "TokenEvent",
+    "TokenLogprobs",
     "__version__",
     "build_bundle",
     "load",
@@ -84,10 +104,19 @@ _HOMES = {
     "Target": "qwen_aot.engines.spec.targets",
     "open_checkpoint": "qwen_aot.exporter.checkpoint.open",
     "Chat": "qwen_aot.runtime.generation.chat",
-    "GenerationConfig": "qwen_aot.runtime.generation.config",
-    **dict.fromkeys(("Generator", "load"), "qwen_aot.runtime.generation.generator"),
+    **dict.fromkeys(("GenerationConfig", "GenerationDefaults"), "qwen_aot.runtime.generation.config"),
+    "GenerationOptions": "qwen_aot.runtime.generation.options",
+    **dict.fromkeys(("GenerationService", "ServiceStatistics"), "qwen_aot.runtime.generation.service"),
+    **dict.fromkeys(("EventStream", "Generator", "load"), "qwen_aot.runtime.generation.generator"),
+    "RequestHandle": "qwen_aot.runtime.generation.handle",
+    "TokenLogprobs": "qwen_aot.runtime.generation.sampling",
+    "Prompt": "qwen_aot.runtime.generation.arguments",
+    "Message": "qwen_aot.runtime.text.chat_template",
     "Manifest": "qwen_aot.runtime.bundle.manifest",
-    **dict.fromkeys(("Completion", "FinishReason", "Request", "TokenEvent"), "qwen_aot.runtime.generation.request"),
+    **dict.fromkeys(
+        ("Completion", "Event", "FinishReason", "Request", "Timings", "TokenEvent"),
+        "qwen_aot.runtime.generation.request",
+    ),
 }
 _OTHER_NAMES = {"load": "Generator.open"}  # in their home, where they are called differently there
 

@@ -84,6 +84,24 @@ def test_a_full_context_is_a_note_and_the_chat_goes_on(run: Run, bundle: Path) -
     assert "[6 tokens" in result.stdout
 
 
+@pytest.mark.parametrize("options", [(), ("--allow-special-tokens",)])
+def test_special_tokens_in_a_message(
+    run: Run, bundle: Path, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen_aot.runtime.text.chat_encoder import ChatEncoder
+
+    seen = []
+    encode = ChatEncoder.encode
+
+    def remember(self: ChatEncoder, *arguments: object, **given: object) -> list[int]:
+        seen.append(given["allow_special_tokens"])
+        return encode(self, *arguments, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ChatEncoder, "encode", remember)
+    assert run("chat", bundle, *SHORT, *options, input="<|im_end|>\n/system Brief.\nHi\n").exit_code == 0
+    assert seen == [bool(options)] * 2
+
+
 def test_a_bundle_without_a_template_is_refused(run: Run, tmp_path: Path) -> None:
     from qwen_aot.engines.build import build_bundle
     from qwen_aot.engines.spec.build_spec import BuildSpec

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from qwen_aot.errors import ContextFullError, GenerationError
 from qwen_aot.runtime.engine.protocol import NonFiniteLogitsError
 from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
-from qwen_aot.runtime.generation.generator import Generator
+from qwen_aot.runtime.generation.generator import EventStream, Generator
+from qwen_aot.runtime.generation.options import OPTION_NAMES, GenerationOptions, resolve_each
 from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request, TokenEvent
 from tests.runtime.fakes import FakeEngine
 from tests.runtime.texts import byte_tokenizer
@@ -412,3 +413,127 @@ def test_defaults_of_a_bare_engine_are_greedy_with_the_models_eos() -> None:
 def test_what_is_neither_text_nor_ids_is_refused(prompt: object) -> None:
     with pytest.raises(GenerationError, match="accepted: text, or a list of token ids"):
         writer("x").generate([prompt])  # type: ignore[list-item]
+
+
+# What callers may give, and what they get for it.
+
+
+def test_one_prompt_gives_one_completion_and_several_a_list() -> None:
+    generator = writer("xyz")
+    assert generator.generate("A").text == "xyz"
+    assert generator.generate([65], max_new_tokens=2).text == "xy"
+    assert generator.generate(np.array([65])).text == "xyz"  # type: ignore[call-overload]
+    assert [c.text for c in generator.generate(["A", [66]])] == ["xyz"] * 2
+    assert [c.text for c in generator.generate(("A",))] == ["xyz"]
+
+
+@pytest.mark.parametrize("prompt", ["A", [65]])
+def test_with_n_each_prompt_has_a_list(prompt: str | list[int]) -> None:
+    generator = writer("xyz")
+    options = {"temperature": 2.0, "top_k": 3, "max_new_tokens": 3, "seed": 7}
+    three = generator.generate(prompt, n=3, **options)
+    assert [completion.choice for completion in three] == [0, 1, 2]
+    assert [c.index for group in generator.generate([prompt, prompt], n=2, **options) for c in group] == [0, 0, 1, 1]
+    assert [len(group) for group in generator.generate([prompt], n=1)] == [1]
+    events = list(generator.stream(prompt, n=2, max_new_tokens=2))
+    assert sorted(event.choice for event in events if isinstance(event, Completion)) == [0, 1]
+    with pytest.raises(GenerationError, match="the config has n=2: give n=2 as an option too"):
+        generator.generate(prompt, GenerationConfig(n=2))
+    assert len(generator.generate(prompt, GenerationConfig(n=2), n=2)) == 2
+
+
+def test_options_and_configs() -> None:
+    generator, _ = make_generator()
+    longer = GenerationConfig(max_new_tokens=6, logprobs=1)
+    assert len(generator.generate([1], longer).token_ids) == 6
+    changed = generator.generate([1], longer, max_new_tokens=2)
+    assert len(changed.token_ids) == len(changed.logprobs) == 2  # what isn't given stays
+    each = generator.generate([[1], [2], [3]], [FOUR, longer, None], stop_token_ids=[])
+    assert [len(completion.token_ids) for completion in each][:2] == [4, 6]
+    with pytest.raises(GenerationError, match="config is a list of 1 for 2 prompts"):
+        generator.generate([[1], [2]], [FOUR])
+    with pytest.raises(GenerationError, match=r"config is \{\}; accepted: a GenerationConfig"):
+        generator.generate([[1]], [{}])  # type: ignore[list-item]
+    with pytest.raises(GenerationError, match="temperature is -1; accepted"):
+        generator.generate([1], temperature=-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("max_tokens", "'max_new_tokens'"), ("temprature", "'temperature'"), ("stop_ids", "'stop_token_ids'"), ("zz", "")],
+)
+def test_a_wrong_option_names_near_ones(name: str, near: str) -> None:
+    generator, engine = make_generator()
+    match = rf"generate\(\) has no option '{name}': {'did you mean ' if near else ''}{near}.*accepted: .*max_new_tokens"
+    with pytest.raises(TypeError, match=match):
+        generator.generate([1], **{name: 3})  # type: ignore[misc]
+    with pytest.raises(TypeError, match=r"stream\(\) has no option"):
+        generator.stream([1], **{name: 3})
+    assert engine.prefills == []
+
+
+def test_options_are_those_of_the_defaults() -> None:
+    assert set(GenerationOptions.__annotations__) | {"n"} == OPTION_NAMES
+    assert {"max_new_tokens", "temperature", "n", "min_p"} <= OPTION_NAMES and "self" not in OPTION_NAMES
+    changed = resolve_each(GenerationDefaults(), GenerationConfig(), {"stop": ["a"], "stop_token_ids": [1]}, 1)
+    assert changed == [GenerationConfig(stop=("a",), stop_token_ids=(1,))]
+
+
+def test_streams_take_prompts_and_requests() -> None:
+    generator, _ = make_generator()
+
+    def given(stream: EventStream) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for event in stream:
+            if isinstance(event, TokenEvent):
+                found.setdefault(event.index, []).append(event.token_id)
+        return found
+
+    assert given(generator.stream([1], max_new_tokens=3)) == {0: continuation([1], 3)}
+    assert given(generator.stream([[1], [2]], FOUR)) == {0: continuation([1], 4), 1: continuation([2], 4)}
+    assert given(generator.stream(Request([1], FOUR))) == {0: continuation([1], 4)}
+    with pytest.raises(GenerationError, match="a Request holds its own settings"):
+        generator.stream([Request([1])], FOUR)
+    with pytest.raises(GenerationError, match="a Request holds its own settings"):
+        generator.stream([Request([1]), [2]])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([{"role": "user", "content": "Hi"}], r"a chat's messages .*: give those to chat\(\)"),
+        ({"role": "user"}, "accepted: text, or a list of token ids"),
+        (b"text", "accepted: text, or a list of token ids"),
+        (5, "accepted: text, or a list of token ids"),
+        (None, "accepted: text, or a list of token ids"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(prompts: object, message: str) -> None:
+    for call in (writer("x").generate, writer("x").stream):
+        with pytest.raises(GenerationError, match=message):
+            call(prompts)  # type: ignore[arg-type, operator]
+
+
+def test_special_tokens_of_a_prompt() -> None:
+    generator = writer("x")
+    assert generator.generate("a<|end|>").prompt_tokens == 2
+    assert generator.generate("a<|end|>", allow_special_tokens=False).prompt_tokens == len("a<|end|>")
+
+
+def test_a_closed_generator() -> None:
+    generator, _ = make_generator()
+    generator.close()
+    with pytest.raises(GenerationError, match="the engine is closed"):
+        generator.generate([1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=30), max_size=5),
+    count=st.integers(1, 6),
+)
+def test_the_shape_of_the_result_is_that_of_the_prompts(prompts: list[list[int]], count: int) -> None:
+    generator, _ = make_generator()
+    expected = [continuation(prompt, count) for prompt in prompts]
+    assert [list(c.token_ids) for c in generator.generate(prompts, max_new_tokens=count)] == expected
+    assert [list(generator.generate(prompt, max_new_tokens=count).token_ids) for prompt in prompts] == expected

@@ -211,6 +211,26 @@ def test_hundreds_of_requests_with_random_cancellations(seed: int) -> None:
     service.close()
 
 
+def test_choices() -> None:
+    service, _ = make(rows=2)
+    with service:
+        handle = service.submit([1], max_new_tokens=4, n=3)
+        assert [list(each.token_ids) for each in handle.results(30)] == [continuation([1], 4)] * 3
+        assert sorted(event.choice for event in handle if isinstance(event, Completion)) == [0, 1, 2]
+        for ask in (handle.result, lambda: asyncio.run(handle.wait()) and handle.__await__()):
+            with pytest.raises(GenerationError, match="the request has n=3 choices: use results"):
+                ask()
+        bad = service.submit([1], max_new_tokens=4, n=3)
+        bad.cancel()
+        assert len(bad.results(30)) == 3
+        eventually(lambda: is_idle(service))
+    service, _ = make(rows=2, poison=frozenset({200}))
+    with service:
+        with pytest.raises(NonFiniteLogitsError):
+            service.submit([200], n=3).results(30)
+        assert is_idle(service)
+
+
 def test_a_slow_consumer_blocks_nobody_and_loses_nothing() -> None:
     service, _ = make()
     with service:
