@@ -85,3 +85,10 @@ def test_another_value_of_the_variable_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(DEEP, value)
     with pytest.raises(pytest.UsageError, match=f"{DEEP} is '{value}'; accepted: 1, or unset"):
         is_deep()
+
+
+def test_no_test_asks_for_a_package_in_another_way() -> None:
+    """But those on a GPU, which .ci/deep doesn't run."""
+    tests = Path(__file__).parent
+    asking = {path for path in tests.rglob("*.py") if "importorskip(" in path.read_text(encoding="utf-8")}
+    assert {path.relative_to(tests).parts[0] for path in asking - {Path(__file__)}} == {"gpu"}
