@@ -1,5 +1,6 @@
 #!/bin/sh
 # Installs what tests need and runs every check: format, lint, types, tests. Arguments go to pytest.
+# docs/testing.md says what is left to .ci/deep.
 . "$(dirname "$0")/setup.sh"
 install dev
 fetch_model
@@ -8,4 +9,4 @@ fetch_model
 .venv/bin/mypy
 .venv/bin/clang-format --dry-run --Werror plugins/src/*.cpp plugins/src/*.h tests/plugins/src/*.cpp tests/plugins/src/*.h \
   tests/plugins/driver/*.cpp tests/plugins/driver/*.h
-exec .venv/bin/python -m pytest -n 2 --dist loadfile -m "not gpu and not network" "$@"
+exec .venv/bin/python -m pytest -n 2 --dist worksteal -m "not gpu and not network and not deep" "$@"

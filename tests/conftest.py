@@ -4,11 +4,62 @@ Without a GPU, the plugins' kernels run in Triton's interpreter, which triton de
 in the tests runs a Triton kernel. Processes import this checkout's package and its tests, whatever is installed.
 """
 
+from __future__ import annotations
+
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+
+from tests import budget
+from tests.shared import session_folder
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 _ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(_ROOT / "src"), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+
+budget.register()
+
+
+def pytest_collection_finish() -> None:
+    """Takes what importing made (torch, transformers: it lives to the end) out of the garbage collector's sight.
+
+    Else each `gc.collect()`, with which the doubles of a GPU find what was left on it, takes a second.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Lets it be collected, as the interpreter does when it ends: libraries there report what is left of theirs."""
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def shared_folder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all processes of this session."""
+    return session_folder(pytestconfig, tmp_path_factory)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traces_are_shared(shared_folder: Path) -> Iterator[None]:
+    """Builds and exports get torch's part of a trace from tests/traces.py; tests of tracing take `real_trace`."""
+    from qwen_aot.exporter.graph import trace
+    from tests.traces import CachedExport
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "_export", CachedExport(shared_folder / "traces"))
+        yield
+
+
+@pytest.fixture
+def real_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing as it is, without the cache."""
+    from qwen_aot.exporter.graph import trace
+    from tests.traces import REAL
+
+    monkeypatch.setattr(trace, "_export", REAL)

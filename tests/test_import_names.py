@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools import lacking
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("engines", "exporter", "plugins", "runtime")
 
@@ -89,10 +91,11 @@ def test_other_lines_are_not_taken_for_bare_imports(text: str) -> None:
     assert bare_imports(text) == []
 
 
+@pytest.mark.tools
 def test_no_file_has_a_bare_import() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode != 0:
-        pytest.skip("not a git checkout: which files are the project's isn't known")
+        lacking("not a git checkout, or no git: which files are the project's isn't known")
     paths = [ROOT / name for name in listed.stdout.split("\0") if name and ROOT / name != Path(__file__)]
     texts = {path: path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()}
     assert {ROOT / "README.md", ROOT / "docs" / "architecture.md", ROOT / "engines" / "build.py"} <= set(texts)

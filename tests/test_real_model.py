@@ -23,13 +23,14 @@ from qwen_aot.engines.verify.scores import windows
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.generation.generator import Generator
 from tests.gguf_files import smollm2_path
+from tests.shared import once
+from tests.tools import lacking
 
 ROOT = Path(__file__).parents[1]
 MODEL = smollm2_path()
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(MODEL is None, reason="models/ has no SmolLM2 GGUF; scripts/setup.sh fetches it"),
-]
+if MODEL is None:
+    lacking("models/ has no SmolLM2 GGUF; scripts/setup.sh fetches it")
+pytestmark = pytest.mark.slow
 
 
 def qwen_aot(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -38,18 +39,15 @@ def qwen_aot(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Builds a precision's bundle once, and verifies it in the same go."""
-    folder = tmp_path_factory.mktemp("real")
+def bundle(shared_folder: Path) -> Callable[[str], Path]:
+    """Builds a precision's bundle once a session."""
 
-    def build(precision: str) -> Path:
-        out = folder / precision
-        if not out.exists():
-            result = qwen_aot("build", MODEL, "-o", out, "--precision", precision)
-            assert result.returncode == 0, result.stderr
-        return out
+    def make(folder: Path) -> Path:
+        result = qwen_aot("build", MODEL, "-o", folder / "bundle", "--precision", folder.name)
+        assert result.returncode == 0, result.stderr
+        return folder / "bundle"
 
-    return build
+    return lambda precision: once(shared_folder / "real" / precision, make)
 
 
 def verified(bundle: Path, *options: object) -> dict[str, Any]:
@@ -80,7 +78,6 @@ def test_int8_loses_little_whatever_the_cpu(bundle: Callable[[str], Path]) -> No
 
 def test_int8_weights_alone_lose_a_third_of_it_on_every_cpu(bundle: Callable[[str], Path]) -> None:
     """Without rounded activations nothing depends on a CPU. Seen: KL 0.00225, ratio 1.0035."""
-    assert MODEL is not None
     tokenizer = Tokenizer.from_file(str(bundle("int8") / "tokenizer.json"))
     ids = tokenizer.encode((ROOT / "LICENSE").read_text(), add_special_tokens=False).ids
     with open_checkpoint(MODEL) as checkpoint:

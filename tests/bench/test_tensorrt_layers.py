@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.bench.tensorrt_layers import FORMS, layers_of_one
+from tests.tools import require_package
 
-pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX isn't installed")
+require_package("tensorrt_rtx", "pip install 'qwen-aot[tensorrt-rtx]'")
 pytestmark = [pytest.mark.trt, pytest.mark.slow]
 
 CHECKED = ("dense fp16", "dense int4", "moe fp16")  # the others take as long again; `tensorrt_layers` prints all

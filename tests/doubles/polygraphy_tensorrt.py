@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import subprocess
 from enum import Enum
 from pathlib import Path
@@ -22,6 +21,7 @@ import pytest
 
 from tests.doubles.install import VERSIONS
 from tests.doubles.tensorrt import METADATA_KEY
+from tests.tools import require_tool
 
 CUDA_RUNTIME = """
 #include <stdlib.h>
@@ -44,9 +44,7 @@ def install(folder: Path, patch: pytest.MonkeyPatch) -> None:
         (folder / flavour / "__init__.py").write_text(
             f"from tests.doubles.polygraphy_tensorrt import *\n__version__ = {version!r}\n"
         )
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler")
+    compiler = require_tool("cc", "gcc", remedy="install a C compiler (Debian: apt install gcc)")
     (folder / "cudart.c").write_text(CUDA_RUNTIME)
     library = folder / "libcudart.so.13"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(folder / "cudart.c")], check=True)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.doubles.cuda_runtime import make_cuda_runtime
 from tests.doubles.gpu import Gpu, MisuseError
+from tests.tools import require_package
 
 UP, DOWN, THREAD_LOCAL = 1, 2, 1
 
@@ -178,8 +179,9 @@ def test_a_sticky_error_stays(program: Program) -> None:
     assert not program.gpu.allocations
 
 
+@pytest.mark.tools
 def test_it_has_nothing_that_the_library_has_not() -> None:
-    real = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings isn't installed")
+    real = require_package("cuda.bindings.runtime", "pip install cuda-bindings")
     double = make_cuda_runtime(Gpu())
     for name in (name for name in dir(double) if name.startswith("cuda")):
         ours, theirs = getattr(double, name), getattr(real, name)

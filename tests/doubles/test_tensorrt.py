@@ -21,6 +21,7 @@ from tests.doubles.tensorrt import (
 )
 from tests.doubles.test_cuda_runtime import THREAD_LOCAL, Program
 from tests.runtime.backends.tensorrt.engines import write_checksum_bundle
+from tests.tools import require_package
 
 CACHE = ("past_key_values.0.key", "past_key_values.0.value")
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -215,9 +216,10 @@ def test_a_logger_must_be_made_as_the_library_says(bound: Bound) -> None:
         bound.trt.Runtime(Unmade())
 
 
+@pytest.mark.tools
 @pytest.mark.trt
 def test_it_has_nothing_that_the_library_has_not() -> None:
-    real = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX isn't installed")
+    real = require_package("tensorrt_rtx", "pip install 'qwen-aot[tensorrt-rtx]'")
     pairs = (
         (Engine, real.ICudaEngine),
         (RtxEngine, real.ICudaEngine),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qwen_aot.plugins.library import FILE_NAME, build_library, cuda_headers, tensorrt_headers
+from tests.shared import once
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -42,12 +43,12 @@ def plugin_library(plugin_build: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def driver_files(plugin_build: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def driver_files(plugin_build: Path, shared_folder: Path) -> tuple[Path, Path]:
     """The double of the CUDA driver, and the harness that calls the library as TensorRT does."""
     from tests.plugins.enqueue import compile_driver
 
     headers = [tensorrt_headers(plugin_build / "build"), cuda_headers()]
-    return compile_driver(tmp_path_factory.mktemp("driver"), headers)
+    return once(shared_folder / "driver", lambda folder: compile_driver(folder, headers))
 
 
 @pytest.fixture(scope="session")

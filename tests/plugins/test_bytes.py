@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
+from tests.pairs import identifier, swept
 from tests.plugins.bounds import assert_close
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.gqa_cases import GqaStep
@@ -17,6 +18,12 @@ from tests.plugins.interpreter import Traffic, counting
 
 CPU = torch.device("cpu")
 ALLOWED = 1.05  # times what must be read
+DECODE = {
+    "group": [1, 3, 8, 16],
+    "is_int8": [False, True],
+    "head_dim": [64, 128],
+    "lengths": [(512,), (513, 1500, 0), (2048,)],
+}
 
 
 def count(step: GqaStep | MoeStep) -> list[Traffic]:
@@ -34,27 +41,25 @@ def total(traffic: list[Traffic]) -> Traffic:
     return Traffic(sum((part.read for part in traffic), Counter()), sum((part.written for part in traffic), Counter()))
 
 
-@pytest.mark.parametrize("group", [1, 3, 8, 16])
-@pytest.mark.parametrize("is_int8", [False, True], ids=["same", "int8"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("lengths", [(512,), (513, 1500, 0), (2048,)], ids=str)
-def test_decode_attention_reads_each_valid_key_and_value_once(group, is_int8, head_dim, lengths):
+@pytest.mark.parametrize("case", swept(DECODE), ids=identifier)
+def test_decode_attention_reads_each_valid_key_and_value_once(case):
+    lengths = case["lengths"]
     step = GqaStep(
         lengths=[(length - 1, 1) if length else (700, 0) for length in lengths],
         steps=1,
-        group=group,
+        group=case["group"],
         num_kv_heads=2,
-        is_int8=is_int8,
-        head_dim=head_dim,
+        is_int8=case["is_int8"],
+        head_dim=case["head_dim"],
         capacity=4096,
         sm_count=64,
     )
     rotate, *attention = count(step)
     traffic = total(attention)
     valid = sum(lengths) * 2  # (slot, head) pairs
-    element = 1 if is_int8 else 2
+    head_dim, element = case["head_dim"], 1 if case["is_int8"] else 2
     assert traffic.read["key"] == traffic.read["value"] == valid * head_dim * element
-    assert traffic.read["key_scale"] == traffic.read["value_scale"] == (valid * 2 if is_int8 else 0)
+    assert traffic.read["key_scale"] == traffic.read["value_scale"] == (valid * 2 if case["is_int8"] else 0)
     cache = sum(traffic.read[name] for name in ("key", "value", "key_scale", "value_scale"))
     assert sum(traffic.read.values()) <= ALLOWED * cache  # with q, lengths and the parts' results, of both kernels
     # What is written of the cache: one slot of each row and head that isn't idle.

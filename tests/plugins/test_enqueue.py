@@ -21,13 +21,13 @@ import torch
 from qwen_aot.plugins.launch import Launch, is_moe_decode
 from qwen_aot.plugins.library import build_library, cuda_headers, tensorrt_headers
 from qwen_aot.plugins.signatures import KERNELS
+from tests.pairs import identifier, swept
 from tests.plugins.bounds import assert_close
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.driver.execution import LAUNCH_FAILED, Gpu, Recorded
 from tests.plugins.enqueue import Enqueue, Fault, Outcome, Paths, compile_driver, run
 from tests.plugins.gqa_cases import GqaStep
 from tests.plugins.moe_cases import MoeStep
-from tests.plugins.pairs import identifier, pairwise
 
 if not IS_INTERPRETED:
     pytest.skip("launches are executed in Triton's interpreter only", allow_module_level=True)
@@ -36,37 +36,31 @@ CPU = torch.device("cpu")
 Enqueuer = Callable[..., list[Outcome]]
 SM80_VARIANTS = "gqa_*-fp16-[sd]*"  # fp16 attention
 
-PREFILL = pairwise(
-    {
-        "dtype": ["fp16", "bf16"],
-        "is_int8": [False, True],
-        "head_dim": [64, 128],
-        "group": [1, 3],
-        "rows": [(2, [(0, 2)]), (9, [(47, 9), (1, 8), (30, 1), (9, 0)]), (66, [(3, 66)])],
-        "phase": ["build", "runtime"],
-    }
-)
-DECODE = pairwise(
-    {
-        "dtype": ["fp16", "bf16"],
-        "is_int8": [False, True],
-        "head_dim": [64, 128],
-        "group": [1, 2, 5, 16],
-        "lengths": [[(0, 1)], [(63, 1), (5, 0), (300, 1)], [(767, 1), (0, 1)]],
-        "multiprocessors": [1, 64],  # one part a row, or several
-        "phase": ["build", "runtime"],
-    }
-)
-MOE = pairwise(
-    {
-        "dtype": ["fp16", "bf16"],
-        "form": ["16", "8", "4", "4z"],
-        "experts": [(2, 1), (5, 3)],
-        "tokens": [(1, 1), (3, 2), (1, 17)],  # B, S
-        "sizes": [(128, 128), (256, 128), (128, 256)],
-        "phase": ["build", "runtime"],
-    }
-)
+PREFILL = {
+    "dtype": ["fp16", "bf16"],
+    "is_int8": [False, True],
+    "head_dim": [64, 128],
+    "group": [1, 3],
+    "rows": [(2, [(0, 2)]), (9, [(47, 9), (1, 8), (30, 1), (9, 0)]), (66, [(3, 66)])],
+    "phase": ["build", "runtime"],
+}
+DECODE = {
+    "dtype": ["fp16", "bf16"],
+    "is_int8": [False, True],
+    "head_dim": [64, 128],
+    "group": [1, 2, 5, 16],
+    "lengths": [[(0, 1)], [(63, 1), (5, 0), (300, 1)], [(767, 1), (0, 1)]],
+    "multiprocessors": [1, 64],  # one part a row, or several
+    "phase": ["build", "runtime"],
+}
+MOE = {
+    "dtype": ["fp16", "bf16"],
+    "form": ["16", "8", "4", "4z"],
+    "experts": [(2, 1), (5, 3)],
+    "tokens": [(1, 1), (3, 2), (1, 17)],  # B, S
+    "sizes": [(128, 128), (256, 128), (128, 256)],
+    "phase": ["build", "runtime"],
+}
 
 
 def make_enqueuer(library: Path, driver_files: tuple[Path, Path], pool: Executor) -> Enqueuer:
@@ -138,7 +132,7 @@ def check_moe(outcome: Outcome, step: MoeStep) -> None:
     assert_same_as_launch(outcome.launches, *reversed(step.prepare(CPU)))
 
 
-@pytest.mark.parametrize("case", PREFILL, ids=identifier)
+@pytest.mark.parametrize("case", swept(PREFILL), ids=identifier)
 def test_gqa_prefill(case, enqueuer):
     (steps, lengths), phase = case.pop("rows"), case.pop("phase")
     step = GqaStep(lengths=lengths, steps=steps, **case)
@@ -146,7 +140,7 @@ def test_gqa_prefill(case, enqueuer):
     check_gqa(outcome, step)
 
 
-@pytest.mark.parametrize("case", DECODE, ids=identifier)
+@pytest.mark.parametrize("case", swept(DECODE), ids=identifier)
 def test_gqa_decode(case, enqueuer):
     multiprocessors, phase = case.pop("multiprocessors"), case.pop("phase")
     step = GqaStep(steps=1, sm_count=multiprocessors, **case)
@@ -154,7 +148,7 @@ def test_gqa_decode(case, enqueuer):
     check_gqa(outcome, step)
 
 
-@pytest.mark.parametrize("case", MOE, ids=identifier)
+@pytest.mark.parametrize("case", swept(MOE), ids=identifier)
 def test_moe(case, enqueuer):
     (num_experts, k), (hidden_size, inner_size) = case["experts"], case["sizes"]
     batch, steps = case["tokens"]

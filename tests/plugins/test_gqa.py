@@ -6,41 +6,37 @@ import torch
 from qwen_aot.errors import BuildError
 from qwen_aot.plugins.launch import gqa_launches
 from qwen_aot.plugins.variants import CACHES, HEAD_DIMS, SMS, select
+from tests.pairs import identifier, swept
 from tests.plugins.bounds import assert_close
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.gqa_cases import SM, GqaStep
-from tests.plugins.pairs import identifier, pairwise
 
 # Blocks: 128 queries and 64 slots (head size 64), 64 and 32 (head size 128) for prefill; 128 or 64 slots for decode, in
 # parts that are multiples of 128. Lengths sit on, before and after these edges; (n, 0) is an idle row.
-PREFILL = pairwise(
-    {
-        "dtype": ["fp16", "bf16"],
-        "is_int8": [False, True],
-        "head_dim": [64, 128],
-        "group": [1, 2, 3, 5, 8],
-        "rows": [
-            (2, [(0, 2)]),
-            (3, [(0, 1), (64, 3), (5, 0)]),
-            (17, [(47, 17), (1, 16), (130, 1)]),
-            (64, [(0, 64)]),
-            (64, [(64, 63)]),
-            (65, [(63, 65), (0, 64)]),
-            (128, [(0, 128)]),
-            (130, [(7, 130), (191, 129)]),
-        ],
-    }
-)
-DECODE = pairwise(
-    {
-        "dtype": ["fp16", "bf16"],
-        "is_int8": [False, True],
-        "head_dim": [64, 128],
-        "group": [1, 2, 3, 5, 7, 8, 16],
-        "pasts": [[0], [1, -5, 62], [63], [64, 126], [127, 128], [255], [256, -300], [257, 511], [1023, 0, 700]],
-        "sm_count": [1, 4, 64],  # one part a row, a few, many
-    }
-)
+PREFILL = {
+    "dtype": ["fp16", "bf16"],
+    "is_int8": [False, True],
+    "head_dim": [64, 128],
+    "group": [1, 2, 3, 5, 8],
+    "rows": [
+        (2, [(0, 2)]),
+        (3, [(0, 1), (64, 3), (5, 0)]),
+        (17, [(47, 17), (1, 16), (130, 1)]),
+        (64, [(0, 64)]),
+        (64, [(64, 63)]),
+        (65, [(63, 65), (0, 64)]),
+        (128, [(0, 128)]),
+        (130, [(7, 130), (191, 129)]),
+    ],
+}
+DECODE = {
+    "dtype": ["fp16", "bf16"],
+    "is_int8": [False, True],
+    "head_dim": [64, 128],
+    "group": [1, 2, 3, 5, 7, 8, 16],
+    "pasts": [[0], [1, -5, 62], [63], [64, 126], [127, 128], [255], [256, -300], [257, 511], [1023, 0, 700]],
+    "sm_count": [1, 4, 64],  # one part a row, a few, many
+}
 
 
 def check(step: GqaStep, device: torch.device) -> None:
@@ -59,17 +55,19 @@ def check(step: GqaStep, device: torch.device) -> None:
             torch.testing.assert_close(cache.cpu(), reference, equal_nan=True, **tolerance)
 
 
-@pytest.mark.parametrize("case", PREFILL, ids=identifier)
+@pytest.mark.parametrize("case", swept(PREFILL), ids=identifier)
 def test_prefill(case, device):
-    steps, lengths = case.pop("rows")
-    check(GqaStep(lengths=lengths, steps=steps, **case), device)
+    steps, lengths = case["rows"]
+    rest = {name: value for name, value in case.items() if name != "rows"}
+    check(GqaStep(lengths=lengths, steps=steps, **rest), device)
 
 
-@pytest.mark.parametrize("case", DECODE, ids=identifier)
+@pytest.mark.parametrize("case", swept(DECODE), ids=identifier)
 def test_decode(case, device):
     # A negative number is an idle row with that many tokens in its cache.
-    lengths = [(abs(past), int(past >= 0)) for past in case.pop("pasts")]
-    check(GqaStep(lengths=lengths, steps=1, **case), device)
+    lengths = [(abs(past), int(past >= 0)) for past in case["pasts"]]
+    rest = {name: value for name, value in case.items() if name != "pasts"}
+    check(GqaStep(lengths=lengths, steps=1, **rest), device)
 
 
 def tiles_of_other_sms() -> list[tuple[str, str, int]]:

@@ -16,13 +16,12 @@ from qwen_aot.errors import BuildError
 from qwen_aot.plugins import kernel_table, launch, library
 from qwen_aot.plugins.library import build_library, library_hash, tensorrt_headers
 from qwen_aot.plugins.variants import variants
+from tests.plugins.builds import CPP_TESTS, SELECTION_SOURCES, compile_cpp_test, cpp_test_names
+from tests.shared import once
+from tests.tools import require_package
 
 REPOSITORY = Path(__file__).parents[2]
-CPP_TESTS = Path(__file__).parent / "src"
-
-
-def cpp_test_names(file: str) -> list[str]:
-    return re.findall(r"^TEST\((\w+)\)", (CPP_TESTS / file).read_text(), flags=re.MULTILINE)
+COMPILER = os.environ.get("CXX", "c++")
 
 
 def output_of(*command: str | Path) -> str:
@@ -32,18 +31,12 @@ def output_of(*command: str | Path) -> str:
 # ---- The library through its interface (tests/plugins/src) ----
 
 
-def compile_test(plugin_build: Path, program: Path, *sources: str | Path) -> Path:
-    warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
-    includes = ["-I", CPP_TESTS, "-I", library.SOURCES, "-I", plugin_build / "build" / "table"]
-    for folder in (library.SOURCES / "cuda", tensorrt_headers(plugin_build / "build"), library.cuda_headers()):
-        includes += ["-isystem", folder]
-    output_of(os.environ.get("CXX", "c++"), "-std=c++17", *warnings, *includes, "-o", program, *sources, "-ldl")
-    return program
-
-
 @pytest.fixture(scope="module")
-def cpp_tests(plugin_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_test(plugin_build, tmp_path_factory.mktemp("cpp") / "plugins", CPP_TESTS / "test_plugins.cpp")
+def cpp_tests(plugin_build: Path, shared_folder: Path) -> Path:
+    def make(folder: Path) -> Path:
+        return compile_cpp_test(plugin_build, folder / "test", CPP_TESTS / "test_plugins.cpp", compiler=COMPILER)
+
+    return once(shared_folder / "cpp_tests", make)
 
 
 @pytest.mark.parametrize("name", cpp_test_names("test_plugins.cpp"))
@@ -56,10 +49,11 @@ def test_interface(cpp_tests, plugin_library, name):
 
 
 @pytest.fixture(scope="module")
-def selection_tests(plugin_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sources = [library.SOURCES / f"{name}.cpp" for name in ("kernels", "driver", "log")]
-    program = tmp_path_factory.mktemp("cpp") / "selection"
-    return compile_test(plugin_build, program, CPP_TESTS / "test_selection.cpp", *sources)
+def selection_tests(plugin_build: Path, shared_folder: Path) -> Path:
+    def make(folder: Path) -> Path:
+        return compile_cpp_test(plugin_build, folder / "test", *SELECTION_SOURCES, compiler=COMPILER)
+
+    return once(shared_folder / "selection_tests", make)
 
 
 @pytest.mark.parametrize("name", cpp_test_names("test_selection.cpp"))
@@ -415,7 +409,7 @@ MOE = {
 
 def parse(plugin_library: Path, node: dict | None = None) -> list[list]:
     """What the child printed. It ends with an abort where a plugin was created: TensorRT-RTX has no plugin layers."""
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX isn't installed")
+    require_package("tensorrt_rtx", "pip install 'qwen-aot[tensorrt-rtx]'")
     command = [sys.executable, Path(__file__).parent / "parse_plugin.py", plugin_library]
     command += [] if node is None else [json.dumps(node)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -424,6 +418,7 @@ def parse(plugin_library: Path, node: dict | None = None) -> list[list]:
     return lines
 
 
+@pytest.mark.tools
 @pytest.mark.trt
 def test_a_real_registry_finds_both_creators(plugin_library):
     assert [line for line in parse(plugin_library) if line[0] == "creator"] == [
@@ -438,6 +433,7 @@ def test_a_real_registry_finds_both_creators(plugin_library):
     ]
 
 
+@pytest.mark.tools
 @pytest.mark.trt
 @pytest.mark.parametrize(
     ("node", "fields"),
@@ -453,6 +449,7 @@ def test_a_real_parser_creates_the_plugin_with_the_nodes_attributes(plugin_libra
     assert ["log", "INFO", f"Successfully created plugin: {node['op']}"] in lines
 
 
+@pytest.mark.tools
 @pytest.mark.trt
 @pytest.mark.parametrize(
     ("node", "name", "value", "message"),

@@ -20,9 +20,10 @@ from qwen_aot.exporter.lowering.tensorrt import plugin
 from qwen_aot.exporter.lowering.tensorrt.plugin import PluginOptions
 from qwen_aot.exporter.weights.stitch import stitch
 from tests.checkpoints import save_tiny
+from tests.tools import require_package
 
 pytestmark = pytest.mark.trt
-pytest.importorskip("tensorrt_rtx")
+require_package("tensorrt_rtx", "pip install 'qwen-aot[tensorrt-rtx]'")
 
 # Loads the plugins into the builder's own registry, as the build does, and prints what the library and parser log.
 PARSE = """

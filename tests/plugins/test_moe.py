@@ -4,31 +4,27 @@ import torch
 from qwen_aot.errors import BuildError
 from qwen_aot.plugins.launch import is_moe_decode, most_blocks
 from qwen_aot.plugins.variants import MOE_BLOCK_M
+from tests.pairs import identifier, swept
 from tests.plugins.bounds import assert_close
 from tests.plugins.moe_cases import MoeStep
-from tests.plugins.pairs import identifier, pairwise
 
 FORMS = ["16", "8", "4", "4z"]
-FEW = pairwise(
-    {
-        "dtype": ["fp16", "bf16"],
-        "form": FORMS,
-        "experts": [(2, 1), (2, 2), (5, 3), (8, 8), (60, 4), (64, 8)],
-        "num_tokens": [1, 2, 7, 16],
-        "routing": ["random", "same", "skip"],
-        "sizes": [(128, 128), (256, 128), (128, 384)],
-    }
-)
-MANY = pairwise(
-    {
-        "dtype": ["fp16", "bf16"],
-        "form": FORMS,
-        "experts": [(2, 1), (2, 2), (5, 3), (8, 8), (60, 4)],
-        "num_tokens": [17, 64, 65, 130],
-        "routing": ["random", "same", "skip"],
-        "sizes": [(128, 128), (256, 128), (128, 384)],
-    }
-)
+FEW = {
+    "dtype": ["fp16", "bf16"],
+    "form": FORMS,
+    "experts": [(2, 1), (2, 2), (5, 3), (8, 8), (60, 4), (64, 8)],
+    "num_tokens": [1, 2, 7, 16],
+    "routing": ["random", "same", "skip"],
+    "sizes": [(128, 128), (256, 128), (128, 384)],
+}
+MANY = {
+    "dtype": ["fp16", "bf16"],
+    "form": FORMS,
+    "experts": [(2, 1), (2, 2), (5, 3), (8, 8), (60, 4)],
+    "num_tokens": [17, 64, 65, 130],
+    "routing": ["random", "same", "skip"],
+    "sizes": [(128, 128), (256, 128), (128, 384)],
+}
 
 
 def make(case: dict) -> MoeStep:
@@ -37,14 +33,14 @@ def make(case: dict) -> MoeStep:
     return MoeStep(num_experts=num_experts, k=k, hidden_size=hidden_size, inner_size=inner_size, **rest)
 
 
-@pytest.mark.parametrize("case", FEW, ids=identifier)
+@pytest.mark.parametrize("case", swept(FEW), ids=identifier)
 def test_few_tokens(case, device):
     step = make(case)
     assert is_moe_decode(step.num_tokens, step.k)
     assert_close(step.run(device), step.expected())
 
 
-@pytest.mark.parametrize("case", MANY, ids=identifier)
+@pytest.mark.parametrize("case", swept(MANY), ids=identifier)
 def test_many_tokens(case, device):
     step = make(case)
     assert not is_moe_decode(step.num_tokens, step.k)

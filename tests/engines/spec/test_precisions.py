@@ -41,6 +41,7 @@ from qwen_aot.exporter.model.tensors import num_parameters
 from qwen_aot.exporter.model.variants import VARIANTS
 from qwen_aot.runtime.cli.main import qwen_aot
 from tests.checkpoints import save_tiny
+from tests.tools import require_package
 
 NAME = "int8-fine"
 REGISTER = f"""
@@ -222,8 +223,9 @@ def test_one_row_is_built_inspected_and_verified(made_up: PrecisionRow, checkpoi
     assert bound_for(NAME) == 0.0456
 
 
+@pytest.mark.tools
 def test_one_row_is_lowered_for_tensorrt(made_up: PrecisionRow, checkpoint: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx")
+    require_package("tensorrt_rtx", "pip install 'qwen-aot[tensorrt-rtx]'")
     specs = [
         BuildSpec(target=Target.TENSORRT_RTX, precision=Precision(name), max_context=128) for name in (NAME, "int8")
     ]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import _thread
+import itertools
 import json
 import resource
+import shutil
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +28,51 @@ from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.model.io_spec import io_spec
 from qwen_aot.runtime.bundle.manifest import Manifest, cache_capacity
 from tests.checkpoints import save_tiny
+from tests.pairs import identifier, swept
+from tests.shared import once
+from tests.tools import require_package
 
-pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX isn't installed")
-pytestmark = [pytest.mark.trt, pytest.mark.usefixtures("trace_once")]
+require_package("tensorrt_rtx", "pip install 'qwen-aot[tensorrt-rtx]'")
+pytestmark = pytest.mark.trt
 
 CAPABILITIES = ("8.6", "8.9", "12.0")
-KINDS: dict[str, dict[str, Any]] = {
-    "mha": {},
-    "gqa": {"heads": 6, "kv_heads": 2, "head_dim": 64, "hidden": 384},
-    "tied": {"tied": True},
-    "moe": {"moe": {}, "head_dim": 64, "hidden": 128},
-}
+# What a model is made of; int4's blocks of 128 divide every width.
+ATTENTION: dict[str, dict[str, Any]] = {"mha": {}, "gqa": {"heads": 6, "kv_heads": 2, "head_dim": 64, "hidden": 384}}
+HEAD: dict[str, dict[str, Any]] = {"untied": {}, "tied": {"tied": True}}
+LAYER: dict[str, dict[str, Any]] = {"dense": {}, "moe": {"moe": {}, "head_dim": 64}}
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kind by name; int4's blocks of 128 divide their widths."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    for kind, config in KINDS.items():
-        save_tiny(root / kind, **({"hidden": 128, "intermediate": 256} | config))
-    return root
+def checkpoints(shared_folder: Path) -> Path:
+    """The folder of every kind of model, by names such as mha-untied-dense."""
+
+    def make(folder: Path) -> None:
+        for kind in itertools.product(ATTENTION, HEAD, LAYER):
+            attention, head, layer = kind
+            config = {"hidden": 128, "intermediate": 256, **LAYER[layer], **HEAD[head], **ATTENTION[attention]}
+            save_tiny(folder / "-".join(kind), **config)
+
+    once(shared_folder / "tensorrt_rtx", make)
+    return shared_folder / "tensorrt_rtx"
+
+
+@pytest.fixture
+def compiled(checkpoints: Path, shared_folder: Path, tmp_path: Path) -> Callable[..., tuple[Path, Manifest]]:
+    """Gives a copy of a kind's bundle, of those specs that several tests take: compiled once a session."""
+
+    def build_once(kind: str, precision: Precision = Precision.FP16) -> tuple[Path, Manifest]:
+        def make(folder: Path) -> None:
+            build(checkpoints / kind, folder / "bundle", spec_of(precision))
+
+        folder = shared_folder / "compiled" / f"{kind}-{precision}"
+        once(folder, make)
+        out = shutil.copytree(folder / "bundle", tmp_path / "bundle")
+        return out, Manifest.from_json((out / "manifest.json").read_text())
+
+    return build_once
+
+
+MHA, GQA = "mha-untied-dense", "gqa-untied-dense"
 
 
 def spec_of(precision: Precision = Precision.FP16, **options: Any) -> BuildSpec:
@@ -66,16 +94,30 @@ def build(checkpoint: Path, out: Path, spec: BuildSpec) -> tuple[Manifest, list[
 
 STAGES = ["trace", "lower", "write weights", "compile", "hash", "check"]
 COMPUTED = (Precision.FP16, Precision.BF16)
-QUANTIZED = (Precision.INT8, Precision.INT4)  # fp8 isn't on all three GPUs; experts: `test_experts_cannot_be_quantized`
-BUILT = [(kind, precision) for kind in KINDS for precision in COMPUTED + (QUANTIZED if kind != "moe" else ())]
+QUANTIZED = (Precision.INT8, Precision.INT4)  # fp8 isn't on all three GPUs
+KIND_FACTORS = {
+    "attention": list(ATTENTION),
+    "head": list(HEAD),
+    "layer": list(LAYER),
+    "precision": [*COMPUTED, *QUANTIZED],
+}
 
 
-@pytest.mark.parametrize(("kind", "precision"), BUILT)
+def has_form(case: Mapping[str, Any]) -> bool:
+    """Not experts that are quantized: `test_experts_cannot_be_quantized`."""
+    return case["layer"] == "dense" or case["precision"] in COMPUTED
+
+
+BUILT = swept(KIND_FACTORS, has_form)
+
+
+@pytest.mark.parametrize("case", BUILT, ids=identifier)
 def test_every_kind_is_built_and_says_what_it_is(
-    checkpoints: Path, tmp_path: Path, kind: str, precision: Precision
+    checkpoints: Path, compiled: Callable[..., tuple[Path, Manifest]], case: Mapping[str, Any]
 ) -> None:
+    kind, precision = f"{case['attention']}-{case['head']}-{case['layer']}", case["precision"]
     spec = spec_of(precision)
-    manifest, _ = build(checkpoints / kind, tmp_path / "bundle", spec)
+    bundle, manifest = compiled(kind, precision)
     with open_checkpoint(checkpoints / kind) as checkpoint:
         config = checkpoint.config
     facts = manifest.engines.text.tensorrt
@@ -92,26 +134,26 @@ def test_every_kind_is_built_and_says_what_it_is(
     ]
     expected = [(tensor.name, str(tensor.dtype.numpy()), tensor.dims) for tensor in contract.inputs]
     assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in manifest.engines.text.inputs] == expected
-    assert {path.name for path in (tmp_path / "bundle").iterdir()} == {*manifest.files, "manifest.json"}
+    assert {path.name for path in bundle.iterdir()} == {*manifest.files, "manifest.json"}
     assert "model.onnx" not in manifest.files
 
 
 @pytest.mark.parametrize("precision", [*QUANTIZED, Precision.FP8])
 def test_experts_cannot_be_quantized(checkpoints: Path, tmp_path: Path, precision: Precision) -> None:
     with pytest.raises(ExportError, match=f"{precision} weights of a mixture of experts don't exist .*QwenMoE plugin"):
-        build(checkpoints / "moe", tmp_path / "bundle", spec_of(precision, compute_capabilities=("8.9",)))
+        build(checkpoints / "mha-untied-moe", tmp_path / "bundle", spec_of(precision, compute_capabilities=("8.9",)))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_fp8_is_built_for_the_gpus_that_have_it(checkpoints: Path, tmp_path: Path) -> None:
-    manifest, _ = build(checkpoints / "mha", tmp_path / "bundle", spec_of(Precision.FP8, compute_capabilities=()))
+    manifest, _ = build(checkpoints / MHA, tmp_path / "bundle", spec_of(Precision.FP8, compute_capabilities=()))
     assert manifest.engines.text.tensorrt is not None
     assert manifest.engines.text.tensorrt.compute_capabilities == ("8.9", "12.0")
 
 
 def test_the_head_is_quantized_on_request(checkpoints: Path, tmp_path: Path) -> None:
     specs = {"plain": spec_of(Precision.INT8), "quantized": spec_of(Precision.INT8, quantize_head=True)}
-    built = {name: build(checkpoints / "mha", tmp_path / name, spec)[0] for name, spec in specs.items()}
+    built = {name: build(checkpoints / MHA, tmp_path / name, spec)[0] for name, spec in specs.items()}
     plain, quantized = built["plain"].engines.text, built["quantized"].engines.text
     assert plain.tensorrt is not None and quantized.tensorrt is not None
     assert plain.tensorrt.weight_bytes - quantized.tensorrt.weight_bytes > 100 * 128  # a byte for each of [131, 128]
@@ -119,7 +161,7 @@ def test_the_head_is_quantized_on_request(checkpoints: Path, tmp_path: Path) -> 
 
 
 def test_the_engine_names_its_gpus_and_its_stages_are_reported(checkpoints: Path, tmp_path: Path) -> None:
-    _, events = build(checkpoints / "mha", tmp_path / "bundle", spec_of(compute_capabilities=("8.9",)))
+    _, events = build(checkpoints / MHA, tmp_path / "bundle", spec_of(compute_capabilities=("8.9",)))
     engine = (tmp_path / "bundle/engine.rtx").read_bytes()
     assert b"accelerators={sm89 }" in engine
     assert b"sm86" not in engine
@@ -132,16 +174,16 @@ def test_the_engine_names_its_gpus_and_its_stages_are_reported(checkpoints: Path
 
 
 def test_workspace_and_level_reach_the_builder(checkpoints: Path, tmp_path: Path) -> None:
-    build(checkpoints / "mha", tmp_path / "bundle", spec_of(workspace_bytes=1 << 30, optimization_level=0))
+    build(checkpoints / MHA, tmp_path / "bundle", spec_of(workspace_bytes=1 << 30, optimization_level=0))
     with pytest.raises(BuildError, match=r"no kernel works within the workspace limit; raise --workspace-mib .* said:"):
-        build(checkpoints / "mha", tmp_path / "bundle", spec_of(workspace_bytes=1))
+        build(checkpoints / MHA, tmp_path / "bundle", spec_of(workspace_bytes=1))
     assert (tmp_path / "bundle/engine.rtx").exists()  # the old bundle stands
 
 
 def test_a_capability_the_library_does_not_know(checkpoints: Path, tmp_path: Path) -> None:
     events: list[ProgressEvent] = []
     with (
-        open_checkpoint(checkpoints / "mha") as source,
+        open_checkpoint(checkpoints / MHA) as source,
         pytest.raises(BuildError, match=r"can't build for compute capability 8.7, 99.0; it can for 7.5, 8.0, 8.6, 8.9"),
     ):
         spec = spec_of(compute_capabilities=("8.7", "8.9", "99.0"))
@@ -149,29 +191,32 @@ def test_a_capability_the_library_does_not_know(checkpoints: Path, tmp_path: Pat
     assert events == [] and list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_writes_nothing_and_knows_the_size(checkpoints: Path, tmp_path: Path) -> None:
-    with open_checkpoint(checkpoints / "mha") as source:
+def test_a_dry_run_writes_nothing_and_knows_the_size(
+    checkpoints: Path, compiled: Callable[..., tuple[Path, Manifest]], tmp_path: Path
+) -> None:
+    with open_checkpoint(checkpoints / MHA) as source:
         plan = plan_build(source, spec_of(), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
-    manifest, _ = build(checkpoints / "mha", tmp_path / "bundle", spec_of())
+    _, manifest = compiled(MHA)
     assert manifest.engines.text.tensorrt is not None
     assert 0 <= plan.estimate.bundle_bytes - manifest.engines.text.tensorrt.weight_bytes < 200_000
 
 
 def test_a_verifier_is_refused(checkpoints: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="its engine runs on its own GPU only; leave out --verify"):
-        build_bundle(checkpoints / "mha", spec_of(), tmp_path / "bundle", verifier=lambda folder, advance: {})
+        build_bundle(checkpoints / MHA, spec_of(), tmp_path / "bundle", verifier=lambda folder, advance: {})
 
 
-def test_a_full_disk_while_the_engine_is_written(checkpoints: Path, tmp_path: Path) -> None:
-    out = tmp_path / "bundle"
-    build(checkpoints / "mha", out, spec_of())
+def test_a_full_disk_while_the_engine_is_written(
+    checkpoints: Path, compiled: Callable[..., tuple[Path, Manifest]], tmp_path: Path
+) -> None:
+    out, _ = compiled(MHA)
     before = (out / "engine.rtx").read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:  # the graph's weights fit, the engine's kernels don't; Python ignores SIGXFSZ, so that write fails
         resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, limit[1]))
         with pytest.raises(BuildError, match=r"can't write .*: File too large"):
-            build(checkpoints / "mha", out, spec_of())
+            build(checkpoints / MHA, out, spec_of())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert (out / "engine.rtx").read_bytes() == before
@@ -179,9 +224,10 @@ def test_a_full_disk_while_the_engine_is_written(checkpoints: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("answers_ctrl_c")
-def test_ctrl_c_ends_the_build_and_leaves_the_old_bundle(checkpoints: Path, tmp_path: Path) -> None:
-    out = tmp_path / "bundle"
-    build(checkpoints / "mha", out, spec_of())
+def test_ctrl_c_ends_the_build_and_leaves_the_old_bundle(
+    checkpoints: Path, compiled: Callable[..., tuple[Path, Manifest]], tmp_path: Path
+) -> None:
+    out, _ = compiled(MHA)
     before = (out / "manifest.json").read_bytes()
     pressed = threading.Event()
 
@@ -191,15 +237,16 @@ def test_ctrl_c_ends_the_build_and_leaves_the_old_bundle(checkpoints: Path, tmp_
             threading.Timer(0.2, _thread.interrupt_main).start()  # SIGINT, as the terminal sends it
 
     with pytest.raises(KeyboardInterrupt):
-        build_bundle(checkpoints / "mha", spec_of(), out, on_progress=press)
+        build_bundle(checkpoints / MHA, spec_of(), out, on_progress=press)
     assert (out / "manifest.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
 @pytest.mark.parametrize(("share", "more"), [(0.85, 0), (1.0, 20_000_000)], ids=["too small", "too large"])
-def test_an_engine_of_another_size_than_its_weights(checkpoints: Path, tmp_path: Path, share: float, more: int) -> None:
-    out = tmp_path / "bundle"
-    manifest, _ = build(checkpoints / "gqa", out, spec_of())
+def test_an_engine_of_another_size_than_its_weights(
+    compiled: Callable[..., tuple[Path, Manifest]], share: float, more: int
+) -> None:
+    out, manifest = compiled(GQA)
     check(out, manifest)
     assert manifest.engines.text.tensorrt is not None
     size = manifest.engines.text.tensorrt.weight_bytes

@@ -27,8 +27,6 @@ from tests.checkpoints import save_tiny
 from tests.engines.tensorrt.builder_double import CACHE_HEADER, make_module
 from tests.runtime.toys import with_text_engine
 
-pytestmark = pytest.mark.usefixtures("trace_once")
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -25,8 +25,6 @@ from qwen_aot.runtime.bundle.plugin_library import PLUGIN_LIBRARY, PLUGIN_LIBRAR
 from tests.checkpoints import save_tiny
 from tests.engines.tensorrt.builder_double import LIBRARY_HEADER, ILogger, OnnxParser, PluginRegistry, make_module
 
-pytestmark = pytest.mark.usefixtures("trace_once")
-
 CONTENT = LIBRARY_HEADER + b"plugins"
 FOREIGN_HEADER = LIBRARY_HEADER[:18] + {"x86_64": 183, "aarch64": 62}[platform.machine()].to_bytes(2, "little")
 FACTS = PluginFacts(PLUGIN_LIBRARY, hashlib.sha256(CONTENT).hexdigest(), in_engine=False, ops=("QwenGQA",))

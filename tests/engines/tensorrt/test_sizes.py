@@ -19,9 +19,10 @@ from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.variants import VARIANTS
 from qwen_aot.runtime.bundle.load import load_bundle
+from tests.tools import require_package
 
-pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX isn't installed")
-pytestmark = [pytest.mark.trt, pytest.mark.usefixtures("trace_once")]
+require_package("tensorrt_rtx", "pip install 'qwen-aot[tensorrt-rtx]'")
+pytestmark = pytest.mark.trt
 
 _TOKENS = {"vocab_size": 4096, "bos_token_id": 1, "pad_token_id": None, "eos_token_ids": (2,)}
 DENSE = dataclasses.replace(VARIANTS["qwen1.5-0.5b"], num_hidden_layers=2, **_TOKENS)

@@ -17,6 +17,8 @@ from qwen_aot.exporter.model.io_spec import io_spec
 from qwen_aot.exporter.model.tensors import tensor_shapes
 from qwen_aot.exporter.weights.stitch import place
 
+pytestmark = pytest.mark.usefixtures("real_trace")
+
 DENSE = ModelConfig(
     model_type="qwen2",
     vocab_size=97,

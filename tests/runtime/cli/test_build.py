@@ -9,6 +9,7 @@ import pytest
 
 from qwen_aot.machine import usable_cores
 from tests.runtime.cli.conftest import Run
+from tests.tools import require_package
 
 
 def test_builds_and_reports_as_json(run: Run, checkpoint: Path, tmp_path: Path) -> None:
@@ -77,9 +78,10 @@ def test_refusals(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.tools
 @pytest.mark.trt
 def test_builds_an_engine_without_a_gpu(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX isn't installed")
+    require_package("tensorrt_rtx", "pip install 'qwen-aot[tensorrt-rtx]'")
     out = tmp_path / "bundle"
     arguments = ("--target", "tensorrt-rtx", "--compute-capability", "8.6,12.0", "--max-context", 192)
     arguments += ("--prefill-chunk", 64, "--workspace-mib", 512, "--optimization-level", 1)

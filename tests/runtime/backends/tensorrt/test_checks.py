@@ -22,6 +22,7 @@ from tests.doubles.install import VERSIONS, installed
 from tests.doubles.tensorrt import make_tensorrt
 from tests.runtime.backends.tensorrt.engines import FLAVOURS, opened, write_checksum_bundle
 from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest, with_text_engine
+from tests.tools import require_package
 
 MIB = 1 << 20
 
@@ -318,9 +319,10 @@ def test_bundles_of_the_double_are_whole(tmp_path: Path) -> None:
     assert engine["tensorrt"]["cache_bytes"] == 2 * 4 * 2 * 1024 * 8 * 4
 
 
+@pytest.mark.tools
 @pytest.mark.skipif(sys.platform != "linux", reason="a driver is looked for where Linux has it")
 def test_the_real_bindings_on_a_machine_without_a_driver(tmp_path: Path) -> None:
-    cuda = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings isn't installed")
+    cuda = require_package("cuda.bindings.runtime", "pip install cuda-bindings")
     if cuda.cudaDriverGetVersion()[1] != 0:
         pytest.skip("this machine has a driver")
     bundle = load_bundle(write_checksum_bundle(tmp_path / "bundle", "tensorrt"))
