@@ -10,6 +10,7 @@ import pytest
 
 import qwen_aot.engines.build
 import qwen_aot.engines.export
+import qwen_aot.engines.verify.remade
 from qwen_aot.exporter.weights.recipe import Traced
 
 _TRACED: dict[str, Traced] = {}
@@ -17,7 +18,7 @@ _TRACED: dict[str, Traced] = {}
 
 @pytest.fixture
 def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes builds and exports of a configuration seen before start from a copy of its traced graph."""
+    """Makes builds, exports and comparisons of a configuration seen before start from a copy of its traced graph."""
     real = qwen_aot.engines.build.trace
 
     def cached(*arguments: Any, **options: Any) -> Traced:
@@ -29,6 +30,7 @@ def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(qwen_aot.engines.build, "trace", cached)
     monkeypatch.setattr(qwen_aot.engines.export, "trace", cached)
+    monkeypatch.setattr(qwen_aot.engines.verify.remade, "trace", cached)
 
 
 @pytest.fixture
