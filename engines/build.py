@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,6 +46,8 @@ from qwen_aot.runtime.bundle.manifest import (
     cache_capacity,
 )
 
+logger = logging.getLogger(__name__)
+
 REPORT_NAME = "report.json"
 
 Verifier = Callable[[Path, Advance], Mapping[str, Any]]
@@ -56,12 +59,13 @@ class Plan:
 
     Attributes:
         texts: small files of the bundle, name -> content.
-        manifest_for: makes the manifest from the bundle's files, and from what a compiled engine says about itself.
+        manifest_for: makes the manifest from the bundle's files, the hashes of the weights, and what a compiled engine
+            says about itself.
     """
 
     traced: Traced
     estimate: Estimate
-    manifest_for: Callable[[Mapping[str, FileEntry], EngineFacts | None], Manifest]
+    manifest_for: Callable[[Mapping[str, FileEntry], Mapping[str, str], EngineFacts | None], Manifest]
     texts: Mapping[str, str]
     warnings: tuple[str, ...]
 
@@ -158,29 +162,39 @@ def build_bundle(
         builder = builder_for(spec.target)
         for name, text in plan.texts.items():
             writer.write_text(name, text)
-        stages.run("write weights", lambda advance: _write_engine(plan, checkpoint, writer, advance))
+        hashes = stages.run("write weights", lambda advance: _write_engine(plan, checkpoint, writer, advance))
         facts = _finish(builder, spec, plan.traced, writer.folder, stages)
 
         def manifest_for(files: Mapping[str, FileEntry]) -> Manifest:
-            return plan.manifest_for(files, facts)
+            return plan.manifest_for(files, hashes, facts)
 
         manifest = stages.run("hash", lambda advance: writer.seal(manifest_for, advance))
         stages.run(spec.facts.check_stage, lambda _: builder.check(writer.folder, manifest))
         verification: Mapping[str, Any] = {}
         if verifier is not None:
             verification = stages.run("verify", lambda advance: verifier(writer.folder, advance), "positions")
+        warnings = plan.warnings + _doubts_of(verification)
         report = BuildReport(
             out=writer.out,
             manifest=manifest,
             estimate=plan.estimate,
             stages=tuple(stages.meter.costs),
-            warnings=plan.warnings,
+            warnings=warnings,
             verification=verification,
         )
         writer.write_text(REPORT_NAME, json.dumps(report.to_json(), indent=2) + "\n")
         writer.seal(manifest_for)
         writer.commit()
     return report
+
+
+def _doubts_of(verification: Mapping[str, Any]) -> tuple[str, ...]:
+    """One warning where a verification that didn't fail shows nothing: the bundle is installed nevertheless."""
+    if verification.get("verdict") != "inconclusive":
+        return ()
+    warning = f"the verification is inconclusive, and the bundle was kept: {'; '.join(verification['reasons'])}"
+    logger.warning("%s", warning)
+    return (warning,)
 
 
 def _finish(builder: Builder, spec: BuildSpec, lowered: Traced, folder: Path, stages: Stages) -> EngineFacts | None:
@@ -227,11 +241,13 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages, threads: int 
 
 def _write_engine(
     plan: Plan, checkpoint: Checkpoint, writer: BundleWriter, advance: Callable[[int, int], None]
-) -> None:
+) -> Mapping[str, str]:
+    """Writes the graph and its weights; gives the hashes of these."""
     with explained(writer.out):
         data_file = writer.folder / DATA_FILE
-        stitch(plan.traced, checkpoint, data_file, on_progress=advance, threads=plan.estimate.threads)
+        hashes = stitch(plan.traced, checkpoint, data_file, on_progress=advance, threads=plan.estimate.threads)
         save_graph(plan.traced, writer.folder)
+    return hashes
 
 
 def _manifest_maker(
@@ -242,12 +258,12 @@ def _manifest_maker(
     max_new_tokens: int | None,
     text: TextFacts,
     traced: Traced,
-) -> Callable[[Mapping[str, FileEntry], EngineFacts | None], Manifest]:
+) -> Callable[[Mapping[str, FileEntry], Mapping[str, str], EngineFacts | None], Manifest]:
     graph = traced.model.graph
     graph_inputs = tuple(_io_tensor(value) for value in graph.inputs)
     graph_outputs = tuple(_io_tensor(value) for value in graph.outputs)
     cache_dtype = next(tensor.dtype for tensor in graph_inputs if tensor.name == "past_key_values.0.key")
-    return lambda files, facts: Manifest(
+    return lambda files, hashes, facts: Manifest(
         format_version=FORMAT_VERSION,
         model=ModelFacts(
             name=checkpoint.name,
@@ -271,6 +287,7 @@ def _manifest_maker(
                 precision=str(spec.precision),
                 quantization=dict(spec.quantization),
                 weight_encodings=WeightEncodings(encodings_kept(traced), encodings_requantized(traced)),
+                weight_hashes=hashes,
                 inputs=graph_inputs if facts is None else facts.inputs,
                 outputs=graph_outputs if facts is None else facts.outputs,
                 tensorrt=None if facts is None else facts.tensorrt,

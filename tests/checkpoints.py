@@ -126,7 +126,7 @@ def save_tiny(
     model = tiny_model(tiny_config(**config), dtype=dtype, seed=seed)
     if ids:
         model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    with _quiet():
+    with quiet():
         model.save_pretrained(path, max_shard_size=shard_size if shard_size is not None else "5GB")
     return model
 
@@ -164,7 +164,7 @@ def save_tokenizer(path: Path, vocab: int) -> dict[str, int]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the progress bar of save_pretrained out of test output."""
     transformers_logging.disable_progress_bar()
     try:

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import onnx_ir as ir
-
-from qwen_aot.engines.builders import builder_for
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.resources import check_resources, estimate
 from qwen_aot.engines.export import export_graph
-from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.precisions import PRECISIONS, row_of
 from qwen_aot.engines.spec.targets import facts_of
-from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.engines.tensorrt.onnx_files import onnx_entries, require_same_onnx
 from qwen_aot.engines.verify.per_layer import LayerReport, compare_layers, mark_layers, step_feeds
+from qwen_aot.engines.verify.remade import lower_again
 from qwen_aot.errors import BuildError
-from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
-from qwen_aot.exporter.graph.plugin_ops import PluginOp
+from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
-from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.tensorrt.plugin import strip_definitions
 from qwen_aot.exporter.weights.stitch import chunk_bytes, output_bytes, stitch
-from qwen_aot.runtime.bundle.manifest import Manifest, cache_capacity
+from qwen_aot.runtime.bundle.manifest import Manifest
 
 _CPU_PROVIDER = "CPUExecutionProvider"
 
@@ -113,21 +106,7 @@ def _onnx_of_engine(folder: Path, manifest: Manifest, checkpoint: Checkpoint, ro
     Raises:
         BuildError: what was made isn't what the engine was compiled from, or there is no room for it.
     """
-    engine = manifest.engines.text
-    block_size, head = engine.quantization.get("block_size"), engine.quantization.get("quantize_head", False)
-    spec = BuildSpec(
-        target=manifest.target,  # type: ignore[arg-type]  # BuildSpec takes strings
-        precision=engine.precision,  # type: ignore[arg-type]
-        block_size=block_size if isinstance(block_size, int) else None,
-        max_context=manifest.max_context,
-        prefill_chunk=manifest.prefill_chunk,
-        tensorrt=dataclasses.replace(_plugin_options(folder, manifest), quantize_head=bool(head)),
-    )
-    positions = cache_capacity(manifest.max_context, manifest.prefill_chunk)
-    dtype = ir.DataType[spec.combination.compute_type]
-    traced = trace(checkpoint.config, dtype, positions=positions, capacity=positions)
-    traced.encodings = encodings_of(checkpoint)
-    lowered = builder_for(spec.target).lower(traced, spec)
+    lowered = lower_again(folder, manifest, checkpoint)
     made = root / "engine"
     made.mkdir()
     needed = estimate(weight_bytes=output_bytes(lowered), text_bytes=0, chunk_bytes=chunk_bytes(lowered), bits=16)
@@ -140,20 +119,6 @@ def _onnx_of_engine(folder: Path, manifest: Manifest, checkpoint: Checkpoint, ro
     require_same_onnx(manifest, onnx_entries(made))
     path.write_bytes(runnable)
     return path
-
-
-def _plugin_options(folder: Path, manifest: Manifest) -> TensorRtOptions:
-    """What the bundle was asked to have of plugins."""
-    engine = manifest.engines.text
-    assert engine.tensorrt is not None
-    plugins = engine.tensorrt.plugins
-    ops = () if plugins is None else plugins.ops
-    return TensorRtOptions(
-        attention="plugin" if PluginOp.GQA in ops else "native",
-        moe="plugin" if PluginOp.MOE in ops else "native",
-        kv_precision="int8" if engine.cache_dtype == "int8" else "auto",
-        plugin_library=None if plugins is None else folder / plugins.file,
-    )
 
 
 def _providers(first: str) -> tuple[str, ...]:

@@ -9,18 +9,23 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_aot.engines.spec.bounds import Bounds
+from qwen_aot.engines.spec.bounds import SMALLEST_MEASURED, Bounds
 from qwen_aot.engines.spec.precisions import row_of
+from qwen_aot.engines.verify.verdict import Verdict
 from qwen_aot.errors import BuildError
 
 # A position is decisive where the reference gives its first token at least this probability: there a quantized
 # model that differs would write another text. Elsewhere (always, with random weights) near ties decide.
 DECISIVE_PROBABILITY = 0.5
+
+# So few say too little: a share of 30 has a standard error of up to 0.09.
+LEAST_DECISIVE = 30
 
 _LARGEST_EXPONENT = math.log(sys.float_info.max)  # 709.8 nats
 
@@ -58,7 +63,10 @@ class Scores:
         top1_agreement: share of positions with the same first token.
         decisive_positions: positions where the reference's first token has DECISIVE_PROBABILITY or more.
         decisive_top1_agreement: share of those with the same first token; None without any.
-        greedy_agreement: mean share of greedy tokens before the first that differs.
+        greedy_agreement: share of the reference's greedy tokens that are the bundle's first choice too, given those
+            before.
+        greedy_prefix: mean share of them before the first that isn't: as far as both write the same text freely. One
+            near tie ends it, so it has no bound.
         perplexity, reference_perplexity: of the text's own next tokens.
         log_ratio_error: standard error of the logarithm of their ratio, from the pairs of one position each.
     """
@@ -72,6 +80,7 @@ class Scores:
     decisive_top1_agreement: float | None
     greedy_tokens: int
     greedy_agreement: float
+    greedy_prefix: float
     perplexity: float
     reference_perplexity: float
     log_ratio_error: float
@@ -106,24 +115,56 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Scores and how they stand to the bounds."""
+    """Scores and how they stand to the bounds.
+
+    Attributes:
+        doubts: why bounds that hold show nothing; sentences without a full stop.
+    """
 
     scores: Scores
     checks: tuple[Check, ...]
+    doubts: tuple[str, ...] = ()
 
     @property
-    def has_passed(self) -> bool:
-        """Whether every bound holds."""
-        return all(check.has_passed for check in self.checks)
+    def verdict(self) -> Verdict:
+        """Failed where a bound doesn't hold; else inconclusive where there are doubts."""
+        if not all(check.has_passed for check in self.checks):
+            return Verdict.FAILED
+        return Verdict.INCONCLUSIVE if self.doubts else Verdict.PASSED
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why it hasn't passed: each bound that failed with what was found, or the doubts."""
+        failures = tuple(
+            f"{check.name} is {check.found:.6g}, {'at most' if check.is_upper else 'at least'} {check.bound:.6g} is "
+            "allowed"
+            for check in self.checks
+            if not check.has_passed
+        )
+        return failures or self.doubts
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
-            "passed": self.has_passed,
+            "verdict": self.verdict.value,
+            "reasons": list(self.reasons),
             **asdict(self.scores),
             "perplexity_ratio": self.scores.perplexity_ratio,
             "checks": [{**asdict(check), "passed": check.has_passed} for check in self.checks],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a bundle is held to.
+
+    Attributes:
+        bounds: what may differ.
+        doubts: why a model within them isn't known to be sound.
+    """
+
+    bounds: Bounds
+    doubts: tuple[str, ...] = ()
 
 
 def bounds_for(precision: str, **given: float | None) -> Bounds:
@@ -135,11 +176,47 @@ def bounds_for(precision: str, **given: float | None) -> Bounds:
     return replace(row_of(precision).bounds, **{name: value for name, value in given.items() if value is not None})
 
 
+def limits_for(
+    precision: str,
+    num_parameters: int,
+    quantization: Mapping[str, int | str | bool],
+    **given: float | None,
+) -> Limits:
+    """What a model of some size and precision is held to.
+
+    Args:
+        precision: by its name.
+        num_parameters: of the model.
+        quantization: of its weights, as a manifest has it.
+        given: bounds in place of the precision's.
+
+    Raises:
+        BuildError: there is no such precision.
+    """
+    row = row_of(precision)
+    if row.rounding is None:
+        return Limits(bounds_for(precision, **given))
+    block_size = quantization.get("block_size")
+    has_fine_blocks = isinstance(block_size, int) and block_size <= 128
+    is_coarse = not has_fine_blocks or quantization.get("sensitive_bits") != 8
+    bounds = row.bounds.times(row.rounding.factor(num_parameters, is_coarse=is_coarse))
+    named = {name for name, value in given.items() if value is not None}
+    doubts: tuple[str, ...] = ()
+    if num_parameters < SMALLEST_MEASURED and any(
+        bound is not None for name, bound in asdict(bounds).items() if name not in named
+    ):
+        doubts = (
+            f"what a model of {num_parameters:,} parameters may lose at {precision} isn't known: the smallest measured "
+            f"has {SMALLEST_MEASURED:,}, and smaller ones lose more; give bounds to hold it to",
+        )
+    return Limits(replace(bounds, **{name: given[name] for name in named}), doubts)
+
+
 def verify(
     engine: ScoredEngine,
     reference: ScoringReference,
     sequences: Sequence[NDArray[np.int64]],
-    bounds: Bounds,
+    limits: Limits,
     *,
     greedy_tokens: int = 32,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -150,13 +227,13 @@ def verify(
         engine: a loaded bundle; its row 0 is emptied.
         reference: the reference.
         sequences: token ids [T] each, T >= 4; the first quarter is prompt, the rest is scored step by step.
-        bounds: what may differ.
+        limits: what it is held to.
         greedy_tokens: generated freely after each prompt.
         on_progress: called with scored positions done and in all.
     """
     tally = _Tally()
     total = sum(len(scored_positions(len(sequence))) for sequence in sequences)
-    agreements = []
+    same: list[NDArray[np.bool_]] = []
     for sequence in sequences:
         positions = scored_positions(len(sequence))
         expected = reference.logits(sequence, positions[0])
@@ -165,9 +242,19 @@ def verify(
             tally.add(found, expected[position - positions[0]], target)
             on_progress(tally.positions, total)
         prompt = sequence[: _prompt_length(len(sequence))]
-        agreements.append(_greedy_agreement(engine, prompt, reference.greedy(prompt, greedy_tokens)))
-    scores = tally.scores(greedy_tokens * len(sequences), float(np.mean(agreements)))
-    return Verification(scores, checks(scores, bounds))
+        same.append(_same_choices(engine, prompt, reference.greedy(prompt, greedy_tokens)))
+    scores = tally.scores(np.stack(same))
+    return Verification(scores, checks(scores, limits.bounds), (*_doubts(scores), *limits.doubts))
+
+
+def _doubts(scores: Scores) -> tuple[str, ...]:
+    if scores.decisive_positions >= LEAST_DECISIVE:
+        return ()
+    return (
+        f"the reference is sure of its next token at {scores.decisive_positions} of {scores.positions} positions, and "
+        f"at least {LEAST_DECISIVE} are needed to tell: random weights and short texts show little; give a trained "
+        "model, or a longer --text",
+    )
 
 
 def _prompt_length(length: int) -> int:
@@ -197,22 +284,20 @@ def engine_logits(engine: ScoredEngine, sequence: NDArray[np.int64]) -> Iterator
     engine.truncate(0, 0)
 
 
-def _greedy_agreement(engine: ScoredEngine, prompt: NDArray[np.int64], expected: Sequence[int]) -> float:
+def _same_choices(engine: ScoredEngine, prompt: NDArray[np.int64], expected: Sequence[int]) -> NDArray[np.bool_]:
+    """Whether each of the reference's greedy tokens is the engine's first choice, the reference's own before it."""
     engine.truncate(0, 0)
     logits = engine.prefill(0, prompt)
-    same = 0
-    for token in expected:
-        if int(logits.argmax()) != token:
-            break
-        same += 1
-        if same < len(expected):
-            logits = engine.decode(0, np.array([token], np.int64))[0]
+    same = [int(logits.argmax()) == expected[0]]
+    for before, token in pairwise(expected):
+        logits = engine.decode(0, np.array([before], np.int64))[0]
+        same.append(int(logits.argmax()) == token)
     engine.truncate(0, 0)
-    return same / len(expected)
+    return np.array(same)
 
 
 def checks(scores: Scores, bounds: Bounds) -> tuple[Check, ...]:
-    """One check a bound that is set; top-1 only where there are decisive positions.
+    """One check a bound that is set; top-1 and greedy texts only where there are decisive positions.
 
     A quantized model rates each token of a text a little higher or lower, and only the mean over many is its loss: a
     ratio of perplexities counts as found within two standard errors.
@@ -223,7 +308,7 @@ def checks(scores: Scores, bounds: Bounds) -> tuple[Check, ...]:
         "mean_logit_difference": (scores.mean_logit_difference, True),
         "kl_divergence": (scores.kl_divergence, True),
         "top1_agreement": (scores.decisive_top1_agreement, False),
-        "greedy_agreement": (scores.greedy_agreement, False),
+        "greedy_agreement": (scores.greedy_agreement if scores.decisive_positions else None, False),
         "perplexity_ratio": (scores.perplexity_ratio, True),
     }
     result = []
@@ -232,25 +317,6 @@ def checks(scores: Scores, bounds: Bounds) -> tuple[Check, ...]:
         if bound is not None and value is not None:
             result.append(Check(name, value, bound, is_upper, uncertainty.get(name, 0.0)))
     return tuple(result)
-
-
-def require_passed(verification: Verification) -> Mapping[str, Any]:
-    """The result as JSON values.
-
-    Raises:
-        BuildError: names each bound that failed, with value and bound.
-    """
-    failed = [
-        f"{check.name} is {check.found:.6g}, {'at most' if check.is_upper else 'at least'} {check.bound:.6g} is allowed"
-        for check in verification.checks
-        if not check.has_passed
-    ]
-    if failed:
-        raise BuildError(
-            f"the bundle differs from the reference: {'; '.join(failed)}; choose a higher precision or a smaller "
-            "block size"
-        )
-    return verification.to_json()
 
 
 def windows(token_ids: Sequence[int], length: int, count: int) -> list[NDArray[np.int64]]:
@@ -299,8 +365,8 @@ class _Tally:
             self._reference_nll -= float(theirs[target])
             self._squared_loss += float(theirs[target] - ours[target]) ** 2
 
-    def scores(self, greedy_tokens: int, greedy_agreement: float) -> Scores:
-        """The means."""
+    def scores(self, same_choices: NDArray[np.bool_]) -> Scores:
+        """The means, and those of greedy choices [texts, tokens]."""
         targets = max(self._targets, 1)
         loss = (self._nll - self._reference_nll) / targets
         variance = max(self._squared_loss / targets - loss**2, 0.0)
@@ -312,8 +378,9 @@ class _Tally:
             top1_agreement=self._same / self.positions,
             decisive_positions=self._decisive,
             decisive_top1_agreement=self._decisive_same / self._decisive if self._decisive else None,
-            greedy_tokens=greedy_tokens,
-            greedy_agreement=greedy_agreement,
+            greedy_tokens=same_choices.size,
+            greedy_agreement=float(same_choices.mean()),
+            greedy_prefix=float(np.logical_and.accumulate(same_choices, axis=1).mean()),
             perplexity=_exp(self._nll / targets),
             reference_perplexity=_exp(self._reference_nll / targets),
             log_ratio_error=math.sqrt(variance / targets),

@@ -1,15 +1,19 @@
-"""Streams recipes into external data, a few rows at a time.
+"""Streams recipes into external data, a few rows at a time, and hashes what it makes.
 
-Nothing larger than a chunk is held in memory, so peak memory doesn't grow with the model.
+Nothing larger than a chunk is held in memory, so peak memory doesn't grow with the model. What was stitched can be made
+again later without a file (`make_weights`), and is the same then: bytes for bytes, or by the hashes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +135,59 @@ def _check_tied_head(traced: Traced, checkpoint: Checkpoint) -> None:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one chunk of source rows makes of an initializer.
+
+    Attributes:
+        output: the initializer.
+        is_computed: it is made of no checkpoint tensor.
+        array: the part itself, in the initializer's own layout.
+        first_row, end_row: of `rows` source rows; all 0 for a computed initializer, which is one part.
+    """
+
+    output: Output
+    is_computed: bool
+    array: NDArray[Any]
+    first_row: int
+    end_row: int
+    rows: int
+
+    @property
+    def outer(self) -> int:
+        """Stretches of the initializer that the rows' part is spread over."""
+        return math.prod(self.output.shape[: self.output.row_axis])
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where the part begins and ends in each of those stretches, in bytes.
+
+        Raises:
+            ExportError: the array is of another size.
+        """
+        stretch = self.output.nbytes // self.outer
+        begin, end = (
+            (stretch * row // self.rows for row in (self.first_row, self.end_row)) if self.rows else (0, stretch)
+        )
+        if self.array.nbytes != self.outer * (end - begin):
+            raise ExportError(
+                f"recipe of {self.output.name} made {self.array.nbytes} bytes of rows {self.first_row} to"
+                f" {self.end_row}, but the shape {list(self.output.shape)} holds {self.outer * (end - begin)}"
+            )
+        return begin, end
+
+    @property
+    def stretches(self) -> NDArray[np.uint8]:
+        """The part's bytes [outer, end - begin]."""
+        return np.ascontiguousarray(self.array).reshape(self.outer, -1).view(np.uint8)
+
+    @property
+    def in_row_order(self) -> NDArray[np.uint8]:
+        """The part's bytes with the rows outermost, so that parts which follow each other can be hashed one by one."""
+        elements = np.ascontiguousarray(self.array).reshape(self.outer, -1)
+        return np.ascontiguousarray(elements.T).reshape(-1).view(np.uint8)
+
+
 def stitch(
     traced: Traced,
     checkpoint: Checkpoint,
@@ -138,7 +195,7 @@ def stitch(
     *,
     on_progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
-) -> None:
+) -> dict[str, str]:
     """Streams every recipe's outputs into one external-data file and points the graph's initializers at it.
 
     Args:
@@ -148,6 +205,45 @@ def stitch(
         on_progress: called with (bytes read so far, bytes to read) of sources.
         threads: chunks worked on at once; None: one for each of `machine.usable_cores`.
 
+    Returns:
+        The hash of each initializer, as of `make_weights`.
+
+    Raises:
+        CheckpointError: a tensor is missing, unused, of wrong shape, or holds NaN or Inf.
+        ExportError: the graph was lowered for another checkpoint.
+    """
+    check_sources(traced, checkpoint)
+    layout = _layout(traced.recipes.values())
+    with open(data_file, "wb") as file:
+        # Reserved, not just sized: a full disk is an error now, not a bus error on a mapped page later.
+        os.posix_fallocate(file.fileno(), 0, output_bytes(traced))
+    with _DataFile(data_file, layout) as data:
+        hashes = make_weights(traced, checkpoint, data.write, on_progress=on_progress, threads=threads)
+    place(traced, data_file)
+    return hashes
+
+
+def make_weights(
+    traced: Traced,
+    checkpoint: Checkpoint,
+    take: Callable[[Part], None],
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+    threads: int | None = None,
+) -> dict[str, str]:
+    """Carries out every recipe, a few chunks at a time.
+
+    Args:
+        traced: graph and recipes.
+        checkpoint: where the sources are read.
+        take: called with each part of each initializer, by several threads at once.
+        on_progress: see `stitch`.
+        threads: see `stitch`.
+
+    Returns:
+        Initializer -> SHA-256 (hexadecimal) of its bytes, source rows outermost: of one whose rows run along its last
+        axis, of its transpose. It doesn't depend on how the rows are cut.
+
     Raises:
         CheckpointError: a tensor is missing, unused, of wrong shape, or holds NaN or Inf.
         ExportError: the graph was lowered for another checkpoint.
@@ -155,38 +251,37 @@ def stitch(
     check_sources(traced, checkpoint)
     _check_encodings(traced, checkpoint)
     _check_tied_head(traced, checkpoint)
-    layout = _layout(traced.recipes.values())
     total = sum(_source_bytes(recipe) for recipe in traced.recipes.values())
-    done = 0
-    with open(data_file, "wb") as file:
-        # Reserved, not just sized: a full disk is an error now, not a bus error on a mapped page later.
-        os.posix_fallocate(file.fileno(), 0, output_bytes(traced))
+    digests = {output.name: hashlib.sha256() for recipe in traced.recipes.values() for output in recipe.outputs}
     workers = threads or usable_cores()
-    with _DataFile(data_file, layout) as data, ThreadPoolExecutor(workers) as pool:
-        pending: dict[Future[None], int] = {}
+    done = 0
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque[tuple[Future[list[Part]], int]] = deque()
 
         def collect(limit: int) -> None:
+            """Hashes finished chunks in order, which is the rows', until at most `limit` are left."""
             nonlocal done
             while len(pending) > limit:
-                finished, _ = wait(pending, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    done += pending.pop(future)
-                    future.result()
-                    if on_progress is not None:
-                        on_progress(done, total)
+                future, size = pending[0]
+                for part in future.result():
+                    digests[part.output.name].update(part.in_row_order.data)
+                pending.popleft()
+                done += size
+                if on_progress is not None:
+                    on_progress(done, total)
 
         try:
             for recipe in traced.recipes.values():
                 for start, stop in _chunks(recipe):
                     size = _source_bytes(recipe) * (stop - start) // max(1, recipe.rows)
-                    pending[pool.submit(_make_chunk, recipe, start, stop, checkpoint, data)] = size
+                    pending.append((pool.submit(_make_chunk, recipe, start, stop, checkpoint, take), size))
                     collect(workers)  # at most one chunk waits for each that is worked on
             collect(0)
         except BaseException:
-            for future in pending:
+            for future, _ in pending:
                 future.cancel()
             raise
-    place(traced, data_file)
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def _source_bytes(recipe: Recipe) -> int:
@@ -264,7 +359,9 @@ def _check_finite(part: NDArray[Any], name: str, first_row: int, checkpoint: Che
         )
 
 
-def _make_chunk(recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint, data: _DataFile) -> None:
+def _make_chunk(
+    recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint, take: Callable[[Part], None]
+) -> list[Part]:
     try:
         if recipe.from_codes is not None:
             arrays = recipe.from_codes(_read_codes(recipe, start, stop, checkpoint))
@@ -277,8 +374,13 @@ def _make_chunk(recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint, d
         raise ExportError(
             f"recipe of {recipe.outputs[0].name} gave {len(arrays)} arrays for {len(recipe.outputs)} outputs"
         )
-    for output, array in zip(recipe.outputs, arrays, strict=True):
-        data.write(output, array, start, stop, recipe.rows)
+    parts = [
+        Part(output, not recipe.sources, array, start, stop, recipe.rows)
+        for output, array in zip(recipe.outputs, arrays, strict=True)
+    ]
+    for part in parts:
+        take(part)
+    return parts
 
 
 def _place_of_row(recipe: Recipe, row: int) -> str:
@@ -304,25 +406,20 @@ class _DataFile:
         del self._bytes  # the mapping can't be closed under it
         self._map.close()
 
-    def write(self, output: Output, array: NDArray[Any], first_row: int, end_row: int, rows: int) -> None:
-        """Writes the part of `output` that stems from source rows `first_row` up to `end_row`, of `rows`."""
-        offset, length = self._layout[output.name]
-        outer = math.prod(output.shape[: output.row_axis])  # stretches that the rows' part is spread over
+    def write(self, part: Part) -> None:
+        """Writes a part where it belongs."""
+        offset, length = self._layout[part.output.name]
+        outer = part.outer
         stretch = length // outer
-        begin, end = (stretch * row // rows for row in (first_row, end_row)) if rows else (0, stretch)
-        if array.nbytes != outer * (end - begin):
-            raise ExportError(
-                f"recipe of {output.name} made {array.nbytes} bytes of rows {first_row} to {end_row}, but the shape"
-                f" {list(output.shape)} holds {outer * (end - begin)}"
-            )
-        source = np.ascontiguousarray(array).reshape(outer, -1).view(np.uint8)
+        begin, end = part.span
+        source = part.stretches
         target = self._bytes[offset : offset + length].reshape(outer, stretch)
         # Written pages stay in the page cache, but are dropped from this process's memory part by part.
         step = max(1, _RESIDENT_BYTES // (end - begin + 2 * mmap.PAGESIZE))
         for index in range(0, outer, step):
-            part = slice(index, min(index + step, outer))
-            target[part, begin:end] = source[part]
-            self._drop_pages(offset + part.start * stretch, offset + part.stop * stretch)
+            some = slice(index, min(index + step, outer))
+            target[some, begin:end] = source[some]
+            self._drop_pages(offset + some.start * stretch, offset + some.stop * stretch)
 
     def _drop_pages(self, begin: int, end: int) -> None:
         """Gives the pages of a byte range back to the system (where it can); what was written is kept."""

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from qwen_aot.errors import BundleError
 
-__all__ = ["MAX_BYTES", "MAX_COUNT", "require_counts", "require_one_of", "require_within"]
+__all__ = [
+    "MAX_BYTES",
+    "MAX_COUNT",
+    "is_sha256",
+    "require_counts",
+    "require_one_of",
+    "require_sha256",
+    "require_within",
+]
 
 MAX_COUNT = 2**31 - 1  # graphs keep lengths and sizes in int32
 MAX_BYTES = 2**63 - 1
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def require_counts(instance: Any, *names: str, least: int = 1, most: int = MAX_COUNT) -> None:
@@ -41,3 +52,18 @@ def require_one_of(what: str, value: str, accepted: Collection[str]) -> None:
     """
     if value not in accepted:
         raise BundleError(f"{what} is {value!r}; accepted: {', '.join(accepted)}")
+
+
+def is_sha256(value: str) -> bool:
+    """Whether this is a hash as manifests write it."""
+    return _SHA256.fullmatch(value) is not None
+
+
+def require_sha256(what: str, value: str) -> None:
+    """A hash as manifests write it.
+
+    Raises:
+        BundleError: it isn't one.
+    """
+    if not is_sha256(value):
+        raise BundleError(f"{what} is {value!r}; accepted: 64 lower-case hex digits")

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from qwen_aot.errors import BundleError
-from qwen_aot.runtime.bundle.checks import MAX_COUNT, require_counts, require_within
+from qwen_aot.runtime.bundle.checks import MAX_COUNT, require_counts, require_sha256, require_within
 from qwen_aot.runtime.bundle.step_plan import StepPlan
 from qwen_aot.runtime.bundle.tensorrt_facts import TensorRtFacts
 
@@ -94,6 +94,8 @@ class EngineEntry:
         precision: of the weights, by the name that `--precision` has for it.
         quantization: block_size, symmetric, ...; empty where weights aren't quantized.
         weight_encodings: of the checkpoint's quantized tensors.
+        weight_hashes: SHA-256 of each weight as the engine was made of it, by the name of its initializer: of its
+            bytes with the rows of its checkpoint tensors outermost (docs/bundle.md). None: nothing is recorded.
         inputs: in the engine's order.
         outputs: in the engine's order.
         tensorrt: of TensorRT engines.
@@ -104,6 +106,7 @@ class EngineEntry:
     precision: str
     quantization: Mapping[str, int | str | bool]
     weight_encodings: WeightEncodings
+    weight_hashes: Mapping[str, str] | None
     inputs: tuple[IoTensor, ...]
     outputs: tuple[IoTensor, ...]
     tensorrt: TensorRtFacts | None
@@ -114,6 +117,8 @@ class EngineEntry:
             names = [tensor.name for tensor in tensors]
             if len(set(names)) != len(names):
                 raise BundleError(f"an {kind} is listed twice among {', '.join(names)}")
+        for name, digest in (self.weight_hashes or {}).items():
+            require_sha256(f"weight_hashes[{name!r}]", digest)
 
     def _check_plan(self, steps: Collection[str]) -> None:
         unknown = [name for name in self.plan or () if name not in steps]

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from qwen_aot.errors import BundleError
+from qwen_aot.runtime.bundle.checks import is_sha256
 
 __all__ = ["MANIFEST_NAME", "FileEntry", "check_file_name"]
 
 MANIFEST_NAME = "manifest.json"
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +22,7 @@ class FileEntry:
     sha256: str  # 64 lower-case hex digits
 
     def __post_init__(self) -> None:
-        if self.bytes < 0 or not _SHA256.fullmatch(self.sha256):
+        if self.bytes < 0 or not is_sha256(self.sha256):
             raise BundleError(
                 f"file entry has bytes {self.bytes} and sha256 {self.sha256!r}; accepted: a size of at least 0 and 64 "
                 "lower-case hex digits"

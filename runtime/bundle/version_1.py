@@ -34,7 +34,12 @@ def upgraded(document: Mapping[str, Any]) -> dict[str, Any]:
     files = document["files"]
     has_tokenizer = isinstance(files, Mapping) and "tokenizer.json" in files
     text_engine = {new: document[old] for old, new in _OF_THE_ENGINE.items()}
-    text_engine |= {"weight_encodings": {"kept": {}, "requantized": {}}, "plan": None, "logits_rows": None}
+    text_engine |= {
+        "weight_encodings": {"kept": {}, "requantized": {}},
+        "weight_hashes": None,
+        "plan": None,
+        "logits_rows": None,
+    }
     return {
         "format_version": 2,
         **{key: document[key] for key in _KEPT},

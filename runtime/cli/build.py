@@ -222,7 +222,7 @@ def command(
         if dry_run:
             plan = plan_build(source, spec, out, on_progress=show, threads=threads)
         else:
-            verifier = verifier_for(source, spec.precision) if with_verify else None
+            verifier = verifier_for(source) if with_verify else None
             report = build_bundle(source, spec, out, on_progress=show, verifier=verifier, threads=threads)
     if dry_run:
         _show_plan(plan, out, as_json)

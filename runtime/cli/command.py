@@ -18,7 +18,7 @@ import click
 from qwen_aot.errors import DeployError
 from qwen_aot.extras import missing_package
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INCONCLUSIVE = 0, 1, 2, 3
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
@@ -63,7 +63,7 @@ class _Terminal(click.Command):
     """Turns what a command raises into a message on stderr and an exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Runs the command and exits: 0 ok, 1 failed, 2 usage, 130 Ctrl-C, 143 SIGTERM."""
+        """Runs the command and exits: 0 ok, 1 failed, 2 usage, 3 inconclusive (`verify`), 130 Ctrl-C, 143 SIGTERM."""
         kwargs["standalone_mode"] = False
         for stream in (sys.stdout, sys.stderr):
             # A locale without the characters of an answer; C's lets through what came in as bytes and nothing else.

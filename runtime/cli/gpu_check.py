@@ -261,7 +261,7 @@ def _compare(folder: Path, target: str) -> Mapping[str, Any]:
     import numpy as np
 
     from qwen_aot.engines.verify.engine_reference import EngineReference
-    from qwen_aot.engines.verify.scores import bounds_for, verify, windows
+    from qwen_aot.engines.verify.scores import Limits, bounds_for, verify, windows
     from qwen_aot.runtime.backends.open import open_engine
     from qwen_aot.runtime.backends.ort.devices import DEVICES
     from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine
@@ -274,8 +274,8 @@ def _compare(folder: Path, target: str) -> Mapping[str, Any]:
     engine = open_engine(load_bundle(folder / target), allow_bundle_code=True)
     with engine as ours, OnnxRuntimeEngine(reference, device=on_cpu) as theirs:
         ids = np.random.default_rng(0).integers(0, ours.manifest.model.vocab_size, 2 * WINDOW).tolist()
-        bounds = bounds_for(ours.manifest.engines.text.precision)
-        result = verify(ours, EngineReference(theirs), windows(ids, WINDOW, 2), bounds, greedy_tokens=GREEDY)
+        limits = Limits(bounds_for(ours.manifest.engines.text.precision))
+        result = verify(ours, EngineReference(theirs), windows(ids, WINDOW, 2), limits, greedy_tokens=GREEDY)
     details = result.to_json()
     failed = [check.name for check in result.checks if not check.has_passed]
     if failed:

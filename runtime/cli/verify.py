@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen_aot.errors import BuildError, CheckpointError
-from qwen_aot.runtime.cli.command import EXIT_FAILED, VerbCommand, option
+from qwen_aot.runtime.cli.command import EXIT_FAILED, EXIT_INCONCLUSIVE, VerbCommand, option
 from qwen_aot.runtime.cli.console import print_json, progress_on_stderr, show_logs, stdout
 from qwen_aot.runtime.cli.options import CONTEXT, allow_bundle_code_option, bundle_argument, json_option, threads_option
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from qwen_aot.engines.build import Verifier
     from qwen_aot.engines.bundle.progress import OnProgress, ProgressEvent
     from qwen_aot.engines.bundle.stages import Advance
-    from qwen_aot.engines.spec.bounds import Bounds
+    from qwen_aot.engines.verify.bundle_report import BundleReport
     from qwen_aot.engines.verify.scores import Verification
+    from qwen_aot.engines.verify.weights import WeightCheck
     from qwen_aot.exporter.checkpoint.base import Checkpoint
     from qwen_aot.runtime.bundle.manifest import Manifest
     from qwen_aot.runtime.generation.generator import Generator
@@ -53,7 +54,7 @@ _BOUND_HELP = {
     "mean_logit_difference": "Mean absolute difference of the logits.",
     "kl_divergence": "Mean KL divergence in nats.",
     "top1_agreement": "Least share of decisive positions with the same first token.",
-    "greedy_agreement": "Least share of greedy tokens before the first that differs.",
+    "greedy_agreement": "Least share of the reference's greedy tokens that the bundle chooses too.",
     "perplexity_ratio": "Bundle's perplexity over the reference's.",
 }
 
@@ -80,6 +81,12 @@ def _bound_options(command: Any) -> Any:
 @option("--window", type=click.IntRange(4), default=256, help="Tokens scored in one piece.", group="Input")
 @option("--windows", type=click.IntRange(1), default=4, help="Most pieces of the text.", group="Input")
 @option("--greedy-tokens", type=click.IntRange(1), default=32, help="Generated after each prompt.", group="Input")
+@option(
+    "--skip-weights",
+    is_flag=True,
+    help="Leave out comparing every weight with the checkpoint's; nothing passes then.",
+    group="Input",
+)
 @option("--per-layer", is_flag=True, help="Compare what each layer gives instead of the logits.", group="Layers")
 @option(
     "--layer-bound",
@@ -100,6 +107,7 @@ def command(
     window: int,
     windows: int,
     greedy_tokens: int,
+    skip_weights: bool,
     per_layer: bool,
     layer_bound: float | None,
     as_json: bool,
@@ -114,8 +122,12 @@ def command(
       qwen-aot verify ./bundle --reference ./Qwen1.5-0.5B-Chat
       qwen-aot verify ./bundle --reference model.gguf --text page.txt --kl-divergence 0.1 --json
 
-    The first quarter of each piece of text is the prompt, the rest is fed token by token, and every step's logits are
-    compared. Exits with 1 if a bound fails, and says which.
+    First every weight is made again from the checkpoint and compared, byte by byte (of a TensorRT engine by its hash).
+    Then both answer: the first quarter of each piece of text is the prompt, the rest is fed token by token, and every
+    step's logits are compared.
+
+    Exits with 0 if all of it passed, with 1 if something failed, and says what, and with 3 if it is inconclusive: no
+    difference was found that mustn't be, and it couldn't have been (random weights, a text too short).
 
     --per-layer compares the residual stream after each layer with that of the checkpoint's fp32 graph over one prompt,
     with Polygraphy, and names the first layer over the bound. Of a TensorRT bundle it runs the ONNX behind the engine.
@@ -123,36 +135,39 @@ def command(
     show_logs()
     if layer_bound is not None and not per_layer:
         raise click.UsageError("--layer-bound goes with --per-layer")
+    if skip_weights and per_layer:
+        raise click.UsageError("--skip-weights doesn't go with --per-layer, which compares no weights")
     content = TEXT if text is None else _read_text(text)
     if per_layer:
         _run_per_layer(bundle, reference, random_weights, weights_seed, content, window, layer_bound, as_json)
         return
-    from qwen_aot.engines.verify.scores import bounds_for
+    from qwen_aot.engines.verify.verdict import Verdict
+    from qwen_aot.runtime.bundle.load import load_bundle
     from qwen_aot.runtime.cli.source import open_source
-    from qwen_aot.runtime.generation.generator import Generator
 
-    with Generator.open(bundle, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
-        limits = bounds_for(generator.engine.manifest.engines.text.precision, **bounds)
-        with (
-            open_source(reference, random_weights=random_weights, seed=weights_seed) as checkpoint,
-            progress_on_stderr() as show,
-        ):
-            result = compare(
-                generator,
-                checkpoint,
-                limits,
-                text=content,
-                window=window,
-                windows=windows,
-                greedy_tokens=greedy_tokens,
-                on_progress=show,
-            )
+    with (
+        open_source(reference, random_weights=random_weights, seed=weights_seed) as checkpoint,
+        progress_on_stderr() as show,
+    ):
+        report = verify_bundle(
+            bundle,
+            checkpoint,
+            text=content,
+            window=window,
+            windows=windows,
+            greedy_tokens=greedy_tokens,
+            threads=threads,
+            skip_weights=skip_weights,
+            allow_bundle_code=allow_bundle_code,
+            on_progress=show,
+            **bounds,
+        )
     if as_json:
-        print_json({"bundle": str(bundle), "reference": reference, **_with_cpu(result.to_json())})
+        print_json({"bundle": str(bundle), "reference": reference, **_with_cpu(report.to_json())})
     else:
-        _show(result, runs_on_cpu=generator.engine.manifest.target == "cpu")
-    if not result.has_passed:
-        click.get_current_context().exit(EXIT_FAILED)
+        _show(report, runs_on_cpu=load_bundle(bundle, skip_hash_above=0).manifest.target == "cpu")
+    if report.verdict is not Verdict.PASSED:
+        click.get_current_context().exit(EXIT_FAILED if report.verdict is Verdict.FAILED else EXIT_INCONCLUSIVE)
 
 
 def _run_per_layer(
@@ -184,23 +199,105 @@ def _run_per_layer(
         click.get_current_context().exit(EXIT_FAILED)
 
 
-def compare(
-    generator: Generator,
+def verify_bundle(
+    path: Path,
     checkpoint: Checkpoint,
-    bounds: Bounds,
     *,
     text: str = TEXT,
     window: int = 256,
     windows: int = 4,
     greedy_tokens: int = 32,
+    threads: int | None = None,
+    skip_weights: bool = False,
+    allow_bundle_code: bool = False,
     on_progress: OnProgress,
-) -> Verification:
-    """Scores an open bundle against the checkpoint it was built from.
+    **bounds: float | None,
+) -> BundleReport:
+    """Compares a bundle's weights and its answers with the checkpoint that it was built from.
+
+    Answers are only asked for where the weights are as they should be: others would say nothing new, and slowly.
+
+    Args:
+        path: the bundle's folder.
+        checkpoint: opened; it stays open.
+        text: scored, where the bundle has a tokenizer; else tokens are drawn.
+        window: tokens of a piece of it.
+        windows: pieces at most.
+        greedy_tokens: generated after each prompt.
+        threads: of the engine, and that make weights again.
+        skip_weights: leave the weights out, and be inconclusive.
+        allow_bundle_code: see `Generator.open`.
+        on_progress: told about each step.
+        bounds: in place of the precision's, by the names of `engines.spec.bounds.Bounds`.
 
     Raises:
-        CheckpointError: it was built from another model.
+        CheckpointError: the bundle was built from another model.
         BuildError: its context or the text is too short to be scored.
     """
+    from qwen_aot.engines.verify.bundle_report import BundleReport
+    from qwen_aot.engines.verify.verdict import Verdict
+    from qwen_aot.engines.verify.weights import SKIPPED
+    from qwen_aot.runtime.bundle.load import load_bundle
+    from qwen_aot.runtime.generation.generator import Generator
+
+    manifest = load_bundle(path, skip_hash_above=0).manifest  # a damaged weight is named by its tensor, not by its file
+    _require_same_model(manifest, checkpoint)
+    length = _window_length(manifest, window, greedy_tokens)
+    count = 2 if skip_weights else 3
+    weights = SKIPPED if skip_weights else _check_weights(path, manifest, checkpoint, threads, count, on_progress)
+    if weights.verdict is Verdict.FAILED:
+        return BundleReport(weights, None, None)
+    with Generator.open(path, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
+        scores, read_by = _score(
+            generator, checkpoint, text, length, windows, greedy_tokens, bounds, count, on_progress
+        )
+    return BundleReport(weights, scores, read_by)
+
+
+def _window_length(manifest: Manifest, window: int, greedy_tokens: int) -> int:
+    from qwen_aot.engines.verify.scores import SHORTEST_WINDOW
+
+    length = min(window, manifest.max_context - greedy_tokens)
+    if length < SHORTEST_WINDOW:
+        raise BuildError(
+            f"the bundle's context of {manifest.max_context} tokens has no room for a window of at least "
+            f"{SHORTEST_WINDOW} and {greedy_tokens} greedy tokens: give fewer --greedy-tokens, or build with a "
+            "larger --max-context"
+        )
+    return length
+
+
+def _check_weights(
+    path: Path, manifest: Manifest, checkpoint: Checkpoint, threads: int | None, count: int, on_progress: OnProgress
+) -> WeightCheck:
+    from qwen_aot.engines.bundle.progress import ProgressEvent
+    from qwen_aot.engines.verify.weights import check_weights
+
+    stage = "compare weights"
+    on_progress(ProgressEvent(stage, 1, count))
+    found = check_weights(
+        path,
+        manifest,
+        checkpoint,
+        on_progress=lambda done, total: on_progress(ProgressEvent(stage, 1, count, done, total)),
+        threads=threads,
+    )
+    on_progress(ProgressEvent(stage, 1, count, 1, 1))
+    return found
+
+
+def _score(
+    generator: Generator,
+    checkpoint: Checkpoint,
+    text: str,
+    length: int,
+    windows: int,
+    greedy_tokens: int,
+    bounds: Mapping[str, float | None],
+    count: int,
+    on_progress: OnProgress,
+) -> tuple[Verification, str]:
+    """Scores an open bundle against the reference, and tells who read the checkpoint for that."""
     import numpy as np
 
     from qwen_aot.engines.bundle.progress import ProgressEvent
@@ -208,29 +305,25 @@ def compare(
     from qwen_aot.engines.verify.reference import Reference
 
     manifest = generator.engine.manifest
-    _require_same_model(manifest, checkpoint)
-    length = min(window, manifest.max_context - greedy_tokens)
-    if length < verify.SHORTEST_WINDOW:
-        raise BuildError(
-            f"the bundle's context of {manifest.max_context} tokens has no room for a window of at least "
-            f"{verify.SHORTEST_WINDOW} and {greedy_tokens} greedy tokens: give fewer --greedy-tokens, or build with a "
-            "larger --max-context"
-        )
+    engine = manifest.engines.text
+    limits = verify.limits_for(engine.precision, manifest.model.num_parameters, engine.quantization, **bounds)
     if generator.tokenizer is not None:
         ids = generator.tokenizer.encode(text)
     else:
         ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, RANDOM_TOKENS).tolist()
-    on_progress(ProgressEvent("load reference", 1, 2))
+    pieces = verify.windows(ids, length, windows)
+    on_progress(ProgressEvent("load reference", count - 1, count))
     reference = Reference(checkpoint)
-    on_progress(ProgressEvent("load reference", 1, 2, 1, 1))
-    return verify.verify(
+    on_progress(ProgressEvent("load reference", count - 1, count, 1, 1))
+    found = verify.verify(
         generator.engine,
         reference,
-        verify.windows(ids, length, windows),
-        bounds,
+        pieces,
+        limits,
         greedy_tokens=greedy_tokens,
-        on_progress=lambda done, total: on_progress(ProgressEvent("compare", 2, 2, done, total, POSITIONS)),
+        on_progress=lambda done, total: on_progress(ProgressEvent("compare", count, count, done, total, POSITIONS)),
     )
+    return found, reference.read_by
 
 
 def _require_same_model(manifest: Manifest, checkpoint: Checkpoint) -> None:
@@ -256,19 +349,21 @@ def _read_text(path: Path) -> str:
         raise click.UsageError(f"--text {path} isn't UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-def verifier_for(checkpoint: Checkpoint, precision: str) -> Verifier:
-    """What `build --verify` runs on the new bundle before it is put in place."""
+def verifier_for(checkpoint: Checkpoint) -> Verifier:
+    """What `build --verify` runs on the new bundle before it is put in place.
+
+    What fails isn't put there. What is inconclusive is: its weights are the checkpoint's by every byte, and the build
+    warns of what wasn't shown.
+    """
 
     def verifier(folder: Path, advance: Advance) -> Mapping[str, Any]:
-        from qwen_aot.engines.verify.scores import bounds_for, require_passed
-        from qwen_aot.runtime.generation.generator import Generator
+        from qwen_aot.engines.verify.bundle_report import require_not_failed
 
         def show(event: ProgressEvent) -> None:
             if event.unit == POSITIONS:
                 advance(event.done, event.total)
 
-        with Generator.open(folder) as generator:
-            return _with_cpu(require_passed(compare(generator, checkpoint, bounds_for(precision), on_progress=show)))
+        return _with_cpu(require_not_failed(verify_bundle(folder, checkpoint, on_progress=show)))
 
     return verifier
 
@@ -279,14 +374,42 @@ def _with_cpu(report: Mapping[str, Any]) -> dict[str, Any]:
     return {**report, "cpu": processor()}
 
 
-def _show(result: Verification, *, runs_on_cpu: bool) -> None:
+def _show(report: BundleReport, *, runs_on_cpu: bool) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
+    from qwen_aot.engines.verify.verdict import Verdict
+    from qwen_aot.runtime.cli.console import size
     from qwen_aot.runtime.cli.doctor import processor
 
-    scores = result.scores
     console = stdout()
+    weights = report.weights
+    if weights.compared is not None and weights.verdict is Verdict.PASSED:
+        how = "by every byte" if weights.compared == "bytes" else "by their hashes"
+        console.print(
+            f"weights: {weights.tensors} tensors, {size(weights.bytes)}, are the checkpoint's {how}", soft_wrap=True
+        )
+    if report.scores is not None:
+        _show_scores(report.scores)
+        if runs_on_cpu:
+            cpu = processor()
+            console.print(
+                f"computed by {escape(cpu['name'])} ({', '.join(cpu['features']) or 'no special features'}): another "
+                "CPU adds in another order, after which rounded activations differ, and finds other numbers",
+                soft_wrap=True,
+            )
+        console.print(f"the reference was read by {escape(str(report.reference_reader))}", soft_wrap=True)
+    if report.verdict is Verdict.PASSED:
+        console.print("[bold green]passed[/]: the weights are the checkpoint's and all bounds hold")
+        return
+    style = "bold red" if report.verdict is Verdict.FAILED else "bold yellow"
+    for reason in report.reasons:
+        console.print(f"[{style}]{report.verdict.value}[/]: {escape(reason)}", soft_wrap=True)
+
+
+def _show_scores(result: Verification) -> None:
+    from rich.table import Table
+
+    scores = result.scores
     table = Table(title=f"{scores.positions} positions, {scores.greedy_tokens} greedy tokens")
     for heading in ("measure", "found", "bound", ""):
         table.add_column(heading, justify="right" if heading in ("found", "bound") else "left")
@@ -298,6 +421,7 @@ def _show(result: Verification, *, runs_on_cpu: bool) -> None:
         "top1_agreement (all)": scores.top1_agreement,
         f"top1_agreement ({scores.decisive_positions} decisive)": scores.decisive_top1_agreement,
         "greedy_agreement": scores.greedy_agreement,
+        "greedy_prefix": scores.greedy_prefix,
         "perplexity": scores.perplexity,
         "perplexity of the reference": scores.reference_perplexity,
         "perplexity_ratio": scores.perplexity_ratio,
@@ -308,13 +432,4 @@ def _show(result: Verification, *, runs_on_cpu: bool) -> None:
         error = f" ± {check.uncertainty:.2g}" if check and check.uncertainty else ""
         verdict = "" if check is None else "[green]ok[/]" if check.has_passed else "[bold red]failed[/]"
         table.add_row(name, "-" if found is None else f"{found:.6g}{error}", bound, verdict)
-    console.print(table)
-    if runs_on_cpu:
-        cpu = processor()
-        console.print(
-            f"computed by {escape(cpu['name'])} ({', '.join(cpu['features']) or 'no special features'}): another CPU "
-            "adds in another order, after which rounded activations differ, and finds other numbers",
-            soft_wrap=True,
-        )
-    failed = [check.name for check in result.checks if not check.has_passed]
-    console.print(f"[bold red]failed: {', '.join(failed)}[/]" if failed else "[bold green]all bounds hold[/]")
+    stdout().print(table)

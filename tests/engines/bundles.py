@@ -47,6 +47,7 @@ def manifest_for(files: Mapping[str, FileEntry]) -> Manifest:
                 precision="fp32",
                 quantization={},
                 weight_encodings=WeightEncodings(kept={}, requantized={}),
+                weight_hashes=None,
                 inputs=(IoTensor("input_ids", "int64", ("B", "S")),),
                 outputs=(IoTensor("logits", "float32", ("B", 32)),),
                 tensorrt=None,

@@ -111,7 +111,7 @@ def test_a_bundle_with_a_vision_engine_runs_text_alone(path: Path) -> None:
     pixels = IoTensor("pixel_values", "float16", ("B", 3, 448, 448))
     rows = IoTensor("image_embeddings", "float16", ("B", 256, 16))
     encodings = WeightEncodings(kept={}, requantized={})
-    vision = VisionEngine("vision.onnx", "fp16", {}, encodings, (pixels,), (rows,), None, None, max_batch=2)
+    vision = VisionEngine("vision.onnx", "fp16", {}, encodings, None, (pixels,), (rows,), None, None, max_batch=2)
     engines, files = replace(manifest.engines, vision=vision), {**manifest.files, "vision.onnx": entry}
     written = replace(manifest, engines=engines, files=files)
     (path / "manifest.json").write_text(written.to_json(), encoding="utf-8")

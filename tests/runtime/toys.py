@@ -81,6 +81,7 @@ def make_manifest(
                 precision="fp32",
                 quantization={},
                 weight_encodings=WeightEncodings(kept={}, requantized={}),
+                weight_hashes=None,
                 inputs=inputs,
                 outputs=outputs,
                 tensorrt=None,

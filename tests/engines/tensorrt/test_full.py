@@ -20,6 +20,8 @@ from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.targets import Target
 from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.engines.verify.layer_graphs import bound_for, compare_bundle_layers
+from qwen_aot.engines.verify.verdict import Verdict
+from qwen_aot.engines.verify.weights import check_weights
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.bundle.manifest import FileEntry, Manifest
@@ -118,6 +120,19 @@ def test_layers_are_compared_on_what_the_engine_was_compiled_from(checkpoint: Pa
     with open_checkpoint(checkpoint) as source:
         report = compare_bundle_layers(tmp_path / "bundle", manifest, source, list(range(20)), bound_for("fp16"))
     assert report.first_failed is None
+
+
+@pytest.mark.usefixtures("trt")
+def test_weights_inside_the_engine_are_verified_by_their_hashes(checkpoint: Path, tmp_path: Path) -> None:
+    manifest = build(checkpoint, tmp_path / "bundle")
+    save_tiny(tmp_path / "other", seed=1)
+    with open_checkpoint(checkpoint) as source, open_checkpoint(tmp_path / "other") as other:
+        found = check_weights(tmp_path / "bundle", manifest, source)
+        assert (found.verdict, found.compared) == (Verdict.PASSED, "hashes")
+        assert found.tensors == len(manifest.engines.text.weight_hashes or ()) > 10
+        failed = check_weights(tmp_path / "bundle", manifest, other)
+    assert failed.verdict is Verdict.FAILED
+    assert "model.norm.weight" in failed.differing
 
 
 @pytest.mark.usefixtures("trt")

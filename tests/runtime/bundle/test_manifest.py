@@ -97,6 +97,7 @@ tables = unique(tensors)
 images = unique(st.builds(lambda name, shape: IoTensor(name, "float16", ("B", *shape)), names, st.tuples(positive)))
 quantizations = st.dictionaries(words, st.integers(-(2**63), 2**63 - 1) | words | st.booleans(), max_size=3)
 weight_encodings = st.builds(WeightEncodings, encodings, encodings)
+weight_hashes = st.none() | st.dictionaries(words, st.text("0123456789abcdef", min_size=64, max_size=64), max_size=3)
 of_layers = st.sampled_from([0, LAYERS]).flatmap(lambda n: st.lists(st.integers(0, 99), min_size=n, max_size=n))
 step_plans = st.builds(
     lambda layers, others, *rest: StepPlan(sum(layers) + others, tuple(layers), *rest),
@@ -125,6 +126,7 @@ def texts(draw: st.DrawFn, files: Mapping[str, FileEntry], vocab_size: int) -> T
         precision=draw(words),
         quantization=draw(quantizations),
         weight_encodings=draw(weight_encodings),
+        weight_hashes=draw(weight_hashes),
         inputs=draw(tables),
         outputs=(*draw(tables), *last_logits),
         tensorrt=facts,
@@ -145,6 +147,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         precision="fp16",
         quantization={},
         weight_encodings=WeightEncodings({}, {}),
+        weight_hashes=None,
         inputs=draw(images),
         outputs=draw(images),
         tensorrt=None,
@@ -199,6 +202,7 @@ VISION: dict[str, Any] = {
     "precision": "fp16",
     "quantization": {},
     "weight_encodings": {"kept": {}, "requantized": {}},
+    "weight_hashes": None,
     "inputs": [],
     "outputs": [],
     "tensorrt": None,

@@ -13,6 +13,7 @@ from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.precisions import Precision
 from qwen_aot.runtime.cli.main import qwen_aot
 from tests.checkpoints import save_tiny
+from tests.decisive import save_decisive
 
 Run = Callable[..., Result]
 
@@ -29,6 +30,15 @@ def bundle(checkpoint: Path) -> Path:
     out = checkpoint.parent / "bundle"
     build_bundle(checkpoint, BuildSpec(precision=Precision.FP32, max_context=256), out)
     return out
+
+
+@pytest.fixture(scope="session")
+def decisive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint without a tokenizer that is sure of what `verify` scores it on, and its fp32 bundle."""
+    folder = tmp_path_factory.mktemp("decisive")
+    save_decisive(folder / "decisive")
+    build_bundle(folder / "decisive", BuildSpec(precision=Precision.FP32, max_context=320), folder / "bundle")
+    return folder / "decisive", folder / "bundle"
 
 
 @pytest.fixture

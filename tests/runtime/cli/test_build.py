@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen_aot.engines.verify import weights
+from qwen_aot.engines.verify.verdict import Verdict
+from qwen_aot.engines.verify.weights import WeightCheck
 from qwen_aot.machine import usable_cores
 from tests.runtime.cli.conftest import Run
 from tests.tools import require_package
@@ -19,12 +22,27 @@ def test_builds_and_reports_as_json(run: Run, checkpoint: Path, tmp_path: Path) 
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["bundle"] == str(out)
-    assert report["verification"]["passed"] is True
+    assert report["verification"]["verdict"] == "inconclusive"  # random weights: kept, and said
+    assert report["verification"]["weights"]["verdict"] == "passed"
+    (warning,) = report["warnings"]
+    assert warning.startswith("the verification is inconclusive, and the bundle was kept: the reference is sure of its")
     assert report["estimate"]["threads"] == 1
     assert "[1/6] trace ..." in result.stderr
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["engines"]["text"]["precision"], manifest["max_batch"]) == ("fp32", 3)
-    assert json.loads((out / "report.json").read_text())["verification"]["passed"] is True
+    assert json.loads((out / "report.json").read_text())["verification"]["passed"] is False
+
+
+def test_a_bundle_that_fails_its_verification_isnt_kept(
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = WeightCheck(Verdict.FAILED, "bytes", 1, 4, ("model.norm.weight",), "weights aren't: model.norm.weight")
+    monkeypatch.setattr(weights, "check_weights", lambda *_, **__: failed)
+    result = run("build", checkpoint, "-o", tmp_path / "bundle", "--precision", "fp32", "--verify")
+    assert result.exit_code == 1
+    assert "the bundle differs from the reference: weights aren't: model.norm.weight" in result.stderr
+    assert "higher precision" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_shows_and_writes_nothing(run: Run, tmp_path: Path) -> None:

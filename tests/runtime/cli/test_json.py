@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from qwen_aot.engines.verify.bundle_report import BundleReport
+from qwen_aot.engines.verify.verdict import Verdict
+from qwen_aot.engines.verify.weights import WeightCheck
 from qwen_aot.runtime.cli import build, doctor
 from qwen_aot.runtime.cli.main import qwen_aot
 from tests.checkpoints import save_tiny
@@ -75,6 +78,12 @@ def compare(heading: str, *outputs: Any) -> None:
     assert not unseen, f"documented under {heading} and never printed: {sorted(unseen)}"
 
 
+def of_other_weights() -> Any:
+    """What `verify` prints of a bundle whose weights are others: nothing was scored."""
+    check = WeightCheck(Verdict.FAILED, "bytes", 1, 4, ("model.norm.weight",), "model.norm.weight is another")
+    return BundleReport(check, None, None).to_json()
+
+
 def printed(result: Any) -> Any:
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
@@ -100,7 +109,7 @@ def test_build_engine(verified: tuple[Any, Path], experts: Path, tmp_path: Path)
     asked = [str(experts), "-o", str(tmp_path / "b"), "--precision", "fp32", "--max-context", "256", "--json"]
     plain = printed(CliRunner().invoke(build.command, asked))
     compare("`build-engine`", verified[0], plain)
-    compare("`verify`", verified[0]["verification"] | {"bundle": "", "reference": ""})
+    compare("`verify`", verified[0]["verification"] | {"bundle": "", "reference": ""}, of_other_weights())
     assert plain["verification"] == {}
     report = json.loads((tmp_path / "b" / "report.json").read_text())
     assert report.keys() == plain.keys() - {"bundle"}
@@ -151,7 +160,9 @@ def test_bench(run: Run, verified: tuple[Any, Path]) -> None:
 
 def test_verify(run: Run, bundle: Path, checkpoint: Path) -> None:
     asked = ("--window", 40, "--windows", 1, "--greedy-tokens", 4, "--json")
-    compare("`verify`", printed(run("verify", bundle, "--reference", checkpoint, *asked)))
+    result = run("verify", bundle, "--reference", checkpoint, *asked)
+    assert result.exit_code == 3  # random weights
+    compare("`verify`", json.loads(result.stdout), of_other_weights())
     layers = printed(run("verify", bundle, "--reference", checkpoint, "--per-layer", "--window", 40, "--json"))
     compare("`verify --per-layer`", layers)
 

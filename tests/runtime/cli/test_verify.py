@@ -2,28 +2,78 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from qwen_aot.engines.build import build_bundle
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.precisions import Precision
+from qwen_aot.engines.verify.bundle_report import BundleReport
 from qwen_aot.engines.verify.scores import Scores, Verification
+from qwen_aot.engines.verify.verdict import Verdict
+from qwen_aot.engines.verify.weights import WeightCheck
+from qwen_aot.exporter.checkpoint.gguf import reader as gguf_reader
+from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.cli import doctor, verify
+from tests.bundle_copies import changed, data_tensors
 from tests.checkpoints import save_tiny
+from tests.decisive import save_decisive
+from tests.gguf_files import save_gguf
 from tests.runtime.cli.conftest import Run
 
 
-def test_a_sound_bundle_passes(run: Run, bundle: Path, checkpoint: Path) -> None:
-    result = run("verify", bundle, "--reference", checkpoint, "--window", 64, "--windows", 2, "--json")
-    assert result.exit_code == 0, result.stderr
+def test_a_sound_bundle_passes(run: Run, decisive: tuple[Path, Path]) -> None:
+    checkpoint, bundle = decisive
+    result = run("verify", bundle, "--reference", checkpoint, "--json")
+    assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert report["passed"] is True
+    assert (report["verdict"], report["passed"], report["reasons"]) == ("passed", True, [])
+    assert report["weights"] | {"bytes": 0, "tensors": 0} == {
+        "verdict": "passed", "compared": "bytes", "tensors": 0, "bytes": 0, "differing": [],
+    }  # fmt: skip
+    assert report["weights"]["tensors"] == len(data_tensors(bundle))
+    assert report["reference_reader"] == "transformers"
     assert report["max_logit_difference"] < 1e-3
-    assert report["positions"] == 100  # of 64: prefills end at 7 and 15, then 16 … 63
-    assert report["greedy_tokens"] == 64
+    assert report["positions"] == 194  # of 256: prefills end at 31 and 63, then 64 … 255
+    assert report["decisive_positions"] > 100
+    assert report["greedy_tokens"] == 32
     assert report["perplexity"] > 1
     cpu = json.loads(run("doctor", "--json").stdout)["cpu"]
     assert report["cpu"] == {"name": cpu["name"], "features": cpu["features"]}
+    shown = run("verify", bundle, "--reference", checkpoint, "--greedy-tokens", 4)
+    assert shown.exit_code == 0
+    assert "are the checkpoint's by every byte" in shown.stdout
+    assert "passed: the weights are the checkpoint's and all bounds hold" in shown.stdout
+    assert "[1/3] compare weights ..." in shown.stderr
+
+
+def test_random_weights_are_inconclusive_and_their_bytes_are_said_to_be_right(
+    run: Run, bundle: Path, checkpoint: Path
+) -> None:
+    asked = ("verify", bundle, "--reference", checkpoint, "--window", 64, "--windows", 2)
+    result = run(*asked)
+    assert result.exit_code == 3
+    assert "are the checkpoint's by every byte" in result.stdout
+    assert "inconclusive: the reference is sure of its next token at 0 of 100 positions" in result.stdout
+    assert "passed" not in result.stdout
+    report = json.loads(run(*asked, "--json").stdout)
+    assert (report["verdict"], report["passed"], report["weights"]["verdict"]) == ("inconclusive", False, "passed")
+    assert len(report["reasons"]) == 1
+
+
+def test_without_the_weights_nothing_passes(run: Run, decisive: tuple[Path, Path]) -> None:
+    checkpoint, bundle = decisive
+    result = run("verify", bundle, "--reference", checkpoint, "--skip-weights")
+    assert result.exit_code == 3
+    assert "inconclusive: the weights weren't compared with the checkpoint's (--skip-weights)" in result.stdout
+    assert "[1/2] load reference ..." in result.stderr
+    refused = run("verify", bundle, "--reference", checkpoint, "--skip-weights", "--per-layer")
+    assert refused.exit_code == 2 and "--skip-weights doesn't go with --per-layer" in refused.stderr
 
 
 def test_a_cpu_bundles_numbers_are_said_to_be_this_cpus(
@@ -32,16 +82,66 @@ def test_a_cpu_bundles_numbers_are_said_to_be_this_cpus(
     monkeypatch.setattr(doctor, "processor", lambda: {"name": "Xeon [8]", "features": ["avx512_vnni", "amx_int8"]})
     text = run("verify", bundle, "--reference", checkpoint, "--window", 16, "--windows", 1).stdout
     assert "computed by Xeon [8] (avx512_vnni, amx_int8): another CPU adds in another order" in text
-    scores = Scores(1, 0.0, 0.0, 0.0, 1.0, 0, None, 1, 1.0, 2.0, 2.0, 0.0)
-    verify._show(Verification(scores, ()), runs_on_cpu=False)
-    assert "all bounds hold" in (other := capsys.readouterr().out) and "computed by" not in other
+    scores = Scores(1, 0.0, 0.0, 0.0, 1.0, 0, None, 1, 1.0, 1.0, 2.0, 2.0, 0.0)
+    weights = WeightCheck(Verdict.PASSED, "hashes", 3, 12, (), "")
+    verify._show(BundleReport(weights, Verification(scores, ()), "transformers"), runs_on_cpu=False)
+    other = capsys.readouterr().out
+    assert "all bounds hold" in other and "by their hashes" in other and "computed by" not in other
 
 
-def test_another_models_bundle_fails_and_says_where(run: Run, bundle: Path, tmp_path: Path) -> None:
+def test_another_models_weights_are_named_before_anything_is_scored(run: Run, bundle: Path, tmp_path: Path) -> None:
     save_tiny(tmp_path / "other", with_tokenizer=True, seed=1)
     result = run("verify", bundle, "--reference", tmp_path / "other", "--window", 32, "--windows", 1)
     assert result.exit_code == 1
-    assert "failed: max_logit_difference, mean_logit_difference, kl_divergence" in result.stdout
+    assert "failed: 17 of 19 weights aren't what the checkpoint makes: model.embed_tokens.weight" in result.stdout
+    assert "load reference" not in result.stderr and "positions" not in result.stdout
+    by_scores = run("verify", bundle, "--reference", tmp_path / "other", "--window", 32, "--windows", 1,
+                    "--skip-weights", "--json")  # fmt: skip
+    assert by_scores.exit_code == 1
+    report = json.loads(by_scores.stdout)
+    assert [reason.split()[0] for reason in report["reasons"]] == [
+        "max_logit_difference",
+        "mean_logit_difference",
+        "kl_divergence",
+        "perplexity_ratio",
+    ][: len(report["reasons"])]
+    assert len(report["reasons"]) >= 3
+
+
+def test_one_changed_weight_is_named_though_the_files_hash_is_another_too(
+    run: Run, decisive: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def double_one(values: Any) -> None:
+        values.flat[5] *= 2
+
+    checkpoint, bundle = decisive
+    damaged = changed(bundle, tmp_path / "b", "model.layers.1.input_layernorm.weight", double_one)
+    result = run("verify", damaged, "--reference", checkpoint, "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert report["weights"]["differing"] == ["model.layers.1.input_layernorm.weight"]
+    assert report["positions"] is None and report["checks"] == []
+    assert (
+        "1 of 19 weights aren't what the checkpoint makes: model.layers.1.input_layernorm.weight"
+        in report["reasons"][0]
+    )
+
+
+def test_a_fault_of_our_gguf_reader_is_noticed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundle and what is made again are both of our reading, and equal; the reference is of another's."""
+    save_decisive(tmp_path / "d")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "d")
+    save_gguf(tmp_path / "m.gguf", model, "qwen2")
+    real = gguf_reader.parse
+    monkeypatch.setattr(gguf_reader, "parse", lambda *facts: dataclasses.replace(real(*facts), rope_theta=500.0))
+    with open_checkpoint(tmp_path / "m.gguf") as source:
+        build_bundle(source, BuildSpec(precision=Precision.FP32, max_context=320), tmp_path / "b")
+    result = run("verify", tmp_path / "b", "--reference", tmp_path / "m.gguf", "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert report["weights"]["verdict"] == "passed"
+    assert report["reference_reader"] == "the gguf package"
+    assert any(reason.startswith("kl_divergence is ") for reason in report["reasons"])
 
 
 @pytest.mark.parametrize("how", [(), ("--per-layer",)])
@@ -69,7 +169,7 @@ def test_bounds_can_be_given(run: Run, bundle: Path, checkpoint: Path, tmp_path:
     result = run("verify", bundle, "--reference", checkpoint, "--text", tmp_path / "page.txt",
                  "--max-logit-difference", "1e-12", "--greedy-tokens", 4)  # fmt: skip
     assert result.exit_code == 1
-    assert "failed: max_logit_difference\n" in result.stdout
+    assert "failed: max_logit_difference is " in result.stdout and "at most 1e-12 is allowed" in result.stdout
 
 
 def test_a_text_that_is_not_utf8(run: Run, bundle: Path, checkpoint: Path, tmp_path: Path) -> None:

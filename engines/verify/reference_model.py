@@ -1,0 +1,178 @@
+"""Reads a checkpoint into a transformers model, past our own readers wherever its files can be read by others.
+
+A bundle is made of what our readers say. Were the reference made of it too, a fault of a reader (rows in another
+order, a base frequency misread) would be on both sides and nothing would show it. So
+
+- a Hugging Face folder of an architecture that transformers knows is read by transformers;
+- a GGUF file is read by the gguf package, its keys and rotary order interpreted by tables of transformers;
+- only what nobody else can read (random weights; a folder of an architecture that is ours) comes through our reader.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen_aot.engines.verify.gguf_model import read_gguf
+from qwen_aot.errors import CheckpointError
+from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
+from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.tensors import WeightClass, checkpoint_tensors
+
+BY_TRANSFORMERS, BY_GGUF, BY_US = "transformers", "the gguf package", "qwen-aot's own reader"
+
+_CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "llama": "LlamaForCausalLM"}
+_BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
+
+
+def load_model(checkpoint: Checkpoint) -> tuple[Any, str]:
+    """The model in fp32, and who read its files: BY_TRANSFORMERS, BY_GGUF or BY_US.
+
+    Raises:
+        CheckpointError: what was read isn't a whole model.
+    """
+    transformers: Any = importlib.import_module("transformers")  # its types don't follow its own calls
+    was_shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        if isinstance(checkpoint, RandomCheckpoint):
+            return _from_reader(transformers, checkpoint), BY_US
+        if _is_known(checkpoint.path):
+            return _from_folder(transformers, checkpoint), BY_TRANSFORMERS
+        if checkpoint.path.is_file() and checkpoint.path.suffix.lower() == ".gguf":
+            facts, state = read_gguf(checkpoint.path)
+            return _from_state(transformers, checkpoint.path, facts, state), BY_GGUF
+        return _from_reader(transformers, checkpoint), BY_US
+    finally:
+        if was_shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _is_known(path: Path) -> bool:
+    """Whether this is a folder of an architecture that transformers reads as it is."""
+    file = path / "config.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") in _CLASSES
+
+
+def _from_folder(transformers: Any, checkpoint: Checkpoint) -> Any:
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    kind = getattr(transformers, _CLASSES[config.model_type])
+    model, info = kind.from_pretrained(
+        checkpoint.path,
+        config=config,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    _require_whole(checkpoint.path, model, info, () if checkpoint.config.attention_bias else _BIASES)
+    return model.eval()
+
+
+def _from_state(transformers: Any, path: Path, facts: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Any:
+    config = transformers.AutoConfig.for_model(**facts)
+    kind = getattr(transformers, _CLASSES[config.model_type])
+    model, info = kind.from_pretrained(
+        None, config=config, state_dict=dict(state), dtype=torch.float32, output_loading_info=True
+    )
+    _require_whole(path, model, info, ())
+    return model.eval()
+
+
+def _from_reader(transformers: Any, checkpoint: Checkpoint) -> Any:
+    return _from_state(transformers, checkpoint.path, config_json(checkpoint.config), _state_dict(checkpoint))
+
+
+def _require_whole(path: Path, model: Any, info: Mapping[str, Any], absent: Iterable[str]) -> None:
+    """Nothing of the model is left as transformers drew it, and no tensor is left over.
+
+    Args:
+        path: for the message.
+        model: whose missing biases become zeros.
+        info: what transformers says it loaded.
+        absent: ends of names of biases that the checkpoint doesn't have.
+    """
+    zeroed = [name for name in info["missing_keys"] if name.endswith(tuple(absent))] if absent else []
+    wrong = {
+        "missing": sorted(set(info["missing_keys"]) - set(zeroed)),
+        "left over": sorted(name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")),
+        "of another shape": sorted(str(entry[0]) for entry in info["mismatched_keys"]),
+    }
+    if found := "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in wrong.items() if names):
+        raise CheckpointError(
+            f"{path}: transformers makes another model of this checkpoint than was built of it ({found}), so that "
+            "there is nothing to compare with"
+        )
+    with torch.no_grad():
+        for name in zeroed:
+            model.get_parameter(name).zero_()
+
+
+def config_json(config: ModelConfig) -> dict[str, Any]:
+    """A ModelConfig spelled as transformers' config.json (its own keys; what we add to them is derived)."""
+    facts: dict[str, Any] = {
+        name: getattr(config, name)
+        for name in (
+            "model_type",
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "tie_word_embeddings",
+        )
+    }
+    facts["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta, **_rope_scaling(config)}
+    if config.moe is not None:
+        facts |= {
+            "num_experts": config.moe.num_experts,
+            "num_experts_per_tok": config.moe.num_experts_per_tok,
+            "moe_intermediate_size": config.moe.moe_intermediate_size,
+            "shared_expert_intermediate_size": config.moe.shared_expert_intermediate_size,
+            "norm_topk_prob": config.moe.norm_topk_prob,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": sorted(set(range(config.num_hidden_layers)) - config.moe.sparse_layers),
+        }
+    return facts
+
+
+def _rope_scaling(config: ModelConfig) -> Mapping[str, Any]:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {}
+    common = {"rope_type": scaling.rope_type, "factor": scaling.factor}
+    if scaling.rope_type == "linear":
+        return common
+    common["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+    names = {
+        "yarn": ("attention_factor", "beta_fast", "beta_slow", "truncate"),
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+    }[scaling.rope_type]
+    return common | {name: getattr(scaling, name) for name in names}
+
+
+def _state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Every weight as fp32. q, k and v biases that a checkpoint lacks are zeros: Qwen has them."""
+    state = {
+        name: torch.from_numpy(checkpoint.read(name).astype(np.float32))
+        for name in checkpoint.tensors
+        if not name.endswith("rotary_emb.inv_freq")
+    }
+    config = checkpoint.config
+    if not config.attention_bias:
+        for tensor in checkpoint_tensors(dataclasses.replace(config, attention_bias=True)):
+            if tensor.role.weight_class is WeightClass.BIAS:
+                state[tensor.name] = torch.zeros(tensor.shape)
+    return state
