@@ -28,7 +28,6 @@ from qwen_aot.runtime.bundle.load import load_bundle
 from tests.bundle_copies import changed, data_tensors
 from tests.decisive import TOKENS, decisive_text, save_decisive
 
-
 BUILDS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "int8": {"precision": "int8"},

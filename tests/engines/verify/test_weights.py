@@ -29,7 +29,6 @@ from qwen_aot.runtime.bundle.manifest import Manifest
 from tests.bundle_copies import changed, data_tensors
 from tests.checkpoints import save_tiny
 
-
 BUILDS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "int8": {"precision": "int8"},
