@@ -10,7 +10,8 @@ import click
 
 from qwen_aot.errors import BuildError, CheckpointError
 from qwen_aot.runtime.cli.command import EXIT_FAILED, VerbCommand, option
-from qwen_aot.runtime.cli.console import print_json, progress_on_stderr, show_logs, stdout
+from qwen_aot.runtime.cli.console import busy, print_json, progress_on_stderr, show_logs, stdout
+from qwen_aot.runtime.cli.opening import open_generator
 from qwen_aot.runtime.cli.options import CONTEXT, bundle_argument, json_option, threads_option
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def command(
     \b
     Examples:
       qwen-aot verify ./bundle --reference ./Qwen1.5-0.5B-Chat
-      qwen-aot verify ./bundle --reference model.gguf --text page.txt --kl-divergence 0.1 --json
+      qwen-aot verify ./bundle --reference model.gguf --kl-divergence 0.1 --json
 
     The first quarter of each piece of text is the prompt, the rest is fed token by token, and every step's logits are
     compared. Exits with 1 if a bound fails, and says which.
@@ -127,9 +128,8 @@ def command(
         return
     from qwen_aot.engines.verify.scores import bounds_for
     from qwen_aot.runtime.cli.source import open_source
-    from qwen_aot.runtime.generation.generator import Generator
 
-    with Generator.open(bundle, threads=threads) as generator:
+    with open_generator(bundle, threads=threads) as generator:
         limits = bounds_for(generator.engine.manifest.engines.text.precision, **bounds)
         with (
             open_source(reference, random_weights=random_weights, seed=weights_seed) as checkpoint,
@@ -167,7 +167,8 @@ def _run_per_layer(
     from qwen_aot.runtime.cli import verify_layers
     from qwen_aot.runtime.cli.source import open_source
 
-    bundle = load_bundle(path)
+    with busy(f"loading {path}"):
+        bundle = load_bundle(path)
     with (
         open_source(reference, random_weights=random_weights, seed=weights_seed) as checkpoint,
         progress_on_stderr() as show,
