@@ -15,8 +15,6 @@ from typing import IO, Any, Protocol, TextIO, cast
 
 import click
 from rich.console import Console
-from rich.highlighter import NullHighlighter
-from rich.logging import RichHandler
 from rich.text import Text
 
 from qwen_aot.runtime.cli.visible import visible, visible_line
@@ -160,31 +158,19 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=not is_utf8, default=str))
 
 
-class _LogHandler(RichHandler):
-    """Writes to what is standard error at that time."""
+class _LogHandler(logging.Handler):
+    """Tells records as messages are told, above a progress bar and without control characters."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one record."""
-        self.console = stderr()
-        super().emit(record)
-
-
-class _VisibleFormatter(logging.Formatter):
-    """The message alone, without control characters."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One record's text."""
-        return visible(super().format(record))
+        tell(f"{record.levelname.lower()}: {self.format(record)}")
 
 
 def show_logs(level: int = logging.WARNING) -> None:
     """Sends our packages' log records to stderr, once."""
     logger = logging.getLogger("qwen_aot")
     if not any(isinstance(handler, _LogHandler) for handler in logger.handlers):
-        handler = _LogHandler(console=stderr(), show_time=False, show_path=False, highlighter=NullHighlighter())
-        handler.setFormatter(_VisibleFormatter())
-        handler.setLevel(level)
-        logger.addHandler(handler)
+        logger.addHandler(_LogHandler(level))
         logger.propagate = False
 
 

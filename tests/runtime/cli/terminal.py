@@ -147,6 +147,8 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, *program, *arguments],
             cwd=ROOT,
+            # Spelled out: readline, which pytest imports, sets the size of its own terminal behind Python's back.
+            env={name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")},
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,

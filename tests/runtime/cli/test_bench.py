@@ -28,10 +28,7 @@ def test_json(run: Run, bundle: Path) -> None:
         spread = report[name]
         assert len(spread["values"]) == 3
         assert 0 < spread["min"] <= spread["median"] <= spread["max"]
-    share = report["own_share_of_step"]
-    assert share["min"] > 0 and share["max"] < 1
-    step = 1 / report["decode_tokens_per_second"]["median"]
-    assert report["own_seconds_per_token"]["median"] == pytest.approx(share["median"] * step, rel=1)
+    assert 0 < report["own_share_of_step"]["min"] <= report["own_share_of_step"]["max"] < 1
     assert report["first_token_seconds"]["median"] >= 32 / report["prefill_tokens_per_second"]["max"]
     assert report["load_seconds"] > 0
     assert report["peak_memory_bytes"] > 10 << 20

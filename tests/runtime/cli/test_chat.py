@@ -15,7 +15,8 @@ import pytest
 from qwen_aot.errors import BundleError
 from qwen_aot.runtime.cli import chat
 from tests.runtime.cli.conftest import Run
-from tests.runtime.cli.terminal import ROOT, Terminal
+from tests.runtime.cli.terminal import ROOT, Shown, Terminal
+from tests.runtime.cli.test_screens import compare, require_fits, steady
 
 SHORT = ("--temperature", 0, "--max-new-tokens", 6, "--ignore-eos")
 
@@ -182,6 +183,25 @@ def test_the_prompt_is_colored_where_colors_are(
     assert ("\x1b" in terminal.seen) == (variables != {"TERM": "dumb"})
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("columns", [40, 80])
+def test_the_screen_of_a_conversation(bundle: Path, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with chat_on_a_terminal(bundle, columns=columns) as terminal:
+        terminal.read_until("> ")
+        for line, mark in (("Hello", "ended by"), ("/help", "Ctrl-D)"), ("/hlep", "blank"), ("/save", "chat.json")):
+            start = len(terminal.seen)
+            terminal.type(f"{line}\r")
+            terminal.read_until(mark, start)
+            terminal.read_until("> ", terminal.seen.index(mark, start))
+        terminal.type("\x04")
+        assert terminal.process.wait(20) == 0
+        terminal.read_all()
+    shown = Shown(0, terminal.seen, terminal.screen())
+    require_fits(shown, columns)
+    compare("chat", columns, steady(shown.text))
+
+
 @pytest.mark.parametrize(
     ("line", "command"),
     [
@@ -257,32 +277,8 @@ def test_the_prompt_stands_when_a_line_of_the_history_is_shown(
             terminal.type(f"\x1b[{key}")
             terminal.read_all()
         drawn = terminal.seen[before:]
+        assert terminal.screen().splitlines()[-1] == "> /help"
     assert "a long line of text" in drawn
-    assert on_screen("> ", drawn) == "> /help"
-
-
-def on_screen(line: str, drawn: str) -> str:
-    """What a terminal's line shows after some output: text, colours, moves and erasures, as readline writes them.
-
-    Where TERM names no terminal, readline draws the whole line again, prompt and its colour included.
-    """
-    cells, at = list(line), len(line)
-    for part in re.findall(r"\x1b\[([\d;]*)([A-Za-z])|(\x1b.|[\x00-\x1f])|(.)", drawn):
-        count, letter, control, character = part
-        if letter == "K":
-            del cells[at:]
-        elif letter == "P":
-            del cells[at : at + int(count or 1)]
-        elif letter == "C":
-            at += int(count or 1)
-        elif control == "\b":
-            at -= 1
-        elif control == "\r":
-            at = 0
-        elif character:
-            cells[at : at + 1] = character
-            at += 1
-    return "".join(cells).rstrip()
 
 
 @pytest.mark.timeout(60)

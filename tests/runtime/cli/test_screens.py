@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from rich.cells import cell_len
 
 from qwen_aot.engines.bundle.progress import ProgressEvent
-from qwen_aot.runtime.cli import bench, doctor
+from qwen_aot.runtime.cli import bench, doctor, gpu_check
 from qwen_aot.runtime.cli.command import VerbCommand
 from qwen_aot.runtime.cli.console import busy, progress_on_stderr
 from qwen_aot.runtime.cli.main import VERBS
@@ -108,6 +108,8 @@ def place(checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "damaged" / "manifest.json").write_text("{")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(doctor, "examine", lambda: MACHINE)
+    monkeypatch.setattr(gpu_check, "examine", lambda: MACHINE)
+    monkeypatch.setattr(gpu_check, "install_command", lambda extra: f"pip install '{extra}'")
     monkeypatch.setattr(doctor, "version", {"onnxruntime": "1.32", "torch": "2.13.0", "tensorrt": "10.1"}.get)
     monkeypatch.setattr(doctor, "install_command", lambda extra, **_: f"pip install '{extra}'")
     monkeypatch.delenv("QWEN_AOT_PLUGIN_LIBRARY", raising=False)
@@ -127,6 +129,7 @@ def place(checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
         ("doctor", (), 0),
         ("bench", ("bundle",), 0),
         ("generate", ("bundle", "--prompt-ids", "5,9", "--temperature", 0, "--max-new-tokens", 3, "--ignore-eos"), 0),
+        ("gpu-check", ("gpu-check",), 1),
         ("error-of-use", ("inspect", "no-such-folder-with-a-long-name-that-is-nowhere-on-this-machine"), 2),
         ("error-of-a-value", ("generate", "bundle", "--prompt", "x", "--temperature", "1e9"), 2),
         ("error-of-a-file", ("inspect", "damaged"), 1),
@@ -138,7 +141,7 @@ def test_screens(name: str, arguments: tuple[object, ...], code: int, columns: i
     shown = show(*([verb] if verb in VERBS else []), *arguments, columns=columns)
     assert shown.exit_code == code, shown.text
     require_fits(shown, columns)
-    compare(name, columns, steady(shown.text) if verb in ("inspect", "generate") else shown.text)
+    compare(name, columns, steady(shown.text) if verb in ("inspect", "generate", "gpu") else shown.text)
 
 
 def test_every_figure_of_the_readmes_plan_is_on_the_screen(place: Path) -> None:
@@ -147,16 +150,20 @@ def test_every_figure_of_the_readmes_plan_is_on_the_screen(place: Path) -> None:
     assert row.split() == ["fp16", "4096", "15.4", "2.42", "0.123", "18.0", "no", "-", "-", "-"]
 
 
-@pytest.mark.parametrize("columns", [40, 80])
-def test_a_dry_run_and_a_build(place: Path, columns: int) -> None:
-    given = ("build", "tiny-model", "-o", "out", "--precision", "fp32", "--max-context", 256)
-    if columns == 40:
-        given += ("--dry-run",)
-    shown = show(*given, columns=columns)
+@pytest.mark.parametrize(
+    ("name", "verb", "options", "columns"),
+    [
+        ("dry-run", "build", ("--max-context", 256, "--dry-run"), 40),
+        ("build", "build", ("--max-context", 256), 80),
+        ("export", "export", (), 80),
+    ],
+)
+def test_what_takes_long(place: Path, name: str, verb: str, options: tuple[object, ...], columns: int) -> None:
+    shown = show(verb, "tiny-model", "-o", "out", "--precision", "fp32", *options, columns=columns)
     assert shown.exit_code == 0, shown.text
     require_fits(shown, columns)
-    compare("dry-run" if columns == 40 else "build", columns, steady(shown.text))
-    assert (place / "out").exists() == (columns == 80)
+    compare(name, columns, steady(shown.text))
+    assert (place / "out").exists() == (name != "dry-run")
 
 
 @click.command("work", cls=VerbCommand)
