@@ -77,7 +77,7 @@ def steady(text: str) -> str:
     """A screen without what differs from run to run."""
     text = re.sub(r"\b[0-9a-f]{20,64}\b|^ +[0-9a-f]{1,19}$", "HASH", text, flags=re.MULTILINE)
     text = re.sub(r"(?<![\w.-])\d[\d.,:+a-z-]*( min \d+ s)?( (bytes|kB|MB|GB)\b)?", "0", text)
-    text = re.sub(r"\S*/(?=out: )", "", text)
+    text = re.sub(r"^(\[.*?) +0/s$", r"\1", text, flags=re.MULTILINE)  # a rate: what is done at once has none
     return re.sub(r" {2,}", "  ", re.sub(r"─+", "─", re.sub(r"[━╸╺]+", "━", text)))
 
 
@@ -91,12 +91,13 @@ def require_fits(shown: Shown, columns: int) -> None:
 
 
 def compare(name: str, columns: int, text: str) -> None:
-    """Compares a screen with the one that is kept."""
+    """Compares a screen with the one that is kept; lines of a `steady` one may break elsewhere, as figures differ."""
     path = KEPT / f"{name}.{columns}.txt"
     if os.environ.get("QWEN_AOT_WRITE_SCREENS"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"{text}\n", encoding="utf-8")
-    assert text == path.read_text(encoding="utf-8").removesuffix("\n")
+    kept = path.read_text(encoding="utf-8").removesuffix("\n")
+    assert text == kept or (text.split() == kept.split() and text == steady(text))
 
 
 @pytest.fixture
@@ -153,17 +154,18 @@ def test_every_figure_of_the_readmes_plan_is_on_the_screen(place: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "verb", "options", "columns"),
     [
-        ("dry-run", "build", ("--max-context", 256, "--dry-run"), 40),
-        ("build", "build", ("--max-context", 256), 80),
-        ("export", "export", (), 80),
+        ("dry-run", "build", ("--threads", 1, "--max-context", 256, "--dry-run"), 40),
+        ("build", "build", ("--threads", 1, "--max-context", 256), 80),
+        ("export", "export", ("--threads", 1), 80),
     ],
 )
 def test_what_takes_long(place: Path, name: str, verb: str, options: tuple[object, ...], columns: int) -> None:
     shown = show(verb, "tiny-model", "-o", "out", "--precision", "fp32", *options, columns=columns)
     assert shown.exit_code == 0, shown.text
     require_fits(shown, columns)
-    compare(name, columns, steady(shown.text))
-    assert (place / "out").exists() == (name != "dry-run")
+    above, _, place_and_sizes = shown.text.partition("\n/")  # where the folder's name, of any length, begins
+    compare(name, columns, steady(above))
+    assert (place / "out").exists() == (name != "dry-run") == ("peak memory" in place_and_sizes)
 
 
 @click.command("work", cls=VerbCommand)
