@@ -184,7 +184,7 @@ def test_the_prompt_is_colored_where_colors_are(
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("columns", [80])
 def test_the_screen_of_a_conversation(bundle: Path, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     with chat_on_a_terminal(bundle, columns=columns) as terminal:
