@@ -16,6 +16,7 @@ from qwen_aot.engines.onnxruntime import cpu as onnxruntime
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.lowerings import LOWERINGS
 from qwen_aot.engines.spec.precisions import Precision, PrecisionRow
+from qwen_aot.engines.spec.targets import Target
 from qwen_aot.errors import BuildError, BundleError
 from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE, save_graph
@@ -34,10 +35,6 @@ Lower = Callable[[Traced, PrecisionRow, int | None, bool], Traced]  # also block
 
 
 def _lower_standard(traced: Traced, row: PrecisionRow, block_size: int | None, symmetric: bool) -> Traced:
-    if block_size is not None or not symmetric:
-        raise BuildError(
-            "the standard lowering is symmetric and chooses its blocks; leave out block size and asymmetric"
-        )
     return standard.lower(traced, standard.StandardOptions(row.weight_format))
 
 
@@ -47,8 +44,6 @@ def _lower_ort(traced: Traced, row: PrecisionRow, block_size: int | None, symmet
 
 
 def _lower_plugin(traced: Traced, row: PrecisionRow, block_size: int | None, symmetric: bool) -> Traced:
-    if block_size is not None or not symmetric:
-        raise BuildError("the plugin lowering is symmetric and chooses its blocks; leave out block size and asymmetric")
     return plugin.lower(traced, plugin.PluginOptions(row.weight_format))
 
 
@@ -100,7 +95,7 @@ def export_graph(
     Raises:
         DeployError: the combination doesn't exist, or the export failed; `out` is as it was.
     """
-    row = _choose(lowering, precision)
+    row = require_options(lowering, precision, block_size, symmetric, max_context)
     threads_for(threads)  # refused before any work
     dtype = ir.DataType[row.compute_type_on(LOWERINGS[lowering].target)]
     positions = BuildSpec(max_context=max_context).context_for(config.max_position_embeddings)
@@ -137,6 +132,25 @@ def _write_weights(lowered: Traced, checkpoint: Checkpoint, data_file: Path, thr
         "write weights",
         lambda advance: stitch(lowered, checkpoint, data_file, on_progress=advance, threads=threads),
     )
+
+
+def require_options(
+    lowering: str, precision: str | None, block_size: int | None, symmetric: bool, max_context: int | None
+) -> PrecisionRow:
+    """The precision of a combination of options that exists; needs no model. Arguments as in `export_graph`.
+
+    Raises:
+        BuildError: it doesn't exist.
+    """
+    row = _choose(lowering, precision)
+    if LOWERINGS[lowering].target is Target.CPU:
+        BuildSpec(precision=Precision(row.name), block_size=block_size, symmetric=symmetric)
+    elif block_size is not None or not symmetric:
+        raise BuildError(
+            f"the {lowering} lowering is symmetric and chooses its blocks; leave out block size and asymmetric"
+        )
+    BuildSpec(max_context=max_context)
+    return row
 
 
 def _choose(lowering: str, precision: str | None) -> PrecisionRow:

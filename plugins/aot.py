@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_aot.errors import BuildError
+from qwen_aot.extras import install_command
 from qwen_aot.machine import usable_cores
 from qwen_aot.plugins.signatures import KERNELS
 from qwen_aot.plugins.variants import FAMILIES, SHARED_BYTES, SMS, Variant, variants
@@ -301,7 +302,7 @@ def build(
     work = [(sm, variant) for sm in sms for variant in variants(sm) if fnmatch.fnmatch(variant.name, only)]
     if importlib.util.find_spec("triton") is None:
         raise BuildError(
-            "triton, which compiles kernels, isn't installed: `pip install 'qwen-aot[plugins]'` (Linux only)"
+            f"triton, which compiles kernels, isn't installed: `{install_command('plugins')}` (Linux only)"
         )
     if not work:
         raise BuildError(f"no variant of SM {', '.join(sms)} has a name like {only!r}")

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qwen_aot.errors import BuildError
+from qwen_aot.extras import install_command
 from qwen_aot.machine import usable_cores
 from qwen_aot.plugins import aot, kernel_table
 from qwen_aot.plugins.variants import SMS
@@ -129,7 +130,7 @@ def find_cmake() -> str:
     # pip puts it beside this Python, which needn't be on PATH
     cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
     if cmake is None:
-        raise BuildError("no cmake; install it with `pip install 'qwen-aot[plugins]'`, or your system's package")
+        raise BuildError(f"no cmake; install it with `{install_command('plugins')}`, or your system's package")
     if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))):
         raise BuildError("no C++ compiler; install one (Debian: apt install g++), or name it in CXX")
     return cmake

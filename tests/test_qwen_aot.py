@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 import qwen_aot
+from qwen_aot.extras import install_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,8 +59,8 @@ def test_a_name_whose_extra_is_missing_is_a_stand_in(monkeypatch: pytest.MonkeyP
     stand_in = qwen_aot.build_bundle
     assert isinstance(stand_in, type) and stand_in.__name__ == "build_bundle"
     message = "qwen_aot.build_bundle needs the package 'torch', which isn't installed; install it with "
-    assert stand_in.__doc__ == f"Not here: {message}`pip install 'qwen-aot[build]'`."
-    with pytest.raises(qwen_aot.errors.BuildError, match=re.escape(f"{message}`pip install 'qwen-aot[build]'`")):
+    assert stand_in.__doc__ == f"Not here: {message}`{install_command('build')}`."
+    with pytest.raises(qwen_aot.errors.BuildError, match=re.escape(f"{message}`{install_command('build')}`")):
         qwen_aot.build_bundle("checkpoint", qwen_aot.errors, out="bundle")
     assert qwen_aot.build_bundle is stand_in  # `isinstance` and comparisons hold
     assert qwen_aot.BuildReport is not stand_in

@@ -12,6 +12,7 @@ from qwen_aot.exporter.lowering.ort import contrib as ort
 from qwen_aot.exporter.lowering.ort.contrib import OrtOptions
 from qwen_aot.exporter.quantize.blockwise import BlockFormat
 from qwen_aot.exporter.weights.recipe import Traced
+from qwen_aot.extras import install_command
 from qwen_aot.runtime.bundle.manifest import Manifest
 
 
@@ -24,7 +25,7 @@ def require(spec: BuildSpec) -> None:
     if importlib.util.find_spec("onnxruntime") is None:
         raise BuildError(
             "a cpu bundle is checked with onnxruntime, which isn't installed; install it with "
-            "`pip install 'qwen-aot[cpu]'`"
+            f"`{install_command('cpu')}`"
         )
 
 

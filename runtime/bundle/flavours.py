@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from qwen_aot.extras import install_command
+
 __all__ = ["FLAVOURS", "Flavour", "flavour_of"]
 
 
@@ -53,7 +55,7 @@ class Flavour:
     @property
     def install(self) -> str:
         """The command that brings a version that fits, with what else the target needs."""
-        return f"pip install 'qwen-aot[{self.target}]'"
+        return install_command(self.target)
 
     @property
     def oldest(self) -> str:

@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen_aot.runtime.cli.command import VerbCommand, option
-from qwen_aot.runtime.cli.console import duration, print_json, show_logs, size, stdout
+from qwen_aot.runtime.cli.console import count, duration, print_json, show_logs, size, stdout
+from qwen_aot.runtime.cli.opening import open_generator
 from qwen_aot.runtime.cli.options import CONTEXT, allow_bundle_code_option, bundle_argument, json_option, threads_option
+from qwen_aot.runtime.cli.tables import print_table, say
 
 if TYPE_CHECKING:
     from qwen_aot.runtime.generation.config import GenerationConfig
     from qwen_aot.runtime.generation.generator import Generator
+
+
+_FIGURES = "median", "min", "max"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ def command(
     \b
     Examples:
       qwen-aot bench ./bundle
-      qwen-aot bench ./bundle --prompt-tokens 128 --gen-tokens 64 --rounds 9 --threads 2 --json
+      qwen-aot bench ./bundle --prompt-tokens 128 --rounds 9 --threads 2 --json
 
     Prompts are random token ids, one row. Greedy and sampled rounds alternate; each figure is the median over rounds,
     with the lowest and the highest beside it. "Own code" is what a decoded token costs outside the engine's run call.
@@ -99,19 +104,19 @@ def measure_bundle(
         click.UsageError: prompt and answer don't fit the bundle's context.
     """
     from qwen_aot.machine import peak_memory_bytes, reset_peak, usable_cores
+    from qwen_aot.runtime.bundle.load import load_bundle
     from qwen_aot.runtime.cli.doctor import cpu
-    from qwen_aot.runtime.generation.generator import Generator
 
+    manifest = load_bundle(bundle, skip_hash_above=0).manifest  # hashed below, when it is opened
+    if prompt_tokens + gen_tokens > manifest.max_context:
+        raise click.UsageError(
+            f"--prompt-tokens {prompt_tokens} and --gen-tokens {gen_tokens} exceed the bundle's context of "
+            f"{manifest.max_context}; give less"
+        )
     reset_peak()
     start = time.perf_counter()
-    with Generator.open(bundle, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
+    with open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
         load_seconds = time.perf_counter() - start
-        manifest = generator.engine.manifest
-        if prompt_tokens + gen_tokens > manifest.max_context:
-            raise click.UsageError(
-                f"--prompt-tokens {prompt_tokens} and --gen-tokens {gen_tokens} exceed the bundle's context of "
-                f"{manifest.max_context}; give less"
-            )
         greedy, sampled = _measure(generator, prompt_tokens, gen_tokens, rounds)
     return {
         "bundle": str(bundle),
@@ -181,16 +186,6 @@ def _one_round(generator: Generator, prompt: list[int], config: GenerationConfig
 
 
 def _show(result: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    console = stdout()
-    table = Table(
-        title=f"{result['model']}, {result['target']} {result['precision']}: {result['prompt_tokens']} prompt and "
-        f"{result['gen_tokens']} new tokens, {result['rounds']} rounds"
-    )
-    table.add_column("measure")
-    for heading in ("median", "min", "max"):
-        table.add_column(heading, justify="right")
     rows = (
         ("prefill, tokens/s", "prefill_tokens_per_second", 1, ".0f"),
         ("decode, tokens/s", "decode_tokens_per_second", 1, ".1f"),
@@ -201,9 +196,13 @@ def _show(result: dict[str, Any]) -> None:
         ("own code sampled, µs/token", "sampled_own_seconds_per_token", 1e6, ".0f"),
         ("own code sampled, % of a step", "sampled_own_share_of_step", 100, ".2f"),
     )
-    for label, name, factor, form in rows:
-        spread = result[name]
-        table.add_row(label, *(format(spread[key] * factor, form) for key in ("median", "min", "max")))
-    table.add_row("load", duration(result["load_seconds"]))
-    table.add_row("peak memory", size(result["peak_memory_bytes"]))
-    console.print(table)
+    figures = [
+        (label, *(format(result[name][key] * factor, form) for key in _FIGURES)) for label, name, factor, form in rows
+    ]
+    title = (
+        f"{result['model']}, {result['target']} {result['precision']}: {result['prompt_tokens']} prompt and "
+        f"{result['gen_tokens']} new tokens, {count(result['rounds'], 'round')}"
+    )
+    console = stdout()
+    print_table(console, ("measure", *_FIGURES), figures, numbers=_FIGURES, title=title)
+    say(console, f"load {duration(result['load_seconds'])}, peak memory {size(result['peak_memory_bytes'])}")

@@ -11,8 +11,9 @@ import click
 from qwen_aot.machine import available_memory_bytes, free_disk_bytes
 from qwen_aot.runtime.bundle.plugin_library import PLUGIN_LIBRARY, PLUGIN_LIBRARY_VARIABLE
 from qwen_aot.runtime.cli.command import VerbCommand, option
-from qwen_aot.runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
+from qwen_aot.runtime.cli.console import count, duration, print_json, progress_on_stderr, show_logs, size, stdout
 from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, threads_option
+from qwen_aot.runtime.cli.tables import print_facts, print_table, say
 
 if TYPE_CHECKING:
     from qwen_aot.engines.build import BuildReport, Plan
@@ -140,12 +141,12 @@ def _kv_precisions() -> str:
 )
 @option(
     "--plugin-library",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help=f"{PLUGIN_LIBRARY}, as `python -m qwen_aot.plugins.library` writes it.  [default: ${PLUGIN_LIBRARY_VARIABLE}]",
     group=_TENSORRT,
 )
 @option("--random-weights", is_flag=True, help="For a variant's name: weights drawn from --seed.", group="Trial")
-@option("--seed", type=int, default=0, help="Of the random weights.", group="Trial")
+@option("--seed", type=click.IntRange(0), default=0, help="Of the random weights.", group="Trial")
 @option(
     "--verify",
     "with_verify",
@@ -182,7 +183,8 @@ def command(
     \b
     Examples:
       build-engine ./Qwen1.5-0.5B-Chat -o ./bundle
-      build-engine qwen1.5-7b --random-weights -o ./trial --target tensorrt-rtx --compute-capability 8.9 --dry-run
+      build-engine qwen1.5-7b --random-weights -o ./trial --dry-run \\
+        --target tensorrt-rtx --compute-capability 8.9
 
     CHECKPOINT is a Hugging Face folder, a .gguf file, or a variant's name with --random-weights. What stands
     at the output stays until the new bundle is whole; a failed or interrupted build changes nothing.
@@ -248,28 +250,30 @@ def _show_plan(plan: Plan, out: Path, as_json: bool) -> None:
         print_json(facts)
         return
     console = stdout()
-    console.print(
-        f"bundle   {size(plan.estimate.bundle_bytes)} ({size(plan.estimate.disk_bytes)} on disk meanwhile, "
-        f"{size(free_disk_bytes(out))} free)"
+    estimate = plan.estimate
+    print_facts(
+        console,
+        [
+            (
+                "bundle",
+                f"{size(estimate.bundle_bytes)} ({size(estimate.disk_bytes)} on disk meanwhile, "
+                f"{size(free_disk_bytes(out))} free)",
+            ),
+            ("memory", f"about {size(estimate.peak_memory_bytes)} ({size(available_memory_bytes())} available)"),
+            ("time", f"about {duration(estimate.seconds)} from here, {count(estimate.threads, 'thread')}"),
+        ],
     )
-    console.print(
-        f"memory   about {size(plan.estimate.peak_memory_bytes)} ({size(available_memory_bytes())} available)"
-    )
-    console.print(f"time     about {duration(plan.estimate.seconds)} from here, {plan.estimate.threads} threads")
-    console.print("nothing was written (--dry-run)")
+    say(console, "nothing was written (--dry-run)")
 
 
 def _show_report(report: BuildReport) -> None:
     console = stdout()
-    for cost in report.stages:
-        console.print(
-            f"{cost.stage:<14}{duration(cost.seconds):>12}   peak {size(cost.peak_memory_bytes)}",
-            highlight=False,
-        )
-    console.print(
-        f"{report.out}: {report.manifest.target} {report.manifest.engines.text.precision}, "
-        f"{size(sum(entry.bytes for entry in report.manifest.files.values()))}, "
-        f"built in {duration(report.seconds)}, peak memory {size(report.peak_memory_bytes)}",
-        highlight=False,
-        soft_wrap=True,
+    costs = [(cost.stage, duration(cost.seconds), size(cost.peak_memory_bytes)) for cost in report.stages]
+    print_table(console, ("stage", "time", "peak memory"), costs, numbers=("time", "peak memory"))
+    manifest = report.manifest
+    say(
+        console,
+        f"{report.out}: {manifest.target} {manifest.engines.text.precision}, "
+        f"{size(sum(entry.bytes for entry in manifest.files.values()))}, built in {duration(report.seconds)}, "
+        f"peak memory {size(report.peak_memory_bytes)}",
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
+import re
+import select
 import signal
 import sys
 import threading
@@ -14,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.cli.command import VerbCommand, option
-from qwen_aot.runtime.cli.console import show_logs, stdout
+from qwen_aot.runtime.cli.console import count, is_terminal, put_answer, show_logs, stdout
 from qwen_aot.runtime.cli.generate import speeds
+from qwen_aot.runtime.cli.opening import open_generator
 from qwen_aot.runtime.cli.options import (
     CONTEXT,
     allow_bundle_code_option,
@@ -27,8 +31,11 @@ from qwen_aot.runtime.cli.options import (
     bundle_argument,
     generation_config,
     generation_options,
+    require_generation,
     threads_option,
 )
+from qwen_aot.runtime.cli.tables import print_facts, say
+from qwen_aot.runtime.cli.visible import visible, visible_line
 from qwen_aot.whole_file import write_whole
 
 if TYPE_CHECKING:
@@ -43,6 +50,16 @@ COMMANDS = {
     "/save FILE": "write the conversation as JSON",
     "/exit": "leave (also Ctrl-D)",
 }
+OTHER_WORDS = {  # what other programs call them
+    "/?": "/help",
+    "/bye": "/exit",
+    "/new": "/clear",
+    "/q": "/exit",
+    "/quit": "/exit",
+    "/reset": "/clear",
+}
+PASTE_SECONDS = 0.02  # in which a terminal hands over the next line of a pasted text
+SIMILAR = 0.75  # of difflib: /hlep is meant for /help, and /etc for no command
 MULTILINE_MARK = '"""'
 
 
@@ -66,23 +83,41 @@ def command(
     \b
     Examples:
       qwen-aot chat ./bundle
-      qwen-aot chat ./bundle --system "Answer in one sentence." --temperature 0.7 --top-p 0.8
+      qwen-aot chat ./bundle --system "Answer in one sentence." --temperature 0.7
 
-    Ctrl-C stops an answer, Ctrl-D leaves. A line that opens with three quotes goes on until the closing three.
+    Ctrl-C stops an answer, Ctrl-D leaves. Pasted text of several lines is one message; so is what begins with three
+    quotes, until the closing three.
     """
     show_logs()
-    from qwen_aot.runtime.generation.generator import Generator
-
+    require_generation(settings)
     console = stdout()
-    with console.status("loading"):  # it redraws itself over whatever is typed, so it ends before the conversation
-        opened = Generator.open(bundle, threads=threads, allow_bundle_code=allow_bundle_code)
-    with opened as generator:
+    with open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
         config = generation_config(generator.defaults, settings)
         conversation = Conversation(generator, config, system, console, allow_special_tokens=allow_special_tokens)
-        console.print(f"[bold]{escape(generator.engine.manifest.model.name)}[/] - /help for commands, Ctrl-D to leave")
-        for text in _inputs(console):
+        name = visible_line(generator.engine.manifest.model.name)
+        say(console, Text.assemble((name, "bold"), " - /help for commands, Ctrl-D to leave"))
+        for text in Keyboard(console):
             if not conversation.take(text):
                 break
+
+
+def command_of(text: str) -> tuple[str, str] | None:
+    """The command that a line is, and what follows it; None: a message, as everything but a command's word is."""
+    line = text.rstrip()
+    word, _, rest = line.partition(" ")
+    return (word.lower(), rest.strip()) if word.lower() in _WORDS and "\n" not in line else None
+
+
+def meant_command(text: str) -> str | None:
+    """The command that a line is meant for by its first word, which isn't one; None: it is a message."""
+    word = text.rstrip().partition(" ")[0].lower()
+    if "\n" in text.rstrip() or not re.fullmatch(r"/([a-z]+|\?)", word):
+        return None
+    return OTHER_WORDS.get(word) or next(iter(difflib.get_close_matches(word, _WORDS, 1, SIMILAR)), None)
+
+
+_WORDS = tuple(name.partition(" ")[0] for name in COMMANDS)
+_WORDS_ALONE = tuple(name for name in COMMANDS if " " not in name)
 
 
 class Conversation:
@@ -105,24 +140,30 @@ class Conversation:
 
     def take(self, text: str) -> bool:
         """Runs a command or answers a message. False: leave."""
-        word, _, rest = text.partition(" ")
-        if not word.startswith("/"):
-            self._answer(text)
+        command = command_of(text)
+        if command is None:
+            meant = meant_command(text)
+            if meant is None:
+                self._answer(text.strip())
+            else:
+                word = text.split()[0]
+                self._note(f"there is no command {word}; did you mean {meant}? A message may begin so after a blank")
+            return True
+        word, rest = command
+        if word in _WORDS_ALONE and rest:
+            self._note(f"nothing goes behind {word}; a message may begin so after a blank")
         elif word == "/exit":
             return False
         elif word == "/clear":
             self._chat.reset()
             self._note("the conversation is forgotten")
         elif word == "/system":
-            self._start(rest.strip() or None)
+            self._start(rest or None)
             self._note("a new conversation")
         elif word == "/save":
-            self._save(rest.strip())
+            self._save(rest)
         else:
-            if word != "/help":
-                self._note(f"there is no command {word}")
-            for name, help_ in COMMANDS.items():
-                self._console.print(f"  [bold]{name:<14}[/] {help_}", highlight=False)
+            print_facts(self._console, COMMANDS.items())
         return True
 
     def _start(self, system: str | None) -> None:
@@ -138,17 +179,17 @@ class Conversation:
             with _ctrl_c_sets(cancel):
                 for event in self._chat.send(text, cancel=cancel):
                     if isinstance(event, Completion):
-                        self._console.out(event.last_text, highlight=False)
+                        put_answer(f"{event.last_text}\n")
                         self._finish(event)
                     else:
-                        self._console.out(event.text, end="", highlight=False)
+                        put_answer(event.text)
         except GenerationError as error:  # the conversation is as it was before
             self._note(str(error))
 
     def _finish(self, completion: Completion) -> None:
         _, decode = speeds(completion)
         speed = f", {decode:.1f} tokens/s" if decode else ""
-        self._note(f"[{len(completion.token_ids)} tokens{speed}, ended by {completion.finish_reason}]")
+        self._note(f"[{count(len(completion.token_ids), 'token')}{speed}, ended by {completion.finish_reason}]")
 
     def _save(self, name: str) -> None:
         if not name:
@@ -164,10 +205,10 @@ class Conversation:
         except OSError as error:
             self._note(f"{name} can't be written: {error.strerror}")
         else:
-            self._note(f"{len(self._chat.messages)} messages in {name}")
+            self._note(f"{count(len(self._chat.messages), 'message')} in {name}")
 
     def _note(self, text: str) -> None:
-        self._console.print(text, style="dim", markup=False, highlight=False)
+        say(self._console, Text(visible(text), style="dim"))
 
 
 def _is_conversation(path: Path) -> bool:
@@ -206,40 +247,68 @@ def _on_ctrl_c(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None
         signal.signal(signal.SIGINT, previous)
 
 
-def _inputs(console: Console) -> Iterator[str]:
-    """What the user types, until Ctrl-D; Ctrl-C drops a line."""
-    if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # line editing and history for input()
-    while True:
-        try:
-            with _ctrl_c_raises():
-                text = _ask(console, "> ")
-                if text.lstrip().startswith(MULTILINE_MARK):
-                    text = _multiline(console, text.lstrip().removeprefix(MULTILINE_MARK))
-        except UnicodeDecodeError as error:
-            raise click.UsageError(f"standard input isn't UTF-8 ({error.reason} at byte {error.start})") from None
-        except EOFError:
-            console.print()
-            return
-        except KeyboardInterrupt:
-            console.print()
-            continue
-        if text.strip():
-            yield text.strip()
+class Keyboard:
+    """What the user types, message by message, until Ctrl-D; Ctrl-C drops a line.
+
+    Text that is pasted is one message, whatever lines it has: GNU readline tells it from typed text by the marks that
+    a terminal sets around it (bracketed paste). Without them (another readline, TERM=dumb), lines that are there
+    already when one is read came together with it.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._has_user = is_terminal(sys.stdin) and is_terminal(sys.stdout)
+        self._has_marks = self._has_user and _set_up_readline(with_marks=not console.is_dumb_terminal)
+
+    def __iter__(self) -> Iterator[str]:
+        while True:
+            try:
+                with _ctrl_c_raises():
+                    text = self._read()
+            except UnicodeDecodeError as error:
+                raise click.UsageError(f"standard input isn't UTF-8 ({error.reason} at byte {error.start})") from None
+            except EOFError:
+                self._console.print()
+                return
+            except KeyboardInterrupt:
+                self._console.print()
+                continue
+            if text.strip():
+                yield text
+
+    def _read(self) -> str:
+        lines = [self._ask("> ")]
+        while self._has_user and not self._has_marks and select.select([sys.stdin], [], [], PASTE_SECONDS)[0]:
+            lines.append(self._ask(". "))
+        text = "\n".join(lines)
+        if text.lstrip().startswith(MULTILINE_MARK):
+            return self._multiline(text.lstrip().removeprefix(MULTILINE_MARK))
+        return text
+
+    def _multiline(self, line: str) -> str:
+        lines = []
+        while MULTILINE_MARK not in line:
+            lines.append(line)
+            line = self._ask(". ")
+        return "\n".join([*lines, line.partition(MULTILINE_MARK)[0]])
+
+    def _ask(self, prompt: str) -> str:
+        """A line. Readline is given the prompt: one that it didn't print it erases when it draws a line anew."""
+        if not self._has_user:
+            return input()
+        if self._console.color_system is None or self._console.no_color:
+            return input(prompt)
+        bold_green, reset = "\x1b[1;32m", "\x1b[0m"
+        return input(f"\x01{bold_green}\x02{prompt}\x01{reset}\x02")  # between 1 and 2: takes no room on the line
 
 
-def _ask(console: Console, prompt: str) -> str:
-    """A line of input. Readline is given the prompt: one that it didn't print it erases when it draws a line anew."""
-    if not console.is_terminal:
-        return console.input(prompt)
-    bold_green, reset = "\x1b[1;32m", "\x1b[0m"
-    return input(f"\x01{bold_green}\x02{prompt}\x01{reset}\x02")  # between 1 and 2: takes no room on the line
-
-
-def _multiline(console: Console, line: str) -> str:
-    lines = []
-    while MULTILINE_MARK not in line:
-        lines.append(line)
-        line = _ask(console, ". ")
-    return "\n".join([*lines, line.partition(MULTILINE_MARK)[0]])
+def _set_up_readline(*, with_marks: bool) -> bool:
+    """Gives `input` line editing and history; whether it knows pasted text by its marks from then on."""
+    try:
+        import readline
+    except ImportError:
+        return False
+    if not with_marks or "libedit" in (readline.__doc__ or ""):
+        return False
+    readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off
+    return True

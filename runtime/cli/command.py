@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn, cast
@@ -17,6 +18,7 @@ import click
 
 from qwen_aot.errors import DeployError
 from qwen_aot.extras import missing_package
+from qwen_aot.runtime.cli.console import drop, tell
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INCONCLUSIVE = 0, 1, 2, 3
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -25,6 +27,8 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 # A finger that stays on Ctrl-C, or a shell that passes it on as well, means one wish: what comes so soon after the
 # first doesn't cut the cleaning up. Later ones count again, should a library have swallowed the first.
 SAME_WISH_SECONDS = 1.0
+
+NARROWEST_HELP = 24  # columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +63,35 @@ def option(*names: str, group: str = "Options", **kwargs: Any) -> Callable[[Any]
     return click.option(*names, cls=GroupedOption, group=group, **kwargs)
 
 
+class _HelpFormatter(click.HelpFormatter):
+    """Help for the terminal that there is, however narrow (click's own is never below 50 columns)."""
+
+    def __init__(self, indent_increment: int = 2, width: int | None = None, max_width: int | None = None) -> None:
+        columns = shutil.get_terminal_size().columns - 1
+        super().__init__(indent_increment, width or max(NARROWEST_HELP, min(columns, max_width or columns)), max_width)
+
+    def write_heading(self, heading: str) -> None:
+        """Writes a heading, on several lines if it must."""
+        self.write(f"{click.wrap_text(f'{heading}:', self.width)}\n")
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Writes names and what they mean side by side."""
+        super().write_dl(rows, min(col_max, self.width // 3), col_spacing)
+
+
+class _Context(click.Context):
+    formatter_class = _HelpFormatter
+
+
 class _Terminal(click.Command):
     """Turns what a command raises into a message on stderr and an exit code."""
+
+    context_class = _Context
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Runs the command and exits: 0 ok, 1 failed, 2 usage, 3 inconclusive (`verify`), 130 Ctrl-C, 143 SIGTERM."""
         kwargs["standalone_mode"] = False
+        _open_closed_streams()
         for stream in (sys.stdout, sys.stderr):
             # A locale without the characters of an answer; C's lets through what came in as bytes and nothing else.
             if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
@@ -168,31 +195,43 @@ def _report(error: BaseException) -> int:
     """Says on stderr what ended a command, and gives its exit code. What we don't know is our bug: raises."""
     match error:
         case click.ClickException():
-            error.show()
+            shown = io.StringIO()
+            error.show(shown)
+            tell(shown.getvalue().rstrip("\n"))
             return error.exit_code
         case DeployError():
-            click.echo(f"error: {error}", err=True)
+            tell(f"error: {error}")
         case ModuleNotFoundError():
-            click.echo(f"error: {missing_package('this command', error)}", err=True)
+            tell(f"error: {missing_package('this command', error)}")
         case KeyboardInterrupt() | click.Abort():
-            click.echo("interrupted", err=True)
+            tell("interrupted")
             return EXIT_INTERRUPTED
         case _Terminated():
-            click.echo("terminated", err=True)
+            tell("terminated")
             return EXIT_TERMINATED
         case BrokenPipeError():  # `qwen-aot inspect … | head`; while the command runs, click does the same
-            _drop_stdout()
+            drop(sys.stdout)
         case OSError():  # a full disk behind stdout, a file that may not be read
-            click.echo(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", err=True)
+            tell(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
             try:
                 sys.stdout.flush()
             except OSError:
-                _drop_stdout()
+                drop(sys.stdout)
         case _:
             raise error
     return EXIT_FAILED
 
 
-def _drop_stdout() -> None:
-    """Sends what stdout still holds nowhere: Python would fail on it once more at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _open_closed_streams() -> None:
+    """Gives a stream that was closed (`>&-`) somewhere to go, before a file of ours gets its number and its text."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(fd)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != fd:
+                os.dup2(nowhere, fd)
+                os.close(nowhere)
+        setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  as long as the process

@@ -8,22 +8,26 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.text import Text
 
 from qwen_aot.errors import BuildError, EngineMismatchError
+from qwen_aot.extras import install_command
 from qwen_aot.machine import available_memory_bytes, free_disk_bytes, physical_memory_bytes, usable_cores
 from qwen_aot.runtime.bundle.flavours import FLAVOURS, Flavour
 from qwen_aot.runtime.bundle.plugin_library import require_plugin_library
 from qwen_aot.runtime.cli.command import VerbCommand
-from qwen_aot.runtime.cli.console import print_json, size, stdout
+from qwen_aot.runtime.cli.console import count, print_json, size, stdout
 from qwen_aot.runtime.cli.options import CONTEXT, json_option
+from qwen_aot.runtime.cli.tables import print_facts, print_table, say
 from qwen_aot.version import __version__
 
+NO_GPU = "no NVIDIA GPU or driver"
 RUNTIME_PACKAGES = ("click", "jinja2", "numpy", "rich", "tokenizers")
 # Flags of /proc/cpuinfo that decide which integer kernels ONNX Runtime takes.
 CPU_FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
@@ -36,6 +40,26 @@ class Need:
     package: str
     extra: str
     at_least: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Lack:
+    """Something that a task needs and that isn't here.
+
+    Attributes:
+        name: of it, in a list.
+        problem: a sentence.
+        remedy: what to run or do; several packages may share one.
+    """
+
+    name: str
+    problem: str
+    remedy: str = ""
+
+    @property
+    def text(self) -> str:
+        """Problem and remedy in one sentence."""
+        return ": ".join(filter(None, (self.problem, self.remedy)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +112,7 @@ def command(as_json: bool) -> None:
     if as_json:
         print_json(facts)
     else:
-        _show(facts)
+        _show(facts, lacks_of_targets(has_gpu=bool(facts["gpus"])))
 
 
 def examine() -> dict[str, Any]:
@@ -109,15 +133,16 @@ def examine() -> dict[str, Any]:
         "gpus": found_gpus,
         "packages": {name: version(name) for name in RUNTIME_PACKAGES},
         "extras": {
-            name: {"version": version(name), "extra": need.extra, "lacks": lack(need)} for name, need in needs.items()
+            name: {
+                "version": version(name),
+                "extra": need.extra,
+                "lacks": missing.text if (missing := lack(need)) else None,
+            }
+            for name, need in needs.items()
         },
         "targets": {
-            target: {
-                "build_lacks": lacks(row.build, has_gpu=bool(found_gpus) or not row.build_on_gpu)
-                + lacks_plugins(target),
-                "run_lacks": lacks(row.run, has_gpu=bool(found_gpus) or not row.run_on_gpu),
-            }
-            for target, row in TARGETS.items()
+            target: {f"{task}_lacks": [lack.text for lack in missing] for task, missing in tasks.items()}
+            for target, tasks in lacks_of_targets(has_gpu=bool(found_gpus)).items()
         },
     }
 
@@ -130,32 +155,45 @@ def version(package: str) -> str | None:
         return None
 
 
-def lacks(needs: tuple[Need, ...], *, has_gpu: bool) -> list[str]:
-    """Everything that is missing for a task."""
-    missing = [text for need in needs if (text := lack(need))]
-    return missing if has_gpu else [*missing, "no NVIDIA GPU or driver"]
+def lacks_of_targets(*, has_gpu: bool) -> dict[str, dict[str, list[Lack]]]:
+    """Target -> task (build, run) -> what is missing for it."""
+    return {
+        target: {
+            "build": _lacks(row.build, has_gpu=has_gpu or not row.build_on_gpu) + _lacks_plugins(target),
+            "run": _lacks(row.run, has_gpu=has_gpu or not row.run_on_gpu),
+        }
+        for target, row in TARGETS.items()
+    }
 
 
-def lacks_plugins(target: str) -> list[str]:
-    """How to get the plugins' library, if the target computes attention and experts with it and none is named."""
+def _lacks(needs: tuple[Need, ...], *, has_gpu: bool) -> list[Lack]:
+    missing = [found for need in needs if (found := lack(need))]
+    return missing if has_gpu else [*missing, Lack("a GPU", NO_GPU)]
+
+
+def _lacks_plugins(target: str) -> list[Lack]:
+    """The plugins' library, if the target computes attention and experts with it and none is named."""
     if target not in FLAVOURS or not FLAVOURS[target].has_plugins:
         return []
     try:
         require_plugin_library(option=None)
     except BuildError as error:
-        return [str(error)]
+        return [Lack("the plugins' library", "", str(error))]
     return []
 
 
-def lack(need: Need) -> str | None:
+def lack(need: Need) -> Lack | None:
     """What is missing for a need and how to get it; None if it is met."""
-    remedy = f"pip install 'qwen-aot[{need.extra}]'"
     found = version(need.package)
     if found is None:
-        return f"{need.package} isn't installed: {remedy}"
+        return Lack(need.package, f"{need.package} isn't installed", install_command(need.extra))
     numbers = tuple(int(number) for number in re.findall(r"\d+", found)[: len(need.at_least)])
     if numbers < need.at_least:
-        return f"{need.package} is {found}, {'.'.join(map(str, need.at_least))} or newer is needed: {remedy} --upgrade"
+        oldest = ".".join(map(str, need.at_least))
+        remedy = install_command(need.extra, upgrade=True)
+        return Lack(
+            f"{need.package} {oldest} or newer", f"{need.package} is {found}, {oldest} or newer is needed", remedy
+        )
     return None
 
 
@@ -218,38 +256,46 @@ def processor() -> dict[str, Any]:
     }
 
 
-def _show(facts: Mapping[str, Any]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
+def _show(facts: Mapping[str, Any], lacking: Mapping[str, Mapping[str, Sequence[Lack]]]) -> None:
     console = stdout()
-    machine = Table(title="machine", show_header=False)
-    machine.add_column(style="bold")
-    machine.add_column(overflow="fold")
-    processor = facts["cpu"]
-    machine.add_row("qwen-aot", f"{facts['qwen_aot']} on Python {facts['python']}")
-    machine.add_row("system", facts["system"])
-    machine.add_row("cpu", f"{processor['name']}, {processor['logical_cores']} logical cores")
-    machine.add_row("threads", f"{processor['threads']} by default (physical cores we may use)")
-    machine.add_row("cpu features", ", ".join(processor["features"]) or "none that matter here")
-    memory = facts["memory"]
-    machine.add_row("memory", f"{size(memory['available_bytes'])} available of {size(memory['total_bytes'])}")
-    machine.add_row("free disk", size(facts["free_disk_bytes"]))
+    processor, memory = facts["cpu"], facts["memory"]
     listed = [f"{gpu['name']} (SM {gpu['compute_cap']}, driver {gpu['driver_version']})" for gpu in facts["gpus"]]
-    machine.add_row("gpus", ", ".join(listed) or "no NVIDIA GPU or driver")
-    console.print(machine)
-    packages = Table(title="packages")
-    for heading in ("package", "version", "extra"):
-        packages.add_column(heading)
-    for name, found in facts["packages"].items():
-        packages.add_row(name, found or "[red]missing[/]", "")
-    for name, entry in facts["extras"].items():
-        packages.add_row(name, entry["version"] or "[yellow]not installed[/]", entry["extra"])
-    console.print(packages)
-    for target, entry in facts["targets"].items():
-        for task in ("build", "run"):
-            missing = entry[f"{task}_lacks"]
-            console.print(
-                f"[bold]{target}[/] {task}: " + (escape("; ".join(missing)) if missing else "[green]ready[/]"),
-                soft_wrap=True,
-            )
+    print_facts(
+        console,
+        [
+            ("qwen-aot", f"{facts['qwen_aot']} on Python {facts['python']}"),
+            ("system", facts["system"]),
+            ("cpu", f"{processor['name']}, {count(processor['logical_cores'], 'logical core')}"),
+            ("threads", f"{processor['threads']} by default (physical cores we may use)"),
+            ("cpu features", ", ".join(processor["features"]) or "none that matter here"),
+            ("memory", f"{size(memory['available_bytes'])} available of {size(memory['total_bytes'])}"),
+            ("free disk", size(facts["free_disk_bytes"])),
+            ("gpus", ", ".join(listed) or NO_GPU),
+        ],
+        title="machine",
+    )
+    console.print()
+    own = [(name, found or Text("missing", style="red"), "") for name, found in facts["packages"].items()]
+    others = [
+        (name, entry["version"] or Text("not installed", style="yellow"), entry["extra"])
+        for name, entry in facts["extras"].items()
+    ]
+    print_table(console, ("package", "version", "extra"), own + others, title="packages")
+    console.print()
+    states = [
+        (f"{target} {task}", f"lacks {_names(missing)}" if missing else Text("ready", style="green"))
+        for target, tasks in lacking.items()
+        for task, missing in tasks.items()
+    ]
+    print_facts(console, states, title="targets")
+    found = [lack for tasks in lacking.values() for missing in tasks.values() for lack in missing]
+    remedies = dict.fromkeys(lack.remedy for lack in found if lack.remedy)
+    if remedies:
+        console.print()
+    for remedy in remedies:
+        brought = dict.fromkeys(lack.name for lack in found if lack.remedy == remedy)
+        say(console, f"{', '.join(brought)}: {remedy}")
+
+
+def _names(missing: Iterable[Lack]) -> str:
+    return ", ".join(lack.name for lack in missing)

@@ -10,6 +10,7 @@ import click
 from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import duration, print_json, progress_on_stderr, show_logs, size, stdout
 from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, json_option, threads_option
+from qwen_aot.runtime.cli.tables import say
 
 
 def _precisions() -> str:
@@ -65,7 +66,13 @@ def command(
     model.onnx alone: its weights are declared as external data that isn't there.
     """
     show_logs()
-    from qwen_aot.engines.export import export_graph
+    from qwen_aot.engines.export import export_graph, require_options
+    from qwen_aot.errors import BuildError
+
+    try:
+        require_options(lowering, precision, block_size, symmetric, max_context)
+    except BuildError as error:
+        raise click.UsageError(str(error)) from None
     from qwen_aot.exporter.checkpoint.open import open_checkpoint
     from qwen_aot.runtime.cli.source import find_variant
 
@@ -111,8 +118,7 @@ def command(
         )
         return
     weights = size(done.weight_bytes) + (" of weights" if done.has_weights else " of weights declared, not written")
-    stdout().print(
+    say(
+        stdout(),
         f"{done.graph}: {size(done.graph.stat().st_size)}, {weights}, {duration(seconds)}, peak memory {size(peak)}",
-        highlight=False,
-        soft_wrap=True,
     )

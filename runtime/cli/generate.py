@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen_aot.runtime.cli.command import VerbCommand, option
-from qwen_aot.runtime.cli.console import print_json, show_logs
+from qwen_aot.runtime.cli.console import count, print_json, put_answer, show_logs, tell
+from qwen_aot.runtime.cli.opening import open_generator
 from qwen_aot.runtime.cli.options import (
     CONTEXT,
     allow_bundle_code_option,
@@ -19,6 +20,7 @@ from qwen_aot.runtime.cli.options import (
     generation_config,
     generation_options,
     json_option,
+    require_generation,
     threads_option,
 )
 
@@ -53,7 +55,7 @@ def command(
 
     \b
     Examples:
-      qwen-aot generate ./bundle --prompt "The capital of France is" --max-new-tokens 32
+      qwen-aot generate ./bundle --prompt "The capital of France is"
       cat question.txt | qwen-aot generate ./bundle --chat --temperature 0 --json
 
     Text goes to stdout as it comes, counts and speed to stderr. A bundle without a tokenizer takes --prompt-ids and
@@ -66,12 +68,14 @@ def command(
         raise click.UsageError("--chat takes text; give --prompt or standard input instead of --prompt-ids")
     if allow_special_tokens and not as_chat:
         raise click.UsageError("--allow-special-tokens goes with --chat: without it they are always read")
+    require_generation(settings)
     prompt_given = _prompt(prompt, prompt_ids)
-    from qwen_aot.runtime.generation.generator import Generator
+    if not (prompt_given.strip() if as_chat and isinstance(prompt_given, str) else prompt_given):
+        raise click.UsageError("the prompt is empty; give text with --prompt or on standard input, or --prompt-ids 1,2")
     from qwen_aot.runtime.generation.request import Completion, Request
 
     start = time.perf_counter()
-    with Generator.open(bundle, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
+    with open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
         load_seconds = time.perf_counter() - start
         config = generation_config(generator.defaults, settings)
         has_text = generator.tokenizer is not None
@@ -84,23 +88,22 @@ def command(
         for event in generator.stream(request):
             if isinstance(event, Completion):
                 if not as_json:
-                    click.echo(event.last_text)
+                    put_answer(f"{event.last_text}\n")
                     _show_speed(event)
                 else:
                     print_json(_result(event, load_seconds))
             elif not as_json:
-                click.echo(event.text if has_text else f"{event.token_id} ", nl=False)
-                sys.stdout.flush()
+                put_answer(event.text if has_text else f"{event.token_id} ")
 
 
 def _prompt(text: str | None, ids: str | None) -> str | list[int]:
     if text is not None and ids is not None:
         raise click.UsageError("--prompt and --prompt-ids exclude each other; give one")
     if ids is not None:
-        try:
-            return [int(part) for part in ids.replace(",", " ").split()]
-        except ValueError:
-            raise click.UsageError(f"--prompt-ids is {ids!r}; accepted: whole numbers such as 1,2,3") from None
+        parts = ids.replace(",", " ").split()
+        if not all(part.isascii() and part.isdecimal() for part in parts):
+            raise click.UsageError(f"--prompt-ids is {ids!r}; accepted: whole numbers of 0 or more, such as 1,2,3")
+        return list(map(int, parts))
     if text is None:
         if sys.stdin.isatty():
             raise click.UsageError("there is no prompt: give --prompt, --prompt-ids, or text on standard input")
@@ -138,6 +141,6 @@ def speeds(completion: Completion) -> tuple[float | None, float | None]:
 
 def _show_speed(completion: Completion) -> None:
     prefill, decode = speeds(completion)
-    parts = [f"{completion.prompt_tokens} prompt tokens" + (f" at {prefill:.0f}/s" if prefill else "")]
+    parts = [count(completion.prompt_tokens, "prompt token") + (f" at {prefill:.0f}/s" if prefill else "")]
     parts.append(f"{len(completion.token_ids)} new" + (f" at {decode:.1f}/s" if decode else ""))
-    click.echo(f"[{', '.join(parts)}, ended by {completion.finish_reason}]", err=True)
+    tell(f"[{', '.join(parts)}, ended by {completion.finish_reason}]")

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.text import Text
 
+from qwen_aot.extras import install_command
 from qwen_aot.runtime.bundle.flavours import FLAVOURS
 from qwen_aot.runtime.bundle.plugin_library import PLUGIN_LIBRARY, PLUGIN_LIBRARY_VARIABLE
 from qwen_aot.runtime.cli.check_steps import (
@@ -27,9 +29,11 @@ from qwen_aot.runtime.cli.check_steps import (
     write_report,
 )
 from qwen_aot.runtime.cli.command import EXIT_FAILED, VerbCommand, option
-from qwen_aot.runtime.cli.console import print_json, show_logs, stdout
+from qwen_aot.runtime.cli.console import print_json, show_logs, stdout, tell
 from qwen_aot.runtime.cli.doctor import examine
 from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, json_option
+from qwen_aot.runtime.cli.tables import say
+from qwen_aot.runtime.cli.visible import visible, visible_line
 
 if TYPE_CHECKING:
     from qwen_aot.engines.spec.tensorrt_options import Form
@@ -133,7 +137,7 @@ def _find_gpu(machine: Mapping[str, Any]) -> Mapping[str, Any]:
     if not machine["gpus"]:
         raise Failure(
             "nothing could be checked: neither nvidia-smi nor CUDA finds a GPU. An NVIDIA GPU and its driver are "
-            "needed, and one of TensorRT-RTX, TensorRT, or ONNX Runtime for CUDA (`pip install 'qwen-aot[cuda]'`)",
+            f"needed, and one of TensorRT-RTX, TensorRT, or ONNX Runtime for CUDA (`{install_command('cuda')}`)",
             {},
         )
     return {"gpus": machine["gpus"]}
@@ -147,7 +151,7 @@ def _find_library(target: str) -> Mapping[str, Any]:
         import onnxruntime
 
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise Skip("the installed onnxruntime has no CUDAExecutionProvider: pip install 'qwen-aot[cuda]'")
+            raise Skip(f"the installed onnxruntime has no CUDAExecutionProvider: {install_command('cuda')}")
     return {"module": module}
 
 
@@ -207,7 +211,7 @@ def _build_plugins(folder: Path) -> Mapping[str, Any]:
     if sm not in SMS:
         raise Skip(f"there are no kernels for SM {sm}; there are for {', '.join(SMS)}")
     if importlib.util.find_spec("triton") is None:
-        raise Skip("triton isn't installed: pip install 'qwen-aot[plugins]'")
+        raise Skip(f"triton isn't installed: {install_command('plugins')}")
     out = folder / "plugins"
     try:
         find_cmake()
@@ -292,7 +296,7 @@ def _compare_with_polygraphy(model: str, folder: Path, target: str) -> Mapping[s
     from qwen_aot.runtime.bundle.load import read_manifest
 
     if importlib.util.find_spec("polygraphy") is None:
-        raise Skip("polygraphy isn't installed: pip install 'qwen-aot[verify]'")
+        raise Skip(f"polygraphy isn't installed: {install_command('verify')}")
     engine = folder / target
     manifest = read_manifest(engine)
     facts = manifest.engines.text.tensorrt
@@ -323,7 +327,7 @@ def _run_tests(tests: Path = TESTS) -> Mapping[str, Any]:
     if not tests.is_dir():
         raise Skip("the tests aren't here (a wheel has none): run this from a clone of the repository")
     if importlib.util.find_spec("pytest") is None:
-        raise Skip("pytest isn't installed: pip install 'qwen-aot[dev]'")
+        raise Skip(f"pytest isn't installed: {install_command('dev')}")
     # Exit code 5: no test was collected. -rs lists what skipped and why.
     arguments = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", str(tests)]
     done = subprocess.run(
@@ -346,7 +350,7 @@ def _measure_kernels(tests: Path = TESTS) -> Mapping[str, Any]:
         raise Skip("the benchmark isn't here (a wheel has none): run this from a clone of the repository")
     for module in ("torch", "triton"):
         if importlib.util.find_spec(module) is None:
-            raise Skip(f"{module} isn't installed: pip install 'qwen-aot[dev]'")
+            raise Skip(f"{module} isn't installed: {install_command('dev')}")
     arguments = [sys.executable, "-m", "tests.bench.plugin_kernels", "--model", "qwen1.5-0.5b"]
     done = subprocess.run(
         arguments, capture_output=True, text=True, timeout=TEST_SECONDS, check=False, cwd=tests.parent
@@ -364,18 +368,17 @@ def _plain(results: list[StepResult]) -> list[dict[str, Any]]:
 
 
 def _progress(result: StepResult) -> None:
-    click.echo(
-        f"{result.name}: {result.outcome} ({result.seconds:.1f} s) {result.message.partition(chr(10))[0]}", err=True
-    )
+    tell(f"{result.name}: {result.outcome} ({result.seconds:.1f} s) {result.message.partition(chr(10))[0]}")
 
 
 def _show(results: list[StepResult], files: tuple[Path, Path]) -> None:
     console = stdout()
     failed = [result for result in results if result.outcome == "failed"]
     for result in failed:
-        console.print(f"[bold red]{result.name}[/]: {result.message}", soft_wrap=True)
+        say(console, Text.assemble((visible_line(result.name), "bold red"), f": {visible(result.message)}"))
     if has_passed(results):
-        console.print("[bold green]every step that could run passed[/]")
+        say(console, Text("every step that could run passed", style="bold green"))
     elif not failed:
-        console.print("[bold red]no step ran on the GPU[/]: install what the skipped steps name")
-    console.print(f"report: {files[0]} and {files[1]}", soft_wrap=True, highlight=False)
+        verdict = "no step ran on the GPU", "bold red"
+        say(console, Text.assemble(verdict, ": install what the skipped steps name"))
+    say(console, f"report: {files[0]} and {files[1]}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen_aot.errors import GenerationError
 from qwen_aot.machine import MAX_THREADS
 from qwen_aot.runtime.cli.command import option
 
@@ -50,7 +51,7 @@ def _biases(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) 
     return biases or None
 
 
-bundle_argument: Decorator = click.argument("bundle", type=GivenPath())
+bundle_argument: Decorator = click.argument("bundle", type=GivenPath(exists=True))
 json_option: Decorator = option("--json", "as_json", is_flag=True, help="One JSON object on stdout.", group="Output")
 threads_option: Decorator = option(
     "--threads",
@@ -135,6 +136,20 @@ def generation_options(command: Any) -> Any:
     for decorate in reversed(_generation_options):
         command = decorate(command)
     return command
+
+
+def require_generation(given: Mapping[str, Any]) -> None:
+    """Refuses wrong values of the generation options: what needs no bundle is found before one is loaded.
+
+    Raises:
+        click.UsageError: a value is out of range.
+    """
+    from qwen_aot.runtime.generation.config import GenerationConfig
+
+    try:
+        GenerationConfig(**{name: value for name, value in given.items() if value is not None})
+    except GenerationError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def generation_config(defaults: GenerationDefaults, given: Mapping[str, Any]) -> GenerationConfig:

@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.text import Text
 
 from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import print_json, show_logs, size, stdout
 from qwen_aot.runtime.cli.options import CONTEXT, json_option
+from qwen_aot.runtime.cli.tables import Cell, print_table, say
 
 if TYPE_CHECKING:
     from qwen_aot.engines.planner.plans import Plan
     from qwen_aot.exporter.model.config import ModelConfig
+
+
+_HEADINGS = "model", "precision", "context", "weights", "cache", "other*", "total", "fits", "longest", "batch", "tok/s"
 
 
 def _targets() -> str:
@@ -69,7 +74,7 @@ def command(
     \b
     Examples:
       qwen-aot plan
-      qwen-aot plan qwen1.5-7b --device orin-nano-8gb --precision int8 --precision int4 --context 2048
+      qwen-aot plan qwen1.5-7b --device orin-nano-8gb --precision int4
 
     Of a Hugging Face folder or a .gguf file only the configuration is read. Without one, every published variant is
     planned; without --device, for every device. Nothing is built, and no GPU is needed. Weights and cache are exact,
@@ -101,10 +106,11 @@ def command(
         return
     for key in keys:
         _show(key, [plan for plan in found if plan.device == key])
-    stdout().print(
-        "* estimated. longest, batch: the most tokens and rows that fit with the rest as it is. tokens/s: of all rows\n"
-        "together, with full contexts, at the memory's whole bandwidth: no engine is faster.",
-        highlight=False,
+    say(
+        stdout(),
+        "* activations, estimated. longest, batch: the most tokens and rows that fit with the rest as it is. tok/s: "
+        "tokens a second of all rows together, with full contexts, at the memory's whole bandwidth: no engine is "
+        "faster.",
     )
 
 
@@ -169,49 +175,51 @@ def _facts(plan: Plan) -> dict[str, Any]:
 
 def _show(key: str, found: Sequence[Plan]) -> None:
     """One table for a device, and below it what to do about what doesn't fit."""
-    from rich import box
-    from rich.table import Table
-
     console = stdout()
     device, spec = _device_facts(key), found[0].spec
-    console.print(
-        f"[bold]{key}[/]: {device['name']}, SM {device['compute_capability']}, "
-        f"{device['bandwidth_bytes_per_second'] / 1e9:g} GB/s, {size(device['usable_bytes'])} usable of "
-        f"{size(device['memory_bytes'])}; target {spec.target}, batch {spec.max_batch}",
-        highlight=False,
-        soft_wrap=True,
+    about = Text.assemble(
+        (key, "bold"),
+        f": {device['name']}, SM {device['compute_capability']}, {device['bandwidth_bytes_per_second'] / 1e9:g} GB/s, "
+        f"{size(device['usable_bytes'])} usable of {size(device['memory_bytes'])}; target {spec.target}, batch "
+        f"{spec.max_batch}; sizes in GB",
     )
+    say(console, about)
     shown = [plan for plan in found if plan.refusal is None]
     if shown:
-        table = Table(box=box.SIMPLE_HEAD, padding=0)
-        for heading in ("model", "precision"):
-            table.add_column(heading, no_wrap=True)
-        for heading in ("context", "weights", "cache", "activations*", "total", "fits", "longest", "batch", "tokens/s"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for plan in shown:
-            table.add_row(*_cells(plan))
-        console.print(table)
-    for note in dict.fromkeys(filter(None, map(_note, found))):
-        console.print(f"  {note}", highlight=False, soft_wrap=True)
+        console.print()
+        print_table(console, _HEADINGS, map(_cells, shown), numbers=_HEADINGS[2:])
+    notes = dict.fromkeys(filter(None, map(_note, found)))
+    if notes:
+        console.print()
+    for note in notes:
+        say(console, note)
     console.print()
 
 
-def _cells(plan: Plan) -> tuple[str, ...]:
+def _cells(plan: Plan) -> tuple[Cell, ...]:
     needed = plan.footprint
     parts = (needed.weight_bytes, needed.cache_bytes, needed.activation_bytes_estimated, needed.total_bytes)
     return (
         plan.model,
         plan.spec.precision,
         str(plan.context),
-        *map(size, parts),
-        "[green]yes[/]" if plan.fits else f"[red]lacks {size(plan.missing_bytes)}[/]",
+        *map(_gigabytes, parts),
+        Text("yes", style="green") if plan.fits else Text("no", style="red"),
         str(plan.longest_context or "-"),
         str(plan.largest_batch or "-"),
         "-" if plan.ceiling is None else f"{plan.ceiling:.1f}" if plan.ceiling < 100 else f"{plan.ceiling:.0f}",
     )
 
 
+def _gigabytes(value: int) -> str:
+    """Three figures, or three decimals of what is below 1 GB."""
+    number = value / 1e9
+    return f"{number:.{3 if number < 1 else 2 if number < 10 else 1 if number < 100 else 0}f}"
+
+
 def _note(plan: Plan) -> str:
     if plan.refusal is not None:
         return f"refused: {plan.refusal}"
-    return f"{plan.model} {plan.spec.precision}: {plan.remedy}" if plan.remedy else ""
+    lacking = [] if plan.fits else [f"lacks {size(plan.missing_bytes)}"]
+    found = [*lacking, *filter(None, [plan.remedy])]
+    return f"{plan.model} {plan.spec.precision}: {', '.join(found)}" if found else ""

@@ -18,8 +18,8 @@ def open_source(name: str, *, random_weights: bool = False, seed: int = 0) -> Ch
     """Opens a checkpoint and compares its headers with its configuration, or makes a variant's from random weights.
 
     Raises:
-        click.UsageError: a variant without `random_weights`, a path with it, or nothing.
-        CheckpointError: neither a checkpoint nor a variant, or a damaged checkpoint.
+        click.UsageError: a variant without `random_weights`, a path with it, or neither a path nor a variant.
+        CheckpointError: a damaged checkpoint.
     """
     from qwen_aot.exporter.checkpoint.open import open_checkpoint
     from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
@@ -52,13 +52,13 @@ def find_variant(name: str) -> tuple[str, ModelConfig]:
     """A variant's own name and its facts, for a name that no file has.
 
     Raises:
-        CheckpointError: there is no such variant either.
+        click.UsageError: there is no such variant either.
     """
     from qwen_aot.exporter.model.variants import VARIANTS, canonical_name
 
     variant = canonical_name(name)
     if variant is None:
-        raise CheckpointError(
+        raise click.UsageError(
             f"{name} doesn't exist and isn't a variant's name; accepted: a folder saved by transformers, a .gguf file, "
             f"or one of {', '.join(VARIANTS)}"
         )

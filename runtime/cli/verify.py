@@ -10,7 +10,7 @@ import click
 
 from qwen_aot.errors import BuildError, CheckpointError
 from qwen_aot.runtime.cli.command import EXIT_FAILED, EXIT_INCONCLUSIVE, VerbCommand, option
-from qwen_aot.runtime.cli.console import print_json, progress_on_stderr, show_logs, stdout
+from qwen_aot.runtime.cli.console import busy, print_json, progress_on_stderr, show_logs, stdout
 from qwen_aot.runtime.cli.options import CONTEXT, allow_bundle_code_option, bundle_argument, json_option, threads_option
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def command(
     \b
     Examples:
       qwen-aot verify ./bundle --reference ./Qwen1.5-0.5B-Chat
-      qwen-aot verify ./bundle --reference model.gguf --text page.txt --kl-divergence 0.1 --json
+      qwen-aot verify ./bundle --reference model.gguf --kl-divergence 0.1 --json
 
     First every weight is made again from the checkpoint and compared, byte by byte (of a TensorRT engine by its hash).
     Then both answer: the first quarter of each piece of text is the prompt, the rest is fed token by token, and every
@@ -184,7 +184,8 @@ def _run_per_layer(
     from qwen_aot.runtime.cli import verify_layers
     from qwen_aot.runtime.cli.source import open_source
 
-    bundle = load_bundle(path)
+    with busy(f"loading {path}"):
+        bundle = load_bundle(path)
     with (
         open_source(reference, random_weights=random_weights, seed=weights_seed) as checkpoint,
         progress_on_stderr() as show,

@@ -46,6 +46,7 @@ def _token_ids(bundle: Bundle, text: str) -> list[int]:
 
 def show(report: LayerReport, bundle: Path, target: str) -> None:
     """A table, and the first layer over the bound."""
+    from rich.markup import escape
     from rich.table import Table
 
     console = stdout()
@@ -61,9 +62,9 @@ def show(report: LayerReport, bundle: Path, target: str) -> None:
     console.print(table)
     if target.startswith("tensorrt"):
         console.print(
-            f"{bundle} is a TensorRT engine, whose layers can't be looked at: this is the ONNX that it was compiled "
-            "from, made again from the checkpoint, the same by its SHA-256, and run on the CPU; the engine itself was "
-            "not run"
+            f"{escape(str(bundle))} is a TensorRT engine, whose layers can't be looked at: this is the ONNX that it "
+            "was compiled from, made again from the checkpoint, the same by its SHA-256, and run on the CPU; the "
+            "engine itself was not run"
         )
     first = report.first_failed
     if first is None:

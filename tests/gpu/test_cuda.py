@@ -11,6 +11,7 @@ import pytest
 
 from qwen_aot.engines.build import build_bundle
 from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.extras import install_command
 from qwen_aot.runtime.backends.cuda.memory import CudaMemory
 from qwen_aot.runtime.backends.ort.devices import DEVICES
 from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine
@@ -37,7 +38,7 @@ PAIRS = [(case, precision) for case in CASES for precision in BOUNDS if case != 
 def _cuda() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("the installed onnxruntime has no CUDAExecutionProvider: pip install 'qwen-aot[cuda]'")
+        pytest.skip(f"the installed onnxruntime has no CUDAExecutionProvider: {install_command('cuda')}")
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: "-".join(pair))

@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 from qwen_aot.errors import BuildError
+from qwen_aot.extras import install_command
 from qwen_aot.plugins import kernel_table, launch, library
 from qwen_aot.plugins.library import build_library, library_hash, tensorrt_headers
 from qwen_aot.plugins.variants import variants
@@ -252,7 +253,7 @@ def test_a_build_folder_of_another_project_is_left_alone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("there", "message"),
-    [([], "no cmake; install it with `pip install 'qwen-aot[plugins]'`"), (["cmake"], "no C++ compiler; install one")],
+    [([], f"no cmake; install it with `{install_command('plugins')}`"), (["cmake"], "no C++ compiler; install one")],
 )
 def test_a_missing_tool_is_named_with_its_remedy(tmp_path, monkeypatch, there, message):
     for tool in there:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_aot.errors import EngineMismatchError
+from qwen_aot.extras import install_command
 from qwen_aot.runtime.backends.cuda.memory import CudaMemory
 from qwen_aot.runtime.engine.kv_memory import HostMemory, Memory
 
@@ -48,7 +49,7 @@ class Device:
     @property
     def install(self) -> str:
         """The command that brings what is needed."""
-        return f"pip install 'qwen-aot[{self.extra}]'"
+        return install_command(self.extra)
 
     @property
     def providers(self) -> list[tuple[str, dict[str, str]]]:

@@ -9,6 +9,7 @@ import pytest
 
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.targets import Target
+from qwen_aot.extras import install_command
 from qwen_aot.runtime.bundle.flavours import FLAVOURS, flavour_of
 
 EXTRAS = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -19,7 +20,7 @@ def test_the_extra_of_a_target_brings_its_library(target: str) -> None:
     flavour = FLAVOURS[target]
     (requirement,) = [text for text in EXTRAS[target] if text.startswith(f"{flavour.package}>=")]
     assert requirement.removeprefix(f"{flavour.package}>=").startswith(flavour.oldest)
-    assert flavour.install == f"pip install 'qwen-aot[{target}]'"
+    assert flavour.install == install_command(target)
     assert flavour.install_version.startswith(f"pip install {flavour.package}=={{version}}")
 
 

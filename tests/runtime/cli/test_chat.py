@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +15,9 @@ import pytest
 from qwen_aot.errors import BundleError
 from qwen_aot.runtime.cli import chat
 from tests.runtime.cli.conftest import Run
+from tests.runtime.cli.terminal import ROOT, Shown, Terminal
+from tests.runtime.cli.test_screens import compare, require_fits, steady
 
-ROOT = Path(__file__).parents[3]
 SHORT = ("--temperature", 0, "--max-new-tokens", 6, "--ignore-eos")
 
 
@@ -67,11 +65,10 @@ def test_a_message_of_several_lines(run: Run, bundle: Path, tmp_path: Path) -> N
     assert json.loads(file.read_text())[0]["content"] == "first\nsecond\nthird"
 
 
-def test_help_and_unknown_commands(run: Run, bundle: Path) -> None:
-    result = run("chat", bundle, input="/help\n/dance\n/save\n/save /no/such/folder/x\n")
+def test_help_and_a_file_that_can_not_be_written(run: Run, bundle: Path) -> None:
+    result = run("chat", bundle, input="/help\n/save\n/save /no/such/folder/x\n")
     assert result.exit_code == 0
     assert all(name in result.stdout for name in chat.COMMANDS)
-    assert "there is no command /dance" in result.stdout
     assert "give a file: /save chat.json" in result.stdout
     assert "can't be written: No such file or directory" in result.stdout
 
@@ -115,68 +112,185 @@ def test_a_bundle_without_a_template_is_refused(run: Run, tmp_path: Path) -> Non
     assert "has no tokenizer, so it can't chat" in result.stderr
 
 
-class Terminal:
-    """`chat` in a pseudo terminal, as a user sits at it.
+def chat_on_a_terminal(bundle: Path, *options: object, columns: int = 80) -> Terminal:
+    return Terminal("chat", str(bundle), *map(str, options or SHORT), columns=columns)
 
-    Attributes:
-        seen: everything that the terminal has shown.
-    """
 
-    def __init__(self, *arguments: str) -> None:
-        self._parent, child = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "qwen_aot", "chat", *arguments],
-            cwd=ROOT,
-            stdin=child,
-            stdout=child,
-            stderr=child,
-            start_new_session=True,
-        )
-        os.close(child)
-        self.seen = ""
+# A step takes long enough that an answer of 200 tokens is never over before the key is pressed, however fast this is.
+SLOWLY = """
+import time
+from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine
+from qwen_aot.runtime.cli.main import main
 
-    def type(self, text: str) -> None:
-        os.write(self._parent, text.encode())
+decode = OnnxRuntimeEngine.decode
 
-    def read(self, seconds: float) -> None:
-        if select.select([self._parent], [], [], seconds)[0]:
-            self.seen += os.read(self._parent, 65536).decode(errors="replace")
+def decode_slowly(*arguments, **options):
+    time.sleep(0.2)
+    return decode(*arguments, **options)
 
-    def read_all(self) -> None:
-        """Reads until nothing has come for a second."""
-        seen = -1
-        while seen != len(self.seen):
-            seen = len(self.seen)
-            self.read(1)
+OnnxRuntimeEngine.decode = decode_slowly
+main()
+"""
 
-    def read_until(self, mark: str) -> None:
-        deadline = time.monotonic() + 40
-        while mark not in self.seen and time.monotonic() < deadline:
-            self.read(0.5)
-        assert mark in self.seen, self.seen[-500:]
 
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._parent)
+@pytest.mark.timeout(90)
+def test_ctrl_c_stops_the_answer_and_not_the_program(bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    asked = ("chat", str(bundle), "--ignore-eos", "--max-new-tokens", "200")
+    with Terminal(*asked, program=("-c", SLOWLY)) as terminal:
+        terminal.read_until("> ")
+        terminal.type("Hello\r")
+        terminal.read_until("Hello")
+        before = len(terminal.seen)
+        while len(terminal.seen) < before + 12:  # some of the answer is there
+            terminal.read(40)
+        terminal.type("\x03")
+        terminal.read_until("ended by")
+        terminal.read_until("> ", terminal.seen.index("ended by"))
+        terminal.type(f"/save {file}\r")
+        terminal.read_until("messages in")
+        terminal.type("/exit\r")
+        assert terminal.process.wait(20) == 0
+    (tokens, reason), *others = re.findall(r"\[(\d+) tokens.*?ended by (\w+)\]", terminal.seen)
+    assert (reason, others) == ("cancelled", [])
+    assert 0 < int(tokens) < 200
+    assert [message["role"] for message in json.loads(file.read_text())] == ["user", "assistant"]
 
 
 @pytest.mark.timeout(60)
-def test_ctrl_c_stops_the_answer_and_not_the_program(bundle: Path) -> None:
-    with Terminal(str(bundle), "--ignore-eos", "--max-new-tokens", "100000") as terminal:
+def test_ctrl_c_at_the_prompt_drops_a_line_and_ctrl_d_leaves(bundle: Path) -> None:
+    with chat_on_a_terminal(bundle) as terminal:
         terminal.read_until("> ")
-        before = len(terminal.seen)
-        terminal.type("Hello\n")
-        while len(terminal.seen) < before + 20:  # some of the answer is there
-            terminal.read(40)
-        os.kill(terminal.process.pid, signal.SIGINT)
-        terminal.read_until("ended by")
-        terminal.type("/exit\n")
+        terminal.type("half a line")
+        terminal.read_until("half a line")
+        terminal.type("\x03")
+        terminal.read_until("> ", terminal.seen.index("half a line"))
+        terminal.type("\x04")
         assert terminal.process.wait(20) == 0
-    assert "ended by cancelled" in terminal.seen or "ended by length" in terminal.seen
+        terminal.read_all()
+    assert "ended by" not in terminal.seen and "interrupted" not in terminal.seen
+
+
+PASTED = "first line\n  second line\n\nlast"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["xterm", "dumb"])
+def test_a_pasted_text_of_several_lines_is_one_message(
+    bundle: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the marks that a terminal sets, and without: there all lines come at once."""
+    monkeypatch.setenv("TERM", kind)
+    file = tmp_path / "chat.json"
+    with chat_on_a_terminal(bundle) as terminal:
+        terminal.read_until("> ")
+        assert ("\x1b[?2004h" in terminal.seen) == (kind == "xterm")
+        keys = PASTED.replace("\n", "\r")
+        terminal.type(f"\x1b[200~{keys}\x1b[201~\r" if kind == "xterm" else f"{keys}\r")
+        terminal.read_until("ended by")
+        terminal.type(f"/save {file}\r")
+        terminal.read_until("messages in")
+    assert [message["content"] for message in json.loads(file.read_text()) if message["role"] == "user"] == [PASTED]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("variables", "is_colored"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+    ids=["terminal", "NO_COLOR", "dumb"],
+)
+def test_the_prompt_is_colored_where_colors_are(
+    bundle: Path, variables: dict[str, str], is_colored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with chat_on_a_terminal(bundle) as terminal:
+        terminal.read_until("> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(20) == 0
+        terminal.read_all()
+    assert ("\x1b[1;32m> " in terminal.seen) == is_colored
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]", terminal.seen)) == is_colored
+    assert ("\x1b" in terminal.seen) == (variables != {"TERM": "dumb"})
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("columns", [80])
+def test_the_screen_of_a_conversation(bundle: Path, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with chat_on_a_terminal(bundle, columns=columns) as terminal:
+        terminal.read_until("> ")
+        for line, mark in (("Hello", "ended by"), ("/help", "Ctrl-D)"), ("/hlep", "blank"), ("/save", "chat.json")):
+            start = len(terminal.seen)
+            terminal.type(f"{line}\r")
+            terminal.read_until(mark, start)
+            terminal.read_until("> ", terminal.seen.index(mark, start))
+        terminal.type("\x04")
+        assert terminal.process.wait(20) == 0
+        terminal.read_all()
+    shown = Shown(0, terminal.seen, terminal.screen())
+    require_fits(shown, columns)
+    compare("chat", columns, steady(shown.text))
+
+
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [
+        ("/help", ("/help", "")),
+        ("/HELP ", ("/help", "")),
+        ("/save a b.json", ("/save", "a b.json")),
+        ("/system Be brief. ", ("/system", "Be brief.")),
+        ("/etc/hosts", None),
+        ("/home/x is full", None),
+        ("/exit\nand more", None),
+        (" /exit", None),
+        ("/", None),
+        ("/helpful", None),
+        ("// a comment", None),
+        ("what is /help?", None),
+    ],
+)
+def test_only_known_words_are_commands(line: str, command: tuple[str, str] | None) -> None:
+    assert chat.command_of(line) == command
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("/hlep", "/help"),
+        ("/sytem Be brief.", "/system"),
+        ("/Exti", "/exit"),
+        ("/quit", "/exit"),
+        ("/?", "/help"),
+        ("/etc/hosts", None),
+        ("/etc", None),
+        ("/home/x is full", None),
+        ("/home is full", None),
+        ("/dance", None),
+        (" /hlep", None),
+        ("/hlep\nme", None),
+        ("hlep", None),
+    ],
+)
+def test_a_near_miss_gets_a_hint(line: str, meant: str | None) -> None:
+    assert chat.meant_command(line) == meant
+
+
+def test_a_path_is_a_message_and_a_near_miss_is_not(run: Run, bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    lines = ["/etc/hosts is missing", "/hlep", "/clear the table", " /clear", f"/save {file}"]
+    result = run("chat", bundle, *SHORT, input="".join(f"{line}\n" for line in lines))
+    assert "there is no command /hlep; did you mean /help?" in result.stdout
+    assert "nothing goes behind /clear" in result.stdout
+    asked = [message["content"] for message in json.loads(file.read_text()) if message["role"] == "user"]
+    assert asked == ["/etc/hosts is missing", "/clear"]
+
+
+def test_every_other_word_means_a_command() -> None:
+    words = {name.partition(" ")[0] for name in chat.COMMANDS}
+    assert set(chat.OTHER_WORDS.values()) <= words and not words & set(chat.OTHER_WORDS)
 
 
 @pytest.mark.timeout(60)
@@ -185,7 +299,7 @@ def test_the_prompt_stands_when_a_line_of_the_history_is_shown(
     bundle: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", kind)
-    with Terminal(str(bundle), *map(str, SHORT)) as terminal:
+    with chat_on_a_terminal(bundle) as terminal:
         terminal.read_until("> ")
         for line in ("a long line of text", "/help"):
             terminal.type(f"{line}\n")
@@ -196,37 +310,13 @@ def test_the_prompt_stands_when_a_line_of_the_history_is_shown(
             terminal.type(f"\x1b[{key}")
             terminal.read_all()
         drawn = terminal.seen[before:]
+        assert terminal.screen().splitlines()[-1] == "> /help"
     assert "a long line of text" in drawn
-    assert on_screen("> ", drawn) == "> /help"
-
-
-def on_screen(line: str, drawn: str) -> str:
-    """What a terminal's line shows after some output: text, colours, moves and erasures, as readline writes them.
-
-    Where TERM names no terminal, readline draws the whole line again, prompt and its colour included.
-    """
-    cells, at = list(line), len(line)
-    for part in re.findall(r"\x1b\[([\d;]*)([A-Za-z])|(\x1b.|[\x00-\x1f])|(.)", drawn):
-        count, letter, control, character = part
-        if letter == "K":
-            del cells[at:]
-        elif letter == "P":
-            del cells[at : at + int(count or 1)]
-        elif letter == "C":
-            at += int(count or 1)
-        elif control == "\b":
-            at -= 1
-        elif control == "\r":
-            at = 0
-        elif character:
-            cells[at : at + 1] = character
-            at += 1
-    return "".join(cells).rstrip()
 
 
 @pytest.mark.timeout(60)
 def test_the_loading_line_is_gone_when_the_user_types(bundle: Path) -> None:
-    with Terminal(str(bundle), *map(str, SHORT)) as terminal:
+    with chat_on_a_terminal(bundle) as terminal:
         terminal.read_until("> ")
         before = len(terminal.seen)
         terminal.read(1)  # a line that moves is drawn ten times a second
@@ -260,12 +350,12 @@ def test_an_error_after_ctrl_c_at_the_prompt_keeps_its_own_code(
     def answers_badly(*arguments: object, **options: object) -> None:
         raise BundleError("the file is damaged")
 
-    def interrupts_then_types(console: object, prompt: str) -> str:
-        monkeypatch.setattr("rich.console.Console.input", lambda console, prompt: "Hello")
+    def interrupts_then_types() -> str:
+        monkeypatch.setattr("builtins.input", lambda: "Hello")
         signal.raise_signal(signal.SIGINT)
         return ""
 
-    monkeypatch.setattr("rich.console.Console.input", interrupts_then_types)
+    monkeypatch.setattr("builtins.input", interrupts_then_types)
     monkeypatch.setattr("qwen_aot.runtime.generation.chat.Chat.send", answers_badly)
     result = run("chat", bundle)
-    assert (result.exit_code, result.stderr) == (1, "error: the file is damaged\n")
+    assert (result.exit_code, result.stderr) == (1, f"loading {bundle} ...\nerror: the file is damaged\n")

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from qwen_aot.errors import BuildError
+from qwen_aot.extras import install_command
 from qwen_aot.runtime.cli.command import LazyGroup, Verb, VerbCommand, option
 
 ROOT = Path(__file__).parents[3]
@@ -36,8 +37,8 @@ def verb_that_raises(error: BaseException) -> click.Command:
         (click.Abort(), 130, "interrupted\n"),
         (PermissionError(13, "Permission denied", "/x/config.json"), 1, "error: /x/config.json: Permission denied\n"),
         (ModuleNotFoundError("no", name="torch.nn"), 1, "needs the package 'torch'"),
-        (ModuleNotFoundError("no", name="torch"), 1, "pip install 'qwen-aot[build]'"),
-        (ModuleNotFoundError("no", name="onnxruntime"), 1, "pip install 'qwen-aot[cpu]'"),
+        (ModuleNotFoundError("no", name="torch"), 1, f"`{install_command('build')}`"),
+        (ModuleNotFoundError("no", name="onnxruntime"), 1, f"`{install_command('cpu')}`"),
     ],
 )
 def test_what_is_raised_becomes_a_code_and_a_message(error: BaseException, code: int, message: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from qwen_aot.engines.bundle.progress import ProgressEvent
@@ -43,3 +45,18 @@ def test_lines_have_stage_share_rate_and_time_left(
         "[3/5] write weights: 55 % of 100 MB, 5 MB/s, 9.0 s left",
         "[3/5] write weights: 20.0 s",
     ]
+
+
+def test_warnings_of_our_packages_are_messages_once_each(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("qwen_aot")
+    before = logger.handlers[:], logger.propagate
+    try:
+        logger.handlers[:] = []
+        console.show_logs()
+        console.show_logs()
+        logging.getLogger("qwen_aot.engines.build").warning("%s is [bold]odd[/]\x1b[2J", "a model " * 30)
+        logging.getLogger("qwen_aot.engines.build").info("nothing to say")
+    finally:
+        logger.handlers[:], logger.propagate = before
+    out = capsys.readouterr()
+    assert (out.out, out.err) == ("", f"warning: {'a model ' * 30} is [bold]odd[/]\\x1b[2J\n")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from qwen_aot.extras import install_command
 from qwen_aot.runtime.cli import doctor
 from qwen_aot.runtime.cli.doctor import Need, gpus, lack
 from tests.doubles.gpu import Gpu
@@ -25,7 +27,7 @@ def test_json(run: Run) -> None:
 
 def test_table(run: Run) -> None:
     text = run("doctor").stdout
-    assert "cpu build: ready" in text
+    assert re.search(r"^cpu build +ready$", text, re.MULTILINE)
     assert "onnxruntime" in text
 
 
@@ -37,9 +39,11 @@ def test_what_the_tensorrt_targets_lack(run: Run, monkeypatch: pytest.MonkeyPatc
     targets = json.loads(run("doctor", "--json").stdout)["targets"]
     no_gpu = "no NVIDIA GPU or driver"
     assert targets["tensorrt-rtx"] == {"build_lacks": [], "run_lacks": [no_gpu]}
-    upgrade = "tensorrt is 10.9.0, 10.13 or newer is needed: pip install 'qwen-aot[tensorrt]' --upgrade"
+    upgrade = f"tensorrt is 10.9.0, 10.13 or newer is needed: {install_command('tensorrt', upgrade=True)}"
     assert targets["tensorrt"] == {"build_lacks": [upgrade, no_gpu], "run_lacks": [upgrade, no_gpu]}
-    assert "'qwen-aot[tensorrt]'" in run("doctor").stdout  # brackets are text here, not markup
+    text = run("doctor").stdout
+    assert text.count(install_command("tensorrt", upgrade=True)) == 1  # each remedy once, whoever lacks it
+    assert re.search(r"^tensorrt build +lacks tensorrt 10.13 or newer, a GPU$", text, re.MULTILINE)
     monkeypatch.setattr(doctor, "gpus", lambda: [dict.fromkeys(("name", "compute_cap", "driver_version"), "1")])
     assert json.loads(run("doctor", "--json").stdout)["targets"]["tensorrt-rtx"]["run_lacks"] == []
 
@@ -64,15 +68,19 @@ def test_the_plugin_library_that_target_tensorrt_lacks(run: Run, monkeypatch: py
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (None, "onnxruntime isn't installed: pip install 'qwen-aot[cpu]'"),
-        ("1.31.1", "onnxruntime is 1.31.1, 1.32 or newer is needed: pip install 'qwen-aot[cpu]' --upgrade"),
+        (None, f"onnxruntime isn't installed: {install_command('cpu')}"),
+        (
+            "1.31.1",
+            f"onnxruntime is 1.31.1, 1.32 or newer is needed: {install_command('cpu', upgrade=True)}",
+        ),
         ("1.32.0", None),
         ("2.0", None),
     ],
 )
 def test_what_is_lacking(monkeypatch: pytest.MonkeyPatch, found: str | None, message: str | None) -> None:
     monkeypatch.setattr(doctor, "version", lambda package: found)
-    assert lack(Need("onnxruntime", "cpu", (1, 32))) == message
+    lacking = lack(Need("onnxruntime", "cpu", (1, 32)))
+    assert (lacking.text if lacking else None) == message
 
 
 def test_gpus_as_the_driver_lists_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

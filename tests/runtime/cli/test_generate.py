@@ -137,7 +137,7 @@ def test_a_stop_text_ends_the_answer(run: Run, bundle: Path) -> None:
         (("--prompt", "a", "--system", "b"), 2, "--system goes with --chat"),
         (("--prompt-ids", "1", "--chat"), 2, "--chat takes text"),
         (("--prompt", "a", "--allow-special-tokens"), 2, "--allow-special-tokens goes with --chat"),
-        (("--prompt-ids", "1,x"), 2, "accepted: whole numbers such as 1,2,3"),
+        (("--prompt-ids", "1,x"), 2, "accepted: whole numbers of 0 or more, such as 1,2,3"),
         (("--prompt", "a", "--top-p", "2"), 2, "--top-p"),
         (("--prompt-ids", "99999"), 1, "99999"),
     ],

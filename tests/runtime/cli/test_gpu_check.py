@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.verify.engine_reference import EngineReference
 from qwen_aot.errors import BuildError, EngineMismatchError
+from qwen_aot.extras import install_command
 from qwen_aot.runtime.backends.open import open_engine
 from qwen_aot.runtime.bundle.load import load_bundle, read_manifest
 from qwen_aot.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, PluginFacts
@@ -66,7 +68,7 @@ def test_a_library_that_is_not_installed_is_skipped(monkeypatch: pytest.MonkeyPa
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(Skip, match=r"no CUDAExecutionProvider: pip install 'qwen-aot\[cuda\]'"):
+    with pytest.raises(Skip, match=re.escape(f"no CUDAExecutionProvider: {install_command('cuda')}")):
         gpu_check._find_library("cuda")
     monkeypatch.setitem(gpu_check.MODULES, "tensorrt", "no_such_module")
     with pytest.raises(Skip, match="no_such_module isn't installed"):
@@ -243,7 +245,7 @@ def test_without_polygraphy_or_a_cuda_runtime_its_comparison_is_skipped(
     with pytest.raises(Skip, match="needs the CUDA runtime library"):
         gpu_check._compare_with_polygraphy("", engines, "tensorrt")
     monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Skip, match=r"pip install 'qwen-aot\[verify\]'"):
+    with pytest.raises(Skip, match=re.escape(install_command("verify"))):
         gpu_check._compare_with_polygraphy("", engines, "tensorrt")
 
 

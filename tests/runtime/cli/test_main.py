@@ -101,7 +101,7 @@ def test_a_closed_pipe_is_quiet(bundle: Path) -> None:
     )
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
-    assert process.stderr.read() == b""
+    assert process.stderr.read() == f"checking {bundle} ...\n".encode()
     process.stderr.close()
     assert process.wait() == 1
 

@@ -1,73 +1,189 @@
-"""The options of `generate` and `chat`, without a bundle: what they give, and what they refuse at once."""
+"""A wrong value of any option of any verb is exit code 2, with what is accepted, before anything is loaded."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
 
 import click
 import pytest
-from click.testing import CliRunner
 
-from qwen_aot.runtime.cli.options import generation_config, generation_options
-from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
+from qwen_aot.runtime.cli.main import VERBS, qwen_aot
+from tests.runtime.cli.conftest import Run
 
-BUNDLE = GenerationDefaults(do_sample=True, temperature=0.6, top_k=20, max_new_tokens=9)
-
-
-def given(*arguments: str) -> tuple[GenerationConfig | None, click.testing.Result]:
-    found: list[GenerationConfig] = []
-
-    @click.command()
-    @generation_options
-    def command(**settings: Any) -> None:
-        found.append(generation_config(BUNDLE, settings))
-
-    result = CliRunner().invoke(command, arguments)
-    return (found[0] if found else None), result
-
-
-def test_nothing_given_is_the_bundles() -> None:
-    assert given()[0] == BUNDLE.resolve() == GenerationConfig(temperature=0.6, top_k=20)
-
-
-def test_every_option_reaches_the_request() -> None:
-    config, result = given(
-        "--max-new-tokens", "7", "--temperature", "0.5", "--top-k", "3", "--top-p", "0.9", "--min-p", "0.25",
-        "--repetition-penalty", "1.25", "--presence-penalty", "-0.5", "--frequency-penalty", "2",
-        "--logit-bias", "5=-100", "--logit-bias", "17=2.5", "--seed", "4", "--stop", "a", "--stop", "b", "--ignore-eos",
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert config == GenerationConfig(
-        max_new_tokens=7,
-        temperature=0.5,
-        top_k=3,
-        top_p=0.9,
-        min_p=0.25,
-        repetition_penalty=1.25,
-        presence_penalty=-0.5,
-        frequency_penalty=2.0,
-        logit_bias={5: -100.0, 17: 2.5},
-        seed=4,
-        stop=("a", "b"),
-        ignore_eos=True,
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--min-p", "1.5"), "--min-p"),
-        (("--presence-penalty", "2.1"), "--presence-penalty"),
-        (("--frequency-penalty", "-3"), "--frequency-penalty"),
-        (("--logit-bias", "5"), "'5' isn't a token id, = and a number of -100 to 100, such as 1234=-5"),
-        (("--logit-bias", "5=101"), "'5=101' isn't"),
-        (("--logit-bias", "5=nan"), "'5=nan' isn't"),
-        (("--logit-bias", "-5=1"), "'-5=1' isn't"),
-        (("--logit-bias", "a=1"), "'a=1' isn't"),
-        (("--logit-bias", "5=1", "--logit-bias", "5=2"), "the token id 5 twice"),
+# What each verb needs besides: a bundle, a checkpoint and a folder stand in the test's own.
+NEEDED = {
+    "build": ("tiny-model", "-o", "out"),
+    "export": ("tiny-model", "-o", "out"),
+    "generate": ("bundle", "--prompt", "x"),
+    "chat": ("bundle",),
+    "verify": ("bundle", "--reference", "tiny-model"),
+    "bench": ("bundle",),
+    "inspect": ("bundle",),
+    "plan": ("qwen1.5-0.5b",),
+    "gpu-check": (),
+    "doctor": (),
+}
+RTX, TENSORRT, BLOCKS = ("--target", "tensorrt-rtx"), ("--target", "tensorrt"), ("--precision", "int4")
+GENERATION = [
+    ("--max-new-tokens", "0", "0 is not in the range x>=1"),
+    ("--max-new-tokens", "many", "'many' is not a valid integer range"),
+    ("--temperature", "1e9", "temperature is 1000000000.0; accepted: 0 (greedy) or 0.001 to 1000"),
+    ("--temperature", "-1", "-1.0 is not in the range x>=0."),
+    ("--temperature", "1e-9", "temperature is 1e-09"),
+    ("--temperature", "nan", "temperature is nan"),
+    ("--top-k", "-1", "-1 is not in the range x>=0"),
+    ("--top-p", "0", "0.0 is not in the range 0<x<=1."),
+    ("--top-p", "2", "2.0 is not in the range 0<x<=1."),
+    ("--top-p", "nan", "top_p is nan"),
+    ("--repetition-penalty", "0", "0.0 is not in the range x>0."),
+    ("--repetition-penalty", "1e9", "repetition_penalty is 1000000000.0"),
+    ("--seed", "-1", "-1 is not in the range x>=0"),
+    ("--seed", "1.5", "'1.5' is not a valid integer range"),
+    ("--stop", "", "stop is ('',); accepted: a list of texts that aren't empty"),
+]
+THREADS = [
+    ("--threads", "0", "0 is not in the range 1<=x<=1024"),
+    ("--threads", "100000", "100000 is not in the range 1<=x<=1024"),
+    ("--threads", "two", "'two' is not a valid integer range"),
+]
+WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...]]]] = {
+    "build": [
+        ("--output", "", "it is empty"),
+        ("--target", "npu", "target 'npu' doesn't exist; what exists: cpu"),
+        ("--precision", "fp7", "precision 'fp7' doesn't exist; what exists: cpu: fp32, int8, int4"),
+        ("--max-context", "0", "max_context is 0; it must be at least 1"),
+        ("--max-batch", "-3", "max_batch is -3; it must be at least 1"),
+        ("--prefill-chunk", "0", "prefill_chunk is 0; it must be at least 1"),
+        ("--block-size", "7", "block_size 7 doesn't exist for cpu int4"),
+        ("--sensitive-bits", "5", "sensitive_bits 5 doesn't exist for cpu int4"),
+        ("--compute-capability", "8.9", "target cpu takes no TensorRT options"),
+        ("--compute-capability", "", "accepted: numbers like", RTX),
+        ("--workspace-mib", "0", "0 is not in the range x>=1"),
+        ("--optimization-level", "6", "6 is not in the range 0<=x<=5"),
+        ("--timing-cache", ".", "File '.' is a directory", TENSORRT),
+        ("--attention", "fast", "attention 'fast' doesn't exist; accepted: plugin, native", TENSORRT),
+        ("--moe", "fast", "moe 'fast' doesn't exist; accepted: plugin, native", TENSORRT),
+        ("--kv-precision", "int2", "kv_precision 'int2' doesn't exist; accepted: auto, fp16, bf16, int8", TENSORRT),
+        ("--plugin-library", "no.so", "File 'no.so' does not exist", TENSORRT),
+        ("--seed", "-1", "-1 is not in the range x>=0"),
+        *THREADS,
     ],
-)
-def test_a_wrong_value_is_refused_at_once(arguments: tuple[str, ...], message: str) -> None:
-    config, result = given(*arguments)
-    assert (config, result.exit_code) == (None, 2)
-    assert message in result.output
+    "export": [
+        ("--output", "", "it is empty"),
+        ("--lowering", "fast", "'fast' is not one of 'standard', 'plugin', 'ort'"),
+        ("--precision", "fp7", "lowering standard has no precision 'fp7'; what exists: standard: fp32"),
+        ("--max-context", "0", "max_context is 0; it must be at least 1"),
+        ("--block-size", "32", "the standard lowering is symmetric and chooses its blocks"),
+        ("--block-size", "7", "block_size 7 doesn't exist for cpu int4", ("--lowering", "ort", *BLOCKS)),
+        *THREADS,
+    ],
+    "generate": [
+        ("--prompt", "", "the prompt is empty"),
+        ("--prompt", " \n", "the prompt is empty", ("--chat",)),
+        ("--prompt-ids", "1,2", "--prompt and --prompt-ids exclude each other"),
+        ("--system", "x", "--system goes with --chat"),
+        *GENERATION,
+        *THREADS,
+    ],
+    "chat": [*GENERATION, *THREADS],
+    "bench": [
+        ("--prompt-tokens", "0", "0 is not in the range x>=1"),
+        ("--prompt-tokens", "256", "--prompt-tokens 256 and --gen-tokens 128 exceed the bundle's context of 256"),
+        ("--gen-tokens", "1", "1 is not in the range x>=2"),
+        ("--rounds", "0", "0 is not in the range x>=1"),
+        *THREADS,
+    ],
+    "plan": [
+        ("--device", "rtx-4091", "device 'rtx-4091' isn't known; accepted: orin-nano-8gb"),
+        ("--target", "npu", "target 'npu' doesn't exist"),
+        ("--precision", "fp7", "precision 'fp7' doesn't exist"),
+        ("--context", "0", "max_context is 0; it must be at least 1"),
+        ("--batch", "0", "max_batch is 0; it must be at least 1"),
+        ("--kv-precision", "int2", "kv_precision 'int2' doesn't exist"),
+    ],
+    "gpu-check": [("--output", "", "it is empty")],
+}
+# What only the model can judge, or what takes any text.
+FREE = {("chat", "--system"), ("gpu-check", "--model")}
+ELSEWHERE = {"verify"}  # tests/runtime/cli/test_verify.py
+
+
+def cases() -> Iterator[object]:
+    for verb, wrong in WRONG.items():
+        for option, value, message, *besides in wrong:
+            rest = besides[0] if besides else ()
+            yield pytest.param(verb, (*rest, option, value), message, id=f"{verb} {option} {value!r}")
+
+
+@pytest.fixture
+def place(checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder in which nothing may be loaded."""
+
+    def explode(*arguments: object, **options: object) -> NoReturn:
+        raise AssertionError("something was loaded")
+
+    (tmp_path / "tiny-model").symlink_to(checkpoint)
+    (tmp_path / "bundle").symlink_to(bundle)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qwen_aot.runtime.generation.generator.Generator.open", explode)
+    for name in ("build.build_bundle", "build.plan_build", "export.export_graph"):
+        monkeypatch.setattr(f"qwen_aot.engines.{name}", explode)
+    monkeypatch.setattr("qwen_aot.exporter.checkpoint.open.open_checkpoint", explode)
+    monkeypatch.setattr("qwen_aot.runtime.cli.gpu_check.run_steps", explode)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("verb", "given", "message"), list(cases()))
+def test_a_wrong_value(run: Run, place: Path, verb: str, given: tuple[str, ...], message: str) -> None:
+    result = run(verb, *NEEDED[verb], *given)
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert message in " ".join(result.stderr.split())
+    assert result.stdout == ""
+    assert {path.name for path in place.iterdir()} == {"tiny-model", "bundle"}
+
+
+@pytest.mark.parametrize("ids", ["", " , ", "1,x", "1.5", "-1", "١", "1_0"])
+def test_token_ids_of_another_form(run: Run, place: Path, ids: str) -> None:
+    result = run("generate", "bundle", "--prompt-ids", ids)
+    assert result.exit_code == 2
+    assert ("the prompt is empty" if not ids.strip(" ,") else "whole numbers of 0 or more") in result.stderr
+
+
+@pytest.mark.parametrize("text", ["", "\n"])
+def test_empty_standard_input(run: Run, place: Path, text: str) -> None:
+    result = run("generate", "bundle", input=text)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "the prompt is empty; give text with --prompt or on standard input" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "bench", "inspect", "verify"])
+def test_a_bundle_that_is_nowhere(run: Run, place: Path, verb: str) -> None:
+    result = run(verb, "nowhere", *NEEDED[verb][1:])
+    assert result.exit_code == 2
+    assert "'nowhere' does not exist" in result.stderr
+
+
+@pytest.mark.parametrize("verb", ["build", "export", "plan"])
+def test_a_checkpoint_that_is_nowhere(run: Run, place: Path, verb: str) -> None:
+    result = run(verb, "nowhere", *NEEDED[verb][1:])
+    assert result.exit_code == 2
+    assert "nowhere doesn't exist and isn't a variant's name; accepted: a folder" in " ".join(result.stderr.split())
+
+
+def test_the_needed_arguments_are_right(run: Run, place: Path) -> None:
+    """Or the tests above would see another refusal."""
+    for verb in ("build", "export", "generate", "chat", "bench"):
+        assert str(run(verb, *NEEDED[verb], *(["--gen-tokens", "2", "--prompt-tokens", "2"] if verb == "bench" else []))
+                   .exception) == "something was loaded"  # fmt: skip
+
+
+def test_every_option_that_takes_a_value_is_tried() -> None:
+    context = click.Context(qwen_aot)
+    for verb in set(VERBS) - ELSEWHERE:
+        command = qwen_aot.get_command(context, verb)
+        assert command is not None
+        takes = {p.opts[-1] for p in command.params if isinstance(p, click.Option) and not p.is_flag}
+        tried = {option for option, *_ in WRONG.get(verb, [])} | {"--prompt-ids"} & takes
+        assert takes - tried == {option for of, option in FREE if of == verb}, verb

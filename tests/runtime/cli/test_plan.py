@@ -34,8 +34,7 @@ def test_all_variants_against_all_devices(run: Run) -> None:
     for key, device in DEVICES.items():
         assert f"{key}: {device.name}, SM " in table.stdout
     for name in VARIANTS:
-        assert sum(line.startswith(f" {name} ") for line in table.stdout.splitlines()) == len(DEVICES)
-    assert max(map(len, table.stdout.splitlines())) <= 120
+        assert sum(line.startswith(f"{name}  ") for line in table.stdout.splitlines()) == len(DEVICES)
     assert [(p["device"], p["model"]) for p in planned(run)] == [(d, name) for d in DEVICES for name in VARIANTS]
 
 
@@ -46,8 +45,8 @@ def test_a_row_says_what_its_json_says(run: Run) -> None:
     assert (plan["precision"], plan["context"], plan["batch"], plan["fits"]) == ("int8", 1000, 2, True)
     parts = ("weight_bytes", "cache_bytes", "activation_bytes_estimated")
     assert plan["total_bytes"] == sum(plan[part] for part in parts)
-    (row,) = (line.split() for line in run("plan", *arguments).stdout.splitlines() if line.startswith(" qwen1.5-7b"))
-    shown = [f"{plan[part] / 1e9:.3g}" for part in parts if plan[part] > 1e9]
+    (row,) = (line.split() for line in run("plan", *arguments).stdout.splitlines() if line.startswith("qwen1.5-7b "))
+    shown = [f"{plan[part] / 1e9:.2f}" for part in parts if plan[part] > 1e9]
     assert row[:3] == ["qwen1.5-7b", "int8", "1000"]
     assert all(number in row for number in shown) and len(shown) == 2
     assert row[-4:] == [
@@ -77,15 +76,14 @@ def test_what_does_not_fit_comes_with_advice(run: Run) -> None:
     result = run("plan", "qwen1.5-14b", "--device", "orin-nx-16gb")
     (plan,) = planned(run, "qwen1.5-14b", "--device", "orin-nx-16gb")
     assert plan["fits"] is False and plan["ceiling_tokens_per_second"] is None
-    assert f"lacks {plan['missing_bytes'] / 1e9:.3g} GB" in result.stdout
-    assert "  qwen1.5-14b fp16: int4 fits\n" in result.stdout
+    assert f"\nqwen1.5-14b fp16: lacks {plan['missing_bytes'] / 1e9:.3g} GB, int4 fits\n" in result.stdout
 
 
 def test_a_precision_that_the_gpu_lacks_is_refused(run: Run) -> None:
     result = run("plan", "qwen1.5-0.5b", "--device", "agx-orin-64gb", "--precision", "fp8")
     assert result.exit_code == 0
-    assert "  refused: fp8 needs SM 8.9 or later, and this is SM 8.7" in result.stdout
-    assert " qwen1.5-0.5b " not in result.stdout
+    assert "\nrefused: fp8 needs SM 8.9 or later, and this is SM 8.7" in result.stdout
+    assert "qwen1.5-0.5b " not in result.stdout
 
 
 def test_bytes_are_those_of_the_built_bundle(run: Run, checkpoint: Path, bundle: Path) -> None:
@@ -117,8 +115,8 @@ def test_a_gguf_file(run: Run, tmp_path: Path) -> None:
     ("arguments", "code", "message"),
     [
         (("--device", "rtx-4091"), 2, "device 'rtx-4091' isn't known; accepted: orin-nano-8gb, orin-nx-16gb,"),
-        (("qwen1.5-8b",), 1, "qwen1.5-8b doesn't exist and isn't a variant's name; accepted: a folder saved by"),
-        (("no/such/model.gguf",), 1, "no/such/model.gguf doesn't exist and isn't a variant's name"),
+        (("qwen1.5-8b",), 2, "qwen1.5-8b doesn't exist and isn't a variant's name; accepted: a folder saved by"),
+        (("no/such/model.gguf",), 2, "no/such/model.gguf doesn't exist and isn't a variant's name"),
         (("--context", "40000"), 2, "max_context 40000 is more than the model's 32768 tokens"),
         (("--context", "0"), 2, "max_context is 0; it must be at least 1"),
         (("--batch", "0"), 2, "max_batch is 0; it must be at least 1"),

@@ -31,7 +31,7 @@ def with_installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     [
         (
             ("onnxruntime",),
-            r"has no CUDAExecutionProvider: run `pip uninstall onnxruntime`, then `pip install 'qwen-aot\[cuda\]'`",
+            r"has no CUDAExecutionProvider: run `pip uninstall onnxruntime`, then `\S+ -m pip install -e \S+\[cuda\]'`",
         ),
         (
             ("onnxruntime", "onnxruntime-gpu"),
@@ -55,7 +55,7 @@ def test_the_gpus_onnxruntime_may_be_older_than_the_cpus(monkeypatch: pytest.Mon
     monkeypatch.setattr(onnxruntime, "__version__", "1.31.1")
     assert import_onnxruntime(CUDA) is onnxruntime
     monkeypatch.setattr(onnxruntime, "__version__", "1.30.0")
-    with pytest.raises(EngineMismatchError, match=r"1\.31 or newer: pip install 'qwen-aot\[cuda\]' --upgrade"):
+    with pytest.raises(EngineMismatchError, match=r"1\.31 or newer: \S+ -m pip install -e \S+\[cuda\]' --upgrade"):
         import_onnxruntime(CUDA)
 
 
