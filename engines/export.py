@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
-from qwen_aot.engines.bundle.folder import FolderWriter, explained
+from qwen_aot.engines.bundle.folder import FolderWriter, explained, sync
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.resources import check_resources, estimate, threads_for
 from qwen_aot.engines.bundle.stages import StageCost, Stages
@@ -30,6 +32,7 @@ from qwen_aot.exporter.weights.stitch import chunk_bytes, output_bytes, stitch
 from qwen_aot.runtime.bundle.onnx_file import read_onnx_file
 
 _DATA_BYTES = "qwen_aot.export_data_bytes"  # property of an exported graph: bytes of the data file beside it, or 0
+_SHA256 = "qwen_aot.export_sha256"  # its last property: of all bytes before it
 
 Lower = Callable[[Traced, PrecisionRow, int | None, bool], Traced]  # also block size and symmetry, as in `BuildSpec`
 
@@ -122,16 +125,39 @@ def export_graph(
             # What tells this export, and the data file that belongs to it, from anyone else's.
             data_bytes = data_file.stat().st_size if checkpoint is not None else 0
             lowered.model.metadata_props[_DATA_BYTES] = str(data_bytes)
-            stages.run("write graph", lambda _: save_graph(lowered, writer.folder))
+            stages.run("write graph", lambda _: _write_graph(lowered, writer.folder))
         writer.commit()
     return Exported(writer.out / MODEL_FILE, weight_bytes, checkpoint is not None, tuple(stages.meter.costs))
 
 
 def _write_weights(lowered: Traced, checkpoint: Checkpoint, data_file: Path, threads: int, stages: Stages) -> None:
+    """Writes the data file; its time is final then, and the graph's later."""
     stages.run(
         "write weights",
         lambda advance: stitch(lowered, checkpoint, data_file, on_progress=advance, threads=threads),
     )
+    sync(data_file)
+
+
+def _write_graph(lowered: Traced, folder: Path) -> None:
+    """Writes the graph and, behind it, the property that seals it."""
+    path = save_graph(lowered, folder)
+    seal = _seal(path.read_bytes())
+    with path.open("ab") as file:
+        file.write(seal)
+
+
+def _seal(content: bytes) -> bytes:
+    """The property that ends an exported graph. Messages of protobuf that stand behind each other are merged."""
+    model = onnx.ModelProto()
+    model.metadata_props.add(key=_SHA256, value=hashlib.sha256(content).hexdigest())
+    return bytes(model.SerializeToString())
+
+
+def _is_sealed(content: bytes) -> bool:
+    """Whether an export wrote these very bytes: a tool that changes a graph may keep its producer and properties."""
+    size = len(_seal(b""))
+    return content[-size:] == _seal(content[:-size])
 
 
 def require_options(
@@ -176,7 +202,7 @@ def _refuse_unless_export(out: Path) -> None:
     if not out.is_dir():
         raise BuildError(f"{out} is a file; give a folder for the graph")
     names = {path.name for path in out.iterdir()}
-    advice = "give another folder, or move this one away"
+    advice = "give another folder, or move this one away; delete it, if nothing in it is yours"
     if strangers := sorted(names - {MODEL_FILE, DATA_FILE}):
         raise BuildError(f"{out} holds files that an export doesn't write ({', '.join(strangers[:5])}); {advice}")
     if not names:
@@ -189,11 +215,17 @@ def _refuse_unless_export(out: Path) -> None:
         raise BuildError(
             f"{out / MODEL_FILE} wasn't written by an export (its producer is {found.producer!r}); {advice}"
         )
+    if not _is_sealed((out / MODEL_FILE).read_bytes()):
+        raise BuildError(f"{out / MODEL_FILE} was changed since an export wrote it; {advice}")
     data_file = out / DATA_FILE
-    if data_file.name in names and not (
-        data_file.is_file() and str(data_file.stat().st_size) == found.properties[_DATA_BYTES]
-    ):
+    if data_file.name not in names:
+        return
+    if not data_file.is_file() or str(data_file.stat().st_size) != found.properties[_DATA_BYTES]:
         raise BuildError(
             f"{data_file} wasn't written by the export beside it, which wrote {found.properties[_DATA_BYTES]} bytes of "
             f"data; {advice}"
+        )
+    if data_file.stat().st_mtime_ns > (out / MODEL_FILE).stat().st_mtime_ns:  # which is written last
+        raise BuildError(
+            f"{data_file} is newer than the graph beside it: changed since the export, or copied; {advice}"
         )

@@ -2,6 +2,7 @@
 
 Without a GPU, the plugins' kernels run in Triton's interpreter, which triton decides when it is imported. Nothing else
 in the tests runs a Triton kernel. Processes import this checkout's package and its tests, whatever is installed.
+No test depends on how long an example takes: a busy machine isn't a fault.
 """
 
 from __future__ import annotations

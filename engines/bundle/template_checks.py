@@ -26,7 +26,6 @@ _GIVEN = RESERVED | {"documents"}  # what every render gets
 _NAMED_TOKENS = frozenset(
     {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}
 )  # that a tokenizer may not have
-_COMPILER_FAILURES = (RecursionError, SyntaxError)  # Python's own, of what Jinja makes of a template nested too deeply
 
 
 def _with_system(messages: Messages) -> Messages:
@@ -63,7 +62,7 @@ def check_template(source: str, tokens: Mapping[str, Any]) -> TemplateFacts:
         # A name that is given and undefined is as one that isn't given.
         missing = (plain.variables | _NAMED_TOKENS) - _GIVEN - tokens.keys()
         template = ChatTemplate(source, {**tokens, **{name: _Recorded(name, undefined) for name in missing}})
-    except (BundleError, *_COMPILER_FAILURES) as error:
+    except BundleError as error:
         raise CheckpointError(f"the checkpoint's chat template can't be used: {error}") from error
     warnings = list(_refusals(template))
     for messages in (_ANSWERED, _with_system(_ASK), _with_system(_FOLLOWED)):
@@ -91,7 +90,7 @@ def check_others(named: object, tokens: Mapping[str, Any]) -> tuple[str, ...]:
             continue
         try:
             ChatTemplate(entry["template"], tokens)
-        except (BundleError, *_COMPILER_FAILURES) as error:
+        except BundleError as error:
             warnings.append(f"the chat template {entry['name']!r} can't be used: {error}")
     if all(entry["name"] != "default" for entry in named):
         names = ", ".join(repr(entry["name"]) for entry in named)

@@ -73,7 +73,7 @@ def refuse_unless_replaceable(out: Path) -> None:
     names = {path.name for path in out.iterdir()}
     if not names:
         return
-    advice = "give another folder, or move this one away"
+    advice = "give another folder, or move this one away; delete it, if nothing in it is yours"
     if MANIFEST_NAME not in names:
         raise BuildError(f"{out} isn't empty and isn't a bundle (no {MANIFEST_NAME}); {advice}")
     try:
@@ -82,16 +82,27 @@ def refuse_unless_replaceable(out: Path) -> None:
         raise BuildError(f"{out}/{MANIFEST_NAME} isn't a bundle's manifest ({error}); {advice}") from error
     if strangers := sorted(names - {*files, MANIFEST_NAME}):
         raise BuildError(f"{out} holds files that its manifest doesn't list ({', '.join(strangers[:5])}); {advice}")
+    sealed = (out / MANIFEST_NAME).stat().st_mtime_ns
     for name in sorted(names - {MANIFEST_NAME}):
-        if not _is_as_written(out / name, files[name]):
+        if not _is_as_written(out / name, files[name], sealed):
             raise BuildError(f"{out / name} isn't as the build wrote it (changed, or damaged); {advice}")
 
 
-def _is_as_written(path: Path, entry: FileEntry) -> bool:
-    """Whether a file is what a build wrote, and not what someone put there; large ones are told by their size."""
+def _is_as_written(path: Path, entry: FileEntry, sealed: int) -> bool:
+    """Whether a file is what a build wrote, and not what someone put there.
+
+    The manifest is written last: a large file that is no newer isn't read again. A copied bundle's may be newer.
+
+    Args:
+        path: of the file.
+        entry: what the manifest says of it.
+        sealed: when the manifest was written, in nanoseconds.
+    """
     if not path.is_file() or path.stat().st_size != entry.bytes:
         return False
-    return entry.bytes > _HASHED_BYTES or file_sha256(path) == entry.sha256
+    if entry.bytes > _HASHED_BYTES and path.stat().st_mtime_ns <= sealed:
+        return True
+    return file_sha256(path) == entry.sha256
 
 
 def _blocks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:

@@ -15,6 +15,8 @@ from qwen_aot.runtime.bundle.places import place_of
 
 __all__ = ["Bundle", "file_sha256", "load_bundle", "read_manifest"]
 
+# A build replaces nothing that isn't as a build wrote it: a damaged bundle must go first.
+_REMEDY = "copy it again, or delete the bundle and build it anew"
 MAX_MANIFEST_BYTES = 16 << 20  # one of 110B's 80 layers with an int8 cache takes 0.1 MB
 
 
@@ -84,7 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
     with _explained(path), place_of(folder, MANIFEST_NAME).path.open("rb") as file:
         content = file.read(MAX_MANIFEST_BYTES + 1)
     if len(content) > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{path} has more than {MAX_MANIFEST_BYTES} bytes, which no build writes: rebuild")
+        raise BundleError(f"{path} has more than {MAX_MANIFEST_BYTES} bytes, which no build writes: {_REMEDY}")
     return Manifest.from_json(_decoded(path, content))
 
 
@@ -111,16 +113,13 @@ def _check_file(folder: Path, name: str, entry: FileEntry, skip_hash_above: int 
 def _check_size(path: Path, size: int, entry: FileEntry) -> None:
     if size != entry.bytes:
         kind = "truncated" if size < entry.bytes else "too long"
-        raise BundleError(
-            f"{path} is {kind}: {size} bytes, {MANIFEST_NAME} says {entry.bytes}; copy it again, or rebuild"
-        )
+        raise BundleError(f"{path} is {kind}: {size} bytes, {MANIFEST_NAME} says {entry.bytes}; {_REMEDY}")
 
 
 def _check_hash(path: Path, found: str, entry: FileEntry) -> None:
     if found != entry.sha256:
         raise BundleError(
-            f"{path} is damaged or was changed: its SHA-256 is {found}, {MANIFEST_NAME} says {entry.sha256}; "
-            f"copy it again, or rebuild"
+            f"{path} is damaged or was changed: its SHA-256 is {found}, {MANIFEST_NAME} says {entry.sha256}; {_REMEDY}"
         )
 
 

@@ -64,7 +64,9 @@ def read_onnx_file(path: Path) -> OnnxFile:
             try:
                 return _read(content)
             except _WireError as error:
-                raise BundleError(f"{path} isn't an ONNX model, or is damaged ({error}): rebuild") from error
+                raise BundleError(
+                    f"{path} isn't an ONNX model, or is damaged ({error}): copy it again, or write it anew"
+                ) from error
 
 
 class _WireError(Exception):

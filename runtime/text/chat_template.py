@@ -28,10 +28,14 @@ _TEMPLATE_FAILURES = (
     ArithmeticError,
     AttributeError,
     LookupError,
-    RecursionError,
+    MemoryError,
+    RuntimeError,  # among them RecursionError
     TypeError,
     ValueError,
 )
+# And Python's compiler of what Jinja makes of a template: nested too deeply, a name or `break` where none may be, a
+# number of too many digits.
+_COMPILER_FAILURES = (MemoryError, RecursionError, SyntaxError, ValueError)
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
@@ -65,6 +69,11 @@ class ChatTemplate:
             raise BundleError(
                 f"the bundle's chat template can't be parsed (line {error.lineno}: {error.message}); repair "
                 f"chat_template in the checkpoint's tokenizer_config.json and rebuild"
+            ) from error
+        except _COMPILER_FAILURES as error:
+            raise BundleError(
+                f"the bundle's chat template can't be compiled ({error}); repair chat_template in the checkpoint's "
+                "tokenizer_config.json and rebuild"
             ) from error
         names = jinja2.meta.find_undeclared_variables(tree) - set(environment.globals)
         self._takes_tools = "tools" in names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,22 @@ def _of_a_bundle(out: Path, exported: Path) -> None:
     (out / "model.onnx").write_bytes(model.SerializeToString())
 
 
+def _changed_graph(out: Path, exported: Path) -> None:
+    """As a tool saves it that keeps producer and properties."""
+    shutil.copytree(exported / "whole", out)
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    model.graph.node[0].doc_string = "mine"
+    onnx.save(model, out / "model.onnx")
+
+
+def _changed_weights(out: Path, exported: Path) -> None:
+    shutil.copytree(exported / "whole", out)
+    written = (out / "model.onnx").stat().st_mtime_ns
+    with (out / "model.onnx.data").open("r+b") as file:
+        file.write(b"mine")
+    os.utime(out / "model.onnx.data", ns=(written, written + 1))
+
+
 def _others_data(out: Path, exported: Path) -> None:
     """Weights that someone made for a graph that was exported without."""
     shutil.copytree(exported / "bare", out)
@@ -97,6 +114,8 @@ def _text(out: Path, exported: Path) -> None:
         (_foreign, r"model\.onnx wasn't written by an export \(its producer is 'any'\)"),
         (_foreign_graph, r"model\.onnx wasn't written by an export"),
         (_of_a_bundle, r"model\.onnx wasn't written by an export \(its producer is 'qwen-aot'\)"),
+        (_changed_graph, r"model\.onnx was changed since an export wrote it"),
+        (_changed_weights, r"model\.onnx\.data is newer than the graph beside it: changed since the export"),
         (_others_data, r"model\.onnx\.data wasn't written by the export beside it, which wrote 0 bytes of data"),
         (_longer_data, r"model\.onnx\.data wasn't written by the export beside it, which wrote \d{4,} bytes"),
         (_data_alone, r"holds no graph that an export wrote \(.*No such file"),

@@ -81,12 +81,13 @@ def _library(bundle: Bundle, plugins: PluginFacts, *, is_allowed: bool) -> Path:
         found = file_sha256(path)
     except OSError as error:
         raise EngineMismatchError(
-            f"the plugin library {path} can't be read ({error.strerror}): copy the whole bundle again, or rebuild it"
+            f"the plugin library {path} can't be read ({error.strerror}): copy the whole bundle again, or delete it "
+            "and build it anew"
         ) from error
     if found != plugins.sha256:
         raise EngineMismatchError(
             f"the plugin library {path} has the SHA-256 {found}, and the engine was built with {plugins.sha256}: copy "
-            "the bundle again, or rebuild it"
+            "the bundle again, or delete it and build it anew"
         )
     installed = _installed()
     if installed.path is not None and installed.text == found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from qwen_aot.engines.bundle import writer
 from qwen_aot.engines.bundle.writer import BundleWriter
-from qwen_aot.errors import BuildError
+from qwen_aot.errors import BuildError, BundleError
+from qwen_aot.runtime.bundle.load import load_bundle
 from tests.engines.bundles import assert_whole, manifest_for
 
 ROOT = Path(__file__).parents[3]
@@ -315,6 +318,37 @@ def test_a_file_that_someone_changed_is_not_replaced(tmp_path: Path, name: str, 
     write(tmp_path / "bundle", "old")
     (tmp_path / "bundle" / name).write_text(content)
     assert f"{name} isn't as the build wrote it" in replaced(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("later", [0, 1])
+def test_a_large_file_is_read_again_only_where_it_is_newer_than_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: int
+) -> None:
+    monkeypatch.setattr(writer, "_HASHED_BYTES", 2)
+    out = tmp_path / "bundle"
+    write(out, "old")
+    sealed = (out / "manifest.json").stat().st_mtime_ns
+    os.utime(out / "model.onnx", ns=(sealed, sealed + later))
+    write(out, "nex")  # as it was written, though a copy may be newer
+    sealed = (out / "manifest.json").stat().st_mtime_ns
+    (out / "model.onnx").write_text("own")
+    os.utime(out / "model.onnx", ns=(sealed, sealed + later))
+    if later:
+        assert "model.onnx isn't as the build wrote it" in replaced(out)
+    else:
+        write(out, "new")
+
+
+def test_a_damaged_bundle_is_built_anew_once_it_is_deleted(tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    write(out, "old")
+    (out / "model.onnx").write_text("cut")
+    with pytest.raises(BundleError, match="delete the bundle and build it anew"):
+        load_bundle(out)
+    assert "delete it, if nothing in it is yours" in replaced(out)
+    shutil.rmtree(out)
+    write(out, "new")
+    assert assert_whole(out) == "new"
 
 
 def test_a_folder_of_a_files_name_is_not_replaced(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_a_template_is_kept_in_its_sandbox(source: str) -> None:
         "{{ 1 / 0 }}",
         "{{ nothing.at.all }}",
         "{{ strftime_now(5) }}",
+        "{{ 'a' * 4611686018427387904 }}",  # no memory for it
     ],
 )
 def test_what_a_template_runs_into_is_a_refusal(source: str) -> None:
@@ -67,6 +68,24 @@ def test_what_a_template_runs_into_is_a_refusal(source: str) -> None:
 def test_a_template_that_is_none() -> None:
     with pytest.raises(BundleError, match=r"can't be parsed \(line 1: .*\)"):
         ChatTemplate("{% for %}", {})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in messages %}" * 30 + "{% endfor %}" * 30,
+        "{% if a %}" * 200 + "{% endif %}" * 200,
+        "{{" + "(" * 5000 + "1" + ")" * 5000 + "}}",
+        "{{ messages" + "|list" * 5000 + " }}",
+        "{{" + "9" * 5000 + "}}",
+        "{% break %}",
+        "{{ dict(a=1, a=2) }}",
+    ],
+    ids=["blocks", "indentation", "parentheses", "filters", "digits", "break", "keywords"],
+)
+def test_what_python_cannot_compile_is_no_template(source: str) -> None:
+    with pytest.raises(BundleError, match=r"can't be compiled \(.+\); repair chat_template"):
+        ChatTemplate(source, {})
 
 
 def test_one_time_for_one_rendering() -> None:
