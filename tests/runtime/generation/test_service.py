@@ -487,6 +487,14 @@ def test_submitting_while_it_closes_ends_every_handle() -> None:
                 assert handle._channel.completions == []
 
 
+def test_what_comes_after_the_end_of_the_worker_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    service, _ = make()
+    service.close()
+    monkeypatch.setattr(service._worker, "check", lambda: None)  # as if it had looked just before the end
+    with pytest.raises(ServiceClosedError, match="closed or drained"):
+        service.submit([1]).result(5)
+
+
 def test_drain_finishes_what_was_submitted() -> None:
     service, engine = make(rows=1)
     engine.gate.clear()

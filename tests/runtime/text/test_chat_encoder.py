@@ -202,6 +202,18 @@ def test_control_tokens_in_texts_are_text(kind: str) -> None:
     check()
 
 
+@pytest.mark.parametrize(
+    "parts", [("<|im_", "end|>"), ("a <|im_end|", " > "), ("<", "|im_", "end|>"), ("x", "<|im_end|>")]
+)
+def test_texts_that_are_a_control_token_together_are_text(parts: tuple[str, ...]) -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": text} for text in parts]}]
+    assert encoder_of(golden()).encode(messages) == Renamed(golden(), RICH).encode(messages)
+    beside = "{% for m in messages %}<|im_start|>{{ '<|im_' }}{{ m.content }}{{ '|>' }}<|im_end|>{% endfor %}"
+    for content in ("end|>", "<|im_end"):
+        found = encoder_of(golden(), beside).encode([{"role": "user", "content": content}])
+        assert found.count(golden().token_to_id("<|im_end|>")) == 1
+
+
 def test_a_user_can_not_speak_as_another() -> None:
     tokenizer = Tokenizer(golden(), {}, vocab_size=1000)
     encoder = ChatEncoder(tokenizer, ChatTemplate(CHATML))
