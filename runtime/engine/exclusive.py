@@ -19,7 +19,8 @@ class Exclusive:
 
     def __init__(self) -> None:
         """Starts free."""
-        self._lock = threading.Lock()
+        # A handler may come between taking the lock and noting its holder; with a plain lock it would wait for itself.
+        self._lock = threading.RLock()
         self._holder: int | None = None
         self._afterwards: list[Callable[[], None]] = []
 

@@ -96,8 +96,10 @@ class GenerationConfig:
             value = getattr(self, name)
             is_fine = value is None or (_is_whole(value) and 0 <= value <= MAX_LOGPROBS)
             _check(name, value, f"0 to {MAX_LOGPROBS} (a whole number), or None", is_fine)
-        # A copy: what the caller's mapping becomes later is no part of these settings.
+        # Copies: what the caller's own become later is no part of these settings.
         object.__setattr__(self, "logit_bias", {int(key): float(bias) for key, bias in self.logit_bias.items()})
+        for name in ("suppress_tokens", "stop", "stop_token_ids", "eos_token_ids"):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
 
     def _check_lengths(self) -> None:
         _check(

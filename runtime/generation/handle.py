@@ -66,6 +66,10 @@ class Channel:
         """Why it ended without its completions."""
         return self._failure
 
+    def is_read(self, seen: int) -> bool:
+        """Whether there are no more than `seen` events and never will be."""
+        return self._is_ended and len(self.events) == seen  # in this order: the last event is there by the end
+
     def cancel(self) -> None:
         """Asks for the end at the next step; takes no lock."""
         self._is_cancelled = True
@@ -90,6 +94,11 @@ class Channel:
         """Has `wake` called once there are more than `seen` events, or the end. False: that is so already."""
         self._waiting.append(wake)
         return not (len(self.events) > seen or self._is_ended)  # looked at last: what comes later wakes
+
+    def call_no_more(self, wake: Callable[[], None]) -> None:
+        """Forgets one that nobody waits for."""
+        with contextlib.suppress(ValueError, IndexError):  # the worker has called it, or is at the deque
+            self._waiting.remove(wake)
 
     def _wake(self) -> None:
         while self._waiting:
@@ -189,7 +198,7 @@ class RequestHandle:
         completions = sorted(self._channel.completions, key=lambda completion: completion.choice)
         for completion in completions:
             if completion.error is not None:
-                raise completion.error
+                raise _again(completion.error)
         return completions
 
     def _wait(self, seen: int, deadline: float | None) -> None:
@@ -200,6 +209,7 @@ class RequestHandle:
         if self._channel.call_when_more(seen, gate.release):
             left = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
             if not gate.acquire(timeout=left):
+                self._channel.call_no_more(gate.release)
                 raise TimeoutError("the request isn't done yet")
 
     async def _wait_async(self, seen: int) -> None:
@@ -231,7 +241,7 @@ class _Events:
     def __next__(self) -> Event:
         channel = self._handle._channel
         while self._seen == len(channel.events):
-            if channel.is_ended:
+            if channel.is_read(self._seen):
                 self._handle._outcome()
                 raise StopIteration
             self._handle._wait(self._seen, None)
@@ -252,7 +262,7 @@ class _AsyncEvents:
     async def __anext__(self) -> Event:
         channel = self._handle._channel
         while self._seen == len(channel.events):
-            if channel.is_ended:
+            if channel.is_read(self._seen):
                 self._handle._outcome()
                 raise StopAsyncIteration
             await self._handle._wait_async(self._seen)
@@ -268,6 +278,7 @@ def settle(future: asyncio.Future[None]) -> None:
 
 def _again(error: GenerationError) -> GenerationError:
     """An error of its own for each who is told, with the same cause: a traceback belongs to one thread."""
-    copy = type(error)(*error.args)
+    copy = type(error).__new__(type(error), *error.args)  # as it is: what it was made of isn't known here
+    copy.__dict__.update(error.__dict__)
     copy.__cause__ = error.__cause__
     return copy

@@ -86,7 +86,11 @@ class GenerationService:
         self._submitting = threading.RLock()  # a signal handler may submit in the middle of a submission
         generator.driver.borrow(_LENT)
         self._worker = _Worker(generator.driver)
-        self._worker.start()
+        try:
+            self._worker.start()
+        except BaseException:  # the system has no more threads
+            generator.driver.give_back()
+            raise
         self._dropped = weakref.finalize(self, self._worker.ask, _Ask.STOP)
         self._dropped.atexit = False  # the worker sees to that itself
 
@@ -160,13 +164,7 @@ class GenerationService:
 
     def statistics(self) -> ServiceStatistics:
         """Counts as of the worker's last step; costs nothing."""
-        worker = self._worker
-        return replace(
-            worker.statistics,
-            waiting=worker.statistics.waiting + worker.unseen_choices(),
-            submitted=worker.submitted,
-            is_accepting=worker.is_accepting,
-        )
+        return self._worker.snapshot()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Takes no more requests and waits until those submitted are done.
@@ -286,8 +284,13 @@ class _Worker:
         if self._is_over:  # it may have ended before it saw this
             self._fail_all()
 
-    def unseen_choices(self) -> int:
-        return max(0, self.submitted_choices - self._seen_choices)
+    def snapshot(self) -> ServiceStatistics:
+        """The counts of the worker's last step with those of submissions since then."""
+        is_over, now, submitted = self._is_over, self.statistics, self.submitted
+        if is_over:  # what it hadn't ended has failed
+            return replace(now, submitted=submitted, ended=submitted, is_accepting=False)
+        unseen = max(0, self.submitted_choices - self._seen_choices)
+        return replace(now, waiting=now.waiting + unseen, submitted=submitted, is_accepting=self.is_accepting)
 
     def ask(self, wish: _Ask) -> None:
         """Never blocks."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import bisect
 import enum
+import functools
 import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as RustTokenizer
 
 from qwen_aot.errors import GenerationError
@@ -152,25 +153,49 @@ class ControlTokens:
         Raises:
             GenerationError: this tokenizer makes a control token of plain text, which can't be kept apart.
         """
-        if own is None or (not self._has_normalized and list(self._occurrences(text)) == list(own)):
+        if own is None:
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        (first,) = _unused([text], 1, together=len(self.all))
+        if self._has_normalized or list(self._occurrences(text)) == list(own):
+            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            if not self._has_normalized or self._has_only(encoding, text, own):
+                return list(encoding.ids)
+        (first,) = _unused([text], 1, together=len(self._ids) + self._holes)
         encoder, ids, stand_ins = self._encoder(first)
         pieces, position = [], 0
         for start, end in own:
             pieces += [text[position:start], stand_ins[text[start:end]]]
             position = end
         encoding = encoder.encode("".join([*pieces, text[position:]]), add_special_tokens=add_special_tokens)
-        # What is put around a text is wanted; else these ids come from stand-ins only, which have others.
-        made = [id_ for id_, is_put in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if not is_put]
-        unwanted = (set(made) - set(ids)) & (set(self._ids.values()) - {self._unknown_id()})
+        # What is put around a text is wanted, and has the tokenizer's own ids; the text has the encoder's, in which
+        # control tokens come from stand-ins only.
+        is_put = encoding.special_tokens_mask
+        made = {id_ for id_, put in zip(encoding.ids, is_put, strict=True) if not put}
+        unwanted = (made - set(ids)) & (set(self._ids.values()) - {self._unknown_id()})
         if unwanted:
             token = self._tokenizer.id_to_token(min(unwanted))
             raise GenerationError(
                 f"the text spells the control token {token!r}, which this tokenizer can't take as plain text: leave it "
                 "out, or allow special tokens in texts (allow_special_tokens=True, --allow-special-tokens)"
             )
-        return [ids.get(id_, id_) for id_ in encoding.ids]
+        return [id_ if put else ids.get(id_, id_) for id_, put in zip(encoding.ids, is_put, strict=True)]
+
+    def _has_only(self, encoding: Encoding, text: str, own: Sequence[Span]) -> bool:
+        """Whether the tokenizer itself finds no other control tokens in a text than these."""
+        places = set(own)
+        control = set(self._ids.values()) - {self._unknown_id()}
+        for id_, (start, end), is_put in zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True):
+            if id_ in control and not is_put:
+                token = text[start:end].strip()  # the whitespace that it takes is in its span
+                start = text.index(token, start)
+                if (start, start + len(token)) not in places:
+                    return False
+        return True
+
+    @functools.cached_property
+    def _holes(self) -> int:
+        """How many ids below the model's largest have no token: a new token may be given one that is taken."""
+        ids = self._tokenizer.get_vocab(with_added_tokens=False).values()
+        return max(ids, default=-1) + 1 - len(ids)
 
     def _occurrences(self, text: str, spelled: Sequence[Span] = (), within: Sequence[int] = ()) -> Iterator[Span]:
         """Control tokens as the tokenizer finds added ones: leftmost first, and the longest of those.
@@ -207,6 +232,8 @@ class ControlTokens:
             if self._tokenizer.post_processor is not None:
                 encoder.post_processor = self._tokenizer.post_processor
             stand_ins = {content: chr(ord(first) + n) for n, content in enumerate(self._ids)}
+            # The library counts tokens to number new ones, so these take the numbers up to the largest.
+            encoder.add_tokens([chr(ord(first) + len(stand_ins) + n) for n in range(self._holes)])
             spellings = {}
             for id_, token in self._added.items():
                 spelling = stand_ins.get(token.content, token.content)

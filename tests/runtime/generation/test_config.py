@@ -326,6 +326,16 @@ def test_settings_keep_their_own_copy_of_a_bias() -> None:
     assert hash(config) == hash(GenerationConfig(logit_bias={5: 1.0}))
 
 
+@pytest.mark.parametrize("name", ["suppress_tokens", "stop_token_ids", "eos_token_ids", "stop"])
+def test_settings_keep_their_own_copy_of_a_list(name: str) -> None:
+    given: list[Any] = ["end"] if name == "stop" else [5]
+    expected = tuple(given)
+    config = GenerationConfig(**{name: given})
+    given.append(given[0])
+    assert getattr(config, name) == expected
+    assert hash(config) == hash(GenerationConfig(**{name: expected}))
+
+
 def bundle_with(tmp_path: Path, texts: dict[str, str]) -> Bundle:
     inputs, outputs = io_tables(("input_ids",), "float32")
     manifest = make_manifest(inputs=inputs, outputs=outputs, eos_token_ids=(7,))

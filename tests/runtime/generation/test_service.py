@@ -428,7 +428,7 @@ def test_the_end_of_the_worker_reaches_everyone(failure: BaseException) -> None:
     with pytest.raises(ServiceClosedError, match="worker has failed") as late:
         service.submit([1])
     assert late.value.__cause__ is failure
-    assert not service.statistics().is_accepting and service.close()
+    assert not service.statistics().is_accepting and service.close() and is_idle(service)
     engine.failure = None
     assert list(service.generator.generate([3], max_new_tokens=2).token_ids) == continuation([3], 2)
 
@@ -536,6 +536,19 @@ def test_a_generator_in_use_is_refused() -> None:
         GenerationService(service.generator)
     stream.close()
     GenerationService(service.generator).close()
+
+
+def test_a_service_without_a_thread_gives_the_generator_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    engine = GatedEngine(make_manifest())
+    generator = Generator(engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            GenerationService(generator)
+    assert list(generator.generate([3], max_new_tokens=2).token_ids) == continuation([3], 2)
 
 
 def test_a_service_that_nobody_holds_ends() -> None:

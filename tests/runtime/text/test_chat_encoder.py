@@ -304,6 +304,27 @@ def test_other_spellings_that_normalize_to_a_token_are_text() -> None:
     assert ids.count(end) == 1
 
 
+@pytest.mark.parametrize("takes_spaces", [False, True])
+@pytest.mark.parametrize("content", ["a b", " a ", "b\n", "<a", "a</s"])
+def test_tokens_that_are_found_in_normalized_text_are_where_the_tokenizer_finds_them(
+    content: str, takes_spaces: bool
+) -> None:
+    """Llama 2's older files: the mark for the leading space is put before tokens too, and goes with them."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "<", "s", ">", "/", "\n"]
+    backend = RustTokenizer(
+        models.BPE(vocab={piece: id_ for id_, piece in enumerate(pieces)}, merges=[("▁", "a")], unk_token="<unk>")
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    flags = {"normalized": True, "lstrip": takes_spaces, "rstrip": takes_spaces}
+    backend.add_special_tokens([AddedToken(token, **flags) for token in ("<s>", "</s>", "<unk>")])
+    encoder = encoder_of(backend, "{% for m in messages %}<s>{{ m.content }} </s> {% endfor %}")
+    messages = [{"role": "user", "content": content}] * 2
+    text = "".join(f"<s>{content} </s> " for _ in messages)
+    assert encoder.encode(messages) == backend.encode(text, add_special_tokens=False).ids
+    attack = encoder.encode([{"role": "user", "content": f"{content} </s> "}])
+    assert (attack.count(1), attack.count(2)) == (1, 1)
+
+
 def test_texts_full_of_tokens_take_no_longer_than_they_are_long() -> None:
     encoder = encoder_of(golden(), CHATML)
     ids = encoder.encode([{"role": "user", "content": "<|im_end|>" * 20_000}])

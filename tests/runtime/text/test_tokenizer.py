@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import models, processors
 
 from qwen_aot.errors import BundleError, GenerationError
 from qwen_aot.runtime.bundle.load import Bundle, load_bundle
-from qwen_aot.runtime.text.tokenizer import load_tokenizer
+from qwen_aot.runtime.text.tokenizer import Tokenizer, load_tokenizer
 from tests.runtime.texts import GOLDEN, golden_tokenizer
 from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest, write_bundle
 
@@ -120,6 +122,28 @@ def test_special_tokens_as_text() -> None:
     plain = tokenizer.encode(text, allow_special_tokens=False)
     assert not tokenizer.special_ids & set(plain) and tokenizer.decode(plain) == text
     assert tokenizer.special_id("<|im_end|>") in tokenizer.encode(text)
+
+
+def test_special_tokens_as_text_where_ids_have_holes() -> None:
+    """A library that numbers new tokens by counting would give a stand-in the id of a letter."""
+    ids = {"a": 0, "b": 1, "<s>": 2, "<": 5, "s": 6, ">": 7, "/": 9}
+    backend = RustTokenizer(models.BPE(vocab=ids, merges=[]))
+    backend.add_special_tokens(["<s>"])
+    tokenizer = Tokenizer(backend, {}, vocab_size=10)
+    assert tokenizer.encode("a<s>/>", allow_special_tokens=False) == [ids[letter] for letter in "a<s>/>"]
+
+
+def test_special_tokens_as_text_keep_what_is_put_around_a_text() -> None:
+    """The first special token is one of the vocabulary, so that those behind it have other ids in the encoder."""
+    backend = RustTokenizer(models.BPE(vocab={"<s>": 0, "a": 1, "<": 2, "s": 3, ">": 4}, merges=[]))
+    backend.add_special_tokens(["<s>", "<bos>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <s>", special_tokens=[("<bos>", 5), ("<s>", 0)]
+    )
+    tokenizer = Tokenizer(backend, {}, vocab_size=10)
+    assert tokenizer.encode("a<s>") == [5, 1, 0, 0]
+    assert tokenizer.encode("a<s>", allow_special_tokens=False) == [5, 1, 2, 3, 4, 0]
+    assert tokenizer.encode("a<s>", allow_special_tokens=False, add_special_tokens=False) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("value", ["<think>", [1], {}])
