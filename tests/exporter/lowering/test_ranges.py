@@ -117,3 +117,19 @@ def test_the_forms_hold_what_the_table_says() -> None:
     """At least one size lies on each side of each limit, so that the test above sees both."""
     for *_, largest in FORMS.values():
         assert any(size <= largest for size in SIZES) and (largest == np.inf or any(size > largest for size in SIZES))
+
+
+def test_codes_for_cuda_are_of_the_scales_that_are_stored(tmp_path: Path) -> None:
+    """Blocks whose scales fp16 holds with few digits: codes of the exact scale would be off by several of its steps."""
+    kind, dtype, lower, tensor, _ = FORMS["cuda int8"]
+    lowered = lower(_fresh(kind, dtype))
+    checkpoint = Extreme(lowered.config, tensor, 1e-5)
+    stitch(lowered, checkpoint, tmp_path / "data", threads=1)
+    made = {}
+    for part in ("codes", "scales"):
+        stored = lowered.model.graph.initializers[f"{DOWN}_{part}"].const_value
+        assert stored is not None
+        made[part] = stored.numpy()[ROW].astype(np.float32)
+    values = (made["codes"] - 128) * made["scales"][:, None]
+    row = checkpoint.read(tensor)[ROW].astype(np.float16).astype(np.float32)
+    assert np.abs(values.reshape(-1)[: len(row)] - row).max() <= np.abs(made["scales"]).max() * 1.001
