@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ def refuse_adapter_tensors(path: Path, names: Iterable[str]) -> None:
 
 
 def _adapter_file(folder: Path) -> str | None:
-    return next((name for name in (CONFIG_NAME, *_WEIGHTS) if (folder / name).exists()), None)
+    # os.path: a folder that can't be looked into (lost+found of a disk's root) holds nothing that anyone applies.
+    return next((name for name in (CONFIG_NAME, *_WEIGHTS) if os.path.exists(folder / name)), None)
 
 
 def _remedy(folder: Path) -> str:

@@ -15,11 +15,15 @@ _NUMBERS = re.compile(r"(?<![^.])[0-9]+(?![^.])")  # a number between dots
 def nearest(name: str, names: Iterable[str]) -> list[str]:
     """Up to three of the names, the likeliest first: those with the same end, then those spelled alike.
 
-    A name is compared with its siblings only (the same layer and expert), however it is prefixed. That two names end
-    with `weight` says nothing; that they end with `q_proj.weight` does.
+    A name is compared with its siblings only (the same layer and expert; an expert that has none, with the tensors of
+    its layer, one of which may hold all experts), however it is prefixed. That two names end with `weight` says
+    nothing; that they end with `q_proj.weight` does.
     """
     numbers = _NUMBERS.findall(name)
-    siblings = [each for each in names if each != name and _NUMBERS.findall(each) == numbers]
+    numbered = [(each, _NUMBERS.findall(each)) for each in names if each != name]
+    siblings = [each for each, found in numbered if found == numbers]
+    if not siblings and numbers:  # experts in one tensor
+        siblings = [each for each, found in numbered if found == numbers[:1]]
     siblings.sort(key=lambda each: -_shared_end(name, each))
     best = sorted(siblings[:_COMPARED], key=lambda each: (-_shared_end(name, each), -_likeness(name, each), each))
     return [each for each in best[:_SHOWN] if _shared_end(name, each) or _likeness(name, each) > _ALIKE]

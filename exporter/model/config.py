@@ -149,7 +149,7 @@ class ModelConfig:
     moe: MoeConfig | None = None
     torch_dtype: str = "bfloat16"
     bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()  # as named: a build leaves out those beyond the vocabulary, with a warning
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
@@ -191,16 +191,9 @@ class ModelConfig:
                 raise CheckpointError(
                     f"sparse layer {layer} does not exist; accepted: 0 to {self.num_hidden_layers - 1}"
                 )
-        for name, ids in (
-            ("bos_token_id", (self.bos_token_id,)),
-            ("eos_token_ids", self.eos_token_ids),
-            ("pad_token_id", (self.pad_token_id,)),
-        ):
-            for token_id in ids:
-                if token_id is not None and not 0 <= token_id < self.vocab_size:
-                    raise CheckpointError(
-                        f"{name} holds {token_id}; accepted: 0 to vocab_size - 1 ({self.vocab_size - 1})"
-                    )
+        for name, token_id in (("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)):
+            if token_id is not None and not 0 <= token_id < self.vocab_size:
+                raise CheckpointError(f"{name} holds {token_id}; accepted: 0 to vocab_size - 1 ({self.vocab_size - 1})")
         self._check_products()
 
     def _check_products(self) -> None:

@@ -299,15 +299,17 @@ def _chunks(recipe: Recipe) -> Iterator[tuple[int, int]]:
 def _read_rows(recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint) -> NDArray[np.float32]:
     """Rows start … stop of the stacked sources, as float32, finite; their indices where there are no sources."""
     if not recipe.sources:
-        return np.arange(start, stop, dtype=np.float32)
+        return np.arange(start, stop).astype(np.float32)  # made as float32, its steps beyond 2**24 would be 0 or 2
     parts = []
     for name, rows in _reached(recipe, start, stop):
         stored = checkpoint.read(name, rows)
-        _check_finite(stored, name, rows.start, checkpoint)
         with np.errstate(over="ignore"):
             part = stored.astype(np.float32, copy=False)
         if stored.dtype == np.float64:
+            _check_finite(stored, name, rows.start, checkpoint)
             _check_fits_float32(stored, part, name, rows.start, checkpoint)
+        else:
+            _check_finite(part, name, rows.start, checkpoint)  # the same numbers, and no second conversion to sum them
         parts.append(part)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 

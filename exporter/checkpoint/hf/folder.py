@@ -22,7 +22,7 @@ from qwen_aot.exporter.checkpoint.hf.wrappers import unwrapped
 from qwen_aot.exporter.checkpoint.model_name import folder_name, located, origin
 from qwen_aot.exporter.checkpoint.names import CANONICAL, TensorNames
 from qwen_aot.exporter.model.config import ModelConfig
-from qwen_aot.exporter.model.tensors import WeightClass
+from qwen_aot.exporter.model.tensors import Role, WeightClass
 
 
 class HfFolderCheckpoint:
@@ -123,4 +123,15 @@ def _by_role(
             if first.setdefault(name, old) != old or name in result:
                 raise CheckpointError(f"{path} has {name} twice, as {first[name]} and as {old}; accepted: one of them")
             result[name] = dataclasses.replace(info, name=name)
-    return result
+    return _with_embedding(result, config)
+
+
+def _with_embedding(tensors: dict[str, TensorInfo], config: ModelConfig) -> dict[str, TensorInfo]:
+    """The embedding of a tied model under its own name, where only the head's was saved.
+
+    safetensors' `save_model` (so do trainers) keeps the first name, by the alphabet, of tensors that share memory.
+    """
+    head, embedding = Role.HEAD.tensor_name(), Role.EMBEDDING.tensor_name()
+    if config.tie_word_embeddings and head in tensors and embedding not in tensors:
+        tensors[embedding] = dataclasses.replace(tensors.pop(head), name=embedding)
+    return tensors

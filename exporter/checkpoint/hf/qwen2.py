@@ -46,9 +46,10 @@ def parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
         head_dim = count(raw, "head_dim")
     rope_theta, rope_scaling, max_positions = read_rope(raw, count(raw, "max_position_embeddings", 32768))
     check_attention_layers(raw, layers, max_positions)
+    vocab_size = count(raw, "vocab_size")
     return ModelConfig(
         model_type=model_type,
-        vocab_size=count(raw, "vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=count(raw, "intermediate_size"),
         num_hidden_layers=layers,
@@ -63,7 +64,7 @@ def parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
         rope_scaling=rope_scaling,
         moe=_moe(raw, layers) if model_type == "qwen2_moe" else None,
         torch_dtype=_dtype(raw),
-        bos_token_id=_token_id(raw, generation, "bos_token_id"),
+        bos_token_id=_bos_token_id(raw, generation, vocab_size),
         eos_token_ids=_eos_token_ids(raw, generation),
         pad_token_id=_token_id(raw, generation, "pad_token_id"),
     )
@@ -147,6 +148,15 @@ def _token_id(raw: Mapping[str, Any], generation: Mapping[str, Any], key: str) -
     for source in (raw, generation):
         if source.get(key) not in (None, _NO_TOKEN):
             return count(source, key)
+    return None
+
+
+def _bos_token_id(raw: Mapping[str, Any], generation: Mapping[str, Any], vocab_size: int) -> int | None:
+    """One that the model has: a model whose vocabulary was cut often keeps the id of the whole one's."""
+    token_id = _token_id(raw, generation, "bos_token_id")
+    if token_id is None or 0 <= token_id < vocab_size:
+        return token_id
+    logger.warning("bos_token_id is %d, beyond the vocabulary of %d: left out", token_id, vocab_size)
     return None
 
 

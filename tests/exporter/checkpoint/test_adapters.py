@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,24 @@ def test_an_adapter_one_folder_away_is_a_warning(place: str, tmp_path: Path, cap
         open_checkpoint(tmp_path / "model").close()
     assert "an adapter lies near the model and is not applied: " in caplog.text
     assert str(tmp_path / place / "adapter_config.json") in caplog.text
+
+
+def test_a_folder_that_cannot_be_looked_into_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As lost+found beside a model at a disk's root; root itself may look everywhere, so the refusal is played."""
+    save_tiny(tmp_path, layers=1)
+    closed = tmp_path / "lost+found"
+    closed.mkdir()
+    stat, asked = os.stat, []
+
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if isinstance(path, str | Path) and Path(path).parent == closed:
+            asked.append(path)
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    open_checkpoint(tmp_path).close()
+    assert asked
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ NAMES = [
         ("model.layers.9.self_attn.q_proj.weight", []),
         ("model.embed_tokens.weight", []),  # itself
         ("embed_tokens.weight", ["model.embed_tokens.weight"]),
+        (f"{LAYER}mlp.experts.7.gate_up_proj.weight", [NAMES[4], NAMES[3]]),  # all experts in one tensor
     ],
 )
 def test_the_nearest_of_the_same_layer(name: str, expected: list[str]) -> None:

@@ -282,8 +282,8 @@ OUT_OF_RANGE = {
     "theta": ({"rope_theta": float("nan")}, "rope_theta is nan"),
     "moe": ({"model_type": "qwen2_moe"}, "needs expert facts"),
     "no moe": ({"moe": MoeConfig(4, 2, 24, 40, False, frozenset({0}))}, "has no experts"),
-    "eos": ({"eos_token_ids": (1, 131)}, r"eos_token_ids holds 131; accepted: 0 to vocab_size - 1 \(130\)"),
-    "pad": ({"pad_token_id": -1}, "pad_token_id holds -1"),
+    "pad": ({"pad_token_id": 131}, r"pad_token_id holds 131; accepted: 0 to vocab_size - 1 \(130\)"),
+    "bos": ({"bos_token_id": -1}, "bos_token_id holds -1"),
     "dtype": ({"torch_dtype": "int8"}, "torch_dtype is 'int8'"),
     "sparse layer": (
         {"model_type": "qwen2_moe", "moe": MoeConfig(4, 2, 24, 40, False, frozenset({4}))},

@@ -285,6 +285,17 @@ def test_a_weight_that_would_become_infinite_is_refused(dtype, value, message, t
         stitch(graph, ArrayCheckpoint(w0=arrays[0], w1=arrays[1]), tmp_path / "data")
 
 
+def test_rows_of_a_computed_initializer_are_counted_beyond_what_float32_counts(tmp_path):
+    """Behind 2**24, where float32 has every second number only, as a position that is converted alone."""
+    rows = 2**24 + 2 * weights.CHUNK_BYTES // 4
+    output = Output("w", ir.DataType.UINT8, (rows, 1))
+    recipe = Recipe((), (output,), lambda indices: ((indices % 251).astype(np.uint8)[:, None],))
+    graph = traced(recipe)
+    stitch(graph, ArrayCheckpoint(), tmp_path / "data")
+    expected = np.arange(rows, dtype=np.int64).astype(np.float32) % 251
+    np.testing.assert_array_equal(read_back(graph, "w")[:, 0], expected.astype(np.uint8))
+
+
 def test_a_float64_value_beyond_float32_is_named(tmp_path):
     graph = traced(plain("w", (3, 5)))
     array = np.full((3, 5), 1e30)

@@ -150,6 +150,7 @@ WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
     "old layer types": {"layer_types": ["attention"] * 2},
     "no padding": {"pad_token_id": -1},
     "no ends": {"eos_token_id": [-1], "bos_token_id": -1},
+    "ids of a larger vocabulary": {"eos_token_id": [3, 400], "bos_token_id": 400},
     "no experts' layers": {"mlp_only_layers": []},
     "rope twice": {"rope_scaling": {"type": "yarn", **YARN}, "rope_parameters": {"rope_type": "yarn", **YARN}},
     "rope twice, theta once": {
