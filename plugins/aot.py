@@ -45,6 +45,7 @@ PTX_SM = "8.0"  # every later GPU can compile its PTX
 _OPTIONS = {"enable_fp_fusion": True}  # of the compiler, for all variants
 # Variables by which a compiler is told to make other code, which no hash would know of.
 _COMPILER_VARIABLES = re.compile(r"TRITON_.*|PTXAS_.*|DISABLE_PTXAS_OPT|LLVM_.*|MLIR_.*")
+_PART_PREFIX = ".qwen-aot-"  # of a file that is being written
 _TENSOR_CORE_KERNELS = ("gqa_prefill", "moe_gate_up", "moe_down")
 _NO_SPILL_KERNELS = ("gqa_decode", "gqa_reduce", "moe_decode_gate_up", "moe_decode_down", "moe_sum")
 # Spills that were looked at and accepted: (SM or "*", pattern of variant names) to the reason.
@@ -107,7 +108,7 @@ def _arch(sm: str) -> int:
 
 def _write(path: Path, data: bytes) -> None:
     """Writes aside and renames, so that a reader never sees half a file."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_PART_PREFIX, suffix=".part", delete=False) as file:
         try:
             file.write(data)
             file.flush()
@@ -232,7 +233,7 @@ def problems(sm: str, entries: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def _write_manifest(folder: Path, target: str, entries: list[dict[str, Any]], suffix: str) -> None:
-    """Writes the manifest and removes files of variants that are no more."""
+    """Writes the manifest and removes files of variants that are no more, told by their records."""
     manifest = {
         "format_version": FORMAT_VERSION,
         "target": target,
@@ -241,9 +242,34 @@ def _write_manifest(folder: Path, target: str, entries: list[dict[str, Any]], su
     }
     _write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
     names = {entry["name"] for entry in entries}
-    for path in folder.iterdir():
-        if path.suffix in (f".{suffix}", ".json", ".part") and path.stem not in {*names, "manifest"}:
-            path.unlink()
+    for part in sorted(folder.glob(f"{_PART_PREFIX}*.part")):
+        part.unlink()
+    for record in sorted(folder.glob("*.json")):
+        if record.stem not in {*names, "manifest"} and _is_record(record, suffix):
+            record.with_suffix(f".{suffix}").unlink(missing_ok=True)
+            record.unlink()
+
+
+def _is_record(path: Path, suffix: str) -> bool:
+    """Whether a build wrote this file beside a variant's: nothing else is removed."""
+    entry = _read_json(path)
+    return isinstance(entry, dict) and "source_hash" in entry and entry.get("file") == f"{path.stem}.{suffix}"
+
+
+def _refuse_foreign_manifest(folder: Path) -> None:
+    path = folder / "manifest.json"
+    if path.exists():
+        manifest = _read_json(path)
+        if not (isinstance(manifest, dict) and {"format_version", "target", "variants"} <= manifest.keys()):
+            raise BuildError(f"{path} wasn't written by a build of the kernels; choose another folder, or move it away")
+
+
+def _read_json(path: Path) -> object:
+    """What a file holds; None: no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _compile_all(
@@ -295,8 +321,8 @@ def build(
         The manifest's entries of each SM, with `is_cached` added.
 
     Raises:
-        BuildError: If an SM isn't known, nothing matches, a variant doesn't compile, or its resources are wrong
-            (`problems`).
+        BuildError: If an SM isn't known, nothing matches, a manifest there is someone else's, a variant doesn't
+            compile, or its resources are wrong (`problems`).
         OSError: If the folder can't be written.
     """
     work = [(sm, variant) for sm in sms for variant in variants(sm) if fnmatch.fnmatch(variant.name, only)]
@@ -306,10 +332,11 @@ def build(
         )
     if not work:
         raise BuildError(f"no variant of SM {', '.join(sms)} has a name like {only!r}")
-    for sm in sms:
-        (folder / f"sm_{_arch(sm)}").mkdir(parents=True, exist_ok=True)
-    if PTX_SM in sms:
-        (folder / "ptx").mkdir(exist_ok=True)
+    targets = [folder / f"sm_{_arch(sm)}" for sm in sms] + ([folder / "ptx"] if PTX_SM in sms else [])
+    for target in targets:
+        _refuse_foreign_manifest(target)
+    for target in targets:
+        target.mkdir(parents=True, exist_ok=True)
 
     entries: dict[tuple[str, str], dict[str, Any]] = {}
     missing = []

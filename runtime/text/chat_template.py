@@ -11,10 +11,10 @@ from typing import Any, NoReturn, TypeAlias
 import jinja2
 import jinja2.meta
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from qwen_aot.errors import BundleError, GenerationError
+from qwen_aot.runtime.text.template_budget import BudgetedEnvironment, budget
 
 __all__ = ["RESERVED", "ChatTemplate", "Message", "template_tokens"]
 
@@ -64,7 +64,10 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens or {})
         try:
             tree = environment.parse(source)
-            self._template = environment.from_string(source)
+            names = jinja2.meta.find_undeclared_variables(tree) - set(environment.globals)
+            literals = {node.data for node in tree.find_all(jinja2.nodes.TemplateData)}
+            literals |= {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
+            self._template = environment.counting(tree)
         except jinja2.TemplateSyntaxError as error:
             raise BundleError(
                 f"the bundle's chat template can't be parsed (line {error.lineno}: {error.message}); repair "
@@ -75,11 +78,8 @@ class ChatTemplate:
                 f"the bundle's chat template can't be compiled ({error}); repair chat_template in the checkpoint's "
                 "tokenizer_config.json and rebuild"
             ) from error
-        names = jinja2.meta.find_undeclared_variables(tree) - set(environment.globals)
         self._takes_tools = "tools" in names
         self._variables = frozenset(names - RESERVED - set(_NAMED_TOKENS) - set(self._special_tokens))
-        literals = {node.data for node in tree.find_all(jinja2.nodes.TemplateData)}
-        literals |= {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
         self._literals = tuple(sorted(literals))
 
     @property
@@ -137,7 +137,8 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return self._template.render(given)
+            with budget():
+                return self._template.render(given)
         except _TEMPLATE_FAILURES as error:
             raise GenerationError(f"the chat template refuses these messages: {error}") from error
 
@@ -175,10 +176,8 @@ def _with_reasoning_names(message: Message) -> dict[str, Any]:
     return there if reasoning is None else {"thinking": reasoning, **there, "reasoning_content": reasoning}
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
+def _environment() -> BudgetedEnvironment:
+    environment = BudgetedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)

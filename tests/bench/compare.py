@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bench.results import new_file, write_new
 from tests.bench.workers.protocol import READY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,7 +172,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--short-prompt-tokens", type=int, default=128)
     parser.add_argument("--gen-tokens", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=151_643, help="prompts are drawn below it")
-    parser.add_argument("--json", type=Path, help="also write every round's numbers here")
+    parser.add_argument("--json", type=new_file, help="also write every round's numbers here")
     return parser.parse_args(arguments)
 
 
@@ -196,9 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cells.append(f"{cell['ratio']:.2f} ({cell['ratio_min']:.2f} … {cell['ratio_max']:.2f})".rjust(18))
         print(f"{name:28}{''.join(cells)}{row['peak_memory_bytes'] / 2**20:7.0f} MiB")  # type: ignore[operator]
     if options.json is not None:
-        options.json.write_text(
-            json.dumps({"load": vars(options) | {"json": None}, "rounds": rounds, "summary": summary})
-        )
+        write_new(options.json, {"load": vars(options) | {"json": None}, "rounds": rounds, "summary": summary})
 
 
 if __name__ == "__main__":

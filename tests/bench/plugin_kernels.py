@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
@@ -35,6 +33,7 @@ from qwen_aot.plugins.performance.costs import Cost
 from qwen_aot.plugins.performance.resources import recorded, resources_of
 from qwen_aot.plugins.performance.tables import CAPACITY, MODELS, STEPS, TOKENS, Step, attention, experts
 from qwen_aot.plugins.variants import QUANT_BLOCK, WEIGHT_BITS
+from tests.bench.results import new_file, write_new
 
 _TYPES = {"fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32}
 L2_TIMES = 4  # the copies of a kernel's tensors exceed L2 so many times
@@ -304,7 +303,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", action="append", choices=MODELS, help="may be given again (default: all)")
     parser.add_argument("--device", help=f"what this GPU is, for its bandwidth: {', '.join(DEVICES)}")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=new_file, help="also write the numbers here")
     return parser.parse_args(arguments)
 
 
@@ -322,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = list(run(gpu, options.model or MODELS, options.rounds))
     print(report(gpu, name, rows))
     if options.json is not None:
-        options.json.write_text(json.dumps({"name": name, "gpu": asdict(gpu), "rows": [asdict(row) for row in rows]}))
+        write_new(options.json, {"name": name, "gpu": asdict(gpu), "rows": [asdict(row) for row in rows]})
     return 0
 
 

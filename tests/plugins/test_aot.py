@@ -82,11 +82,43 @@ def test_what_is_there_is_not_compiled_again_and_what_is_damaged_is(built):
     damaged.write_bytes(whole[:100])
     stale = folder / "sm_121" / "gone.cubin"
     stale.write_bytes(b"")
+    stale.with_suffix(".json").write_text('{"file": "gone.cubin", "source_hash": "of then"}')
     second = build(["12.1"], folder, only=ONLY, jobs=1)
     assert [entry["is_cached"] for entry in second["12.1"]] == [False, True, True, True]
     assert not any(entry["is_cached"] for entries in first["variants"].values() for entry in entries)
     assert damaged.read_bytes() == whole  # and a compilation can be repeated
-    assert not stale.exists()
+    assert not stale.exists() and not stale.with_suffix(".json").exists()
+
+
+def test_files_of_others_stay(tmp_path):
+    mine = {
+        "notes.json": "{}",
+        "table.json": '{"file": "table.csv", "source_hash": ""}',
+        "list.json": "[1]",
+        "broken.json": "{",
+        "mine.cubin": "",
+        "download.part": "",
+    }
+    for name, text in mine.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / ".qwen-aot-abc.part").touch()  # of a build that was killed
+    aot._write_manifest(tmp_path, "sm_89", [], "cubin")
+    assert {path.name for path in tmp_path.iterdir()} == {*mine, "manifest.json"}
+    assert {name: (tmp_path / name).read_text() for name in mine} == mine
+
+
+@pytest.mark.parametrize("content", ['{"name": "web app"}', "[]", "not json"])
+@pytest.mark.parametrize("target", ["sm_80", "ptx"])
+def test_a_manifest_of_others_is_refused_before_any_work(tmp_path, target, content):
+    (tmp_path / target).mkdir()
+    (tmp_path / target / "manifest.json").write_text(content)
+    with pytest.raises(BuildError, match=r"manifest\.json wasn't written by a build of the kernels"):
+        build(["8.0"], tmp_path, only=ONLY)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+        target,
+        f"{target}/manifest.json",
+    ]
+    assert (tmp_path / target / "manifest.json").read_text() == content
 
 
 @pytest.mark.parametrize("record", ["", "null", "[1]", '{"file": 3}', '{"file": "gone.cubin"}', "{}"])
