@@ -277,6 +277,20 @@ class Generator:
         **options: Any,
     ) -> EventStream: ...
 
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        config: GenerationConfig | None = None,
+        *,
+        stream: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        cancel: threading.Event | None = None,
+        allow_special_tokens: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Completion | EventStream: ...
+
     def chat(
         self,
         messages: Sequence[Message],
