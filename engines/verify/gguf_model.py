@@ -1,4 +1,4 @@
-"""A GGUF file as a configuration and weights of transformers, read by the gguf package and not by our own reader.
+"""A GGUF model as a configuration and weights of transformers, read by the gguf package and not by our own reader.
 
 The meaning of its keys, and how a llama file orders the rows of q and k, come from transformers' tables. What these
 leave out stands here, written again from the GGUF specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from qwen_aot.errors import CheckpointError
+from qwen_aot.exporter.checkpoint.part_names import part_paths
 
 _MODEL_TYPES = {"qwen2": "qwen2", "qwen2moe": "qwen2_moe", "llama": "llama"}  # as transformers calls them
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
@@ -24,15 +25,19 @@ _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_ex
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The configuration as config.json would spell it, and every weight as fp32 by its name in transformers.
 
+    Args:
+        path: a file, or any part of a split model, whose metadata stands in the first part.
+
     Raises:
         CheckpointError: the architecture isn't one of three, or a tensor has no place in it.
     """
-    reader = gguf.GGUFReader(path)
-    metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
+    readers = [gguf.GGUFReader(part) for part in part_paths(path) or [path]]
+    fields = readers[0].fields
+    metadata = {key: field.contents() for key, field in fields.items() if not key.startswith("tokenizer.")}
     architecture = metadata["general.architecture"]
     if architecture not in _MODEL_TYPES:
         raise CheckpointError(f"{path} is of architecture {architecture!r}; accepted: {', '.join(_MODEL_TYPES)}")
-    stored = {tensor.name: tensor for tensor in reader.tensors}
+    stored = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     facts = _config(architecture, metadata, {name: tuple(t.shape)[::-1] for name, t in stored.items()})
     names = _names(architecture, facts["num_hidden_layers"])
     state: dict[str, torch.Tensor] = {}

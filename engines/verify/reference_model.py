@@ -3,7 +3,8 @@
 A bundle is made of what our readers say. Were the reference made of it too, a fault of a reader (rows in another
 order, a base frequency misread) would be on both sides and nothing would show it. So
 
-- a Hugging Face folder of an architecture that transformers knows is read by transformers;
+- a Hugging Face folder of an architecture that transformers knows is read by transformers, which is told the names of
+  tensors only where a framework put its own around them;
 - a GGUF file is read by the gguf package, its keys and rotary order interpreted by tables of transformers;
 - only what nobody else can read (random weights; a folder of an architecture that is ours) comes through our reader.
 """
@@ -19,10 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from qwen_aot.engines.verify.gguf_model import read_gguf
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.checkpoint.hf.wrappers import unwrapped
+from qwen_aot.exporter.checkpoint.names import CANONICAL
 from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import WeightClass, checkpoint_tensors
@@ -40,8 +44,10 @@ def load_model(checkpoint: Checkpoint) -> tuple[Any, str]:
         CheckpointError: what was read isn't a whole model.
     """
     transformers: Any = importlib.import_module("transformers")  # its types don't follow its own calls
-    was_shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+    logging = transformers.utils.logging
+    was_shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its table of what is missing is advice to train; here that is judged below
     try:
         if isinstance(checkpoint, RandomCheckpoint):
             return _from_reader(transformers, checkpoint), BY_US
@@ -52,8 +58,9 @@ def load_model(checkpoint: Checkpoint) -> tuple[Any, str]:
             return _from_state(transformers, checkpoint.path, facts, state), BY_GGUF
         return _from_reader(transformers, checkpoint), BY_US
     finally:
+        logging.set_verbosity(verbosity)
         if was_shown:
-            transformers.utils.logging.enable_progress_bar()
+            logging.enable_progress_bar()
 
 
 def _is_known(path: Path) -> bool:
@@ -65,9 +72,11 @@ def _is_known(path: Path) -> bool:
 def _from_folder(transformers: Any, checkpoint: Checkpoint) -> Any:
     config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
     kind = getattr(transformers, _CLASSES[config.model_type])
+    state = _unwrapped_state(checkpoint)
     model, info = kind.from_pretrained(
-        checkpoint.path,
+        checkpoint.path if state is None else None,
         config=config,
+        state_dict=state,
         dtype=torch.float32,
         local_files_only=True,
         use_safetensors=True,
@@ -75,6 +84,22 @@ def _from_folder(transformers: Any, checkpoint: Checkpoint) -> Any:
     )
     _require_whole(checkpoint.path, model, info, () if checkpoint.config.attention_bias else _BIASES)
     return model.eval()
+
+
+def _unwrapped_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor] | None:
+    """The tensors of a folder without what a framework put around their names; None: nothing is around them.
+
+    Only the names are by our reader's rule: safetensors reads the values, and a name that is no tensor of the model's
+    is left over.
+    """
+    files = sorted({info.span.path for info in checkpoint.tensors.values() if info.span is not None})
+    stored: dict[str, torch.Tensor] = {}
+    for file in files:
+        stored |= load_file(file)  # mapped, not read yet
+    names = unwrapped(checkpoint.path, stored, CANONICAL)
+    if all(old == new for old, new in names.items()):
+        return None
+    return {names[old]: tensor for old, tensor in stored.items()}
 
 
 def _from_state(transformers: Any, path: Path, facts: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qwen_aot.engines.verify.reference import Reference
 from qwen_aot.engines.verify.reference_model import BY_GGUF, BY_TRANSFORMERS, BY_US
@@ -86,6 +88,58 @@ def test_rotary_scaling_of_a_gguf_file(scaling: dict[str, Any], tmp_path: Path) 
         found = Reference(checkpoint).logits(IDS, 0)
     np.testing.assert_allclose(found, reference_logits(scaled, [IDS.tolist()])[0].numpy(), rtol=0, atol=1e-5)
     assert np.abs(found - reference_logits(model, [IDS.tolist()])[0].numpy()).max() > 0.01
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_split_gguf_file_is_read_whole(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Splitting(gguf.GGUFWriter):  # type: ignore[misc]
+        def __init__(self, path: Path, arch: str) -> None:
+            super().__init__(path, arch, split_max_tensors=9, small_first_shard=True)
+
+    monkeypatch.setattr(gguf, "GGUFWriter", Splitting)
+    model = gguf_file(tmp_path / "m.gguf", "llama", tied=True)
+    parts = sorted(tmp_path.glob("m-*.gguf"))
+    assert len(parts) > 3
+    with open_checkpoint(parts[number]) as checkpoint:
+        reference = Reference(checkpoint)
+    assert reference.read_by == BY_GGUF
+    expected = reference_logits(model, [IDS.tolist()])[0].numpy()
+    np.testing.assert_allclose(reference.logits(IDS, 0), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [{"kv_heads": 2}, {"moe": {}, "layers": 1}], ids=["dense", "moe"])
+@pytest.mark.parametrize("around", ["_orig_mod.", "module.", "language_model."])
+def test_names_that_a_framework_put_around_a_models_are_no_other_model(
+    around: str, shape: dict[str, Any], tmp_path: Path
+) -> None:
+    model = save_tiny(tmp_path / "m", **shape)
+    file = tmp_path / "m" / "model.safetensors"
+    save_file({around + name: tensor.clone() for name, tensor in load_file(file).items()}, file)
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        reference = Reference(checkpoint)
+    assert reference.read_by == BY_TRANSFORMERS
+    expected = reference_logits(model, [IDS.tolist()])[0].numpy()
+    np.testing.assert_allclose(reference.logits(IDS, 0), expected, rtol=0, atol=1e-5)
+
+
+def test_nothing_is_said_of_biases_that_a_checkpoint_lacks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it misses transformers draws, and says so in a table; here they are zeros."""
+    model = save_tiny(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if not name.endswith(".bias")}, file)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+    config = tmp_path / "m" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_bias": False}))
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [caplog.handler])  # it doesn't propagate
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        found = Reference(checkpoint).logits(IDS, 0)
+    np.testing.assert_allclose(found, reference_logits(model, [IDS.tolist()])[0].numpy(), rtol=0, atol=1e-5)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("transformers")] == []
 
 
 def test_faults_of_our_gguf_reader_dont_reach_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
