@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests import budget
+from tests import budget, tools
 from tests.shared import session_folder
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -24,6 +24,12 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 budget.register()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with tools.running(item):
+        return (yield)
 
 
 def pytest_collection_finish() -> None:

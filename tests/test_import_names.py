@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools import lacking
+from tests.tools import lacking, require_tool
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("engines", "exporter", "plugins", "runtime")
@@ -93,9 +93,10 @@ def test_other_lines_are_not_taken_for_bare_imports(text: str) -> None:
 
 @pytest.mark.tools
 def test_no_file_has_a_bare_import() -> None:
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    git = require_tool("git", remedy="apt install git")
+    listed = subprocess.run([git, "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode != 0:
-        lacking("not a git checkout, or no git: which files are the project's isn't known")
+        lacking(f"git knows no files of this checkout: {listed.stderr.strip()}")
     paths = [ROOT / name for name in listed.stdout.split("\0") if name and ROOT / name != Path(__file__)]
     texts = {path: path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()}
     assert {ROOT / "README.md", ROOT / "docs" / "architecture.md", ROOT / "engines" / "build.py"} <= set(texts)

@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engines.tensorrt.test_builder import BUILT, KIND_FACTORS, has_form
+from tests.engines.tensorrt import test_builder
 from tests.pairs import LARGEST_PRODUCT, covering, pairwise, product, swept
-from tests.plugins import test_bytes, test_gqa, test_moe
+from tests.plugins import test_bytes, test_enqueue, test_gqa, test_moe
 
 PARAMETERS = {"a": [1, 2, 3], "b": "xy", "c": [True, False], "d": [[0], [1], [2], [3]]}
 
 
-def meetings(cases: Sequence[Mapping[str, Any]], strength: int) -> list[tuple[Any, ...]]:
-    """What meets in the cases; a list, since values needn't be hashable."""
-    found: list[tuple[Any, ...]] = []
-    for case in cases:
-        found += [some for some in itertools.combinations(case.items(), strength) if some not in found]
-    return found
-
-
-def are_covered(cases: Sequence[Mapping[str, Any]], all_: Sequence[Mapping[str, Any]], strength: int) -> bool:
-    met = meetings(cases, strength)
-    return all(meeting in met for meeting in meetings(all_, strength))
+def met(cases: Sequence[Mapping[str, Any]], strength: int) -> set[str]:
+    """What meets in the cases, as text, since values needn't be hashable."""
+    return {repr(some) for case in cases for some in itertools.combinations(case.items(), strength)}
 
 
 @pytest.mark.parametrize("strength", [2, 3])
 def test_every_few_values_meet(strength: int) -> None:
     cases = covering(PARAMETERS, strength)
-    assert are_covered(cases, product(PARAMETERS), strength)
+    assert met(cases, strength) == met(product(PARAMETERS), strength)
     assert len(cases) <= {2: 15, 3: 30}[strength]
     assert cases == covering(PARAMETERS, strength)  # repeatable
-    assert not are_covered(cases[:-1], product(PARAMETERS), strength)  # as one too few is noticed here
+    assert met(cases[:-1], strength) != met(product(PARAMETERS), strength)  # as one too few is noticed here
 
 
 def test_what_does_not_exist_is_not_asked_for() -> None:
@@ -43,7 +37,7 @@ def test_what_does_not_exist_is_not_asked_for() -> None:
 
     cases = pairwise(PARAMETERS, is_allowed)
     assert all(map(is_allowed, cases))
-    assert are_covered(cases, product(PARAMETERS, is_allowed), 2)
+    assert met(cases, 2) == met(product(PARAMETERS, is_allowed), 2)
     assert len(product(PARAMETERS, is_allowed)) == 48 - 8
 
 
@@ -61,25 +55,49 @@ def test_of_a_large_product_the_rest_lets_every_three_values_meet() -> None:
     parameters = {name: list(range(4)) for name in "abcd"}
     assert LARGEST_PRODUCT < 4**4
     cases = [argument if isinstance(argument, dict) else argument.values[0] for argument in swept(parameters)]
-    assert are_covered(cases, product(parameters), 3)
+    assert met(cases, 3) == met(product(parameters), 3)
     assert len(cases) < 4**4 / 2
 
 
 SWEEPS = {
-    "prefill": (test_gqa.PREFILL, None),
-    "decode": (test_gqa.DECODE, None),
-    "few": (test_moe.FEW, None),
-    "many": (test_moe.MANY, None),
-    "bytes": (test_bytes.DECODE, None),
-    "compiles": (KIND_FACTORS, has_form),
+    "prefill": (test_gqa.test_prefill, test_gqa.PREFILL, None),
+    "decode": (test_gqa.test_decode, test_gqa.DECODE, None),
+    "few": (test_moe.test_few_tokens, test_moe.FEW, None),
+    "many": (test_moe.test_many_tokens, test_moe.MANY, None),
+    "bytes": (test_bytes.test_decode_attention_reads_each_valid_key_and_value_once, test_bytes.DECODE, None),
+    "enqueue prefill": (test_enqueue.test_gqa_prefill, test_enqueue.PREFILL, None),
+    "enqueue decode": (test_enqueue.test_gqa_decode, test_enqueue.DECODE, None),
+    "enqueue experts": (test_enqueue.test_moe, test_enqueue.MOE, None),
+    "compiles": (
+        test_builder.test_every_kind_is_built_and_says_what_it_is,
+        test_builder.KIND_FACTORS,
+        test_builder.has_form,
+    ),
 }
 
 
+def listed(test: Callable[..., object]) -> list[Any]:
+    """What a test is parametrized with, as it stands in its file."""
+    (marks,) = [mark for mark in test.pytestmark if mark.name == "parametrize"]  # type: ignore[attr-defined]
+    arguments: list[Any] = marks.args[1]
+    return arguments
+
+
 @pytest.mark.parametrize("name", SWEEPS)
-def test_the_quick_part_of_each_sweep_lets_every_two_values_meet(name: str) -> None:
-    parameters, is_allowed = SWEEPS[name]
-    condition = is_allowed or (lambda case: True)
-    arguments = BUILT if name == "compiles" else swept(parameters, condition)
-    quick = [argument for argument in arguments if isinstance(argument, dict)]
-    assert are_covered(quick, product(parameters, condition), 2)
-    assert len(quick) < len(product(parameters, condition))
+def test_each_sweep_covers_what_it_says(name: str) -> None:
+    """Of what the test itself lists: every two values meet in the first part of CI, every three in both."""
+    test, parameters, is_allowed = SWEEPS[name]
+    everything = product(parameters, is_allowed or (lambda case: True))
+    quick = [argument for argument in listed(test) if isinstance(argument, dict)]
+    deep = [argument.values[0] for argument in listed(test) if not isinstance(argument, dict)]
+    assert all(argument.marks[0].name == "deep" for argument in listed(test) if not isinstance(argument, dict))
+    for cases, strength in ((quick, 2), ([*quick, *deep], 3)):
+        assert met(cases, strength) == met(everything, strength)
+    assert len(quick) < len(everything)
+
+
+def test_every_sweep_of_the_tests_is_looked_at() -> None:
+    tests = Path(__file__).parent
+    using = [path for path in tests.rglob("test_*.py") if path != Path(__file__)]
+    count = sum(len(re.findall(r"\bswept\(", path.read_text(encoding="utf-8"))) for path in using)
+    assert count == len(SWEEPS)

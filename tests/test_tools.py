@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.tools import DEEP, is_deep, lacking, require_package, require_tool
+from tests.tools import DEEP, SECOND_PART, is_deep, lacking, require_package, require_tool
 
+pytestmark = pytest.mark.tools
+
+ROOT = Path(__file__).parents[1]
 SKIPPED, FAILED = pytest.skip.Exception, pytest.fail.Exception
 
 
@@ -92,3 +96,41 @@ def test_no_test_asks_for_a_package_in_another_way() -> None:
     tests = Path(__file__).parent
     asking = {path for path in tests.rglob("*.py") if "importorskip(" in path.read_text(encoding="utf-8")}
     assert {path.relative_to(tests).parts[0] for path in asking - {Path(__file__)}} == {"gpu"}
+
+
+ASKING = """
+import pytest
+from tests.tools import lacking, require_package, require_tool
+MARK
+
+@pytest.fixture
+def tool():
+    require_tool("sh", remedy="")
+
+def test_by_a_fixture(tool): pass
+def test_a_package(): require_package("json", "")
+def test_a_thing(): lacking("no card")
+"""
+
+
+def test_a_test_that_the_second_part_does_not_run_may_not_ask(tmp_path: Path) -> None:
+    """Even where the tool is there, so that this is seen on every machine."""
+    (tmp_path / "conftest.py").write_text("from tests.conftest import pytest_runtest_protocol\n")
+    for marker in (*SECOND_PART, "trt"):
+        (tmp_path / f"test_{marker}.py").write_text(ASKING.replace("MARK", f"pytestmark = pytest.mark.{marker}"))
+    (tmp_path / "test_unmarked.py").write_text(ASKING.replace("MARK", ""))
+    command = [sys.executable, "-m", "pytest", "-rA", "--no-fold-skipped", "-p", "no:cacheprovider"]
+    environment = {**os.environ, DEEP: "", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    command += ["-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, tmp_path]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    found = re.findall(r"^(PASSED|SKIPPED|FAILED|ERROR) test_(\w+)\.py", done.stdout, flags=re.MULTILINE)
+    wanted = [(outcome, marker) for marker in SECOND_PART for outcome in ("PASSED", "PASSED", "SKIPPED")]
+    wanted += [(outcome, file) for file in ("trt", "unmarked") for outcome in ("ERROR", "FAILED", "FAILED")]
+    assert sorted(found) == sorted(wanted), done.stdout
+    assert f"and .ci/deep doesn't run it; mark it with one of {', '.join(SECOND_PART)}" in done.stdout
+
+
+def test_the_second_part_runs_those_markers() -> None:
+    expression = f'-m "({" or ".join(SECOND_PART)}) and not gpu"'
+    assert expression in (ROOT / ".ci" / "deep").read_text(encoding="utf-8")
+    assert expression in (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")

@@ -5,15 +5,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shutil
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NoReturn
 
 import pytest
 
 DEEP = "QWEN_AOT_DEEP"
+SECOND_PART = ("deep", "tools", "fuzz", "network")  # markers of what `.ci/deep` runs
+
+_running: list[pytest.Item] = []  # the test that runs in this process, and one within it
+
+
+@contextlib.contextmanager
+def running(item: pytest.Item) -> Iterator[None]:
+    """While a test runs with its fixtures (tests/conftest.py): its markers are looked at when it asks for a tool."""
+    _running.append(item)
+    try:
+        yield
+    finally:
+        _running.pop()
+
+
+def _refuse_unless_run_in_both_parts() -> None:
+    """A test that the first part of CI may skip and the second doesn't run would be run by nobody.
+
+    A module that asks while it is imported needs no marker: the second part imports every module.
+    """
+    if _running and not any(_running[-1].get_closest_marker(name) for name in SECOND_PART):
+        pytest.fail(
+            f"{_running[-1].nodeid} asks for what a machine may lack, and .ci/deep doesn't run it; mark it with one of "
+            + ", ".join(SECOND_PART),
+            pytrace=False,
+        )
 
 
 def is_deep() -> bool:
@@ -30,6 +58,7 @@ def is_deep() -> bool:
 
 def lacking(reason: str) -> NoReturn:
     """Ends the test (or the module, while it is collected): skipped with its reason, or failed where all is there."""
+    _refuse_unless_run_in_both_parts()
     if is_deep():
         pytest.fail(f"{reason}; {DEEP}=1 says that everything is installed", pytrace=False)
     pytest.skip(reason, allow_module_level=True)
@@ -43,6 +72,7 @@ def require_tool(*names: str, remedy: str, path: str | None = None) -> str:
         remedy: how to install one, such as "apt install clang".
         path: folders beside those of PATH, as PATH has them.
     """
+    _refuse_unless_run_in_both_parts()
     for name in names:
         found = shutil.which(name) or (shutil.which(name, path=path) if path else None)
         if found is not None:
@@ -52,6 +82,7 @@ def require_tool(*names: str, remedy: str, path: str | None = None) -> str:
 
 def require_package(module: str, remedy: str) -> ModuleType:
     """A module that may not be installed; one that is there and fails to import is an error."""
+    _refuse_unless_run_in_both_parts()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

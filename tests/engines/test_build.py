@@ -86,8 +86,12 @@ def test_the_default_length_is_the_checkpoints(tmp_path: Path) -> None:
 RUN_HERE = [row for row in combinations() if row.target is Target.CPU]
 
 
+SYMMETRIC_ONLY = [row for row in RUN_HERE if not row.choices.asymmetric]
 SYMMETRIES = [
-    (row, symmetric) for row in RUN_HERE for symmetric in (True, False) if symmetric or row.choices.asymmetric
+    pytest.param(row, symmetric, id=f"{row.precision}-{'symmetric' if symmetric else 'asymmetric'}")
+    for row in RUN_HERE
+    for symmetric in (True, False)
+    if symmetric or row not in SYMMETRIC_ONLY
 ]
 
 
@@ -101,6 +105,12 @@ def test_every_combination_builds_and_answers(
         assert generator.engine.manifest.engines.text.quantization == spec.quantization
         config = generator.defaults.resolve(max_new_tokens=3, ignore_eos=True)
         assert len(generator.generate([[1, 2, 3]], config)[0].token_ids) == 3
+
+
+@pytest.mark.parametrize("row", SYMMETRIC_ONLY, ids=lambda row: row.precision)
+def test_the_other_combinations_are_refused(row: Combination) -> None:
+    with pytest.raises(BuildError, match=f"{row.target} {row.precision} has no asymmetric form"):
+        BuildSpec(target=row.target, precision=row.precision, symmetric=False)
 
 
 def test_the_report_has_seconds_and_peak_memory_of_each_stage(checkpoint: Path, tmp_path: Path) -> None:

@@ -134,16 +134,18 @@ def check_moe(outcome: Outcome, step: MoeStep) -> None:
 
 @pytest.mark.parametrize("case", swept(PREFILL), ids=identifier)
 def test_gqa_prefill(case, enqueuer):
-    (steps, lengths), phase = case.pop("rows"), case.pop("phase")
-    step = GqaStep(lengths=lengths, steps=steps, **case)
+    (steps, lengths), phase = case["rows"], case["phase"]
+    rest = {name: value for name, value in case.items() if name not in ("rows", "phase")}
+    step = GqaStep(lengths=lengths, steps=steps, **rest)
     (outcome,) = enqueuer([Enqueue(step)], phase=phase)
     check_gqa(outcome, step)
 
 
 @pytest.mark.parametrize("case", swept(DECODE), ids=identifier)
 def test_gqa_decode(case, enqueuer):
-    multiprocessors, phase = case.pop("multiprocessors"), case.pop("phase")
-    step = GqaStep(steps=1, sm_count=multiprocessors, **case)
+    multiprocessors, phase = case["multiprocessors"], case["phase"]
+    rest = {name: value for name, value in case.items() if name not in ("multiprocessors", "phase")}
+    step = GqaStep(steps=1, sm_count=multiprocessors, **rest)
     (outcome,) = enqueuer([Enqueue(step)], gpus=[Gpu(multiprocessors=multiprocessors)], phase=phase)
     check_gqa(outcome, step)
 

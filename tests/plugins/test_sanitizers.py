@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -147,6 +148,20 @@ def test_selection(selection_tests: Path, name: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_all_of_it_is_instrumented(
+    library: Path, interface_tests: Path, selection_tests: Path, thread_tests: tuple[Path, Path]
+) -> None:
+    """Else every test here would pass, and none would look at anything."""
+    for file in (library, interface_tests, selection_tests):
+        assert {b"__asan_init", b"__ubsan_handle_"} <= marks_of(file), file
+    for file in thread_tests:
+        assert b"__tsan_init" in marks_of(file), file
+
+
+def marks_of(file: Path) -> set[bytes]:
+    return set(re.findall(rb"__asan_init|__ubsan_handle_|__tsan_init", file.read_bytes()))
+
+
 STEPS = {
     "decode": GqaStep(lengths=[(300, 1), (0, 1), (5, 0)], steps=1, group=5),
     "prefill": GqaStep(lengths=[(47, 9), (1, 8)], steps=9, is_int8=True),
@@ -163,15 +178,31 @@ print(len(pickle.loads(run(paths, request))), "ran")
 """
 
 
+def in_python(compiler: str, code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Code in a Python that has the sanitizers' libraries preloaded."""
+    preload = [run([compiler, f"-print-file-name={file}"], {}).stdout.strip() for file in ("libasan.so", "libubsan.so")]
+    return run([sys.executable, "-c", code, *arguments], {**IN_PYTHON, "LD_PRELOAD": " ".join(preload)})
+
+
+@pytest.mark.parametrize("name", ["address", "undefined"])
+def test_a_fault_is_noticed_in_python(name: str, tmp_path: Path, compiler: str) -> None:
+    """Leaks aren't: Python's own would be."""
+    body, said = FAULTS[name]
+    (tmp_path / "fault.cpp").write_text(f'extern "C" int fault(int argc) {{ {body} }}\n')
+    library = tmp_path / "libfault.so"
+    subprocess.run([compiler, *SANITIZERS, "-shared", "-fPIC", "-o", library, tmp_path / "fault.cpp"], check=True)
+    done = in_python(compiler, "import ctypes, sys; ctypes.CDLL(sys.argv[1]).fault(int(sys.argv[2]))", library, "1")
+    assert done.returncode != 0 and said in done.stderr
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_enqueue(name: str, library: Path, plugin_build: Path, tmp_path: Path, compiler: str) -> None:
-    """Steps, of which a driver call fails or none, in a Python that has the sanitizers' libraries preloaded."""
+    """Steps, of which a driver call fails or none."""
     headers = [tensorrt_headers(plugin_build / "build"), cuda_headers()]
     paths = Paths(*compile_driver(tmp_path, headers), library, plugin_build / "build" / "kernels")
     functions = ("cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel")
     enqueues = [Enqueue(STEPS[name], fault=Fault(function)) for function in functions] + [Enqueue(STEPS[name])] * 2
     request = tmp_path / "request"
     request.write_bytes(pickle.dumps((paths, pickle.dumps((enqueues, [Gpu()], "runtime")))))
-    preload = [run([compiler, f"-print-file-name={file}"], {}).stdout.strip() for file in ("libasan.so", "libubsan.so")]
-    done = run([sys.executable, "-c", ENQUEUE, request], {**IN_PYTHON, "LD_PRELOAD": " ".join(preload)})
+    done = in_python(compiler, ENQUEUE, request)
     assert done.returncode == 0 and f"{len(enqueues)} ran" in done.stdout, done.stdout[-2000:] + done.stderr[-6000:]

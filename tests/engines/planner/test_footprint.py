@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, get_args
@@ -16,11 +17,14 @@ from hypothesis import strategies as st
 from qwen_aot.engines.onnxruntime import cpu as onnxruntime
 from qwen_aot.engines.onnxruntime import cuda
 from qwen_aot.engines.planner.activations import activation_bytes
+from qwen_aot.engines.planner.devices import DEVICES
 from qwen_aot.engines.planner.footprint import footprint
+from qwen_aot.engines.planner.plans import refusal_of
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.precisions import Precision
 from qwen_aot.engines.spec.targets import Target
 from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
+from qwen_aot.errors import ExportError
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.model.config import ModelConfig, MoeConfig
@@ -124,14 +128,24 @@ FORMS: dict[str, tuple[BuildSpec, Lower]] = {
 DENSE_ONLY = [form for form in FORMS if form.startswith("tensorrt") and form not in ("tensorrt-fp16", "tensorrt-bf16")]
 
 
-# What isn't refused: test_plans.py shows that experts in those forms are.
-WEIGHTS = [(name, form) for name in KINDS for form in FORMS if VARIANTS[name].moe is None or form not in DENSE_ONLY]
+ALL = list(itertools.product(KINDS, FORMS))
+REFUSED = [(name, form) for name, form in ALL if VARIANTS[name].moe is not None and form in DENSE_ONLY]
+WEIGHTS = [case for case in ALL if case not in REFUSED]
 
 
 @pytest.mark.parametrize(("name", "form"), WEIGHTS)
 def test_weights_of_every_form(name: str, form: str) -> None:
     config, (spec, lower) = cut(VARIANTS[name], 2), FORMS[form]
     assert footprint(config, spec).weight_bytes == pytest.approx(lowered_bytes(config, spec, lower), rel=0.001)
+
+
+@pytest.mark.parametrize(("name", "form"), REFUSED)
+def test_the_other_forms_are_refused(name: str, form: str) -> None:
+    """By the planner and by the build alike."""
+    config, (spec, lower) = cut(VARIANTS[name], 2), FORMS[form]
+    assert "without a plugin" in (refusal_of(config, spec, DEVICES["rtx-4090"]) or "")
+    with pytest.raises(ExportError, match="QwenMoE plugin"):
+        lowered_bytes(config, spec, lower)
 
 
 @pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"block_size": 16}], ids=str)

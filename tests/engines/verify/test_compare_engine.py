@@ -20,6 +20,8 @@ from tests.doubles import polygraphy_tensorrt
 from tests.doubles.bundles import export_tensorrt_bundle, write_tensorrt_bundle
 from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest
 
+pytestmark = pytest.mark.tools
+
 LAYERS, CONTEXT, CHUNK = 2, 200, 32
 IDS = np.random.default_rng(0).integers(0, 131, CHUNK).tolist()
 OUTPUTS = {"logits", *(f"present.{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value"))}

@@ -197,6 +197,7 @@ def write_engine(folder: Path, name: str, flavour: str = "tensorrt", *, has_plug
         (folder / name / MANIFEST_NAME).write_text(written.to_json())
 
 
+@pytest.mark.tools
 def test_polygraphy_compares_both_flavours_in_one_run(engines: Path) -> None:
     for target, flavour in (("tensorrt-rtx", "tensorrt_rtx"), ("tensorrt", "tensorrt")):
         write_engine(engines, target, flavour)
@@ -206,6 +207,7 @@ def test_polygraphy_compares_both_flavours_in_one_run(engines: Path) -> None:
     assert "POLYGRAPHY_USE_TENSORRT_RTX" not in os.environ
 
 
+@pytest.mark.tools
 def test_an_engine_that_polygraphy_finds_different_fails_with_every_ratio(engines: Path) -> None:
     save_tiny(engines / "checkpoint", max_position_embeddings=gpu_check.MAX_CONTEXT, seed=1)
     write_engine(engines, "tensorrt-rtx", "tensorrt_rtx")
@@ -214,6 +216,7 @@ def test_an_engine_that_polygraphy_finds_different_fails_with_every_ratio(engine
     assert all(output["snr_db"] < 10 for output in caught.value.details["outputs"])
 
 
+@pytest.mark.tools
 def test_polygraphy_gets_native_layers_in_the_place_of_plugins(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 

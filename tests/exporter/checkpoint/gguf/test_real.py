@@ -17,6 +17,8 @@ from qwen_aot.exporter.model.tensors import num_parameters, tensor_shapes
 from tests.gguf_files import smollm2_path
 from tests.tools import lacking
 
+pytestmark = pytest.mark.tools
+
 
 @pytest.fixture(scope="module")
 def smollm2() -> GgufCheckpoint:
