@@ -12,8 +12,9 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes, pass_context
+from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context, LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 __all__ = ["MAX_STEPS", "BudgetedEnvironment", "budget"]
 
@@ -27,7 +28,7 @@ def budget() -> Iterator[None]:
     """Within it, a template of a `BudgetedEnvironment` runs MAX_STEPS rounds of loops and calls, and then fails.
 
     Raises:
-        jinja2.sandbox.SecurityError: in the template, which took more.
+        jinja2.exceptions.SecurityError: in the template, which took more.
     """
     token = _left.set([MAX_STEPS])
     try:
