@@ -163,7 +163,10 @@ def test_another_version(tmp_path: Path, flavour: str, found: str) -> None:
         ("10.13.2.6", True, False),
     ],
 )
-def test_versions_that_run_it(tmp_path: Path, found: str, compatible: bool, is_accepted: bool) -> None:
+def test_versions_that_run_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str, compatible: bool, is_accepted: bool
+) -> None:
+    monkeypatch.setenv("QWEN_AOT_ALLOW_BUNDLE_CODE", "1")  # which a version-compatible engine brings
     bundle = write_checksum_bundle(tmp_path / "bundle", "tensorrt", facts={"version_compatible": compatible})
     if not is_accepted:
         refused(bundle, r"accepted: version 10\.13\.3\.9 or later\. Install", tensorrt=found)
