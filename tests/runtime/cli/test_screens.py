@@ -114,7 +114,7 @@ def place(checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(doctor, "version", {"onnxruntime": "1.32", "torch": "2.13.0", "tensorrt": "10.1"}.get)
     monkeypatch.setattr(doctor, "install_command", lambda extra, **_: f"pip install '{extra}'")
     monkeypatch.delenv("QWEN_AOT_PLUGIN_LIBRARY", raising=False)
-    monkeypatch.setattr(bench, "measure_bundle", lambda *arguments: MEASURED)
+    monkeypatch.setattr(bench, "measure_bundle", lambda *arguments, **options: MEASURED)
     return tmp_path
 
 

@@ -40,7 +40,7 @@ def place(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     (tmp_path / "bundle").symlink_to(bundle)
     (tmp_path / "typed").write_text("Hello\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "measure_bundle", lambda *arguments: MEASURED)
+    monkeypatch.setattr(bench, "measure_bundle", lambda *arguments, **options: MEASURED)
     return tmp_path
 
 
