@@ -17,28 +17,37 @@ class BundleReport:
 
     Attributes:
         weights: of the weights with those that the checkpoint makes.
-        scores: of the bundle's answers with the reference's; None: it wasn't run, since its weights are others.
+        scores: of the bundle's answers with the reference's; None: it wasn't run, since its weights are others or
+            this machine can't.
         reference_reader: who read the checkpoint for the reference; None: nobody did.
+        not_run: why this machine can't run the engine; None: it can, or needn't.
     """
 
     weights: WeightCheck
     scores: Verification | None
     reference_reader: str | None
+    not_run: str | None = None
 
     @property
     def verdict(self) -> Verdict:
         """Of both: passed only where both passed."""
-        return Verdict.of([self.weights.verdict, *([] if self.scores is None else [self.scores.verdict])])
+        return Verdict.of(verdict for verdict, _ in self._parts())
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why it hasn't passed; of a failure, what failed."""
+        if self.verdict is Verdict.PASSED:
+            return ()
+        return tuple(reason for verdict, reasons in self._parts() if verdict is self.verdict for reason in reasons)
+
+    def _parts(self) -> list[tuple[Verdict, tuple[str, ...]]]:
+        """The verdict of each comparison, with its reasons."""
         parts: list[tuple[Verdict, tuple[str, ...]]] = [(self.weights.verdict, (self.weights.reason,))]
         if self.scores is not None:
             parts.append((self.scores.verdict, self.scores.reasons))
-        if self.verdict is Verdict.PASSED:
-            return ()
-        return tuple(reason for verdict, reasons in parts if verdict is self.verdict for reason in reasons)
+        elif self.weights.verdict is not Verdict.FAILED:
+            parts.append((Verdict.INCONCLUSIVE, (f"its answers weren't compared: {self.not_run}",)))
+        return parts
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; what wasn't scored is null."""

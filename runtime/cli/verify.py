@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_aot.errors import BuildError, CheckpointError
+from qwen_aot.errors import BuildError, CheckpointError, EngineMismatchError
 from qwen_aot.runtime.cli.command import EXIT_FAILED, EXIT_INCONCLUSIVE, VerbCommand, option
-from qwen_aot.runtime.cli.console import busy, print_json, progress_on_stderr, show_logs, stdout
+from qwen_aot.runtime.cli.console import busy, count, print_json, progress_on_stderr, show_logs, size, stdout
 from qwen_aot.runtime.cli.options import CONTEXT, allow_bundle_code_option, bundle_argument, json_option, threads_option
+from qwen_aot.runtime.cli.tables import print_table, say
+from qwen_aot.runtime.cli.visible import visible
 
 if TYPE_CHECKING:
     from qwen_aot.engines.build import Verifier
@@ -216,7 +218,8 @@ def verify_bundle(
 ) -> BundleReport:
     """Compares a bundle's weights and its answers with the checkpoint that it was built from.
 
-    Answers are only asked for where the weights are as they should be: others would say nothing new, and slowly.
+    Answers are only asked for where the weights are as they should be (others would say nothing new, and slowly), and
+    where this machine can run the engine: a machine without a GPU compares a TensorRT bundle's weights.
 
     Args:
         path: the bundle's folder.
@@ -248,7 +251,11 @@ def verify_bundle(
     weights = SKIPPED if skip_weights else _check_weights(path, manifest, checkpoint, threads, count, on_progress)
     if weights.verdict is Verdict.FAILED:
         return BundleReport(weights, None, None)
-    with Generator.open(path, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
+    try:
+        opened = Generator.open(path, threads=threads, allow_bundle_code=allow_bundle_code)
+    except EngineMismatchError as error:
+        return BundleReport(weights, None, None, not_run=str(error))
+    with opened as generator:
         scores, read_by = _score(
             generator, checkpoint, text, length, windows, greedy_tokens, bounds, count, on_progress
         )
@@ -376,46 +383,40 @@ def _with_cpu(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _show(report: BundleReport, *, runs_on_cpu: bool) -> None:
-    from rich.markup import escape
+    from rich.text import Text
 
     from qwen_aot.engines.verify.verdict import Verdict
-    from qwen_aot.runtime.cli.console import size
     from qwen_aot.runtime.cli.doctor import processor
 
     console = stdout()
     weights = report.weights
     if weights.compared is not None and weights.verdict is Verdict.PASSED:
         how = "by every byte" if weights.compared == "bytes" else "by their hashes"
-        console.print(
-            f"weights: {weights.tensors} tensors, {size(weights.bytes)}, are the checkpoint's {how}", soft_wrap=True
-        )
+        say(console, f"weights: {weights.tensors} tensors, {size(weights.bytes)}, are the checkpoint's {how}")
     if report.scores is not None:
         _show_scores(report.scores)
         if runs_on_cpu:
             cpu = processor()
-            console.print(
-                f"computed by {escape(cpu['name'])} ({', '.join(cpu['features']) or 'no special features'}): another "
-                "CPU adds in another order, after which rounded activations differ, and finds other numbers",
-                soft_wrap=True,
+            say(
+                console,
+                f"computed by {cpu['name']} ({', '.join(cpu['features']) or 'no special features'}): another CPU adds "
+                "in another order, after which rounded activations differ, and finds other numbers",
             )
-        console.print(f"the reference was read by {escape(str(report.reference_reader))}", soft_wrap=True)
+        say(console, f"the reference was read by {report.reference_reader}")
     if report.verdict is Verdict.PASSED:
-        console.print("[bold green]passed[/]: the weights are the checkpoint's and all bounds hold")
+        say(console, Text.assemble(("passed", "bold green"), ": the weights are the checkpoint's and all bounds hold"))
         return
     style = "bold red" if report.verdict is Verdict.FAILED else "bold yellow"
     for reason in report.reasons:
-        console.print(f"[{style}]{report.verdict.value}[/]: {escape(reason)}", soft_wrap=True)
+        say(console, Text.assemble((report.verdict.value, style), f": {visible(reason)}"))
 
 
 def _show_scores(result: Verification) -> None:
-    from rich.table import Table
+    from rich.text import Text
 
     scores = result.scores
-    table = Table(title=f"{scores.positions} positions, {scores.greedy_tokens} greedy tokens")
-    for heading in ("measure", "found", "bound", ""):
-        table.add_column(heading, justify="right" if heading in ("found", "bound") else "left")
     checked = {check.name: check for check in result.checks}
-    rows = {
+    measures = {
         "max_logit_difference": scores.max_logit_difference,
         "mean_logit_difference": scores.mean_logit_difference,
         "kl_divergence": scores.kl_divergence,
@@ -427,10 +428,12 @@ def _show_scores(result: Verification) -> None:
         "perplexity of the reference": scores.reference_perplexity,
         "perplexity_ratio": scores.perplexity_ratio,
     }
-    for name, found in rows.items():
+    rows = []
+    for name, found in measures.items():
         check = checked.get(name.partition(" ")[0]) if "(all)" not in name else None
         bound = f"{'<=' if check.is_upper else '>='} {check.bound:g}" if check else ""
         error = f" ± {check.uncertainty:.2g}" if check and check.uncertainty else ""
-        verdict = "" if check is None else "[green]ok[/]" if check.has_passed else "[bold red]failed[/]"
-        table.add_row(name, "-" if found is None else f"{found:.6g}{error}", bound, verdict)
-    stdout().print(table)
+        verdict = Text("ok", "green") if check and check.has_passed else Text("failed" if check else "", "bold red")
+        rows.append((name, "-" if found is None else f"{found:.6g}{error}", bound, verdict))
+    title = f"{count(scores.positions, 'position')}, {count(scores.greedy_tokens, 'greedy token')}"
+    print_table(stdout(), ("measure", "found", "bound", "verdict"), rows, numbers=("found", "bound"), title=title)

@@ -20,11 +20,12 @@ from click.testing import CliRunner
 from rich.cells import cell_len
 
 from qwen_aot.engines.bundle.progress import ProgressEvent
-from qwen_aot.runtime.cli import bench, doctor, gpu_check
+from qwen_aot.runtime.cli import bench, doctor, gpu_check, verify
 from qwen_aot.runtime.cli.command import VerbCommand
 from qwen_aot.runtime.cli.console import busy, progress_on_stderr
 from qwen_aot.runtime.cli.main import VERBS
 from tests.runtime.cli import terminal
+from tests.runtime.cli.reports import REPORTS
 from tests.runtime.cli.terminal import Shown, show
 
 KEPT = Path(__file__).parent / "screens"
@@ -115,6 +116,7 @@ def place(checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(doctor, "install_command", lambda extra, **_: f"pip install '{extra}'")
     monkeypatch.delenv("QWEN_AOT_PLUGIN_LIBRARY", raising=False)
     monkeypatch.setattr(bench, "measure_bundle", lambda *arguments, **options: MEASURED)
+    monkeypatch.setattr(doctor, "processor", lambda: {"name": "Xeon [8]", "features": ["avx512_vnni"]})
     return tmp_path
 
 
@@ -143,6 +145,17 @@ def test_screens(name: str, arguments: tuple[object, ...], code: int, columns: i
     assert shown.exit_code == code, shown.text
     require_fits(shown, columns)
     compare(name, columns, steady(shown.text) if verb in ("inspect", "generate", "gpu") else shown.text)
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize(("name", "code"), [("passed", 0), ("bound", 1), ("weights", 1), ("elsewhere", 3)])
+@pytest.mark.usefixtures("place")
+def test_verdicts(name: str, code: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "verify_bundle", lambda *arguments, **options: REPORTS[name])
+    shown = show("verify", "bundle", "--reference", "tiny-model", columns=columns)
+    assert shown.exit_code == code, shown.text
+    require_fits(shown, columns)
+    compare(f"verify-{name}", columns, shown.text)
 
 
 def test_every_figure_of_the_readmes_plan_is_on_the_screen(place: Path) -> None:

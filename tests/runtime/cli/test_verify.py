@@ -66,6 +66,24 @@ def test_random_weights_are_inconclusive_and_their_bytes_are_said_to_be_right(
     assert len(report["reasons"]) == 1
 
 
+def test_where_the_engine_cannot_run_the_weights_are_compared(
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = run("build", checkpoint, "-o", tmp_path / "b", "--precision", "int8", "--fast-prefill")
+    assert built.exit_code == 0, built.output
+    monkeypatch.setattr("qwen_aot.runtime.backends.ort.engine.has_exact_integer_products", lambda: False)
+    result = run("verify", tmp_path / "b", "--reference", checkpoint, "--json")
+    assert result.exit_code == 3, result.output
+    report = json.loads(result.stdout)
+    assert (report["verdict"], report["weights"]["verdict"], report["kl_divergence"]) == (
+        "inconclusive",
+        "passed",
+        None,
+    )
+    (reason,) = report["reasons"]
+    assert reason.startswith("its answers weren't compared: ") and "--fast-prefill" in reason
+
+
 def test_without_the_weights_nothing_passes(run: Run, decisive: tuple[Path, Path]) -> None:
     checkpoint, bundle = decisive
     result = run("verify", bundle, "--reference", checkpoint, "--skip-weights")

@@ -1,0 +1,57 @@
+"""What `verify` may have found, made up: for its screens."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qwen_aot.engines.verify.bundle_report import BundleReport
+from qwen_aot.engines.verify.scores import Check, Scores, Verification
+from qwen_aot.engines.verify.verdict import Verdict
+from qwen_aot.engines.verify.weights import WeightCheck
+
+_SCORES = Scores(
+    positions=640,
+    max_logit_difference=1.25,
+    mean_logit_difference=0.0512,
+    kl_divergence=0.24,
+    top1_agreement=0.86,
+    decisive_positions=67,
+    decisive_top1_agreement=0.925,
+    greedy_tokens=64,
+    greedy_agreement=0.719,
+    greedy_prefix=0.03,
+    perplexity=14.2,
+    reference_perplexity=11.7,
+    log_ratio_error=0.06,
+)
+_KL = Check("kl_divergence", 0.24, 0.35, is_upper=True)
+_TOP1 = Check("top1_agreement", 0.925, 0.85, is_upper=False)
+_GREEDY = Check("greedy_agreement", 0.719, 0.5, is_upper=False)
+_RATIO = Check("perplexity_ratio", 1.215, 1.3, is_upper=True, uncertainty=0.12)
+_SAME = WeightCheck(Verdict.PASSED, "bytes", 305, 115_343_360, (), "")
+_OTHER = WeightCheck(
+    Verdict.FAILED,
+    "bytes",
+    305,
+    115_343_360,
+    ("layers.3.mlp.down.weight_scale",),
+    "1 of 305 tensors isn't what the checkpoint makes: layers.3.mlp.down.weight_scale",
+)
+
+REPORTS = {
+    "passed": BundleReport(
+        _SAME, Verification(_SCORES, (_KL, _TOP1, _GREEDY, _RATIO)), "the gguf package and transformers 5.24.0"
+    ),
+    "bound": BundleReport(
+        _SAME,
+        Verification(
+            dataclasses.replace(_SCORES, greedy_agreement=0.25),
+            (_KL, _TOP1, dataclasses.replace(_GREEDY, found=0.25), _RATIO),
+        ),
+        "transformers 5.24.0",
+    ),
+    "weights": BundleReport(_OTHER, None, None),
+    "elsewhere": BundleReport(
+        _SAME, None, None, not_run="TensorRT-RTX can't be imported (No module named 'tensorrt_rtx'): install 1.7.1"
+    ),
+}
