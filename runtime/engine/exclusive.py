@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
+import weakref
 from collections.abc import Callable
 
 from qwen_aot.errors import GenerationError
 
-__all__ = ["Exclusive"]
+__all__ = ["Exclusive", "hold_at_exit"]
+
+EXIT_SECONDS = 60.0  # that the interpreter waits for a step at its end; the longest is one chunk of a prompt
 
 
 class Exclusive:
@@ -45,3 +50,29 @@ class Exclusive:
             return
         with self:
             action()
+
+
+def hold_at_exit(lock: Exclusive) -> None:
+    """Has the interpreter, as it ends, wait for the block that a daemon thread is in, and let no thread enter again.
+
+    A thread that comes back into an interpreter which is going away is ended wherever it stands. In the C++ of an
+    engine's bindings that aborts the process; waiting for a lock it is safe.
+
+    Args:
+        lock: of an engine's calls, and within which no other such lock is waited for.
+    """
+    _held_at_exit.add(lock)
+
+
+_held_at_exit: weakref.WeakSet[Exclusive] = weakref.WeakSet()
+
+
+@atexit.register
+def _hold() -> None:
+    for lock in list(_held_at_exit):
+        lock._lock.acquire(timeout=EXIT_SECONDS)
+
+
+# The threads that hold them aren't in a child; nobody there ends their blocks.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_held_at_exit.clear)

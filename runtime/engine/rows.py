@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.bundle.manifest import Manifest
-from qwen_aot.runtime.engine.exclusive import Exclusive
+from qwen_aot.runtime.engine.exclusive import Exclusive, hold_at_exit
 from qwen_aot.runtime.engine.protocol import NonFiniteLogitsError, check_finite, check_room
 
 __all__ = ["Cache", "RowEngine", "Step"]
@@ -79,6 +79,7 @@ class RowEngine(Generic[StepT, CacheT]):
         self._prefill: StepT | None = prefill
         self._decode: StepT | None = decode
         self._lock = Exclusive()
+        hold_at_exit(self._lock)
         self._is_closing = False  # set without the lock, so that a long prompt sees it between two chunks
 
     @property

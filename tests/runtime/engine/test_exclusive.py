@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Callable
 
@@ -63,3 +66,39 @@ def test_another_thread_waits() -> None:
         assert not done
     thread.join(10)
     assert done == ["closed"]
+
+
+END = textwrap.dedent(
+    """
+    import os, sys, threading, time
+    from qwen_aot.runtime.engine.exclusive import Exclusive, hold_at_exit
+
+    lock, inside = Exclusive(), threading.Event()
+    hold_at_exit(lock)
+
+    def steps():
+        while True:
+            with lock:
+                inside.set()
+                os.write(1, b"(")
+                time.sleep(0.2)
+                os.write(1, b")")
+
+    threading.Thread(target=steps, daemon=True).start()
+    inside.wait()
+    if sys.argv[1] == "fork":
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+        else:
+            sys.exit()  # at once: the lock is another process's thread's
+    """
+)
+
+
+@pytest.mark.parametrize("case", ["end", "fork"])
+def test_the_interpreter_ends_between_two_blocks(case: str) -> None:
+    done = subprocess.run([sys.executable, "-c", END, case], capture_output=True, text=True, check=False, timeout=50)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.replace("()", "") == ""
+    assert done.stdout
