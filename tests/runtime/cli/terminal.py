@@ -183,6 +183,17 @@ class Terminal:
             self.read(0.5)
         assert mark in self.seen[start:], self.seen[-500:]
 
+    def press_until(self, key: str, mark: str, start: int = 0) -> None:
+        """Presses a key, and again where it has no effect: Python's readline misses a Ctrl-C just before it waits."""
+        for _ in range(8):
+            self.type(key)
+            deadline = time.monotonic() + 5
+            while mark not in self.seen[start:] and time.monotonic() < deadline:
+                self.read(0.5)
+            if mark in self.seen[start:]:
+                return
+        raise AssertionError(self.seen[-500:])
+
     def screen(self) -> str:
         """What stands on the screen."""
         return draw(self.seen, self.columns)

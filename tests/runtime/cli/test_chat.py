@@ -133,7 +133,7 @@ main()
 """
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(90, func_only=True)
 def test_ctrl_c_stops_the_answer_and_not_the_program(bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "chat.json"
     asked = ("chat", str(bundle), "--ignore-eos", "--max-new-tokens", "200")
@@ -157,14 +157,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(bundle: Path, tmp_path: Pat
     assert [message["role"] for message in json.loads(file.read_text())] == ["user", "assistant"]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(60, func_only=True)
 def test_ctrl_c_at_the_prompt_drops_a_line_and_ctrl_d_leaves(bundle: Path) -> None:
     with chat_on_a_terminal(bundle) as terminal:
         terminal.read_until("> ")
         terminal.type("half a line")
         terminal.read_until("half a line")
-        terminal.type("\x03")
-        terminal.read_until("> ", terminal.seen.index("half a line"))
+        terminal.press_until("\x03", "> ", terminal.seen.index("half a line"))
         terminal.type("\x04")
         assert terminal.process.wait(20) == 0
         terminal.read_all()
@@ -174,7 +173,7 @@ def test_ctrl_c_at_the_prompt_drops_a_line_and_ctrl_d_leaves(bundle: Path) -> No
 PASTED = "first line\n  second line\n\nlast"
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(60, func_only=True)
 @pytest.mark.parametrize("kind", ["xterm", "dumb"])
 def test_a_pasted_text_of_several_lines_is_one_message(
     bundle: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -193,7 +192,7 @@ def test_a_pasted_text_of_several_lines_is_one_message(
     assert [message["content"] for message in json.loads(file.read_text()) if message["role"] == "user"] == [PASTED]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(60, func_only=True)
 @pytest.mark.parametrize(
     ("variables", "is_colored"),
     [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
@@ -216,7 +215,7 @@ def test_the_prompt_is_colored_where_colors_are(
     assert ("\x1b" in terminal.seen) == (variables != {"TERM": "dumb"})
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(60, func_only=True)
 @pytest.mark.parametrize("columns", [80])
 def test_the_screen_of_a_conversation(bundle: Path, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -293,7 +292,7 @@ def test_every_other_word_means_a_command() -> None:
     assert set(chat.OTHER_WORDS.values()) <= words and not words & set(chat.OTHER_WORDS)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(60, func_only=True)
 @pytest.mark.parametrize("kind", ["xterm", "dumb"])
 def test_the_prompt_stands_when_a_line_of_the_history_is_shown(
     bundle: Path, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -314,7 +313,7 @@ def test_the_prompt_stands_when_a_line_of_the_history_is_shown(
     assert "a long line of text" in drawn
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(60, func_only=True)
 def test_the_loading_line_is_gone_when_the_user_types(bundle: Path) -> None:
     with chat_on_a_terminal(bundle) as terminal:
         terminal.read_until("> ")

@@ -54,7 +54,7 @@ def test_knobs_are_those_of_transformers(bundle: Path, checkpoint: Path) -> None
             temperature=0, max_new_tokens=12, ignore_eos=True, repetition_penalty=1.3, suppress_tokens=[first],
             logit_bias={second: 0.5, 77: -2.0}, n=3, prompt_logprobs=2,
         )  # fmt: skip
-        completions = generator.generate([ids], config)
+        completions = generator.generate(ids, config, n=3)
     assert [completion.choice for completion in completions] == [0, 1, 2]
     for completion in completions:
         assert list(completion.token_ids) == expected[0, len(ids) :].tolist()

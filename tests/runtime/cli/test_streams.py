@@ -124,7 +124,7 @@ def test_a_stream_that_is_closed_from_the_start(place: Path, verb: str, fd: int)
         assert done.stdout
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(120, func_only=True)
 def test_a_build_whose_standard_error_breaks_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     """The one who watched is gone after the first line: the bundle is whole, and the exit code says so."""
     out = tmp_path / "bundle"

@@ -33,7 +33,7 @@ from tests.runtime.toys import VOCAB_SIZE, make_manifest
 
 LONG = 5_000_000  # tokens: a request that ends only when it is cancelled
 ROOT = Path(__file__).parents[3]
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(60, func_only=True)
 
 
 class GatedEngine(FakeEngine):
