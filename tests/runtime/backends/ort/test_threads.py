@@ -134,6 +134,22 @@ def test_steps_of_two_threads_wait_for_each_other(engine: OnnxRuntimeEngine) -> 
     assert engine.cache_length.tolist() == [60] * 4
 
 
+def test_a_step_begins_when_that_of_another_thread_has_ended(engine: OnnxRuntimeEngine) -> None:
+    for row in (0, 1):
+        engine.prefill(row, ids(row + 1))
+    gate = Gate(engine, "decode")
+    first, _ = in_thread(lambda: engine.decode(0, ids(3)))
+    assert gate.reached.wait(SECONDS)
+    second, _ = in_thread(lambda: engine.decode(1, ids(4)))
+    second.join(0.1)
+    assert (second.is_alive(), gate.runs) == (True, 1)
+    gate.opened.set()
+    for thread in (first, second):
+        thread.join(SECONDS)
+        assert not thread.is_alive()
+    assert (gate.runs, engine.cache_length.tolist()[:2]) == (2, [2, 2])
+
+
 def test_closing_a_generator_while_it_streams(bundle: Path) -> None:
     for _ in range(5):
         generator = Generator.open(bundle, threads=1)
