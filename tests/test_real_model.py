@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from qwen_aot.engines.verify.reference import Reference
 from qwen_aot.engines.verify.scores import windows
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.exporter.quantize.blockwise import BlockFormat, dequantize, quantize
 from qwen_aot.runtime.generation.generator import Generator
 from tests.gguf_files import smollm2_path
 from tests.shared import once
@@ -99,15 +100,9 @@ def test_int8_weights_alone_lose_a_third_of_it_on_every_cpu(bundle: Callable[[st
 
 
 def through_int8(weight: NDArray[np.generic]) -> NDArray[np.float32]:
-    """A matrix as int8 in blocks of 32 stands for it: its largest magnitude is code -128."""
-    rows = weight.astype(np.float32)
-    if rows.ndim != 2:
-        return rows
-    blocks = rows.reshape(len(rows), -1, 32)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
-    scale = np.where(largest == 0, 1, largest / np.float32(-128))
-    codes = np.rint(blocks / scale).clip(-128, 127)
-    return (codes * scale).astype(np.float32).reshape(rows.shape)
+    """A matrix as a build at int8 stores it, in blocks of 32; what isn't a matrix stays."""
+    rows, layout = weight.astype(np.float32), BlockFormat(8, 32)
+    return rows if rows.ndim != 2 else dequantize(quantize(rows, layout), layout, rows.shape[1])
 
 
 def test_verify_fails_and_names_the_bound(bundle: Callable[[str], Path]) -> None:

@@ -39,14 +39,23 @@ def test_an_engines_file_has_its_flavours_suffix() -> None:
     assert suffixes == {name: flavour.suffix for name, flavour in FLAVOURS.items()}
 
 
-@pytest.mark.parametrize("target", Target)
-def test_the_defaults_are_those_of_the_row(target: Target) -> None:
-    spec, facts = BuildSpec(target=target), TARGETS[target]
-    assert spec.precision == facts.default_precision
-    assert spec.prefill_chunk == facts.default_prefill_chunk
-    assert spec.context_for(32768) == (facts.default_context_limit or 32768)
+@pytest.mark.parametrize(
+    ("target", "precision", "chunk", "context", "compute_type"),
+    [
+        ("cpu", "int4", 256, 32768, "FLOAT"),
+        ("cuda", "fp16", 512, 32768, "FLOAT16"),
+        ("tensorrt-rtx", "fp16", 512, 4096, "FLOAT16"),
+        ("tensorrt", "fp16", 512, 4096, "FLOAT16"),
+    ],
+)
+def test_what_is_built_when_nothing_is_asked(
+    target: str, precision: str, chunk: int, context: int, compute_type: str
+) -> None:
+    spec = BuildSpec(target=Target(target))
+    assert (spec.precision, spec.prefill_chunk) == (precision, chunk)
+    assert (spec.context_for(32768), spec.context_for(1024)) == (context, 1024)
     plain = next(row for row in combinations() if row.target == target)
-    assert plain.compute_type == facts.compute_type
+    assert plain.compute_type == compute_type
 
 
 def test_what_compiles_is_what_has_a_library() -> None:

@@ -86,11 +86,11 @@ def test_the_builders_own_figure_for_activations(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", make_module(activation_bytes=told))
     manifest = build(checkpoint, tmp_path / "bundle")
-    assert manifest.engines.text.tensorrt is not None
-    assert manifest.engines.text.tensorrt.builder_activation_bytes == kept
-    assert manifest.engines.text.tensorrt.activation_bytes == (
-        kept or manifest.engines.text.tensorrt.activation_bytes_estimated
-    )
+    facts = manifest.engines.text.tensorrt
+    assert facts is not None
+    assert facts.builder_activation_bytes == kept
+    assert facts.activation_bytes_estimated not in (0, 4096, 1 << 20)  # or it couldn't be told from what was told
+    assert facts.activation_bytes == (facts.activation_bytes_estimated if kept is None else kept)
 
 
 def test_the_onnx_is_named_by_what_the_parser_read(

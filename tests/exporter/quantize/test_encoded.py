@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from qwen_aot.exporter.checkpoint.encoding import CodeForm
@@ -20,6 +20,9 @@ LAYOUTS = st.builds(
 )
 
 
+@example(form=CodeForm(8, 32, HALF), layout=BlockFormat(8, 16), rows=3, width=100)
+@example(form=CodeForm(4, 32, HALF), layout=BlockFormat(8, 16), rows=3, width=100)
+@example(form=CodeForm(3, 64, HALF, has_zero_points=True), layout=BlockFormat(4, 32, symmetric=False), rows=2, width=90)
 @settings(suppress_health_check=[HealthCheck.filter_too_much])  # most pairs don't fit, and few runs draw many that do
 @given(form=FORMS, layout=LAYOUTS, rows=st.integers(1, 3), width=st.integers(1, 300))
 def test_what_fits_keeps_every_value(form, layout, rows, width):

@@ -477,14 +477,18 @@ def test_submitting_while_it_closes_ends_every_handle() -> None:
 
         with ThreadPoolExecutor(3) as pool:
             jobs = [pool.submit(submit) for _ in range(3)]
+            eventually(lambda taken=taken: bool(taken))
             service.close()
             for job in jobs:
                 job.result(30)
         for handle in taken:
             try:
-                assert handle.result(30).finish_reason in ("cancelled", "length")
+                end = handle.result(30)
             except ServiceClosedError:
                 assert handle._channel.completions == []
+                continue
+            ids, whole = list(end.token_ids), continuation([1], 3)
+            assert (end.finish_reason, ids) in [("length", whole)] + [("cancelled", whole[:n]) for n in range(3)]
 
 
 def test_what_comes_after_the_end_of_the_worker_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,22 +116,20 @@ def test_close_ends_a_long_prompt_between_two_chunks(engine: OnnxRuntimeEngine) 
     assert gate.runs == 1
 
 
-def test_steps_of_two_threads_wait_for_each_other(engine: OnnxRuntimeEngine) -> None:
-    def fill(row: int) -> list[int]:
-        made = [int(engine.prefill(row, ids(row + 1)).argmax())]
-        while len(made) < 60:
-            engine.truncate(row, len(made))
-            # A view of memory that the other thread's step overwrites: only lengths are looked at.
-            engine.decode(row, ids(made[-1]))
-            made.append(row)
-        return engine.cache_length.tolist()
-
-    threads = [in_thread(lambda row=row: fill(row)) for row in range(4)]  # type: ignore[misc]
-    for thread, _ in threads:
+def test_a_step_begins_when_that_of_another_thread_has_ended(engine: OnnxRuntimeEngine) -> None:
+    for row in (0, 1):
+        engine.prefill(row, ids(row + 1))
+    gate = Gate(engine, "decode")
+    first, _ = in_thread(lambda: engine.decode(0, ids(3)))
+    assert gate.reached.wait(SECONDS)
+    second, _ = in_thread(lambda: engine.decode(1, ids(4)))
+    second.join(0.1)
+    assert (second.is_alive(), gate.runs) == (True, 1)
+    gate.opened.set()
+    for thread in (first, second):
         thread.join(SECONDS)
         assert not thread.is_alive()
-    assert not [result for _, results in threads for result in results if isinstance(result, Exception)]
-    assert engine.cache_length.tolist() == [60] * 4
+    assert (gate.runs, engine.cache_length.tolist()[:2]) == (2, [2, 2])
 
 
 def test_closing_a_generator_while_it_streams(bundle: Path) -> None:
