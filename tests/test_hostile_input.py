@@ -24,6 +24,7 @@ from qwen_aot.runtime.generation.config import GenerationDefaults
 from qwen_aot.runtime.text.chat_template import ChatTemplate
 from tests.checkpoints import CHATML, save_tiny, tiny_config, tiny_model
 from tests.gguf_files import save_gguf
+from tests.runtime.toys import make_manifest
 from tests.shared import once
 
 pytestmark = pytest.mark.fuzz
@@ -184,7 +185,7 @@ def test_tokenizer_files(data: st.DataObject, checkpoint: Mapping[str, bytes], t
 @given(data=st.data())
 def test_generation_config_of_a_bundle(data: st.DataObject, checkpoint: Mapping[str, bytes]) -> None:
     document = data.draw(changed(json.loads(checkpoint["generation_config.json"])))
-    survives(lambda: GenerationDefaults.from_document(document, (1,)))
+    survives(lambda: GenerationDefaults.from_document(document, make_manifest()))
 
 
 @quick

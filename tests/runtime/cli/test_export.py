@@ -59,7 +59,8 @@ def test_a_variant_gives_the_graph_alone(run: Run, tmp_path: Path) -> None:
 )
 def test_refusals(run: Run, checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     result = run("export", checkpoint, "-o", tmp_path / "graph", *arguments)
-    assert result.exit_code == (1 if "--max-context" in arguments else 2)  # what only the model can tell is no wrong use
+    # What only the model can tell isn't wrong usage.
+    assert result.exit_code == (1 if "--max-context" in arguments else 2)
     assert message in result.stderr
     assert list(tmp_path.iterdir()) == []
 
