@@ -262,8 +262,10 @@ def export(checkpoint: Path, folder: Path, options: OrtOptions) -> Path:
         return save_graph(traced, folder)
 
 
-def with_rounded_weights(model: Any, ordinary: BlockFormat, sensitive: BlockFormat | None = None) -> Any:
-    """The transformers model, its weights replaced by what their codes and scales stand for."""
+def with_rounded_weights(
+    model: Any, ordinary: BlockFormat, sensitive: BlockFormat | None = None, scale_dtype: Any = np.float32
+) -> Any:
+    """The transformers model, its weights replaced by what their codes and scales, as stored, stand for."""
     rounded = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():
@@ -272,7 +274,7 @@ def with_rounded_weights(model: Any, ordinary: BlockFormat, sensitive: BlockForm
             is_sensitive = name.endswith(("embed_tokens.weight", "lm_head.weight", "down_proj.weight"))
             layout = sensitive if sensitive is not None and is_sensitive else ordinary
             rows = parameter.numpy().reshape(-1, parameter.shape[-1])
-            values = dequantize(quantize(rows, layout), layout, rows.shape[1])
+            values = dequantize(quantize(rows, layout, scale_dtype), layout, rows.shape[1])
             parameter.copy_(torch.from_numpy(values.reshape(parameter.shape)))
     return rounded
 
@@ -525,7 +527,7 @@ def test_quantized_models_for_cuda_are_those_of_the_rounded_weights(case, name, 
     layout = BITS[name]
     ids = np.random.default_rng(1).integers(0, model.config.vocab_size, 15).tolist()
     in_fp16 = copy.deepcopy(model).half().float()  # what is quantized is what the trace's type holds
-    rounded = with_rounded_weights(in_fp16, layout, dataclasses.replace(layout, bits=8))
+    rounded = with_rounded_weights(in_fp16, layout, dataclasses.replace(layout, bits=8), np.float16)
     want = reference_logits(rounded, [ids])[0, 5:].numpy()
     got = stepped_logits(export_for_cuda(checkpoint, tmp_path / "onnx", FLOAT16, layout), ids, 6)
     assert np.abs(got - want).max() < FP16_BOUND
