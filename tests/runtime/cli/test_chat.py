@@ -151,7 +151,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(bundle: Path, tmp_path: Pat
         terminal.read_until("messages in")
         terminal.type("/exit\r")
         assert terminal.process.wait(20) == 0
-    (tokens, reason), *others = re.findall(r"\[(\d+) tokens.*?ended by (\w+)\]", terminal.seen)
+    (tokens, reason), *others = re.findall(r"\[(\d+) tokens?\b.*?ended by (\w+)\]", terminal.seen)
     assert (reason, others) == ("cancelled", [])
     assert 0 < int(tokens) < 200
     assert [message["role"] for message in json.loads(file.read_text())] == ["user", "assistant"]
