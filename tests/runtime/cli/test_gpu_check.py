@@ -237,6 +237,7 @@ def test_polygraphy_gets_native_layers_in_the_place_of_plugins(engines: Path, mo
         gpu_check._compare_with_polygraphy("model", engines, "tensorrt")
 
 
+@pytest.mark.tools  # Polygraphy's double is compiled
 def test_without_polygraphy_or_a_cuda_runtime_its_comparison_is_skipped(
     engines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
