@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -62,7 +63,7 @@ StepT = TypeVar("StepT", bound=Step)
 CacheT = TypeVar("CacheT", bound=Cache)
 
 
-class RowEngine(Generic[StepT, CacheT]):
+class RowEngine(ABC, Generic[StepT, CacheT]):
     """`runtime.engine.protocol.Engine` over a backend's two steps and its cache; a backend adds opening and `close`.
 
     Prefill runs one row a step, so a prompt is never padded; decode runs a contiguous range of rows. An idle
@@ -162,9 +163,9 @@ class RowEngine(Generic[StepT, CacheT]):
         self._decode = None
         self._free_resources()
 
+    @abstractmethod
     def _free_resources(self) -> None:
         """Frees what a backend holds; may be called again."""
-        raise NotImplementedError
 
     def _prefill_chunks(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         step, lengths = _opened(self._prefill), self._cache.lengths
