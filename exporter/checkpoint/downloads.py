@@ -1,4 +1,4 @@
-"""What a download that isn't whole leaves behind: recognised, and named with what finishes it."""
+"""What a download that isn't whole leaves behind: recognized, and named with what finishes it."""
 
 from __future__ import annotations
 
