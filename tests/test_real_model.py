@@ -106,7 +106,7 @@ def through_int8(weight: NDArray[np.generic]) -> NDArray[np.float32]:
 
 
 def test_verify_fails_and_names_the_bound(bundle: Callable[[str], Path]) -> None:
-    asked = ("--kl-divergence", "1e-9", "--windows", 1, "--skip-weights")
+    asked = ("--kl-divergence", "1e-9", "--windows", 1, "--window", 64, "--greedy-tokens", 1, "--skip-weights")
     result = qwen_aot("verify", bundle("int8"), "--reference", MODEL, *asked)
     assert result.returncode == 1
     assert "failed: kl_divergence is " in result.stdout
