@@ -7,6 +7,5 @@ fetch_model
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/clang-format --dry-run --Werror plugins/src/*.cpp plugins/src/*.h tests/plugins/src/*.cpp tests/plugins/src/*.h \
-  tests/plugins/driver/*.cpp tests/plugins/driver/*.h
+find plugins runtime tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' | xargs .venv/bin/clang-format --dry-run --Werror
 exec .venv/bin/python -m pytest -n 2 --dist worksteal -m "not gpu and not network and not deep" "$@"

@@ -1,0 +1,1 @@
+"""The C library: the runtime for applications in C and C++, its sources and what builds it."""

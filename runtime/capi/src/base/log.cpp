@@ -1,0 +1,24 @@
+#include "base/log.h"
+
+#include <cstdarg>
+#include <cstdio>
+
+namespace qwen_aot
+{
+
+void Log::write(qwen_aot_log_level level, char const* format, ...) const
+{
+    if (callback_ == nullptr)
+    {
+        return;
+    }
+    char message[1537];
+    va_list arguments;
+    va_start(arguments, format);
+    int const wanted = std::vsnprintf(message, sizeof message, format, arguments);
+    va_end(arguments);
+    size_t const length = wanted < 0 ? 0 : static_cast<size_t>(wanted);
+    callback_(user_, level, message, length < sizeof message ? length : sizeof message - 1);
+}
+
+} // namespace qwen_aot

@@ -1,0 +1,105 @@
+/** What a bundle's manifest.json says, of what this library needs; the rest of it is checked too (docs/bundle.md). */
+#pragma once
+
+#include "base/memory.h"
+#include "base/status.h"
+#include "base/text.h"
+
+#include <cstdint>
+#include <string_view>
+
+namespace qwen_aot
+{
+
+/** Element types of inputs and outputs, as the manifest names them. */
+enum class DType : uint8_t
+{
+    int64,
+    int32,
+    float32,
+    float16,
+    bfloat16,
+    int8
+};
+size_t dtype_bytes(DType type);
+char const* dtype_name(DType type);
+
+/** One input or output: a dimension is a size, or the negative of a letter (-'B'). */
+struct IoTensor
+{
+    Text name;
+    DType dtype;
+    Array<int64_t> shape;
+};
+
+/** Tokens a step may have in a row. */
+struct Profile
+{
+    Text name;
+    int64_t min_tokens;
+    int64_t max_tokens;
+};
+
+/** Native code of a bundle's TensorRT engine, and what the GPU must be. */
+struct TensorRtFacts
+{
+    Text version;
+    Array<Text> compute_capabilities;
+    bool is_version_compatible;
+    int64_t cache_bytes;
+    bool has_plugins;
+    Text plugin_file;
+    Text plugin_sha256;
+    bool has_plugins_in_engine;
+};
+
+struct TextEngine
+{
+    Text file;
+    Text precision;
+    bool has_fast_prefill;
+    Array<IoTensor> inputs;
+    Array<IoTensor> outputs;
+    Array<Profile> profiles;
+    DType cache_dtype;
+    bool has_tensorrt;
+    TensorRtFacts tensorrt;
+};
+
+struct FileEntry
+{
+    Text name;
+    int64_t bytes;
+    uint8_t sha256[32];
+};
+
+struct Manifest
+{
+    int32_t format_version; // of the file
+    Text model_name;
+    int64_t num_parameters;
+    int64_t vocab_size;
+    int64_t num_hidden_layers;
+    int64_t bos_token_id; // -1: none
+    int64_t pad_token_id; // -1: none
+    Array<int32_t> eos_token_ids;
+    Text target;
+    TextEngine text_engine;
+    bool has_vision;
+    int64_t max_context;
+    int64_t max_batch;
+    int64_t prefill_chunk;
+    Text compiled_tokenizer;        // "": none
+    Text compiled_chat_template;    // "": none
+    int64_t default_max_new_tokens; // -1: none
+    Array<FileEntry> files;
+
+    /** The most slots that a row's cache may have (`cache_capacity` in runtime/bundle/manifest.py). */
+    int64_t max_capacity() const;
+    FileEntry const* find_file(std::string_view name) const;
+
+    /** BUNDLE: the message names the key, what was found and what is accepted. */
+    static Status parse(std::string_view text, Manifest& manifest, Error& error);
+};
+
+} // namespace qwen_aot

@@ -1,0 +1,102 @@
+"""Compiles the C library and the programs that drive it, once a session and flavour."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+SOURCES = Path(__file__).parents[3] / "runtime" / "capi"
+PROGRAMS = Path(__file__).parent / "src"
+
+# Flavour -> value of QWEN_AOT_SANITIZE.
+FLAVOURS = {"plain": "", "address": "address;undefined", "thread": "thread"}
+
+
+class Native:
+    """The library's objects in one flavour, in a folder that is kept between sessions: what changed is built anew."""
+
+    def __init__(self, folder: Path, flavour: str = "plain") -> None:
+        """Builds the library.
+
+        Args:
+            folder: where; several processes may share it.
+            flavour: of FLAVOURS.
+        """
+        self.folder = folder / flavour
+        self.flavour = flavour
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            build = self.folder / "build"
+            configure = [
+                "cmake",
+                "-S",
+                str(SOURCES),
+                "-B",
+                str(build),
+                f"-DQWEN_AOT_SANITIZE={FLAVOURS[flavour]}",
+                "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
+            ]
+            run(configure)
+            run(["cmake", "--build", str(build), "--parallel", "2", "--target", "qwen_aot_static"])
+        self.library = build / "libqwen_aot.a"
+
+    def program(self, name: str, *, sources: Iterable[str] = (), flags: Sequence[str] = ()) -> Path:
+        """The program of src/NAME.cpp, linked with the library's inside.
+
+        Args:
+            name: of its file, without a suffix.
+            sources: more files of src/.
+            flags: more for the compiler.
+        """
+        program = self.folder / name
+        files = [PROGRAMS / f"{name}.cpp", *(PROGRAMS / source for source in sources)]
+        newest = max(path.stat().st_mtime for path in (*files, self.library, *PROGRAMS.glob("*.h")))
+        with (self.folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not program.exists() or program.stat().st_mtime < newest:
+                sanitize = [f"-fsanitize={kind}" for kind in FLAVOURS[self.flavour].split(";") if kind]
+                part = program.with_suffix(".part")
+                run(
+                    [
+                        os.environ.get("CXX", "g++"),
+                        "-std=c++17",
+                        "-g",
+                        "-O1",
+                        "-Wall",
+                        "-Wextra",
+                        "-Werror",
+                        *sanitize,
+                        *flags,
+                        f"-I{SOURCES / 'include'}",
+                        f"-I{SOURCES / 'src'}",
+                        *map(str, files),
+                        str(self.library),
+                        "-ldl",
+                        "-pthread",
+                        "-o",
+                        str(part),
+                    ]
+                )
+                part.replace(program)
+        return program
+
+
+def run(command: Sequence[str | Path]) -> str:
+    """A command's output; what it said, where it fails."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def ask(program: Path, requests: Iterable[Any], *arguments: str | Path) -> list[Any]:
+    """What a program answers: it reads a JSON object a line and writes one for each."""
+    text = "".join(json.dumps(request) + "\n" for request in requests)
+    done = subprocess.run([str(program), *map(str, arguments)], input=text.encode(), capture_output=True, check=False)
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr.decode(errors='replace')}"
+    return [json.loads(line) for line in done.stdout.decode().splitlines()]
