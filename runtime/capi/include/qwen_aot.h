@@ -18,7 +18,7 @@
  * use one at once. Every other handle is used by one thread at a time; a generator, a chat and raw rows answer
  * QWEN_AOT_BUSY to a second thread, and to a callback that calls back into them, rather than break. What any thread may
  * call at any time says so. After fork() a child may only free handles of its parent; else they answer
- * QWEN_AOT_WRONG_PROCESS there.
+ * QWEN_AOT_WRONG_PROCESS there. (What the engine's library holds is left to the end of that process.)
  *
  * Versions. Within one major number of QWEN_AOT_API_VERSION nothing that stands here changes or goes; functions,
  * status codes and enumerators may come. The library's SONAME has the major number.
@@ -394,13 +394,15 @@ QWEN_AOT_API qwen_aot_event const* qwen_aot_generator_event(qwen_aot_generator c
 QWEN_AOT_API int32_t qwen_aot_generator_is_idle(qwen_aot_generator const* generator);
 
 /** Asks for the end of a request: its completion comes in the step at work or the next one, a long prefill stops at
- *  once. A request that has ended, or never was, is no error. Any thread, at any time, and signal handlers. */
+ *  once. id 0: what qwen_aot_generate or qwen_aot_chat_send serves. A request that has ended, or never was, is no
+ *  error. Any thread, at any time, and signal handlers. */
 QWEN_AOT_API void qwen_aot_generator_cancel(qwen_aot_generator* generator, uint64_t id);
 
-/** Serves one prompt to its end: submits, steps, and gives each event of this request to `callback` on this thread (NULL:
- *  none). A callback that returns other than 0 cancels; the completion still comes. Events of others that were submitted
- *  before are not given out: use step. *completion: valid until the next call on the generator; may be NULL.
- *  CANCELLED: it was. Else the failure, as submit and step, or the request's own. */
+/** Serves one prompt to its end: submits, steps, and gives each event to `callback` on this thread (NULL: none). A callback
+ *  that returns other than 0 cancels; the completions still come. With n > 1 the events of all choices come.
+ *  *completion: of choice 0, valid until the next call on the generator; may be NULL; given for CANCELLED too.
+ *  CANCELLED: it was, by the callback or by qwen_aot_generator_cancel(generator, 0). BUSY: the generator has requests that
+ *  were submitted; step until it is idle. Else the failure, as submit and step, or the request's own. */
 typedef int32_t (*qwen_aot_event_callback)(void* user, qwen_aot_event const* event);
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_generate(qwen_aot_generator* generator,
     qwen_aot_request const* request, qwen_aot_event_callback callback, void* user, qwen_aot_event const** completion,

@@ -49,7 +49,7 @@ Quoted::Quoted(std::string_view text)
     size_t length = 0;
     size_t characters = 0;
     text_[length++] = '\'';
-    for (size_t i = 0; i < text.size() && characters < 80; ++characters)
+    for (size_t i = 0; i < text.size() && characters < 240; ++characters)
     {
         auto const byte = static_cast<unsigned char>(text[i]);
         if (byte < 0x20 || byte == 0x7F)

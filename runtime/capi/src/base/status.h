@@ -56,7 +56,7 @@ private:
     char message_[kCapacity] = "";
 };
 
-/** A text of somebody else for a message: at most 80 characters, control characters as \xNN, in single quotes. */
+/** A text of somebody else for a message: at most 240 characters, control characters as \xNN, in single quotes. */
 class Quoted
 {
 public:
@@ -64,7 +64,7 @@ public:
     char const* c_str() const { return text_; }
 
 private:
-    char text_[80 * 4 + 8];
+    char text_[240 * 4 + 8];
 };
 
 } // namespace qwen_aot

@@ -349,7 +349,7 @@ private:
             }
             if (byte != '\\')
             {
-                size_t const size = utf8_size(text_, at_);
+                size_t const size = utf8_length(rest());
                 if (size == 0)
                 {
                     return error_.fail(
@@ -469,6 +469,8 @@ private:
     /** The next byte; NUL, which stands nowhere in JSON, at the end. */
     char next() const { return at_ < text_.size() ? text_[at_] : '\0'; }
 
+    std::string_view rest() const { return {text_.data() + at_, text_.size() - at_}; }
+
     bool stands(std::string_view word) const
     {
         return text_.size() - at_ >= word.size() && std::memcmp(text_.data() + at_, word.data(), word.size()) == 0;
@@ -501,11 +503,10 @@ private:
                 "%s is not JSON: it ends in line %zu; accepted there: %s. It is damaged or was not written to its end",
                 where_, line, accepted);
         }
-        size_t const shown = std::max<size_t>(utf8_size(text_, at_), 1);
+        std::string_view const found{text_.data() + at_, utf8_length(rest())};
         return error_.fail(Status::bundle,
             "%s is not JSON: %s at byte %zu, line %zu; accepted there: %s. It is damaged", where_,
-            utf8_size(text_, at_) == 0 ? "a byte that is not UTF-8" : Quoted({text_.data() + at_, shown}).c_str(), at_,
-            line, accepted);
+            found.empty() ? "a byte that is not UTF-8" : Quoted(found).c_str(), at_, line, accepted);
     }
 
     std::string_view const text_;
