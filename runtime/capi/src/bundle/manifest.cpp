@@ -690,17 +690,6 @@ private:
         return tensorrt.is_null() ? Status::ok : read_tensorrt(tensorrt, facts);
     }
 
-    static bool starts_with(std::string_view text, std::string_view start)
-    {
-        return text.size() >= start.size() && std::memcmp(text.data(), start.data(), start.size()) == 0;
-    }
-
-    static bool ends_with(std::string_view text, std::string_view end)
-    {
-        return text.size() >= end.size()
-            && std::memcmp(text.data() + text.size() - end.size(), end.data(), end.size()) == 0;
-    }
-
     JsonValue const document_;
     Manifest& manifest_;
     Error& error_;
