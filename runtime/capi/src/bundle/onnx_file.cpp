@@ -146,6 +146,11 @@ private:
         {
             locations_.shrink(first);
         }
+        else if (locations_.size() == first)
+        {
+            // What isn't there is empty, to readers of protobuf.
+            QWEN_AOT_NEED(locations_.push(""), error_, where_);
+        }
         return Status::ok;
     }
 
