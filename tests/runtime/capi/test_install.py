@@ -168,7 +168,8 @@ def test_cmake_finds_it(
     installed: Installed, text_bundle: Path, onnxruntime: Path, tmp_path: Path, expected: str, target: str
 ) -> None:
     (tmp_path / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.20)\nproject(program LANGUAGES C)\nfind_package(qwen_aot 1.0 CONFIG REQUIRED)\n"
+        "cmake_minimum_required(VERSION 3.20)\nproject(program LANGUAGES C)\n"
+        "find_package(qwen_aot 1.0 CONFIG REQUIRED)\n"
         f"add_executable(program stream.c)\ntarget_link_libraries(program PRIVATE qwen_aot::{target})\n"
     )
     shutil.copy(EXAMPLES / "stream.c", tmp_path)
