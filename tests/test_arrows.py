@@ -33,7 +33,7 @@ RUNTIME = (
     ("runtime.bundle", "the bundle format"),
     ("runtime.engine | runtime.text", "one step of an engine; text to tokens and back"),
     ("runtime.backends", "an engine for each kind of file in a bundle"),
-    ("runtime.generation", "drives any engine"),
+    ("runtime.generation | runtime.capi", "drives any engine; builds the C library, which does the same"),
     ("runtime.cli", "shows all of it on a terminal"),
 )
 PLUGINS = (

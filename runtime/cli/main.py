@@ -20,6 +20,7 @@ VERBS = {
     "inspect": Verb("qwen_aot.runtime.cli.inspect", "Show a checkpoint, an ONNX file or a bundle as a table."),
     "plan": Verb("qwen_aot.runtime.cli.plan", "Show which models fit which devices, and how fast at most."),
     "gpu-check": Verb("qwen_aot.runtime.cli.gpu_check", "Build, test, compare and measure on this machine's GPU."),
+    "capi": Verb("qwen_aot.runtime.cli.capi", "Build the C library for programs in C and C++."),
     "doctor": Verb("qwen_aot.runtime.cli.doctor", "Show versions, hardware and what each target lacks here."),
 }
 

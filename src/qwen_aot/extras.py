@@ -22,6 +22,7 @@ EXTRA_OF = {
     "torch": "build",
     "transformers": "verify",
     "triton": "plugins",
+    "ziglang": "release",
 }
 
 

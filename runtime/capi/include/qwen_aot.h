@@ -400,7 +400,7 @@ QWEN_AOT_API void qwen_aot_generator_cancel(qwen_aot_generator* generator, uint6
 
 /** Serves one prompt to its end: submits, steps, and gives each event to `callback` on this thread (NULL: none). A callback
  *  that returns other than 0 cancels; the completions still come. With n > 1 the events of all choices come.
- *  *completion: of choice 0, valid until the next call on the generator; may be NULL; given for CANCELLED too.
+ *  *completion: the last one that came, valid until the next call on the generator; may be NULL; given for CANCELLED too.
  *  CANCELLED: it was, by the callback or by qwen_aot_generator_cancel(generator, 0). BUSY: the generator has requests that
  *  were submitted; step until it is idle. Else the failure, as submit and step, or the request's own. */
 typedef int32_t (*qwen_aot_event_callback)(void* user, qwen_aot_event const* event);

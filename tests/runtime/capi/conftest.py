@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 
+from qwen_aot.engines.build import build_bundle
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.precisions import Precision
+from tests.checkpoints import save_tiny
+from tests.runtime.capi.client import Library
 from tests.runtime.capi.native import Native
+from tests.shared import once
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +26,32 @@ def native_folder(pytestconfig: pytest.Config) -> Path:
 def native(native_folder: Path) -> Native:
     """The library's inside, without sanitizers."""
     return Native(native_folder)
+
+
+@pytest.fixture(scope="session")
+def library(native: Native) -> Library:
+    """The shared library, loaded."""
+    return Library(native.shared())
+
+
+@pytest.fixture(scope="session")
+def onnxruntime() -> Path:
+    """The library that this Python's onnxruntime brings."""
+    found = importlib.util.find_spec("onnxruntime")
+    assert found is not None and found.origin is not None
+    (path,) = (Path(found.origin).parent / "capi").glob("libonnxruntime.so.*")
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_bundle(shared_folder: Path) -> Path:
+    """A tiny model with a tokenizer and a chat template, four rows, fp32."""
+
+    def make(folder: Path) -> Path:
+        save_tiny(folder / "tiny", with_tokenizer=True)
+        build_bundle(
+            folder / "tiny", BuildSpec(precision=Precision.FP32, max_context=768, max_batch=4), folder / "bundle"
+        )
+        return folder / "bundle"
+
+    return once(shared_folder / "capi_bundle", make)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +45,13 @@ class Native:
             run(["cmake", "--build", str(build), "--parallel", "2", "--target", "qwen_aot_static"])
         self.library = build / "libqwen_aot.a"
 
+    def shared(self) -> Path:
+        """The shared library, as it is installed but for what tests add."""
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            run(["cmake", "--build", str(self.folder / "build"), "--parallel", "2", "--target", "qwen_aot"])
+        return self.folder / "build" / "libqwen_aot.so"
+
     def program(self, name: str, *, sources: Iterable[str] = (), flags: Sequence[str] = ()) -> Path:
         """The program of src/NAME.cpp, linked with the library's inside.
 
@@ -55,7 +61,11 @@ class Native:
             flags: more for the compiler.
         """
         program = self.folder / name
-        files = [PROGRAMS / f"{name}.cpp", *(PROGRAMS / source for source in sources)]
+        main = next(
+            PROGRAMS / f"{name}{suffix}" for suffix in (".cpp", ".c") if (PROGRAMS / f"{name}{suffix}").exists()
+        )
+        compiler, standard = ("g++", "c++17") if main.suffix == ".cpp" else ("gcc", "c99")
+        files = [main, *(PROGRAMS / source for source in sources)]
         newest = max(path.stat().st_mtime for path in (*files, self.library, *PROGRAMS.glob("*.h")))
         with (self.folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -64,8 +74,8 @@ class Native:
                 part = program.with_suffix(".part")
                 run(
                     [
-                        os.environ.get("CXX", "g++"),
-                        "-std=c++17",
+                        compiler,
+                        f"-std={standard}",
                         "-g",
                         "-O1",
                         "-Wall",
@@ -78,6 +88,7 @@ class Native:
                         *map(str, files),
                         str(self.library),
                         "-ldl",
+                        "-lm",
                         "-pthread",
                         "-o",
                         str(part),

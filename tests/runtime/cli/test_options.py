@@ -23,6 +23,7 @@ NEEDED = {
     "inspect": ("bundle",),
     "plan": ("qwen1.5-0.5b",),
     "gpu-check": (),
+    "capi": ("--prefix", "out"),
     "doctor": (),
 }
 RTX, TENSORRT, BLOCKS = ("--target", "tensorrt-rtx"), ("--target", "tensorrt"), ("--precision", "int4")
@@ -110,6 +111,13 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--kv-precision", "int2", "kv_precision 'int2' doesn't exist"),
     ],
     "gpu-check": [("--output", "", "it is empty")],
+    "capi": [
+        ("--prefix", "", "it is empty"),
+        ("--processor", "riscv64", "'riscv64' is not one of 'x86_64', 'aarch64'"),
+        ("--jobs", "0", "0 is not in the range x>=1"),
+        ("--tensorrt-include", "nowhere", "'nowhere' does not exist"),
+        ("--tensorrt-include", "", "it is empty"),
+    ],
 }
 # What only the model can judge, or what takes any text.
 FREE = {("chat", "--system"), ("gpu-check", "--model")}

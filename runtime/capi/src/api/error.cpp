@@ -171,7 +171,7 @@ char const* give(std::string_view text, size_t* length)
     {
         *length = text.size();
     }
-    return text.data();
+    return text.data() == nullptr ? "" : text.data();
 }
 
 } // namespace qwen_aot::api

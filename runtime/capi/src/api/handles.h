@@ -6,6 +6,7 @@
 #include "base/text.h"
 #include "bundle/bundle.h"
 #include "engine/backend.h"
+#include "generation/batch.h"
 #include "generation/config.h"
 #include "qwen_aot.h"
 #include "system/system.h"
@@ -62,6 +63,65 @@ struct qwen_aot_conversation
     qwen_aot::Status add(std::string_view role, std::string_view content, qwen_aot::Error& error);
     /** Makes it a copy of another. */
     qwen_aot::Status copy(qwen_aot_conversation const& other, qwen_aot::Error& error);
+};
+
+struct qwen_aot_config
+{
+    qwen_aot::GenerationConfig config;
+};
+
+struct qwen_aot_request
+{
+    enum class Prompt
+    {
+        none,
+        text,
+        ids,
+        conversation
+    };
+    Prompt prompt = Prompt::none;
+    qwen_aot::Text text;
+    qwen_aot::Array<int32_t> ids;
+    qwen_aot_conversation conversation;
+    bool has_config = false;
+    qwen_aot::GenerationConfig config;
+    bool keep_cache = false;
+};
+
+/** An engine of its own for a generator or raw rows. In a child of the process that made it, it isn't freed: the threads that
+ *  its end would wait for are in the parent. */
+struct OwnEngine
+{
+    OwnEngine() = default;
+    OwnEngine(OwnEngine const&) = delete;
+    OwnEngine& operator=(OwnEngine const&) = delete;
+    ~OwnEngine();
+    qwen_aot::Status open(qwen_aot_model* of, qwen_aot::Error& error);
+
+    qwen_aot::Ref<qwen_aot_model> model;
+    qwen_aot::EngineBox engine;
+    std::atomic<bool> is_busy{false};
+};
+
+struct qwen_aot_generator : qwen_aot::Shared
+{
+    OwnEngine own;
+    qwen_aot::Box<qwen_aot::Batch> batch;  // freed before the engine that it drives
+    std::atomic<uint64_t> served{0};       // the request that `qwen_aot_generate` is at, once it has a number
+    std::atomic<bool> is_cancelled{false}; // whether that one's end was asked for
+};
+
+struct qwen_aot_chat
+{
+    qwen_aot::Ref<qwen_aot_generator> generator;
+    qwen_aot::GenerationConfig config;
+    qwen_aot_conversation conversation;
+    size_t num_system = 0; // messages that `reset` leaves
+};
+
+struct qwen_aot_rows : qwen_aot::Shared
+{
+    OwnEngine own;
 };
 
 namespace qwen_aot::api

@@ -72,7 +72,7 @@ Status open_model(std::string_view path, qwen_aot_options const& options, qwen_a
     model->log = options.engine.log;
     QWEN_AOT_TRY(Bundle::open(path, options.hash_limit, model->bundle, error));
     QWEN_AOT_TRY(open_text(*model, error));
-    QWEN_AOT_TRY(GenerationDefaults::read(model->bundle, model->log, model->defaults, error));
+    QWEN_AOT_TRY(GenerationDefaults::from_bundle(model->bundle, model->log, model->defaults, error));
     QWEN_AOT_TRY(open_backend(model->bundle, options.engine, model->backend, error));
     model->hold();
     *result = model.release();
@@ -238,7 +238,7 @@ extern "C" qwen_aot_status qwen_aot_model_fact(
     case QWEN_AOT_FACT_NUM_PARAMETERS: *value = manifest.num_parameters; break;
     case QWEN_AOT_FACT_BOS_TOKEN_ID: *value = manifest.bos_token_id; break;
     case QWEN_AOT_FACT_PAD_TOKEN_ID: *value = manifest.pad_token_id; break;
-    case QWEN_AOT_FACT_DEFAULT_MAX_NEW_TOKENS: *value = model->defaults.max_new_tokens(); break;
+    case QWEN_AOT_FACT_DEFAULT_MAX_NEW_TOKENS: *value = model->defaults.max_new_tokens.otherwise(-1); break;
     case QWEN_AOT_FACT_HAS_TOKENIZER: *value = model->has_tokenizer ? 1 : 0; break;
     case QWEN_AOT_FACT_HAS_CHAT_TEMPLATE: *value = model->has_template ? 1 : 0; break;
     case QWEN_AOT_FACT_HAS_VISION: *value = manifest.has_vision ? 1 : 0; break;
@@ -268,7 +268,7 @@ extern "C" char const* qwen_aot_model_precision(qwen_aot_model const* model, siz
 
 extern "C" int32_t const* qwen_aot_model_eos_token_ids(qwen_aot_model const* model, size_t* count)
 {
-    Span<int32_t const> const ids = model == nullptr ? Span<int32_t const>() : model->defaults.eos_token_ids();
+    Span<int32_t const> const ids = model == nullptr ? Span<int32_t const>() : model->defaults.eos_token_ids.view();
     if (count != nullptr)
     {
         *count = ids.size();

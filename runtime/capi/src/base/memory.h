@@ -24,6 +24,13 @@ public:
     {
     }
 
+    /** The same elements, not to be changed. */
+    template <class Mutable, class = std::enable_if_t<std::is_same_v<Mutable const, T>>>
+    Span(Span<Mutable> other)
+        : Span(other.data(), other.size())
+    {
+    }
+
     T* data() const { return data_; }
     size_t size() const { return size_; }
     bool empty() const { return size_ == 0; }

