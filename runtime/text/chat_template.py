@@ -16,7 +16,7 @@ from jinja2.utils import Namespace
 from qwen_aot.errors import BundleError, GenerationError
 from qwen_aot.runtime.text.template_budget import BudgetedEnvironment, budget
 
-__all__ = ["RESERVED", "ChatTemplate", "Message", "template_tokens"]
+__all__ = ["RESERVED", "ChatTemplate", "Message", "parse_template", "template_tokens"]
 
 Message: TypeAlias = Mapping[
     str, Any
@@ -141,6 +141,15 @@ class ChatTemplate:
                 return self._template.render(given)
         except _TEMPLATE_FAILURES as error:
             raise GenerationError(f"the chat template refuses these messages: {error}") from error
+
+
+def parse_template(source: str) -> jinja2.nodes.Template:
+    """A template's syntax, in the environment in which it is rendered.
+
+    Raises:
+        jinja2.TemplateSyntaxError: it isn't a template.
+    """
+    return _environment().parse(source)
 
 
 def template_tokens(config: Mapping[str, Any]) -> dict[str, str | list[str]]:
