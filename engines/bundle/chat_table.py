@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qwen_aot.engines.bundle.chat_rules import THOUGHT_CLOSE, THOUGHT_OPEN, Part, Query, Rule, after_query, apply
+from qwen_aot.engines.bundle.chat_rules import THOUGHT_CLOSE, THOUGHT_OPEN, Query, Rule, after_query, apply
 
 __all__ = ["ASSISTANT", "ROLES", "ChatTable", "Control", "Refused", "Slot", "Variant"]
 
@@ -121,7 +121,8 @@ class ChatTable:
         """Whether the template says something else because a text spells a control token, which is then no text."""
         if self.query is not Query.LAST_USER_SPEAKING or not self.query_is_control:
             return False
-        return self.slots(messages, variant) != self.slots(messages, variant, Query.LAST_USER)
+        other = self.slots(messages, variant, Query.LAST_USER)
+        return self.render(messages, variant) != "".join(slot.text for slot in other)
 
     @property
     def query_is_control(self) -> bool:

@@ -108,7 +108,7 @@ def _numbers(tree: nodes.Template) -> Iterator[str]:
 
 def _lists(tree: nodes.Template) -> set[str]:
     """Names that only ever stand for messages, or some of them."""
-    assigned: dict[str, list[nodes.Expr | None]] = {}
+    assigned: dict[str, list[nodes.Node | None]] = {}
     for node in tree.find_all(nodes.Assign):
         if isinstance(node.target, nodes.Name):
             assigned.setdefault(node.target.name, []).append(node.node)
@@ -156,7 +156,7 @@ def _has_no_content(value: nodes.Node | None, lists: Collection[str]) -> bool:
 
 
 def _walk(node: nodes.Node) -> Iterator[nodes.Node]:
-    left = [node]
+    left: list[nodes.Node] = [node]
     while left:
         node = left.pop()
         yield node

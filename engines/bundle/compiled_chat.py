@@ -6,9 +6,7 @@ built without one: `runtime.text.chat_template` renders it all the same.
 
 from __future__ import annotations
 
-import functools
 import itertools
-import json
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,12 +22,11 @@ from qwen_aot.runtime.text.chat_template import ChatTemplate, parse_template, te
 from qwen_aot.runtime.text.control_tokens import ControlTokens
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 
-__all__ = ["COMPILED_CHAT_NAME", "ChatNotCompiled", "chat_table", "compile_chat"]
-
-COMPILED_CHAT_NAME = "chat.qtpl"
+__all__ = ["ChatNotCompiled", "chat_table", "compile_chat"]
 
 _RENDERS = 2_400  # conversations of the proof, for each value of `enable_thinking` a part of them
 _ENCODED = 150  # of which the ids are compared too
+_STEPS = 5_000  # of a render; a long conversation takes some 1,000, and a template that takes all of them costs seconds
 _LONG = chat_whitelist.MAX_NUMBERS + 16  # messages of a long conversation, characters of a long text
 
 _THINKING: tuple[Mapping[str, Any], ...] = ({}, {"enable_thinking": False}, {"enable_thinking": True})
@@ -39,24 +36,12 @@ class ChatNotCompiled(BuildError):  # noqa: N818  # as TokenizerNotCompiled
     """A chat template that isn't one of literals and named rules; the message says what it does instead."""
 
 
-def compile_chat(config: Mapping[str, Any], tokenizer_json: str, *, vocab_size: int) -> bytes:
-    """The content of chat.qtpl.
-
-    Args:
-        config: tokenizer_config.json, with a chat template.
-        tokenizer_json: the tokenizer's file.
-        vocab_size: the model's.
+def compile_chat(tokenizer: Tokenizer) -> bytes:
+    """The content of chat.qtpl for a tokenizer that has a chat template.
 
     Raises:
         ChatNotCompiled: the template is of another shape.
     """
-    return _compiled(json.dumps(config), tokenizer_json, vocab_size)
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(config_json: str, tokenizer_json: str, vocab_size: int) -> bytes:
-    config = json.loads(config_json)
-    tokenizer = Tokenizer(RustTokenizer.from_str(tokenizer_json), config, vocab_size=vocab_size)
     return chat_table(tokenizer).to_bytes()
 
 
@@ -68,8 +53,12 @@ def chat_table(tokenizer: Tokenizer) -> ChatTable:
     """
     assert tokenizer.chat_template is not None
     tokens = template_tokens(tokenizer.config)
-    tree = parse_template(tokenizer.chat_template)
-    if reason := chat_whitelist.refusal(tree, tokens.keys()):
+    try:
+        tree = parse_template(tokenizer.chat_template)
+        reason = chat_whitelist.refusal(tree, tokens.keys())
+    except RecursionError:
+        reason = "it is nested too deeply"
+    if reason is not None:
         raise ChatNotCompiled(reason)
     template = ChatTemplate(tokenizer.chat_template, tokens)
     control = ControlTokens(tokenizer.backend, others=tokenizer.chat_control_tokens, literals=template.literals)
@@ -224,7 +213,8 @@ def _put(table: dict[Any, str], key: Any, literal: str) -> None:
 
 def _render(template: ChatTemplate, messages: Messages, variables: Mapping[str, Any]) -> str | None:
     try:
-        return template.render([{"role": role, "content": text} for role, text in messages], variables=variables)
+        objects = [{"role": role, "content": text} for role, text in messages]
+        return template.render(objects, variables=variables, max_steps=_STEPS)
     except GenerationError:
         return None
 

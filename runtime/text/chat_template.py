@@ -115,6 +115,7 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         now: datetime.datetime | None = None,
+        max_steps: int | None = None,
     ) -> str:
         """The conversation as text, special tokens written out.
 
@@ -125,6 +126,7 @@ class ChatTemplate:
             variables: what else the template reads (`documents`, `enable_thinking`, ...), none of RESERVED.
             add_generation_prompt: end with the opening of the assistant's answer.
             now: the time that a template which asks gets; None: the clock's.
+            max_steps: rounds of loops and calls that it may take; None: as many as any.
 
         Raises:
             GenerationError: the template refuses the messages.
@@ -137,7 +139,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            with budget():
+            with budget(max_steps):
                 return self._template.render(given)
         except _TEMPLATE_FAILURES as error:
             raise GenerationError(f"the chat template refuses these messages: {error}") from error

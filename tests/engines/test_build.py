@@ -53,6 +53,7 @@ def test_a_bundle_is_whole_and_says_what_it_is(checkpoint: Path, tmp_path: Path)
         "model.onnx.data",
         "tokenizer.json",
         "tokenizer_config.json",
+        "chat.qtpl",
         "generation_config.json",
         "report.json",
     }
@@ -68,7 +69,7 @@ def test_a_bundle_is_whole_and_says_what_it_is(checkpoint: Path, tmp_path: Path)
     assert manifest["text"] == {
         "tokenizer": "tokenizer.json",
         "compiled_tokenizer": None,
-        "compiled_chat_template": None,
+        "compiled_chat_template": "chat.qtpl",
     }
     assert {"torch", "onnx", "onnxruntime", "qwen-aot", "python"} <= set(manifest["tool_versions"])
     stages = list(dict.fromkeys(event.stage for event in events))
