@@ -22,7 +22,9 @@ from qwen_aot.runtime.text.chat_template import ChatTemplate, parse_template, te
 from qwen_aot.runtime.text.control_tokens import ControlTokens
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 
-__all__ = ["ChatNotCompiled", "chat_table", "compile_chat"]
+__all__ = ["COMPILED_CHAT_NAME", "ChatNotCompiledError", "chat_table", "compile_chat"]
+
+COMPILED_CHAT_NAME = "chat.qtpl"
 
 _RENDERS = 2_400  # conversations of the proof, for each value of `enable_thinking` a part of them
 _ENCODED = 150  # of which the ids are compared too
@@ -32,7 +34,7 @@ _LONG = chat_whitelist.MAX_NUMBERS + 16  # messages of a long conversation, char
 _THINKING: tuple[Mapping[str, Any], ...] = ({}, {"enable_thinking": False}, {"enable_thinking": True})
 
 
-class ChatNotCompiled(BuildError):  # noqa: N818  # as TokenizerNotCompiled
+class ChatNotCompiledError(BuildError):
     """A chat template that isn't one of literals and named rules; the message says what it does instead."""
 
 
@@ -40,7 +42,7 @@ def compile_chat(tokenizer: Tokenizer) -> bytes:
     """The content of chat.qtpl for a tokenizer that has a chat template.
 
     Raises:
-        ChatNotCompiled: the template is of another shape.
+        ChatNotCompiledError: the template is of another shape.
     """
     return chat_table(tokenizer).to_bytes()
 
@@ -49,7 +51,7 @@ def chat_table(tokenizer: Tokenizer) -> ChatTable:
     """Compiles the chat template of a tokenizer that has one.
 
     Raises:
-        ChatNotCompiled: it is of another shape.
+        ChatNotCompiledError: it is of another shape.
     """
     assert tokenizer.chat_template is not None
     tokens = template_tokens(tokenizer.config)
@@ -59,24 +61,24 @@ def chat_table(tokenizer: Tokenizer) -> ChatTable:
     except RecursionError:
         reason = "it is nested too deeply"
     if reason is not None:
-        raise ChatNotCompiled(reason)
+        raise ChatNotCompiledError(reason)
     template = ChatTemplate(tokenizer.chat_template, tokens)
     control = ControlTokens(tokenizer.backend, others=tokenizer.chat_control_tokens, literals=template.literals)
     controls = _controls(tokenizer.backend, control)
     texts = _Texts(chat_whitelist.texts_of(tree), [each.text for each in controls])
     thinking = _THINKING if "enable_thinking" in template.variables else _THINKING[:1]
-    reasons: list[ChatNotCompiled] = []  # in the end, of the query that came furthest
+    reasons: list[ChatNotCompiledError] = []  # in the end, of the query that came furthest
     for query in Query:
         try:
             table = ChatTable(tuple(_Probed(template, each, query).variant() for each in thinking), query, controls)
-        except ChatNotCompiled as error:
+        except ChatNotCompiledError as error:
             reasons.append(error)
             continue
         try:
             _check_edges(table)
             for number, each in enumerate(thinking):
                 _prove(table, number, template, each, texts, _RENDERS // len(thinking))
-        except ChatNotCompiled as error:
+        except ChatNotCompiledError as error:
             reasons.insert(0, error)
             continue
         _prove_ids(table, ChatEncoder(tokenizer, template), control, thinking, texts)
@@ -92,16 +94,16 @@ def _controls(backend: RustTokenizer, control: ControlTokens) -> tuple[Control, 
         if token.content not in control.all:
             continue
         if token.lstrip or token.rstrip or token.single_word or (token.normalized and backend.normalizer is not None):
-            raise ChatNotCompiled(f"its control token {token.content!r} takes or looks at what stands beside it")
+            raise ChatNotCompiledError(f"its control token {token.content!r} takes or looks at what stands beside it")
         if not token.content or token.content != token.content.strip():
-            raise ChatNotCompiled(f"its control token {token.content!r} has whitespace at its ends")
+            raise ChatNotCompiledError(f"its control token {token.content!r} has whitespace at its ends")
         found.append(Control(token.content, id_, is_special=token.content in control.special))
     for each in found:
         for id_, token in added:
             if id_ != each.id and token.content and _overlap(each.text, token.content):
-                raise ChatNotCompiled(f"the tokens {each.text!r} and {token.content!r} overlap")
+                raise ChatNotCompiledError(f"the tokens {each.text!r} and {token.content!r} overlap")
         if _goes_into(each.text, each.text):
-            raise ChatNotCompiled(f"the token {each.text!r} overlaps itself")
+            raise ChatNotCompiledError(f"the token {each.text!r} overlaps itself")
     return tuple(found)
 
 
@@ -118,12 +120,12 @@ def _check_edges(table: ChatTable) -> None:
     """A control token may stand in a literal, or in a text, and never in parts of both."""
     literals = set(table.literals())
     if any("" in variant.between.values() for variant in table.variants):
-        raise ChatNotCompiled("it writes nothing between two messages")
+        raise ChatNotCompiledError("it writes nothing between two messages")
     for control, literal in itertools.product(table.controls, literals):
         heads = (control.text[:size] for size in range(1, len(control.text)))
         tails = (control.text[size:] for size in range(1, len(control.text)))
         if literal.endswith(tuple(heads)) or literal.startswith(tuple(tails)):
-            raise ChatNotCompiled(f"it writes a part of {control.text!r} beside a message")
+            raise ChatNotCompiledError(f"it writes a part of {control.text!r} beside a message")
 
 
 class _Probed:
@@ -138,7 +140,7 @@ class _Probed:
         """Its table.
 
         Raises:
-            ChatNotCompiled: its renders contradict each other.
+            ChatNotCompiledError: its renders contradict each other.
         """
         found = Variant()
         for count in (1, 2, 3, 4):
@@ -147,7 +149,7 @@ class _Probed:
         for roles in ((1, 2, 1, 2, 1), (1, 2, 1, 2, 1, 2), (0, 1, 2, 1, 2, 1), (0, 1, 2, 1, 2, 1, 2)):
             self._probe(roles, found)  # where roles must take turns
         if not found.head:
-            raise ChatNotCompiled("it refuses every conversation")
+            raise ChatNotCompiledError("it refuses every conversation")
         for (role, first, last, after), rule in list(found.rules.items()):
             if not after:  # a user's <tool_response>, which no probe is, stands behind the last query
                 found.rules.setdefault((role, first, last, True), rule)
@@ -165,14 +167,14 @@ class _Probed:
         literals, position = [], 0
         for index, (role, content) in enumerate(messages):
             if text.count(content) != 1 or (start := text.find(content, position)) < 0:
-                raise ChatNotCompiled(f"it doesn't write each content once, in order (a message of role {role})")
+                raise ChatNotCompiledError(f"it doesn't write each content once, in order (a message of role {role})")
             key = (roles[index], index == 0, index == last, index >= after)
             rule = found.rules.get(key)
             if rule is None:
                 rule = found.rules[key] = self._rule(messages, index, text, start)
             own = "".join(part.text for part in apply(rule, content) if part.is_own)
             if not text[position:start].endswith(own):
-                raise ChatNotCompiled(f"what it writes before messages of role {role} depends on more than neighbors")
+                raise ChatNotCompiledError(f"what it writes before messages of role {role} depends on more than neighbors")
             literals.append(text[position : start - len(own)])
             position = start + len(content)
         literals.append(text[position:])
@@ -189,7 +191,7 @@ class _Probed:
         for probe in PROBES:
             changed = self._render([*messages[:index], (role, probe), *messages[index + 1 :]])
             if changed is None:
-                raise ChatNotCompiled(f"it refuses some contents of role {role}")
+                raise ChatNotCompiledError(f"it refuses some contents of role {role}")
             renders[probe] = changed
         for rule in Rule:
             own = "".join(part.text for part in apply(rule, content) if part.is_own)
@@ -201,12 +203,12 @@ class _Probed:
                 for probe, changed in renders.items()
             ):
                 return rule
-        raise ChatNotCompiled(f"what it does with contents of role {role} is none of the known rules")
+        raise ChatNotCompiledError(f"what it does with contents of role {role} is none of the known rules")
 
 
 def _put(table: dict[Any, str], key: Any, literal: str) -> None:
     if table.setdefault(key, literal) != literal:
-        raise ChatNotCompiled(
+        raise ChatNotCompiledError(
             f"what it writes beside a message depends on more than neighbors: {table[key]!r} and {literal!r}"
         )
 
@@ -264,7 +266,7 @@ def _prove(
     """Compares with the template over generated conversations.
 
     Raises:
-        ChatNotCompiled: it says something else of one.
+        ChatNotCompiledError: it says something else of one.
     """
     chance = random.Random(variant)
     for number in range(count):
@@ -276,7 +278,7 @@ def _prove(
         except Refused:
             found = None
         if found != expected:
-            raise ChatNotCompiled(f"it isn't literals and known rules: {_difference(found, expected)}")
+            raise ChatNotCompiledError(f"it isn't literals and known rules: {_difference(found, expected)}")
 
 
 def _difference(found: str | None, expected: str | None) -> str:
@@ -297,7 +299,7 @@ def _prove_ids(
     """Compares the places of control tokens with the runtime's, by the ids that come of them.
 
     Raises:
-        ChatNotCompiled: they are others.
+        ChatNotCompiledError: they are others.
     """
     chance = random.Random(len(thinking))
     for number in range(_ENCODED):
@@ -314,6 +316,6 @@ def _prove_ids(
         except Refused:
             continue
         except GenerationError as error:
-            raise ChatNotCompiled(f"texts with control tokens are refused: {error}") from error
+            raise ChatNotCompiledError(f"texts with control tokens are refused: {error}") from error
         if found != expected:
-            raise ChatNotCompiled("control tokens in texts aren't told from its own by its literals")
+            raise ChatNotCompiledError("control tokens in texts aren't told from its own by its literals")

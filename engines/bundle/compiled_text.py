@@ -12,16 +12,18 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from qwen_aot.engines.bundle.compiled_chat import ChatNotCompiled, compile_chat
+from qwen_aot.engines.bundle.compiled_chat import COMPILED_CHAT_NAME, ChatNotCompiledError, compile_chat
+from qwen_aot.engines.bundle.compiled_tokenizer import (
+    COMPILED_TOKENIZER_NAME,
+    TokenizerNotCompiledError,
+    compile_tokenizer,
+)
 from qwen_aot.runtime.bundle.strict_json import parse_object
 from qwen_aot.runtime.text.tokenizer import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME, Tokenizer
 
 __all__ = ["COMPILED_CHAT_NAME", "COMPILED_TOKENIZER_NAME", "CompiledText", "compile_text"]
 
 logger = logging.getLogger(__name__)
-
-COMPILED_TOKENIZER_NAME = "tokenizer.qtok"
-COMPILED_CHAT_NAME = "chat.qtpl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,17 @@ def _compiled(tokenizer_json: str, config_json: str, vocab_size: int) -> Compile
     tokenizer = Tokenizer(RustTokenizer.from_str(tokenizer_json), config, vocab_size=vocab_size)
     files: list[tuple[str, bytes]] = []
     warnings: list[str] = []
+    try:
+        files.append((COMPILED_TOKENIZER_NAME, compile_tokenizer(tokenizer_json, vocab_size=vocab_size)))
+    except TokenizerNotCompiledError as error:
+        warnings.append(
+            f"the tokenizer isn't compiled: {error}; the bundle has no {COMPILED_TOKENIZER_NAME}, so that the C library "
+            "takes and gives token ids only; the Python runtime reads tokenizer.json"
+        )
     if tokenizer.chat_template is not None:
         try:
             files.append((COMPILED_CHAT_NAME, compile_chat(tokenizer)))
-        except ChatNotCompiled as error:
+        except ChatNotCompiledError as error:
             warnings.append(
                 f"the chat template isn't compiled: {error}; the bundle has no {COMPILED_CHAT_NAME}, so that the C "
                 "library renders no chats; the Python runtime renders them"

@@ -53,6 +53,7 @@ def test_a_bundle_is_whole_and_says_what_it_is(checkpoint: Path, tmp_path: Path)
         "model.onnx.data",
         "tokenizer.json",
         "tokenizer_config.json",
+        "tokenizer.qtok",
         "chat.qtpl",
         "generation_config.json",
         "report.json",
@@ -68,7 +69,7 @@ def test_a_bundle_is_whole_and_says_what_it_is(checkpoint: Path, tmp_path: Path)
     assert manifest["default_max_new_tokens"] is None
     assert manifest["text"] == {
         "tokenizer": "tokenizer.json",
-        "compiled_tokenizer": None,
+        "compiled_tokenizer": "tokenizer.qtok",
         "compiled_chat_template": "chat.qtpl",
     }
     assert {"torch", "onnx", "onnxruntime", "qwen-aot", "python"} <= set(manifest["tool_versions"])
