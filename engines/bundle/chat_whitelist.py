@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-import jinja2.meta
 from jinja2 import nodes
 
 __all__ = ["MAX_NUMBERS", "refusal", "texts_of"]
@@ -16,7 +15,6 @@ __all__ = ["MAX_NUMBERS", "refusal", "texts_of"]
 # All whole numbers of a template together: no sum of them reaches a message, or a character, beyond those of the proof.
 MAX_NUMBERS = 64
 
-_GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "enable_thinking"})
 _FUNCTIONS = frozenset({"namespace", "raise_exception", "range", "dict"})
 _METHODS = frozenset({"split", "strip", "lstrip", "rstrip", "startswith", "endswith", "items", "keys", "values", "get"})
 _FILTERS = frozenset(
@@ -37,14 +35,13 @@ _NODES: tuple[type[nodes.Node], ...] = (
 _OF_A_MESSAGE = frozenset({"role", "content"})  # what messages of plain conversations have
 
 
-def refusal(tree: nodes.Template, tokens: Collection[str]) -> str | None:
+def refusal(tree: nodes.Template) -> str | None:
     """What a template holds that isn't on the list; None: all is.
 
     Args:
         tree: as the runtime parses it.
-        tokens: names of the special tokens that it is given.
     """
-    return next(_refusals(tree, tokens), None)
+    return next(_refusals(tree), None)
 
 
 def texts_of(tree: nodes.Template) -> list[str]:
@@ -60,14 +57,13 @@ def texts_of(tree: nodes.Template) -> list[str]:
     return sorted(found - {""})
 
 
-def _refusals(tree: nodes.Template, tokens: Collection[str]) -> Iterator[str]:
+def _refusals(tree: nodes.Template) -> Iterator[str]:
     for node in _walk(tree):
         if type(node) not in _NODES:
             yield f"it has {_named(node)}"
-    defined = set(tree.environment.globals) if tree.environment else set()
-    undeclared = jinja2.meta.find_undeclared_variables(tree)
-    # What nobody gives is empty whenever it is rendered. `strftime_now` is given beside the names.
-    for name in sorted(undeclared & (defined | {"strftime_now"}) - _FUNCTIONS - _GIVEN - set(tokens)):
+    # What nobody gives is empty whenever it is rendered. `strftime_now` is given beside the environment's own.
+    given = {"strftime_now", *(tree.environment.globals if tree.environment else ())} - _FUNCTIONS
+    for name in sorted({node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"} & given):
         yield f"it reads {name}"
     for node in tree.find_all(nodes.Filter):
         if node.name not in _FILTERS:

@@ -11,6 +11,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2.exceptions import SecurityError
 from tokenizers import Tokenizer as RustTokenizer
 
 from qwen_aot.engines.bundle import chat_whitelist
@@ -57,7 +58,7 @@ def chat_table(tokenizer: Tokenizer) -> ChatTable:
     tokens = template_tokens(tokenizer.config)
     try:
         tree = parse_template(tokenizer.chat_template)
-        reason = chat_whitelist.refusal(tree, tokens.keys())
+        reason = chat_whitelist.refusal(tree)
     except RecursionError:
         reason = "it is nested too deeply"
     if reason is not None:
@@ -174,7 +175,9 @@ class _Probed:
                 rule = found.rules[key] = self._rule(messages, index, text, start)
             own = "".join(part.text for part in apply(rule, content) if part.is_own)
             if not text[position:start].endswith(own):
-                raise ChatNotCompiledError(f"what it writes before messages of role {role} depends on more than neighbors")
+                raise ChatNotCompiledError(
+                    f"what it writes before messages of role {role} depends on more than neighbors"
+                )
             literals.append(text[position : start - len(own)])
             position = start + len(content)
         literals.append(text[position:])
@@ -217,7 +220,9 @@ def _render(template: ChatTemplate, messages: Messages, variables: Mapping[str, 
     try:
         objects = [{"role": role, "content": text} for role, text in messages]
         return template.render(objects, variables=variables, max_steps=_STEPS)
-    except GenerationError:
+    except GenerationError as error:
+        if isinstance(error.__cause__, SecurityError):
+            raise ChatNotCompiledError(str(error.__cause__)) from error
         return None
 
 

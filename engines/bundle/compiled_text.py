@@ -64,8 +64,8 @@ def _compiled(tokenizer_json: str, config_json: str, vocab_size: int) -> Compile
         files.append((COMPILED_TOKENIZER_NAME, compile_tokenizer(tokenizer_json, vocab_size=vocab_size)))
     except TokenizerNotCompiledError as error:
         warnings.append(
-            f"the tokenizer isn't compiled: {error}; the bundle has no {COMPILED_TOKENIZER_NAME}, so that the C library "
-            "takes and gives token ids only; the Python runtime reads tokenizer.json"
+            f"the tokenizer isn't compiled: {error}; the bundle has no {COMPILED_TOKENIZER_NAME}, so that the C "
+            "library takes and gives token ids only; the Python runtime reads tokenizer.json"
         )
     if tokenizer.chat_template is not None:
         try:

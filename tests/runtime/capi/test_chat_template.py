@@ -13,7 +13,8 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 
-from qwen_aot.engines.bundle.compiled_chat import compile_chat
+from qwen_aot.engines.bundle import compiled_chat
+from qwen_aot.engines.bundle.compiled_chat import ChatNotCompiledError, compile_chat
 from qwen_aot.engines.bundle.compiled_tokenizer import compile_tokenizer
 from qwen_aot.errors import GenerationError
 from qwen_aot.exporter.checkpoint.bpe import byte_level_bpe
@@ -148,7 +149,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Compil
 
     @functools.cache
     def make(name: str) -> Compiled:
-        return Compiled(tmp_path_factory.mktemp(name), backend, TEMPLATES[name])
+        with pytest.MonkeyPatch.context() as patch:  # the C reader is the proof here
+            patch.setattr(compiled_chat, "_RENDERS", 60)
+            patch.setattr(compiled_chat, "_ENCODED", 5)
+            return Compiled(tmp_path_factory.mktemp(name), backend, TEMPLATES[name])
 
     return make
 
@@ -169,7 +173,7 @@ def test_a_conversation_is_the_text_that_jinja_makes_of_it(
     name: str, program: Path, compiled: Callable[[str], Compiled]
 ) -> None:
     chance = random.Random(name)
-    asked = [(conversation(chance), thinking_of(name, chance)) for _ in range(600)]
+    asked = [(conversation(chance), thinking_of(name, chance)) for _ in range(400)]
     expected = [compiled(name).render(messages, thinking) for messages, thinking in asked]
     found = ask(
         program,
@@ -181,14 +185,14 @@ def test_a_conversation_is_the_text_that_jinja_makes_of_it(
     for (messages, thinking), text, answer in zip(asked, expected, found, strict=True):
         wanted = {"status": UNSUPPORTED} if text is None else {"text": f"before:{text}"}
         assert {key: answer[key] for key in answer if key != "message"} == wanted, (messages, thinking)
-    assert sum(text is not None for text in expected) > 150
+    assert sum(text is not None for text in expected) > 100
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_conversation_is_the_ids_that_the_runtime_makes_of_it(
     name: str, program: Path, compiled: Callable[[str], Compiled], qtok: Path
 ) -> None:
-    compare_ids(program, compiled(name), qtok, name, 250)
+    compare_ids(program, compiled(name), qtok, name, 150)
 
 
 @pytest.mark.skipif(smollm2_path() is None, reason="needs the GGUF file of SmolLM2 in models/")
@@ -217,7 +221,8 @@ def compare_ids(program: Path, compiled: Compiled, qtok: Path, name: str, count:
             assert answer["status"] in (UNSUPPORTED, INVALID_ARGUMENT), (messages, answer)
             continue
         assert answer.get("ids") == expected, (messages, thinking, allow, answer.get("message"))
-        with_control += expected != compiled.encode(messages, thinking, allow=not allow)
+        if with_control <= count // 10:
+            with_control += expected != compiled.encode(messages, thinking, allow=not allow)
     assert with_control > count // 10  # else nothing was told from nothing
 
 
@@ -248,8 +253,6 @@ GOLDEN = [
 
 def test_the_golden_cases(program: Path, tmp_path: Path) -> None:
     """Those that end with the opening of an answer, as all of this library's do; the others' templates are refused."""
-    from qwen_aot.engines.bundle.compiled_chat import ChatNotCompiledError
-
     rendered, refused = 0, 0
     for number, case in enumerate(GOLDEN):
         folder = tmp_path / str(number)
