@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,9 +17,11 @@ __all__ = ["parse_dataclass", "parse_object", "require_keys"]
 
 T = TypeVar("T")
 
+_HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # of UTF-16, as an escape; whether the other half follows isn't seen
+
 
 def parse_object(text: str, where: str, *, is_from_checkpoint: bool = False) -> dict[str, Any]:
-    """Parses a JSON object, refusing duplicate keys, NaN, Infinity and integers beyond 64 bits.
+    """Parses a JSON object, refusing duplicate keys, NaN, Infinity, integers beyond 64 bits and halves of characters.
 
     Args:
         text: the document.
@@ -50,6 +53,13 @@ def parse_object(text: str, where: str, *, is_from_checkpoint: bool = False) -> 
 
     try:
         document = json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_int=integer)
+        if _HALF_A_PAIR.search(text):
+            json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise BundleError(
+            f"{where} holds {half}, half of a character; accepted: pairs of them, \\ud83d\\ude00 for example"
+        ) from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise BundleError(f"{where} is not JSON ({error}): it is damaged or was not written to its end") from error
     if not isinstance(document, dict):

@@ -110,4 +110,5 @@ def ask(program: Path, requests: Iterable[Any], *arguments: str | Path) -> list[
     text = "".join(json.dumps(request) + "\n" for request in requests)
     done = subprocess.run([str(program), *map(str, arguments)], input=text.encode(), capture_output=True, check=False)
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr.decode(errors='replace')}"
-    return [json.loads(line) for line in done.stdout.decode().splitlines()]
+    # Not splitlines: text in the answers may hold what it takes for an end of line.
+    return [json.loads(line) for line in done.stdout.decode().split("\n")[:-1]]

@@ -31,7 +31,8 @@ enum class JsonType : uint8_t
 
 class JsonDocument;
 
-/** A value in a document, which must outlive it. Cheap to copy. */
+/** A value in a document, which must outlive it and stay where it is. Cheap to copy. What isn't asked of its own type has
+ *  no meaning, but harms nothing. */
 class JsonValue
 {
 public:
@@ -40,12 +41,13 @@ public:
     bool boolean() const;
     /** Whether an integer fits 64 bits; always true of documents of our own. */
     bool fits() const;
+    /** 0 where it doesn't fit. */
     int64_t integer() const;
-    /** Of an integer or a number, as the nearest double. */
+    /** Of an integer or a number, as the nearest double; infinity beyond them. */
     double number() const;
     /** UTF-8, may hold NUL. */
     std::string_view string() const;
-    /** Elements of an array, members of an object. */
+    /** Elements of an array, members of an object; 0 of others. */
     size_t size() const;
     /** An element of an array, or the value of an object's member, in the order of the text. */
     JsonValue at(size_t index) const;
@@ -62,7 +64,8 @@ private:
     uint32_t node_ = 0;
 };
 
-/** A parsed text. At most 2^32 - 1 bytes, nested at most 200 deep. */
+/** A parsed text. At most 2^32 - 1 bytes, nested at most 200 deep, all of it UTF-8: a string that an escape makes half of
+ *  a UTF-16 pair is refused. Takes time and memory in proportion to the text (a logarithm more for wide objects). */
 class JsonDocument
 {
 public:
@@ -76,19 +79,24 @@ public:
     JsonValue root() const;
 
 private:
+    friend class JsonParser;
     friend class JsonValue;
     struct Node
     {
         JsonType type;
-        uint32_t start; // of the text, or of unescaped_ where `is_unescaped`
+        bool is_unescaped; // the string's text lies in unescaped_
+        uint32_t start;    // of the text, with quotes or brackets
         uint32_t length;
-        uint32_t size; // elements or members
-        uint32_t end;  // of the subtree's nodes
-        bool is_unescaped;
+        uint32_t first; // of children_; of a string that is unescaped, of unescaped_
+        uint32_t size;  // elements or members; bytes of a string
     };
+    std::string_view string(Node const& node) const;
+
     std::string_view text_;
     Array<Node> nodes_; // in the order of the text; a key is a string before its value
-    Text unescaped_;    // strings that hold escapes
+    /** Nodes of each array's elements; of each object's keys, twice: in the order of the text, then of the keys. */
+    Array<uint32_t> children_;
+    Array<char> unescaped_; // strings that hold escapes
 };
 
 } // namespace qwen_aot
