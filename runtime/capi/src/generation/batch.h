@@ -5,10 +5,13 @@
 #include "base/memory.h"
 #include "base/status.h"
 #include "engine/engine.h"
+#include "generation/cancellation.h"
 #include "generation/config.h"
 #include "generation/event.h"
+#include "generation/sequence.h"
 #include "text/tokenizer.h"
 
+#include <atomic>
 #include <cstdint>
 #include <string_view>
 
@@ -50,7 +53,7 @@ public:
     Span<Event const> step();
 
     /** The events of the last step. */
-    Span<Event const> events() const { return events_.view(); }
+    Span<Event const> events() const { return memory_.events.view(); }
 
     /** Whether nothing waits or runs. */
     bool is_idle() const;
@@ -63,7 +66,99 @@ public:
     void abandon();
 
 private:
-    Array<Event> events_;
+    /** A row of the engine: free, or with a sequence; a free one may hold the tokens of one that has ended. */
+    struct Row
+    {
+        Box<ActiveSequence> sequence;
+        Box<ActiveSequence> held; // null: the row is empty, or in use
+        int32_t next = kIdle;     // the token to feed
+    };
+
+    /** Choices of one request that haven't begun: they start where its prompt ends. */
+    struct PendingChoices
+    {
+        Ref<ActiveRequest> request;
+        SequenceQueue sequences; // not empty
+        Array<float> logits;     // [V], of the prompt's last token, once `is_due`
+        bool is_due = false;
+    };
+
+    /** A row to copy, and the empty one that it goes to. */
+    struct Move
+    {
+        int32_t source;
+        int32_t target;
+    };
+
+    friend struct BatchInspector; // of the tests
+    template <class T, class... Arguments>
+    friend Box<T> make(Arguments&&...);
+
+    Batch(Engine& engine, Tokenizer const* tokenizer, GenerationDefaults const& defaults);
+
+    Status check(Request const& request, ActiveRequest& active, Error& error) const;
+
+    [[nodiscard]] bool reserve_events(size_t count);
+    void free_ended();
+    void retire_cancelled();
+    void admit();
+    void compact();
+    void decode();
+    void prefill();
+
+    int32_t begin_prompt(Box<ActiveSequence> sequence, int32_t* donor);
+    Span<float const> begin_choice(int32_t row, size_t pending);
+    void advance(int32_t row, Span<float const> logits);
+    void retire(int32_t row);
+    void fail(int32_t row, Error const& error);
+    Box<ActiveSequence> vacate(int32_t row);
+    void forget(int32_t row);
+    void end(Box<ActiveSequence> sequence);
+
+    void find_running();
+    bool find_move(Move& move) const;
+    size_t find_pending(ActiveRequest const& request) const;
+    int32_t row_of(ActiveRequest const& request) const;
+    int32_t lowest_row() const;
+    void choose_row(ActiveSequence const& sequence, int32_t* row, size_t* kept) const;
+    void find_donor(ActiveSequence const& sequence, int32_t target, int32_t* donor, size_t* shared) const;
+
+    Status run_prefill(int32_t row, Span<int32_t const> ids, float const** logits, Error& error);
+    Status run_decode(int32_t first_row, Span<int32_t const> ids, float const** logits, Error& error);
+    Status run_copy(int32_t source, int32_t target, size_t length, Error& error);
+    bool is_somebody_elses(Status status);
+
+    Row& at(int32_t row) { return rows_[static_cast<size_t>(row)]; }
+    Row const& at(int32_t row) const { return rows_[static_cast<size_t>(row)]; }
+
+    Engine& engine_;
+    Tokenizer const* tokenizer_;
+    GenerationDefaults const& defaults_;
+    size_t vocab_size_;
+    int32_t num_rows_;
+    // Before all that refers to it.
+    CancelMarks marks_;
+    StepMemory memory_;
+    size_t events_capacity_ = 0; // of memory_.events
+    Array<Event> next_events_;   // with more room, for the next step
+    size_t next_events_capacity_ = 0;
+    SequenceQueue waiting_;
+    Array<PendingChoices> pending_; // in order of arrival
+    Array<Row> rows_;
+    Array<float> spare_logits_; // of choices of which the last has just begun
+    SequenceQueue ended_;       // whose events are still valid
+    // With room for all rows, as what follows them:
+    Array<int32_t> prefilling_; // rows, the next to take a chunk first
+    Array<int32_t> running_;    // rows whose next token is known, ascending
+    Array<int32_t> ids_;        // to feed
+    Array<int32_t> bad_rows_;
+    size_t idle_cost_ = 0; // of idle rows in decode steps since the last move, in tokens copied
+    size_t num_open_ = 0;  // choices that haven't ended
+    uint64_t count_ = 0;   // of requests so far
+    // Which request's prefill is at work, 0: none; how often somebody interrupted one, and how often the engine said so.
+    std::atomic<uint64_t> prefilling_id_{0};
+    std::atomic<uint64_t> num_interrupts_{0};
+    uint64_t num_answered_ = 0;
 };
 
 } // namespace qwen_aot

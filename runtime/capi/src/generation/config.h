@@ -161,6 +161,9 @@ struct GenerationDefaults
      *  room: tokens that may follow its prompt, at least 1.
      *  INVALID_ARGUMENT: min_new_tokens is more than max_new_tokens. */
     Status complete(GenerationConfig const* config, bool is_chat, int64_t room, Settings& settings, Error& error) const;
+
+    /** INVALID_ARGUMENT: no request could be made with a value. */
+    Status check(Error& error) const;
 };
 
 } // namespace qwen_aot

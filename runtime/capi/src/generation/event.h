@@ -68,6 +68,8 @@ public:
      *  top_ids, top_values: [width]. */
     void add(double token, int32_t const* top_ids, double const* top_values);
 
+    size_t width() const { return width_; }
+
     /** Frees what it holds. */
     void release();
 
