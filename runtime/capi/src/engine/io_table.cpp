@@ -1,6 +1,6 @@
 #include "engine/io_table.h"
 
-#include <cstring>
+#include "base/text.h"
 
 namespace qwen_aot
 {
@@ -8,15 +8,9 @@ namespace qwen_aot
 namespace
 {
 
-constexpr std::string_view kPastPrefix = "past_key_values.";
 constexpr std::string_view kPresentPrefix = "present.";
 constexpr char const* kStepInputNames[kStepInputs] = {
     "input_ids", "position_ids", "cache_length", "new_tokens", "key_positions"};
-
-bool starts_with(std::string_view text, std::string_view start)
-{
-    return text.size() >= start.size() && std::memcmp(text.data(), start.data(), start.size()) == 0;
-}
 
 std::string_view after(std::string_view text, size_t count)
 {
@@ -61,7 +55,7 @@ char const* step_input_name(StepInput input)
 
 bool is_cache_input(IoTensor const& tensor)
 {
-    return starts_with(tensor.name.view(), kPastPrefix);
+    return starts_with(tensor.name.view(), kCachePrefix);
 }
 
 bool has_input(TextEngine const& engine, StepInput input)
@@ -73,7 +67,7 @@ Status present_name(std::string_view past, Text& name, Error& error)
 {
     Text made;
     QWEN_AOT_NEED(
-        made.append(kPresentPrefix) && made.append(after(past, kPastPrefix.size())), error, "an output's name");
+        made.append(kPresentPrefix) && made.append(after(past, sizeof kCachePrefix - 1)), error, "an output's name");
     name = std::move(made);
     return Status::ok;
 }

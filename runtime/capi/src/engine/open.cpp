@@ -1,19 +1,9 @@
+#include "base/text.h"
 #include "engine/backend.h"
 #include "engine/ort_backend.h"
 
 namespace qwen_aot
 {
-
-namespace
-{
-
-bool ends_with(std::string_view text, std::string_view end)
-{
-    return text.size() >= end.size()
-        && std::memcmp(text.data() + (text.size() - end.size()), end.data(), end.size()) == 0;
-}
-
-} // namespace
 
 Status open_backend(Bundle const& bundle, EngineOptions const& options, BackendBox& backend, Error& error)
 {
