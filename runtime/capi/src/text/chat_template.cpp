@@ -86,17 +86,6 @@ std::string_view until(std::string_view text, size_t end)
     return {text.data(), end};
 }
 
-bool starts_with(std::string_view text, std::string_view start)
-{
-    return text.size() >= start.size() && std::memcmp(text.data(), start.data(), start.size()) == 0;
-}
-
-bool ends_with(std::string_view text, std::string_view end)
-{
-    return text.size() >= end.size()
-        && std::memcmp(text.data() + (text.size() - end.size()), end.data(), end.size()) == 0;
-}
-
 std::string_view without_lines_before(std::string_view text)
 {
     size_t start = 0;
