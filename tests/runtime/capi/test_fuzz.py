@@ -53,9 +53,8 @@ SEEDS: dict[str, Callable[[], Iterable[bytes]]] = {
 
 def fuzz(native: Native, fuzzer: str, corpus: Path, runs: int, seed: int = 1) -> subprocess.CompletedProcess[str]:
     program = native.program(fuzzer, sources=["fuzz_main.cpp"])
-    return subprocess.run(
-        [str(program), str(corpus), str(runs), str(seed)], capture_output=True, text=True, check=False
-    )
+    files = sorted(map(str, corpus.iterdir()))
+    return subprocess.run([str(program), str(runs), str(seed), *files], capture_output=True, text=True, check=False)
 
 
 def write_corpus(folder: Path, seeds: Iterable[bytes]) -> Path:

@@ -252,7 +252,7 @@ def mutants(text: str, number: int, seed: int) -> list[str]:
     return [edited(text, *edit) for edit in random.Random(seed).sample(all_edits, number)]
 
 
-@pytest.mark.parametrize("number", [1500, pytest.param(6000, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("number", [800, pytest.param(6000, marks=pytest.mark.deep)])
 def test_every_key_mutated(program: Path, number: int) -> None:
     """At each of some 200 places what could stand there, and what couldn't."""
     for seed, base in enumerate((rich, fixed_capacity, without_cache)):

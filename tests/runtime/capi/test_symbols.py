@@ -33,7 +33,7 @@ def test_no_symbol_of_a_cpp_library(native: Native) -> None:
         ("char f(std::string_view t) { return t.substr(t.size() / 3)[0]; }", "_ZSt24__throw_out_of_range_fmtPKcz"),
         ("int* f() { return new int(5); }", "_Znwm"),
         ("struct V { virtual ~V(); }; V::~V() {}", "_ZdlPvm"),
-        ("std::string f() { return std::string(99, 'x'); }", "_Znwm"),
+        ("std::string f() { return std::string(99, 'x'); }", "_ZNSt7__cxx1112basic_string"),
         ("int f(int n) { static int const first = n; return first; }", "__cxa_guard_acquire"),
         ("void f() { throw 1; }", "__cxa_throw"),
     ],
@@ -43,7 +43,7 @@ def test_what_would_be_seen(code: str, symbol: str, tmp_path: Path) -> None:
     source = tmp_path / "code.cpp"
     source.write_text(f"#include <string>\n#include <string_view>\n{code}\n")
     run(["g++", "-std=c++17", "-O2", "-c", source, "-o", tmp_path / "code.o"])
-    assert symbol in foreign(tmp_path / "code.o")
+    assert any(name.startswith(symbol) for name in foreign(tmp_path / "code.o"))
 
 
 def test_the_compiler_is_told_so() -> None:

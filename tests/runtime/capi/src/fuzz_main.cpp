@@ -1,6 +1,6 @@
 /** Drives a fuzzer (LLVMFuzzerTestOneInput) where clang's libFuzzer is missing: gives it a corpus, then mutants of it.
  *
- *      FUZZER CORPUS RUNS SEED
+ *      FUZZER RUNS SEED FILE...
  *
  *  A run's input depends on the corpus, the seed and the run's number alone. At a crash the number and the input are
  *  printed. */
@@ -10,12 +10,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <filesystem>
-#include <fstream>
-#include <iterator>
-#include <random>
-#include <string>
-#include <unistd.h>
+#include <cstring>
 #include <vector>
 
 extern "C" int LLVMFuzzerTestOneInput(uint8_t const* data, size_t size);
@@ -52,7 +47,7 @@ class Mutator
 public:
     Mutator(std::vector<Bytes> const& corpus, uint64_t seed)
         : corpus_(corpus)
-        , random_(seed)
+        , state_(seed)
     {
     }
 
@@ -68,7 +63,15 @@ public:
     }
 
 private:
-    size_t below(size_t limit) { return static_cast<size_t>(random_() % limit); }
+    /** SplitMix64 (Steele, Lea and Flood, 2014). */
+    uint64_t random()
+    {
+        uint64_t mixed = state_ += 0x9E3779B97F4A7C15u;
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9u;
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EBu;
+        return mixed ^ mixed >> 31;
+    }
+    size_t below(size_t limit) { return static_cast<size_t>(random() % limit); }
     Bytes const& pick() { return corpus_[below(corpus_.size())]; }
     size_t place(Bytes const& bytes) { return below(bytes.size() + 1); }
 
@@ -88,7 +91,7 @@ private:
         case 1: // a byte
             if (left > 0)
             {
-                bytes[at] = static_cast<uint8_t>(random_());
+                bytes[at] = static_cast<uint8_t>(random());
             }
             break;
         case 2: // cut
@@ -133,23 +136,40 @@ private:
             static constexpr char const* kTexts[] = {"0", "-1", "1", "2147483648", "9223372036854775808", "1e999", "\"",
                 "\\", "\\u0000", "\\ud83d", "{", "}", "[", "]", ",", ":", "null", "true",
                 "\"\":", "{\"a\":", "[[[[[[[["};
-            std::string const text = kTexts[below(std::size(kTexts))];
-            bytes.insert(begin, text.begin(), text.end());
+            char const* const text = kTexts[below(std::size(kTexts))];
+            bytes.insert(begin, text, text + std::strlen(text));
         }
         }
     }
 
     std::vector<Bytes> const& corpus_;
-    std::mt19937_64 random_;
+    uint64_t state_;
 };
+
+Bytes read(char const* path)
+{
+    Bytes bytes;
+    FILE* const file = std::fopen(path, "rb");
+    if (file == nullptr)
+    {
+        std::perror(path);
+        std::exit(2);
+    }
+    for (int byte = std::getc(file); byte != EOF; byte = std::getc(file))
+    {
+        bytes.push_back(static_cast<uint8_t>(byte));
+    }
+    std::fclose(file);
+    return bytes;
+}
 
 } // namespace
 
 int main(int argc, char** argv)
 {
-    if (argc != 4)
+    if (argc < 4)
     {
-        std::fprintf(stderr, "usage: %s CORPUS RUNS SEED\n", argv[0]);
+        std::fprintf(stderr, "usage: %s RUNS SEED FILE...\n", argv[0]);
         return 2;
     }
     for (int const number : {SIGSEGV, SIGABRT, SIGBUS, SIGILL, SIGFPE, SIGTRAP})
@@ -163,28 +183,16 @@ int main(int argc, char** argv)
     {
         __sanitizer_set_death_callback(tell_run);
     }
-    std::vector<std::filesystem::path> paths;
-    for (auto const& entry : std::filesystem::directory_iterator(argv[1]))
-    {
-        paths.push_back(entry.path());
-    }
-    std::sort(paths.begin(), paths.end());
     std::vector<Bytes> corpus;
-    for (auto const& path : paths)
+    for (int i = 3; i < argc; ++i)
     {
-        std::ifstream file(path, std::ios::binary);
-        corpus.emplace_back(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
+        corpus.push_back(read(argv[i]));
     }
-    if (corpus.empty())
-    {
-        std::fprintf(stderr, "%s holds no file\n", argv[1]);
-        return 2;
-    }
-    uint64_t const runs = std::strtoull(argv[2], nullptr, 10);
-    uint64_t const seed = std::strtoull(argv[3], nullptr, 10);
+    uint64_t const runs = std::strtoull(argv[1], nullptr, 10);
+    uint64_t const seed = std::strtoull(argv[2], nullptr, 10);
     for (; run < corpus.size() + runs; ++run)
     {
-        input = run < corpus.size() ? corpus[run] : Mutator(corpus, seed * 0x9E3779B97F4A7C15u + run).next();
+        input = run < corpus.size() ? corpus[run] : Mutator(corpus, seed << 40 ^ run).next();
         LLVMFuzzerTestOneInput(input.data(), input.size());
     }
     std::printf("%llu runs\n", static_cast<unsigned long long>(run));
