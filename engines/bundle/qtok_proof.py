@@ -189,6 +189,7 @@ class QtokReader:
                 stop = _run(classes, start, lambda of: bool(of & _SPACE))
                 lines = max(text.rfind("\n", start, stop), text.rfind("\r", start, stop)) + 1
                 end = lines if lines > start else _before_word(start, stop, size)
+            end = max(end, start + 1)  # classes of a wrong table may fit no rule
             yield text[start:end]
             start = end
 
@@ -211,6 +212,7 @@ class QtokReader:
                     end = first
                     while end < size and kinds[end] == kinds[first]:
                         end += 1
+            end = max(end, start + 1)  # classes of a wrong table may fit no rule
             yield text[start:end]
             start = end
 
