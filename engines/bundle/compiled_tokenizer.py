@@ -100,7 +100,7 @@ def compile_tokenizer(tokenizer_json: str, *, vocab_size: int) -> bytes:
         added=added,
     )
     if difference := qtok_proof.find_difference(table, tokenizer):
-        raise TokenizerNotCompiledError(f"its compiled form doesn't give the same ids: {difference}")
+        raise TokenizerNotCompiledError(f"its compiled form isn't the same: {difference}")
     return table
 
 

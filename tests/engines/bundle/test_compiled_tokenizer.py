@@ -287,7 +287,7 @@ def test_the_proof_sees_a_wrong_table(what: str) -> None:
 
 def test_a_table_that_is_not_proven_is_not_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_tokenizer, "_splitter", lambda pre_tokenizer: Splitter.GPT2)
-    with pytest.raises(TokenizerNotCompiledError, match="its compiled form doesn't give the same ids: '"):
+    with pytest.raises(TokenizerNotCompiledError, match=r"its compiled form isn't the same: .* is split into"):
         compile_tokenizer(tokenizer_json("qwen2"), vocab_size=VOCAB_SIZE)
 
 
