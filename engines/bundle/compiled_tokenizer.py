@@ -122,7 +122,7 @@ class _Added:
 
 
 def _splitter(pre_tokenizer: Mapping[str, Any] | None) -> Splitter:
-    parts: list[dict[str, Any]] = []
+    parts: list[Mapping[str, Any]] = []
     if pre_tokenizer is not None:
         is_sequence = pre_tokenizer["type"] == "Sequence"
         parts = pre_tokenizer["pretokenizers"] if is_sequence else [pre_tokenizer]
