@@ -146,7 +146,7 @@ def program(native: Native) -> Path:
 @pytest.fixture(autouse=True)
 def short_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a build proves is proven here of the C reader."""
-    monkeypatch.setattr(compiled_chat, "_RENDERS", 60)
+    monkeypatch.setattr(compiled_chat, "_RENDERS", 300)
     monkeypatch.setattr(compiled_chat, "_ENCODED", 5)
 
 
