@@ -79,10 +79,10 @@ def chat_table(tokenizer: Tokenizer) -> ChatTable:
             _check_edges(table)
             for number, each in enumerate(thinking):
                 _prove(table, number, template, each, texts, _RENDERS // len(thinking))
+            _prove_ids(table, ChatEncoder(tokenizer, template), control, thinking, texts)
         except ChatNotCompiledError as error:
             reasons.insert(0, error)
             continue
-        _prove_ids(table, ChatEncoder(tokenizer, template), control, thinking, texts)
         return table
     raise reasons[0]
 
