@@ -59,7 +59,8 @@ Status check_choosable(Settings const& settings, Span<int32_t const> ending_ids,
     {
         QWEN_AOT_NEED(impossible.append(ending_ids.data(), ending_ids.size()), error, "the tokens that may not come");
     }
-    std::sort(impossible.begin(), impossible.end());
+    // By an order of our own: that of int is compiled into some C++ libraries, and not into ours.
+    std::sort(impossible.begin(), impossible.end(), [](int32_t a, int32_t b) { return a < b; });
     auto const end = std::unique(impossible.begin(), impossible.end());
     auto const inside =
         std::count_if(impossible.begin(), end, [&](int32_t id) { return static_cast<size_t>(id) < vocab_size; });

@@ -1,7 +1,9 @@
-/** Four numbers at once: arithmetic over a whole vocabulary that no compiler has to be coaxed into. Results are the same on
+/** Several numbers at once: arithmetic over a whole vocabulary that no compiler has to be coaxed into. Results are the same on
  *  every machine and with every compiler: nothing is fused, and the order of sums is written down. */
 #pragma once
 
+#include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -12,71 +14,81 @@
 namespace qwen_aot
 {
 
-typedef float FloatLanes __attribute__((vector_size(16)));
-typedef int32_t IntLanes __attribute__((vector_size(16)));
-typedef double DoubleLanes __attribute__((vector_size(16)));
-
-constexpr size_t kLanes = 4;
-
-inline FloatLanes load_lanes(float const* from)
-{
-    FloatLanes lanes;
-    std::memcpy(&lanes, from, sizeof lanes);
-    return lanes;
-}
-
-inline void store_lanes(FloatLanes lanes, float* to)
-{
-    std::memcpy(to, &lanes, sizeof lanes);
-}
-
-inline FloatLanes all_lanes(float value)
-{
-    return FloatLanes{value, value, value, value};
-}
-
-inline FloatLanes larger(FloatLanes a, FloatLanes b)
-{
-    return a > b ? a : b;
-}
-
-inline float largest(FloatLanes lanes)
-{
-    float const low = lanes[0] > lanes[1] ? lanes[0] : lanes[1];
-    float const high = lanes[2] > lanes[3] ? lanes[2] : lanes[3];
-    return low > high ? low : high;
-}
-
 /** exp(x) is taken for 0 below this: the smallest normal number is about exp(-87.3365). */
 constexpr float kLeastExponent = -87.3365F;
 
-/** exp of x <= 0, -Inf included, within 1.1 units in the last place; 0 for x < kLeastExponent; 1 for 0.
- *
- *  x = n ln 2 + r with |r| <= ln 2 / 2, n ln 2 subtracted in two parts of which the first is exact (Cody and Waite, "Software
- *  Manual for the Elementary Functions", 1980); exp(r) = 1 + r + r^2 q(r), q of degree 4 fitted to a relative error of
- *  3.1e-9. */
-inline FloatLanes exp_lanes(FloatLanes x)
+/** N floats at once: 4, or 8 in functions for AVX2. Vectors go by reference, so that no call has them in registers that the
+ *  baseline lacks. */
+template <size_t N>
+struct Lanes
 {
-    constexpr float kRound = 12582912.0F; // 1.5 * 2^23: what is added to it is rounded to a whole number
-    IntLanes const is_kept = x >= kLeastExponent;
-    FloatLanes const bounded = larger(x, all_lanes(kLeastExponent));
-    FloatLanes const shifted = bounded * 1.44269504F + kRound;
-    FloatLanes const n = shifted - kRound;
-    FloatLanes const r = (bounded - n * 0.693359375F) + n * 2.12194440e-4F;
-    FloatLanes q = r * 0x1.6a23cep-10F + 0x1.123a20p-7F;
-    q = q * r + 0x1.5558f2p-5F;
-    q = q * r + 0x1.555492p-3F;
-    q = q * r + 0x1.fffffcp-2F;
-    FloatLanes const y = q * (r * r) + r + 1.0F;
-    IntLanes bits;
-    IntLanes exponent;
-    std::memcpy(&bits, &y, sizeof bits);
-    std::memcpy(&exponent, &shifted, sizeof exponent);
-    // The low bits of `shifted` are n; at the exponent's place they scale y by 2^n.
-    bits = (bits + (exponent << 23)) & is_kept;
-    FloatLanes result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
-}
+    typedef float Floats __attribute__((vector_size(N * sizeof(float))));
+    typedef int32_t Integers __attribute__((vector_size(N * sizeof(int32_t))));
+
+    [[gnu::always_inline]] static inline void load(float const* from, Floats& lanes)
+    {
+        std::memcpy(&lanes, from, sizeof lanes);
+    }
+
+    [[gnu::always_inline]] static inline void store(Floats const& lanes, float* to)
+    {
+        std::memcpy(to, &lanes, sizeof lanes);
+    }
+
+    /** a becomes the larger, lane by lane. */
+    [[gnu::always_inline]] static inline void keep_larger(Floats& a, Floats const& b) { a = b > a ? b : a; }
+
+    /** x becomes exp(x), for x <= 0, -Inf included, within 1 unit in the last place; 0 for x < kLeastExponent; 1 for 0.
+     *
+     *  x = n ln 2 + r with |r| <= ln 2 / 2, n ln 2 subtracted in two parts of which the first is exact (Cody and Waite,
+     *  "Software Manual for the Elementary Functions", 1980); exp(r) = 1 + r + r^2 q(r), q of degree 4 fitted to a relative
+     *  error of 3.1e-9. */
+    [[gnu::always_inline]] static inline void exponentiate(Floats& x)
+    {
+        constexpr float kRound = 12582912.0F; // 1.5 * 2^23: what is added to it is rounded to a whole number
+        Floats const least = Floats{} + kLeastExponent;
+        Integers const is_kept = x >= least;
+        Floats const bounded = x > least ? x : least;
+        Floats const shifted = bounded * 1.44269504F + kRound;
+        Floats const n = shifted - kRound;
+        Floats const r = (bounded - n * 0.693359375F) + n * 2.12194440e-4F;
+        Floats q = r * 0x1.6a23cep-10F + 0x1.123a20p-7F;
+        q = q * r + 0x1.5558f2p-5F;
+        q = q * r + 0x1.555492p-3F;
+        q = q * r + 0x1.fffffcp-2F;
+        Floats const y = q * (r * r) + r + 1.0F;
+        Integers bits;
+        Integers exponent;
+        std::memcpy(&bits, &y, sizeof bits);
+        std::memcpy(&exponent, &shifted, sizeof exponent);
+        // The low bits of `shifted` are n; at the exponent's place they scale y by 2^n.
+        bits = (bits + (exponent << 23)) & is_kept;
+        std::memcpy(&x, &bits, sizeof x);
+    }
+
+    /** Sums of a row's elements in fp64, four at once: the i-th goes to sum i modulo 4, whatever N is. */
+    struct Sums
+    {
+        typedef float Pair __attribute__((vector_size(2 * sizeof(float))));
+        typedef double Doubles __attribute__((vector_size(2 * sizeof(double))));
+
+        [[gnu::always_inline]] inline void add(Floats const& lanes)
+        {
+            Pair pairs[N / 2];
+            std::memcpy(pairs, &lanes, sizeof pairs);
+            for (size_t i = 0; i < N / 2; ++i)
+            {
+                sums[i % 2] += __builtin_convertvector(pairs[i], Doubles);
+            }
+        }
+        [[gnu::always_inline]] inline double whole() const
+        {
+            Doubles const sum = sums[0] + sums[1];
+            return sum[0] + sum[1];
+        }
+
+        Doubles sums[2] = {};
+    };
+};
 
 } // namespace qwen_aot

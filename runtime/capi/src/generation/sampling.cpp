@@ -1,6 +1,6 @@
 #include "generation/sampling.h"
 
-#include "generation/lanes.h"
+#include "generation/passes.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,38 +10,8 @@ namespace qwen_aot
 namespace
 {
 
-constexpr size_t kBlock = 64;          // logits that are looked at together
-constexpr size_t kVectors = 4;         // in flight: a comparison takes several cycles
 constexpr size_t kFewToSort = 32;      // candidates that are sorted and not split
 constexpr float kSmallest = 0x1p-126F; // what weighs less weighs nothing
-
-/** The largest of `count` >= 1 numbers. */
-float largest_of(float const* numbers, size_t count)
-{
-    float best = numbers[0];
-    size_t i = 0;
-    if (count >= kVectors * kLanes)
-    {
-        FloatLanes lanes[kVectors];
-        for (size_t v = 0; v < kVectors; ++v)
-        {
-            lanes[v] = load_lanes(numbers + v * kLanes);
-        }
-        for (i = kVectors * kLanes; i + kVectors * kLanes <= count; i += kVectors * kLanes)
-        {
-            for (size_t v = 0; v < kVectors; ++v)
-            {
-                lanes[v] = larger(load_lanes(numbers + i + v * kLanes), lanes[v]);
-            }
-        }
-        best = largest(larger(larger(lanes[0], lanes[1]), larger(lanes[2], lanes[3])));
-    }
-    for (; i < count; ++i)
-    {
-        best = numbers[i] > best ? numbers[i] : best;
-    }
-    return best;
-}
 
 size_t block_count(size_t count)
 {
@@ -60,40 +30,6 @@ float kth_largest(Span<float> numbers, size_t k)
     return numbers[k - 1];
 }
 
-/** exp(logit / temperature - top) of up to kBlock logits; returns their sum, in fp64. */
-double weigh_block(float const* logits, size_t count, float temperature, float top, float* weights)
-{
-    float padded[kBlock];
-    float out[kBlock];
-    bool const is_whole = count == kBlock;
-    if (!is_whole)
-    {
-        std::fill(padded + count, padded + kBlock, -INFINITY);
-        std::copy(logits, logits + count, padded);
-    }
-    float const* const from = is_whole ? logits : padded;
-    float* const to = is_whole ? weights : out;
-    DoubleLanes sums[2] = {};
-    for (size_t i = 0; i < kBlock; i += kLanes)
-    {
-        FloatLanes x = load_lanes(from + i);
-        if (temperature != 1)
-        {
-            x = x / temperature;
-        }
-        FloatLanes const weight = exp_lanes(x - top);
-        store_lanes(weight, to + i);
-        sums[0] += DoubleLanes{static_cast<double>(weight[0]), static_cast<double>(weight[1])};
-        sums[1] += DoubleLanes{static_cast<double>(weight[2]), static_cast<double>(weight[3])};
-    }
-    if (!is_whole)
-    {
-        std::copy(out, out + count, weights);
-    }
-    DoubleLanes const sum = sums[0] + sums[1];
-    return sum[0] + sum[1];
-}
-
 } // namespace
 
 int32_t argmax(Span<float const> logits)
@@ -104,7 +40,7 @@ int32_t argmax(Span<float const> logits)
     size_t best_start = 0;
     for (size_t start = 0; start < logits.size(); start += kStride)
     {
-        float const found = largest_of(logits.data() + start, std::min(kStride, logits.size() - start));
+        float const found = kPasses.largest(logits.data() + start, std::min(kStride, logits.size() - start));
         if (found > best)
         {
             best = found;
@@ -122,7 +58,8 @@ int32_t argmax(Span<float const> logits)
 bool Candidates::allocate(size_t vocab_size)
 {
     size_t const blocks = block_count(vocab_size);
-    return few_.reserve(vocab_size) && order_.reserve(vocab_size) && weights_.resize(vocab_size)
+    passes_ = &best_passes();
+    return few_.resize(vocab_size) && order_.reserve(vocab_size) && weights_.resize(vocab_size)
         && block_sums_.resize(blocks) && block_max_.resize(blocks) && sorted_.resize(vocab_size);
 }
 
@@ -130,7 +67,7 @@ void Candidates::begin(Span<float const> logits, int64_t k, float temperature)
 {
     logits_ = logits;
     temperature_ = temperature;
-    few_.clear();
+    num_few_ = 0;
     is_whole_ = k <= 0 || static_cast<uint64_t>(k) >= logits.size();
     if (is_whole_)
     {
@@ -147,7 +84,7 @@ void Candidates::take_largest(Span<float const> logits, size_t k)
     float least = -INFINITY;
     for (size_t block = 0; block < blocks; ++block)
     {
-        block_max_[block] = largest_of(logits.data() + block * kBlock, block_size(logits.size(), block));
+        block_max_[block] = passes_->largest(logits.data() + block * kBlock, block_size(logits.size(), block));
     }
     if (k < blocks)
     {
@@ -167,21 +104,14 @@ void Candidates::take_largest(Span<float const> logits, size_t k)
         {
             if (logits[i] >= least)
             {
-                (void)few_.push({static_cast<int32_t>(i), logits[i], 0}); // there is room for all
+                few_[count] = {static_cast<int32_t>(i), logits[i], 0};
                 sorted_[count++] = logits[i];
             }
         }
     }
     float const threshold = kth_largest(sorted_.view().sub(0, count), k);
-    size_t kept = 0;
-    for (Candidate const& each : few_)
-    {
-        if (each.logit >= threshold)
-        {
-            few_[kept++] = each;
-        }
-    }
-    few_.shrink(kept);
+    num_few_ = count;
+    keep_if([threshold](Candidate const& each) { return each.logit >= threshold; });
 }
 
 void Candidates::weigh_whole(float temperature)
@@ -190,14 +120,14 @@ void Candidates::weigh_whole(float temperature)
     largest_ = -INFINITY;
     for (size_t block = 0; block < blocks; ++block)
     {
-        block_max_[block] = largest_of(logits_.data() + block * kBlock, block_size(logits_.size(), block));
+        block_max_[block] = passes_->largest(logits_.data() + block * kBlock, block_size(logits_.size(), block));
         largest_ = std::max(largest_, block_max_[block]);
     }
     float const top = largest_ / temperature;
     for (size_t block = 0; block < blocks; ++block)
     {
         size_t const first = block * kBlock;
-        block_sums_[block] = weigh_block(
+        block_sums_[block] = passes_->weigh(
             logits_.data() + first, block_size(logits_.size(), block), temperature, top, weights_.data() + first);
     }
 }
@@ -205,7 +135,7 @@ void Candidates::weigh_whole(float temperature)
 void Candidates::weigh_few(float temperature)
 {
     largest_ = -INFINITY;
-    for (Candidate& each : few_)
+    for (Candidate& each : few())
     {
         largest_ = std::max(largest_, each.logit);
         each.logit = each.logit / temperature;
@@ -213,14 +143,14 @@ void Candidates::weigh_few(float temperature)
     float const top = largest_ / temperature;
     float logits[kBlock];
     float weights[kBlock];
-    for (size_t first = 0; first < few_.size(); first += kBlock)
+    for (size_t first = 0; first < num_few_; first += kBlock)
     {
-        size_t const count = std::min(kBlock, few_.size() - first);
+        size_t const count = std::min(kBlock, num_few_ - first);
         for (size_t i = 0; i < count; ++i)
         {
             logits[i] = few_[first + i].logit;
         }
-        (void)weigh_block(logits, count, 1, top, weights);
+        (void)passes_->weigh(logits, count, 1, top, weights);
         for (size_t i = 0; i < count; ++i)
         {
             few_[first + i].weight = weights[i];
@@ -228,35 +158,69 @@ void Candidates::weigh_few(float temperature)
     }
 }
 
+/** A logit below which nothing weighs so much: whole blocks are passed over by it. */
+float Candidates::least_logit(float least_weight) const
+{
+    constexpr float kMargin = 0.001F; // more than all roundings
+    return largest_ + (std::log(least_weight) - kMargin) * temperature_ - std::fabs(largest_) * 1e-6F;
+}
+
+/** The weight of all in the whole vocabulary that weigh at least so much. */
+double Candidates::sum_from(float least_weight) const
+{
+    float const least = least_logit(least_weight);
+    double sum = 0;
+    for (size_t block = 0; block < block_count(logits_.size()); ++block)
+    {
+        if (block_max_[block] >= least)
+        {
+            sum += passes_->sum_from(weights_.data() + block * kBlock, block_size(logits_.size(), block), least_weight);
+        }
+    }
+    return sum;
+}
+
 /** Cuts the whole vocabulary to what weighs at least so much. */
 void Candidates::collect(float least_weight)
 {
-    few_.clear();
-    float const top = largest_ / temperature_;
-    for (size_t first = 0; first < logits_.size(); first += kBlock)
+    float const least = least_logit(least_weight);
+    size_t count = 0;
+    for (size_t block = 0; block < block_count(logits_.size()); ++block)
     {
-        // The likeliest of a block has about its largest weight: to the rounding of exp.
-        float const likeliest = block_max_[first / kBlock] / temperature_ - top;
-        if (exp_lanes(all_lanes(likeliest))[0] < least_weight * 0.9999F)
+        if (block_max_[block] < least)
         {
             continue;
         }
-        for (size_t i = first; i < first + block_size(logits_.size(), first / kBlock); ++i)
+        size_t const first = block * kBlock;
+        for (size_t i = first; i < first + block_size(logits_.size(), block); ++i)
         {
-            if (weights_[i] >= least_weight)
-            {
-                (void)few_.push(
-                    {static_cast<int32_t>(i), logits_[i] / temperature_, weights_[i]}); // there is room for all
-            }
+            // Without a branch: which weigh enough isn't foreseen.
+            few_[count] = {static_cast<int32_t>(i), logits_[i], weights_[i]};
+            count += weights_[i] >= least_weight ? 1 : 0;
         }
     }
+    num_few_ = count;
+    for (Candidate& each : few())
+    {
+        each.logit = each.logit / temperature_;
+    }
     is_whole_ = false;
+}
+
+double Candidates::weight_of_whole() const
+{
+    double sum = 0;
+    for (size_t block = 0; block < block_count(logits_.size()); ++block)
+    {
+        sum += block_sums_[block];
+    }
+    return sum;
 }
 
 double Candidates::weight_of_few() const
 {
     double sum = 0;
-    for (Candidate const& each : few_)
+    for (Candidate const& each : few())
     {
         sum += static_cast<double>(each.weight);
     }
@@ -269,23 +233,23 @@ void Candidates::keep_top_p(double p)
     {
         return;
     }
+    double held = 0;       // the weight of what stays for sure
+    float edge = INFINITY; // what weighs as much stays for sure
     double goal;
     if (is_whole_)
     {
-        double sum = 0;
-        for (size_t block = 0; block < block_count(logits_.size()); ++block)
-        {
-            sum += block_sums_[block];
-        }
-        goal = p * sum;
+        goal = p * weight_of_whole();
         // Where the likely ones are few, what is above one of these holds p of the probability.
-        for (float const least : {1e-2F, 1e-4F, 1e-6F, kSmallest})
+        for (float const least : {1e-1F, 1e-2F, 1e-3F, 1e-4F, 1e-5F, 1e-6F, kSmallest})
         {
-            collect(least);
-            if (weight_of_few() >= goal)
+            double const sum = sum_from(least);
+            if (sum >= goal || least == kSmallest)
             {
+                collect(least);
                 break;
             }
+            held = sum;
+            edge = least;
         }
     }
     else
@@ -294,18 +258,20 @@ void Candidates::keep_top_p(double p)
     }
 
     order_.clear();
-    for (size_t i = 0; i < few_.size(); ++i)
+    for (size_t i = 0; i < num_few_; ++i)
     {
-        (void)order_.push(static_cast<uint32_t>(i)); // there is room for all
+        if (few_[i].weight < edge)
+        {
+            (void)order_.push(static_cast<uint32_t>(i)); // there is room for all
+        }
     }
     auto const is_before = [this](uint32_t a, uint32_t b) {
         return few_[a].logit > few_[b].logit || (few_[a].logit == few_[b].logit && a < b);
     };
     // A candidate stays if those before it haven't reached the goal yet: the place where they do is looked for in the half
     // that it lies in, again and again.
-    size_t first = 0;
+    size_t first = 0; // `held` is the weight of all before it
     size_t last = order_.size();
-    double held = 0; // the weight of those before `first`
     uint32_t number = 1;
     while (last - first > kFewToSort)
     {
@@ -345,15 +311,7 @@ void Candidates::keep_top_p(double p)
     {
         few_[order_[i]].weight = -1;
     }
-    size_t kept = 0;
-    for (Candidate const& each : few_)
-    {
-        if (each.weight >= 0)
-        {
-            few_[kept++] = each;
-        }
-    }
-    few_.shrink(kept);
+    keep_if([](Candidate const& each) { return each.weight >= 0; });
 }
 
 void Candidates::keep_min_p(float p)
@@ -367,15 +325,7 @@ void Candidates::keep_min_p(float p)
         collect(p);
         return;
     }
-    size_t kept = 0;
-    for (Candidate const& each : few_)
-    {
-        if (each.weight >= p)
-        {
-            few_[kept++] = each;
-        }
-    }
-    few_.shrink(kept);
+    keep_if([p](Candidate const& each) { return each.weight >= p; });
 }
 
 int32_t Candidates::draw(double u) const
@@ -389,11 +339,7 @@ int32_t Candidates::draw(double u) const
     if (is_whole_)
     {
         size_t const blocks = block_count(last);
-        double sum = 0;
-        for (size_t block = 0; block < blocks; ++block)
-        {
-            sum += block_sums_[block];
-        }
+        double const sum = weight_of_whole();
         goal = std::min(u * sum, std::nextafter(sum, 0.0));
         size_t block = 0;
         while (block + 1 < blocks && before + block_sums_[block] <= goal)
@@ -427,20 +373,15 @@ double Candidates::log_probabilities(
     Span<float const> logits, int32_t id, size_t count, int32_t* top_ids, double* top_logprobs)
 {
     begin(logits, 0, 1);
-    double sum = 0;
-    for (size_t block = 0; block < block_count(logits.size()); ++block)
-    {
-        sum += block_sums_[block];
-    }
-    double const log_sum = static_cast<double>(largest_) + std::log(sum);
+    double const log_sum = static_cast<double>(largest_) + std::log(weight_of_whole());
     count = std::min(count, logits.size());
     if (count != 0)
     {
-        few_.clear();
         take_largest(logits, count);
-        std::partial_sort(few_.begin(), few_.begin() + count, few_.end(), [](Candidate const& a, Candidate const& b) {
-            return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
-        });
+        std::partial_sort(
+            few().begin(), few().begin() + count, few().end(), [](Candidate const& a, Candidate const& b) {
+                return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+            });
         for (size_t i = 0; i < count; ++i)
         {
             top_ids[i] = few_[i].id;

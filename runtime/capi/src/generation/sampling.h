@@ -6,6 +6,7 @@
 #include "generation/config.h"
 #include "generation/event.h"
 #include "generation/logit_changes.h"
+#include "generation/passes.h"
 #include "generation/random.h"
 
 #include <cstdint>
@@ -23,6 +24,9 @@ public:
     /** Memory for rows of so many logits; false: there is none. */
     [[nodiscard]] bool allocate(size_t vocab_size);
 
+    /** Takes the passes for every processor, or those for this one, as `allocate` does. */
+    void use(Passes const& passes) { passes_ = &passes; }
+
     /** Takes the k largest of logits [V] and those equal to the smallest of them, or all for k = 0, and divides them by the
      *  temperature. The logits must stay as they are until the draw. */
     void begin(Span<float const> logits, int64_t k, float temperature);
@@ -38,7 +42,7 @@ public:
     /** The id at which the cumulative probability, ids ascending, passes u in [0, 1). */
     int32_t draw(double u) const;
 
-    size_t size() const { return is_whole_ ? logits_.size() : few_.size(); }
+    size_t size() const { return is_whole_ ? logits_.size() : num_few_; }
     int32_t id(size_t index) const { return is_whole_ ? static_cast<int32_t>(index) : few_[index].id; }
     /** exp(logit - largest logit), each divided by the temperature. */
     float weight(size_t index) const { return is_whole_ ? weights_[index] : few_[index].weight; }
@@ -59,14 +63,36 @@ private:
     void take_largest(Span<float const> logits, size_t k);
     void weigh_whole(float temperature);
     void weigh_few(float temperature);
+    float least_logit(float least_weight) const;
+    double sum_from(float least_weight) const;
     void collect(float least_weight);
+    double weight_of_whole() const;
     double weight_of_few() const;
 
+    Span<Candidate> few() { return few_.view().sub(0, num_few_); }
+    Span<Candidate const> few() const { return few_.view().sub(0, num_few_); }
+    /** Leaves those of the few of which something is true. */
+    template <class Predicate>
+    void keep_if(Predicate is_kept)
+    {
+        size_t kept = 0;
+        for (Candidate const& each : few())
+        {
+            if (is_kept(each))
+            {
+                few_[kept++] = each;
+            }
+        }
+        num_few_ = kept;
+    }
+
+    Passes const* passes_ = &kPasses;
     Span<float const> logits_;
     float largest_ = 0; // of the logits
     float temperature_ = 1;
     bool is_whole_ = true;
-    Array<Candidate> few_;     // ascending ids, where it isn't the whole vocabulary
+    Array<Candidate> few_; // [V], of which `num_few_` are left, ascending ids, where it isn't the whole vocabulary
+    size_t num_few_ = 0;
     Array<uint32_t> order_;    // [V]: of candidates that are being cut
     Array<float> weights_;     // [V]: of the whole vocabulary
     Array<double> block_sums_; // of the weights

@@ -42,7 +42,8 @@ bool ending_ids(Settings const& settings, Tokenizer const* tokenizer, Array<int3
             return false;
         }
     }
-    std::sort(ids.begin(), ids.end());
+    // By an order of our own: that of int is compiled into some C++ libraries, and not into ours.
+    std::sort(ids.begin(), ids.end(), [](int32_t a, int32_t b) { return a < b; });
     ids.shrink(static_cast<size_t>(std::unique(ids.begin(), ids.end()) - ids.begin()));
     return true;
 }

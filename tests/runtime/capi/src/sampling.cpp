@@ -3,6 +3,7 @@
 
 #include "fake_engine.h"
 #include "generation/lanes.h"
+#include "generation/passes.h"
 #include "generation/sampling.h"
 #include "settings.h"
 
@@ -49,6 +50,14 @@ std::vector<float> row_of(JsonValue description)
     auto const size = static_cast<size_t>(value.integer());
     (void)description.find("seed", value);
     row = ::row_of(size, static_cast<uint64_t>(value.integer()));
+    if (description.find("scale", value))
+    {
+        auto const scale = static_cast<float>(value.number());
+        for (float& logit : row)
+        {
+            logit *= scale;
+        }
+    }
     if (description.find("peaks", value))
     {
         for (size_t i = 0; i < value.size(); ++i)
@@ -112,6 +121,11 @@ std::string cut(JsonValue request)
     }
     Candidates candidates;
     FakeEngine::require(candidates.allocate(logits.size()));
+    JsonValue value;
+    if (request.find("is_baseline", value))
+    {
+        candidates.use(kPasses);
+    }
     candidates.begin({changed.data(), changed.size()}, settings.top_k, static_cast<float>(settings.temperature));
     candidates.keep_top_p(settings.top_p);
     candidates.keep_min_p(static_cast<float>(settings.min_p));
@@ -132,8 +146,17 @@ std::string cut(JsonValue request)
         weights.push_back(candidates.weight(i));
     }
     answer += ", \"id_count\": " + std::to_string(count) + ", \"id_sum\": " + std::to_string(sum);
-    JsonValue value;
-    if (ids.size() < 5000 || request.find("all_ids", value))
+    // Of all ids and weights, to the bit.
+    uint64_t hash = 14695981039346656037U;
+    for (size_t i = 0; i < ids.size(); ++i)
+    {
+        auto const weight = static_cast<float>(weights[i]);
+        uint32_t bits;
+        std::memcpy(&bits, &weight, sizeof bits);
+        hash = ((hash ^ static_cast<uint32_t>(ids[i])) * 1099511628211U ^ bits) * 1099511628211U;
+    }
+    answer += ", \"hash\": \"" + std::to_string(hash) + "\"";
+    if (ids.size() < 100)
     {
         answer += ", \"ids\": " + answers::listed(ids) + ", \"weights\": " + shown_all(weights);
     }
@@ -210,7 +233,7 @@ std::string numbers(JsonValue request)
     return "{\"numbers\": " + shown_all(found) + "}";
 }
 
-/** The largest error of exp_lanes over floats of [low, 0], `stride` apart, in units of the last place of the exact value; and
+/** The largest error of exp_of over floats of [low, 0], `stride` apart, in units of the last place of the exact value; and
  *  the first of them for which it isn't 0 where it should be, or the other way round. */
 std::string exponentials(JsonValue request)
 {
@@ -224,7 +247,7 @@ std::string exponentials(JsonValue request)
         auto const word = static_cast<uint32_t>(bits);
         float x;
         std::memcpy(&x, &word, sizeof x);
-        float const found = exp_lanes(all_lanes(x))[0];
+        float const found = exp_of(x);
         ++count;
         if (x < kLeastExponent)
         {
@@ -242,9 +265,8 @@ std::string exponentials(JsonValue request)
         }
     }
     return "{\"worst\": " + shown(worst) + ", \"where\": " + shown(where) + ", \"count\": " + std::to_string(count)
-        + ", \"is_zero_right\": " + (is_zero_right ? "true" : "false")
-        + ", \"of_zero\": " + shown(exp_lanes(all_lanes(0))[0])
-        + ", \"of_minus_infinity\": " + shown(exp_lanes(all_lanes(-INFINITY))[0]) + "}";
+        + ", \"is_zero_right\": " + (is_zero_right ? "true" : "false") + ", \"of_zero\": " + shown(exp_of(0))
+        + ", \"of_minus_infinity\": " + shown(exp_of(-INFINITY)) + "}";
 }
 
 } // namespace
