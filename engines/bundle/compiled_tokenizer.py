@@ -100,7 +100,7 @@ def compile_tokenizer(tokenizer_json: str, *, vocab_size: int) -> bytes:
         added=added,
     )
     if difference := qtok_proof.find_difference(table, tokenizer):
-        raise TokenizerNotCompiledError(f"its compiled form doesn't give the same ids: {difference}")
+        raise TokenizerNotCompiledError(f"its compiled form isn't the same: {difference}")
     return table
 
 
@@ -122,7 +122,7 @@ class _Added:
 
 
 def _splitter(pre_tokenizer: Mapping[str, Any] | None) -> Splitter:
-    parts: list[dict[str, Any]] = []
+    parts: list[Mapping[str, Any]] = []
     if pre_tokenizer is not None:
         is_sequence = pre_tokenizer["type"] == "Sequence"
         parts = pre_tokenizer["pretokenizers"] if is_sequence else [pre_tokenizer]

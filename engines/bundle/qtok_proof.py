@@ -23,8 +23,9 @@ from qwen_aot.engines.bundle.qtok import (
     Section,
     Splitter,
 )
+from qwen_aot.runtime.text.detokenizer import byte_of_character
 
-__all__ = ["QtokReader", "find_difference", "texts"]
+__all__ = ["QtokReader", "find_difference", "library_words", "texts"]
 
 _NUM_TEXTS = 1500
 
@@ -91,6 +92,10 @@ class QtokReader:
                 for word in self._split(plain):
                     ids += self._merge(word.encode())
         return ids
+
+    def words(self, text: str) -> list[str]:
+        """The words of a text in normal form, added tokens not looked for."""
+        return list(self._split(self._compose(text)))
 
     def _cut(self, text: str, which: int, allow_special_tokens: bool) -> Iterator[tuple[int | None, str]]:
         """Ids of added tokens, and the texts between them: leftmost first, of those at one place the longest."""
@@ -189,6 +194,7 @@ class QtokReader:
                 stop = _run(classes, start, lambda of: bool(of & _SPACE))
                 lines = max(text.rfind("\n", start, stop), text.rfind("\r", start, stop)) + 1
                 end = lines if lines > start else _before_word(start, stop, size)
+            end = max(end, start + 1)  # classes of a wrong table may fit no rule
             yield text[start:end]
             start = end
 
@@ -211,6 +217,7 @@ class QtokReader:
                     end = first
                     while end < size and kinds[end] == kinds[first]:
                         end += 1
+            end = max(end, start + 1)  # classes of a wrong table may fit no rule
             yield text[start:end]
             start = end
 
@@ -235,13 +242,26 @@ class QtokReader:
 
 
 def find_difference(table: bytes, tokenizer: RustTokenizer) -> str | None:
-    """The first text whose ids aren't the reference's; None: all are the same."""
+    """What of the first text isn't as the reference has it: its words, its ids; None: all is the same.
+
+    Words are compared for themselves: a vocabulary with few merges gives the same ids however text is split.
+    """
     reader = QtokReader(table)
     asked = texts(tokenizer, _NUM_TEXTS)
     for text, encoding in zip(asked, tokenizer.encode_batch(asked, add_special_tokens=False), strict=True):
+        if (words := reader.words(text)) != (expected := library_words(tokenizer, text)):
+            return f"{text!r} is split into {words}, and by the library into {expected}"
         if (ids := reader.encode(text)) != encoding.ids:
             return f"{text!r} is {ids}, and by the library {encoding.ids}"
     return None
+
+
+def library_words(tokenizer: RustTokenizer, text: str) -> list[str]:
+    """The words of a text as the library's normalizer and pre-tokenizer have them, added tokens not looked for."""
+    normalized = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer is not None else text
+    alphabet = byte_of_character()
+    words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
+    return [bytes([alphabet[character] for character in word]).decode() for word in words]
 
 
 def texts(tokenizer: RustTokenizer, count: int) -> list[str]:

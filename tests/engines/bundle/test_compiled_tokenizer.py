@@ -54,7 +54,7 @@ def test_golden(name: str) -> None:
             assert reader.encode(case["text"], allow_special_tokens=False) == case["plain_ids"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=60))
 def test_any_text(text: str) -> None:
     for name in GOLDEN_NAMES:
@@ -142,7 +142,7 @@ REFUSED: dict[str, tuple[Callable[[], str], str]] = {
         lambda: changed(
             pre_tokenizer={"type": "Sequence", "pretokenizers": [SPLIT | {"pattern": {"Regex": r"\p{N}{1,3}"}}, BYTES]}
         ),
-        r"its pre-tokenizer is \[\{\"type\": \"Split\", .*p\{N\}\{1,3\}.*compiled are Qwen2's split and ByteLevel, Digits",
+        r"its pre-tokenizer is \[\{\"type\": \"Split\", .*p\{N\}\{1,3\}.*compiled are Qwen2's split and ByteLevel,",
     ),
     "behavior": (
         lambda: changed(pre_tokenizer={"type": "Sequence", "pretokenizers": [SPLIT | {"behavior": "Removed"}, BYTES]}),
@@ -287,7 +287,7 @@ def test_the_proof_sees_a_wrong_table(what: str) -> None:
 
 def test_a_table_that_is_not_proven_is_not_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_tokenizer, "_splitter", lambda pre_tokenizer: Splitter.GPT2)
-    with pytest.raises(TokenizerNotCompiledError, match="its compiled form doesn't give the same ids: '"):
+    with pytest.raises(TokenizerNotCompiledError, match=r"its compiled form isn't the same: .* is split into"):
         compile_tokenizer(tokenizer_json("qwen2"), vocab_size=VOCAB_SIZE)
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 
-from qwen_aot.engines.bundle.qtok_proof import texts
+from qwen_aot.engines.bundle.qtok_proof import library_words, texts
 from qwen_aot.runtime.text.control_tokens import ControlTokens
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 from tests.runtime.capi.native import FLAVOURS, Native, ask
@@ -52,7 +52,7 @@ def runtime(name: str) -> Tokenizer:
     return Tokenizer(reference(name), {}, vocab_size=VOCAB_SIZE)
 
 
-def differing(asked: Sequence[str], found: Sequence[Any], expected: Sequence[list[int]]) -> list[Any]:
+def differing(asked: Sequence[str], found: Sequence[Any], expected: Sequence[Any]) -> list[Any]:
     return [each for each in zip(asked, found, expected, strict=True) if each[1] != each[2]]
 
 
@@ -84,6 +84,14 @@ def test_ids_are_the_library_s(program: Program, name: str) -> None:
     assert differing(asked, program.encode(name, asked), by_library(name, asked)) == []
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_words_are_the_library_s(program: Program, name: str) -> None:
+    """Normal form and split for themselves: with few merges, ids don't depend on where words end."""
+    asked = texts(reference(name), 2000)
+    found = program.ask([{"do": "words", "table": NAMES.index(name), "text": text} for text in asked])
+    assert differing(asked, found, [library_words(reference(name), text) for text in asked]) == []
+
+
 @pytest.mark.deep
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_of_many_texts_are_the_library_s(program: Program, name: str) -> None:
@@ -103,6 +111,8 @@ def test_every_character(program: Program, name: str) -> None:
         for start in range(0, len(characters), 64)
     ]
     assert differing(asked, program.encode(name, asked), by_library(name, asked)) == []
+    found = program.ask([{"do": "words", "table": NAMES.index(name), "text": text} for text in asked])
+    assert differing(asked, found, [library_words(reference(name), text) for text in asked]) == []
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "many"])  # see test_overlapping_tokens

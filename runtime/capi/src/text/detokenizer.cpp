@@ -21,18 +21,23 @@ size_t length_by_lead(uint8_t lead)
     return lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 0;
 }
 
-/** Which second byte a lead byte of two or more takes: no longer form than needed, no surrogates, at most U+10FFFF.
- *  Source: The Unicode Standard, table 3-7. */
+/** Which second byte a lead byte of two or more takes: no longer form than needed, at most U+10FFFF (The Unicode Standard,
+ *  table 3-7). Surrogates are looked at later: the Python decoder waits for their third byte, so this one does. */
 ByteRange second_byte(uint8_t lead)
 {
     switch (lead)
     {
     case 0xE0: return {0xA0, 0xBF};
-    case 0xED: return {0x80, 0x9F};
     case 0xF0: return {0x90, 0xBF};
     case 0xF4: return {0x80, 0x8F};
     default: return {0x80, 0xBF};
     }
+}
+
+/** Whether two bytes begin a surrogate, which UTF-8 has none of. */
+bool is_surrogate(uint8_t const (&bytes)[4])
+{
+    return bytes[0] == 0xED && bytes[1] >= 0xA0;
 }
 
 } // namespace
@@ -66,8 +71,9 @@ Status Detokenizer::push(int32_t id, Text& text, Error& error)
         }
         // What can't be the character's next byte ends it, and may begin another: U+FFFD stands for the longest beginning
         // of a character that there is (The Unicode Standard, 3.9).
+        bool const is_waiting = num_pending_ == 2 && is_surrogate(pending_);
         ByteRange const accepted = num_pending_ == 1 ? second_byte(pending_[0]) : ByteRange{0x80, 0xBF};
-        if (byte < accepted.first || byte > accepted.last)
+        if (is_waiting || byte < accepted.first || byte > accepted.last)
         {
             QWEN_AOT_TRY(flush(text, error));
             continue;
@@ -88,7 +94,9 @@ Status Detokenizer::flush(Text& text, Error& error)
 {
     if (num_pending_ != 0)
     {
-        QWEN_AOT_NEED(text.append(kReplacement), error, "the text of a token");
+        bool const is_two = num_pending_ == 2 && is_surrogate(pending_); // neither byte begins a character
+        QWEN_AOT_NEED(
+            text.append(kReplacement) && (!is_two || text.append(kReplacement)), error, "the text of a token");
         num_pending_ = 0;
     }
     return Status::ok;

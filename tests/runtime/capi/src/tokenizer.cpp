@@ -4,6 +4,8 @@
 #include "hex.h"
 
 #include "base/crc32.h"
+#include "text/normalizer.h"
+#include "text/splitter.h"
 #include "text/tokenizer.h"
 
 #include <cstring>
@@ -138,6 +140,31 @@ std::string find_added(Tokenizer const& tokenizer, JsonValue request)
     {
         found += (found.empty() ? "[" : ", [") + std::to_string(match.start) + ", " + std::to_string(match.end) + ", "
             + std::to_string(match.id) + "]";
+    }
+    return "[" + found + "]";
+}
+
+/** The words of a text in normal form, added tokens not looked for. */
+std::string words(std::vector<uint8_t> const& bytes, JsonValue request)
+{
+    std::string const text = text_of(request);
+    QtokTable table;
+    Error error;
+    if (QtokTable::open(view(bytes), kVocabSize, table, error) != Status::ok)
+    {
+        return answers::failed(error);
+    }
+    Normalizer normalizer(&table);
+    std::string_view composed = text;
+    if (table.is_nfc() && normalizer.compose(text, composed, error) != Status::ok)
+    {
+        return answers::failed(error);
+    }
+    std::string found;
+    std::string_view word;
+    for (Splitter splitter(&table, composed); splitter.next(word);)
+    {
+        found += (found.empty() ? "" : ", ") + answers::quoted(word);
     }
     return "[" + found + "]";
 }
@@ -326,6 +353,7 @@ int main(int count, char** arguments)
             : what == "facts"      ? facts(table.tokenizer, request)
             : what == "damage"     ? damage(table.bytes, request)
             : what == "forge"      ? forge(table.bytes, request)
+            : what == "words"      ? words(table.bytes, request)
             : what == "measure"    ? measure(table.bytes, request)
                                    : "null";
     });
