@@ -33,6 +33,7 @@ TEXTS = [
     "naïve café, Ελληνικά, русский",
     "nai\u0308ve cafe\u0301",  # composed by NFC
     "a\u0323\u0307 a\u0307\u0323 \u1e69 s\u0323\u0307",  # marks out of order
+    "a\u030b\u0301 e\u0316\u0301 o\u0308\u030a\u0304",  # a mark stops another of its order
     "\u212b \u2126 \uf900 \u0958",  # characters that NFC replaces
     "한국어 \u1112\u1161\u11ab\u1100\u116e\u11a8",
     "你好，世界。通义千问",

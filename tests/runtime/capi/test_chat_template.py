@@ -39,6 +39,8 @@ DISTILLED = CHATML.replace("message['content']", f"({CUTTING} if message.role ==
 STRIPPED = CHATML.replace(
     "message['content']", f"({CUTTING} | trim if message.role == 'assistant' else message.content)"
 )
+# What stands before the last message, as Mistral's newer templates have it.
+LAST = CHATML.replace("message['content']", "('(last) ' if loop.last else '(one) ') + message['content']")
 
 TEMPLATES = {name: source for name, source in PUBLISHED.items() if source != LLAMA2} | {
     "qwen3-whole": QWEN3_WHOLE,
@@ -46,6 +48,7 @@ TEMPLATES = {name: source for name, source in PUBLISHED.items() if source != LLA
     "qwq": QWQ,
     "distilled": DISTILLED,
     "stripped": STRIPPED,
+    "last": LAST,
 }
 WITH_THINKING = ("qwen3", "qwen3-whole")
 PIECES = (

@@ -124,13 +124,22 @@ bool is_accelerated()
 #elif defined(__aarch64__) && defined(__linux__)
 
 /** count: a multiple of 16. */
-[[gnu::target("+crc")]] uint32_t update_accelerated(uint32_t remainder, uint8_t const* bytes, size_t count)
+#if defined(__clang__)
+[[gnu::target("crc")]]
+#else
+[[gnu::target("+crc")]]
+#endif
+uint32_t update_accelerated(uint32_t remainder, uint8_t const* bytes, size_t count)
 {
     for (; count >= 8; bytes += 8, count -= 8)
     {
         uint64_t word;
         std::memcpy(&word, bytes, sizeof word);
+#if defined(__clang__)
+        remainder = __builtin_arm_crc32d(remainder, word);
+#else
         remainder = __builtin_aarch64_crc32x(remainder, word);
+#endif
     }
     return remainder;
 }
