@@ -64,9 +64,9 @@ def expand(text: str, variables: dict[str, str]) -> str:
 
 
 def answer(command: list[str | Path], installed: Installed, onnxruntime: Path) -> str:
-    done = subprocess.run(command, env=environment(installed, onnxruntime), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    done = subprocess.run(command, env=environment(installed, onnxruntime), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()  # as it is: an answer of random weights has line ends of every kind
 
 
 @pytest.fixture(scope="module")
