@@ -2,8 +2,8 @@
 
     python -m tests.bench.capi_sampling [--vocab 151936] [--rounds 5]
 
-CPU time of one thread, the lowest median of several rounds, in µs. Rows are of normal logits, of which the likeliest few
-stand out as a model's do, and change from token to token.
+CPU time of one thread, the lowest median of several rounds, in µs. Rows are of normal logits, of which the likeliest
+few stand out as a model's do, and change from token to token.
 """
 
 from __future__ import annotations
