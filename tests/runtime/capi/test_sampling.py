@@ -73,6 +73,29 @@ def test_another_rule_is_seen(program: Path) -> None:
     assert found["ids"] != case["ids"]
 
 
+# Logits, settings, and the ids that are left: weights are powers of two or equal, so that sums meet the cuts exactly.
+EDGES: list[tuple[list[float], dict[str, Any], list[int]]] = [
+    ([0.0] * 4, {"top_p": 0.5}, [0, 1]),
+    ([0.0] * 4, {"top_p": 0.51}, [0, 1, 2]),
+    ([0.0] * 256, {"top_p": 0.25}, list(range(64))),  # more than are sorted
+    ([0.0] * 256, {"top_p": 0.25, "top_k": 255}, list(range(64))),
+    ([1.0, 1.0, 0.0], {"min_p": 1.0, "top_k": 2}, [0, 1]),
+    ([1.0, 1.0, 0.0], {"min_p": 1.0}, [0, 1]),
+    ([0.0, 1.0, 1.0, 1.0], {"top_p": 0.1}, [1]),
+    ([0.0, 1.0, 1.0, 1.0], {"top_k": 1}, [1, 2, 3]),
+]
+
+
+def test_what_meets_a_cut_exactly(program: Path) -> None:
+    requests = [cut_of({"logits": logits, "settings": settings}) for logits, settings, _ in EDGES]
+    for (logits, settings, expected), found in zip(EDGES, ask(program, requests), strict=True):
+        row = np.array(logits, np.float32)
+        likely = min_p(
+            top_p(top_k(row, settings.get("top_k", 0)), settings.get("top_p", 1.0)), settings.get("min_p", 0.0)
+        )
+        assert found["ids"] == expected == [likely.id_at(i) for i in range(len(likely.logits))], settings
+
+
 # A whole vocabulary, flat and peaked, each cut by itself and together.
 CUTS = [
     {"top_k": 1},

@@ -162,6 +162,16 @@ def test_it_does_what_the_python_one_does(program: Path, plans: int) -> None:
         )
 
 
+def test_of_a_prompt_that_another_row_has_whole_a_token_is_computed(program: Path) -> None:
+    prompt = tuple(range(40))
+    plan = [Planned(prompt, 9, keep_cache=True), Planned(prompt, 3, arrives=2, keep_cache=True)]
+    (answer,) = ask(program, [described(plan, rows=2, events=True)])
+    calls = [call for step in answer["steps"] for call in step["calls"]]
+    assert ["copy", 0, 1, 39] in calls and ["prefill", 1, 1, 39, 1] in calls
+    steps = [step | {"events": [without_message(event) for event in step["events"]]} for step in answer["steps"]]
+    assert json.loads(json.dumps(expected_steps(run(plan, rows=2)))) == steps
+
+
 def test_refusals_say_what_is_accepted(program: Path) -> None:
     plan = [
         Planned((), 3),

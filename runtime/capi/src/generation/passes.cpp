@@ -118,6 +118,11 @@ float largest_baseline(float const* numbers, size_t count)
 
 #if defined(__x86_64__)
 
+[[gnu::target("avx2")]] float largest_avx2(float const* numbers, size_t count)
+{
+    return largest<8>(numbers, count);
+}
+
 [[gnu::target("avx2")]] double weigh_avx2(
     float const* logits, size_t count, float temperature, float top, float* weights)
 {
@@ -129,7 +134,7 @@ float largest_baseline(float const* numbers, size_t count)
     return sum_from<8>(weights, count, least);
 }
 
-constexpr Passes kAvx2Passes = {largest_baseline, weigh_avx2, sum_from_avx2}; // a block is too short for wider maxima
+constexpr Passes kAvx2Passes = {largest_avx2, weigh_avx2, sum_from_avx2};
 
 /** Whether the processor has AVX2 and the system keeps its registers. */
 bool has_avx2()

@@ -32,15 +32,15 @@ float kth_largest(Span<float> numbers, size_t k)
 
 } // namespace
 
-int32_t argmax(Span<float const> logits)
+int32_t argmax(Span<float const> logits, Passes const& passes)
 {
-    // The block of the first largest one, in one pass, and then its place there.
-    constexpr size_t kStride = 512;
+    // The part with the first largest one, in one pass, and then its place there.
+    constexpr size_t kStride = 1024;
     float best = -INFINITY;
     size_t best_start = 0;
     for (size_t start = 0; start < logits.size(); start += kStride)
     {
-        float const found = kPasses.largest(logits.data() + start, std::min(kStride, logits.size() - start));
+        float const found = passes.largest(logits.data() + start, std::min(kStride, logits.size() - start));
         if (found > best)
         {
             best = found;
@@ -82,9 +82,10 @@ void Candidates::take_largest(Span<float const> logits, size_t k)
 {
     size_t const blocks = block_count(logits.size());
     float least = -INFINITY;
+    // (A block is too short for the wider passes to be faster.)
     for (size_t block = 0; block < blocks; ++block)
     {
-        block_max_[block] = passes_->largest(logits.data() + block * kBlock, block_size(logits.size(), block));
+        block_max_[block] = kPasses.largest(logits.data() + block * kBlock, block_size(logits.size(), block));
     }
     if (k < blocks)
     {
@@ -120,7 +121,7 @@ void Candidates::weigh_whole(float temperature)
     largest_ = -INFINITY;
     for (size_t block = 0; block < blocks; ++block)
     {
-        block_max_[block] = passes_->largest(logits_.data() + block * kBlock, block_size(logits_.size(), block));
+        block_max_[block] = kPasses.largest(logits_.data() + block * kBlock, block_size(logits_.size(), block));
         largest_ = std::max(largest_, block_max_[block]);
     }
     float const top = largest_ / temperature;
@@ -396,7 +397,7 @@ int32_t Sampler::choose(Span<float const> logits, Span<float> changed, Candidate
     bool const is_changed = !changes_.is_off();
     if (!is_changed && settings_->is_greedy())
     {
-        return argmax(logits);
+        return argmax(logits, candidates.passes());
     }
     if (is_changed)
     {
@@ -407,7 +408,7 @@ int32_t Sampler::choose(Span<float const> logits, Span<float> changed, Candidate
     int32_t id;
     if (settings_->is_greedy())
     {
-        id = argmax(logits);
+        id = argmax(logits, candidates.passes());
     }
     else
     {

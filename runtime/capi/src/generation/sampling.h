@@ -15,7 +15,7 @@ namespace qwen_aot
 {
 
 /** The index of the largest logit of [V], of equals the lowest; V >= 1, none NaN. */
-int32_t argmax(Span<float const> logits);
+int32_t argmax(Span<float const> logits, Passes const& passes);
 
 /** What is left of a vocabulary, and the memory that it takes: 20 bytes for each of its tokens. One thread at a time. */
 class Candidates
@@ -26,6 +26,7 @@ public:
 
     /** Takes the passes for every processor, or those for this one, as `allocate` does. */
     void use(Passes const& passes) { passes_ = &passes; }
+    Passes const& passes() const { return *passes_; }
 
     /** Takes the k largest of logits [V] and those equal to the smallest of them, or all for k = 0, and divides them by the
      *  temperature. The logits must stay as they are until the draw. */

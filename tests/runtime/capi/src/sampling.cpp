@@ -114,7 +114,9 @@ std::string cut(JsonValue request)
     std::vector<float> changed = logits;
     changes.apply({changed.data(), changed.size()});
     std::string answer = "{\"is_off\": " + std::to_string(changes.is_off())
-        + ", \"greedy\": " + std::to_string(argmax({changed.data(), changed.size()}));
+        + ", \"greedy\": " + std::to_string(argmax({changed.data(), changed.size()}, kPasses));
+    FakeEngine::require(
+        argmax({changed.data(), changed.size()}, kPasses) == argmax({changed.data(), changed.size()}, best_passes()));
     if (changed.size() < 1000)
     {
         answer += ", \"changed\": " + shown_all(changed);
