@@ -7,5 +7,5 @@ fetch_model
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-find plugins runtime tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' | xargs .venv/bin/clang-format --dry-run --Werror
+find examples plugins runtime tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' | xargs .venv/bin/clang-format --dry-run --Werror
 exec .venv/bin/python -m pytest -n 2 --dist worksteal -m "not gpu and not network and not deep" "$@"

@@ -12,11 +12,11 @@ import pytest
 
 from qwen_aot.errors import BuildError
 from qwen_aot.runtime.capi.build import Installed, install_library
-from tests.runtime.capi.native import SOURCES, run
+from tests.runtime.capi.native import run
 from tests.shared import once
 from tests.tools import require_tool
 
-EXAMPLES = SOURCES / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples" / "capi"
 MAX_BYTES = 300_000
 
 

@@ -1,4 +1,4 @@
-"""Streams an answer from Python without the package: python stream.py LIBQWEN_AOT.SO BUNDLE QUESTION"""
+"""Streams an answer from Python without the package: python stream.py LIBQWEN_AOT.SO BUNDLE QUESTION."""
 
 import ctypes
 import sys
