@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qwen_aot.engines.builders import Builder, EngineFacts, builder_for
+from qwen_aot.engines.bundle.compiled_text import COMPILED_CHAT_NAME, COMPILED_TOKENIZER_NAME, compile_text
 from qwen_aot.engines.bundle.default_length import default_max_new_tokens
 from qwen_aot.engines.bundle.folder import explained
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
@@ -59,6 +60,7 @@ class Plan:
 
     Attributes:
         texts: small files of the bundle, name -> content.
+        compiled_texts: those of text compiled ahead of time, (name, content) of each.
         manifest_for: makes the manifest from the bundle's files, the hashes of the weights, and what a compiled engine
             says about itself.
     """
@@ -67,6 +69,7 @@ class Plan:
     estimate: Estimate
     manifest_for: Callable[[Mapping[str, FileEntry], Mapping[str, str], EngineFacts | None], Manifest]
     texts: Mapping[str, str]
+    compiled_texts: tuple[tuple[str, bytes], ...]
     warnings: tuple[str, ...]
 
 
@@ -162,6 +165,8 @@ def build_bundle(
         builder = builder_for(spec.target)
         for name, text in plan.texts.items():
             writer.write_text(name, text)
+        for name, content in plan.compiled_texts:
+            writer.write_bytes(name, content)
         hashes = stages.run("write weights", lambda advance: _write_engine(plan, checkpoint, writer, advance))
         facts = _finish(builder, spec, plan.traced, writer.folder, stages)
 
@@ -209,7 +214,8 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages, threads: int 
     config = checkpoint.config
     max_context = spec.context_for(config.max_position_embeddings)
     text = text_facts(checkpoint)
-    warnings = text.warnings
+    compiled = compile_text(checkpoint.tokenizer.files, vocab_size=config.vocab_size)
+    warnings = text.warnings + compiled.warnings
     builder = builder_for(spec.target)
     builder.require(spec)
     check_headers(checkpoint)
@@ -223,7 +229,8 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages, threads: int 
     texts = dict(checkpoint.tokenizer.files)
     needed = estimate(
         weight_bytes=output_bytes(lowered),
-        text_bytes=sum(len(text.encode()) for text in texts.values()),
+        text_bytes=sum(len(text.encode()) for text in texts.values())
+        + sum(len(content) for _, content in compiled.files),
         chunk_bytes=chunk_bytes(lowered),
         bits=spec.precision.row.bits,
         threads=threads,
@@ -235,6 +242,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages, threads: int 
         needed,
         _manifest_maker(checkpoint, config, spec, max_context, max_new_tokens, text, lowered),
         texts,
+        compiled.files,
         warnings,
     )
 
@@ -303,8 +311,8 @@ def _manifest_maker(
         prefill_chunk=spec.prefill_chunk,
         text=TextFiles(
             tokenizer="tokenizer.json" if "tokenizer.json" in files else None,
-            compiled_tokenizer=None,
-            compiled_chat_template=None,
+            compiled_tokenizer=COMPILED_TOKENIZER_NAME if COMPILED_TOKENIZER_NAME in files else None,
+            compiled_chat_template=COMPILED_CHAT_NAME if COMPILED_CHAT_NAME in files else None,
         ),
         default_max_new_tokens=max_new_tokens,
         tool_versions=tool_versions(),

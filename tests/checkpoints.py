@@ -35,6 +35,11 @@ MOE_DEFAULTS: Mapping[str, Any] = {
     "mlp_only_layers": [],
 }
 
+# Qwen2's, as its tokenizer.json has it.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _TEXT = (
     "The quick brown fox jumps over the lazy dog. What is the capital of France? The capital is Paris. "
     "1 2 3 4 5 6 7 8 9 10. Hello, world! Größe, naïve café, 你好，世界。 "
@@ -140,7 +145,7 @@ def save_tokenizer(path: Path, vocab: int) -> dict[str, int]:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"), behavior="isolated"),
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

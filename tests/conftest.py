@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests import budget, tools
+from tests.order import long_first
 from tests.shared import session_folder
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -30,6 +31,14 @@ budget.register()
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     with tools.running(item):
         return (yield)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Puts long tests first where there are several workers; after pytest's own, which leaves out what isn't asked."""
+    workers = getattr(config, "workerinput", {"workercount": 1})["workercount"]
+    if workers > 1:
+        items[:] = long_first(items, workers, lambda item: item.get_closest_marker("slow") is not None)
 
 
 def pytest_collection_finish() -> None:

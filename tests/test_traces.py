@@ -11,7 +11,7 @@ import pytest
 from qwen_aot.exporter.graph import trace as tracing
 from qwen_aot.exporter.weights.recipe import Traced
 from tests.exporter.graph.test_trace import DENSE, MOE
-from tests.traces import REAL, CachedExport
+from tests.traces import POSITIONS, REAL, CachedExport
 
 
 def described(traced: Traced) -> tuple[bytes, list[object], list[object]]:
@@ -28,11 +28,12 @@ def described(traced: Traced) -> tuple[bytes, list[object], list[object]]:
 CALLS = [
     (DENSE, ir.DataType.FLOAT, {}),
     (DENSE, ir.DataType.FLOAT16, {"positions": 40, "capacity": 40}),
+    (DENSE, ir.DataType.FLOAT16, {"positions": 3000}),
     (MOE, ir.DataType.BFLOAT16, {"gather_up_to_tokens": 3}),
 ]
 
 
-@pytest.mark.parametrize(("config", "dtype", "options"), CALLS, ids=["dense", "fixed", "moe"])
+@pytest.mark.parametrize(("config", "dtype", "options"), CALLS, ids=["dense", "fixed", "long", "moe"])
 def test_a_trace_by_way_of_the_cache_is_the_fresh_one(config, dtype, options, tmp_path, monkeypatch):
     def traced(export):
         monkeypatch.setattr(tracing, "_export", export)
@@ -48,25 +49,29 @@ def test_a_trace_by_way_of_the_cache_is_the_fresh_one(config, dtype, options, tm
         assert described(traced(CachedExport(tmp_path, fail))) == fresh
 
 
-def test_whatever_torch_is_given_is_a_trace_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_torch_is_given_but_positions_is_a_trace_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[object, ...]] = []
 
     def export(*arguments: object) -> ir.Graph:
         asked.append(arguments)
-        return ir.Graph([], [], nodes=[], name=str(len(asked)))
+        tables = [ir.Value(name=name, shape=ir.Shape([POSITIONS, 4])) for name in ("rotary_cos", "rotary_sin")]
+        return ir.Graph([], [], nodes=[], initializers=tables, name=str(len(asked)))
 
     cached = CachedExport(tmp_path, export)
-    base = (DENSE, ir.DataType.FLOAT, tracing._templates(DENSE), 64)
+    base = (DENSE, ir.DataType.FLOAT, tracing._templates(DENSE), POSITIONS)
     others = [
         (dataclasses.replace(DENSE, rope_theta=DENSE.rope_theta + 1), *base[1:]),
         (dataclasses.replace(DENSE, tie_word_embeddings=not DENSE.tie_word_embeddings), *base[1:]),
         (base[0], ir.DataType.FLOAT16, *base[2:]),
-        (*base[:2], tracing._templates(MOE), 64),
-        (*base[:3], 65),
+        (*base[:2], tracing._templates(MOE), POSITIONS),
     ]
     names = [cached(*arguments).name for arguments in [base, *others, base, *others]]
     assert asked == [base, *others]
     assert names == [str(number + 1) for number in range(len(asked))] * 2
+    longer = cached(*base[:3], 65)
+    assert longer.name == "1" and [value.shape for value in longer.initializers.values()] == [(65, 4)] * 2
 
 
 def test_the_session_traces_by_way_of_the_cache() -> None:

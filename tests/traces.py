@@ -1,5 +1,8 @@
 """torch.onnx.export run once a session for each decoder, in place of once a build: about 3 CPU seconds each.
 
+How many positions the rotary tables have is their shape and nothing else of what is traced, so that traces which differ
+in it alone are one.
+
 Cached is what torch gives (`exporter.graph.trace._export`: a few template layers) and nothing of ours: graphs are
 repeated, named and given their definitions and recipes anew at each call of `trace`.
 """
@@ -18,6 +21,9 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from qwen_aot.exporter.graph import trace
 from tests.shared import once
 
+POSITIONS = 512  # that are traced
+_TABLES = ("rotary_cos", "rotary_sin")
+
 Export = Callable[..., ir.Graph]
 REAL: Export = trace._export
 # torch reads its library of ONNX functions at each export, a quarter of its time, and changes nothing in it.
@@ -31,13 +37,14 @@ class CachedExport:
         self._folder = folder
         self._export = export
 
-    def __call__(self, *arguments: object) -> ir.Graph:
+    def __call__(self, config: object, dtype: object, templates: object, positions: int) -> ir.Graph:
+        arguments = (config, dtype, templates)
         key = hashlib.sha256(repr(arguments).encode()).hexdigest()[:32]
 
         def make(_: Path) -> ir.Graph:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_torchlib))
-                graph = self._export(*arguments)
+                graph = self._export(*arguments, POSITIONS)
             graph = graph.clone()  # of plain values, in place of torch's own kinds
             for value in graph.initializers.values():
                 value.const_value = None  # a fake tensor, which holds no numbers
@@ -46,6 +53,10 @@ class CachedExport:
             return graph
 
         graph: ir.Graph = once(self._folder / key, make)
+        for name in _TABLES:
+            table = graph.initializers[name]
+            assert table.shape is not None
+            table.shape = ir.Shape([positions, *list(table.shape)[1:]])
         return graph
 
 

@@ -84,6 +84,11 @@ class FolderWriter:
         with explained(self.out):
             (self.folder / name).write_text(text, encoding="utf-8")
 
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Writes one small file."""
+        with explained(self.out):
+            (self.folder / name).write_bytes(content)
+
     def commit(self) -> None:
         """Moves the folder into place; at every moment the old or the new one stands whole."""
         with explained(self.out):

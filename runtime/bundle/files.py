@@ -37,7 +37,7 @@ def check_file_name(name: str) -> None:
     """
     path = PurePosixPath(name)
     is_safe = (
-        name not in ("", MANIFEST_NAME)
+        name not in ("", ".", MANIFEST_NAME)
         and path.as_posix() == name  # no "./x", "a//b", "a/"
         and not path.is_absolute()
         and ".." not in path.parts

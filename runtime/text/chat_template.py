@@ -16,7 +16,7 @@ from jinja2.utils import Namespace
 from qwen_aot.errors import BundleError, GenerationError
 from qwen_aot.runtime.text.template_budget import BudgetedEnvironment, budget
 
-__all__ = ["RESERVED", "ChatTemplate", "Message", "template_tokens"]
+__all__ = ["RESERVED", "ChatTemplate", "Message", "parse_template", "template_tokens"]
 
 Message: TypeAlias = Mapping[
     str, Any
@@ -115,6 +115,7 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         now: datetime.datetime | None = None,
+        max_steps: int | None = None,
     ) -> str:
         """The conversation as text, special tokens written out.
 
@@ -125,6 +126,7 @@ class ChatTemplate:
             variables: what else the template reads (`documents`, `enable_thinking`, ...), none of RESERVED.
             add_generation_prompt: end with the opening of the assistant's answer.
             now: the time that a template which asks gets; None: the clock's.
+            max_steps: rounds of loops and calls that it may take; None: as many as any.
 
         Raises:
             GenerationError: the template refuses the messages.
@@ -137,10 +139,19 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            with budget():
+            with budget(max_steps):
                 return self._template.render(given)
         except _TEMPLATE_FAILURES as error:
             raise GenerationError(f"the chat template refuses these messages: {error}") from error
+
+
+def parse_template(source: str) -> jinja2.nodes.Template:
+    """A template's syntax, in the environment in which it is rendered.
+
+    Raises:
+        jinja2.TemplateSyntaxError: it isn't a template.
+    """
+    return _environment().parse(source)
 
 
 def template_tokens(config: Mapping[str, Any]) -> dict[str, str | list[str]]:

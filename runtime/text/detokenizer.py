@@ -9,7 +9,7 @@ from tokenizers import decoders
 
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 
-__all__ = ["Detokenizer", "make_detokenizer"]
+__all__ = ["Detokenizer", "byte_of_character", "make_detokenizer"]
 
 
 class Detokenizer(Protocol):
@@ -29,7 +29,7 @@ def make_detokenizer(tokenizer: Tokenizer) -> Detokenizer:
     return _WindowDetokenizer(tokenizer)
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's spelling of bytes as printable characters, inverted.
 
     Printable Latin-1 characters stand for themselves; the other 68 bytes are U+0100 on, in order.
@@ -45,7 +45,7 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTES = _byte_of_character()
+_BYTES = byte_of_character()
 
 
 class _ByteLevelDetokenizer:

@@ -20,17 +20,21 @@ __all__ = ["MAX_STEPS", "BudgetedEnvironment", "budget"]
 
 MAX_STEPS = 1_000_000  # rounds and calls: seconds. A conversation of 10,000 messages takes some 100,000
 
-_left: ContextVar[list[int]] = ContextVar("left")  # of the rendering at work: one number, which its loops count down
+_left: ContextVar[list[int]] = ContextVar("left")  # of the rendering at work: what its loops count down, and from where
 
 
 @contextmanager
-def budget() -> Iterator[None]:
-    """Within it, a template of a `BudgetedEnvironment` runs MAX_STEPS rounds of loops and calls, and then fails.
+def budget(steps: int | None = None) -> Iterator[None]:
+    """Within it, a template of a `BudgetedEnvironment` runs so many rounds of loops and calls, and then fails.
+
+    Args:
+        steps: how many; None: MAX_STEPS.
 
     Raises:
         jinja2.exceptions.SecurityError: in the template, which took more.
     """
-    token = _left.set([MAX_STEPS])
+    most = MAX_STEPS if steps is None else steps
+    token = _left.set([most, most])
     try:
         yield
     finally:
@@ -82,4 +86,4 @@ def _count() -> None:
     left = _left.get()
     left[0] -= 1
     if left[0] < 0:
-        raise SecurityError(f"it takes more than {MAX_STEPS} rounds of loops and calls")
+        raise SecurityError(f"it takes more than {left[1]} rounds of loops and calls")

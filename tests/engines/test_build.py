@@ -53,6 +53,8 @@ def test_a_bundle_is_whole_and_says_what_it_is(checkpoint: Path, tmp_path: Path)
         "model.onnx.data",
         "tokenizer.json",
         "tokenizer_config.json",
+        "tokenizer.qtok",
+        "chat.qtpl",
         "generation_config.json",
         "report.json",
     }
@@ -67,8 +69,8 @@ def test_a_bundle_is_whole_and_says_what_it_is(checkpoint: Path, tmp_path: Path)
     assert manifest["default_max_new_tokens"] is None
     assert manifest["text"] == {
         "tokenizer": "tokenizer.json",
-        "compiled_tokenizer": None,
-        "compiled_chat_template": None,
+        "compiled_tokenizer": "tokenizer.qtok",
+        "compiled_chat_template": "chat.qtpl",
     }
     assert {"torch", "onnx", "onnxruntime", "qwen-aot", "python"} <= set(manifest["tool_versions"])
     stages = list(dict.fromkeys(event.stage for event in events))

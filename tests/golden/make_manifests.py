@@ -123,6 +123,9 @@ EDITS: list[tuple[str, KeyPath, Any, bool]] = [
     ("a context beyond 31 bits", ["max_context"], 2**31, False),
     ("as many parameters as 63 bits count", ["model", "num_parameters"], 2**63 - 1, True),
     ("an integer beyond 64 bits", ["model", "num_parameters"], 2**64, False),
+    ("half of a character", ["target"], "\ud83d", False),
+    ("half of a character in a key", ["tool_versions", "\ude00"], "1", False),
+    ("a character of two halves", ["target"], "\U0001f600", True),
     ("a later version", ["format_version"], 3, False),
     ("version 0", ["format_version"], 0, False),
     ("a version that is text", ["format_version"], "2", False),
@@ -301,6 +304,9 @@ EDITS += [
     (f"the file name {name!r}", ["files", name], {"bytes": 0, "sha256": SHA256}, False)
     for name in (
         "",
+        ".",
+        "..",
+        "a/.",
         "/a",
         "../a",
         "a/../b",

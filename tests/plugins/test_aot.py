@@ -19,7 +19,7 @@ from qwen_aot.plugins.signatures import KERNELS
 from qwen_aot.plugins.variants import variants
 
 REPOSITORY = Path(__file__).parents[2]
-ONLY = "gqa_[rd]e*-fp16-same-*"  # rotate is no match: decode for two head sizes and two group tiles
+ONLY = "gqa_[rd]e*-fp16-same-d64-*"  # rotate is no match: decode for two group tiles
 
 
 def run(
@@ -45,7 +45,7 @@ def test_manifest_describes_each_file(built, target, suffix):
     manifest = json.loads((folder / target / "manifest.json").read_bytes())
     assert manifest["format_version"] == aot.FORMAT_VERSION
     assert [entry["name"] for entry in manifest["variants"]] == [
-        f"gqa_decode-fp16-same-d{head_dim}-g{group}" for head_dim in (64, 128) for group in ("1_1", "2_16")
+        f"gqa_decode-fp16-same-d64-g{group}" for group in ("1_1", "2_16")
     ]
     for entry in manifest["variants"]:
         data = (folder / target / entry["file"]).read_bytes()
@@ -84,7 +84,7 @@ def test_what_is_there_is_not_compiled_again_and_what_is_damaged_is(built):
     stale.write_bytes(b"")
     stale.with_suffix(".json").write_text('{"file": "gone.cubin", "source_hash": "of then"}')
     second = build(["12.1"], folder, only=ONLY, jobs=1)
-    assert [entry["is_cached"] for entry in second["12.1"]] == [False, True, True, True]
+    assert [entry["is_cached"] for entry in second["12.1"]] == [False, True]
     assert not any(entry["is_cached"] for entries in first["variants"].values() for entry in entries)
     assert damaged.read_bytes() == whole  # and a compilation can be repeated
     assert not stale.exists() and not stale.with_suffix(".json").exists()

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from qwen_aot.engines.build import build_bundle
 from qwen_aot.engines.spec.build_spec import BuildSpec
@@ -27,6 +26,7 @@ from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine
 from qwen_aot.runtime.bundle.load import load_bundle
 from tests.bundle_copies import changed, data_tensors
 from tests.decisive import TOKENS, decisive_text, save_decisive
+from tests.kept_reference import KeptReference
 
 BUILDS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
@@ -38,28 +38,6 @@ BUILDS: dict[str, dict[str, Any]] = {
 MATRIX = "model.layers.0.mlp.gate_up_proj.weight"
 
 
-class Remembered:
-    """A reference that computes each answer once."""
-
-    def __init__(self, reference: Reference) -> None:
-        self._reference = reference
-        self._answers: dict[tuple[bytes, int], Any] = {}
-
-    def logits(self, token_ids: NDArray[np.int64], first: int) -> NDArray[np.float32]:
-        key = token_ids.tobytes(), first
-        if key not in self._answers:
-            self._answers[key] = self._reference.logits(token_ids, first)
-        found: NDArray[np.float32] = self._answers[key]
-        return found
-
-    def greedy(self, prompt: NDArray[np.int64], count: int) -> list[int]:
-        key = prompt.tobytes(), -count
-        if key not in self._answers:
-            self._answers[key] = self._reference.greedy(prompt, count)
-        found: list[int] = self._answers[key]
-        return found
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("controls")
@@ -69,9 +47,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(folder: Path) -> Remembered:
-    with open_checkpoint(folder / "right") as checkpoint:
-        return Remembered(Reference(checkpoint))
+def reference(folder: Path) -> KeptReference:
+    def load() -> Reference:
+        with open_checkpoint(folder / "right") as checkpoint:
+            return Reference(checkpoint)
+
+    return KeptReference(load, folder / "answers")
 
 
 Build = Callable[[str, str], Path]
@@ -94,7 +75,7 @@ def _opens_fast_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwen_aot.runtime.backends.ort.engine.has_exact_integer_products", lambda: True)
 
 
-def score(bundle: Path, reference: Remembered) -> Verification:
+def score(bundle: Path, reference: KeptReference) -> Verification:
     loaded = load_bundle(bundle, skip_hash_above=0)
     device = replace(DEVICES["cpu"], minimum_version=DEVICES[loaded.manifest.target].minimum_version)
     engine = loaded.manifest.engines.text
@@ -104,7 +85,7 @@ def score(bundle: Path, reference: Remembered) -> Verification:
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_a_sound_bundle_is_within_the_bounds(name: str, build: Build, reference: Remembered) -> None:
+def test_a_sound_bundle_is_within_the_bounds(name: str, build: Build, reference: KeptReference) -> None:
     if "fast-prefill" in name and not has_exact_integer_products():
         pytest.skip("this CPU has no VNNI: with --fast-prefill no bundle is sound on it")
     found = score(build("right", name), reference)
@@ -117,7 +98,7 @@ def test_a_sound_bundle_is_within_the_bounds(name: str, build: Build, reference:
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_another_seeds_weights_fail(name: str, build: Build, reference: Remembered) -> None:
+def test_another_seeds_weights_fail(name: str, build: Build, reference: KeptReference) -> None:
     found = score(build("other", name), reference)
     assert found.verdict is Verdict.FAILED
     failed = {check.name for check in found.checks if not check.has_passed}
@@ -135,7 +116,7 @@ def double(values: np.ndarray[Any, Any]) -> None:
 @pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.parametrize("damage", [zero, double])
 def test_damage_to_the_weights_fails(
-    damage: Callable[..., None], name: str, build: Build, reference: Remembered, tmp_path: Path
+    damage: Callable[..., None], name: str, build: Build, reference: KeptReference, tmp_path: Path
 ) -> None:
     """A layer that adds nothing (both of its output projections are 0); the scales of one matrix doubled."""
     bundle = build("right", name)

@@ -218,20 +218,45 @@ def small_configs(draw: st.DrawFn) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lowering", [name for name in LOWERINGS if name != "traced"])
-@settings(
-    max_examples=6,
-    deadline=None,  # an example traces, exports and runs a model
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.explicit, Phase.generate],  # shrinking would take minutes
-    derandomize=True,
-)
-@given(config=small_configs(), split=st.integers(1, 8))
-def test_drawn_configurations_match_transformers(lowering, config, split, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("drawn")
+def check_drawn(lowering: str, config: dict[str, Any], split: int, folder: Path) -> None:
     model = save_tiny(folder / "checkpoint", **config)
     ids = random_ids(model, 9)
     stepper = Stepper(export(folder / "checkpoint", folder / "onnx", lowering), rows=1, capacity=16)
     stepper.step([ids[:split]])
     close(stepper.step([ids[split:]])[0], last_logits(model, ids))
+
+
+# As `small_configs` drew them: sizes that no published model has, and layers with and without experts in turn.
+ODD = {
+    "dense": {
+        "kv_heads": 3, "heads": 6, "head_dim": 24, "hidden": 72, "intermediate": 17, "layers": 2, "vocab": 127,
+        "tied": True, "moe": None,
+    },
+    "experts": {
+        "kv_heads": 1, "heads": 3, "head_dim": 8, "hidden": 40, "intermediate": 21, "layers": 3, "vocab": 91,
+        "tied": False,
+        "moe": {
+            "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 28, "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lowering", [name for name in LOWERINGS if name != "traced"])
+@pytest.mark.parametrize("case", ODD)
+def test_odd_configurations_match_transformers(case, lowering, tmp_path):
+    check_drawn(lowering, ODD[case], 5, tmp_path)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("lowering", [name for name in LOWERINGS if name != "traced"])
+@settings(
+    max_examples=12,
+    deadline=None,  # an example traces, exports and runs a model
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],  # shrinking would take minutes
+)
+@given(config=small_configs(), split=st.integers(1, 8))
+def test_drawn_configurations_match_transformers(lowering, config, split, tmp_path_factory):
+    check_drawn(lowering, config, split, tmp_path_factory.mktemp("drawn"))

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,10 +30,8 @@ from qwen_aot.runtime.bundle.manifest import (
     WeightEncodings,
 )
 from qwen_aot.runtime.bundle.step_plan import PRODUCT_DTYPES
+from tests.manifests import manifest_cases
 from tests.runtime.toys import io_tables, make_manifest
-
-GOLDEN = Path(__file__).parents[2] / "golden" / "manifests.json"
-CASES = json.loads(GOLDEN.read_text(encoding="utf-8"))["cases"]
 
 LAYERS = 2
 words = st.text(max_size=5)
@@ -304,7 +301,7 @@ def test_what_is_wrong_is_named(edit: Edit, message: str) -> None:
         Manifest.from_json(json.dumps(changed))
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case["what"] for case in CASES])
+@pytest.mark.parametrize("case", manifest_cases(), ids=lambda case: case["what"])
 def test_golden(case: dict[str, Any]) -> None:
     if case["accepted"]:
         expected = case.get("upgraded") or json.loads(case["text"])
@@ -330,6 +327,7 @@ def test_a_file_name_that_could_leave_the_folder_is_refused(name: str) -> None:
         ('{"a": 1, "a": 2}', "has the key 'a' twice"),
         ('{"format_version": 1, "x": {"b": 1, "b": 1}}', "has the key 'b' twice"),
         ('{"format_version": NaN}', "holds NaN"),
+        (r'{"format_version": 1, "x": ["\ud83d"]}', r"holds \\ud83d, half of a character; accepted: pairs of them"),
         ('{"format_version": ' + "1" * 5000 + "}", "holds the number 1{24}...; accepted: integers of 64 bits"),
         ("[" * 100_000, "is not JSON"),
     ],

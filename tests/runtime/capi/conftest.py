@@ -50,7 +50,7 @@ def text_bundle(shared_folder: Path) -> Path:
     def make(folder: Path) -> Path:
         save_tiny(folder / "tiny", with_tokenizer=True)
         build_bundle(
-            folder / "tiny", BuildSpec(precision=Precision.FP32, max_context=768, max_batch=4), folder / "bundle"
+            folder / "tiny", BuildSpec(precision=Precision.FP32, max_context=512, max_batch=4), folder / "bundle"
         )
         return folder / "bundle"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,32 @@ def ask(program: Path, requests: Iterable[Any], *arguments: str | Path) -> list[
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr.decode(errors='replace')}"
     # Not splitlines: text in the answers may hold what it takes for an end of line.
     return [json.loads(line) for line in done.stdout.decode().split("\n")[:-1]]
+
+
+class Session:
+    """A program that is asked one thing after another: between them the test may change what it looks at."""
+
+    def __init__(self, program: Path, environment: Mapping[str, str] | None = None) -> None:
+        """Starts it.
+
+        Args:
+            program: reads a JSON object a line and writes one for each.
+            environment: more than this process's.
+        """
+        self._process = subprocess.Popen(
+            [str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | dict(environment or {})
+        )
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+        assert self._process.returncode == 0
+
+    def ask(self, request: Any) -> Any:
+        """The answer to one request."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def assert_same(found: Output, expected: Any) -> None:
     assert found.cached_tokens == expected.cached_tokens
 
 
-TEXTS = ["Hello", "", "Ünïcödé 漢字 🙂 e\u0301", "a" * 700, "line\nline\r\n\ttab", "<|im_end|> inside", "0123 4567"]
+TEXTS = ["Hello", "", "Ünïcödé 漢字 🙂 e\u0301", "a" * 300, "line\nline\r\n\ttab", "<|im_end|> inside", "0123 4567"]
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"max_new_tokens": 5},
@@ -132,7 +133,9 @@ def test_conversations(
     model: Model, generator: Generator, python: PythonGenerator, messages: list[tuple[str, str]]
 ) -> None:
     said = [{"role": role, "content": content} for role, content in messages]
-    expected = python.chat(said, max_new_tokens=12)
+    expected = replace(
+        python.chat(said, max_new_tokens=12), cached_tokens=0
+    )  # Python's starts from the last one's cache
     assert_same(generator.generate(messages, max_new_tokens=12), expected)
     assert len(model.encode(messages)) == expected.prompt_tokens
 

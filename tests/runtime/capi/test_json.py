@@ -106,6 +106,8 @@ VALUES = [
     "0." + "0" * 500 + "1",
     "1" + "0" * 400 + ".0",
     "1" + "0" * 400 + "e-400",
+    "1" + "23" * 500 + "e-990",
+    "1" + "0" * 999 + "1.5e-995",
     "0." + "123456789" * 200,
     '""',
     '"a"',
@@ -129,6 +131,7 @@ VALUES = [
     r'"\u0_41"',
     r'"\ud83d"',
     r'"\ude00"',
+    r'"\ude00\ude00"',
     r'"\ud83d\u0041"',
     r'"\ud83d\u"',
     r'"\ud83d\u12"',
@@ -332,7 +335,17 @@ def test_depth(program: Path) -> None:
 
 def test_halves_of_characters(program: Path) -> None:
     """A string with one isn't text: no reader could hand it on as UTF-8."""
-    halves = [r"\ud800", r"\udc00", r"\udfff", r"\udbff", r"\ude00\ud83d", r"\ud83dx", r"\ud83d\n", r"\ud83d\ud83d"]
+    halves = [
+        r"\ud800",
+        r"\udc00",
+        r"\udfff",
+        r"\udbff",
+        r"\ude00\ud83d",
+        r"\ude00\ude00",
+        r"\ud83dx",
+        r"\ud83d\n",
+        r"\ud83d\ud83d",
+    ]
     halves += [r"\ud83d\u0041", r"a\ud83d\ud83d\ude00"]
     documents = [f'{{"a": ["{half}"]}}'.encode() for half in halves]
     documents += [f'{{"x{half}": 1}}'.encode() for half in halves]

@@ -106,7 +106,10 @@ def test_a_closed_pipe_is_quiet(bundle: Path) -> None:
     assert process.wait() == 1
 
 
-@pytest.mark.parametrize("stage", ["trace", "write weights", "hash", "load check"])
+@pytest.mark.parametrize(
+    "stage",
+    ["write weights", "load check", *(pytest.param(stage, marks=pytest.mark.deep) for stage in ("trace", "hash"))],
+)
 def test_a_killed_build_leaves_the_old_bundle_and_the_next_one_cleans_up(
     checkpoint: Path, bundle: Path, tmp_path: Path, stage: str
 ) -> None:

@@ -55,7 +55,17 @@ Status check_ids(int32_t const* ids, size_t count, float const** logits, Error& 
     {
         return error.fail(Status::invalid_argument, "count is 0; accepted: at least one id");
     }
-    return api::given(ids, "ids", error);
+    QWEN_AOT_TRY(api::given(ids, "ids", error));
+    for (size_t i = 0; i < count; ++i)
+    {
+        if (ids[i] < kIdle)
+        {
+            return error.fail(Status::invalid_argument,
+                "ids[%zu] is %d; accepted: an id, or in a decode -1 for a row that stays as it is", i,
+                static_cast<int>(ids[i]));
+        }
+    }
+    return Status::ok;
 }
 
 } // namespace

@@ -8,6 +8,17 @@
 namespace qwen_aot
 {
 
+inline bool starts_with(std::string_view text, std::string_view start)
+{
+    return text.size() >= start.size() && std::memcmp(text.data(), start.data(), start.size()) == 0;
+}
+
+inline bool ends_with(std::string_view text, std::string_view end)
+{
+    return text.size() >= end.size()
+        && std::memcmp(text.data() + (text.size() - end.size()), end.data(), end.size()) == 0;
+}
+
 class Text
 {
 public:

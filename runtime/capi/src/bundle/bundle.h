@@ -32,9 +32,11 @@ public:
     Status map(std::string_view name, system::MappedFile& file, Error& error) const;
 
 private:
+    Status find(std::string_view name, FileEntry const*& entry, Error& error) const;
+
     Text path_;
     uint64_t hash_limit_ = 0;
-    Manifest manifest_;
+    Manifest manifest_{};
 };
 
 } // namespace qwen_aot

@@ -1,4 +1,5 @@
-/** What a bundle's manifest.json says, of what this library needs; the rest of it is checked too (docs/bundle.md). */
+/** What a bundle's manifest.json says, of what this library needs; the rest of it is checked too (docs/bundle.md). A
+ *  manifest of format version 1 becomes what it says in version 2. */
 #pragma once
 
 #include "base/memory.h"
@@ -23,6 +24,12 @@ enum class DType : uint8_t
 };
 size_t dtype_bytes(DType type);
 char const* dtype_name(DType type);
+/** The type of a name; false where there is none. */
+bool find_dtype(std::string_view name, DType& type);
+
+constexpr char kManifestName[] = "manifest.json";
+constexpr char kCachePrefix[] = "past_key_values."; // of the cache inputs' names
+constexpr char kLastLogits[] = "last_logits";       // the output that `logits_rows` counts the rows of
 
 /** One input or output: a dimension is a size, or the negative of a letter (-'B'). */
 struct IoTensor
@@ -57,11 +64,12 @@ struct TextEngine
 {
     Text file;
     Text precision;
-    bool has_fast_prefill;
+    bool has_fast_prefill; // of `quantization`
     Array<IoTensor> inputs;
     Array<IoTensor> outputs;
     Array<Profile> profiles;
-    DType cache_dtype;
+    int64_t logits_rows; // K of the output `last_logits` [B, K, V]; -1: there is none
+    DType cache_dtype;   // without meaning where no input is of the cache
     bool has_tensorrt;
     TensorRtFacts tensorrt;
 };
@@ -92,7 +100,7 @@ struct Manifest
     Text compiled_tokenizer;        // "": none
     Text compiled_chat_template;    // "": none
     int64_t default_max_new_tokens; // -1: none
-    Array<FileEntry> files;
+    Array<FileEntry> files;         // by name
 
     /** The most slots that a row's cache may have (`cache_capacity` in runtime/bundle/manifest.py). */
     int64_t max_capacity() const;

@@ -607,4 +607,10 @@ int64_t process_id()
     return getpid();
 }
 
+void pause()
+{
+    struct timespec const moment = {0, 20000};
+    nanosleep(&moment, nullptr);
+}
+
 } // namespace qwen_aot::system

@@ -109,6 +109,8 @@ public:
     /** ENGINE_MISMATCH: the loader's own words. */
     static Status open(char const* path, Library& library, Error& error);
     void* find(char const* name) const;
+    /** Leaves the library in the process for good, when this object goes. */
+    void keep() { handle_ = nullptr; }
     explicit operator bool() const { return handle_ != nullptr; }
 
 private:
@@ -137,5 +139,7 @@ void random_bytes(void* bytes, size_t count);
 char const* environment(char const* name);
 /** Of this process. */
 int64_t process_id();
+/** Lets other threads run for some microseconds. */
+void pause();
 
 } // namespace qwen_aot::system

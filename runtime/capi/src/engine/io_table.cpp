@@ -1,0 +1,144 @@
+#include "engine/io_table.h"
+
+#include "base/text.h"
+
+namespace qwen_aot
+{
+
+namespace
+{
+
+constexpr std::string_view kPresentPrefix = "present.";
+constexpr char const* kStepInputNames[kStepInputs] = {
+    "input_ids", "position_ids", "cache_length", "new_tokens", "key_positions"};
+
+std::string_view after(std::string_view text, size_t count)
+{
+    return {text.data() + count, text.size() - count};
+}
+
+IoTensor const* find(Array<IoTensor> const& tensors, std::string_view name)
+{
+    for (IoTensor const& tensor : tensors)
+    {
+        if (tensor.name.view() == name)
+        {
+            return &tensor;
+        }
+    }
+    return nullptr;
+}
+
+/** Whether a cache input is of a shape that a cache can have. */
+bool is_cache_shape(IoTensor const& tensor)
+{
+    if (tensor.shape.size() < 3 || tensor.shape.size() > 4)
+    {
+        return false;
+    }
+    for (size_t i = 1; i < tensor.shape.size(); ++i)
+    {
+        if (i != 2 && tensor.shape[i] <= 0)
+        {
+            return false;
+        }
+    }
+    return tensor.shape[0] == -'B' && (tensor.shape[2] > 0 || tensor.shape[2] == -'C');
+}
+
+} // namespace
+
+char const* step_input_name(StepInput input)
+{
+    return kStepInputNames[static_cast<size_t>(input)];
+}
+
+bool is_cache_input(IoTensor const& tensor)
+{
+    return starts_with(tensor.name.view(), kCachePrefix);
+}
+
+bool has_input(TextEngine const& engine, StepInput input)
+{
+    return find(engine.inputs, step_input_name(input)) != nullptr;
+}
+
+Status present_name(std::string_view past, Text& name, Error& error)
+{
+    Text made;
+    QWEN_AOT_NEED(
+        made.append(kPresentPrefix) && made.append(after(past, sizeof kCachePrefix - 1)), error, "an output's name");
+    name = std::move(made);
+    return Status::ok;
+}
+
+int64_t fixed_capacity(TextEngine const& engine)
+{
+    for (IoTensor const& tensor : engine.inputs)
+    {
+        if (is_cache_input(tensor))
+        {
+            return tensor.shape[2] > 0 ? tensor.shape[2] : 0;
+        }
+    }
+    return 0;
+}
+
+Status check_table(Manifest const& manifest, Error& error)
+{
+    TextEngine const& engine = manifest.text_engine;
+    size_t num_past = 0;
+    int64_t const capacity = fixed_capacity(engine);
+    for (IoTensor const& tensor : engine.inputs)
+    {
+        if (is_cache_input(tensor))
+        {
+            if (!is_cache_shape(tensor) || (tensor.shape[2] > 0 ? tensor.shape[2] : 0) != capacity)
+            {
+                return error.fail(Status::engine_mismatch,
+                    "the bundle's cache input %s has a shape that no cache of this runtime has; accepted: [B, heads, "
+                    "C, "
+                    "size] or [B, heads, C], with one C for all. Rebuild the bundle",
+                    Quoted(tensor.name.view()).c_str());
+            }
+            ++num_past;
+            continue;
+        }
+        bool is_known = false;
+        for (char const* name : kStepInputNames)
+        {
+            is_known = is_known || tensor.name.view() == name;
+        }
+        if (!is_known || tensor.dtype != DType::int64)
+        {
+            return error.fail(Status::engine_mismatch,
+                "the bundle's graph has the input %s of dtype %s, which this runtime can't feed; accepted: "
+                "past_key_values.* and cache_length, input_ids, key_positions, new_tokens, position_ids (int64)",
+                Quoted(tensor.name.view()).c_str(), dtype_name(tensor.dtype));
+        }
+    }
+    IoTensor const* const logits = find(engine.outputs, "logits");
+    bool is_as_expected = logits != nullptr && logits->dtype == DType::float32 && logits->shape.size() == 2
+        && logits->shape[0] == -'B' && logits->shape[1] == manifest.vocab_size && engine.outputs.size() == num_past + 1;
+    for (IoTensor const& tensor : engine.inputs)
+    {
+        if (!is_cache_input(tensor))
+        {
+            continue;
+        }
+        Text present;
+        QWEN_AOT_TRY(present_name(tensor.name.view(), present, error));
+        is_as_expected = is_as_expected && find(engine.outputs, present.view()) != nullptr;
+    }
+    if (!is_as_expected)
+    {
+        return error.fail(Status::engine_mismatch,
+            "the bundle's graph has %zu outputs that aren't those of its inputs; accepted: logits (float32 [B, %lld]) "
+            "and a "
+            "present.* for each of the %zu past_key_values.*. Rebuild the bundle",
+            engine.outputs.size(), static_cast<long long>(manifest.vocab_size), num_past);
+    }
+    return Status::ok;
+}
+
+} // namespace qwen_aot

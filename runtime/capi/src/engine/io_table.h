@@ -1,0 +1,41 @@
+/** A manifest's table of inputs and outputs, as far as this library can feed it. */
+#pragma once
+
+#include "base/status.h"
+#include "bundle/manifest.h"
+
+#include <string_view>
+
+namespace qwen_aot
+{
+
+/** What a step feeds besides the cache: int64, all of them. */
+enum class StepInput
+{
+    input_ids,     // [B, S]
+    position_ids,  // [B, S]
+    cache_length,  // [B]
+    new_tokens,    // [B]
+    key_positions, // [W]
+};
+constexpr size_t kStepInputs = 5;
+
+/** The name of a step's input in graphs. */
+char const* step_input_name(StepInput input);
+
+/** Whether an input is a part of the cache: past_key_values.*, [B, Hkv, C, D], or [B, Hkv, C] of scales. */
+bool is_cache_input(IoTensor const& tensor);
+
+/** Whether the table has an input. */
+bool has_input(TextEngine const& engine, StepInput input);
+
+/** The output that shares a cache input's memory: present.*. */
+Status present_name(std::string_view past, Text& name, Error& error);
+
+/** C of the cache inputs, or 0 where a letter stands for it. */
+int64_t fixed_capacity(TextEngine const& engine);
+
+/** Refuses inputs and outputs that no step can feed or take. ENGINE_MISMATCH: names them. */
+Status check_table(Manifest const& manifest, Error& error);
+
+} // namespace qwen_aot
