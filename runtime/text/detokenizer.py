@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 from typing import Protocol
 
 from tokenizers import decoders
@@ -29,6 +30,7 @@ def make_detokenizer(tokenizer: Tokenizer) -> Detokenizer:
     return _WindowDetokenizer(tokenizer)
 
 
+@functools.cache
 def byte_of_character() -> dict[str, int]:
     """GPT-2's spelling of bytes as printable characters, inverted.
 
