@@ -211,8 +211,9 @@ def test_one_row_is_built_inspected_and_verified(made_up: PrecisionRow, checkpoi
     assert run(*request, "--dry-run")["bundle_bytes"] > 0
     assert not (tmp_path / "bundle").exists()
     report = run(*request)
-    data = (tmp_path / "bundle/model.onnx.data").stat().st_size
-    assert report["estimate"]["bundle_bytes"] == pytest.approx(data, rel=0.2)
+    names = ("model.onnx.data", "tokenizer.qtok", "chat.qtpl")
+    written = sum((tmp_path / "bundle" / name).stat().st_size for name in names)
+    assert report["estimate"]["bundle_bytes"] == pytest.approx(written, rel=0.2)
     inspected = run("inspect", tmp_path / "bundle")
     assert inspected["precision"] == NAME
     assert inspected["quantization"]["block_size"] == 16
