@@ -107,7 +107,7 @@ typedef struct qwen_aot_model qwen_aot_model;
 typedef int32_t qwen_aot_library;
 enum
 {
-    QWEN_AOT_LIBRARY_ONNXRUNTIME = 1, /**< libonnxruntime.so.1.*, of ONNX Runtime 1.23 or later: targets cpu, cuda */
+    QWEN_AOT_LIBRARY_ONNXRUNTIME = 1, /**< libonnxruntime.so.1.*, of ONNX Runtime 1.32 or later (target cuda: 1.31) */
     QWEN_AOT_LIBRARY_TENSORRT = 2,    /**< libnvinfer.so.10 or libtensorrt_rtx.so: targets tensorrt, tensorrt-rtx */
     QWEN_AOT_LIBRARY_CUDA_DRIVER = 3, /**< libcuda.so.1 */
     QWEN_AOT_LIBRARY_PLUGINS = 4      /**< libqwen_aot_plugins.so: the installed one, that bundles' are compared with */

@@ -94,7 +94,7 @@ class NativeEngine:
         return self._lengths.copy()
 
     def prefill(self, row: int, token_ids: NDArray[np.int64], **more: Any) -> NDArray[np.float32]:
-        return self._logits(self._do("prefill", row=row, ids=token_ids.tolist(), **more))[0]
+        return self._logits(self._do("prefill", row=row, ids=token_ids.tolist(), **more)).reshape(-1)
 
     def decode(self, first_row: int, token_ids: NDArray[np.int64], **more: Any) -> NDArray[np.float32]:
         return self._logits(self._do("decode", row=first_row, ids=token_ids.tolist(), **more))
@@ -107,7 +107,8 @@ class NativeEngine:
 
     def _logits(self, answer: Any) -> NDArray[np.float32]:
         bits = np.frombuffer(bytes.fromhex(answer["logits"]), ">u4").astype(np.uint32)
-        return bits.view(np.float32).reshape(-1, self._vocab_size)
+        logits: NDArray[np.float32] = bits.view(np.float32).reshape(-1, self._vocab_size)
+        return logits
 
     def _do(self, action: str, **request: Any) -> Any:
         answer = self.dialog.ask(action, **request, **self._which)

@@ -190,6 +190,7 @@ def test_the_program_sees_what_would_damage_a_device(native: Native) -> None:
         dialog.ask("copy_row", row=0, target=1, length=CAPACITY_STEP + 1)
 
 
+@pytest.mark.deep
 def test_the_cache_is_clean_under_sanitizers(native_folder: Path) -> None:
     with Dialog(Native(native_folder, "address").program("kv_cache", flags=NO_TYPES)) as dialog:
         for is_host in (True, False):

@@ -532,7 +532,12 @@ private:
             QWEN_AOT_NEED(facts.compute_capabilities.push(std::move(capability)), error_, kNoMemory);
         }
         facts.is_version_compatible = member(value, "version_compatible").boolean();
+        facts.is_hardware_compatible = member(value, "hardware_compatible").boolean();
+        facts.has_weights = member(value, "has_weights").boolean();
+        facts.weight_bytes = member(value, "weight_bytes").integer();
         facts.cache_bytes = member(value, "cache_bytes").integer();
+        JsonValue const told = member(value, "builder_activation_bytes");
+        facts.activation_bytes = (told.is_null() ? member(value, "activation_bytes_estimated") : told).integer();
         JsonValue const plugins = member(value, "plugins");
         facts.has_plugins = !plugins.is_null();
         if (!facts.has_plugins)

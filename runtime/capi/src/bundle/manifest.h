@@ -52,8 +52,12 @@ struct TensorRtFacts
 {
     Text version;
     Array<Text> compute_capabilities;
+    bool is_hardware_compatible;
     bool is_version_compatible;
+    bool has_weights;
+    int64_t weight_bytes;
     int64_t cache_bytes;
+    int64_t activation_bytes; // as TensorRT told when it was built, or else estimated
     bool has_plugins;
     Text plugin_file;
     Text plugin_sha256;

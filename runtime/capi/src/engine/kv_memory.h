@@ -35,11 +35,11 @@ public:
     /** Zero-filled memory. OUT_OF_MEMORY: there is none. */
     virtual Status allocate(size_t bytes, Block& block, Error& error) = 0;
 
-    /** Copies `width` bytes at each of the first `count` places; source and target don't overlap. The steps of the engine that
-     *  come after see them. */
+    /** Copies `width` bytes at each of the first `count` places; source and target don't overlap. Done once `finish`
+     *  says so. */
     virtual Status copy(Runs source, Runs target, size_t width, size_t count, Error& error) = 0;
 
-    /** Zeroes `width` bytes at each of the first `count` places, as `copy`. */
+    /** Zeroes `width` bytes at each of the first `count` places. The steps of the engine that come after see them. */
     virtual Status clear(Runs target, size_t width, size_t count, Error& error) = 0;
 
     /** Waits for all copies so far, and tells whether they went well. */

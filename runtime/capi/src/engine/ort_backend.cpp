@@ -1,6 +1,7 @@
 #include "engine/ort_backend.h"
 
 #include "engine/cpu_features.h"
+#include "engine/cuda_stream.h"
 #include "engine/io_table.h"
 #include "engine/ort_step.h"
 #include "engine/rows.h"
@@ -47,14 +48,29 @@ void take_log(void* user, int32_t severity, char const*, char const*, char const
  *  dropped, since it may come after any of ours has gone. */
 void drop_log(void*, int32_t, char const*, char const*, char const*, char const*) { }
 
+/** Where an engine on a GPU has its cache. */
+struct DeviceMemory
+{
+    explicit DeviceMemory(cuda::Gpu const& gpu)
+        : stream(gpu)
+        , memory(stream, true)
+    {
+    }
+
+    cuda::StreamMemory stream;
+    cuda::CudaMemory memory;
+};
+
 /** An engine over a shared session. */
 class OrtEngine final : public RowEngine
 {
 public:
-    OrtEngine(ort::SharedSession const& shared, Manifest const& manifest, Memory* device_memory)
+    /** device_memory: none on the CPU. */
+    OrtEngine(ort::SharedSession const& shared, Manifest const& manifest, Box<DeviceMemory> device_memory)
         : RowEngine(manifest, cache_, prefill_, decode_)
         , shared_(shared)
-        , cache_(device_memory == nullptr ? static_cast<Memory&>(host_memory_) : *device_memory)
+        , device_memory_(std::move(device_memory))
+        , cache_(device_memory_ == nullptr ? static_cast<Memory&>(host_memory_) : device_memory_->memory)
         , prefill_(shared, manifest, cache_, run_options_)
         , decode_(shared, manifest, cache_, run_options_)
     {
@@ -89,6 +105,7 @@ private:
 
     ort::SharedSession const& shared_;
     HostMemory host_memory_;
+    Box<DeviceMemory> device_memory_;
     KvCache cache_;
     ort::Owned<ort::RunOptions> run_options_;
     ort::OrtStep prefill_; // two bindings: prefill and decode alternate between shapes that each keep for long
@@ -109,6 +126,7 @@ public:
 
 private:
     Status open_session(EngineOptions const& options, Device const& device, Text const& path, Error& error);
+    Status check_provider(Device const& device, Error& error);
     Status add_provider(ort::SessionOptions* session_options, Device const& device, Error& error);
     Status check_signature(bool is_input, Array<IoTensor> const& table, Error& error);
     Status check_tensor(bool is_input, size_t index, Array<IoTensor> const& table, Error& error);
@@ -117,6 +135,7 @@ private:
 
     Bundle const& bundle_;
     Log log_;
+    cuda::Gpu gpu_; // of target cuda only
     ort::SharedSession shared_;
     int64_t process_ = system::process_id();
     OrtBackend* next_left_behind_ = nullptr;
@@ -156,6 +175,8 @@ Status OrtBackend::open(EngineOptions const& options, Error& error)
         error, "a path");
     if (device->is_gpu)
     {
+        QWEN_AOT_TRY(check_provider(*device, error));
+        QWEN_AOT_TRY(gpu_.open(options.cuda_driver_path.c_str(), error));
         QWEN_AOT_TRY(open_session(options, *device, graph, error));
     }
     else
@@ -213,6 +234,32 @@ Status OrtBackend::open_session(EngineOptions const& options, Device const& devi
         "Rebuild the bundle, or install the version of onnxruntime that its manifest names", error);
 }
 
+/** Whether this build of ONNX Runtime has the provider at all. */
+Status OrtBackend::check_provider(Device const& device, Error& error)
+{
+    Api const& api = shared_.api;
+    char** names = nullptr;
+    int count = 0;
+    QWEN_AOT_TRY(api.check(api.get_available_providers(&names, &count), Status::engine_mismatch,
+        "ONNX Runtime can't list its providers", "Install another build", error));
+    bool has_provider = false;
+    for (int i = 0; i < count; ++i)
+    {
+        has_provider = has_provider || std::strcmp(names[i], "CUDAExecutionProvider") == 0;
+    }
+    QWEN_AOT_TRY(api.check(api.release_available_providers(names, count), Status::engine_mismatch,
+        "ONNX Runtime can't list its providers", "Install another build", error));
+    if (!has_provider)
+    {
+        return error.fail(Status::engine_mismatch,
+            "onnxruntime %s has no CUDAExecutionProvider, which target %s needs: name the libonnxruntime.so of a build "
+            "with "
+            "CUDA (the Python package onnxruntime-gpu has one, in onnxruntime/capi)",
+            api.version(), device.target);
+    }
+    return Status::ok;
+}
+
 Status OrtBackend::add_provider(ort::SessionOptions* session_options, Device const& device, Error& error)
 {
     Api const& api = shared_.api;
@@ -220,8 +267,8 @@ Status OrtBackend::add_provider(ort::SessionOptions* session_options, Device con
     std::snprintf(where, sizeof where, "the CUDA provider of onnxruntime %s can't be used for target %s", api.version(),
         device.target);
     constexpr char kRemedy[] =
-        "It needs a build of ONNX Runtime with CUDA (the Python package onnxruntime-gpu has one), an "
-        "NVIDIA GPU with its driver, and CUDA's and cuDNN's libraries where the loader finds them";
+        "It needs an NVIDIA GPU with its driver, and CUDA's and cuDNN's libraries where the loader "
+        "finds them (LD_LIBRARY_PATH)";
     auto const check = [&](ort::Failure* failure) {
         return api.check(failure, Status::engine_mismatch, where, kRemedy, error);
     };
@@ -320,7 +367,16 @@ Status OrtBackend::check_tensor(bool is_input, size_t index, Array<IoTensor> con
 
 Status OrtBackend::make_engine(EngineBox& engine, Error& error)
 {
-    Box<OrtEngine> made = make<OrtEngine>(shared_, bundle_.manifest(), nullptr);
+    Box<DeviceMemory> device_memory;
+    if (shared_.is_gpu)
+    {
+        device_memory = make<DeviceMemory>(gpu_);
+        QWEN_AOT_NEED(device_memory, error, "an engine");
+        cuda::Current const current(gpu_);
+        QWEN_AOT_TRY(current.status(error));
+        QWEN_AOT_TRY(device_memory->stream.open(error));
+    }
+    Box<OrtEngine> made = make<OrtEngine>(shared_, bundle_.manifest(), std::move(device_memory));
     QWEN_AOT_NEED(made, error, "an engine");
     QWEN_AOT_TRY(made->open(error));
     engine = EngineBox(made.release());

@@ -2,10 +2,12 @@
 #include "requests.h"
 
 #include "bundle/bundle.h"
+#include "cuda_double.h"
 #include "engine/backend.h"
 #include "system/system.h"
 
 #include <atomic>
+#include <dlfcn.h>
 #include <memory>
 #include <mutex>
 #include <sys/wait.h>
@@ -222,6 +224,29 @@ std::string free_in_child()
     return "{\"status\": 0, \"exit\": " + std::to_string(WIFEXITED(result) ? WEXITSTATUS(result) : -1) + "}";
 }
 
+/** A function of the double of CUDA's driver that "driver" names. */
+template <class Function>
+Function double_function(JsonValue request, char const* name)
+{
+    void* const driver = dlopen(std::string(requests::get(request, "driver").string()).c_str(), RTLD_NOW | RTLD_LOCAL);
+    return reinterpret_cast<Function>(dlsym(driver, name));
+}
+
+std::string fail_in_driver(JsonValue request)
+{
+    std::string const function(requests::get(request, "function").string());
+    double_function<decltype(&double_fail)>(request, "double_fail")(function.c_str(),
+        static_cast<int>(requests::integer(request, "nth")), static_cast<int>(requests::integer(request, "result")));
+    return "{\"status\": 0}";
+}
+
+std::string describe_driver(JsonValue request)
+{
+    char text[256];
+    double_function<decltype(&double_describe)>(request, "double_describe")(text, sizeof text);
+    return "{\"status\": 0, \"text\": " + answers::quoted(text) + "}";
+}
+
 std::string answer(JsonValue request)
 {
     std::string_view const action = requests::get(request, "do").string();
@@ -261,6 +286,14 @@ std::string answer(JsonValue request)
     if (action == "time_decode")
     {
         return time_decode(request);
+    }
+    if (action == "fail_in_driver")
+    {
+        return fail_in_driver(request);
+    }
+    if (action == "describe_driver")
+    {
+        return describe_driver(request);
     }
     if (action == "free_in_child")
     {

@@ -3,6 +3,7 @@
 #include "checked_memory.h"
 #include "requests.h"
 
+#include "engine/finite.h"
 #include "engine/rows.h"
 
 #include <atomic>
@@ -224,6 +225,49 @@ std::string race(int64_t rounds)
     return "{\"status\": " + std::to_string(is_right ? 0 : -1) + ", \"answered\": " + std::to_string(answered) + "}";
 }
 
+/** How often `are_finite` says otherwise than std::isfinite of each number: every number of each count of `special` bits, at
+ *  every offset from a multiple of 16 bytes. */
+std::string compare_finite(JsonValue request)
+{
+    JsonValue const special = requests::get(request, "special");
+    int64_t disagreements = 0;
+    int64_t finite = 0;
+    for (size_t offset = 0; offset < 4; ++offset)
+    {
+        for (size_t count = 0; count < 70; ++count)
+        {
+            std::vector<float> numbers(offset + count, 1.5f);
+            for (size_t place = 0; place <= count; ++place) // the last one changes none
+            {
+                for (size_t i = 0; i < special.size(); ++i)
+                {
+                    auto const bits = static_cast<uint32_t>(special.at(i).integer());
+                    float number;
+                    std::memcpy(&number, &bits, sizeof number);
+                    if (place < count)
+                    {
+                        numbers[offset + place] = number;
+                    }
+                    bool is_finite = true;
+                    for (size_t k = 0; k < count; ++k)
+                    {
+                        is_finite = is_finite && std::isfinite(numbers[offset + k]);
+                    }
+                    bool const found = qwen_aot::are_finite(numbers.data() + offset, count);
+                    disagreements += found != is_finite ? 1 : 0;
+                    finite += found ? 1 : 0;
+                }
+                if (place < count)
+                {
+                    numbers[offset + place] = 1.5f;
+                }
+            }
+        }
+    }
+    return "{\"status\": 0, \"disagreements\": " + std::to_string(disagreements)
+        + ", \"finite\": " + std::to_string(finite) + "}";
+}
+
 std::string answer(JsonValue request)
 {
     std::string_view const action = requests::get(request, "do").string();
@@ -267,6 +311,10 @@ std::string answer(JsonValue request)
     {
         held->engine->interrupt();
         return requests::done(*held->engine);
+    }
+    if (action == "finite")
+    {
+        return compare_finite(request);
     }
     if (action == "race")
     {
