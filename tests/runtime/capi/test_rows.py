@@ -202,7 +202,8 @@ def test_interruptions_that_race_with_calls_are_answered_once_each(dialog: Dialo
     assert dialog.want("race", rounds=2000)["answered"] > 0
 
 
-@pytest.mark.parametrize("flavour", ["address", pytest.param("thread", marks=pytest.mark.deep)])
+@pytest.mark.deep
+@pytest.mark.parametrize("flavour", ["address", "thread"])
 def test_rows_are_clean_under_sanitizers(native_folder: Path, flavour: str) -> None:
     with Dialog(Native(native_folder, flavour).program("rows", flags=NO_TYPES)) as dialog:
         engine = open_rows(dialog, is_lazy=False)
