@@ -32,10 +32,11 @@ _BUILD_IT = (
 def named_plugin_library(option: Path | None = None) -> Path | None:
     """This machine's own library: what the option `--plugin-library` names, or else the environment; None: nothing.
 
-    The one place where it is looked up: a build copies this file, and a runtime trusts no other one.
+    The one place where it is looked up: a build copies this file, and a runtime trusts no other one. A "~" is a name
+    like others, as for the C library: shells expand it before a program sees it.
     """
     named = option or os.environ.get(PLUGIN_LIBRARY_VARIABLE)
-    return Path(named).expanduser().resolve() if named else None
+    return Path(named).resolve() if named else None
 
 
 def find_plugin_library(option: Path | None) -> Path:

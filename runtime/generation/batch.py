@@ -17,7 +17,7 @@ from qwen_aot.runtime.generation.choices import PendingChoices
 from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
 from qwen_aot.runtime.generation.prompt import prompt_ids
 from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request
-from qwen_aot.runtime.generation.sequence import ActiveSequence
+from qwen_aot.runtime.generation.sequence import ActiveSequence, PromptWork
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 
 __all__ = ["CHUNK_ALONE", "CHUNK_BESIDE_DECODE", "COPY_TOKENS", "TOKENS_PER_IDLE_ROW", "Batch"]
@@ -96,8 +96,9 @@ class Batch:
         ids = self.tokenize(request) if ids is None else ids
         # The last token needn't fit: it is never fed.
         config = self._complete(request, room=self._engine.manifest.max_context - len(ids) + 1)
+        prompt = PromptWork()
         first, *others = [
-            ActiveSequence(index, request, config, ids, self._tokenizer, choice) for choice in range(config.n)
+            ActiveSequence(index, request, config, ids, self._tokenizer, choice, prompt) for choice in range(config.n)
         ]
         self._waiting.append(first)
         if others:
@@ -179,13 +180,13 @@ class Batch:
         if shared <= kept:
             donor, shared = row, kept
             self._engine.truncate(row, kept)
-        sequence.cached_tokens = sequence.prefilled_tokens = shared
+        sequence.begin_cached(shared)
         return row, donor
 
     def _begin_choice(self, row: int, sibling: ActiveSequence) -> NDArray[np.float32]:
         """Seats the next choice of a request; returns the logits [V] of the prompt's last token."""
         pending = self._pending[sibling.index]
-        sequence, logits = pending.begin(sibling)
+        sequence, logits = pending.begin()
         if not pending:
             del self._pending[sibling.index]
         self._rows[row] = sequence

@@ -42,15 +42,11 @@ class PendingChoices:
         if self._logits is None:
             self._logits = logits.copy()
 
-    def begin(self, sibling: ActiveSequence) -> tuple[ActiveSequence, NDArray[np.float32]]:
-        """The next choice and the logits that it starts from.
-
-        Args:
-            sibling: a choice whose prompt is whole.
-        """
+    def begin(self) -> tuple[ActiveSequence, NDArray[np.float32]]:
+        """The next choice and the logits that it starts from; it must be due."""
         assert self._logits is not None
         sequence = self._sequences.popleft()
-        sequence.share_prompt(sibling)
+        sequence.share_prompt()
         return sequence, self._logits
 
     def take_all(self) -> list[ActiveSequence]:

@@ -95,7 +95,8 @@ class Completion:
         error: why it failed; None unless `finish_reason` is `error`.
         choice: which of the request's outputs it is, 0 to n - 1.
         prompt_logprobs: one for each token of the prompt, if asked for, the first None; fewer if the request ended
-            before its prompt was done. None: not asked for.
+            before its prompt was done. None: not asked for. The same in each choice, as are `cached_tokens` and the
+            prefill's time: also in one that ended before it began.
     """
 
     index: int

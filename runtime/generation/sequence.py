@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,22 @@ from qwen_aot.runtime.generation.stopping import StopMatcher, ending_ids
 from qwen_aot.runtime.text.detokenizer import make_detokenizer
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 
-__all__ = ["ActiveSequence"]
+__all__ = ["ActiveSequence", "PromptWork"]
+
+
+@dataclass
+class PromptWork:
+    """What became of a request's prompt; its choices share it, those that never begin too.
+
+    Attributes:
+        cached_tokens: leading tokens that the cache already held.
+        seconds: spent in the steps that fed it.
+        logprobs: one for each token fed so far, the first None.
+    """
+
+    cached_tokens: int = 0
+    seconds: float = 0.0
+    logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
 
 
 class ActiveSequence:
@@ -29,9 +45,7 @@ class ActiveSequence:
         config: its settings, complete.
         prompt_ids: the prompt's tokens.
         token_ids: generated so far.
-        cached_tokens: leading tokens of the prompt that the cache already held.
         prefilled_tokens: leading tokens of the prompt that are in the row by now.
-        prefill_seconds: spent in the steps that fed the prompt.
     """
 
     def __init__(
@@ -41,9 +55,10 @@ class ActiveSequence:
         config: GenerationConfig,
         prompt_ids: Sequence[int],
         tokenizer: Tokenizer | None,
-        choice: int = 0,
+        choice: int,
+        prompt: PromptWork,
     ) -> None:
-        """Starts with nothing done; `config` is what `GenerationDefaults.complete` gave."""
+        """Starts with nothing done; `config` is what `GenerationDefaults.complete` gave, `prompt` the request's."""
         assert config.max_new_tokens is not None and config.stop is not None and config.eos_token_ids is not None
         self.index = index
         self.choice = choice
@@ -51,9 +66,8 @@ class ActiveSequence:
         self.config = config
         self.prompt_ids = list(prompt_ids)
         self.token_ids: list[int] = []
-        self.cached_tokens = 0
         self.prefilled_tokens = 0
-        self.prefill_seconds = 0.0
+        self._prompt = prompt
         self._limit = config.max_new_tokens
         self._ending_ids = ending_ids(config, tokenizer)
         self._sampler = Sampler(config, self.prompt_ids, self._ending_ids, choice)
@@ -61,7 +75,6 @@ class ActiveSequence:
         self._stop = StopMatcher(config.stop)
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
-        self._prompt_logprobs: list[TokenLogprobs | None] = [None]
         self._arrived = time.perf_counter()
         self._first_token: float | None = None
 
@@ -90,24 +103,25 @@ class ActiveSequence:
         """Whether the prompt may start from what the cache holds of its beginning; logits of that are gone."""
         return self.request.keep_cache and not self.has_prompt_logprobs
 
+    def begin_cached(self, tokens: int) -> None:
+        """Starts from leading tokens of the prompt that the cache holds."""
+        self._prompt.cached_tokens = self.prefilled_tokens = tokens
+
     def note_fed(self, tokens: int, seconds: float) -> None:
         """Counts tokens of the prompt that a step has fed."""
         self.prefilled_tokens += tokens
-        self.prefill_seconds += seconds
+        self._prompt.seconds += seconds
 
     def read_prompt(self, logits: NDArray[np.float32]) -> int:
         """Notes the log-probabilities of the prompt's next token from logits [V]; returns it, to be fed."""
         assert self.config.prompt_logprobs is not None
         token_id = self.prompt_ids[self.prefilled_tokens]
-        self._prompt_logprobs.append(log_probabilities(logits, token_id, self.config.prompt_logprobs))
+        self._prompt.logprobs.append(log_probabilities(logits, token_id, self.config.prompt_logprobs))
         return token_id
 
-    def share_prompt(self, sibling: ActiveSequence) -> None:
-        """Starts behind the prompt as another choice of the request has computed it."""
-        self.cached_tokens = sibling.cached_tokens
+    def share_prompt(self) -> None:
+        """Starts behind the prompt, which another choice of the request has computed."""
         self.prefilled_tokens = len(self.prompt_ids)
-        self.prefill_seconds = sibling.prefill_seconds
-        self._prompt_logprobs = sibling._prompt_logprobs
 
     def advance(self, logits: NDArray[np.float32]) -> list[Event]:
         """Chooses the next token from logits [V].
@@ -155,10 +169,10 @@ class ActiveSequence:
             last_text=last_text,
             finish_reason=reason,
             prompt_tokens=len(self.prompt_ids),
-            cached_tokens=self.cached_tokens,
+            cached_tokens=self._prompt.cached_tokens,
             logprobs=tuple(self._logprobs),
-            timings=Timings(self.prefill_seconds, first_token - self._arrived, now - first_token),
+            timings=Timings(self._prompt.seconds, first_token - self._arrived, now - first_token),
             error=error,
             choice=self.choice,
-            prompt_logprobs=tuple(self._prompt_logprobs) if self.has_prompt_logprobs else None,
+            prompt_logprobs=tuple(self._prompt.logprobs) if self.has_prompt_logprobs else None,
         )

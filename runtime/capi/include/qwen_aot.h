@@ -11,14 +11,19 @@
  *
  * Errors. A function that can fail returns a status. Where it takes `qwen_aot_error** error` and that isn't NULL,
  * *error is set to a new object with the message, to be freed by the caller, or to NULL if nothing failed (or if there
- * wasn't memory for the object). On failure, outputs other than *error are 0 or NULL unless the function says
+ * wasn't memory for the object); what it pointed to before isn't freed. On failure, outputs other than *error are 0 or NULL unless the function says
  * otherwise, and every handle is as it was before.
  *
  * Threads. There is nothing to initialize and nothing to shut down. A model is immutable: any number of threads may
  * use one at once. Every other handle is used by one thread at a time; a generator, a chat and raw rows answer
  * QWEN_AOT_BUSY to a second thread, and to a callback that calls back into them, rather than break. What any thread may
- * call at any time says so. After fork() a child may only free handles of its parent; else they answer
- * QWEN_AOT_WRONG_PROCESS there. (What the engine's library holds is left to the end of that process.)
+ * call at any time says so. A handle may be freed in a callback, or while another thread is in a call on it: that call
+ * ends as it would, and takes the handle with it. (None may begin then, cancelling neither.)
+ *
+ * Processes. After fork() a child may free its parent's handles and use what of them runs no engine: facts, tokens,
+ * detokenizers, conversations, configs. Generators, chats and raw rows answer QWEN_AOT_WRONG_PROCESS there, since the
+ * engine's threads are in the parent; what the engine's library holds is left to the child's end. A model may be opened
+ * anew in the child if no thread of the parent was opening one. exit() needs nothing to be freed.
  *
  * Versions. Within one major number of QWEN_AOT_API_VERSION nothing that stands here changes or goes; functions,
  * status codes and enumerators may come. The library's SONAME has the major number.
@@ -123,8 +128,8 @@ enum
     QWEN_AOT_LOG_ERROR = 40
 };
 
-/** Takes a message; it may come on any thread that is in a call of this library, and must not call back into it.
- *  `message` is valid during the call. */
+/** Takes a message; it may come on any thread that is in a call of this library (several at once, if several are), and
+ *  must not call back into it. `message`: UTF-8, at most 1,536 bytes, valid during the call. */
 typedef void (*qwen_aot_log_callback)(void* user, qwen_aot_log_level level, char const* message, size_t length);
 
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_options_create(qwen_aot_options** options, qwen_aot_error** error);
@@ -135,8 +140,9 @@ QWEN_AOT_API void qwen_aot_options_free(qwen_aot_options* options);
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_options_set_threads(
     qwen_aot_options* options, int32_t threads, qwen_aot_error** error);
 
-/** The full path of a library to open. Not given: for ONNX Runtime the environment's QWEN_AOT_ONNXRUNTIME, for the
- *  plugins QWEN_AOT_PLUGIN_LIBRARY, else the system's search for the name. */
+/** The full path of a library to open, copied; "" takes it back. A "~" is a name like others. Not given: for ONNX Runtime
+ *  the environment's QWEN_AOT_ONNXRUNTIME, for the plugins QWEN_AOT_PLUGIN_LIBRARY, else the system's search for the
+ *  name. */
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_options_set_library(
     qwen_aot_options* options, qwen_aot_library library, char const* path, size_t length, qwen_aot_error** error);
 
@@ -155,7 +161,10 @@ QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_options_set_log(
     qwen_aot_options* options, qwen_aot_log_callback callback, void* user, qwen_aot_error** error);
 
 /** Opens a bundle's folder: checks its manifest and files, maps its text tables, loads the engine's library and the
- *  engine. Takes seconds for large weights; they are mapped or shared with ONNX Runtime, not copied.
+ *  engine. Takes seconds for large weights; they are mapped or shared with ONNX Runtime, not copied. While the model
+ *  lives, the bundle's files may be deleted, or replaced by renaming others over them; one that is cut or written to
+ *  where it lies ends the process with SIGBUS, or changes what comes.
+ *  path: of the folder; may lie in a model hub's cache, whose links into its own blobs are followed.
  *  options: NULL: all defaults.
  *  IO, BUNDLE, ENGINE_MISMATCH, OUT_OF_MEMORY: the message names the file or library, and what to do. */
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_model_open(
@@ -208,13 +217,15 @@ enum
 };
 
 /** Turns text into ids, as the tokenizer does (of a plain text control tokens only with ALLOW_SPECIAL_TOKENS).
+ *  text: UTF-8 of at most 1 GiB; any characters, NUL too.
  *  ids[capacity]: the caller's. *count: how many there are, also if they don't fit (BUFFER_TOO_SMALL); ids may be NULL
  *  where capacity is 0. Any thread. */
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_tokenize(qwen_aot_model const* model, char const* text,
     size_t length, uint32_t flags, int32_t* ids, size_t capacity, size_t* count, qwen_aot_error** error);
 
-/** Turns ids into text; special tokens have none, and what isn't UTF-8 becomes U+FFFD.
- *  text[capacity]: the caller's, with room for a NUL. *length: bytes without it, also if they don't fit. Any thread. */
+/** Turns ids into text; special tokens, and ids that no token has, have none, and what isn't UTF-8 becomes U+FFFD.
+ *  text[capacity]: the caller's, with room for a NUL. *length: bytes without it, also if they don't fit
+ *  (BUFFER_TOO_SMALL). Any thread. */
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_detokenize(qwen_aot_model const* model, int32_t const* ids,
     size_t count, char* text, size_t capacity, size_t* length, qwen_aot_error** error);
 
@@ -241,7 +252,8 @@ QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_conversation_create(
     qwen_aot_conversation** conversation, qwen_aot_error** error);
 QWEN_AOT_API void qwen_aot_conversation_free(qwen_aot_conversation* conversation);
 
-/** Adds a message; both texts are copied. role: "system", "user", "assistant". */
+/** Adds a message; both texts are copied. role: "system", "user", "assistant"; another is refused (UNSUPPORTED) when the
+ *  conversation is rendered. */
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_conversation_add(qwen_aot_conversation* conversation,
     char const* role, size_t role_length, char const* content, size_t content_length, qwen_aot_error** error);
 
@@ -268,7 +280,8 @@ QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_encode_chat(qwen_aot_model 
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * Settings of a request. docs/generation.md says what each does, and what is taken from the bundle where it isn't set.
- * A setter refuses a value out of range (INVALID_ARGUMENT) and changes nothing.
+ * A setter refuses a value out of range, NaN too (INVALID_ARGUMENT), and changes nothing. Ids are compared with the
+ * model's vocabulary when a request is submitted.
  * ------------------------------------------------------------------------------------------------------------------ */
 
 /** How tokens are chosen and when an answer ends. Copied by whatever it is given to. */
@@ -365,7 +378,8 @@ QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_request_set_conversation(
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_request_set_config(
     qwen_aot_request* request, qwen_aot_config const* config, qwen_aot_error** error);
 
-/** 0 or 1: start from what the cache still has of an earlier such request, and leave this one's tokens in it. */
+/** 0 or 1 (default 0): start from what the cache still has of an earlier such request, and leave this one's tokens in it
+ *  until their row is needed. */
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_request_set_keep_cache(
     qwen_aot_request* request, int32_t is_kept, qwen_aot_error** error);
 
@@ -373,11 +387,13 @@ QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_request_set_keep_cache(
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_generator_create(
     qwen_aot_model* model, qwen_aot_generator** generator, qwen_aot_error** error);
 
-/** Drops all requests without events, and frees the generator once a step at work on another thread is over. */
+/** Drops all requests without events, and frees the generator: at once, or, if a call on it is at work, when that ends
+ *  (this doesn't wait for it). Chats of it keep it. */
 QWEN_AOT_API void qwen_aot_generator_free(qwen_aot_generator* generator);
 
-/** Checks a request and queues it. *id: its number, from 1 on, which its events carry.
- *  INVALID_ARGUMENT, CONTEXT_FULL, UNSUPPORTED: it can't be served; nothing changed. */
+/** Checks a request and queues it. *id: its number, from 1 on, which its events carry; 0 on failure. Events of the last
+ *  step stay valid.
+ *  INVALID_ARGUMENT, CONTEXT_FULL, UNSUPPORTED, OUT_OF_MEMORY: it can't be served; nothing changed. */
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_generator_submit(
     qwen_aot_generator* generator, qwen_aot_request const* request, uint64_t* id, qwen_aot_error** error);
 
@@ -387,22 +403,27 @@ QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_generator_submit(
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_generator_step(
     qwen_aot_generator* generator, size_t* num_events, qwen_aot_error** error);
 
-/** An event of the last step, 0 to num_events - 1; NULL for others. Valid until the next step. */
+/** An event of the last step, 0 to num_events - 1; NULL for others. Valid until the next step, or the generator's end. Only
+ *  the thread that steps. */
 QWEN_AOT_API qwen_aot_event const* qwen_aot_generator_event(qwen_aot_generator const* generator, size_t index);
 
-/** 1 if nothing waits or runs. */
+/** 1 if nothing waits or runs, or for NULL. Any thread; while another steps, what it answers may be past. */
 QWEN_AOT_API int32_t qwen_aot_generator_is_idle(qwen_aot_generator const* generator);
 
 /** Asks for the end of a request: its completion comes in the step at work or the next one, a long prefill stops at
- *  once. id 0: what qwen_aot_generate or qwen_aot_chat_send serves. A request that has ended, or never was, is no
- *  error. Any thread, at any time, and signal handlers. */
+ *  once (ONNX Runtime: within an operation, some milliseconds). id 0: what qwen_aot_generate or qwen_aot_chat_send serves
+ *  now; between such calls it does nothing. A request that has ended, or never was, is no error. Any thread, at any time
+ *  before the generator is freed, and signal handlers. */
 QWEN_AOT_API void qwen_aot_generator_cancel(qwen_aot_generator* generator, uint64_t id);
 
 /** Serves one prompt to its end: submits, steps, and gives each event to `callback` on this thread (NULL: none). A callback
- *  that returns other than 0 cancels; the completions still come. With n > 1 the events of all choices come.
- *  *completion: the last one that came, valid until the next call on the generator; may be NULL; given for CANCELLED too.
- *  CANCELLED: it was, by the callback or by qwen_aot_generator_cancel(generator, 0). BUSY: the generator has requests that
- *  were submitted; step until it is idle. Else the failure, as submit and step, or the request's own. */
+ *  that returns other than 0 cancels; the completions still come. With n > 1 the events of all choices come. An event is
+ *  valid during its callback; the texts of completions until the next call on the generator.
+ *  *completion: the last one that came, valid until the next call on the generator, or its end; may be NULL; given for
+ *  CANCELLED, and for a failure of the request's own, too. If the callback freed the generator, it is not to be read.
+ *  CANCELLED: one of its choices was, by the callback or by qwen_aot_generator_cancel(generator, 0); what had ended by then
+ *  had ended, and is OK. BUSY: the generator has requests that were submitted; step until it is idle. Else the failure, as
+ *  of submit, or the first of a choice's own. */
 typedef int32_t (*qwen_aot_event_callback)(void* user, qwen_aot_event const* event);
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_generate(qwen_aot_generator* generator,
     qwen_aot_request const* request, qwen_aot_event_callback callback, void* user, qwen_aot_event const** completion,
@@ -441,10 +462,11 @@ QWEN_AOT_API qwen_aot_finish_reason qwen_aot_event_finish_reason(qwen_aot_event 
 /** Of a completion: all of the output's text, and its tokens (without an id that ended it). */
 QWEN_AOT_API char const* qwen_aot_event_full_text(qwen_aot_event const* event, size_t* length);
 QWEN_AOT_API int32_t const* qwen_aot_event_tokens(qwen_aot_event const* event, size_t* count);
-/** Of a completion: tokens of the prompt, and those of them that were in the cache already. */
+/** Of a completion: tokens of the prompt, and those of them that were in the cache already; the same in each choice. */
 QWEN_AOT_API int64_t qwen_aot_event_prompt_tokens(qwen_aot_event const* event);
 QWEN_AOT_API int64_t qwen_aot_event_cached_tokens(qwen_aot_event const* event);
-/** Of a completion, seconds: in prefill steps; from arrival to the first token; from there to the last. */
+/** Of a completion, seconds of a clock that is never set back: in prefill steps; from arrival to the first token (to the end,
+ *  if there was none); from there to the end. */
 QWEN_AOT_API double qwen_aot_event_prefill_seconds(qwen_aot_event const* event);
 QWEN_AOT_API double qwen_aot_event_first_token_seconds(qwen_aot_event const* event);
 QWEN_AOT_API double qwen_aot_event_decode_seconds(qwen_aot_event const* event);
@@ -475,18 +497,20 @@ QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_chat_create(qwen_aot_genera
     qwen_aot_config const* config, char const* system, size_t length, qwen_aot_chat** chat, qwen_aot_error** error);
 QWEN_AOT_API void qwen_aot_chat_free(qwen_aot_chat* chat);
 
-/** As for conversations. */
+/** As for conversations; from the next turn on. BUSY: a call on the chat's generator is at work. */
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_chat_set_thinking(
     qwen_aot_chat* chat, int32_t is_enabled, qwen_aot_error** error);
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_chat_set_flags(
     qwen_aot_chat* chat, uint32_t flags, qwen_aot_error** error);
 
 /** Says something and gives the answer's events to `callback`, as qwen_aot_generate. The turn is part of the conversation
- *  afterwards, with what was answered by then if it was cancelled; on any other failure the conversation is as before. */
+ *  afterwards, with what was answered by then (which may be "") if it was cancelled; on any other failure the conversation
+ *  is as before. CONTEXT_FULL: the conversation has become too long: reset it. */
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_chat_send(qwen_aot_chat* chat, char const* text, size_t length,
     qwen_aot_event_callback callback, void* user, qwen_aot_event const** completion, qwen_aot_error** error);
 
-/** Asks for the end of the answer. Any thread, at any time, and signal handlers. */
+/** Asks for the end of the answer that comes now; between turns it does nothing. Any thread, at any time before the chat is
+ *  freed, and signal handlers. */
 QWEN_AOT_API void qwen_aot_chat_cancel(qwen_aot_chat* chat);
 
 /** Forgets all turns; the system prompt stays. */
@@ -519,7 +543,8 @@ QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_rows_decode(qwen_aot_rows* 
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_rows_truncate(
     qwen_aot_rows* rows, int32_t row, int64_t length, qwen_aot_error** error);
 
-/** Makes `target` hold the first `length` tokens of `source` and nothing else. */
+/** Makes `target` hold the first `length` tokens of `source`, another row, and nothing else. ENGINE_FAILED: the device failed;
+ *  `target` is empty then. */
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_rows_copy(
     qwen_aot_rows* rows, int32_t source, int32_t target, int64_t length, qwen_aot_error** error);
 
@@ -527,8 +552,8 @@ QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_rows_copy(
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_rows_length(
     qwen_aot_rows const* rows, int32_t row, int64_t* length, qwen_aot_error** error);
 
-/** Ends a prefill or decode at work on another thread with CANCELLED; without one it does nothing. Any thread, and
- *  signal handlers. */
+/** Ends a prefill or decode at work on another thread with CANCELLED; without one it does nothing. Any thread, at any time
+ *  before the rows are freed, and signal handlers. */
 QWEN_AOT_API void qwen_aot_rows_cancel(qwen_aot_rows* rows);
 
 #ifdef __cplusplus

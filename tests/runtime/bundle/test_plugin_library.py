@@ -33,6 +33,16 @@ def test_the_option_is_taken_before_the_environment(tmp_path: Path, monkeypatch:
         find_plugin_library(tmp_path / "no.so")
 
 
+def test_a_tilde_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for the C library, which reads the same variable: a shell has expanded it, or nobody does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "~").mkdir()
+    (tmp_path / "~" / "named.so").touch()
+    monkeypatch.setenv(VARIABLE, "~/named.so")
+    assert find_plugin_library(None) == tmp_path / "~" / "named.so"
+
+
 def test_a_library_of_this_machine_is_taken() -> None:
     assert require_plugin_library(Path(sys.executable)) == Path(sys.executable).resolve()
 

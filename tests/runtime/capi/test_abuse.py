@@ -19,14 +19,21 @@ CASES = [
     "callback_calls_back",
     "callback_frees",
     "callback_cancels",
+    "chat_in_its_callback",
+    "two_chats",
+    "lengths_that_lie",
+    "several_choices",
     "two_threads",
     "freed_under_a_step",
     "cancelled_at_any_time",
     "generators_in_threads",
     "forked",
+    "forked_at_work",
     "exit_without_freeing",
     "freed_at_work",
 ]
+
+FORKS = ("forked", "forked_at_work")
 
 
 def run(program: Path, case: str, bundle: Path, onnxruntime: Path, **variables: str) -> None:
@@ -51,7 +58,7 @@ def test_misuse_has_an_answer(native: Native, text_bundle: Path, onnxruntime: Pa
 @pytest.mark.parametrize("flavour", ["address", "thread"])
 @pytest.mark.parametrize("case", CASES)
 def test_under_a_sanitizer(native_folder: Path, text_bundle: Path, onnxruntime: Path, case: str, flavour: str) -> None:
-    if flavour == "thread" and case == "forked":
+    if flavour == "thread" and case in FORKS:
         pytest.skip("the sanitizer stops a child of a process with threads")
     program = Native(native_folder, flavour).program("abuse")
     run(
@@ -62,7 +69,7 @@ def test_under_a_sanitizer(native_folder: Path, text_bundle: Path, onnxruntime: 
         # ONNX Runtime is not instrumented: what it does among its own threads is not seen, and looks like races.
         TSAN_OPTIONS="ignore_noninstrumented_modules=1",
         # What exit_without_freeing leaves, and what ONNX Runtime keeps for its threads, is not lost.
-        ASAN_OPTIONS=f"detect_leaks={int(case not in ('exit_without_freeing', 'forked'))}",
+        ASAN_OPTIONS=f"detect_leaks={int(case not in ('exit_without_freeing', *FORKS))}",
         LSAN_OPTIONS="suppressions=" + str(Path(__file__).with_name("leaks.txt")),
     )
 

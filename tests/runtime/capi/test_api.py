@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -307,6 +309,20 @@ def test_a_bundle_that_is_nowhere(library: Library, tmp_path: Path) -> None:
         with pytest.raises(CallError, match=str(path)) as caught:
             Model(library, path)
         assert caught.value.name in ("IO", "BUNDLE")
+
+
+def test_messages_are_utf8_whatever_files_are_called(library: Library, text_bundle: Path, tmp_path: Path) -> None:
+    """Names of files are any bytes, and a long path is cut in a message."""
+    bundle = Path(shutil.copytree(text_bundle, tmp_path / "bundle"))
+    outside = os.fsencode(tmp_path) + b"/\xff\xc3.qtok"
+    (bundle / "tokenizer.qtok").rename(os.fsdecode(outside))
+    os.symlink(outside, os.fsencode(bundle / "tokenizer.qtok"))
+    with pytest.raises(CallError, match=r"a link to .*/\?\?\.qtok, outside the bundle") as caught:
+        Model(library, bundle)
+    assert caught.value.name == "BUNDLE"
+    for start in ("", "x", "xy"):
+        with pytest.raises(CallError, match="doesn't exist"):
+            Model(library, tmp_path / (start + "漢" * 80) / ("漢" * 80) / ("漢" * 80))
 
 
 def test_an_engine_library_that_is_nowhere(library: Library, text_bundle: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import random
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -328,6 +330,28 @@ def test_numbers_that_a_checksum_covers_are_checked_all_the_same(
         "a number of a literal or rule is beyond them",
         "it lacks what stands around thoughts",
     }
+
+
+@pytest.mark.parametrize(("bytes_", "status"), [(1000, 0), (8 << 20, BUNDLE)])
+def test_texts_that_pieces_share_are_bounded(
+    bytes_: int, status: int, program: Path, compiled: Callable[[str], Compiled], tmp_path: Path
+) -> None:
+    """Else each piece of a file could be all of its texts: days to check, and a literal larger than memory."""
+    content = bytearray(compiled("chatml").template.read_bytes())
+    controls, roles, literals, pieces, _, text_bytes = struct.unpack_from("<6I", content, 24)
+    first = 24 + 4 * (10 + 4 * controls + 3 * roles + 2 * literals)
+    plain = [at for at in range(first, first + 12 * pieces, 12) if content[at + 8 : at + 12] == b"\xff" * 4]
+    assert len(plain) > 2
+    for at in plain:
+        struct.pack_into("<2I", content, at, text_bytes, bytes_)
+    content += b"x" * bytes_
+    struct.pack_into("<I", content, 24 + 4 * 5, text_bytes + bytes_)
+    struct.pack_into("<I", content, 12, len(content))
+    struct.pack_into("<I", content, 16, zlib.crc32(content[24:]))
+    (tmp_path / "chat.qtpl").write_bytes(content)
+    (answer,) = ask(program, [{"template": str(tmp_path / "chat.qtpl"), "messages": [["user", "a"]], "thinking": -1}])
+    assert answer.get("status", 0) == status, answer
+    assert (status == 0) == (answer.get("text", "").count("x" * bytes_) > 0)
 
 
 def test_a_file_of_another_version_says_so(program: Path, compiled: Callable[[str], Compiled], tmp_path: Path) -> None:

@@ -13,16 +13,21 @@ from pathlib import Path
 
 import pytest
 
+from qwen_aot.engines.bundle import compiled_chat
+from qwen_aot.runtime.text.tokenizer import Tokenizer
+from tests.chat_templates import CHATML, QWEN3_WHOLE
 from tests.golden import make_manifests
 from tests.golden.make_layouts import graph
 from tests.manifests import manifest_cases
 from tests.runtime.bundle.test_onnx_file import PLACES
 from tests.runtime.capi.native import PROGRAMS, Native
+from tests.runtime.compiled_texts import VOCAB_SIZE, compiled, reference
 
 pytestmark = pytest.mark.fuzz
 
 FUZZERS = sorted(path.stem for path in PROGRAMS.glob("fuzz_*.cpp") if path.stem != "fuzz_main")
-SOME, MANY = 20_000, 1_000_000  # runs
+SOME, MANY = 20_000, 400_000  # runs
+SLOW = {"fuzz_tokenizer": 40}  # a run of it opens a file of 100 KB: how many of another's it takes
 
 
 def json_seeds() -> Iterable[bytes]:
@@ -43,11 +48,43 @@ def onnx_seeds() -> Iterable[bytes]:
         yield graph("model.onnx.data", place)
 
 
+def tokenizer_seeds() -> Iterable[bytes]:
+    text = "Hello é e\u0301 한국어 \u1112\u1161\u11ab <|im_end|> 123 a\u0323\u0307 é你  \n x".encode() + b"ab" * 40
+    for name in ("gpt2", "qwen2"):
+        content = compiled(name)
+        for choices in (1, 3):
+            yield bytes([choices]) + (len(content) // 8).to_bytes(2, "little") + content + text
+
+
+def chat_seeds() -> Iterable[bytes]:
+    backend = reference("qwen2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_chat, "_RENDERS", 50)  # what a build proves is no matter here
+        patch.setattr(compiled_chat, "_ENCODED", 5)
+        for template in (CHATML, QWEN3_WHOLE):
+            config = {"eos_token": "<|im_end|>", "chat_template": template}
+            yield compiled_chat.compile_chat(Tokenizer(backend, config, vocab_size=VOCAB_SIZE))
+
+
+def generation_config_seeds() -> Iterable[bytes]:
+    for document in (
+        {},
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1, "min_p": 0.05},
+        {"eos_token_id": [151645, 151643], "bos_token_id": 1, "stop_strings": ["é", "x"], "suppress_tokens": [4, 2]},
+        {"eos_token_id": 7, "stop_strings": "end", "max_new_tokens": 40, "min_new_tokens": 50, "do_sample": None},
+        {"num_beams": 1, "temperature": 1, "top_k": 10**30, "max_length": 20, "typical_p": 1.0},
+    ):
+        yield json.dumps(document).encode()
+
+
 # Of each fuzzer: valid inputs.
 SEEDS: dict[str, Callable[[], Iterable[bytes]]] = {
+    "fuzz_chat_template": chat_seeds,
+    "fuzz_generation_config": generation_config_seeds,
     "fuzz_json": json_seeds,
     "fuzz_manifest": manifest_seeds,
     "fuzz_onnx_file": onnx_seeds,
+    "fuzz_tokenizer": tokenizer_seeds,
 }
 
 
@@ -71,16 +108,17 @@ def test_every_fuzzer_has_seeds() -> None:
 @pytest.mark.parametrize("fuzzer", FUZZERS)
 def test_fuzz(native: Native, fuzzer: str, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", SEEDS[fuzzer]())
-    done = fuzz(native, fuzzer, corpus, SOME)
+    runs = SOME // SLOW.get(fuzzer, 1)
+    done = fuzz(native, fuzzer, corpus, runs)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{SOME + len(list(corpus.iterdir()))} runs\n"
+    assert done.stdout == f"{runs + len(list(corpus.iterdir()))} runs\n"
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("fuzzer", FUZZERS)
 def test_fuzz_with_sanitizers(native_folder: Path, fuzzer: str, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", SEEDS[fuzzer]())
-    done = fuzz(Native(native_folder, "address"), fuzzer, corpus, MANY, seed=2)
+    done = fuzz(Native(native_folder, "address"), fuzzer, corpus, MANY // SLOW.get(fuzzer, 1), seed=2)
     assert done.returncode == 0, done.stderr
 
 

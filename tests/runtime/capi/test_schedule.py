@@ -109,7 +109,7 @@ def as_answer(event: Event) -> dict[str, Any]:
         "prompt_tokens": event.prompt_tokens,
         "cached_tokens": event.cached_tokens,
     }
-    if event.prompt_logprobs is not None and has_begun(found):
+    if event.prompt_logprobs is not None:
         found["prompt_logprobs"] = [
             None if each is None else [each.token, *(list(pair) for pair in each.top)] for each in event.prompt_logprobs
         ]
@@ -120,16 +120,9 @@ def without_message(event: dict[str, Any]) -> dict[str, Any]:
     """An event of the C library, of which each failure's message is known to be there and no more."""
     if event["token"] < 0:
         assert (event.pop("status") != 0) == bool(event.pop("error")) == (event["reason"] == "error")
-    if "prompt_logprobs" in event and not has_begun(event):
-        del event["prompt_logprobs"]
     if "prompt_logprobs" in event:
         event["prompt_logprobs"] = [rounded(each) for each in event["prompt_logprobs"]]
     return event
-
-
-def has_begun(end: dict[str, Any]) -> bool:
-    """Whether a choice has had a row, as far as its end tells; else only the C library has the prompt's values."""
-    return end["choice"] == 0 or end["tokens"] != []
 
 
 def rounded(entry: list[Any] | None) -> list[Any] | None:

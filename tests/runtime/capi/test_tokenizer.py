@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -227,6 +228,20 @@ def test_damaged_files_do_not_open(program: Program) -> None:
 def test_no_flipped_bit_and_no_cut_opens(program: Program) -> None:
     (found,) = program.ask([{"do": "damage", "table": 0, "step": 1}])
     assert found == [0, 0]
+
+
+def test_added_tokens_do_not_share_bytes(program: Program, tmp_path: Path) -> None:
+    """Else each of a vocabulary's could be all of their texts, and a few megabytes take days to check."""
+    content = bytearray(compiled("qwen2"))
+    rows, rows_size, _, _, _, _ = struct.unpack_from("<6Q", content, 64 + 16 * 6)  # added tokens, texts behind two more
+    _, texts_size = struct.unpack_from("<2Q", content, 64 + 16 * 8)
+    assert rows_size // 20 > 2
+    offset, length = struct.unpack_from("<2I", content, rows + 8)
+    struct.pack_into("<I", content, rows + 12, texts_size - offset)
+    assert length < texts_size - offset
+    struct.pack_into("<I", content, 12, zlib.crc32(content[16:]))
+    (tmp_path / "shared.qtok").write_bytes(content)
+    assert "an added token without an id or a text" in refused(program, tmp_path / "shared.qtok")
 
 
 def forge(program: Program, runs: int) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import threading
 from collections import Counter
 from typing import Any
 
@@ -355,6 +356,30 @@ def test_every_choice_has_the_log_probabilities_of_the_prompt() -> None:
     assert sorted(end.choice for end in ends) == [0, 1, 2, 3]
     assert len({end.prompt_logprobs for end in ends}) == 1 and len(ends[0].prompt_logprobs or ()) == 3
     assert all(end.timings.prefill == ends[0].timings.prefill > 0 for end in ends)
+
+
+def test_a_choice_that_never_began_has_what_the_prompt_came_to() -> None:
+    """Cancelled while the others wait for the only row: the prompt is the request's, not the first choice's."""
+    batch, _ = make_batch(1)
+    cancel = threading.Event()
+    batch.add(Request([5, 6, 7], GenerationConfig(max_new_tokens=9, prompt_logprobs=1, n=3), cancel=cancel))
+    for _ in range(4):
+        batch.step()
+    cancel.set()
+    ends = [event for event in batch.step() if isinstance(event, Completion)]
+    assert sorted(end.choice for end in ends) == [0, 1, 2]
+    assert {len(end.token_ids) for end in ends} == {0, 2}
+    assert len({end.prompt_logprobs for end in ends}) == 1 and len(ends[0].prompt_logprobs or ()) == 3
+    assert len({end.timings.prefill for end in ends}) == 1 and ends[0].timings.prefill > 0
+    batch.add(Request([5, 6, 7], GenerationConfig(max_new_tokens=2), keep_cache=True))
+    while not batch.is_idle:
+        batch.step()
+    cancel.clear()
+    batch.add(Request([5, 6, 7, 8, 9], GenerationConfig(max_new_tokens=9, n=2), keep_cache=True, cancel=cancel))
+    batch.step()
+    cancel.set()
+    ends = [event for event in batch.step() if isinstance(event, Completion)]
+    assert [end.cached_tokens for end in ends] == [3, 3]
 
 
 def test_choices_do_not_depend_on_the_rows_and_on_who_else_is_there() -> None:

@@ -151,3 +151,16 @@ def test_chat_control_tokens_of_another_type_are_refused(value: object) -> None:
     with pytest.raises(BundleError, match=r"chat_control_tokens is .*; accepted: a list of texts"):
         golden_tokenizer({"chat_control_tokens": value})
     assert golden_tokenizer({"chat_control_tokens": ["<think>"]}).chat_control_tokens == ["<think>"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "smollm2"])
+def test_golden_texts(name: str) -> None:
+    """The vectors that the C library's tokenizer runs too."""
+    document = json.loads((GOLDEN / "tokenization.json").read_text(encoding="utf-8"))
+    cases = [case for case in document["cases"] if case["tokenizer"] == name]
+    assert len(cases) > 20
+    content = TOKENIZER if name == "gpt2" else document["tokenizers"][name]
+    tokenizer = Tokenizer(RustTokenizer.from_str(content), {}, vocab_size=1000)
+    for case in cases:
+        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+        assert tokenizer.encode(case["text"], allow_special_tokens=False) == case["plain_ids"], case["text"]

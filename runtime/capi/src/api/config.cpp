@@ -26,12 +26,18 @@ template <class Setter>
 qwen_aot_status set_ids(
     qwen_aot_config* config, int32_t const* ids, size_t count, qwen_aot_error** error, Setter setter)
 {
-    if (ids == nullptr && count != 0)
+    Call call(error);
+    Span<int32_t const> span;
+    Status status = api::given(config, "config", call.error());
+    if (status == Status::ok)
     {
-        Call call(error);
-        return call.end(api::given(ids, "ids", call.error()));
+        status = api::ids_of(ids, count, span, call.error());
     }
-    return set(config, error, setter, Span<int32_t const>(ids, count));
+    if (status == Status::ok)
+    {
+        status = (config->config.*setter)(span, call.error());
+    }
+    return call.end(status);
 }
 
 } // namespace

@@ -107,6 +107,11 @@ Status text_of(char const* text, size_t length, char const* name, std::string_vi
         view = "";
         return Status::ok;
     }
+    if (length != QWEN_AOT_TO_NUL && length > static_cast<size_t>(PTRDIFF_MAX))
+    {
+        return error.fail(Status::invalid_argument,
+            "%s has the length %zu, which no text has; accepted: its bytes, or QWEN_AOT_TO_NUL", name, length);
+    }
     view = {text, length == QWEN_AOT_TO_NUL ? std::strlen(text) : length};
     size_t const valid = utf8_valid(view);
     if (valid != view.size())
@@ -115,6 +120,30 @@ Status text_of(char const* text, size_t length, char const* name, std::string_vi
             static_cast<unsigned char>(view[valid]));
     }
     return Status::ok;
+}
+
+Status ids_of(int32_t const* ids, size_t count, Span<int32_t const>& span, Error& error)
+{
+    if (count > static_cast<size_t>(PTRDIFF_MAX) / sizeof *ids)
+    {
+        return error.fail(Status::invalid_argument,
+            "there are said to be %zu ids, which no memory has; accepted: their number", count);
+    }
+    if (count != 0)
+    {
+        QWEN_AOT_TRY(given(ids, "ids", error));
+    }
+    span = {ids, count};
+    return Status::ok;
+}
+
+Status check_flag(int32_t value, char const* name, Error& error)
+{
+    if (value == 0 || value == 1)
+    {
+        return Status::ok;
+    }
+    return error.fail(Status::invalid_argument, "%s is %d; accepted: 0 or 1", name, static_cast<int>(value));
 }
 
 Status same_process(int64_t process, Error& error)

@@ -16,6 +16,13 @@ qwen_aot_event const* as_event(Event const& event)
     return reinterpret_cast<qwen_aot_event const*>(&event);
 }
 
+/** Refuses a call in another process than the model's, and one beside another. */
+Status begin_call(qwen_aot_generator const& generator, Turn const& turn, Error& error)
+{
+    QWEN_AOT_TRY(api::same_process(generator.own.model->process, error));
+    return turn.take(kGenerator, error);
+}
+
 /** Queues a request, its conversation rendered. */
 Status submit(qwen_aot_generator& generator, qwen_aot_request const& request, uint64_t* id, Error& error)
 {
@@ -72,11 +79,27 @@ private:
     qwen_aot_generator& generator_;
 };
 
+/** What a request comes to with one more of its choices: the first failure, else CANCELLED if one was. */
+Status add_end(Completion const& end, Status worst, Error& error)
+{
+    bool const has_failed = worst != Status::ok && worst != Status::cancelled;
+    if (end.reason == FinishReason::error && !has_failed)
+    {
+        return error.fail(end.status, "%.*s", static_cast<int>(end.error.size()), end.error.data());
+    }
+    if (end.reason == FinishReason::cancelled && worst == Status::ok)
+    {
+        return error.fail(Status::cancelled, "the request was cancelled");
+    }
+    return worst;
+}
+
 /** Steps until a request's last completion, whose event is then among the batch's. */
 Status serve(qwen_aot_generator& generator, uint64_t id, int32_t choices, qwen_aot_event_callback callback, void* user,
     Event const** completion, Error& error)
 {
     bool is_cancelled = false;
+    Status worst = Status::ok; // of all choices: a failure, else that one was cancelled
     Event const* last = nullptr;
     while (choices > 0)
     {
@@ -91,20 +114,12 @@ Status serve(qwen_aot_generator& generator, uint64_t id, int32_t choices, qwen_a
             {
                 --choices;
                 last = &event;
+                worst = add_end(*event.completion, worst, error);
             }
         }
     }
     *completion = last;
-    Completion const& end = *last->completion;
-    if (end.reason == FinishReason::error)
-    {
-        return error.fail(end.status, "%.*s", static_cast<int>(end.error.size()), end.error.data());
-    }
-    if (end.reason == FinishReason::cancelled)
-    {
-        return error.fail(Status::cancelled, "the request was cancelled");
-    }
-    return Status::ok;
+    return worst;
 }
 
 Status need_idle(qwen_aot_generator const& generator, Error& error)
@@ -122,8 +137,7 @@ Status generate(qwen_aot_generator& generator, qwen_aot_request const& request, 
     void* user, qwen_aot_event const** completion, Error& error)
 {
     Turn const turn(generator.own.is_busy);
-    QWEN_AOT_TRY(turn.take(kGenerator, error));
-    QWEN_AOT_TRY(api::same_process(generator.own.model->process, error));
+    QWEN_AOT_TRY(begin_call(generator, turn, error));
     QWEN_AOT_TRY(need_idle(generator, error));
     Served served(generator);
     uint64_t id = 0;
@@ -144,9 +158,8 @@ Status send(qwen_aot_chat& chat, std::string_view text, qwen_aot_event_callback 
 {
     qwen_aot_generator& generator = *chat.generator;
     Turn const turn(generator.own.is_busy);
-    QWEN_AOT_TRY(turn.take(kGenerator, error));
+    QWEN_AOT_TRY(begin_call(generator, turn, error));
     qwen_aot_model const& model = *generator.own.model;
-    QWEN_AOT_TRY(api::same_process(model.process, error));
     QWEN_AOT_TRY(need_idle(generator, error));
     Served served(generator);
     auto& messages = chat.conversation.messages;
@@ -206,6 +219,7 @@ Status make_generator(qwen_aot_model* model, qwen_aot_generator** generator, Err
 Status make_chat(qwen_aot_generator* generator, qwen_aot_config const* config, std::string_view system, bool has_system,
     qwen_aot_chat** chat, Error& error)
 {
+    QWEN_AOT_TRY(api::same_process(generator->own.model->process, error));
     QWEN_AOT_TRY(api::need_template(*generator->own.model, error));
     if (config != nullptr && config->config.n() != 1)
     {
@@ -224,8 +238,24 @@ Status make_chat(qwen_aot_generator* generator, qwen_aot_config const* config, s
         QWEN_AOT_TRY(made->conversation.add("system", system, error));
         made->num_system = 1;
     }
+    made->hold();
     *chat = made.release();
     return Status::ok;
+}
+
+/** Calls `act(chat, error)` between two turns of a chat. */
+template <class Act>
+qwen_aot_status change(qwen_aot_chat* chat, qwen_aot_error** error, Act act)
+{
+    Call call(error);
+    Status status = api::given(chat, "chat", call.error());
+    if (status != Status::ok)
+    {
+        return call.end(status);
+    }
+    Turn const turn(chat->generator->own.is_busy);
+    status = begin_call(*chat->generator, turn, call.error());
+    return status == Status::ok ? act(*chat, error) : call.end(status);
 }
 
 } // namespace
@@ -289,9 +319,10 @@ extern "C" qwen_aot_status qwen_aot_request_set_ids(
 {
     Call call(error);
     Status status = api::given(request, "request", call.error());
-    if (status == Status::ok && count != 0)
+    Span<int32_t const> span;
+    if (status == Status::ok)
     {
-        status = api::given(ids, "ids", call.error());
+        status = api::ids_of(ids, count, span, call.error());
     }
     Array<int32_t> copied;
     if (status == Status::ok)
@@ -348,7 +379,11 @@ extern "C" qwen_aot_status qwen_aot_request_set_keep_cache(
     qwen_aot_request* request, int32_t is_kept, qwen_aot_error** error)
 {
     Call call(error);
-    Status const status = api::given(request, "request", call.error());
+    Status status = api::given(request, "request", call.error());
+    if (status == Status::ok)
+    {
+        status = api::check_flag(is_kept, "is_kept", call.error());
+    }
     if (status == Status::ok)
     {
         request->keep_cache = is_kept != 0;
@@ -392,11 +427,7 @@ extern "C" qwen_aot_status qwen_aot_generator_submit(
     }
     Ref<qwen_aot_generator> const held(generator);
     Turn const turn(generator->own.is_busy);
-    status = turn.take(kGenerator, call.error());
-    if (status == Status::ok)
-    {
-        status = api::same_process(generator->own.model->process, call.error());
-    }
+    status = begin_call(*generator, turn, call.error());
     if (status == Status::ok)
     {
         status = submit(*generator, *request, id, call.error());
@@ -420,11 +451,7 @@ extern "C" qwen_aot_status qwen_aot_generator_step(
     }
     Ref<qwen_aot_generator> const held(generator);
     Turn const turn(generator->own.is_busy);
-    status = turn.take(kGenerator, call.error());
-    if (status == Status::ok)
-    {
-        status = api::same_process(generator->own.model->process, call.error());
-    }
+    status = begin_call(*generator, turn, call.error());
     if (status == Status::ok)
     {
         *num_events = generator->batch->step().size();
@@ -508,17 +535,25 @@ extern "C" qwen_aot_status qwen_aot_chat_create(qwen_aot_generator* generator, q
 
 extern "C" void qwen_aot_chat_free(qwen_aot_chat* chat)
 {
-    Box<qwen_aot_chat> const held(chat);
+    // A call at work holds it too, and frees it as it ends.
+    if (chat != nullptr && chat->drop())
+    {
+        Unmake()(chat);
+    }
 }
 
 extern "C" qwen_aot_status qwen_aot_chat_set_thinking(qwen_aot_chat* chat, int32_t is_enabled, qwen_aot_error** error)
 {
-    return qwen_aot_conversation_set_thinking(chat == nullptr ? nullptr : &chat->conversation, is_enabled, error);
+    return change(chat, error, [is_enabled](qwen_aot_chat& it, qwen_aot_error** failure) {
+        return qwen_aot_conversation_set_thinking(&it.conversation, is_enabled, failure);
+    });
 }
 
 extern "C" qwen_aot_status qwen_aot_chat_set_flags(qwen_aot_chat* chat, uint32_t flags, qwen_aot_error** error)
 {
-    return qwen_aot_conversation_set_flags(chat == nullptr ? nullptr : &chat->conversation, flags, error);
+    return change(chat, error, [flags](qwen_aot_chat& it, qwen_aot_error** failure) {
+        return qwen_aot_conversation_set_flags(&it.conversation, flags, failure);
+    });
 }
 
 extern "C" qwen_aot_status qwen_aot_chat_send(qwen_aot_chat* chat, char const* text, size_t length,
@@ -537,9 +572,9 @@ extern "C" qwen_aot_status qwen_aot_chat_send(qwen_aot_chat* chat, char const* t
     }
     if (status == Status::ok)
     {
-        Ref<qwen_aot_generator> const held(chat->generator);
+        // The callback may free both.
+        Ref<qwen_aot_chat> const held(chat);
         status = send(*chat, view, callback, user, completion, call.error());
-        return call.end(status);
     }
     return call.end(status);
 }
@@ -554,16 +589,8 @@ extern "C" void qwen_aot_chat_cancel(qwen_aot_chat* chat)
 
 extern "C" qwen_aot_status qwen_aot_chat_reset(qwen_aot_chat* chat, qwen_aot_error** error)
 {
-    Call call(error);
-    Status status = api::given(chat, "chat", call.error());
-    if (status == Status::ok)
-    {
-        Turn const turn(chat->generator->own.is_busy);
-        status = turn.take(kGenerator, call.error());
-        if (status == Status::ok)
-        {
-            chat->conversation.messages.shrink(chat->num_system);
-        }
-    }
-    return call.end(status);
+    return change(chat, error, [](qwen_aot_chat& it, qwen_aot_error**) {
+        it.conversation.messages.shrink(it.num_system);
+        return qwen_aot_status{QWEN_AOT_OK};
+    });
 }

@@ -111,7 +111,7 @@ struct qwen_aot_generator : qwen_aot::Shared
     std::atomic<bool> is_cancelled{false}; // whether that one's end was asked for
 };
 
-struct qwen_aot_chat
+struct qwen_aot_chat : qwen_aot::Shared
 {
     qwen_aot::Ref<qwen_aot_generator> generator;
     qwen_aot::GenerationConfig config;
@@ -178,10 +178,18 @@ private:
 /** INVALID_ARGUMENT where a pointer that must be given is NULL. */
 Status given(void const* pointer, char const* name, Error& error);
 
-/** A string argument, its length found where a NUL ends it; checked as UTF-8. NULL is taken with length 0. */
+/** A string argument, its length found where a NUL ends it; checked as UTF-8. NULL is taken with length 0, and no length
+ *  that no memory has. */
 Status text_of(char const* text, size_t length, char const* name, std::string_view& view, Error& error);
 
-/** WRONG_PROCESS in a child of the process that made the handle. */
+/** A list of ids; NULL is taken with count 0, and no count that no memory has. */
+Status ids_of(int32_t const* ids, size_t count, Span<int32_t const>& span, Error& error);
+
+/** INVALID_ARGUMENT for what is neither 0 nor 1. */
+Status check_flag(int32_t value, char const* name, Error& error);
+
+/** WRONG_PROCESS in a child of the process that made the handle. Comes before a Turn is taken: the call that a child sees at
+ *  work is its parent's. */
 Status same_process(int64_t process, Error& error);
 
 /** Writes a text and a NUL into the caller's buffer; *length is set in any case. */

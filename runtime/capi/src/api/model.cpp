@@ -157,7 +157,11 @@ extern "C" qwen_aot_status qwen_aot_options_set_allow_bundle_code(
     qwen_aot_options* options, int32_t is_allowed, qwen_aot_error** error)
 {
     Call call(error);
-    Status const status = api::given(options, "options", call.error());
+    Status status = api::given(options, "options", call.error());
+    if (status == Status::ok)
+    {
+        status = api::check_flag(is_allowed, "is_allowed", call.error());
+    }
     if (status == Status::ok)
     {
         options->engine.allow_bundle_code = is_allowed != 0;
@@ -217,10 +221,11 @@ extern "C" qwen_aot_status qwen_aot_model_fact(
     qwen_aot_model const* model, qwen_aot_fact fact, int64_t* value, qwen_aot_error** error)
 {
     Call call(error);
-    Status status = api::given(model, "model", call.error());
+    Status status = api::given(value, "value", call.error());
     if (status == Status::ok)
     {
-        status = api::given(value, "value", call.error());
+        *value = 0;
+        status = api::given(model, "model", call.error());
     }
     if (status != Status::ok)
     {
@@ -243,7 +248,6 @@ extern "C" qwen_aot_status qwen_aot_model_fact(
     case QWEN_AOT_FACT_HAS_CHAT_TEMPLATE: *value = model->has_template ? 1 : 0; break;
     case QWEN_AOT_FACT_HAS_VISION: *value = manifest.has_vision ? 1 : 0; break;
     default:
-        *value = 0;
         status = call.error().fail(
             Status::unsupported, "fact is %d; accepted: one of QWEN_AOT_FACT_*", static_cast<int>(fact));
     }

@@ -35,10 +35,10 @@ qwen_aot_status with_engine(qwen_aot_rows* rows, qwen_aot_error** error, Act act
     }
     Ref<qwen_aot_rows> const held(rows);
     Turn const turn(rows->own.is_busy);
-    status = turn.take(kRows, call.error());
+    status = api::same_process(rows->own.model->process, call.error());
     if (status == Status::ok)
     {
-        status = api::same_process(rows->own.model->process, call.error());
+        status = turn.take(kRows, call.error());
     }
     if (status == Status::ok)
     {
@@ -47,15 +47,25 @@ qwen_aot_status with_engine(qwen_aot_rows* rows, qwen_aot_error** error, Act act
     return call.end(status);
 }
 
+/** Sets an output to what it is if the call fails. */
+template <class T>
+void clear(T* output)
+{
+    if (output != nullptr)
+    {
+        *output = T();
+    }
+}
+
 Status check_ids(int32_t const* ids, size_t count, float const** logits, Error& error)
 {
     QWEN_AOT_TRY(api::given(logits, "logits", error));
-    *logits = nullptr;
     if (count == 0)
     {
         return error.fail(Status::invalid_argument, "count is 0; accepted: at least one id");
     }
-    QWEN_AOT_TRY(api::given(ids, "ids", error));
+    Span<int32_t const> span;
+    QWEN_AOT_TRY(api::ids_of(ids, count, span, error));
     for (size_t i = 0; i < count; ++i)
     {
         if (ids[i] < kIdle)
@@ -88,6 +98,7 @@ extern "C" void qwen_aot_rows_free(qwen_aot_rows* rows)
 extern "C" qwen_aot_status qwen_aot_rows_prefill(
     qwen_aot_rows* rows, int32_t row, int32_t const* ids, size_t count, float const** logits, qwen_aot_error** error)
 {
+    clear(logits);
     return with_engine(rows, error, [&](Engine& engine, Error& failure) {
         QWEN_AOT_TRY(check_ids(ids, count, logits, failure));
         return engine.prefill(row, {ids, count}, logits, failure);
@@ -97,6 +108,7 @@ extern "C" qwen_aot_status qwen_aot_rows_prefill(
 extern "C" qwen_aot_status qwen_aot_rows_decode(qwen_aot_rows* rows, int32_t first_row, int32_t const* ids,
     size_t count, float const** logits, qwen_aot_error** error)
 {
+    clear(logits);
     return with_engine(rows, error, [&](Engine& engine, Error& failure) {
         QWEN_AOT_TRY(check_ids(ids, count, logits, failure));
         return engine.decode(first_row, {ids, count}, logits, nullptr, failure);
@@ -120,6 +132,7 @@ extern "C" qwen_aot_status qwen_aot_rows_copy(
 extern "C" qwen_aot_status qwen_aot_rows_length(
     qwen_aot_rows const* rows, int32_t row, int64_t* length, qwen_aot_error** error)
 {
+    clear(length);
     return with_engine(const_cast<qwen_aot_rows*>(rows), error, [&](Engine& engine, Error& failure) {
         QWEN_AOT_TRY(api::given(length, "length", failure));
         int64_t const max_batch = engine.manifest().max_batch;

@@ -78,16 +78,14 @@ Status detokenize(qwen_aot_model const* model, int32_t const* ids, size_t count,
     size_t* length, Error& error)
 {
     QWEN_AOT_TRY(begin_write(model, text, capacity, length, "length", error));
-    if (count != 0)
-    {
-        QWEN_AOT_TRY(api::given(ids, "ids", error));
-    }
+    Span<int32_t const> span;
+    QWEN_AOT_TRY(api::ids_of(ids, count, span, error));
     QWEN_AOT_TRY(api::need_tokenizer(*model, error));
     Detokenizer detokenizer(&model->tokenizer);
     Text found;
-    for (size_t i = 0; i < count; ++i)
+    for (int32_t const id : span)
     {
-        QWEN_AOT_TRY(detokenizer.push(ids[i], found, error));
+        QWEN_AOT_TRY(detokenizer.push(id, found, error));
     }
     QWEN_AOT_TRY(detokenizer.flush(found, error));
     return api::write_text(found.view(), text, capacity, length, error);

@@ -1,5 +1,7 @@
 #include "base/status.h"
 
+#include "base/utf8.h"
+
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -32,16 +34,16 @@ Status Error::inside(std::string_view where)
 
 void Error::cut()
 {
-    if (length_ < kCapacity)
+    if (length_ >= kCapacity)
     {
-        return;
+        length_ = kCapacity - 1;
+        while (length_ > 0 && (static_cast<unsigned char>(message_[length_]) & 0xC0) == 0x80)
+        {
+            --length_;
+        }
+        message_[length_] = '\0';
     }
-    length_ = kCapacity - 1;
-    while (length_ > 0 && (static_cast<unsigned char>(message_[length_]) & 0xC0) == 0x80)
-    {
-        --length_;
-    }
-    message_[length_] = '\0';
+    utf8_repair(message_, length_); // of names of files, of libraries' messages, and where a path was cut
 }
 
 Quoted::Quoted(std::string_view text)

@@ -68,4 +68,16 @@ size_t utf8_valid(std::string_view text)
     return at;
 }
 
+void utf8_repair(char* text, size_t length)
+{
+    for (size_t at = 0; at < length; ++at)
+    {
+        at += utf8_valid({text + at, length - at});
+        if (at < length)
+        {
+            text[at] = '?';
+        }
+    }
+}
+
 } // namespace qwen_aot

@@ -216,12 +216,6 @@ Span<Event const> Batch::step()
     return events();
 }
 
-bool Batch::is_idle() const
-{
-    return waiting_.empty()
-        && std::none_of(rows_.begin(), rows_.end(), [](Row const& row) { return row.sequence != nullptr; });
-}
-
 void Batch::cancel(uint64_t id)
 {
     // If the prefill begins after the mark is set, it sees that itself; if it ends before it is interrupted, another call may be
@@ -419,8 +413,7 @@ Span<float const> Batch::begin_choice(int32_t row, size_t pending)
 {
     PendingChoices& choices = pending_[pending];
     Box<ActiveSequence> sequence = choices.sequences.pop();
-    int32_t const sibling = row_of(*choices.request);
-    sequence->share_prompt(*at(sibling).sequence);
+    sequence->share_prompt();
     if (at(row).held != nullptr)
     {
         ended_.push(std::move(at(row).held));

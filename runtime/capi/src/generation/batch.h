@@ -55,8 +55,8 @@ public:
     /** The events of the last step. */
     Span<Event const> events() const { return memory_.events.view(); }
 
-    /** Whether nothing waits or runs. */
-    bool is_idle() const;
+    /** Whether nothing waits or runs. Any thread. */
+    bool is_idle() const { return num_open_.load(std::memory_order_acquire) == 0; }
 
     /** Asks for the end of a request, which comes in the step at work or the next one: a prefill of it is interrupted. Of
      *  one that has ended, or never was, it does nothing. Any thread, at any time, and signal handlers. */
@@ -152,9 +152,9 @@ private:
     Array<int32_t> running_;    // rows whose next token is known, ascending
     Array<int32_t> ids_;        // to feed
     Array<int32_t> bad_rows_;
-    size_t idle_cost_ = 0; // of idle rows in decode steps since the last move, in tokens copied
-    size_t num_open_ = 0;  // choices that haven't ended
-    uint64_t count_ = 0;   // of requests so far
+    size_t idle_cost_ = 0;            // of idle rows in decode steps since the last move, in tokens copied
+    std::atomic<size_t> num_open_{0}; // choices that haven't ended
+    uint64_t count_ = 0;              // of requests so far
     // Which request's prefill is at work, 0: none; how often somebody interrupted one, and how often the engine said so.
     std::atomic<uint64_t> prefilling_id_{0};
     std::atomic<uint64_t> num_interrupts_{0};

@@ -51,13 +51,6 @@ bool ActiveSequence::begin()
     return sampler_.begin(prompt().view(), request_->ending_ids.view());
 }
 
-void ActiveSequence::share_prompt(ActiveSequence const& sibling)
-{
-    cached_ = sibling.cached_;
-    prefilled_ = prompt().size();
-    prefill_seconds_ = sibling.prefill_seconds_;
-}
-
 bool ActiveSequence::read_prompt(Span<float const> logits, StepMemory& memory, int32_t* id)
 {
     *id = prompt()[prefilled_];
@@ -169,8 +162,8 @@ void ActiveSequence::complete(FinishReason reason, StepMemory& memory)
     completion_.tokens = tokens_.view();
     completion_.reason = reason;
     completion_.prompt_tokens = static_cast<int64_t>(prompt().size());
-    completion_.cached_tokens = static_cast<int64_t>(cached_);
-    completion_.prefill_seconds = prefill_seconds_;
+    completion_.cached_tokens = static_cast<int64_t>(request_->cached);
+    completion_.prefill_seconds = request_->prefill_seconds;
     completion_.first_token_seconds = first_token - request_->arrived;
     completion_.decode_seconds = now - first_token;
     completion_.status = reason == FinishReason::error ? error_.status() : Status::ok;

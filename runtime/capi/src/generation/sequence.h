@@ -58,6 +58,9 @@ public:
     bool keep_cache = false;
     int32_t num_open = 0; // choices that haven't ended
     double arrived = 0;   // system::seconds
+    // What became of the prompt; choices that never begin have it too.
+    size_t cached = 0; // leading tokens that the cache held
+    double prefill_seconds = 0;
     Logprobs prompt_logprobs;
 
 private:
@@ -109,15 +112,15 @@ public:
     /** Leading tokens of the prompt that are in the row by now. */
     size_t prefilled() const { return prefilled_; }
     /** Starts from leading tokens of the prompt that the cache holds. */
-    void begin_cached(size_t tokens) { cached_ = prefilled_ = tokens; }
+    void begin_cached(size_t tokens) { request_->cached = prefilled_ = tokens; }
     /** Counts tokens of the prompt that a step has fed. */
     void note_fed(size_t tokens, double seconds)
     {
         prefilled_ += tokens;
-        prefill_seconds_ += seconds;
+        request_->prefill_seconds += seconds;
     }
-    /** Starts behind the prompt as another choice of the request has computed it. */
-    void share_prompt(ActiveSequence const& sibling);
+    /** Starts behind the prompt, which another choice of the request has computed. */
+    void share_prompt() { prefilled_ = prompt().size(); }
 
     /** Notes the log-probabilities of the prompt's next token from logits [V]; *id: that token, to be fed.
      *  False: there is no memory, and nothing changed. */
@@ -152,9 +155,7 @@ private:
     Ref<ActiveRequest> request_;
     int32_t choice_;
     Array<int32_t> tokens_; // generated so far
-    size_t cached_ = 0;
     size_t prefilled_ = 0;
-    double prefill_seconds_ = 0;
     bool has_first_token_ = false;
     double first_token_ = 0; // system::seconds
     Sampler sampler_;

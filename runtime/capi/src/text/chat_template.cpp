@@ -38,6 +38,7 @@ constexpr size_t kRoleWords = 3;    // offset, length, is it the assistant
 constexpr size_t kLiteralWords = 2; // first piece, pieces
 constexpr size_t kPieceWords = 3;   // offset, length, id or kNone
 constexpr uint32_t kMaxRoles = 64;
+constexpr uint64_t kMaxTexts = 16u << 20; // bytes of all entries' texts together, which may share theirs
 
 // What becomes of a content; engines/bundle/chat_rules.py has the same, and docs/compiled-text.md says it in words.
 enum Rule : uint32_t
@@ -405,8 +406,12 @@ Status ChatTemplate::open(Span<uint8_t const> bytes, ChatTemplate& chat_template
 /** Checks every number in the tables. */
 Status ChatTemplate::check(uint64_t text_bytes, Error& error) const
 {
-    auto const has_text = [this, text_bytes](size_t index) {
-        return uint64_t{word(index)} + word(index + 1) <= text_bytes && utf8_valid(text_at(index)) == word(index + 1);
+    uint64_t sum = 0;
+    auto const has_text = [this, text_bytes, &sum](size_t index) {
+        // Else a file of some megabytes could be written to take days to check, and a literal all memory.
+        sum += word(index + 1);
+        return sum <= kMaxTexts && uint64_t{word(index)} + word(index + 1) <= text_bytes
+            && utf8_valid(text_at(index)) == word(index + 1);
     };
     for (uint32_t i = 0; i < num_controls_; ++i)
     {

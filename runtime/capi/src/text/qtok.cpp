@@ -199,15 +199,18 @@ Status QtokTable::read_added(
     added.rows = rows.data();
     added.count = static_cast<uint32_t>(rows.size() / AddedTokens::kRowSize);
     added.texts = texts.data();
+    size_t sum =
+        0; // of lengths: each token has bytes of its own, so that a file can't be written to take days to check
     for (uint32_t row = 0; row < added.count; ++row)
     {
         uint32_t const offset = load_u32(rows.data() + row * AddedTokens::kRowSize + 8);
         uint32_t const length = load_u32(rows.data() + row * AddedTokens::kRowSize + 12);
         if (added.id(row) >= num_ids_ || length == 0 || offset > texts.size() || length > texts.size() - offset
-            || utf8_valid(added.text(row)) != added.text(row).size())
+            || length > texts.size() - sum || utf8_valid(added.text(row)) != added.text(row).size())
         {
             return damaged(error, "the compiled tokenizer has an added token without an id or a text");
         }
+        sum += length;
         bool const is_sorted = row == 0 || added.text(row - 1) < added.text(row);
         uint32_t const parent = added.parent(row);
         bool const has_parent = parent != kNoToken;

@@ -228,6 +228,184 @@ static void callback_frees(void)
     error();
 }
 
+static qwen_aot_chat* chat;
+
+static void make_chat(qwen_aot_chat** made)
+{
+    qwen_aot_config* config = NULL;
+    EXPECT(qwen_aot_config_create(&config, error()) == QWEN_AOT_OK);
+    EXPECT(qwen_aot_config_set_max_new_tokens(config, 6, error()) == QWEN_AOT_OK);
+    EXPECT(qwen_aot_config_set_ignore_eos(config, 1, error()) == QWEN_AOT_OK);
+    EXPECT(qwen_aot_chat_create(generator, config, "Be brief.", QWEN_AOT_TO_NUL, made, error()) == QWEN_AOT_OK);
+    qwen_aot_config_free(config);
+}
+
+static int32_t change_the_chat(void* user, qwen_aot_event const* event)
+{
+    (void)event;
+    EXPECT(qwen_aot_chat_reset(chat, NULL) == QWEN_AOT_BUSY);
+    EXPECT(qwen_aot_chat_set_thinking(chat, -1, NULL) == QWEN_AOT_BUSY);
+    EXPECT(qwen_aot_chat_set_flags(chat, 0, NULL) == QWEN_AOT_BUSY);
+    EXPECT(qwen_aot_chat_send(chat, "x", 1, NULL, NULL, NULL, NULL) == QWEN_AOT_BUSY);
+    ++*(int*)user;
+    return 0;
+}
+
+static int32_t free_the_chat(void* user, qwen_aot_event const* event)
+{
+    (void)event;
+    if ((*(int*)user)++ == 0)
+    {
+        qwen_aot_chat_free(chat);
+        qwen_aot_generator_free(generator);
+        qwen_aot_model_free(model);
+    }
+    return 0;
+}
+
+/** The callback of a chat's turn may change nothing of the chat, and may free it. */
+static void chat_in_its_callback(void)
+{
+    set_up();
+    make_chat(&chat);
+    int calls = 0;
+    EXPECT(qwen_aot_chat_send(chat, "hello", 5, change_the_chat, &calls, NULL, error()) == QWEN_AOT_OK);
+    EXPECT(calls == 7);
+    calls = 0;
+    EXPECT(qwen_aot_chat_send(chat, "again", 5, free_the_chat, &calls, NULL, error()) == QWEN_AOT_OK);
+    EXPECT(calls == 7);
+    qwen_aot_request_free(request);
+    error();
+}
+
+static int64_t tokens_of(qwen_aot_chat* of, char const* text)
+{
+    qwen_aot_event const* completion = NULL;
+    EXPECT(qwen_aot_chat_send(of, text, QWEN_AOT_TO_NUL, NULL, NULL, &completion, error()) == QWEN_AOT_OK);
+    return qwen_aot_event_prompt_tokens(completion);
+}
+
+/** Two chats on one generator; a turn that fails leaves its conversation as it was. */
+static void two_chats(void)
+{
+    set_up();
+    qwen_aot_chat* other = NULL;
+    make_chat(&chat);
+    make_chat(&other);
+    int64_t const first = tokens_of(chat, "hello");
+    EXPECT(tokens_of(other, "hello") == first);
+    char* const text = malloc(100000);
+    memset(text, 'x', 100000);
+    qwen_aot_event const* completion = NULL;
+    EXPECT(qwen_aot_chat_send(chat, text, 100000, NULL, NULL, &completion, error()) == QWEN_AOT_CONTEXT_FULL);
+    EXPECT(completion == NULL);
+    EXPECT(qwen_aot_chat_send(chat, "\xff", 1, NULL, NULL, &completion, error()) == QWEN_AOT_INVALID_ARGUMENT);
+    free(text);
+    uint64_t id = 0;
+    EXPECT(qwen_aot_generator_submit(generator, request, &id, error()) == QWEN_AOT_OK);
+    EXPECT(qwen_aot_chat_send(chat, "now", 3, NULL, NULL, NULL, error()) == QWEN_AOT_BUSY);
+    for (size_t events = 0; !qwen_aot_generator_is_idle(generator);)
+    {
+        EXPECT(qwen_aot_generator_step(generator, &events, error()) == QWEN_AOT_OK);
+    }
+    int64_t const second = tokens_of(chat, "and then?");
+    EXPECT(second > first && tokens_of(other, "and then?") == second); /* nothing was left of what failed */
+    EXPECT(qwen_aot_chat_reset(chat, error()) == QWEN_AOT_OK);
+    EXPECT(tokens_of(chat, "hello") == first);
+    qwen_aot_chat_free(other);
+    qwen_aot_chat_free(chat);
+    tear_down();
+}
+
+/** Numbers that no memory has, and outputs of calls that fail. */
+static void lengths_that_lie(void)
+{
+    set_up();
+    int32_t id = 1;
+    size_t size = 7;
+    size_t const huge = SIZE_MAX - 1;
+    char text[8];
+    EXPECT(qwen_aot_tokenize(model, "a", huge, 0, &id, 1, &size, error()) == QWEN_AOT_INVALID_ARGUMENT);
+    EXPECT(strstr(said(), "no text has") != NULL && size == 0);
+    EXPECT(qwen_aot_tokenize(model, "a", 1, 0, &id, SIZE_MAX, &size, error()) == QWEN_AOT_OK && size == 1);
+    EXPECT(qwen_aot_detokenize(model, &id, 1, text, 0, &size, error()) == QWEN_AOT_BUFFER_TOO_SMALL && size > 0);
+    EXPECT(qwen_aot_detokenize(model, &id, huge, text, 8, &size, error()) == QWEN_AOT_INVALID_ARGUMENT);
+    EXPECT(strstr(said(), "no memory has") != NULL && size == 0);
+    EXPECT(qwen_aot_request_set_ids(request, &id, huge, error()) == QWEN_AOT_INVALID_ARGUMENT);
+    EXPECT(qwen_aot_request_set_ids(request, NULL, 3, error()) == QWEN_AOT_INVALID_ARGUMENT);
+    EXPECT(qwen_aot_request_set_keep_cache(request, 2, error()) == QWEN_AOT_INVALID_ARGUMENT);
+    qwen_aot_config* config = NULL;
+    EXPECT(qwen_aot_config_create(&config, error()) == QWEN_AOT_OK);
+    EXPECT(qwen_aot_config_set_suppress_tokens(config, &id, huge, error()) == QWEN_AOT_INVALID_ARGUMENT);
+    EXPECT(qwen_aot_config_add_stop(config, "a", huge, error()) == QWEN_AOT_INVALID_ARGUMENT);
+    qwen_aot_config_free(config);
+    qwen_aot_options* options = NULL;
+    EXPECT(qwen_aot_options_create(&options, error()) == QWEN_AOT_OK);
+    EXPECT(qwen_aot_options_set_allow_bundle_code(options, 2, error()) == QWEN_AOT_INVALID_ARGUMENT);
+    EXPECT(strstr(said(), "accepted: 0 or 1") != NULL);
+    qwen_aot_options_free(options);
+    int64_t value = 7;
+    EXPECT(qwen_aot_model_fact(NULL, 1, &value, error()) == QWEN_AOT_INVALID_ARGUMENT && value == 0);
+    value = 7;
+    EXPECT(qwen_aot_model_fact(model, 99, &value, error()) == QWEN_AOT_UNSUPPORTED && value == 0);
+    qwen_aot_rows* rows = NULL;
+    float const* logits = NULL;
+    EXPECT(qwen_aot_rows_create(model, &rows, error()) == QWEN_AOT_OK);
+    EXPECT(qwen_aot_rows_prefill(rows, 0, &id, 1, &logits, error()) == QWEN_AOT_OK && logits != NULL);
+    EXPECT(qwen_aot_rows_prefill(rows, 99, &id, 1, &logits, error()) == QWEN_AOT_INVALID_ARGUMENT && logits == NULL);
+    logits = (float const*)text;
+    EXPECT(qwen_aot_rows_prefill(rows, 0, &id, huge, &logits, error()) == QWEN_AOT_INVALID_ARGUMENT && logits == NULL);
+    logits = (float const*)text;
+    EXPECT(qwen_aot_rows_decode(NULL, 0, &id, 1, &logits, error()) == QWEN_AOT_INVALID_ARGUMENT && logits == NULL);
+    value = 7;
+    EXPECT(qwen_aot_rows_length(rows, -1, &value, error()) == QWEN_AOT_INVALID_ARGUMENT && value == 0);
+    EXPECT(qwen_aot_rows_length(rows, 0, &value, error()) == QWEN_AOT_OK && value == 1);
+    qwen_aot_rows_free(rows);
+    expect_works();
+    tear_down();
+}
+
+static int32_t free_the_request(void* user, qwen_aot_event const* event)
+{
+    (void)event;
+    if ((*(int*)user)++ == 0)
+    {
+        qwen_aot_request_free(request);
+    }
+    return 0;
+}
+
+static int32_t stop_at_once(void* user, qwen_aot_event const* event)
+{
+    (void)event;
+    ++*(int*)user;
+    return 1;
+}
+
+/** Several outputs: all of their ends come, though the request is freed or cancelled meanwhile. */
+static void several_choices(void)
+{
+    set_up();
+    qwen_aot_config* config = NULL;
+    EXPECT(qwen_aot_config_create(&config, error()) == QWEN_AOT_OK);
+    EXPECT(qwen_aot_config_set_n(config, 9, error()) == QWEN_AOT_OK);
+    EXPECT(qwen_aot_config_set_max_new_tokens(config, 8, error()) == QWEN_AOT_OK);
+    EXPECT(qwen_aot_config_set_ignore_eos(config, 1, error()) == QWEN_AOT_OK);
+    EXPECT(qwen_aot_request_set_config(request, config, error()) == QWEN_AOT_OK);
+    qwen_aot_config_free(config);
+    int calls = 0;
+    qwen_aot_event const* completion = NULL;
+    EXPECT(qwen_aot_generate(generator, request, stop_at_once, &calls, &completion, error()) == QWEN_AOT_CANCELLED);
+    EXPECT(calls >= 10 && qwen_aot_event_finish_reason(completion) == QWEN_AOT_FINISH_CANCELLED);
+    size_t kept = 0;
+    EXPECT(qwen_aot_event_full_text(completion, &kept) != NULL); /* valid until the next call */
+    calls = 0;
+    EXPECT(qwen_aot_generate(generator, request, free_the_request, &calls, &completion, error()) == QWEN_AOT_OK);
+    EXPECT(calls == 9 * 9);
+    request = NULL;
+    tear_down();
+}
+
 static int32_t stop_at_third(void* user, qwen_aot_event const* event)
 {
     count(user, event);
@@ -391,6 +569,38 @@ static void generators_in_threads(void)
     tear_down();
 }
 
+/** Forks while another thread is in a step: the child is told so, not that it is to wait. */
+static void forked_at_work(void)
+{
+    set_up();
+    make_chat(&chat);
+    int calls = 0;
+    pthread_t thread;
+    pthread_create(&thread, NULL, generate_slowly, &calls);
+    pause_ms(60);
+    pid_t const child = fork();
+    if (child == 0)
+    {
+        size_t events = 0;
+        int32_t ids[16];
+        EXPECT(qwen_aot_generator_step(generator, &events, NULL) == QWEN_AOT_WRONG_PROCESS);
+        EXPECT(qwen_aot_chat_send(chat, "x", 1, NULL, NULL, NULL, NULL) == QWEN_AOT_WRONG_PROCESS);
+        EXPECT(qwen_aot_chat_reset(chat, NULL) == QWEN_AOT_WRONG_PROCESS);
+        EXPECT(qwen_aot_tokenize(model, "text", 4, 0, ids, 16, &events, NULL) == QWEN_AOT_OK); /* no engine */
+        qwen_aot_generator_cancel(generator, 0);
+        qwen_aot_chat_free(chat);
+        tear_down();
+        _exit(7);
+    }
+    int status = 0;
+    EXPECT(waitpid(child, &status, 0) == child);
+    EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 7);
+    pthread_join(thread, NULL);
+    EXPECT(calls == 9);
+    qwen_aot_chat_free(chat);
+    tear_down();
+}
+
 static void forked(void)
 {
     set_up();
@@ -509,11 +719,16 @@ int main(int argc, char** argv)
         {"callback_calls_back", callback_calls_back},
         {"callback_frees", callback_frees},
         {"callback_cancels", callback_cancels},
+        {"chat_in_its_callback", chat_in_its_callback},
+        {"two_chats", two_chats},
+        {"lengths_that_lie", lengths_that_lie},
+        {"several_choices", several_choices},
         {"two_threads", two_threads},
         {"freed_under_a_step", freed_under_a_step},
         {"cancelled_at_any_time", cancelled_at_any_time},
         {"generators_in_threads", generators_in_threads},
         {"forked", forked},
+        {"forked_at_work", forked_at_work},
         {"exit_without_freeing", exit_without_freeing},
         {"vanished", vanished},
         {"many_generations", many_generations},
