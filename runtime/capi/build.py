@@ -255,7 +255,7 @@ class _Stage:
         files = len(list(SOURCES.glob("src/**/*.cpp"))) if self.name == "compile" else 0
         self.tell(Progress(self.name, self.index, total=files))
         lines = []
-        process = subprocess.Popen(
+        with subprocess.Popen(
             self.command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -263,20 +263,19 @@ class _Stage:
             text=True,
             errors="replace",
             start_new_session=True,
-        )
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                lines.append(line)
-                if files and "Building CXX object" in line:
-                    done = sum("Building CXX object" in each for each in lines)
-                    self.tell(Progress(self.name, self.index, done=min(done, files), total=files))
-            code = process.wait()
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
+        ) as process:
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    lines.append(line)
+                    if files and "Building CXX object" in line:
+                        done = sum("Building CXX object" in each for each in lines)
+                        self.tell(Progress(self.name, self.index, done=min(done, files), total=files))
+                code = process.wait()
+            except BaseException:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise
         if code:
             raise BuildError(f"{self.name} failed:\n{''.join(lines).strip()}")
         if self.name != "install":  # which ends when the files are where they belong
