@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from qwen_aot.runtime.cli.command import VerbCommand, option
-from qwen_aot.runtime.cli.console import print_json, size, stdout
+from qwen_aot.runtime.cli.console import print_json, progress_on_stderr, size, stdout
 from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, json_option
 from qwen_aot.runtime.cli.tables import say
 
@@ -61,14 +61,16 @@ def command(
         raise click.UsageError("--tensorrt-rtx says whose headers --tensorrt-include names; give that too")
     from qwen_aot.runtime.capi.build import install_library
 
-    done = install_library(
-        prefix,
-        processor=processor,
-        is_portable=portable,
-        tensorrt_include=tensorrt_include,
-        is_tensorrt_rtx=tensorrt_rtx,
-        jobs=jobs,
-    )
+    with progress_on_stderr() as show:
+        done = install_library(
+            prefix,
+            processor=processor,
+            is_portable=portable,
+            tensorrt_include=tensorrt_include,
+            is_tensorrt_rtx=tensorrt_rtx,
+            jobs=jobs,
+            on_progress=show,
+        )
     bytes_ = done.shared.stat().st_size
     runtime = _onnxruntime_library()
     if as_json:

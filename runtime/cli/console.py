@@ -198,7 +198,9 @@ def count(value: int, what: str) -> str:
 
 def amount(value: float, unit: str) -> str:
     """A count for people: bytes scaled, anything else as it is."""
-    return size(value) if unit == "bytes" else f"{value:.0f} {unit}"
+    if unit == "bytes":
+        return size(value)
+    return f"{value:.0f} {unit}" if value >= 10 else f"{value:.2g} {unit}"  # a rate may be less than one a second
 
 
 @contextlib.contextmanager

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.installed.environments import Archives, build_archives, make_device
+from tests.runtime.capi.conftest import onnxruntime, text_bundle
 from tests.shared import once
+
+__all__ = ["archives", "device", "onnxruntime", "text_bundle"]
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,10 @@ def test_the_wheel_owns_one_name(archives: Archives) -> None:
 
 def test_the_wheel_holds_the_sources_and_nothing_else(archives: Archives) -> None:
     expected = sources()
-    for name in ("py.typed", "engines/build.py", "plugins/src/gqa.cpp", "plugins/performance/resources.json"):
+    kinds = ["py.typed", "engines/build.py", "plugins/src/gqa.cpp", "plugins/performance/resources.json"]
+    kinds += [f"runtime/capi/{name}" for name in ("CMakeLists.txt", "src/exports.map", "src/api/model.cpp")]
+    kinds += ["runtime/capi/include/qwen_aot.h", "runtime/capi/cmake/qwen_aot.pc.in"]
+    for name in kinds:
         assert f"qwen_aot/{name}" in expected  # the rule above finds every kind
     shipped = {name: data for name, data in contents(archives.wheel).items() if ".dist-info/" not in name}
     assert sorted(shipped) == sorted(expected)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import qwen_aot
+from qwen_aot.runtime.capi.build import find_cmake
 from tests.installed.environments import NEIGHBOUR, run
 from tests.runtime.texts import GOLDEN
 from tests.runtime.toys import ALL_INPUTS, checksum, checksum_model, io_tables, make_manifest, write_bundle
@@ -156,3 +157,24 @@ def test_a_distribution_with_the_names_of_our_folders(device: Path, tmp_path: Pa
     code = f"import {', '.join(theirs)}, qwen_aot\nqwen_aot.load({str(bundle)!r}).close()\n"
     code += f"print({', '.join(f'{name}.OWNER' for name in theirs)})"
     assert python(device, code, tmp_path) == "somebody else somebody else\n"
+
+
+@pytest.mark.deep
+def test_the_c_library_is_built_from_the_wheel(device: Path, own_folder: Path, tmp_path: Path) -> None:
+    """With a compiler and cmake; a device's own environment has no cmake, so that the tests' is put on the path."""
+    cmake = tmp_path / "tools" / "cmake"
+    cmake.parent.mkdir()
+    cmake.symlink_to(find_cmake())
+    command = f'PATH="{cmake.parent}:$PATH" exec "$0" capi --prefix "$1" --jobs 2 --json'
+    done = run("sh", "-c", command, device.parent / "qwen-aot", tmp_path / "a prefix", cwd=own_folder)
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert "[2/3] compile" in done.stderr
+    program = own_folder / "program.c"
+    program.write_text(
+        "#include <qwen_aot.h>\n#include <stdio.h>\nint main(void) { puts(qwen_aot_version()); return 0; }\n"
+    )
+    include = Path(printed["header"]).parent
+    built = run("gcc", program, f"-I{include}", printed["static"], "-ldl", "-lm", "-pthread", cwd=own_folder)
+    assert built.returncode == 0, built.stderr
+    assert run(own_folder / "a.out", cwd=own_folder).stdout == f"{qwen_aot.__version__}\n"

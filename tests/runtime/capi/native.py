@@ -10,11 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_aot.runtime.capi.build import find_cmake
+
 SOURCES = Path(__file__).parents[3] / "runtime" / "capi"
 PROGRAMS = Path(__file__).parent / "src"
 
 # Flavour -> value of QWEN_AOT_SANITIZE.
 FLAVOURS = {"plain": "", "address": "address;undefined", "thread": "thread"}
+AARCH64 = "aarch64"  # a flavour for another processor: Debian's cross compiler builds it, qemu-user runs its programs
+SYSROOT = "/usr/aarch64-linux-gnu"  # Debian's libc6-dev-arm64-cross
 
 
 class Native:
@@ -25,38 +29,43 @@ class Native:
 
         Args:
             folder: where; several processes may share it.
-            flavour: of FLAVOURS.
+            flavour: of FLAVOURS, or AARCH64.
         """
         self.folder = folder / flavour
         self.flavour = flavour
+        self._prefix = "aarch64-linux-gnu-" if flavour == AARCH64 else ""
+        self._sanitizers = FLAVOURS.get(flavour, "")
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             build = self.folder / "build"
             configure = [
-                "cmake",
+                find_cmake(),
                 "-S",
                 str(SOURCES),
                 "-B",
                 str(build),
-                f"-DQWEN_AOT_SANITIZE={FLAVOURS[flavour]}",
+                f"-DQWEN_AOT_SANITIZE={self._sanitizers}",
                 "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
             ]
-            if flavour != "plain":  # with more, instrumented code takes the compiler longer than the tests then run
+            if self._sanitizers:  # with more, instrumented code takes the compiler longer than the tests then run
                 configure.append("-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1")
+            if flavour == AARCH64:
+                configure += ["-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={AARCH64}"]
+                configure += [f"-DCMAKE_C_COMPILER={self._prefix}gcc", f"-DCMAKE_CXX_COMPILER={self._prefix}g++"]
             run(configure)
-            run(["cmake", "--build", str(build), "--parallel", "2", "--target", "qwen_aot_static"])
+            run([find_cmake(), "--build", str(build), "--parallel", "2", "--target", "qwen_aot_static"])
         self.library = build / "libqwen_aot.a"
 
     def shared(self) -> Path:
         """The shared library, as it is installed but for what tests add."""
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            run(["cmake", "--build", str(self.folder / "build"), "--parallel", "2", "--target", "qwen_aot"])
+            run([find_cmake(), "--build", str(self.folder / "build"), "--parallel", "2", "--target", "qwen_aot"])
         return self.folder / "build" / "libqwen_aot.so"
 
     def program(self, name: str, *, sources: Iterable[str] = (), flags: Sequence[str] = ()) -> Path:
-        """The program of src/NAME.cpp, linked with the library's inside.
+        """The program of src/NAME.cpp, linked with the library's inside; of AARCH64 a script that runs it in qemu.
 
         Args:
             name: of its file, without a suffix.
@@ -73,11 +82,11 @@ class Native:
         with (self.folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not program.exists() or program.stat().st_mtime < newest:
-                sanitize = [f"-fsanitize={kind}" for kind in FLAVOURS[self.flavour].split(";") if kind]
+                sanitize = [f"-fsanitize={kind}" for kind in self._sanitizers.split(";") if kind]
                 part = program.with_suffix(".part")
                 run(
                     [
-                        compiler,
+                        self._prefix + compiler,
                         f"-std={standard}",
                         "-g",
                         "-O1",
@@ -97,6 +106,10 @@ class Native:
                         str(part),
                     ]
                 )
+                if self.flavour == AARCH64:
+                    foreign = part.replace(program.with_suffix(".aarch64"))
+                    part.write_text(f'#!/bin/sh\nexec qemu-aarch64 -L {SYSROOT} {foreign} "$@"\n', encoding="utf-8")
+                    part.chmod(0o755)
                 part.replace(program)
         return program
 

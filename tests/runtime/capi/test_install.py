@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qwen_aot.errors import BuildError
-from qwen_aot.runtime.capi.build import Installed, install_library
+from qwen_aot.runtime.capi.build import Installed, find_cmake, install_library
 from tests.runtime.capi.native import run
 from tests.shared import once
 from tests.tools import require_tool
@@ -50,7 +51,7 @@ def compile_with_pkg_config(source: Path, out: Path, installed: Installed, *opti
         name, equals, value = line.partition("=")
         if equals and ":" not in name:
             variables[name] = expand(value, variables)
-    flags = [*expand(lines["Cflags"], variables).split(), *expand(lines["Libs"], variables).split()]
+    flags = shlex.split(f"{expand(lines['Cflags'], variables)} {expand(lines['Libs'], variables)}")
     compiler = "g++" if source.suffix == ".cpp" else "gcc"
     program = out / source.stem
     run([compiler, source, *flags, *options, f"-Wl,-rpath,{installed.shared.parent}", "-o", program])
@@ -173,8 +174,8 @@ def test_cmake_finds_it(
         f"add_executable(program stream.c)\ntarget_link_libraries(program PRIVATE qwen_aot::{target})\n"
     )
     shutil.copy(EXAMPLES / "stream.c", tmp_path)
-    run(["cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={installed.prefix}"])
-    run(["cmake", "--build", tmp_path / "build"])
+    run([find_cmake(), "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={installed.prefix}"])
+    run([find_cmake(), "--build", tmp_path / "build"])
     assert answer([tmp_path / "build" / "program", text_bundle, "Hello"], installed, onnxruntime) == f"{expected}\n"
 
 

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from qwen_aot.engines.verify.bundle_report import BundleReport
 from qwen_aot.engines.verify.verdict import Verdict
 from qwen_aot.engines.verify.weights import WeightCheck
-from qwen_aot.runtime.cli import build, doctor
+from qwen_aot.runtime.capi import build as capi_build
+from qwen_aot.runtime.cli import build, capi, doctor
 from qwen_aot.runtime.cli.main import qwen_aot
 from tests.checkpoints import save_tiny
 from tests.runtime.backends.tensorrt.engines import write_checksum_bundle
@@ -181,6 +182,16 @@ def test_gpu_check(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     result = run("gpu-check", "-o", tmp_path / "report", "--json")
     assert result.exit_code == 1
     compare("`gpu-check`", json.loads(result.stdout))
+
+
+def test_capi(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "libqwen_aot.so").write_bytes(b"")
+    files = [tmp_path / name for name in ("qwen_aot.h", "libqwen_aot.so", "libqwen_aot.a", "qwen_aot.pc")]
+    monkeypatch.setattr(capi_build, "install_library", lambda *_, **__: capi_build.Installed(tmp_path, *files))
+    outputs = [printed(run("capi", "--prefix", tmp_path, "--json"))]
+    monkeypatch.setattr(capi, "_onnxruntime_library", lambda: None)
+    outputs.append(printed(run("capi", "--prefix", tmp_path, "--json")))
+    compare("`capi`", *outputs)
 
 
 def test_every_verb_with_json_has_its_section() -> None:

@@ -20,7 +20,9 @@ from click.testing import CliRunner
 from rich.cells import cell_len
 
 from qwen_aot.engines.bundle.progress import ProgressEvent
-from qwen_aot.runtime.cli import bench, doctor, gpu_check, verify
+from qwen_aot.runtime.capi import build as capi_build
+from qwen_aot.runtime.capi.build import Installed
+from qwen_aot.runtime.cli import bench, capi, doctor, gpu_check, verify
 from qwen_aot.runtime.cli.command import VerbCommand
 from qwen_aot.runtime.cli.console import busy, progress_on_stderr
 from qwen_aot.runtime.cli.main import VERBS
@@ -101,6 +103,14 @@ def compare(name: str, columns: int, text: str) -> None:
     assert text == kept or (text.split() == kept.split() and text == steady(text))
 
 
+def installed(prefix: Path, **options: Any) -> Installed:
+    """An installation of the C library that is done at once."""
+    prefix.mkdir(exist_ok=True)
+    names = ("qwen_aot.h", "libqwen_aot.so", "libqwen_aot.a", "qwen_aot.pc")
+    (prefix / "libqwen_aot.so").write_bytes(bytes(250_000))
+    return Installed(prefix, *(prefix / name for name in names))
+
+
 @pytest.fixture
 def place(checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with `tiny-model` and `bundle`, and a machine that is the same everywhere."""
@@ -115,6 +125,8 @@ def place(checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(doctor, "version", {"onnxruntime": "1.32", "torch": "2.13.0", "tensorrt": "10.1"}.get)
     monkeypatch.setattr(doctor, "install_command", lambda extra, **_: f"pip install '{extra}'")
     monkeypatch.delenv("QWEN_AOT_PLUGIN_LIBRARY", raising=False)
+    monkeypatch.setattr(capi_build, "install_library", installed)
+    monkeypatch.setattr(capi, "_onnxruntime_library", lambda: Path("/usr/lib/libonnxruntime.so.1.32.0"))
     monkeypatch.setattr(bench, "measure_bundle", lambda *arguments, **options: MEASURED)
     monkeypatch.setattr(doctor, "processor", lambda: {"name": "Xeon [8]", "features": ["avx512_vnni"]})
     return tmp_path
@@ -133,6 +145,7 @@ def place(checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
         ("bench", ("bundle",), 0),
         ("generate", ("bundle", "--prompt-ids", "5,9", "--temperature", 0, "--max-new-tokens", 3, "--ignore-eos"), 0),
         ("gpu-check", ("gpu-check",), 1),
+        ("capi", ("--prefix", "out"), 0),
         ("error-of-use", ("inspect", "no-such-folder-with-a-long-name-that-is-nowhere-on-this-machine"), 2),
         ("error-of-a-value", ("generate", "bundle", "--prompt", "x", "--temperature", "1e9"), 2),
         ("error-of-a-file", ("inspect", "damaged"), 1),

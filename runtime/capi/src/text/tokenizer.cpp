@@ -166,7 +166,8 @@ Status Tokenizer::open(Span<uint8_t const> bytes, int64_t vocab_size, Tokenizer&
             }
         }
     }
-    std::sort(opened.special_ids_.begin(), opened.special_ids_.end());
+    // By an order of our own: that of int is compiled into some C++ libraries, and not into ours.
+    std::sort(opened.special_ids_.begin(), opened.special_ids_.end(), [](int32_t a, int32_t b) { return a < b; });
     tokenizer = std::move(opened);
     return Status::ok;
 }
