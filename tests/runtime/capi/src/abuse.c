@@ -251,6 +251,20 @@ static int32_t change_the_chat(void* user, qwen_aot_event const* event)
     return 0;
 }
 
+static int32_t cancel_the_answer(void* user, qwen_aot_event const* event)
+{
+    (void)event;
+    if (*(int*)user == 0)
+    {
+        qwen_aot_generator_cancel(generator, 0);
+    }
+    else
+    {
+        qwen_aot_chat_cancel(chat);
+    }
+    return 0;
+}
+
 static int32_t free_the_chat(void* user, qwen_aot_event const* event)
 {
     (void)event;
@@ -271,6 +285,13 @@ static void chat_in_its_callback(void)
     int calls = 0;
     EXPECT(qwen_aot_chat_send(chat, "hello", 5, change_the_chat, &calls, NULL, error()) == QWEN_AOT_OK);
     EXPECT(calls == 7);
+    for (calls = 0; calls < 2; ++calls) /* of the answer that comes now, whatever its number */
+    {
+        EXPECT(qwen_aot_chat_send(chat, "a", 1, cancel_the_answer, &calls, NULL, error()) == QWEN_AOT_CANCELLED);
+        qwen_aot_chat_cancel(chat); /* between turns: nothing */
+        EXPECT(qwen_aot_generate(generator, request, cancel_the_answer, &calls, NULL, error()) == QWEN_AOT_CANCELLED);
+    }
+    expect_works();
     calls = 0;
     EXPECT(qwen_aot_chat_send(chat, "again", 5, free_the_chat, &calls, NULL, error()) == QWEN_AOT_OK);
     EXPECT(calls == 7);

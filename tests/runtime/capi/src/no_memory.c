@@ -45,11 +45,13 @@ void* __wrap_realloc(void* memory, size_t bytes)
 
 static char const* bundle;
 static int completions;
+static int failed_ends; /* of choices, since the last call began */
 
 static int32_t count(void* user, qwen_aot_event const* event)
 {
     (void)user;
     completions += qwen_aot_event_get_type(event) == QWEN_AOT_EVENT_COMPLETION;
+    failed_ends += qwen_aot_event_finish_reason(event) == QWEN_AOT_FINISH_ERROR;
     return 0;
 }
 
@@ -64,6 +66,7 @@ static qwen_aot_status generate(qwen_aot_model* model)
     qwen_aot_chat* chat = NULL;
     qwen_aot_error* error = NULL;
     qwen_aot_status status = QWEN_AOT_OK;
+    failed_ends = 0;
 #define TRY(call)                                                                                                      \
     if (status == QWEN_AOT_OK)                                                                                         \
     {                                                                                                                  \
@@ -99,6 +102,10 @@ static qwen_aot_status generate(qwen_aot_model* model)
     if (error != NULL && qwen_aot_error_status(error) != status)
     {
         status = -1;
+    }
+    if (status == QWEN_AOT_OK && failed_ends != 0)
+    {
+        status = -2; /* a choice failed, and nobody was told */
     }
     qwen_aot_error_free(error);
     qwen_aot_chat_free(chat);
