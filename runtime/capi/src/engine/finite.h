@@ -20,10 +20,12 @@ inline bool are_finite(float const* numbers, size_t count)
     constexpr size_t kUnrolled = 4;
     constexpr uint32_t kMagnitude = 0x7FFFFFFF;
     constexpr uint32_t kCarry = 0x00800000;
+    constexpr size_t kAhead = 512; // another core may have written them: 2 KiB ahead hides what that takes
     Vector seen[kUnrolled] = {};
     size_t next = 0;
     for (; next + kLanes * kUnrolled <= count; next += kLanes * kUnrolled)
     {
+        __builtin_prefetch(numbers + next + kAhead);
         Vector bits[kUnrolled];
         std::memcpy(bits, numbers + next, sizeof bits);
         for (size_t i = 0; i < kUnrolled; ++i)
