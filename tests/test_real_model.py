@@ -29,35 +29,19 @@ from qwen_aot.exporter.quantize.blockwise import BlockFormat, dequantize, quanti
 from qwen_aot.runtime.cli.verify import verify_bundle
 from qwen_aot.runtime.generation.generator import Generator
 from qwen_aot.runtime.generation.request import TokenEvent
-from tests.gguf_files import smollm2_path
 from tests.kept_reference import KeptReference
-from tests.shared import once
-from tests.tools import lacking
+from tests.real_model import ROOT, qwen_aot, real_bundle, real_model
 
-ROOT = Path(__file__).parents[1]
-MODEL = smollm2_path()
-if MODEL is None:
-    lacking("models/ has no SmolLM2 GGUF; scripts/setup.sh fetches it")
+MODEL = real_model()
 pytestmark = pytest.mark.slow
 DEEP = pytest.mark.deep
 LICENSE = (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 
-def qwen_aot(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qwen_aot", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
-
 @pytest.fixture(scope="module")
 def bundle(shared_folder: Path) -> Callable[[str], Path]:
-    """Builds a precision's bundle once a session."""
-
-    def make(folder: Path) -> Path:
-        result = qwen_aot("build", MODEL, "-o", folder / "bundle", "--precision", folder.name)
-        assert result.returncode == 0, result.stderr
-        return folder / "bundle"
-
-    return lambda precision: once(shared_folder / "real" / precision, make)
+    """A precision's bundle, built once a session."""
+    return lambda precision: real_bundle(shared_folder, precision)
 
 
 @pytest.fixture(scope="module")

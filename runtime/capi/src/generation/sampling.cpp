@@ -69,9 +69,10 @@ void Candidates::begin(Span<float const> logits, int64_t k, float temperature)
     temperature_ = temperature;
     num_few_ = 0;
     is_whole_ = k <= 0 || static_cast<uint64_t>(k) >= logits.size();
+    is_weighed_ = !is_whole_;
     if (is_whole_)
     {
-        weigh_whole(temperature);
+        find_largest();
         return;
     }
     take_largest(logits, static_cast<size_t>(k));
@@ -115,22 +116,36 @@ void Candidates::take_largest(Span<float const> logits, size_t k)
     keep_if([threshold](Candidate const& each) { return each.logit >= threshold; });
 }
 
-void Candidates::weigh_whole(float temperature)
+void Candidates::find_largest()
 {
-    size_t const blocks = block_count(logits_.size());
     largest_ = -INFINITY;
-    for (size_t block = 0; block < blocks; ++block)
+    for (size_t block = 0; block < block_count(logits_.size()); ++block)
     {
         block_max_[block] = kPasses.largest(logits_.data() + block * kBlock, block_size(logits_.size(), block));
         largest_ = std::max(largest_, block_max_[block]);
     }
-    float const top = largest_ / temperature;
-    for (size_t block = 0; block < blocks; ++block)
+}
+
+/** Weighs one block of the whole vocabulary, and notes its sum. */
+void Candidates::weigh_block(size_t block)
+{
+    size_t const first = block * kBlock;
+    block_sums_[block] = passes_->weigh(logits_.data() + first, block_size(logits_.size(), block), temperature_,
+        largest_ / temperature_, weights_.data() + first);
+}
+
+/** Weighs the whole vocabulary, once. */
+void Candidates::weigh_whole()
+{
+    if (is_weighed_)
     {
-        size_t const first = block * kBlock;
-        block_sums_[block] = passes_->weigh(
-            logits_.data() + first, block_size(logits_.size(), block), temperature, top, weights_.data() + first);
+        return;
     }
+    for (size_t block = 0; block < block_count(logits_.size()); ++block)
+    {
+        weigh_block(block);
+    }
+    is_weighed_ = true;
 }
 
 void Candidates::weigh_few(float temperature)
@@ -181,7 +196,7 @@ double Candidates::sum_from(float least_weight) const
     return sum;
 }
 
-/** Cuts the whole vocabulary to what weighs at least so much. */
+/** Cuts the whole vocabulary to what weighs at least so much; blocks that have nothing of it needn't be weighed. */
 void Candidates::collect(float least_weight)
 {
     float const least = least_logit(least_weight);
@@ -191,6 +206,10 @@ void Candidates::collect(float least_weight)
         if (block_max_[block] < least)
         {
             continue;
+        }
+        if (!is_weighed_)
+        {
+            weigh_block(block);
         }
         size_t const first = block * kBlock;
         for (size_t i = first; i < first + block_size(logits_.size(), block); ++i)
@@ -206,6 +225,7 @@ void Candidates::collect(float least_weight)
         each.logit = each.logit / temperature_;
     }
     is_whole_ = false;
+    is_weighed_ = true;
 }
 
 double Candidates::weight_of_whole() const
@@ -239,6 +259,7 @@ void Candidates::keep_top_p(double p)
     double goal;
     if (is_whole_)
     {
+        weigh_whole();
         goal = p * weight_of_whole();
         // Where the likely ones are few, what is above one of these holds p of the probability.
         for (float const least : {1e-1F, 1e-2F, 1e-3F, 1e-4F, 1e-5F, 1e-6F, kSmallest})
@@ -329,8 +350,9 @@ void Candidates::keep_min_p(float p)
     keep_if([p](Candidate const& each) { return each.weight >= p; });
 }
 
-int32_t Candidates::draw(double u) const
+int32_t Candidates::draw(double u)
 {
+    weigh_whole();
     // Rounding at the end never leads to one without weight: the goal lies below the whole sum, and where it is rounded up to
     // a part's sum, the last one there that weighs something is taken.
     size_t first = 0;
@@ -374,6 +396,7 @@ double Candidates::log_probabilities(
     Span<float const> logits, int32_t id, size_t count, int32_t* top_ids, double* top_logprobs)
 {
     begin(logits, 0, 1);
+    weigh_whole();
     double const log_sum = static_cast<double>(largest_) + std::log(weight_of_whole());
     count = std::min(count, logits.size());
     if (count != 0)

@@ -41,11 +41,14 @@ public:
     void keep_min_p(float p);
 
     /** The id at which the cumulative probability, ids ascending, passes u in [0, 1). */
-    int32_t draw(double u) const;
+    int32_t draw(double u);
+
+    /** Weighs what hasn't been yet, so that `weight` may be asked: cuts look at no more than they need. */
+    void weigh() { weigh_whole(); }
 
     size_t size() const { return is_whole_ ? logits_.size() : num_few_; }
     int32_t id(size_t index) const { return is_whole_ ? static_cast<int32_t>(index) : few_[index].id; }
-    /** exp(logit - largest logit), each divided by the temperature. */
+    /** exp(logit - largest logit), each divided by the temperature; after `weigh`. */
     float weight(size_t index) const { return is_whole_ ? weights_[index] : few_[index].weight; }
 
     /** The natural logarithm of the softmax of logits [V] at `id`, and the `count` likeliest, best first.
@@ -62,7 +65,9 @@ private:
     };
 
     void take_largest(Span<float const> logits, size_t k);
-    void weigh_whole(float temperature);
+    void find_largest();
+    void weigh_block(size_t block);
+    void weigh_whole();
     void weigh_few(float temperature);
     float least_logit(float least_weight) const;
     double sum_from(float least_weight) const;
@@ -92,6 +97,7 @@ private:
     float largest_ = 0; // of the logits
     float temperature_ = 1;
     bool is_whole_ = true;
+    bool is_weighed_ = false;
     Array<Candidate> few_; // [V], of which `num_few_` are left, ascending ids, where it isn't the whole vocabulary
     size_t num_few_ = 0;
     Array<uint32_t> order_;    // [V]: of candidates that are being cut

@@ -131,6 +131,7 @@ std::string cut(JsonValue request)
     candidates.begin({changed.data(), changed.size()}, settings.top_k, static_cast<float>(settings.temperature));
     candidates.keep_top_p(settings.top_p);
     candidates.keep_min_p(static_cast<float>(settings.min_p));
+    candidates.weigh();
     size_t count = 0;
     int64_t sum = 0;
     std::vector<int32_t> ids;
