@@ -121,7 +121,8 @@ def test_an_interrupted_build_leaves_the_prefix_as_it_was_and_no_process(
     monkeypatch.setenv("FAKE", "hangs")
     monkeypatch.setenv("FAKE_PID", str(tmp_path / "pid"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    code = "import sys; from pathlib import Path; from qwen_aot.runtime.capi.build import install_library\n"
+    code = "import signal, sys; from pathlib import Path; from qwen_aot.runtime.capi.build import install_library\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
     code += "install_library(Path(sys.argv[1]))"
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "prefix"], stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
