@@ -34,7 +34,7 @@ if not IS_INTERPRETED:
 
 CPU = torch.device("cpu")
 Enqueuer = Callable[..., list[Outcome]]
-SM80_VARIANTS = "gqa_[rp][or]*-fp16-same-d*128"  # a prefill of fp16 attention with heads of 128
+SM80_VARIANTS = "gqa_*-fp16-[sd]*"  # fp16 attention
 
 PREFILL = {
     "dtype": ["fp16", "bf16"],
