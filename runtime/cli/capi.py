@@ -47,14 +47,14 @@ def command(
     jobs: int | None,
     as_json: bool,
 ) -> None:
-    """Build the C library, libqwen_aot, and install it under a prefix.
+    """Build the C library for programs in C and C++.
 
     \b
     Examples:
       qwen-aot capi --prefix ./qwen_aot
       qwen-aot capi --prefix ./jetson --portable --processor aarch64
 
-    Programs are compiled with what lib/pkgconfig/qwen_aot.pc or find_package(qwen_aot) says; docs/capi.md goes on
+    libqwen_aot is installed under a prefix. Programs are compiled with what lib/pkgconfig/qwen_aot.pc or find_package(qwen_aot) says; docs/capi.md goes on
     from there. Needs cmake and a C++ compiler.
     """
     if tensorrt_rtx and tensorrt_include is None:
