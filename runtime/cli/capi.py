@@ -54,8 +54,8 @@ def command(
       qwen-aot capi --prefix ./qwen_aot
       qwen-aot capi --prefix ./jetson --portable --processor aarch64
 
-    libqwen_aot is installed under a prefix. Programs are compiled with what lib/pkgconfig/qwen_aot.pc or find_package(qwen_aot) says; docs/capi.md goes on
-    from there. Needs cmake and a C++ compiler.
+    libqwen_aot is installed under a prefix. Programs are compiled with what lib/pkgconfig/qwen_aot.pc or
+    find_package(qwen_aot) says; docs/capi.md goes on from there. Needs cmake and a C++ compiler.
     """
     if tensorrt_rtx and tensorrt_include is None:
         raise click.UsageError("--tensorrt-rtx says whose headers --tensorrt-include names; give that too")
