@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,11 +84,12 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
             memory=device.make_memory(),
         )
         # Two bindings, because prefill and decode alternate between shapes that each keep for long.
+        make_step = functools.partial(Step, session, manifest, cache, copies_inputs=device.is_gpu)
         super().__init__(
             manifest,
             cache,
-            prefill=Step(session, manifest, cache, max_rows=1, max_tokens=manifest.prefill_chunk),
-            decode=Step(session, manifest, cache, max_rows=manifest.max_batch, max_tokens=1),
+            prefill=make_step(max_rows=1, max_tokens=manifest.prefill_chunk),
+            decode=make_step(max_rows=manifest.max_batch, max_tokens=1),
         )
 
     @property

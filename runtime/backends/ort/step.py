@@ -34,15 +34,25 @@ _ONNX_NAMES = {"float32": "float"}
 class Step:
     """Runs steps of up to `max_rows` x `max_tokens` on a contiguous range of the cache's rows.
 
-    Everything is bound by address and bound again only when an address or a shape changes: a decode step in
-    the middle of a generation makes no binding call at all.
+    Everything is bound by address and bound again only when an address or a shape changes: on the CPU, a decode step in
+    the middle of a generation makes no binding call at all. For another device ONNX Runtime copies an input as it is
+    bound, and not when it is run (its IOBinding::BindInput): there the step's inputs are bound anew each time.
 
     Attributes:
         new_tokens: int64 [max_rows], to be filled before `run`: valid tokens of each row in this step.
         run_seconds: spent in ONNX Runtime's run call so far.
     """
 
-    def __init__(self, session: Any, manifest: Manifest, cache: KvCache, *, max_rows: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        session: Any,
+        manifest: Manifest,
+        cache: KvCache,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        copies_inputs: bool = False,
+    ) -> None:
         """Makes the binding and its input and output memory.
 
         Args:
@@ -51,6 +61,7 @@ class Step:
             cache: bound as past and as present.
             max_rows: the largest B.
             max_tokens: the largest S.
+            copies_inputs: the graph runs on another device than the CPU.
 
         Raises:
             EngineMismatchError: the I/O table isn't the graph's, or has an input or output that this runtime
@@ -74,6 +85,8 @@ class Step:
         self._rows_key: tuple[int, int, int] | None = None  # first row, rows, capacity
         self._shape: tuple[int, int] | None = None  # rows, tokens
         self._window = 0
+        self._copies_inputs = copies_inputs
+        self._bound: dict[str, NDArray[np.int64]] = {}
         self._run = session.run_with_iobinding
         self.run_seconds = 0.0
 
@@ -103,8 +116,13 @@ class Step:
         self._input_view[...] = token_ids
         if "position_ids" in self._names:
             np.add(lengths[:, None], self._steps[:tokens], out=self._position_view)
+        if self._copies_inputs:
+            for name, array in self._bound.items():
+                self._bind_input(name, array)
         started = time.perf_counter()
         try:
+            if self._copies_inputs:
+                self._binding.synchronize_inputs()  # the copies are in a stream of their own
             self._run(self._binding)
         except self._errors as error:
             raise GenerationError(
@@ -144,6 +162,7 @@ class Step:
     def _bind_input(self, name: str, array: NDArray[np.int64]) -> None:
         """Binds an input if the graph has it; the array's memory must outlive the binding."""
         if name in self._names:
+            self._bound[name] = array
             self._binding.bind_input(name, "cpu", 0, np.int64, list(array.shape), array.ctypes.data)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from qwen_aot.engines.build import build_bundle
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.errors import EngineMismatchError, ExportError
 from qwen_aot.runtime.backends.open import open_engine
-from qwen_aot.runtime.backends.ort.devices import DEVICES
-from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine, OrtOptions
+from qwen_aot.runtime.backends.ort.devices import DEVICES, Device
+from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine, OrtOptions, _open_session
 from qwen_aot.runtime.bundle.load import load_bundle
+from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX
 from tests.checkpoints import reference_logits, save_tiny
 from tests.runtime.fake_cuda import HostedCudaMemory
 
@@ -38,10 +41,65 @@ def built(request: pytest.FixtureRequest, checkpoint: tuple[Path, Any]) -> tuple
     return out, str(request.param)
 
 
+class CopyingBinding:
+    """Takes inputs as ONNX Runtime does for a GPU: a host input is copied as it is bound, behind a synchronization."""
+
+    def __init__(self, binding: Any) -> None:
+        self._binding = binding
+        self._copies: dict[str, np.ndarray[Any, Any]] = {}
+        self.is_synchronized = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._binding, name)
+
+    def bind_input(self, name: str, device: str, number: int, kind: Any, shape: list[int], address: int) -> None:
+        if not name.startswith(CACHE_PREFIX):
+            content = ctypes.string_at(address, math.prod(shape) * 8)
+            self._copies[name] = np.frombuffer(content, np.int64).copy()
+            address = self._copies[name].ctypes.data
+            self.is_synchronized = False
+        self._binding.bind_input(name, device, number, kind, shape, address)
+
+    def synchronize_inputs(self) -> None:
+        self.is_synchronized = True
+
+
+class CopyingSession:
+    """The CPU's session, whose bindings copy."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def io_binding(self) -> CopyingBinding:
+        return CopyingBinding(self._session.io_binding())
+
+    def run_with_iobinding(self, binding: CopyingBinding) -> None:
+        assert binding.is_synchronized, "a kernel may run before an input is copied"
+        self._session.run_with_iobinding(binding._binding)
+
+
+@dataclasses.dataclass(frozen=True)
+class HostedDevice(Device):
+    """A GPU that is the CPU: what the session and the memory behind it are."""
+
+    @property
+    def is_gpu(self) -> bool:
+        return True
+
+
 def open_on_cpu(bundle: Path) -> OnnxRuntimeEngine:
     """As on a GPU, but for the provider and whose memory the addresses are of."""
-    cpu = dataclasses.replace(DEVICES["cpu"], make_memory=HostedCudaMemory)
-    return OnnxRuntimeEngine(load_bundle(bundle), OrtOptions(threads=1), cpu)
+    cpu = DEVICES["cpu"]
+    device = HostedDevice(cpu.provider, HostedCudaMemory, cpu.minimum_version, cpu.extra)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "qwen_aot.runtime.backends.ort.engine._open_session",
+            lambda path, options, _: CopyingSession(_open_session(path, options, cpu)),
+        )
+        return OnnxRuntimeEngine(load_bundle(bundle), OrtOptions(threads=1), device)
 
 
 def test_the_manifest_tells_what_runs_it(built: tuple[Path, str]) -> None:
