@@ -93,6 +93,7 @@ constexpr int32_t kDefaultMemory = 0;   // OrtMemTypeDefault
     X(135, release_io_binding, void, (IoBinding*))                                                                      \
     X(136, bind_input, Failure*, (IoBinding*, char const* name, Value const*))                                          \
     X(137, bind_output, Failure*, (IoBinding*, char const* name, Value const*))                                         \
+    X(202, synchronize_bound_inputs, Failure*, (IoBinding*))                                                            \
     X(204, session_options_append_cuda, Failure*, (SessionOptions*, CudaOptions const*))                                \
     X(205, create_cuda_provider_options, Failure*, (CudaOptions**))                                                     \
     X(206, update_cuda_provider_options, Failure*, (CudaOptions*, char const* const* keys, char const* const* values,   \

@@ -123,7 +123,12 @@ Status OrtStep::run(
     }
     bound_ = wanted;
     double const started = system::seconds();
-    Failure* const failure = shared_.api.run_with_binding(shared_.session.get(), run_options_.get(), binding_.get());
+    // A GPU's inputs were copied as they were bound, in a stream that its kernels don't wait for.
+    Failure* failure = shared_.is_gpu ? shared_.api.synchronize_bound_inputs(binding_.get()) : nullptr;
+    if (failure == nullptr)
+    {
+        failure = shared_.api.run_with_binding(shared_.session.get(), run_options_.get(), binding_.get());
+    }
     run_seconds_ += system::seconds() - started;
     if (failure != nullptr)
     {

@@ -1,6 +1,7 @@
 /** ONNX Runtime, as it looks with its CUDA provider: the real library (the environment's REAL_ONNXRUNTIME) on the CPU, in which
  *  what the provider does to memory is played and checked. A cache must lie in device memory of the double of CUDA's driver
- *  (CUDA_DOUBLE); inputs are copied when they are bound, as a provider does that reads them on its device. */
+ *  (CUDA_DOUBLE); inputs are copied when they are bound, as a provider does that reads them on its device, and a run must wait
+ *  for these copies. */
 #include "cuda_double.h"
 
 #include <array>
@@ -34,8 +35,10 @@ enum Place
     kReleaseValue = 96,
     kGetAvailableProviders = 125,
     kReleaseAvailableProviders = 126,
+    kRunWithBinding = 133,
     kReleaseIoBinding = 135,
     kBindInput = 136,
+    kSynchronizeBoundInputs = 202,
     kAppendCuda = 204,
     kCreateCudaOptions = 205,
     kUpdateCudaOptions = 206,
@@ -63,6 +66,7 @@ ApiBase real;
 std::set<Object> device_infos;                                         // memory infos that stand for the GPU
 std::map<Object, TensorFacts> host_values;                             // tensors in host memory
 std::map<Object, std::map<std::string, std::shared_ptr<char>>> copies; // of a binding's inputs
+std::set<Object> copying;                                              // bindings whose copies nobody has waited for
 int cuda_options = 0;                                                  // that are alive
 bool has_cuda = false;                                                 // of the session options made last
 decltype(&double_is_device) is_device = nullptr;
@@ -167,7 +171,29 @@ Object bind_input(Object binding, char const* name, Object value)
     real_function<void (*)(Object)>(kReleaseMemoryInfo)(info);
     held.lock();
     copies[binding][name] = copy;
+    copying.insert(binding);
     return result;
+}
+
+Object synchronize_bound_inputs(Object binding)
+{
+    {
+        std::lock_guard<std::mutex> const held(lock);
+        copying.erase(binding);
+    }
+    return real_function<Object (*)(Object)>(kSynchronizeBoundInputs)(binding);
+}
+
+Object run_with_binding(Object session, Object options, Object binding)
+{
+    {
+        std::lock_guard<std::mutex> const held(lock);
+        if (copying.count(binding) != 0)
+        {
+            misuse("a run that didn't wait for the copies of its inputs");
+        }
+    }
+    return real_function<Object (*)(Object, Object, Object)>(kRunWithBinding)(session, options, binding);
 }
 
 void release_binding(Object binding)
@@ -251,6 +277,8 @@ void* const* get_api(uint32_t version)
     table[kReleaseAvailableProviders] = reinterpret_cast<void*>(release_available_providers);
     table[kReleaseIoBinding] = reinterpret_cast<void*>(release_binding);
     table[kBindInput] = reinterpret_cast<void*>(bind_input);
+    table[kSynchronizeBoundInputs] = reinterpret_cast<void*>(synchronize_bound_inputs);
+    table[kRunWithBinding] = reinterpret_cast<void*>(run_with_binding);
     table[kAppendCuda] = reinterpret_cast<void*>(append_cuda);
     table[kCreateCudaOptions] = reinterpret_cast<void*>(create_cuda_options);
     table[kUpdateCudaOptions] = reinterpret_cast<void*>(update_cuda_options);
