@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -197,12 +198,22 @@ def test_an_interrupted_prefill_ends_at_once_and_may_be_repeated(dialog: Dialog,
     prompt = ids(*[7, 8, 9] * 16000)
     want = engine.prefill(0, prompt).copy()
     engine.truncate(0, 0)
+    started = time.perf_counter()
+    engine.prefill(0, prompt)
+    whole = time.perf_counter() - started
+    engine.truncate(0, 0)
     dialog.want("interrupt_idle")  # does nothing, now or later
     np.testing.assert_array_equal(engine.prefill(0, prompt), want)
     engine.truncate(0, 0)
     dialog.want("log")
-    answers = [dialog.want("interrupt", ids=prompt.tolist(), after_us=delay) for delay in (2000, 500, 100)]
-    assert CANCELLED in [answer["found"] for answer in answers]
+    # On a busy machine it may come before the step or behind it, which is no interruption: asked for again, elsewhere.
+    answers = []
+    for attempt in range(40):
+        delay = int(whole * 1e6 * (0.1 + attempt % 8 / 10))
+        answers.append(dialog.want("interrupt", ids=prompt.tolist(), after_us=delay))
+        if answers[-1]["found"] == CANCELLED:
+            break
+    assert answers[-1]["found"] == CANCELLED
     for answer in answers:
         assert answer["found"] in (OK, CANCELLED)
         assert answer["length"] % len(prompt) == 0
