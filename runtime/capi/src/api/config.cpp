@@ -3,7 +3,6 @@
 #include "api/handles.h"
 
 using namespace qwen_aot;
-using api::Call;
 
 namespace
 {
@@ -12,13 +11,10 @@ namespace
 template <class Setter, class... Values>
 qwen_aot_status set(qwen_aot_config* config, qwen_aot_error** error, Setter setter, Values... values)
 {
-    Call call(error);
-    Status status = api::given(config, "config", call.error());
-    if (status == Status::ok)
-    {
-        status = (config->config.*setter)(values..., call.error());
-    }
-    return call.end(status);
+    return api::run(error, [&](Error& failure) {
+        QWEN_AOT_TRY(api::given(config, "config", failure));
+        return (config->config.*setter)(values..., failure);
+    });
 }
 
 /** The same for one that takes ids. */
@@ -26,32 +22,24 @@ template <class Setter>
 qwen_aot_status set_ids(
     qwen_aot_config* config, int32_t const* ids, size_t count, qwen_aot_error** error, Setter setter)
 {
-    Call call(error);
-    Span<int32_t const> span;
-    Status status = api::given(config, "config", call.error());
-    if (status == Status::ok)
-    {
-        status = api::ids_of(ids, count, span, call.error());
-    }
-    if (status == Status::ok)
-    {
-        status = (config->config.*setter)(span, call.error());
-    }
-    return call.end(status);
+    return api::run(error, [&](Error& failure) {
+        QWEN_AOT_TRY(api::given(config, "config", failure));
+        Span<int32_t const> span;
+        QWEN_AOT_TRY(api::ids_of(ids, count, span, failure));
+        return (config->config.*setter)(span, failure);
+    });
 }
 
 } // namespace
 
 extern "C" qwen_aot_status qwen_aot_config_create(qwen_aot_config** config, qwen_aot_error** error)
 {
-    Call call(error);
-    Status status = api::given(config, "config", call.error());
-    if (status == Status::ok)
-    {
+    return api::run(error, [&](Error& failure) {
+        QWEN_AOT_TRY(api::given(config, "config", failure));
         *config = make<qwen_aot_config>().release();
-        status = *config == nullptr ? call.error().no_memory("a config") : Status::ok;
-    }
-    return call.end(status);
+        QWEN_AOT_NEED(*config != nullptr, failure, "a config");
+        return Status::ok;
+    });
 }
 
 extern "C" void qwen_aot_config_free(qwen_aot_config* config)
@@ -135,18 +123,12 @@ extern "C" qwen_aot_status qwen_aot_config_set_n(qwen_aot_config* config, int32_
 extern "C" qwen_aot_status qwen_aot_config_add_stop(
     qwen_aot_config* config, char const* text, size_t length, qwen_aot_error** error)
 {
-    Call call(error);
-    std::string_view view;
-    Status status = api::given(config, "config", call.error());
-    if (status == Status::ok)
-    {
-        status = api::text_of(text, length, "text", view, call.error());
-    }
-    if (status == Status::ok)
-    {
-        status = config->config.add_stop(view, call.error());
-    }
-    return call.end(status);
+    return api::run(error, [&](Error& failure) {
+        QWEN_AOT_TRY(api::given(config, "config", failure));
+        std::string_view view;
+        QWEN_AOT_TRY(api::text_of(text, length, "text", view, failure));
+        return config->config.add_stop(view, failure);
+    });
 }
 
 extern "C" qwen_aot_status qwen_aot_config_clear_stop(qwen_aot_config* config, qwen_aot_error** error)

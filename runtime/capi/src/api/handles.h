@@ -61,6 +61,9 @@ struct qwen_aot_conversation
     qwen_aot::ChatOptions options;
 
     qwen_aot::Status add(std::string_view role, std::string_view content, qwen_aot::Error& error);
+    /** `enable_thinking`: 0, 1, or -1 for not given. */
+    qwen_aot::Status set_thinking(int32_t is_enabled, qwen_aot::Error& error);
+    qwen_aot::Status set_flags(uint32_t flags, qwen_aot::Error& error);
     /** Makes it a copy of another. */
     qwen_aot::Status copy(qwen_aot_conversation const& other, qwen_aot::Error& error);
 };
@@ -148,6 +151,14 @@ private:
     qwen_aot_error** target_;
     Error error_;
 };
+
+/** One function of the interface: what `act(failure)` comes to, with its error for the caller. */
+template <class Act>
+qwen_aot_status run(qwen_aot_error** error, Act act)
+{
+    Call call(error);
+    return call.end(act(call.error()));
+}
 
 /** Holds a handle for one call: a second one meanwhile is told BUSY. */
 class Turn

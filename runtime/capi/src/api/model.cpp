@@ -6,7 +6,6 @@
 #include <cstring>
 
 using namespace qwen_aot;
-using api::Call;
 
 namespace
 {
@@ -92,14 +91,12 @@ qwen_aot_model::~qwen_aot_model()
 
 extern "C" qwen_aot_status qwen_aot_options_create(qwen_aot_options** options, qwen_aot_error** error)
 {
-    Call call(error);
-    Status status = api::given(options, "options", call.error());
-    if (status == Status::ok)
-    {
+    return api::run(error, [&](Error& failure) {
+        QWEN_AOT_TRY(api::given(options, "options", failure));
         *options = make<qwen_aot_options>().release();
-        status = *options == nullptr ? call.error().no_memory("options") : Status::ok;
-    }
-    return call.end(status);
+        QWEN_AOT_NEED(*options != nullptr, failure, "options");
+        return Status::ok;
+    });
 }
 
 extern "C" void qwen_aot_options_free(qwen_aot_options* options)
@@ -110,103 +107,79 @@ extern "C" void qwen_aot_options_free(qwen_aot_options* options)
 extern "C" qwen_aot_status qwen_aot_options_set_threads(
     qwen_aot_options* options, int32_t threads, qwen_aot_error** error)
 {
-    Call call(error);
-    Status status = api::given(options, "options", call.error());
-    if (status == Status::ok && (threads < 0 || threads > kMaxThreads))
-    {
-        status = call.error().fail(Status::invalid_argument,
-            "threads is %d; accepted: 1 to %d, or 0 for one on each core", static_cast<int>(threads), kMaxThreads);
-    }
-    if (status == Status::ok)
-    {
+    return api::run(error, [&](Error& failure) {
+        QWEN_AOT_TRY(api::given(options, "options", failure));
+        if (threads < 0 || threads > kMaxThreads)
+        {
+            return failure.fail(Status::invalid_argument, "threads is %d; accepted: 1 to %d, or 0 for one on each core",
+                static_cast<int>(threads), kMaxThreads);
+        }
         options->engine.threads = threads;
-    }
-    return call.end(status);
+        return Status::ok;
+    });
 }
 
 extern "C" qwen_aot_status qwen_aot_options_set_library(
     qwen_aot_options* options, qwen_aot_library library, char const* path, size_t length, qwen_aot_error** error)
 {
-    Call call(error);
-    std::string_view text;
-    Status status = api::given(options, "options", call.error());
-    if (status == Status::ok)
-    {
-        status = api::text_of(path, length, "path", text, call.error());
-    }
-    if (status == Status::ok)
-    {
-        status = set_library(*options, library, text, call.error());
-    }
-    return call.end(status);
+    return api::run(error, [&](Error& failure) {
+        std::string_view text;
+        QWEN_AOT_TRY(api::given(options, "options", failure));
+        QWEN_AOT_TRY(api::text_of(path, length, "path", text, failure));
+        QWEN_AOT_TRY(set_library(*options, library, text, failure));
+        return Status::ok;
+    });
 }
 
 extern "C" qwen_aot_status qwen_aot_options_set_hash_limit(
     qwen_aot_options* options, uint64_t bytes, qwen_aot_error** error)
 {
-    Call call(error);
-    Status const status = api::given(options, "options", call.error());
-    if (status == Status::ok)
-    {
+    return api::run(error, [&](Error& failure) {
+        QWEN_AOT_TRY(api::given(options, "options", failure));
         options->hash_limit = bytes;
-    }
-    return call.end(status);
+        return Status::ok;
+    });
 }
 
 extern "C" qwen_aot_status qwen_aot_options_set_allow_bundle_code(
     qwen_aot_options* options, int32_t is_allowed, qwen_aot_error** error)
 {
-    Call call(error);
-    Status status = api::given(options, "options", call.error());
-    if (status == Status::ok)
-    {
-        status = api::check_flag(is_allowed, "is_allowed", call.error());
-    }
-    if (status == Status::ok)
-    {
+    return api::run(error, [&](Error& failure) {
+        QWEN_AOT_TRY(api::given(options, "options", failure));
+        QWEN_AOT_TRY(api::check_flag(is_allowed, "is_allowed", failure));
         options->engine.allow_bundle_code = is_allowed != 0;
-    }
-    return call.end(status);
+        return Status::ok;
+    });
 }
 
 extern "C" qwen_aot_status qwen_aot_options_set_log(
     qwen_aot_options* options, qwen_aot_log_callback callback, void* user, qwen_aot_error** error)
 {
-    Call call(error);
-    Status const status = api::given(options, "options", call.error());
-    if (status == Status::ok)
-    {
+    return api::run(error, [&](Error& failure) {
+        QWEN_AOT_TRY(api::given(options, "options", failure));
         options->engine.log = Log(callback, user);
-    }
-    return call.end(status);
+        return Status::ok;
+    });
 }
 
 extern "C" qwen_aot_status qwen_aot_model_open(
     char const* path, size_t length, qwen_aot_options const* options, qwen_aot_model** model, qwen_aot_error** error)
 {
-    Call call(error);
-    std::string_view text;
-    Status status = api::given(model, "model", call.error());
-    if (status == Status::ok)
-    {
+    return api::run(error, [&](Error& failure) {
+        std::string_view text;
+        QWEN_AOT_TRY(api::given(model, "model", failure));
         *model = nullptr;
-        status = api::given(path, "path", call.error());
-    }
-    if (status == Status::ok)
-    {
-        status = api::text_of(path, length, "path", text, call.error());
-    }
-    if (status == Status::ok && (text.empty() || std::memchr(text.data(), '\0', text.size()) != nullptr))
-    {
-        status = call.error().fail(Status::invalid_argument, "path is %s; accepted: the folder of a bundle",
-            text.empty() ? "empty" : "a text with a NUL in it");
-    }
-    if (status == Status::ok)
-    {
+        QWEN_AOT_TRY(api::given(path, "path", failure));
+        QWEN_AOT_TRY(api::text_of(path, length, "path", text, failure));
+        if (text.empty() || std::memchr(text.data(), '\0', text.size()) != nullptr)
+        {
+            return failure.fail(Status::invalid_argument, "path is %s; accepted: the folder of a bundle",
+                text.empty() ? "empty" : "a text with a NUL in it");
+        }
         qwen_aot_options const defaults;
-        status = open_model(text, options == nullptr ? defaults : *options, model, call.error());
-    }
-    return call.end(status);
+        QWEN_AOT_TRY(open_model(text, options == nullptr ? defaults : *options, model, failure));
+        return Status::ok;
+    });
 }
 
 extern "C" void qwen_aot_model_free(qwen_aot_model* model)
@@ -220,38 +193,32 @@ extern "C" void qwen_aot_model_free(qwen_aot_model* model)
 extern "C" qwen_aot_status qwen_aot_model_fact(
     qwen_aot_model const* model, qwen_aot_fact fact, int64_t* value, qwen_aot_error** error)
 {
-    Call call(error);
-    Status status = api::given(value, "value", call.error());
-    if (status == Status::ok)
-    {
+    return api::run(error, [&](Error& failure) {
+        QWEN_AOT_TRY(api::given(value, "value", failure));
         *value = 0;
-        status = api::given(model, "model", call.error());
-    }
-    if (status != Status::ok)
-    {
-        return call.end(status);
-    }
-    Manifest const& manifest = model->bundle.manifest();
-    switch (fact)
-    {
-    case QWEN_AOT_FACT_FORMAT_VERSION: *value = manifest.format_version; break;
-    case QWEN_AOT_FACT_VOCAB_SIZE: *value = manifest.vocab_size; break;
-    case QWEN_AOT_FACT_MAX_CONTEXT: *value = manifest.max_context; break;
-    case QWEN_AOT_FACT_MAX_BATCH: *value = manifest.max_batch; break;
-    case QWEN_AOT_FACT_PREFILL_CHUNK: *value = manifest.prefill_chunk; break;
-    case QWEN_AOT_FACT_NUM_LAYERS: *value = manifest.num_hidden_layers; break;
-    case QWEN_AOT_FACT_NUM_PARAMETERS: *value = manifest.num_parameters; break;
-    case QWEN_AOT_FACT_BOS_TOKEN_ID: *value = manifest.bos_token_id; break;
-    case QWEN_AOT_FACT_PAD_TOKEN_ID: *value = manifest.pad_token_id; break;
-    case QWEN_AOT_FACT_DEFAULT_MAX_NEW_TOKENS: *value = model->defaults.max_new_tokens.otherwise(-1); break;
-    case QWEN_AOT_FACT_HAS_TOKENIZER: *value = model->has_tokenizer ? 1 : 0; break;
-    case QWEN_AOT_FACT_HAS_CHAT_TEMPLATE: *value = model->has_template ? 1 : 0; break;
-    case QWEN_AOT_FACT_HAS_VISION: *value = manifest.has_vision ? 1 : 0; break;
-    default:
-        status = call.error().fail(
-            Status::unsupported, "fact is %d; accepted: one of QWEN_AOT_FACT_*", static_cast<int>(fact));
-    }
-    return call.end(status);
+        QWEN_AOT_TRY(api::given(model, "model", failure));
+        Manifest const& manifest = model->bundle.manifest();
+        switch (fact)
+        {
+        case QWEN_AOT_FACT_FORMAT_VERSION: *value = manifest.format_version; break;
+        case QWEN_AOT_FACT_VOCAB_SIZE: *value = manifest.vocab_size; break;
+        case QWEN_AOT_FACT_MAX_CONTEXT: *value = manifest.max_context; break;
+        case QWEN_AOT_FACT_MAX_BATCH: *value = manifest.max_batch; break;
+        case QWEN_AOT_FACT_PREFILL_CHUNK: *value = manifest.prefill_chunk; break;
+        case QWEN_AOT_FACT_NUM_LAYERS: *value = manifest.num_hidden_layers; break;
+        case QWEN_AOT_FACT_NUM_PARAMETERS: *value = manifest.num_parameters; break;
+        case QWEN_AOT_FACT_BOS_TOKEN_ID: *value = manifest.bos_token_id; break;
+        case QWEN_AOT_FACT_PAD_TOKEN_ID: *value = manifest.pad_token_id; break;
+        case QWEN_AOT_FACT_DEFAULT_MAX_NEW_TOKENS: *value = model->defaults.max_new_tokens.otherwise(-1); break;
+        case QWEN_AOT_FACT_HAS_TOKENIZER: *value = model->has_tokenizer ? 1 : 0; break;
+        case QWEN_AOT_FACT_HAS_CHAT_TEMPLATE: *value = model->has_template ? 1 : 0; break;
+        case QWEN_AOT_FACT_HAS_VISION: *value = manifest.has_vision ? 1 : 0; break;
+        default:
+            return failure.fail(
+                Status::unsupported, "fact is %d; accepted: one of QWEN_AOT_FACT_*", static_cast<int>(fact));
+        }
+        return Status::ok;
+    });
 }
 
 extern "C" char const* qwen_aot_model_name(qwen_aot_model const* model, size_t* length)

@@ -3,7 +3,6 @@
 #include "api/handles.h"
 
 using namespace qwen_aot;
-using api::Call;
 using api::Turn;
 
 namespace
@@ -27,24 +26,14 @@ Status make_rows(qwen_aot_model* model, qwen_aot_rows** rows, Error& error)
 template <class Act>
 qwen_aot_status with_engine(qwen_aot_rows* rows, qwen_aot_error** error, Act act)
 {
-    Call call(error);
-    Status status = api::given(rows, "rows", call.error());
-    if (status != Status::ok)
-    {
-        return call.end(status);
-    }
-    Ref<qwen_aot_rows> const held(rows);
-    Turn const turn(rows->own.is_busy);
-    status = api::same_process(rows->own.model->process, call.error());
-    if (status == Status::ok)
-    {
-        status = turn.take(kRows, call.error());
-    }
-    if (status == Status::ok)
-    {
-        status = act(*rows->own.engine, call.error());
-    }
-    return call.end(status);
+    return api::run(error, [&](Error& failure) {
+        QWEN_AOT_TRY(api::given(rows, "rows", failure));
+        Ref<qwen_aot_rows> const held(rows);
+        Turn const turn(rows->own.is_busy);
+        QWEN_AOT_TRY(api::same_process(rows->own.model->process, failure));
+        QWEN_AOT_TRY(turn.take(kRows, failure));
+        return act(*rows->own.engine, failure);
+    });
 }
 
 /** Sets an output to what it is if the call fails. */
@@ -82,8 +71,7 @@ Status check_ids(int32_t const* ids, size_t count, float const** logits, Error& 
 
 extern "C" qwen_aot_status qwen_aot_rows_create(qwen_aot_model* model, qwen_aot_rows** rows, qwen_aot_error** error)
 {
-    Call call(error);
-    return call.end(make_rows(model, rows, call.error()));
+    return api::run(error, [&](Error& failure) { return make_rows(model, rows, failure); });
 }
 
 extern "C" void qwen_aot_rows_free(qwen_aot_rows* rows)

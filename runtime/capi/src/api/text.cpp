@@ -5,7 +5,6 @@
 #include <cstring>
 
 using namespace qwen_aot;
-using api::Call;
 
 namespace
 {
@@ -18,16 +17,6 @@ Status check_flags(uint32_t flags, Error& error)
     {
         return error.fail(Status::invalid_argument, "flags is %u; accepted: 0 or QWEN_AOT_ALLOW_SPECIAL_TOKENS (%u)",
             static_cast<unsigned>(flags), static_cast<unsigned>(kFlags));
-    }
-    return Status::ok;
-}
-
-Status check_thinking(int32_t is_enabled, Error& error)
-{
-    if (is_enabled < -1 || is_enabled > 1)
-    {
-        return error.fail(
-            Status::invalid_argument, "is_enabled is %d; accepted: 0, 1, or -1", static_cast<int>(is_enabled));
     }
     return Status::ok;
 }
@@ -150,6 +139,24 @@ Status qwen_aot_conversation::add(std::string_view role, std::string_view conten
     return Status::ok;
 }
 
+Status qwen_aot_conversation::set_thinking(int32_t is_enabled, Error& error)
+{
+    if (is_enabled < -1 || is_enabled > 1)
+    {
+        return error.fail(
+            Status::invalid_argument, "is_enabled is %d; accepted: 0, 1, or -1", static_cast<int>(is_enabled));
+    }
+    options.thinking = is_enabled;
+    return Status::ok;
+}
+
+Status qwen_aot_conversation::set_flags(uint32_t flags, Error& error)
+{
+    QWEN_AOT_TRY(check_flags(flags, error));
+    options.allow_special_tokens = (flags & QWEN_AOT_ALLOW_SPECIAL_TOKENS) != 0;
+    return Status::ok;
+}
+
 Status qwen_aot_conversation::copy(qwen_aot_conversation const& other, Error& error)
 {
     messages.clear();
@@ -164,22 +171,21 @@ Status qwen_aot_conversation::copy(qwen_aot_conversation const& other, Error& er
 extern "C" qwen_aot_status qwen_aot_tokenize(qwen_aot_model const* model, char const* text, size_t length,
     uint32_t flags, int32_t* ids, size_t capacity, size_t* count, qwen_aot_error** error)
 {
-    Call call(error);
-    return call.end(tokenize(model, text, length, flags, ids, capacity, count, call.error()));
+    return api::run(
+        error, [&](Error& failure) { return tokenize(model, text, length, flags, ids, capacity, count, failure); });
 }
 
 extern "C" qwen_aot_status qwen_aot_detokenize(qwen_aot_model const* model, int32_t const* ids, size_t count,
     char* text, size_t capacity, size_t* length, qwen_aot_error** error)
 {
-    Call call(error);
-    return call.end(detokenize(model, ids, count, text, capacity, length, call.error()));
+    return api::run(
+        error, [&](Error& failure) { return detokenize(model, ids, count, text, capacity, length, failure); });
 }
 
 extern "C" qwen_aot_status qwen_aot_detokenizer_create(
     qwen_aot_model* model, qwen_aot_detokenizer** detokenizer, qwen_aot_error** error)
 {
-    Call call(error);
-    return call.end(make_detokenizer(model, detokenizer, call.error()));
+    return api::run(error, [&](Error& failure) { return make_detokenizer(model, detokenizer, failure); });
 }
 
 extern "C" void qwen_aot_detokenizer_free(qwen_aot_detokenizer* detokenizer)
@@ -190,27 +196,23 @@ extern "C" void qwen_aot_detokenizer_free(qwen_aot_detokenizer* detokenizer)
 extern "C" qwen_aot_status qwen_aot_detokenizer_push(
     qwen_aot_detokenizer* detokenizer, int32_t id, char const** text, size_t* length, qwen_aot_error** error)
 {
-    Call call(error);
-    return call.end(push(detokenizer, &id, text, length, call.error()));
+    return api::run(error, [&](Error& failure) { return push(detokenizer, &id, text, length, failure); });
 }
 
 extern "C" qwen_aot_status qwen_aot_detokenizer_finish(
     qwen_aot_detokenizer* detokenizer, char const** text, size_t* length, qwen_aot_error** error)
 {
-    Call call(error);
-    return call.end(push(detokenizer, nullptr, text, length, call.error()));
+    return api::run(error, [&](Error& failure) { return push(detokenizer, nullptr, text, length, failure); });
 }
 
 extern "C" qwen_aot_status qwen_aot_conversation_create(qwen_aot_conversation** conversation, qwen_aot_error** error)
 {
-    Call call(error);
-    Status status = api::given(conversation, "conversation", call.error());
-    if (status == Status::ok)
-    {
+    return api::run(error, [&](Error& failure) {
+        QWEN_AOT_TRY(api::given(conversation, "conversation", failure));
         *conversation = make<qwen_aot_conversation>().release();
-        status = *conversation == nullptr ? call.error().no_memory("a conversation") : Status::ok;
-    }
-    return call.end(status);
+        QWEN_AOT_NEED(*conversation != nullptr, failure, "a conversation");
+        return Status::ok;
+    });
 }
 
 extern "C" void qwen_aot_conversation_free(qwen_aot_conversation* conversation)
@@ -221,23 +223,15 @@ extern "C" void qwen_aot_conversation_free(qwen_aot_conversation* conversation)
 extern "C" qwen_aot_status qwen_aot_conversation_add(qwen_aot_conversation* conversation, char const* role,
     size_t role_length, char const* content, size_t content_length, qwen_aot_error** error)
 {
-    Call call(error);
-    std::string_view name;
-    std::string_view text;
-    Status status = api::given(conversation, "conversation", call.error());
-    if (status == Status::ok)
-    {
-        status = api::text_of(role, role_length, "role", name, call.error());
-    }
-    if (status == Status::ok)
-    {
-        status = api::text_of(content, content_length, "content", text, call.error());
-    }
-    if (status == Status::ok)
-    {
-        status = conversation->add(name, text, call.error());
-    }
-    return call.end(status);
+    return api::run(error, [&](Error& failure) {
+        std::string_view name;
+        std::string_view text;
+        QWEN_AOT_TRY(api::given(conversation, "conversation", failure));
+        QWEN_AOT_TRY(api::text_of(role, role_length, "role", name, failure));
+        QWEN_AOT_TRY(api::text_of(content, content_length, "content", text, failure));
+        QWEN_AOT_TRY(conversation->add(name, text, failure));
+        return Status::ok;
+    });
 }
 
 extern "C" void qwen_aot_conversation_clear(qwen_aot_conversation* conversation)
@@ -251,45 +245,30 @@ extern "C" void qwen_aot_conversation_clear(qwen_aot_conversation* conversation)
 extern "C" qwen_aot_status qwen_aot_conversation_set_thinking(
     qwen_aot_conversation* conversation, int32_t is_enabled, qwen_aot_error** error)
 {
-    Call call(error);
-    Status status = api::given(conversation, "conversation", call.error());
-    if (status == Status::ok)
-    {
-        status = check_thinking(is_enabled, call.error());
-    }
-    if (status == Status::ok)
-    {
-        conversation->options.thinking = is_enabled;
-    }
-    return call.end(status);
+    return api::run(error, [&](Error& failure) {
+        QWEN_AOT_TRY(api::given(conversation, "conversation", failure));
+        return conversation->set_thinking(is_enabled, failure);
+    });
 }
 
 extern "C" qwen_aot_status qwen_aot_conversation_set_flags(
     qwen_aot_conversation* conversation, uint32_t flags, qwen_aot_error** error)
 {
-    Call call(error);
-    Status status = api::given(conversation, "conversation", call.error());
-    if (status == Status::ok)
-    {
-        status = check_flags(flags, call.error());
-    }
-    if (status == Status::ok)
-    {
-        conversation->options.allow_special_tokens = (flags & QWEN_AOT_ALLOW_SPECIAL_TOKENS) != 0;
-    }
-    return call.end(status);
+    return api::run(error, [&](Error& failure) {
+        QWEN_AOT_TRY(api::given(conversation, "conversation", failure));
+        return conversation->set_flags(flags, failure);
+    });
 }
 
 extern "C" qwen_aot_status qwen_aot_render_chat(qwen_aot_model const* model, qwen_aot_conversation const* conversation,
     char* text, size_t capacity, size_t* length, qwen_aot_error** error)
 {
-    Call call(error);
-    return call.end(render(model, conversation, text, capacity, length, call.error()));
+    return api::run(
+        error, [&](Error& failure) { return render(model, conversation, text, capacity, length, failure); });
 }
 
 extern "C" qwen_aot_status qwen_aot_encode_chat(qwen_aot_model const* model, qwen_aot_conversation const* conversation,
     int32_t* ids, size_t capacity, size_t* count, qwen_aot_error** error)
 {
-    Call call(error);
-    return call.end(encode(model, conversation, ids, capacity, count, call.error()));
+    return api::run(error, [&](Error& failure) { return encode(model, conversation, ids, capacity, count, failure); });
 }
