@@ -69,25 +69,21 @@ struct Lanes
     /** Sums of a row's elements in fp64, four at once: the i-th goes to sum i modulo 4, whatever N is. */
     struct Sums
     {
-        typedef float Pair __attribute__((vector_size(2 * sizeof(float))));
-        typedef double Doubles __attribute__((vector_size(2 * sizeof(double))));
+        typedef float Quarter __attribute__((vector_size(4 * sizeof(float))));
+        typedef double Doubles __attribute__((vector_size(4 * sizeof(double))));
 
         [[gnu::always_inline]] inline void add(Floats const& lanes)
         {
-            Pair pairs[N / 2];
-            std::memcpy(pairs, &lanes, sizeof pairs);
-            for (size_t i = 0; i < N / 2; ++i)
+            Quarter quarters[N / 4];
+            std::memcpy(quarters, &lanes, sizeof quarters);
+            for (size_t i = 0; i < N / 4; ++i)
             {
-                sums[i % 2] += __builtin_convertvector(pairs[i], Doubles);
+                sums += __builtin_convertvector(quarters[i], Doubles);
             }
         }
-        [[gnu::always_inline]] inline double whole() const
-        {
-            Doubles const sum = sums[0] + sums[1];
-            return sum[0] + sum[1];
-        }
+        [[gnu::always_inline]] inline double whole() const { return (sums[0] + sums[2]) + (sums[1] + sums[3]); }
 
-        Doubles sums[2] = {};
+        Doubles sums = {};
     };
 };
 

@@ -66,22 +66,19 @@ template <size_t N>
         std::copy(logits, logits + count, padded);
     }
     float const* const from = is_whole ? logits : padded;
-    float* const to = is_whole ? weights : out;
+    float* const to = is_whole && weights != nullptr ? weights : out; // `out` stays in the nearest cache
+    typename L::Floats const divisor = typename L::Floats{} + temperature;
     typename L::Sums sums;
     for (size_t i = 0; i < kBlock; i += N)
     {
         typename L::Floats x;
         L::load(from + i, x);
-        if (temperature != 1)
-        {
-            x = x / temperature;
-        }
-        x = x - top;
+        x = x / divisor - top;
         L::exponentiate(x);
         L::store(x, to + i);
         sums.add(x);
     }
-    if (!is_whole)
+    if (!is_whole && weights != nullptr)
     {
         std::copy(out, out + count, weights);
     }

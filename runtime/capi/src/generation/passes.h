@@ -14,7 +14,8 @@ struct Passes
     /** The largest of `count` >= 1 numbers. */
     float (*largest)(float const* numbers, size_t count);
 
-    /** weights[i] = exp(logits[i] / temperature - top) of up to kBlock logits, none above top; returns their sum, in fp64. */
+    /** weights[i] = exp(logits[i] / temperature - top) of up to kBlock logits, none above top; returns their sum, in fp64.
+     *  weights: [count], or null where the sum is all that is asked for. */
     double (*weigh)(float const* logits, size_t count, float temperature, float top, float* weights);
 
     /** The sum, in fp64, of those of up to kBlock weights that are at least so much. */

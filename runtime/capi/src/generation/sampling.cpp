@@ -134,6 +134,20 @@ void Candidates::weigh_block(size_t block)
         largest_ / temperature_, weights_.data() + first);
 }
 
+/** The sums of the blocks' weights, without keeping the weights: they would push the logits out of the cache. */
+void Candidates::sum_blocks()
+{
+    if (is_weighed_)
+    {
+        return;
+    }
+    for (size_t block = 0; block < block_count(logits_.size()); ++block)
+    {
+        block_sums_[block] = passes_->weigh(logits_.data() + block * kBlock, block_size(logits_.size(), block),
+            temperature_, largest_ / temperature_, nullptr);
+    }
+}
+
 /** Weighs the whole vocabulary, once. */
 void Candidates::weigh_whole()
 {
@@ -352,7 +366,6 @@ void Candidates::keep_min_p(float p)
 
 int32_t Candidates::draw(double u)
 {
-    weigh_whole();
     // Rounding at the end never leads to one without weight: the goal lies below the whole sum, and where it is rounded up to
     // a part's sum, the last one there that weighs something is taken.
     size_t first = 0;
@@ -361,6 +374,7 @@ int32_t Candidates::draw(double u)
     double goal;
     if (is_whole_)
     {
+        sum_blocks();
         size_t const blocks = block_count(last);
         double const sum = weight_of_whole();
         goal = std::min(u * sum, std::nextafter(sum, 0.0));
@@ -371,6 +385,7 @@ int32_t Candidates::draw(double u)
         }
         first = block * kBlock;
         last = first + block_size(last, block);
+        weigh_block(block);
     }
     else
     {
@@ -396,7 +411,7 @@ double Candidates::log_probabilities(
     Span<float const> logits, int32_t id, size_t count, int32_t* top_ids, double* top_logprobs)
 {
     begin(logits, 0, 1);
-    weigh_whole();
+    sum_blocks();
     double const log_sum = static_cast<double>(largest_) + std::log(weight_of_whole());
     count = std::min(count, logits.size());
     if (count != 0)

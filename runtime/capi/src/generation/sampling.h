@@ -67,6 +67,7 @@ private:
     void take_largest(Span<float const> logits, size_t k);
     void find_largest();
     void weigh_block(size_t block);
+    void sum_blocks();
     void weigh_whole();
     void weigh_few(float temperature);
     float least_logit(float least_weight) const;
