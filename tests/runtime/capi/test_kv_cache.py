@@ -140,8 +140,11 @@ def test_where_untouched_memory_takes_no_room_nothing_ever_moves(dialog: Dialog)
 def test_a_system_that_refuses_so_many_addresses_gets_a_cache_that_grows(dialog: Dialog) -> None:
     seen = open_cache(dialog, max_capacity=1 << 20, is_lazy=True, limit=1 << 20)
     assert seen["capacity"] == CAPACITY_STEP
+    assert "can't be reserved whole and will grow by copying: there is no memory for a KV cache" in seen["warning"]
     assert dialog.want("reserve", tokens=CAPACITY_STEP + 1)["capacity"] == 2 * CAPACITY_STEP
-    assert open_cache(dialog, max_capacity=2048, is_lazy=True)["capacity"] == 2048
+    whole = open_cache(dialog, max_capacity=2048, is_lazy=True)
+    assert (whole["capacity"], whole["warning"]) == (2048, "")
+    assert open_cache(dialog)["warning"] == ""  # where growing is the rule
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -15,7 +15,7 @@ KvCache::~KvCache()
     }
 }
 
-Status KvCache::open(Manifest const& manifest, int64_t max_capacity, Error& error)
+Status KvCache::open(Manifest const& manifest, int64_t max_capacity, Log const& log, Error& error)
 {
     max_batch_ = static_cast<size_t>(manifest.max_batch);
     QWEN_AOT_NEED(lengths_.resize(max_batch_), error, "the rows' lengths");
@@ -45,8 +45,13 @@ Status KvCache::open(Manifest const& manifest, int64_t max_capacity, Error& erro
     if (memory_.is_lazy() && capacity < limit_)
     {
         // Where so much isn't even given as addresses (a limit of the system), what is needed may yet be.
-        Error unheard;
-        is_whole = allocate(limit_, blocks, unheard) == Status::ok;
+        Error refused;
+        is_whole = allocate(limit_, blocks, refused) == Status::ok;
+        if (!is_whole)
+        {
+            log.write(QWEN_AOT_LOG_WARNING, "the KV cache can't be reserved whole and will grow by copying: %.*s",
+                static_cast<int>(refused.message().size()), refused.message().data());
+        }
     }
     if (is_whole)
     {

@@ -5,6 +5,7 @@
  *  a generation each new token costs the copy of five at most, and at most a fifth of the cache lies unused. */
 #pragma once
 
+#include "base/log.h"
 #include "base/memory.h"
 #include "base/status.h"
 #include "bundle/manifest.h"
@@ -31,8 +32,9 @@ public:
     /** Makes one zero-filled array for each cache input of the manifest (which must outlive this): [max_batch, Hkv, C, D], or
      *  [max_batch, Hkv, C] of scales.
      *  max_capacity: slots that a row may have at most.
+     *  log: is warned of a cache that will grow by copying, where it could have been whole.
      *  OUT_OF_MEMORY: the message says for how much. */
-    Status open(Manifest const& manifest, int64_t max_capacity, Error& error);
+    Status open(Manifest const& manifest, int64_t max_capacity, Log const& log, Error& error);
 
     /** int64 [max_batch]: valid tokens of each row, in host memory that never moves. */
     int64_t* lengths() { return lengths_.data(); }

@@ -76,10 +76,10 @@ public:
     {
     }
 
-    Status open(Error& error)
+    Status open(Log const& log, Error& error)
     {
         Manifest const& facts = manifest();
-        QWEN_AOT_TRY(cache_.open(facts, facts.max_capacity(), error));
+        QWEN_AOT_TRY(cache_.open(facts, facts.max_capacity(), log, error));
         QWEN_AOT_TRY(shared_.api.check(
             shared_.api.create_run_options(run_options_.fill(shared_.api.release_run_options)), Status::engine_failed,
             "ONNX Runtime can't make run options", "If memory ran out, end other programs", error));
@@ -378,7 +378,7 @@ Status OrtBackend::make_engine(EngineBox& engine, Error& error)
     }
     Box<OrtEngine> made = make<OrtEngine>(shared_, bundle_.manifest(), std::move(device_memory));
     QWEN_AOT_NEED(made, error, "an engine");
-    QWEN_AOT_TRY(made->open(error));
+    QWEN_AOT_TRY(made->open(log_, error));
     engine = EngineBox(made.release());
     return Status::ok;
 }

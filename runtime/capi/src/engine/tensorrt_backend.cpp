@@ -64,7 +64,7 @@ public:
     {
     }
 
-    Status open(Error& error);
+    Status open(Log const& log, Error& error);
     void release() override;
 
 protected:
@@ -99,13 +99,13 @@ int32_t profile_index(Manifest const& manifest, std::string_view name)
 }
 
 /** All memory is allocated here, and a step allocates none. */
-Status TensorRtEngine::open(Error& error)
+Status TensorRtEngine::open(Log const& log, Error& error)
 {
     Manifest const& facts = manifest();
     cuda::Current const current(stream_.gpu());
     QWEN_AOT_TRY(current.status(error));
     QWEN_AOT_TRY(stream_.open(error));
-    QWEN_AOT_TRY(cache_.open(facts, facts.max_capacity(), error));
+    QWEN_AOT_TRY(cache_.open(facts, facts.max_capacity(), log, error));
     for (size_t i = 0; i < cache_.size(); ++i)
     {
         Text name;
@@ -474,7 +474,7 @@ Status TensorRtBackend::make_engine(EngineBox& engine, Error& error)
     QWEN_AOT_NEED(box, error, "an engine");
     TensorRtEngine* const made = box.get();
     EngineBox owned(box.release());
-    QWEN_AOT_TRY(made->open(error));
+    QWEN_AOT_TRY(made->open(log_, error));
     engine = std::move(owned);
     return Status::ok;
 }

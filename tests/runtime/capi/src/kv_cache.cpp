@@ -29,6 +29,12 @@ struct Held
 };
 
 std::unique_ptr<Held> held;
+std::string warning; // the last one
+
+void take_log(void*, qwen_aot_log_level level, char const* message, size_t length)
+{
+    warning = level == QWEN_AOT_LOG_WARNING ? std::string(message, length) : "not a warning";
+}
 
 /** The memory of an array's rows. */
 uint8_t* bytes_of(size_t array)
@@ -62,7 +68,7 @@ std::string seen()
     return "{\"status\": 0, \"capacity\": " + std::to_string(cache.capacity())
         + ", \"bytes\": " + std::to_string(cache.bytes()) + ", \"lengths\": " + answers::listed(lengths)
         + ", \"addresses\": " + answers::listed(addresses) + ", \"row_bytes\": " + answers::listed(row_bytes)
-        + ", \"resident\": " + std::to_string(resident()) + "}";
+        + ", \"resident\": " + std::to_string(resident()) + ", \"warning\": \"" + warning + "\"}";
 }
 
 std::string answer(JsonValue request)
@@ -74,11 +80,13 @@ std::string answer(JsonValue request)
     if (action == "open")
     {
         held = std::make_unique<Held>(request);
+        warning.clear();
         if (requests::has(request, "limit"))
         {
             held->checked.limit = static_cast<size_t>(integer(request, "limit"));
         }
-        status = held->cache->open(held->manifest, integer(request, "max_capacity"), error);
+        status = held->cache->open(
+            held->manifest, integer(request, "max_capacity"), qwen_aot::Log(take_log, nullptr), error);
     }
     else if (action == "reserve")
     {

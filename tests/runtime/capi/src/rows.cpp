@@ -148,7 +148,7 @@ public:
 
     Status open(Error& error)
     {
-        return cache_.open(manifest(), manifest().max_context + manifest().prefill_chunk, error);
+        return cache_.open(manifest(), manifest().max_context + manifest().prefill_chunk, qwen_aot::Log(), error);
     }
     void release() override { delete this; }
     KvCache& cache() { return cache_; }
