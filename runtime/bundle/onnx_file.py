@@ -100,7 +100,11 @@ def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int
     """The fields of a message that have a length: number, first byte, end."""
     at = start
     while at < end:
+        first = at
         tag, at = _varint(content, at, end)
+        if tag >> 32:
+            # Protobuf's readers take the low 32 bits for the tag, and would see a field where this one sees none.
+            raise _WireError(f"a field's number and type of more than 32 bits at byte {first}")
         number, kind = tag >> 3, tag & 7
         if kind == _LENGTH:
             size, at = _varint(content, at, end)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -123,6 +125,41 @@ def onnx_varint(number: int) -> bytes:
         out.append(number & 0x7F | 0x80)
         number >>= 7
     return bytes([*out, number])
+
+
+def field(number: int, content: bytes | int, *, is_wide: bool = False) -> bytes:
+    """A field of a message. Wide: its tag plus 2^32, which a reader that keeps 32 bits takes for the same tag."""
+    tag = onnx_varint((number << 3 | (0 if isinstance(content, int) else 2)) + (is_wide << 32))
+    return tag + (onnx_varint(content) if isinstance(content, int) else onnx_varint(len(content)) + content)
+
+
+WIDE = ("graph", "initializer", "external data", "key", "value", "metadata")
+
+
+def with_wide_tag(wide: str | None, location: bytes = b"w.bin") -> bytes:
+    """A model that gives out three bytes of a file; one of the tags on the way to the file's name may be wide."""
+    entry = field(1, b"location", is_wide=wide == "key") + field(2, location, is_wide=wide == "value")
+    tensor = field(1, 3) + field(2, onnx.TensorProto.INT8) + field(8, b"w")
+    tensor += field(13, entry, is_wide=wide == "external data") + field(14, onnx.TensorProto.EXTERNAL)
+    node = field(1, b"w") + field(2, b"y") + field(4, b"Identity")
+    shape = field(1, field(1, 3))
+    output = field(1, b"y") + field(2, field(1, field(1, onnx.TensorProto.INT8) + field(2, shape)))
+    graph = field(1, node) + field(2, b"g") + field(5, tensor, is_wide=wide == "initializer") + field(12, output)
+    model = field(1, 10) + field(7, graph, is_wide=wide == "graph") + field(8, field(2, 21))
+    return model + field(14, field(1, b"a") + field(2, b"1"), is_wide=wide == "metadata")
+
+
+@pytest.mark.parametrize("wide", WIDE)
+def test_a_tag_of_more_than_32_bits_hides_no_file(wide: str, tmp_path: Path) -> None:
+    """ONNX Runtime reads the file by such tags (the test shows it), so a model with one is refused."""
+    path = tmp_path / "m.onnx"
+    assert read(path, with_wide_tag(None)).locations == {"w.bin"}
+    (tmp_path / "w.bin").write_bytes(b"\x05\x06\x07")
+    path.write_bytes(with_wide_tag(wide))
+    (found,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {})
+    np.testing.assert_array_equal(found, [5, 6, 7])
+    with pytest.raises(BundleError, match="a field's number and type of more than 32 bits at byte"):
+        read_onnx_file(path)
 
 
 @given(noise=st.binary(max_size=60), place=st.integers(0, 400), replaces=st.booleans())

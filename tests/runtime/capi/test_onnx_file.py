@@ -11,7 +11,7 @@ import pytest
 from qwen_aot.errors import BundleError
 from qwen_aot.runtime.bundle.onnx_file import read_onnx_file
 from tests.golden.make_layouts import external, graph
-from tests.runtime.bundle.test_onnx_file import PLACES, onnx_varint
+from tests.runtime.bundle.test_onnx_file import PLACES, WIDE, onnx_varint, with_wide_tag
 from tests.runtime.capi.native import Native, ask
 
 
@@ -76,7 +76,7 @@ def test_damaged_files(program: Path, tmp_path: Path, number: int) -> None:
 
 
 def test_numbers_beyond_64_bits(program: Path, tmp_path: Path) -> None:
-    """A field's number and length of 70 bits are none, for either reader; a number of them is passed over."""
+    """A field's tag and length of 70 bits are none, for either reader; a number of them is passed over."""
     beyond = b"\x80" * 9
     tensor = graph("x")
     contents = [
@@ -84,7 +84,15 @@ def test_numbers_beyond_64_bits(program: Path, tmp_path: Path) -> None:
         b"\x3a" + beyond + b"\x02" + tensor,
         b"\xba" + beyond[1:] + b"\x02\x00",
     ]
-    assert compare(program, contents, tmp_path / "m.onnx") == 1
+    assert compare(program, contents, tmp_path / "m.onnx") == 2
+
+
+def test_a_tag_of_more_than_32_bits_hides_no_file(program: Path, tmp_path: Path) -> None:
+    """The library that runs the model reads the file by such a tag: the Python reader's test of this name shows it."""
+    assert read(program, [with_wide_tag(None)]) == [{b"w.bin"}]
+    contents = [with_wide_tag(wide) for wide in WIDE]
+    assert all("a field's number and type of more than 32 bits" in found for found in read(program, contents))
+    assert compare(program, contents, tmp_path / "m.onnx") == len(WIDE)
 
 
 def test_a_depth_that_would_end_a_recursion(program: Path) -> None:

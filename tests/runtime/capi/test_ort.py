@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen_aot.errors import GenerationError
+from qwen_aot.errors import EngineMismatchError, GenerationError
+from qwen_aot.runtime.backends.open import open_engine
 from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine, OrtOptions
 from qwen_aot.runtime.bundle.load import load_bundle
 from qwen_aot.runtime.engine.protocol import NonFiniteLogitsError
@@ -323,6 +325,21 @@ def test_a_target_that_no_backend_runs_is_refused(dialog: Dialog, bundles: dict[
     path = write_bundle(tmp_path / "cuda", checksum_model(inputs, outputs), manifest)
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         assert "CUDA" in refusal(dialog, path)
+
+
+@pytest.mark.parametrize("name", [".onnx", "sub/.onnx", ".plan", ".rtx"])
+def test_a_file_that_is_all_suffix_has_none(
+    dialog: Dialog, bundles: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """The check of what a graph reads goes by the suffix: what isn't checked mustn't be opened."""
+    path = shutil.copytree(bundles["float32"], tmp_path / "bundle")
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / "model.onnx").rename(path / name)
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text(encoding="utf-8").replace('"model.onnx"', f'"{name}"'), encoding="utf-8")
+    assert "which this version of the library can't run" in refusal(dialog, path)
+    with pytest.raises(EngineMismatchError, match="which this version of the runtime can't run"):
+        open_engine(load_bundle(path))
 
 
 def test_a_fast_prefill_is_refused_where_integer_products_saturate(native: Native, tmp_path: Path) -> None:

@@ -159,7 +159,13 @@ private:
     {
         uint64_t tag = 0;
         uint64_t size = 0;
+        size_t const start = at;
         QWEN_AOT_TRY(read_number(at, end, tag));
+        if (tag >> 32 != 0)
+        {
+            // Protobuf's readers take the low 32 bits for the tag, and would see a field where this one sees none.
+            return damaged("a field's number and type of more than 32 bits, at byte", start);
+        }
         field.number = tag >> 3;
         switch (tag & 7) // the wire type
         {

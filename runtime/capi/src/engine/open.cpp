@@ -1,4 +1,4 @@
-#include "base/text.h"
+#include "bundle/file_name.h"
 #include "engine/backend.h"
 #include "engine/ort_backend.h"
 #include "engine/tensorrt_backend.h"
@@ -21,9 +21,9 @@ constexpr char kSuffix[] = ".plan";
 #endif
 
 /** Engine files of TensorRT and of TensorRT-RTX: a build has the headers of one of them, or of neither. */
-bool is_tensorrt(std::string_view file)
+bool is_tensorrt(std::string_view suffix)
 {
-    return ends_with(file, ".plan") || ends_with(file, ".rtx");
+    return suffix == ".plan" || suffix == ".rtx";
 }
 
 } // namespace
@@ -32,11 +32,13 @@ Status open_backend(Bundle const& bundle, EngineOptions const& options, BackendB
 {
     Manifest const& manifest = bundle.manifest();
     std::string_view const file = manifest.text_engine.file.view();
-    if (ends_with(file, ".onnx"))
+    // As the bundle told them apart when it checked what the file reads (Bundle::open): ".onnx" alone has no suffix.
+    std::string_view const suffix = suffix_of(file);
+    if (suffix == ".onnx")
     {
         return open_ort_backend(bundle, options, backend, error);
     }
-    if (is_tensorrt(file))
+    if (is_tensorrt(suffix))
     {
         if (options.threads > 0)
         {
@@ -44,12 +46,12 @@ Status open_backend(Bundle const& bundle, EngineOptions const& options, BackendB
                 "threads is %d, and the bundle's engine runs on a GPU: leave it out", options.threads);
         }
 #if defined(QWEN_AOT_TENSORRT)
-        if (ends_with(file, kSuffix))
+        if (suffix == kSuffix)
         {
             return open_tensorrt_backend(bundle, options, backend, error);
         }
 #endif
-        bool const is_rtx = ends_with(file, ".rtx");
+        bool const is_rtx = suffix == ".rtx";
         return error.fail(Status::unsupported,
             "this build of libqwen_aot %s, and the bundle's engine %s is for target %s: build the library with "
             "-DQWEN_AOT_TENSORRT_INCLUDE_DIR=(folder of %s's NvInferRuntime.h)%s (docs/capi.md)",
