@@ -23,6 +23,8 @@ from qwen_aot.engines.bundle.qtok import (
     HEADER,
     IS_SPECIAL,
     MAGIC,
+    MAX_ADDED,
+    MAX_PIECE,
     MAX_PROBES,
     NFC,
     NO_PARENT,
@@ -177,6 +179,10 @@ def _added_tokens(tokenizer: RustTokenizer, *, has_normalizer: bool) -> list[_Ad
                 )
         if not token.content:
             raise TokenizerNotCompiledError(f"its added token {id_} has no text")
+        if len(token.content.encode()) > MAX_ADDED:
+            raise TokenizerNotCompiledError(
+                f"its added token {id_} has {len(token.content.encode())} bytes; compiled is one of at most {MAX_ADDED}"
+            )
         if token.normalized and has_normalizer:
             normalized = tokenizer.normalizer.normalize_str(token.content)
             if normalized != token.content:
@@ -233,6 +239,10 @@ def _pieces(vocab: Mapping[str, int], added: Sequence[_Added], count: int) -> li
             pieces[id_] = bytes([alphabet[character] for character in token])
         except KeyError:  # an added token is spelled in plain text
             pieces[id_] = token.encode()
+        if len(pieces[id_]) > MAX_PIECE:
+            raise TokenizerNotCompiledError(
+                f"its token {id_} stands for {len(pieces[id_])} bytes; compiled is one of at most {MAX_PIECE}"
+            )
     return pieces
 
 

@@ -14,6 +14,8 @@ __all__ = [
     "HEADER",
     "IS_SPECIAL",
     "MAGIC",
+    "MAX_ADDED",
+    "MAX_PIECE",
     "MAX_PROBES",
     "NFC",
     "NO_PARENT",
@@ -39,6 +41,8 @@ NFC = 1  # in the flags of the header: text is composed before it is split
 
 EMPTY = 0xFFFFFFFF  # a byte without a token; the left id of a slot without a merge
 MAX_PROBES = 64  # a find that takes as many slots is refused
+MAX_ADDED = 256  # bytes of an added token's text
+MAX_PIECE = 4096  # bytes that an id stands for
 
 ADDED_ROW = struct.Struct("<IIIII")  # id, flags, offset and bytes of its text, the longest other that begins it
 IS_SPECIAL = 1

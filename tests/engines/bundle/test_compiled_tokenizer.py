@@ -121,6 +121,12 @@ def changed_model(name: str = "qwen2", **parts: Any) -> str:
     return json.dumps(document | {"model": document["model"] | parts})
 
 
+def with_token(text: str) -> str:
+    document = json.loads(tokenizer_json("qwen2"))
+    document["model"]["vocab"][text] = 100_000
+    return json.dumps(document)
+
+
 def changed_added(**flags: Any) -> str:
     document = json.loads(tokenizer_json("qwen2"))
     document["added_tokens"][-1] |= flags
@@ -190,6 +196,14 @@ REFUSED: dict[str, tuple[Callable[[], str], str]] = {
     "normal form": (
         lambda: changed_added(content="e\u0301", normalized=True),
         "its added token 'e\u0301' is looked for as 'é'; compiled is one in normal form",
+    ),
+    "long added": (
+        lambda: changed_added(content="é" * 129),
+        r"its added token \d+ has 258 bytes; compiled is one of at most 256",
+    ),
+    "long token": (
+        lambda: with_token("a" * 4097),
+        r"its token \d+ stands for 4097 bytes; compiled is one of at most 4096",
     ),
     "merged": (lambda: changed_added(content="in", id=257), "its added token 'in' is also what bytes and merges make"),
 }

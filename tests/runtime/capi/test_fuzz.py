@@ -52,6 +52,7 @@ def tokenizer_seeds() -> Iterable[bytes]:
     text = "Hello é e\u0301 한국어 \u1112\u1161\u11ab <|im_end|> 123 a\u0323\u0307 é你  \n x".encode() + b"ab" * 40
     for name in ("gpt2", "qwen2"):
         content = compiled(name)
+        assert len(content) % 8 == 0 and len(content) < 8 << 16  # as it stands in a seed, which then opens
         for choices in (1, 3):
             yield bytes([choices]) + (len(content) // 8).to_bytes(2, "little") + content + text
 

@@ -15,11 +15,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 
+from qwen_aot.engines.bundle import compiled_tokenizer
+from qwen_aot.engines.bundle.compiled_tokenizer import compile_tokenizer
+from qwen_aot.engines.bundle.qtok import Section
 from qwen_aot.engines.bundle.qtok_proof import library_words, texts
 from qwen_aot.runtime.text.control_tokens import ControlTokens
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 from tests.runtime.capi.native import FLAVOURS, Native, ask
-from tests.runtime.compiled_texts import TOKENIZATION, VOCAB_SIZE, compiled, names, reference, write_compiled
+from tests.runtime.compiled_texts import (
+    TOKENIZATION,
+    VOCAB_SIZE,
+    compiled,
+    names,
+    reference,
+    tokenizer_json,
+    write_compiled,
+)
 
 NAMES = names()
 BUNDLE, INVALID_ARGUMENT = 4, 1
@@ -89,6 +100,20 @@ def test_ids_are_the_library_s(program: Program, name: str) -> None:
 def test_words_are_the_library_s(program: Program, name: str) -> None:
     """Normal form and split for themselves: with few merges, ids don't depend on where words end."""
     asked = texts(reference(name), 2000)
+    found = program.ask([{"do": "words", "table": NAMES.index(name), "text": text} for text in asked])
+    assert differing(asked, found, [library_words(reference(name), text) for text in asked]) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_marks_in_a_row_than_are_sorted_by_insertion(program: Program, name: str) -> None:
+    """Of all orders, and with marks of one order, which stay as they stand."""
+    rng = random.Random(7)
+    marks = [chr(code) for code in range(0x300, 0x370)] + [chr(code) for code in range(0x591, 0x5BE)]
+    asked = [
+        "a" + "".join(rng.choices(marks[: rng.choice([3, 30, len(marks)])], k=rng.randrange(31, 101))) + " x"
+        for _ in range(200)
+    ]
+    assert differing(asked, program.encode(name, asked), by_library(name, asked)) == []
     found = program.ask([{"do": "words", "table": NAMES.index(name), "text": text} for text in asked])
     assert differing(asked, found, [library_words(reference(name), text) for text in asked]) == []
 
@@ -242,6 +267,45 @@ def test_added_tokens_do_not_share_bytes(program: Program, tmp_path: Path) -> No
     struct.pack_into("<I", content, 12, zlib.crc32(content[16:]))
     (tmp_path / "shared.qtok").write_bytes(content)
     assert "an added token without an id or a text" in refused(program, tmp_path / "shared.qtok")
+
+
+def test_added_tokens_and_pieces_have_a_length(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a small file makes each byte of a text, or each token of an answer, cost megabytes."""
+    path = tmp_path / "long.qtok"
+    monkeypatch.setattr(compiled_tokenizer, "MAX_ADDED", 1 << 20)
+    monkeypatch.setattr(compiled_tokenizer, "MAX_PIECE", 1 << 20)
+    document = json.loads(tokenizer_json("qwen2"))
+    for length, opens in ((256, True), (257, False)):
+        document["added_tokens"][-1]["content"] = "~" * length
+        path.write_bytes(compile_tokenizer(json.dumps(document), vocab_size=VOCAB_SIZE))
+        if not opens:
+            assert "an added token longer than any that is compiled" in refused(program, path)
+        else:
+            (answer,) = program.ask([{"do": "open", "path": str(path), "vocab_size": VOCAB_SIZE}])
+            assert isinstance(answer, list)
+    document = json.loads(tokenizer_json("qwen2"))
+    document["model"]["vocab"] |= {"~" * 4096: 100_000, "~" * 4097: 100_001}
+    path.write_bytes(compile_tokenizer(json.dumps(document), vocab_size=VOCAB_SIZE))
+    answers = program.ask(
+        [{"do": "open", "path": str(path), "vocab_size": VOCAB_SIZE, "piece": 100_000 + i} for i in (0, 1)]
+    )
+    assert answers == [4096, 0]
+
+
+def test_a_normal_form_that_grows_beyond_all_reason(program: Program, tmp_path: Path) -> None:
+    """Its table says that the sign of angstroms becomes 18 characters: no text's normal form is so long."""
+    content = bytearray(compiled("qwen2"))
+    sections = [struct.unpack_from("<2Q", content, 64 + 16 * number) for number in range(13)]
+    rows, size = sections[Section.DECOMPOSITIONS]
+    row = next(at for at in range(rows, rows + size, 12) if struct.unpack_from("<I", content, at) == (0x212B,))
+    struct.pack_into("<2I", content, row + 4, 0, 18)
+    struct.pack_into("<I", content, 12, zlib.crc32(content[16:]))
+    path = tmp_path / "grown.qtok"
+    path.write_bytes(content)
+    (answer,) = program.ask([{"do": "open", "path": str(path), "vocab_size": VOCAB_SIZE, "text": "\u212b" * 10}])
+    assert answer["status"] == BUNDLE and "bytes of normal form out of 30: it is damaged" in answer["message"]
 
 
 def forge(program: Program, runs: int) -> None:

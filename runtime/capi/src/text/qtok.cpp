@@ -210,6 +210,10 @@ Status QtokTable::read_added(
         {
             return damaged(error, "the compiled tokenizer has an added token without an id or a text");
         }
+        if (length > kMaxAdded)
+        {
+            return damaged(error, "the compiled tokenizer has an added token longer than any that is compiled");
+        }
         sum += length;
         bool const is_sorted = row == 0 || added.text(row - 1) < added.text(row);
         uint32_t const parent = added.parent(row);

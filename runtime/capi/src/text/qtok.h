@@ -48,6 +48,11 @@ enum CharacterClass : uint8_t
 /** No token: of a byte without one. */
 constexpr uint32_t kNoToken = 0xFFFFFFFFU;
 
+// No build writes more. Without a limit a file of a few megabytes can make each byte of a text, or each token of an answer,
+// cost as much.
+constexpr uint32_t kMaxAdded = 256;  // bytes of an added token
+constexpr uint32_t kMaxPiece = 4096; // bytes that an id stands for
+
 /** Added tokens of one table, sorted by their bytes. */
 struct AddedTokens
 {
@@ -112,7 +117,7 @@ public:
         return false;
     }
 
-    /** The bytes of an id; empty where there is no such token. */
+    /** The bytes of an id, at most kMaxPiece; empty where there is no such token. */
     std::string_view piece(uint32_t id) const
     {
         if (id >= num_ids_)
@@ -121,7 +126,7 @@ public:
         }
         uint32_t const start = load_u32(piece_offsets_ + 4 * static_cast<size_t>(id));
         uint32_t const end = load_u32(piece_offsets_ + 4 * (static_cast<size_t>(id) + 1));
-        if (start > end || end > pieces_.size())
+        if (start > end || end > pieces_.size() || end - start > kMaxPiece)
         {
             return {}; // the file lies
         }

@@ -13,6 +13,7 @@ namespace
 {
 
 constexpr uint32_t kNoRow = 0xFFFFFFFFU;
+constexpr size_t kMaxGrowth = 3; // bytes of normal form for each of a text
 
 bool contains(Span<int32_t const> ascending, int32_t id)
 {
@@ -111,6 +112,14 @@ public:
             if (table_->is_nfc())
             {
                 QWEN_AOT_TRY(normalizer_.compose(part, composed, *error_));
+                // Unicode's own is never longer (https://www.unicode.org/faq/normalization.html#12): the merger counts on it.
+                if (composed.size() > kMaxGrowth * part.size())
+                {
+                    return error_->fail(Status::bundle,
+                        "the compiled tokenizer makes %zu bytes of normal form out of %zu: it is damaged. Copy the "
+                        "bundle again, or rebuild it",
+                        composed.size(), part.size());
+                }
             }
             return cut(table_->added_normalized(), composed, [this](std::string_view plain) {
                 std::string_view word;

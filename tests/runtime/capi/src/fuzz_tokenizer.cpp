@@ -42,7 +42,8 @@ extern "C" int LLVMFuzzerTestOneInput(uint8_t const* input, size_t size)
         std::string_view const text(reinterpret_cast<char const*>(input) + 3 + length, size - 3 - length);
         Array<int32_t> ids;
         Status const status = tokenizer.encode(text, (choices & 2) != 0, ids, error);
-        if (status != Status::ok && status != Status::invalid_argument)
+        // (A table of normal forms that no text has is seen where it makes too much of one.)
+        if (status != Status::ok && status != Status::invalid_argument && status != Status::bundle)
         {
             std::abort();
         }

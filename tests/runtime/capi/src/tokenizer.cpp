@@ -180,7 +180,19 @@ std::string open(JsonValue request)
     std::vector<uint8_t> const bytes = read_file(std::string(member(request, "path").string()).c_str());
     Tokenizer tokenizer;
     Error error;
-    Status const status = Tokenizer::open(view(bytes), member(request, "vocab_size").integer(), tokenizer, error);
+    Status status = Tokenizer::open(view(bytes), member(request, "vocab_size").integer(), tokenizer, error);
+    JsonValue asked;
+    if (status == Status::ok && request.find("piece", asked)) // how many bytes an id stands for
+    {
+        std::string_view piece;
+        (void)tokenizer.piece(static_cast<int32_t>(asked.integer()), piece);
+        return std::to_string(piece.size());
+    }
+    if (status == Status::ok && request.find("text", asked))
+    {
+        Array<int32_t> ids;
+        status = tokenizer.encode(asked.string(), false, ids, error);
+    }
     return status == Status::ok ? answers::listed(tokenizer.special_ids()) : answers::failed(error);
 }
 
@@ -267,8 +279,12 @@ std::string forge(std::vector<uint8_t> const& bytes, JsonValue request)
         Array<int32_t> ids;
         Text decoded;
         Detokenizer detokenizer(&tokenizer);
-        bool is_sound = tokenizer.encode(text, true, ids, error) == Status::ok
-            && tokenizer.encode(text, false, ids, error) == Status::ok;
+        bool is_sound = true;
+        for (bool const allow_special_tokens : {true, false})
+        {
+            Status const status = tokenizer.encode(text, allow_special_tokens, ids, error);
+            is_sound = is_sound && (status == Status::ok || status == Status::bundle); // too much made of a character
+        }
         for (size_t i = 0; i < ids.size(); ++i)
         {
             is_sound = is_sound && ids[i] >= 0 && ids[i] < kVocabSize
