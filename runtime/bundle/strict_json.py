@@ -17,11 +17,15 @@ __all__ = ["parse_dataclass", "parse_object", "require_keys"]
 
 T = TypeVar("T")
 
+_MAX_DEPTH = 200  # objects and arrays in each other, the outermost included: the C reader has no more room
 _HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # of UTF-16, as an escape; whether the other half follows isn't seen
 
 
 def parse_object(text: str, where: str, *, is_from_checkpoint: bool = False) -> dict[str, Any]:
-    """Parses a JSON object, refusing duplicate keys, NaN, Infinity, integers beyond 64 bits and halves of characters.
+    """Parses a JSON object.
+
+    Refused are duplicate keys, NaN, Infinity, integers beyond 64 bits, halves of characters, and more than 200 objects
+    and arrays in each other.
 
     Args:
         text: the document.
@@ -64,7 +68,18 @@ def parse_object(text: str, where: str, *, is_from_checkpoint: bool = False) -> 
         raise BundleError(f"{where} is not JSON ({error}): it is damaged or was not written to its end") from error
     if not isinstance(document, dict):
         raise BundleError(f"{where} holds a {type(document).__name__}; accepted: a JSON object")
+    _require_depth(document, where)
     return document
+
+
+def _require_depth(document: dict[str, Any], where: str) -> None:
+    level: list[dict[str, Any] | list[Any]] = [document]
+    for _ in range(_MAX_DEPTH):
+        children = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [child for values in children for child in values if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise BundleError(f"{where} is nested deeper than {_MAX_DEPTH}; accepted: at most so deep")
 
 
 def require_keys(document: Mapping[str, Any], names: Iterable[str], where: str) -> None:

@@ -162,8 +162,8 @@ QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_options_set_log(
 
 /** Opens a bundle's folder: checks its manifest and files, maps its text tables, loads the engine's library and the
  *  engine. Takes seconds for large weights; they are mapped or shared with ONNX Runtime, not copied. While the model
- *  lives, the bundle's files may be deleted, or replaced by renaming others over them; one that is cut or written to
- *  where it lies ends the process with SIGBUS, or changes what comes.
+ *  lives, the bundle's files may be deleted, or replaced by renaming others over them; one that is cut where it
+ *  lies ends the process with SIGBUS, and one that is overwritten there was checked before and isn't again: write to none.
  *  path: of the folder; may lie in a model hub's cache, whose links into its own blobs are followed.
  *  options: NULL: all defaults.
  *  IO, BUNDLE, ENGINE_MISMATCH, OUT_OF_MEMORY: the message names the file or library, and what to do. */

@@ -325,6 +325,7 @@ def test_depth(program: Path) -> None:
 
     sound = nested(MAX_DEPTH)
     assert compare(program, sound) == 2
+    assert compare(program, nested(MAX_DEPTH + 1)) == 0
     for message in read(program, nested(MAX_DEPTH + 1))[:2]:
         assert f"nested deeper than {MAX_DEPTH}" in message
     for message in read(program, [b'{"a":' + b"[" * 1_000_000, b'{"a":' * 1_000_000]):

@@ -46,6 +46,17 @@ def test_a_length_in_bits_of_more_than_a_byte(program: Path) -> None:
     check(program, [[b"\xff" * 100_003, b"a" * 31]])
 
 
+@pytest.mark.deep
+@pytest.mark.parametrize("size", [(1 << 29) + 7, (1 << 32) + 7])
+def test_lengths_beyond_32_bits(program: Path, size: int) -> None:
+    """In bits, and in bytes."""
+    expected = hashlib.sha256()
+    part = bytes(1 << 20)
+    for start in range(0, size, len(part)):
+        expected.update(part[: size - start])
+    assert ask(program, [{"zeros": size}]) == [expected.hexdigest()]
+
+
 def test_digests_as_text(program: Path) -> None:
     """Parsed as runtime/bundle/checks.py takes them: lower case, all 64."""
     digest = hashlib.sha256(b"x").hexdigest()

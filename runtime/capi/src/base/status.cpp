@@ -37,10 +37,14 @@ void Error::cut()
     if (length_ >= kCapacity)
     {
         length_ = kCapacity - 1;
-        while (length_ > 0 && (static_cast<unsigned char>(message_[length_]) & 0xC0) == 0x80)
+        size_t start = length_ - 1; // of the last character
+        while (start > 0 && (static_cast<unsigned char>(message_[start]) & 0xC0) == 0x80)
         {
-            --length_;
+            --start;
         }
+        auto const lead = static_cast<unsigned char>(message_[start]);
+        size_t const bytes = lead < 0xC0 ? 1 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+        length_ = start + bytes > length_ ? start : length_;
         message_[length_] = '\0';
     }
     utf8_repair(message_, length_); // of names of files, of libraries' messages, and where a path was cut

@@ -79,6 +79,31 @@ public:
     {
         uint8_t digest[Sha256::kBytes];
         Sha256::digest(content, digest);
+        return check_digest(digest);
+    }
+
+    /** Reads the file: a disk that fails is a status, and would be a signal where it is mapped. */
+    Status check_content(char const* place) const
+    {
+        constexpr uint64_t kPart = uint64_t{1} << 18;
+        system::FileReader file;
+        Array<uint8_t> part;
+        Sha256 hash;
+        uint8_t digest[Sha256::kBytes];
+        QWEN_AOT_TRY(file.open(place, error_));
+        QWEN_AOT_NEED(part.resize(static_cast<size_t>(std::min(kPart, file.size() + 1))), error_, "a part of a file");
+        for (size_t count = part.size(); count == part.size();)
+        {
+            QWEN_AOT_TRY(file.read(part.data(), part.size(), count, error_));
+            hash.update({part.data(), count});
+        }
+        hash.finish(digest);
+        return check_digest(digest);
+    }
+
+private:
+    Status check_digest(uint8_t const (&digest)[Sha256::kBytes]) const
+    {
         if (std::memcmp(digest, entry_.sha256, sizeof digest) == 0)
         {
             return Status::ok;
@@ -87,7 +112,6 @@ public:
             kShownPath, path_, Sha256Text(digest).c_str(), kManifestName, Sha256Text(entry_.sha256).c_str(), kRemedy);
     }
 
-private:
     char const* path_;
     FileEntry const& entry_;
     Error& error_;
@@ -138,9 +162,7 @@ Status check_file(std::string_view folder, FileEntry const& entry, uint64_t hash
     {
         return Status::ok;
     }
-    system::MappedFile file;
-    QWEN_AOT_TRY(system::MappedFile::open(place.path.c_str(), file, error));
-    return check.check_hash(file.bytes());
+    return check.check_content(place.path.c_str());
 }
 
 /** The name relative to the bundle's folder of what a graph calls `location`: beside the graph, as pathlib joins it. Empty

@@ -324,38 +324,56 @@ Status MappedFile::open(char const* path, MappedFile& file, Error& error)
     return Status::ok;
 }
 
-Status read_file(char const* path, uint64_t limit, Array<uint8_t>& bytes, Error& error)
+FileReader::~FileReader()
 {
-    int descriptor = -1;
-    uint64_t size = 0;
-    Status const status = open_regular(path, descriptor, size, error);
-    Descriptor const held(descriptor);
-    QWEN_AOT_TRY(status);
-    if (size > limit)
+    if (descriptor_ >= 0)
     {
-        return error.fail(Status::io, "%s has %llu bytes; accepted: at most %llu", Quoted(path).c_str(),
-            static_cast<unsigned long long>(size), static_cast<unsigned long long>(limit));
+        close(descriptor_);
     }
-    Array<uint8_t> content;
-    QWEN_AOT_NEED(content.resize(static_cast<size_t>(size)), error, "a file's content");
-    size_t length = 0;
-    while (length < content.size())
+}
+
+Status FileReader::open(char const* path, Error& error)
+{
+    path_ = path;
+    return open_regular(path, descriptor_, size_, error);
+}
+
+Status FileReader::read(uint8_t* into, size_t asked, size_t& count, Error& error)
+{
+    count = 0;
+    while (count < asked)
     {
-        ssize_t const count = ::read(descriptor, content.data() + length, content.size() - length);
-        if (count < 0 && errno == EINTR)
+        ssize_t const found = ::read(descriptor_, into + count, asked - count);
+        if (found < 0 && errno == EINTR)
         {
             continue;
         }
-        if (count < 0)
+        if (found < 0)
         {
-            return unreadable(path, error);
+            return unreadable(path_, error);
         }
-        if (count == 0)
+        if (found == 0)
         {
-            break; // it was cut meanwhile
+            break;
         }
-        length += static_cast<size_t>(count);
+        count += static_cast<size_t>(found);
     }
+    return Status::ok;
+}
+
+Status read_file(char const* path, uint64_t limit, Array<uint8_t>& bytes, Error& error)
+{
+    FileReader file;
+    QWEN_AOT_TRY(file.open(path, error));
+    if (file.size() > limit)
+    {
+        return error.fail(Status::io, "%s has %llu bytes; accepted: at most %llu", Quoted(path).c_str(),
+            static_cast<unsigned long long>(file.size()), static_cast<unsigned long long>(limit));
+    }
+    Array<uint8_t> content;
+    size_t length = 0; // shorter than the file was, where it was cut meanwhile
+    QWEN_AOT_NEED(content.resize(static_cast<size_t>(file.size())), error, "a file's content");
+    QWEN_AOT_TRY(file.read(content.data(), content.size(), length, error));
     content.shrink(length);
     bytes = std::move(content);
     return Status::ok;

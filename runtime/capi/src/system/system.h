@@ -62,6 +62,30 @@ private:
     Span<uint8_t const> bytes_;
 };
 
+/** A regular file that is read from its beginning to its end, part by part. What can't be read is a status, as it isn't of a
+ *  mapped file. */
+class FileReader
+{
+public:
+    FileReader() = default;
+    FileReader(FileReader const&) = delete;
+    FileReader& operator=(FileReader const&) = delete;
+    ~FileReader();
+
+    /** IO: the message names the file. Directories and devices are refused. Once.
+     *  path: must outlive the reader. */
+    Status open(char const* path, Error& error);
+    /** Bytes when it was opened. */
+    uint64_t size() const { return size_; }
+    /** Reads the next bytes; count: how many, less than asked for only where the file ends. IO: they can't be read. */
+    Status read(uint8_t* into, size_t asked, size_t& count, Error& error);
+
+private:
+    char const* path_ = nullptr;
+    uint64_t size_ = 0;
+    int descriptor_ = -1;
+};
+
 /** Reads a whole file of at most `limit` bytes. IO: the message names it. */
 Status read_file(char const* path, uint64_t limit, Array<uint8_t>& bytes, Error& error);
 

@@ -57,6 +57,20 @@ int main()
             bool const is_digest = qwen_aot::parse_sha256(value.string(), digest);
             return is_digest ? answers::quoted(qwen_aot::Sha256Text(digest).c_str()) : "null";
         }
+        if (request.find("zeros", value)) // so many bytes
+        {
+            std::string const part(1000003, '\0');
+            Sha256 hash;
+            auto left = static_cast<uint64_t>(value.integer());
+            for (size_t count = part.size(); left > 0; left -= count)
+            {
+                count = left < count ? static_cast<size_t>(left) : count;
+                hash.update({reinterpret_cast<uint8_t const*>(part.data()), count});
+            }
+            uint8_t digest[Sha256::kBytes];
+            hash.finish(digest);
+            return answers::quoted(qwen_aot::Sha256Text(digest).c_str());
+        }
         request.find("pieces", value);
         auto const accelerated = Sha256::accelerated();
         return "{\"default\": " + hashed(Sha256(), value)
