@@ -34,14 +34,16 @@ float kth_largest(Span<float> numbers, size_t k)
 
 int32_t argmax(Span<float const> logits, Passes const& passes)
 {
-    // The part with the first largest one, in one pass, and then its place there.
+    // The part with the first largest one, in one pass, and then its place there. From the end: a row was read to its end just
+    // now (RowEngine looks for NaN), so that is what is left in the nearer caches, which hold less than a row.
     constexpr size_t kStride = 1024;
     float best = -INFINITY;
     size_t best_start = 0;
-    for (size_t start = 0; start < logits.size(); start += kStride)
+    for (size_t part = (logits.size() + kStride - 1) / kStride; part-- > 0;)
     {
+        size_t const start = part * kStride;
         float const found = passes.largest(logits.data() + start, std::min(kStride, logits.size() - start));
-        if (found > best)
+        if (found >= best)
         {
             best = found;
             best_start = start;
@@ -84,7 +86,7 @@ void Candidates::take_largest(Span<float const> logits, size_t k)
     size_t const blocks = block_count(logits.size());
     float least = -INFINITY;
     // (A block is too short for the wider passes to be faster.)
-    for (size_t block = 0; block < blocks; ++block)
+    for (size_t block = blocks; block-- > 0;) // as in argmax
     {
         block_max_[block] = kPasses.largest(logits.data() + block * kBlock, block_size(logits.size(), block));
     }
@@ -119,7 +121,7 @@ void Candidates::take_largest(Span<float const> logits, size_t k)
 void Candidates::find_largest()
 {
     largest_ = -INFINITY;
-    for (size_t block = 0; block < block_count(logits_.size()); ++block)
+    for (size_t block = block_count(logits_.size()); block-- > 0;) // as in argmax
     {
         block_max_[block] = kPasses.largest(logits_.data() + block * kBlock, block_size(logits_.size(), block));
         largest_ = std::max(largest_, block_max_[block]);
