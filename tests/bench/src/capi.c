@@ -3,20 +3,11 @@
  *  ENGINE: the library of timed_onnxruntime.c. SETTING: greedy, top_k, top_p, min_p or temperature. TEXT_FILE: encoded if the
  *  bundle has a tokenizer; "" for none. */
 #define _GNU_SOURCE
+#include "measured.h"
+
 #include <qwen_aot.h>
 
 #include <dlfcn.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-
-static double now(clockid_t clock)
-{
-    struct timespec time;
-    clock_gettime(clock, &time);
-    return (double)time.tv_sec * 1e6 + (double)time.tv_nsec * 1e-3;
-}
 
 static void need(qwen_aot_status status, qwen_aot_error* error)
 {
@@ -25,26 +16,6 @@ static void need(qwen_aot_status status, qwen_aot_error* error)
         fprintf(stderr, "%s: %s\n", qwen_aot_status_name(status), qwen_aot_error_message(error, NULL));
         exit(1);
     }
-}
-
-/** A number of /proc/self/status, in kB. */
-static long memory(char const* name)
-{
-    char line[256];
-    long found = -1;
-    FILE* const file = fopen("/proc/self/status", "r");
-    while (file != NULL && fgets(line, sizeof line, file) != NULL)
-    {
-        if (strncmp(line, name, strlen(name)) == 0)
-        {
-            found = strtol(line + strlen(name) + 1, NULL, 10);
-        }
-    }
-    if (file != NULL)
-    {
-        fclose(file);
-    }
-    return found;
 }
 
 static int by_value(void const* a, void const* b)
@@ -57,20 +28,12 @@ static int by_value(void const* a, void const* b)
 static void encode(qwen_aot_model* model, char const* path)
 {
     qwen_aot_error* error = NULL;
-    FILE* const file = fopen(path, "rb");
-    fseek(file, 0, SEEK_END);
-    size_t const length = (size_t)ftell(file);
-    char* const text = malloc(length);
+    size_t length;
+    char* const text = read_text(path, &length);
     int32_t* const ids = malloc(length * sizeof *ids);
-    rewind(file);
-    if (fread(text, 1, length, file) != length)
-    {
-        exit(1);
-    }
-    fclose(file);
     double best = 1e12;
     size_t count = 0;
-    for (int round = 0; round < 5; ++round)
+    for (int round = 0; round < ENCODE_ROUNDS; ++round)
     {
         double const started = now(CLOCK_THREAD_CPUTIME_ID);
         need(qwen_aot_tokenize(model, text, length, 0, ids, length, &count, &error), error);
@@ -147,20 +110,16 @@ int main(int count, char** given)
     }
     int64_t vocab_size;
     need(qwen_aot_model_fact(model, QWEN_AOT_FACT_VOCAB_SIZE, &vocab_size, &error), error);
-    int32_t* const ids = malloc((size_t)prompt_tokens * sizeof *ids);
-    for (int32_t i = 0; i < prompt_tokens; ++i)
-    {
-        ids[i] = (int32_t)((i * 7919LL + 17) % (vocab_size / 2)); /* as the Python side makes them */
-    }
+    int32_t* const ids = prompt_ids(prompt_tokens, vocab_size); /* as the Python side makes them */
     need(qwen_aot_request_create(&request, &error), error);
     need(qwen_aot_request_set_ids(request, ids, (size_t)prompt_tokens, &error), error);
     need(qwen_aot_request_set_config(request, config, &error), error);
 
-    double* const own = malloc(4 * (size_t)new_tokens * sizeof *own);
+    double* const own = malloc(ROUNDS * (size_t)new_tokens * sizeof *own);
     size_t steps = 0;
     double prefill = 0;
     double decode = 0;
-    for (int round = 0; round < 3; ++round)
+    for (int round = 0; round < ROUNDS; ++round)
     {
         uint64_t id;
         need(qwen_aot_generator_submit(generator, request, &id, &error), error);

@@ -95,8 +95,12 @@ def test_a_bundle_that_vanishes(native: Native, text_bundle: Path, onnxruntime: 
 
 def test_memory_stays_flat(native: Native, text_bundle: Path, onnxruntime: Path) -> None:
     run(native.program("abuse"), "many_generations", text_bundle, onnxruntime, N="1000")
+    with pytest.raises(AssertionError, match="not so: least < 16"):  # 512 bytes a generation are seen
+        run(native.program("abuse"), "many_generations", text_bundle, onnxruntime, N="1000", LEAK="512")
 
 
 @pytest.mark.deep
 def test_memory_stays_flat_over_ten_thousand(native: Native, text_bundle: Path, onnxruntime: Path) -> None:
     run(native.program("abuse"), "many_generations", text_bundle, onnxruntime, N="10000")
+    with pytest.raises(AssertionError, match="not so: least < 16"):
+        run(native.program("abuse"), "many_generations", text_bundle, onnxruntime, N="10000", LEAK="32")

@@ -38,32 +38,60 @@ struct Lanes
     /** a becomes the larger, lane by lane. */
     [[gnu::always_inline]] static inline void keep_larger(Floats& a, Floats const& b) { a = b > a ? b : a; }
 
-    /** x becomes exp(x), for x <= 0, -Inf included, within 1 unit in the last place; 0 for x < kLeastExponent; 1 for 0.
+    /** The largest of all lanes. */
+    [[gnu::always_inline]] static inline float largest(Floats const& lanes)
+    {
+        typename Lanes<4>::Floats quarters[N / 4];
+        std::memcpy(quarters, &lanes, sizeof lanes);
+        for (size_t i = 1; i < N / 4; ++i)
+        {
+            Lanes<4>::keep_larger(quarters[0], quarters[i]);
+        }
+        auto const halves = __builtin_shufflevector(quarters[0], quarters[0], 2, 3, 2, 3);
+        Lanes<4>::keep_larger(quarters[0], halves);
+        return quarters[0][1] > quarters[0][0] ? quarters[0][1] : quarters[0][0];
+    }
+
+    /** x becomes exp(x) and y exp(y), for numbers <= 0, -Inf included, within 1 unit in the last place; 0 for less than
+     *  kLeastExponent; 1 for 0.
      *
      *  x = n ln 2 + r with |r| <= ln 2 / 2, n ln 2 subtracted in two parts of which the first is exact (Cody and Waite,
      *  "Software Manual for the Elementary Functions", 1980); exp(r) = 1 + r + r^2 q(r), q of degree 4 fitted to a relative
      *  error of 3.1e-9. */
-    [[gnu::always_inline]] static inline void exponentiate(Floats& x)
+    [[gnu::always_inline]] static inline void exponentiate(Floats& x, Floats& y)
     {
         constexpr float kRound = 12582912.0F; // 1.5 * 2^23: what is added to it is rounded to a whole number
         Floats const least = Floats{} + kLeastExponent;
-        Integers const is_kept = x >= least;
-        Floats const bounded = x > least ? x : least;
-        Floats const shifted = bounded * 1.44269504F + kRound;
-        Floats const n = shifted - kRound;
-        Floats const r = (bounded - n * 0.693359375F) + n * 2.12194440e-4F;
-        Floats q = r * 0x1.6a23cep-10F + 0x1.123a20p-7F;
-        q = q * r + 0x1.5558f2p-5F;
-        q = q * r + 0x1.555492p-3F;
-        q = q * r + 0x1.fffffcp-2F;
-        Floats const y = q * (r * r) + r + 1.0F;
-        Integers bits;
-        Integers exponent;
-        std::memcpy(&bits, &y, sizeof bits);
-        std::memcpy(&exponent, &shifted, sizeof exponent);
-        // The low bits of `shifted` are n; at the exponent's place they scale y by 2^n.
-        bits = (bits + (exponent << 23)) & is_kept;
-        std::memcpy(&x, &bits, sizeof x);
+        Floats* const both[] = {&x, &y};
+        Integers is_kept[2];
+        Floats shifted[2];
+        Floats r[2];
+        Floats q[2];
+        for (size_t i = 0; i < 2; ++i)
+        {
+            is_kept[i] = *both[i] >= least;
+            Floats const bounded = *both[i] > least ? *both[i] : least;
+            shifted[i] = bounded * 1.44269504F + kRound;
+            Floats const n = shifted[i] - kRound;
+            r[i] = (bounded - n * 0.693359375F) + n * 2.12194440e-4F;
+            q[i] = r[i] * 0x1.6a23cep-10F + 0x1.123a20p-7F;
+        }
+        for (float const coefficient : {0x1.5558f2p-5F, 0x1.555492p-3F, 0x1.fffffcp-2F})
+        {
+            q[0] = q[0] * r[0] + coefficient;
+            q[1] = q[1] * r[1] + coefficient;
+        }
+        for (size_t i = 0; i < 2; ++i)
+        {
+            Floats const value = q[i] * (r[i] * r[i]) + r[i] + 1.0F;
+            Integers bits;
+            Integers exponent;
+            std::memcpy(&bits, &value, sizeof bits);
+            std::memcpy(&exponent, &shifted[i], sizeof exponent);
+            // The low bits of `shifted` are n; at the exponent's place they scale the value by 2^n.
+            bits = (bits + (exponent << 23)) & is_kept[i];
+            std::memcpy(both[i], &bits, sizeof bits);
+        }
     }
 
     /** Sums of a row's elements in fp64, four at once: the i-th goes to sum i modulo 4, whatever N is. */

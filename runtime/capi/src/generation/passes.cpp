@@ -40,10 +40,7 @@ template <size_t N>
         L::keep_larger(lanes[0], lanes[1]);
         L::keep_larger(lanes[2], lanes[3]);
         L::keep_larger(lanes[0], lanes[2]);
-        for (size_t lane = 0; lane < N; ++lane)
-        {
-            best = std::max(best, lanes[0][lane]);
-        }
+        best = L::largest(lanes[0]);
     }
     for (; i < count; ++i)
     {
@@ -69,14 +66,19 @@ template <size_t N>
     float* const to = is_whole && weights != nullptr ? weights : out; // `out` stays in the nearest cache
     typename L::Floats const divisor = typename L::Floats{} + temperature;
     typename L::Sums sums;
-    for (size_t i = 0; i < kBlock; i += N)
+    for (size_t i = 0; i < kBlock; i += 2 * N) // two at once: each waits for its own results most of the time
     {
         typename L::Floats x;
+        typename L::Floats y;
         L::load(from + i, x);
+        L::load(from + i + N, y);
         x = x / divisor - top;
-        L::exponentiate(x);
+        y = y / divisor - top;
+        L::exponentiate(x, y);
         L::store(x, to + i);
+        L::store(y, to + i + N);
         sums.add(x);
+        sums.add(y);
     }
     if (!is_whole && weights != nullptr)
     {
@@ -183,7 +185,8 @@ Passes const& best_passes()
 float exp_of(float x)
 {
     Lanes<4>::Floats lanes = {x, x, x, x};
-    Lanes<4>::exponentiate(lanes);
+    Lanes<4>::Floats others = lanes;
+    Lanes<4>::exponentiate(lanes, others);
     return lanes[0];
 }
 
