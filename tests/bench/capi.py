@@ -13,7 +13,7 @@ CMake installs.
 Every line is a process of its own, all in turn, round after round; shown are the lowest of the rounds, for
 tokens per second the highest. CPU time is that of one thread: the caller's, which ONNX Runtime's run call is taken out
 of. The engine's peak of memory is what a Python process grows by with the session and its cache alone, its libraries
-loaded; the C library's what its process grows by, ONNX Runtime's file opened.
+loaded; the C library's what its process grows by. In both, the pages of ONNX Runtime's own file have been read before.
 """
 
 from __future__ import annotations

@@ -66,6 +66,7 @@ int main(int count, char** given)
     double (*asked_us)(void) = (double (*)(void))dlsym(engine, "timed_asked_us");
     double (*run_us)(void) = (double (*)(void))dlsym(engine, "timed_run_us");
     ((void* (*)(void))dlsym(engine, "OrtGetApiBase"))();
+    read_pages("libonnxruntime.so");
     long const before = memory("VmRSS");
 
     qwen_aot_options* options;

@@ -47,6 +47,7 @@ Status open_text(qwen_aot_model& model, Error& error)
         {
             return error.inside(name);
         }
+        model.tokenizer_file.drop_pages(); // all were read for the checksum, and a text needs few
         model.has_tokenizer = true;
     }
     if (!manifest.compiled_chat_template.empty() && model.has_tokenizer)

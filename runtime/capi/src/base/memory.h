@@ -160,9 +160,19 @@ public:
         return true;
     }
 
-    /** Makes it so long; new elements are value-initialized. */
+    /** Makes it so long; new elements are value-initialized. Memory of plain numbers that an empty array gets takes room
+     *  once it is used, where it is large. */
     [[nodiscard]] bool resize(size_t size)
     {
+        if constexpr (std::is_trivially_default_constructible_v<T> && std::is_trivially_copyable_v<T>)
+        {
+            if (capacity_ == 0 && size != 0)
+            {
+                data_ = static_cast<T*>(std::calloc(size, sizeof(T)));
+                size_ = capacity_ = data_ == nullptr ? 0 : size;
+                return data_ != nullptr;
+            }
+        }
         if (size > size_ && !grow(size - size_))
         {
             return false;

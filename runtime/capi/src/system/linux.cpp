@@ -324,6 +324,14 @@ Status MappedFile::open(char const* path, MappedFile& file, Error& error)
     return Status::ok;
 }
 
+void MappedFile::drop_pages() const
+{
+    if (!bytes_.empty())
+    {
+        (void)madvise(const_cast<uint8_t*>(bytes_.data()), bytes_.size(), MADV_DONTNEED);
+    }
+}
+
 FileReader::~FileReader()
 {
     if (descriptor_ >= 0)

@@ -57,6 +57,8 @@ public:
     /** IO: the message names the file. An empty file is mapped as no bytes. Directories and devices are refused. */
     static Status open(char const* path, MappedFile& file, Error& error);
     Span<uint8_t const> bytes() const { return bytes_; }
+    /** Gives back the memory of what was read so far; it comes again when it is read again. */
+    void drop_pages() const;
 
 private:
     Span<uint8_t const> bytes_;
