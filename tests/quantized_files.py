@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +65,10 @@ def random_codes(
 
 def word(fields: list[int], bits: int) -> int:
     """Fields in one 32-bit word, the first in the low bits."""
-    return sum((int(field) % 2**bits) << (bits * place) for place, field in enumerate(fields)) % 2**32
+    found = 0
+    for place, field in enumerate(fields):
+        found += (field % 2**bits) << (bits * place)
+    return found
 
 
 def wrapped(zeros: list[int], bits: int) -> int:
@@ -89,12 +94,15 @@ def _int32(words: list[list[int]]) -> NDArray[np.int32]:
 
 
 def gptq(weight: Codes, pack_zeros: Callable[[list[int], int], int] = wrapped) -> Parts:
-    """qweight [K * b / 32, N], qzeros [G, N * b / 32], scales [G, N], g_idx [K]."""
+    """Qweight [K * b / 32, N], qzeros [G, N * b / 32], scales [G, N], g_idx [K]."""
     n, k = weight.codes.shape
     fields = 32 // weight.bits
     return {
         "qweight": _int32(
-            [[word(list(weight.codes[c, r : r + fields]), weight.bits) for c in range(n)] for r in range(0, k, fields)]
+            [
+                [word(weight.codes[c, r : r + fields].tolist(), weight.bits) for c in range(n)]
+                for r in range(0, k, fields)
+            ]
         ),
         "qzeros": _int32(
             [
@@ -108,10 +116,10 @@ def gptq(weight: Codes, pack_zeros: Callable[[list[int], int], int] = wrapped) -
 
 
 def awq(weight: Codes) -> Parts:
-    """qweight [K, N / 8], qzeros [G, N / 8], scales [G, N]: nibble i of a word is column AWQ_ORDER[i] of eight."""
+    """Qweight [K, N / 8], qzeros [G, N / 8], scales [G, N]: nibble i of a word is column AWQ_ORDER[i] of eight."""
 
     def packed(rows: NDArray[np.int64]) -> NDArray[np.int32]:
-        return _int32([[word([row[c + i] for i in AWQ_ORDER], 4) for c in range(0, len(row), 8)] for row in rows])
+        return _int32([[word([int(row[c + i]) for i in AWQ_ORDER], 4) for c in range(0, len(row), 8)] for row in rows])
 
     return {
         "qweight": packed(weight.codes.T),
@@ -125,13 +133,20 @@ def compressed_tensors(weight: Codes, *, symmetric: bool = True, act_order: bool
     n, k = weight.codes.shape
     fields = 32 // weight.bits
     parts: Parts = {
-        "weight_packed": _int32([[word(list(row[c : c + fields]), weight.bits) for c in range(0, k, fields)] for row in weight.codes]),
+        "weight_packed": _int32(
+            [[word(row[c : c + fields].tolist(), weight.bits) for c in range(0, k, fields)] for row in weight.codes]
+        ),
         "weight_scale": weight.scales,
         "weight_shape": np.array([n, k]),
     }
     if not symmetric:
         parts["weight_zero_point"] = np.ascontiguousarray(
-            _int32([[word(list(zeros[r : r + fields]), weight.bits) for r in range(0, n, fields)] for zeros in weight.zeros.T]).T
+            _int32(
+                [
+                    [word(zeros[r : r + fields].tolist(), weight.bits) for r in range(0, n, fields)]
+                    for zeros in weight.zeros.T
+                ]
+            ).T
         )
     if act_order:
         parts["weight_g_idx"] = weight.groups.astype(np.int32)
@@ -247,20 +262,29 @@ def save_quantized(
         names: last segments of modules that are quantized.
         config: see `tests.checkpoints.tiny_config`.
     """
-    save_tiny(folder, dtype="float16", **({"layers": 1, "kv_heads": 2} | config))
-    state = load_file(folder / "model.safetensors")
+    state, config_json = _tiny(json.dumps({"layers": 1, "kv_heads": 2} | config))
+    plain = dict(state)
     weights: dict[str, Codes] = {}
+    packed: Parts = {}
     for seed, name in enumerate(sorted(state)):
         module, _, last = name.rpartition(".")
         if last == "weight" and module.rpartition(".")[2] in names:
-            n, k = state.pop(name).shape
+            n, k = plain.pop(name).shape
             weights[name] = make(n, k, seed=seed)
-            state |= {f"{module}.{part}": array for part, array in pack(weights[name]).items()}
+            packed |= {f"{module}.{part}": array for part, array in pack(weights[name]).items()}
             if zero_biases:
-                state.setdefault(f"{module}.bias", np.zeros(n, np.float16))
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    parts = {part for weight in weights.values() for part in pack(weight)} if weights else set()
-    plain = {name: array for name, array in state.items() if name.rpartition(".")[2] not in parts}
+                plain.setdefault(f"{module}.bias", np.zeros(n, np.float16))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(config_json)
+    save_file(plain | packed, folder / "model.safetensors", {"format": "pt"})
     saved = Saved(folder, weights, plain)
     saved.configure(quantization)
     return saved
+
+
+@functools.cache
+def _tiny(config: str) -> tuple[Mapping[str, NDArray[Any]], str]:
+    """A random tiny model's tensors and its config.json, by what `tiny_config` gets."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tiny(Path(folder), dtype="float16", **json.loads(config))
+        return load_file(Path(folder) / "model.safetensors"), (Path(folder) / "config.json").read_text()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import TensorInfo
-from qwen_aot.exporter.checkpoint.hf.quantized.linear import StoredLinear
+from qwen_aot.exporter.checkpoint.hf.quantized.linear import INT32, INT64, StoredLinear
 from qwen_aot.exporter.checkpoint.hf.quantized.settings import Quantization
 from qwen_aot.exporter.checkpoint.hf.quantized.tensor_names import refuse_quantized
 
@@ -23,7 +23,7 @@ def collect(stored: Mapping[str, TensorInfo], quantization: Quantization) -> Map
 
     Raises:
         CheckpointError: there is none, a module also has a plain weight, the configuration says that it isn't
-            quantized, or a tensor is one of another method.
+            quantized, or another tensor is one of another method, or of integers.
     """
     modules: dict[str, dict[str, TensorInfo]] = {}
     for name, info in stored.items():
@@ -41,8 +41,11 @@ def collect(stored: Mapping[str, TensorInfo], quantization: Quantization) -> Map
         why = quantization.settings.why_plain(module)
         if why is not None:
             raise CheckpointError(f"{module} has {', '.join(sorted(parts))}, although {why}: which is right?")
-    rest = (name for name in stored if name.rpartition(".")[2] not in quantization.format.parts)
+    rest = {name: info for name, info in stored.items() if name.rpartition(".")[2] not in quantization.format.parts}
     refuse_quantized(quantization.where, rest)
+    for name, info in rest.items():
+        if info.dtype in (INT32, INT64):
+            raise CheckpointError(f"tensor {name} has dtype {info.dtype.name}; accepted: floating point")
     return modules
 
 
