@@ -127,7 +127,8 @@ def test_other_quantized_checkpoints_are_refused_by_name(method: str, tmp_path: 
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}))
     with pytest.raises(
-        CheckpointError, match=rf"config\.json: quantization_config: quant_method is '{method}'; .*accepted: gptq, awq"
+        CheckpointError,
+        match=rf"config\.json: quantization_config: quant_method is \"{method}\"; .*accepted: gptq, awq",
     ):
         open_checkpoint(tmp_path)
 

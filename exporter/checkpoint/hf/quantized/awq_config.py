@@ -16,8 +16,8 @@ from qwen_aot.exporter.checkpoint.hf.quantized.config_checks import (
     bits_of,
     check_keys,
     group_size_of,
-    has_segments,
     names_of,
+    part_of,
     word_of,
 )
 from qwen_aot.exporter.checkpoint.hf.quantized.scheme import Scheme
@@ -50,11 +50,11 @@ class AwqSettings:
     """
 
     scheme: Scheme
-    plain: tuple[str, ...]
+    plain: frozenset[str]
 
     def why_plain(self, module: str) -> str | None:
         """What says that a module isn't quantized, or None."""
-        found = next((name for name in self.plain if has_segments(module, name)), None)
+        found = part_of(module, self.plain)
         return None if found is None else f"modules_to_not_convert has {found!r}"
 
 

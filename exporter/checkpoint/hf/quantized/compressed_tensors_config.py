@@ -17,9 +17,10 @@ from qwen_aot.exporter.checkpoint.hf.quantized.config_checks import (
     group_size_of,
     names_of,
     object_of,
+    shown,
     word_of,
 )
-from qwen_aot.exporter.checkpoint.hf.quantized.scheme import WHOLE_ROW, Scheme
+from qwen_aot.exporter.checkpoint.hf.quantized.scheme import WHOLE_ROW, Scheme, distinct
 
 READ = frozenset({"quant_method", "format", "config_groups", "ignore", "sparsity_config"})
 _ACCEPTED: Mapping[str, tuple[object, ...]] = {
@@ -68,7 +69,7 @@ class CompressedTensorsSettings:
     """
 
     schemes: tuple[PackedScheme, ...]
-    plain: tuple[str, ...]
+    plain: frozenset[str]
 
     def why_plain(self, module: str) -> str | None:
         """What says that a module isn't quantized, or None."""
@@ -90,7 +91,7 @@ def parse(raw: Mapping[str, Any]) -> CompressedTensorsSettings:
     if not groups:
         raise CheckpointError("config_groups is missing; accepted: an object with `weights` for each group")
     return CompressedTensorsSettings(
-        tuple(_group(groups, name) for name in groups),
+        distinct(_group(groups, name) for name in groups),
         names_of(raw, "ignore"),
     )
 
@@ -101,7 +102,7 @@ def _group(groups: Mapping[str, Any], name: str) -> PackedScheme:
         check_keys(group, read=("targets", "weights"), accepted=_GROUP_ACCEPTED)
         return _weights(object_of(group, "weights"))
     except CheckpointError as error:
-        raise CheckpointError(f"config_groups, {name!r}: {error}") from error
+        raise CheckpointError(f"config_groups, {shown(name)}: {error}") from error
 
 
 def _weights(raw: Mapping[str, Any]) -> PackedScheme:
@@ -124,5 +125,5 @@ def _weights(raw: Mapping[str, Any]) -> PackedScheme:
     elif isinstance(order, str) and order.lower() in _ACT_ORDERS:
         has_act_order = _ACT_ORDERS[order.lower()]
     else:
-        raise CheckpointError(f"actorder is {order!r}; not supported; accepted: {', '.join(_ACT_ORDERS)}, null")
+        raise CheckpointError(f"actorder is {shown(order)}; not supported; accepted: {', '.join(_ACT_ORDERS)}, null")
     return PackedScheme(Scheme(bits, group_size, flag(raw, "symmetric", True)), has_act_order)

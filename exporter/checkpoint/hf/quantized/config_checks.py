@@ -11,6 +11,7 @@ from qwen_aot.exporter.checkpoint.hf.config_values import count
 from qwen_aot.exporter.checkpoint.hf.quantized.scheme import WHOLE_ROW
 
 BITS = (4, 8)
+_DEEPEST = 32  # segments of a module's name that are compared; published ones have 7
 
 # Keys of several libraries that tell how a checkpoint was made, or how a library runs it; not what its numbers are.
 HARMLESS = frozenset(
@@ -69,7 +70,7 @@ def check_keys(
             continue
         known = ", ".join(json.dumps(each) for each in accepted.get(key, ())) or "null"
         reason = "not supported" if key in accepted else "not known here, and might change the numbers"
-        raise CheckpointError(f"{key} is {_shown(value)}; {reason}; accepted: {known}")
+        raise CheckpointError(f"{key} is {shown(value)}; {reason}; accepted: {known}")
 
 
 def bits_of(raw: Mapping[str, Any], key: str, accepted: tuple[int, ...] = BITS) -> int:
@@ -106,11 +107,11 @@ def word_of(raw: Mapping[str, Any], key: str, default: str | None = None) -> str
     if value is None:
         return default
     if not isinstance(value, str):
-        raise CheckpointError(f"{key} is {_shown(value)}; accepted: a text")
+        raise CheckpointError(f"{key} is {shown(value)}; accepted: a text")
     return value.lower()
 
 
-def names_of(raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
+def names_of(raw: Mapping[str, Any], key: str) -> frozenset[str]:
     """A list of names under a key; null is an empty one.
 
     Raises:
@@ -118,10 +119,10 @@ def names_of(raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
     """
     value = raw.get(key)
     if value is None:
-        return ()
+        return frozenset()
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise CheckpointError(f"{key} is {_shown(value)}; accepted: a list of names")
-    return tuple(value)
+        raise CheckpointError(f"{key} is {shown(value)}; accepted: a list of names")
+    return frozenset(value)
 
 
 def object_of(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -134,15 +135,24 @@ def object_of(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise CheckpointError(f"{key} is {_shown(value)}; accepted: an object")
+        raise CheckpointError(f"{key} is {shown(value)}; accepted: an object")
     return value
 
 
-def has_segments(name: str, segments: str) -> bool:
-    """Whether a module's name has these whole segments somewhere: `mlp.gate` in `model.layers.0.mlp.gate`."""
-    return f".{segments}." in f".{name}."
+def part_of(name: str, parts: Collection[str]) -> str | None:
+    """The first whole segments of a module's name that are among some: `mlp.gate` of `model.layers.0.mlp.gate`."""
+    segments = name.split(".")[-_DEEPEST:]
+    found = (".".join(segments[i:j]) for i in range(len(segments)) for j in range(len(segments), i, -1))
+    return next((part for part in found if part in parts), None)
 
 
-def _shown(value: object) -> str:
+def end_of(name: str, ends: Collection[str]) -> str | None:
+    """The first whole segments at the end of a module's name that are among some."""
+    segments = name.split(".")[-_DEEPEST:]
+    return next((end for i in range(len(segments)) if (end := ".".join(segments[i:])) in ends), None)
+
+
+def shown(value: object) -> str:
+    """A value for a message, which isn't longer for it."""
     text = json.dumps(value)
     return text if len(text) <= 100 else text[:97] + "..."

@@ -15,13 +15,15 @@ from qwen_aot.exporter.checkpoint.hf.quantized.config_checks import (
     HARMLESS,
     bits_of,
     check_keys,
+    end_of,
     group_size_of,
-    has_segments,
     names_of,
     object_of,
+    part_of,
+    shown,
     word_of,
 )
-from qwen_aot.exporter.checkpoint.hf.quantized.scheme import Scheme
+from qwen_aot.exporter.checkpoint.hf.quantized.scheme import Scheme, distinct
 
 READ = frozenset(
     {
@@ -60,8 +62,8 @@ class GptqSettings:
     is_v2: bool
     borrows: bool
     has_act_order: bool | None
-    quantized: tuple[str, ...]
-    plain: tuple[str, ...]
+    quantized: frozenset[str]
+    plain: frozenset[str]
 
     @property
     def is_symmetric(self) -> bool:
@@ -70,9 +72,9 @@ class GptqSettings:
 
     def why_plain(self, module: str) -> str | None:
         """What says that a module isn't quantized, or None."""
-        if self.quantized and not any(module == name or module.endswith(f".{name}") for name in self.quantized):
+        if self.quantized and end_of(module, self.quantized) is None:
             return "modules_in_block_to_quantize lacks it"
-        found = next((name for name in self.plain if has_segments(module, name)), None)
+        found = part_of(module, self.plain)
         return None if found is None else f"modules_to_not_convert has {found!r}"
 
 
@@ -85,7 +87,7 @@ def parse(raw: Mapping[str, Any]) -> GptqSettings:
     check_keys(raw, read=READ, accepted=_ACCEPTED, harmless=HARMLESS)
     default = Scheme(bits_of(raw, "bits"), group_size_of(raw, "group_size", 128), flag(raw, "sym", True))
     return GptqSettings(
-        schemes=(default, *_dynamic(raw, default)),
+        schemes=distinct((default, *_dynamic(raw, default))),
         is_v2=_format(raw) == "gptq_v2",
         borrows=_quantized_by(raw, _BORROWING),
         has_act_order=None if raw.get("desc_act") is None else flag(raw, "desc_act", False),
@@ -120,7 +122,7 @@ def _dynamic(raw: Mapping[str, Any], default: Scheme) -> list[Scheme]:
         if pattern.startswith("-") or overrides is None:
             continue
         if not isinstance(overrides, dict):
-            raise CheckpointError(f"dynamic has {overrides!r} for {pattern!r}; accepted: an object")
+            raise CheckpointError(f"dynamic has {shown(overrides)} for {shown(pattern)}; accepted: an object")
         try:
             check_keys(overrides, read=_DYNAMIC_READ, accepted={}, harmless=HARMLESS)
             bits = default.bits if overrides.get("bits") is None else bits_of(overrides, "bits")
@@ -130,17 +132,17 @@ def _dynamic(raw: Mapping[str, Any], default: Scheme) -> list[Scheme]:
             if overrides.get("group_size") is not None:
                 group_size = group_size_of(overrides, "group_size", group_size)
         except CheckpointError as error:
-            raise CheckpointError(f"dynamic, of {pattern!r}: {error}") from error
+            raise CheckpointError(f"dynamic, of {shown(pattern)}: {error}") from error
         schemes.append(Scheme(bits, group_size, default.is_symmetric))
     return schemes
 
 
-def _quantized(raw: Mapping[str, Any]) -> tuple[str, ...]:
+def _quantized(raw: Mapping[str, Any]) -> frozenset[str]:
     said = raw.get("modules_in_block_to_quantize")
     if said is None:
-        return ()
+        return frozenset()
     groups = said if isinstance(said, list) else [said]
     names = [name for group in groups for name in (group if isinstance(group, list) else [group])]
     if not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"modules_in_block_to_quantize is {said!r}; accepted: a list of lists of names")
-    return tuple(names)
+        raise CheckpointError(f"modules_in_block_to_quantize is {shown(said)}; accepted: a list of lists of names")
+    return frozenset(names)

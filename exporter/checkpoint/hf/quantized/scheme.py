@@ -6,13 +6,16 @@ regular expression) is never matched: a module has one of the schemes that are w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
+from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.hf.quantized.linear import StoredLinear
 from qwen_aot.exporter.checkpoint.hf.quantized.words import WORD_BITS
 
 WHOLE_ROW = -1  # how group_size says that a row has one scale
+_MAX_SCHEMES = 100  # of a configuration; published ones have up to three
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,22 @@ class Scheme:
         return f"{self.bits} bits in {groups}{', symmetric' if self.is_symmetric else ''}"
 
 
-def scheme_of(linear: StoredLinear, schemes: Iterable[Scheme], suffix: str, words: int, groups: int) -> Scheme:
+_T = TypeVar("_T")
+
+
+def distinct(schemes: Iterable[_T]) -> tuple[_T, ...]:
+    """Schemes of a configuration, each once, in their order.
+
+    Raises:
+        CheckpointError: there are so many that somebody means harm.
+    """
+    found = tuple(dict.fromkeys(schemes))
+    if len(found) > _MAX_SCHEMES:
+        raise CheckpointError(f"{len(found)} kinds of bits and groups are named; accepted: up to {_MAX_SCHEMES}")
+    return found
+
+
+def scheme_of(linear: StoredLinear, schemes: Collection[Scheme], suffix: str, words: int, groups: int) -> Scheme:
     """The scheme by which a row of K has so many 32-bit words of codes, and so many groups.
 
     Args:
@@ -52,10 +70,10 @@ def scheme_of(linear: StoredLinear, schemes: Iterable[Scheme], suffix: str, word
         CheckpointError: none of them has, or its groups don't divide K.
     """
     k = linear.shape[1]
-    for scheme in dict.fromkeys(schemes):
+    for scheme in schemes:
         if words == -(-k * scheme.bits // WORD_BITS) and k == groups * scheme.group_of(k):
             return scheme
-    accepted = "; or ".join(str(scheme) for scheme in dict.fromkeys(schemes))
+    accepted = "; or ".join(str(scheme) for scheme in schemes)
     raise linear.error(
         suffix,
         f"of a weight [N, K] = {list(linear.shape)} has {words} words of codes along K, and its scales {groups} "

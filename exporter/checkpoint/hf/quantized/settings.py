@@ -9,6 +9,7 @@ from typing import Any
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.hf.config import read_json
+from qwen_aot.exporter.checkpoint.hf.quantized.config_checks import shown
 from qwen_aot.exporter.checkpoint.hf.quantized.formats import FORMATS, Format, Settings
 
 _KEY = "quantization_config"
@@ -52,7 +53,7 @@ def read_quantization(folder: Path) -> Quantization | None:
     config = read_json(folder / "config.json").get(_KEY)
     if config is not None:
         if not isinstance(config, dict):
-            raise CheckpointError(f"{folder / 'config.json'}: {_KEY} says {config!r}; accepted: an object")
+            raise CheckpointError(f"{folder / 'config.json'}: {_KEY} says {shown(config)}; accepted: an object")
         said["config.json"] = config
     for name, method in _FILES.items():
         if (folder / name).is_file():
@@ -78,7 +79,7 @@ def _method(said: Mapping[str, Mapping[str, Any]]) -> str:
             raise CheckpointError(f"quant_method is missing; {_ACCEPTED}")
         for name in found:
             if not isinstance(name, str) or name.lower() not in FORMATS:
-                raise CheckpointError(f"quant_method is {name!r}; not supported; {_ACCEPTED}")
+                raise CheckpointError(f"quant_method is {shown(name)}; not supported; {_ACCEPTED}")
             names[name.lower()] = None
     if len(names) > 1:
         raise CheckpointError(f"quant_method is {' and '.join(names)}; accepted: one of them")
@@ -100,7 +101,9 @@ def _merged(said: Mapping[str, Mapping[str, Any]], quantized: Format[Any]) -> di
         for key, value in raw.items():
             other = merged.get(key)
             if key in quantized.read and None not in (value, other) and _lower(value) != _lower(other):
-                raise CheckpointError(f"{key} is {other!r}, and {value!r} in {file}; accepted: one value in both")
+                raise CheckpointError(
+                    f"{key} is {shown(other)}, and {shown(value)} in {file}; accepted: one value in both"
+                )
             if other is None:
                 merged[key] = value
     return merged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "unknown key": ("gptq", {"zeta": 1}, "zeta is 1; not known here, and might change the numbers; accepted: null"),
     "unknown zero": ("gptq", {"zeta": 0}, "zeta is 0; not known here"),
     "dynamic list": ("gptq", {"dynamic": ["x"]}, r'dynamic is \["x"\]; accepted: an object'),
-    "dynamic text": ("gptq", {"dynamic": {"x": "y"}}, "dynamic has 'y' for 'x'; accepted: an object"),
-    "dynamic bits": ("gptq", {"dynamic": {"x": {"bits": 3}}}, "dynamic, of 'x': bits is 3; not supported"),
-    "dynamic sym": ("gptq", {"dynamic": {"x": {"sym": False}}}, "dynamic, of 'x': sym is another than the model's"),
-    "dynamic key": ("gptq", {"dynamic": {"x": {"zeta": 2}}}, "dynamic, of 'x': zeta is 2; not known here"),
+    "dynamic text": ("gptq", {"dynamic": {"x": "y"}}, 'dynamic has "y" for "x"; accepted: an object'),
+    "dynamic bits": ("gptq", {"dynamic": {"x": {"bits": 3}}}, 'dynamic, of "x": bits is 3; not supported'),
+    "dynamic sym": ("gptq", {"dynamic": {"x": {"sym": False}}}, 'dynamic, of "x": sym is another than the model\'s'),
+    "dynamic key": ("gptq", {"dynamic": {"x": {"zeta": 2}}}, 'dynamic, of "x": zeta is 2; not known here'),
     "meta": ("gptq", {"meta": "x"}, 'meta is "x"; accepted: an object'),
     "modules": ("gptq", {"modules_in_block_to_quantize": [[1]]}, "modules_in_block_to_quantize is .*a list of lists"),
     "gemv": ("awq", {"version": "gemv"}, "version is 'gemv'; not supported; accepted: gemm"),
@@ -185,7 +186,7 @@ REFUSED_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
     "dynamic": ({"dynamic": True}, "dynamic is true; not supported"),
     "actorder": (
         {"actorder": "zeta"},
-        "actorder is 'zeta'; not supported; accepted: group, dynamic, weight, static, null",
+        'actorder is "zeta"; not supported; accepted: group, dynamic, weight, static, null',
     ),
     "scale_dtype": ({"scale_dtype": "torch.float8_e4m3fn"}, "scale_dtype is .*not supported"),
     "unknown": ({"zeta": 3}, "zeta is 3; not known here"),
@@ -202,7 +203,7 @@ def test_refused_by_name(method: str, change: dict[str, Any], message: str, tmp_
 
 @pytest.mark.parametrize(("change", "message"), REFUSED_WEIGHTS.values(), ids=REFUSED_WEIGHTS)
 def test_refused_weights(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"config_groups, 'group_0': {message}"):
+    with pytest.raises(CheckpointError, match=rf"config_groups, \"group_0\": {message}"):
         parse(compressed_tensors_config(change))
 
 
@@ -210,7 +211,7 @@ def test_refused_weights(change: dict[str, Any], message: str) -> None:
 def test_quantized_activations(key: str) -> None:
     config = compressed_tensors_config()
     config["config_groups"]["group_0"][key] = {"num_bits": 8, "dynamic": True}
-    with pytest.raises(CheckpointError, match=f"config_groups, 'group_0': {key} is .*; not supported; accepted: null"):
+    with pytest.raises(CheckpointError, match=f'config_groups, "group_0": {key} is .*; not supported; accepted: null'):
         parse(config)
 
 
@@ -279,12 +280,12 @@ def test_each_file_may_say_a_part(tmp_path: Path) -> None:
             gptq_config(),
             "bits is 4, and 8 in quantize_config.json; accepted: one value",
         ),
-        ("quantize_config", {"desc_act": True}, gptq_config(), "desc_act is False, and True in quantize_config.json"),
+        ("quantize_config", {"desc_act": True}, gptq_config(), "desc_act is false, and true in quantize_config.json"),
         ("quant_config", {"w_bit": 8}, awq_config(), "bits is 4, and 8 in quant_config.json"),
         ("quant_config", {"w_bit": 4}, gptq_config(), "quant_method is gptq and awq; accepted: one of them"),
         ("quantize_config", {"quant_method": "awq"}, gptq_config(), "quant_method is gptq and awq"),
         ("quant_config", {"w_bit": 4, "bits": 4}, awq_config(), "w_bit and bits are one key"),
-        ("quantize_config", {"method": "qqq"}, gptq_config(), "quant_method is 'qqq'; not supported"),
+        ("quantize_config", {"method": "qqq"}, gptq_config(), 'quant_method is "qqq"; not supported'),
     ],
 )
 def test_files_that_differ(name: str, content: Any, config: Any, message: str, tmp_path: Path) -> None:
@@ -303,3 +304,31 @@ def test_gptqmodels_file_of_an_awq_model(tmp_path: Path) -> None:
     found = read_quantization(folder_of(tmp_path, None, quantize_config=awq_config(method="awq", format="gemm")))
     assert found is not None
     assert found.name == "awq"
+
+
+# Hostile sizes
+
+
+def test_many_schemes() -> None:
+    dynamic = {str(size): {"group_size": size} for size in range(1, 200)}
+    with pytest.raises(CheckpointError, match="199 kinds of bits and groups are named; accepted: up to 100"):
+        parse(gptq_config(dynamic=dynamic))
+    assert len(parse(gptq_config(dynamic={str(each): {"bits": 8} for each in range(100_000)})).schemes) == 2
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_many_names(method: str) -> None:
+    names = [f"layers.{each}" for each in range(5, 300_000)]
+    keys = ["modules_to_not_convert"] + ["modules_in_block_to_quantize"] * (method == "gptq")
+    settings = parse(BASES[method](**{key: names + ["up_proj"] * ("block" in key) for key in keys}))
+    started = time.process_time()
+    for layer in range(2000):
+        assert (settings.why_plain(f"model.layers.{layer}.mlp.up_proj") is None) == (layer < 5)
+    assert settings.why_plain("a." * 1_000_000 + "up_proj") is None
+    assert time.process_time() - started < 1  # 0.05; each name with each module: minutes
+
+
+def test_long_values_are_cut(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as error:
+        read_quantization(folder_of(tmp_path, gptq_config(quant_method="x" * 10**6)))
+    assert len(str(error.value)) < 1000
