@@ -141,6 +141,8 @@ def object_of(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def part_of(name: str, parts: Collection[str]) -> str | None:
     """The first whole segments of a module's name that are among some: `mlp.gate` of `model.layers.0.mlp.gate`."""
+    if not parts:
+        return None
     segments = name.split(".")[-_DEEPEST:]
     found = (".".join(segments[i:j]) for i in range(len(segments)) for j in range(len(segments), i, -1))
     return next((part for part in found if part in parts), None)
