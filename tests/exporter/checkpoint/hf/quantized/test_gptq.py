@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -424,6 +427,23 @@ def test_groups_that_do_not_divide(group_size: int, tmp_path: Path) -> None:
     save(tmp_path, group_size=group_size)
     with pytest.raises(CheckpointError, match=rf"accepted by the configuration: 4 bits in groups of {group_size}, "):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [{"intermediate_size": 2**20}, {"num_hidden_layers": 1000}, {"vocab_size": 2**24}])
+def test_a_configuration_of_a_huge_model_costs_nothing(sizes: dict[str, int], tmp_path: Path) -> None:
+    """Tensors are compared by their headers before anything of the model's size is made."""
+    saved = save(tmp_path)
+    saved.configure(gptq_config(), **sizes)
+    started = time.process_time()
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(CheckpointError), open_checkpoint(tmp_path) as checkpoint:
+            assert "intermediate_size" not in sizes
+            assert len(checkpoint.tensors) == 15
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
