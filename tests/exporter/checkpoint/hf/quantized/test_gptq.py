@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.encoding import CodeForm, Encoding
 from qwen_aot.exporter.checkpoint.hf.quantized import gptq as reader
-from qwen_aot.exporter.checkpoint.hf.quantized import words
+from qwen_aot.exporter.checkpoint.hf.quantized import linear, words
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.model.tensors import tensor_shapes
 from tests.quantized_files import (
@@ -105,6 +105,28 @@ def test_rows(rows: slice, kind: str, tmp_path: Path) -> None:
         assert encoded.permutation is not None
         np.testing.assert_array_equal(encoded.codes, weight.codes[rows][:, encoded.permutation])
         np.testing.assert_array_equal(encoded.scales, weight.scales[rows])
+
+
+@pytest.mark.parametrize("rows", [None, slice(2, 60), slice(20, None, -3), slice(0, 0)])
+def test_large_weights_are_made_a_chunk_at_a_time(
+    rows: slice | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = save(tmp_path).weights[f"{Q}.weight"]
+    monkeypatch.setattr(linear, "_CHUNK_ELEMENTS", 200)  # three rows
+    counts: list[int] = []
+    read_codes = linear.read_codes
+
+    def noted(quantized: Any, part: slice | None) -> Any:
+        found = read_codes(quantized, part)
+        counts.append(len(found.codes))
+        return found
+
+    monkeypatch.setattr(linear, "read_codes", noted)
+    with open_checkpoint(tmp_path) as checkpoint:
+        expected = weight.values if rows is None else weight.values[rows]
+        np.testing.assert_array_equal(checkpoint.read(f"{Q}.weight", rows), expected)
+    assert sum(counts) == len(expected)
+    assert all(count <= 3 for count in counts)
 
 
 def test_rows_are_read_without_unpacking_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
