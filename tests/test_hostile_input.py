@@ -8,12 +8,15 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from qwen_aot.errors import DeployError
 from qwen_aot.exporter.checkpoint.hf.config import parse
@@ -24,6 +27,16 @@ from qwen_aot.runtime.generation.config import GenerationDefaults
 from qwen_aot.runtime.text.chat_template import ChatTemplate
 from tests.checkpoints import CHATML, save_tiny, tiny_config, tiny_model
 from tests.gguf_files import save_gguf
+from tests.quantized_files import (
+    awq,
+    awq_config,
+    compressed_tensors,
+    compressed_tensors_config,
+    gptq,
+    gptq_config,
+    random_codes,
+    save_quantized,
+)
 from tests.runtime.toys import make_manifest
 from tests.shared import once
 
@@ -128,8 +141,10 @@ def checkpoint(shared_folder: Path) -> Mapping[str, bytes]:
 
 def open_whole(path: Path) -> None:
     with open_checkpoint(path) as opened:
-        for name in opened.tensors:
+        for name, info in opened.tensors.items():
             opened.read(name)
+            if info.encoding is not None and info.encoding.form is not None:
+                opened.read_encoded(name)
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> Path:
@@ -170,6 +185,97 @@ def test_safetensors_header(data: st.DataObject, checkpoint: Mapping[str, bytes]
 def test_config(data: st.DataObject, checkpoint: Mapping[str, bytes]) -> None:
     config, generation = (json.loads(checkpoint[name]) for name in ("config.json", "generation_config.json"))
     survives(lambda: parse(data.draw(changed(config)), data.draw(changed(generation))))
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Mapping[str, bytes]]:
+    """The files of a tiny quantized model of each format."""
+    small: dict[str, Any] = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 16, "vocab": 8}
+    formats: dict[str, tuple[Any, Any]] = {
+        "gptq": (gptq_config(group_size=8, sym=False, dynamic={"x": {"bits": 8}}, meta={"quantizer": "x:1"}), gptq),
+        "awq": (awq_config(group_size=8, modules_to_not_convert=["lm_head"]), awq),
+        "compressed-tensors": (
+            compressed_tensors_config({"group_size": 8, "symmetric": False, "actorder": "group"}),
+            partial(compressed_tensors, symmetric=False, act_order=True),
+        ),
+    }
+    files = {}
+    for name, (config, pack) in formats.items():
+        make = partial(random_codes, group_size=8, symmetric=False)
+        folder = tmp_path_factory.mktemp(name)
+        save_quantized(folder, config, pack, make=make, zero_biases=name == "gptq", **small)
+        open_whole(folder)
+        files[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return files
+
+
+FORMATS = ["gptq", "awq", "compressed-tensors"]
+
+
+@quick
+@given(data=st.data())
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantization_config(
+    name: str, data: st.DataObject, quantized: Mapping[str, Mapping[str, bytes]], tmp_path: Path
+) -> None:
+    """In config.json, and in a file beside it that may say something else."""
+    config = json.loads(quantized[name]["config.json"])
+    beside = data.draw(st.none() | changed(config["quantization_config"]))
+    config["quantization_config"] = data.draw(changed(config["quantization_config"]))
+    files = dict(quantized[name]) | {"config.json": json.dumps(config).encode()}
+    other = tmp_path / "quantize_config.json"
+    other.unlink(missing_ok=True)
+    if beside is not None:
+        other.write_text(json.dumps(beside))
+    write(tmp_path, files)
+    survives(lambda: open_whole(tmp_path))
+
+
+@quick
+@given(data=st.data())
+@pytest.mark.parametrize("name", FORMATS)
+def test_shapes_of_quantized_tensors(
+    name: str, data: st.DataObject, quantized: Mapping[str, Mapping[str, bytes]], tmp_path: Path
+) -> None:
+    """Tensors of other shapes and types, under their own names and others', or none: a sound file of a wrong model."""
+    (tmp_path / "sound.safetensors").write_bytes(quantized[name]["model.safetensors"])
+    tensors: dict[str, Any] = load_file(tmp_path / "sound.safetensors")
+    (tmp_path / "sound.safetensors").unlink()
+    for _ in range(data.draw(st.integers(1, 3))):
+        chosen = data.draw(st.sampled_from(sorted(tensors)))
+        change = data.draw(st.sampled_from(["remove", "replace", "swap", "rename", "content"]))
+        array = tensors[chosen]
+        if change == "remove":
+            del tensors[chosen]
+        elif change == "replace":
+            shape = data.draw(st.lists(st.integers(0, 20), max_size=3))
+            dtype = data.draw(st.sampled_from([np.int32, np.int64, np.float16, np.float32, np.uint8]))
+            tensors[chosen] = np.zeros(shape, dtype)
+        elif change == "swap":
+            other = data.draw(st.sampled_from(sorted(tensors)))
+            tensors[chosen], tensors[other] = tensors[other], array
+        elif change == "rename":
+            tensors[data.draw(st.sampled_from(sorted(tensors))) + data.draw(st.sampled_from(["", ".x"]))] = array
+        elif array.size:
+            bits = np.iinfo(np.int8)
+            filled = np.full(array.nbytes, data.draw(st.integers(bits.min, bits.max)), np.int8)
+            tensors[chosen] = filled.view(array.dtype).reshape(array.shape)
+        if not tensors:
+            return
+    save_file(tensors, tmp_path / "model.safetensors")
+    write(tmp_path, {"config.json": quantized[name]["config.json"]})
+    survives(lambda: open_whole(tmp_path))
+
+
+@quick
+@given(data=st.data())
+@pytest.mark.parametrize("name", FORMATS)
+def test_bytes_of_quantized_tensors(
+    name: str, data: st.DataObject, quantized: Mapping[str, Mapping[str, bytes]], tmp_path: Path
+) -> None:
+    content = data.draw(damaged(quantized[name]["model.safetensors"]))
+    write(tmp_path, {"config.json": quantized[name]["config.json"], "model.safetensors": content})
+    survives(lambda: open_whole(tmp_path))
 
 
 @quick

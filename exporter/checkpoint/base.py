@@ -28,7 +28,7 @@ class TensorInfo:
     """One tensor of a checkpoint, under its Hugging Face name and in its Hugging Face layout.
 
     Attributes:
-        dtype: what `Checkpoint.read` returns (bf16 as ml_dtypes.bfloat16; quantized GGUF types as float32).
+        dtype: what `Checkpoint.read` returns (bf16 as ml_dtypes.bfloat16; what is encoded as float32).
         span: None where the stored bytes are not the tensor itself (quantized or permuted).
         encoding: how it is stored, where that isn't plain numbers.
     """

@@ -67,7 +67,7 @@ READ = frozenset(
         "max_window_layers",
         "architectures",
         "auto_map",
-        "quantization_config",
+        "quantization_config",  # hf/quantized
     }
 )
 READ_MOE = frozenset(

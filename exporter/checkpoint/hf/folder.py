@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.errors import CheckpointError
@@ -15,18 +16,24 @@ from qwen_aot.exporter.checkpoint.base import TensorInfo, TokenizerFiles
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows, no_codes
 from qwen_aot.exporter.checkpoint.hf.config import read_folder
 from qwen_aot.exporter.checkpoint.hf.fused_experts import separate
-from qwen_aot.exporter.checkpoint.hf.quantized_files import refuse_quantized_folder
+from qwen_aot.exporter.checkpoint.hf.quantized.collect import WEIGHT, Parts, collect, placeholder_biases, stored_linear
+from qwen_aot.exporter.checkpoint.hf.quantized.linear import QuantizedLinear, read_codes, read_values
+from qwen_aot.exporter.checkpoint.hf.quantized.settings import Quantization, read_quantization
 from qwen_aot.exporter.checkpoint.hf.safetensors import SafetensorsShards
 from qwen_aot.exporter.checkpoint.hf.tokenizer import read_tokenizer_files
 from qwen_aot.exporter.checkpoint.hf.wrappers import unwrapped
 from qwen_aot.exporter.checkpoint.model_name import folder_name, located, origin
 from qwen_aot.exporter.checkpoint.names import CANONICAL, TensorNames
 from qwen_aot.exporter.model.config import ModelConfig
-from qwen_aot.exporter.model.tensors import Role, WeightClass
+from qwen_aot.exporter.model.tensors import Role, WeightClass, tensor_shapes
+
+_FLOAT32 = np.dtype("<f4")
 
 
 class HfFolderCheckpoint:
     """A folder saved by transformers, opened for reading (see `exporter.checkpoint.base.Checkpoint`).
+
+    Linears that are quantized are given under their weights' names, as float32 or as codes.
 
     Raises:
         CheckpointError: a file is missing, damaged or not supported.
@@ -36,17 +43,24 @@ class HfFolderCheckpoint:
         self.path = located(folder)
         self.name = folder_name(folder)
         self.config, architecture = read_folder(folder)
-        refuse_quantized_folder(folder)
+        quantization = read_quantization(folder)
         self.tokenizer: TokenizerFiles = read_tokenizer_files(folder, vocab_size=self.config.vocab_size)
-        self._shards = SafetensorsShards(folder)
+        self._shards = SafetensorsShards(folder, is_quantized=quantization is not None)
         try:
-            self.tensors: Mapping[str, TensorInfo] = _by_role(
-                self.path, self._shards.tensors, architecture.names, self.config
-            )
+            stored = self._shards.tensors
+            refuse_adapter_tensors(self.path, stored)
+            modules = {} if quantization is None else collect(stored, quantization)
+            tensors, given = _by_role(self.path, _with_weights(stored, modules), architecture.names, self.config)
+            self.config = _with_stored_biases(self.config, tensors)
+            linears = [] if quantization is None else self._open_linears(quantization, modules, tensors, given)
         except CheckpointError:
             self._shards.close()
             raise
-        self.config = _with_stored_biases(self.config, self.tensors)
+        self._linears: Mapping[str, QuantizedLinear] = {linear.stored.weight: linear for linear in linears}
+        self.tensors: Mapping[str, TensorInfo] = tensors | {
+            weight: TensorInfo(weight, linear.stored.shape, _FLOAT32, encoding=linear.encoding)
+            for weight, linear in self._linears.items()
+        }
 
     @property
     def source(self) -> Mapping[str, str]:
@@ -59,26 +73,53 @@ class HfFolderCheckpoint:
         }
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
-        """A read-only view of the mapped file: one tensor, or some rows of it.
+        """One tensor, or some rows of it: a read-only view of the mapped file, or floats made of codes.
 
         Raises:
-            CheckpointError: there is no such tensor.
+            CheckpointError: there is no such tensor, or a scale isn't a finite number.
         """
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} has no tensor {name!r}")
+        if name in self._linears:
+            return read_values(self._linears[name], rows)
         return self._shards.view(self.tensors[name], rows)
 
     def read_encoded(self, name: str, rows: slice | None = None) -> EncodedRows:
-        """Refuses: every tensor here is plain numbers.
+        """A quantized linear, or some rows of it, as the codes, scales and zero points of the file.
 
         Raises:
-            CheckpointError: always.
+            CheckpointError: there is no such tensor, it is plain numbers, or a scale isn't a finite number.
         """
-        raise no_codes(self.path, name)
+        if name not in self._linears:
+            raise no_codes(self.path, name)
+        return read_codes(self._linears[name], rows)
 
     def close(self) -> None:
         """Unmaps the files."""
         self._shards.close()
+
+    def _open_linears(
+        self,
+        quantization: Quantization,
+        modules: Mapping[str, Parts],
+        tensors: dict[str, TensorInfo],
+        given: Mapping[str, str],
+    ) -> list[QuantizedLinear]:
+        """Checks all quantized linears, and takes placeholder biases out of `tensors`."""
+        view, stored = self._shards.view, self._shards.tensors
+        shapes = tensor_shapes(self.config)
+        linear_shapes = {name: shape for name, shape in shapes.items() if name != Role.EMBEDDING.tensor_name()}
+        try:
+            linears = [
+                stored_linear(module, given[module + WEIGHT], parts, linear_shapes, view)
+                for module, parts in modules.items()
+            ]
+            of_model = {old: name for old, name in given.items() if name in shapes}
+            for name in placeholder_biases(linears, stored, of_model, view):
+                del tensors[given[name]]
+            return quantization.format.open_linears(linears, quantization.settings)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
 
     def __enter__(self) -> HfFolderCheckpoint:
         return self
@@ -99,17 +140,27 @@ def _with_stored_biases(config: ModelConfig, names: Iterable[str]) -> ModelConfi
     return dataclasses.replace(config, attention_bias=has_biases)
 
 
+def _with_weights(stored: Mapping[str, TensorInfo], modules: Mapping[str, Parts]) -> dict[str, TensorInfo]:
+    """The stored tensors, with one weight in the place of each quantized module's; its shape isn't known yet."""
+    parts = {info.name for each in modules.values() for info in each.values()}
+    weights = {module + WEIGHT: TensorInfo(module + WEIGHT, (), _FLOAT32) for module in modules}
+    return {name: info for name, info in stored.items() if name not in parts} | weights
+
+
 def _by_role(
     path: Path, stored: Mapping[str, TensorInfo], names: TensorNames, config: ModelConfig
-) -> dict[str, TensorInfo]:
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Each tensor by the name by which it is given: its role's; a tensor of no role keeps its own.
 
+    Returns:
+        The tensors, and each stored name's given one (of experts stacked in one tensor, the last).
+
     Raises:
-        CheckpointError: two are one, or the names are an adapter's, or another architecture's.
+        CheckpointError: two are one, or the names are another architecture's.
     """
-    refuse_adapter_tensors(path, stored)
     result: dict[str, TensorInfo] = {}
     first: dict[str, str] = {}
+    given: dict[str, str] = {}
     for old, plain in unwrapped(path, stored, names).items():
         for each, info in separate(path, plain, stored[old], config):
             place = names.find(each)
@@ -123,7 +174,8 @@ def _by_role(
             if first.setdefault(name, old) != old or name in result:
                 raise CheckpointError(f"{path} has {name} twice, as {first[name]} and as {old}; accepted: one of them")
             result[name] = dataclasses.replace(info, name=name)
-    return _with_embedding(result, config)
+            given[old] = name
+    return _with_embedding(result, config), given
 
 
 def _with_embedding(tensors: dict[str, TensorInfo], config: ModelConfig) -> dict[str, TensorInfo]:

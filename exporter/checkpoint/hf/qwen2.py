@@ -71,13 +71,6 @@ def parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], model_type: str) -> None:
-    quantization = raw.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise CheckpointError(
-            f"quantization_config says {method!r}; a quantized Hugging Face checkpoint is not supported "
-            "yet; accepted: the bfloat16, float16 or float32 one, which the build quantizes itself"
-        )
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list):
         raise CheckpointError(f"architectures is {architectures!r}; accepted: a list of names")

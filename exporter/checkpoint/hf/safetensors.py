@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import FileSpan, TensorInfo
 from qwen_aot.exporter.checkpoint.downloads import why_missing
-from qwen_aot.exporter.checkpoint.hf.quantized_files import refuse_quantized
+from qwen_aot.exporter.checkpoint.hf.quantized.tensor_names import refuse_quantized
 from qwen_aot.exporter.checkpoint.mapped import MappedFile
 from qwen_aot.exporter.checkpoint.text_files import read_text
 
@@ -34,29 +34,36 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 _OTHER_FORMAT = "consolidated"  # the same weights by Mistral's names, which its repositories carry beside transformers'
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
-# Weights are floating point; integer tensors belong to quantized checkpoints.
 _DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# Of quantized checkpoints alone: packed codes and indices.
+_INTEGER_DTYPES: Mapping[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 
 
 class SafetensorsFile:
     """One mapped file. `read` returns views of the mapping, which stay valid until `close`.
 
+    Args:
+        path: the file.
+        is_quantized: integers are accepted, and names that a quantizing tool gives.
+
     Raises:
-        CheckpointError: the file is not a sound safetensors file.
+        CheckpointError: the file is not a sound safetensors file, or holds what isn't accepted.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_quantized: bool = False) -> None:
         self.path = path
         self._file = MappedFile(path)
         try:
             header = _read_header(self._file)
             self.header_sha256 = hashlib.sha256(header).hexdigest()
-            self.tensors = _parse_header(path, header, data_start=8 + len(header), size=self._file.size)
+            self.tensors = _parse_header(
+                path, header, data_start=8 + len(header), size=self._file.size, is_quantized=is_quantized
+            )
         except CheckpointError:
             self._file.close()
             raise
@@ -84,11 +91,16 @@ class SafetensorsShards:
 
     Which files are read is what transformers reads; a `.safetensors` file that isn't among them is named in a warning.
 
+    Args:
+        folder: where they lie.
+        is_quantized: integers are accepted, and names that a quantizing tool gives.
+
     Raises:
         CheckpointError: a file is missing or damaged, the index is wrong, or there are two sets of weights.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, is_quantized: bool = False) -> None:
+        self._is_quantized = is_quantized
         self._files: dict[Path, SafetensorsFile] = {}
         self._file_of: dict[str, SafetensorsFile] = {}
         self._last_read: SafetensorsFile | None = None
@@ -131,7 +143,7 @@ class SafetensorsShards:
             file.close()
 
     def _add(self, path: Path) -> SafetensorsFile:
-        file = SafetensorsFile(path)
+        file = SafetensorsFile(path, is_quantized=self._is_quantized)
         self._files[path] = file
         for name in file.tensors:
             other = self._file_of.setdefault(name, file)
@@ -255,19 +267,23 @@ def _read_header(file: MappedFile) -> bytes:
     return header
 
 
-def _parse_header(path: Path, header: bytes, *, data_start: int, size: int) -> dict[str, TensorInfo]:
+def _parse_header(
+    path: Path, header: bytes, *, data_start: int, size: int, is_quantized: bool
+) -> dict[str, TensorInfo]:
     """Every tensor of the header, after checking that the spans tile the data exactly."""
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the safetensors header is not valid JSON ({error})") from error
-    refuse_quantized(path, entries)
+    if not is_quantized:
+        refuse_quantized(path, entries)
+    dtypes = {**_DTYPES, **(_INTEGER_DTYPES if is_quantized else {})}
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
-        dtype, shape, (begin, end) = _parse_entry(path, name, entry)
+        dtype, shape, (begin, end) = _parse_entry(path, name, entry, dtypes)
         if not 0 <= begin <= end <= size - data_start:
             raise CheckpointError(
                 f"{path}: tensor {name!r} lies at {begin}..{end} of {size - data_start} data bytes; "
@@ -292,20 +308,22 @@ def _parse_header(path: Path, header: bytes, *, data_start: int, size: int) -> d
     return tensors
 
 
-def _parse_entry(path: Path, name: str, entry: object) -> tuple[np.dtype[Any], tuple[int, ...], tuple[int, int]]:
+def _parse_entry(
+    path: Path, name: str, entry: object, dtypes: Mapping[str, np.dtype[Any]]
+) -> tuple[np.dtype[Any], tuple[int, ...], tuple[int, int]]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{path}: entry {name!r} must hold exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in dtypes:
         raise CheckpointError(
-            f"{path}: tensor {name!r} has dtype {dtype!r}; accepted: {', '.join(_DTYPES)} "
-            "(integer and 8-bit tensors belong to quantized checkpoints, which are not supported yet)"
+            f"{path}: tensor {name!r} has dtype {dtype!r}; accepted: {', '.join(dtypes)} "
+            "(others belong to quantized checkpoints: docs/quantized-checkpoints.md lists those that are read)"
         )
     if not _is_counts(shape):
         raise CheckpointError(f"{path}: tensor {name!r} has shape {shape!r}; accepted: a list of sizes")
     if not _is_counts(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{path}: tensor {name!r} has data_offsets {offsets!r}; accepted: [begin, end]")
-    return _DTYPES[dtype], tuple(shape), (offsets[0], offsets[1])
+    return dtypes[dtype], tuple(shape), (offsets[0], offsets[1])
 
 
 def _is_counts(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ from tests.checkpoints import reference_logits, save_tiny, tiny_config, tiny_mod
 from tests.exporter.lowering.lowerings import export
 from tests.exporter.stepper import Stepper
 from tests.gguf_files import save_gguf
+from tests.quantized_files import (
+    awq,
+    awq_config,
+    compressed_tensors,
+    compressed_tensors_config,
+    gptq,
+    gptq_config,
+    random_codes,
+    save_quantized,
+)
 
 BOUND = 1e-3  # fp32 products summed in another order
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
@@ -58,6 +69,41 @@ def test_a_gguf_file(architecture: str, kind: str, tmp_path: Path) -> None:
     written = save_gguf(path, model, architecture, kind=gguf.GGMLQuantizationType[kind])
     load(model, written)
     check(path, model, tmp_path / "onnx")
+
+
+QUANTIZED: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
+    "gptq with different orders of q, k and v": (
+        gptq_config(sym=False, desc_act=True),
+        gptq,
+        partial(random_codes, symmetric=False, shuffled=True),
+        {},
+    ),
+    "gptq of 8 bits with experts": (
+        gptq_config(bits=8, group_size=16),
+        gptq,
+        partial(random_codes, bits=8, group_size=16),
+        MOE,
+    ),
+    "awq": (awq_config(), awq, partial(random_codes, symmetric=False, smallest_zero=0), {}),
+    "compressed-tensors": (compressed_tensors_config(), compressed_tensors, random_codes, {}),
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_a_quantized_folder(case: str, tmp_path: Path) -> None:
+    """The reference computes with the weights that were packed, in fp32."""
+    quantization, pack, make, config = QUANTIZED[case]
+    config = {"layers": 1, "kv_heads": 2} | config
+    saved = save_quantized(tmp_path / "checkpoint", quantization, pack, make=make, zero_biases="gptq" in case, **config)
+    model = tiny_model(tiny_config(**config))
+    plain = {name: array.astype(np.float32) for name, array in saved.plain.items() if name in tensor_names(model)}
+    load(model, plain | {name: weight.values for name, weight in saved.weights.items()})
+    check(tmp_path / "checkpoint", model, tmp_path / "onnx")
+
+
+def tensor_names(model: torch.nn.Module) -> set[str]:
+    """Of those that aren't experts' matrices."""
+    return {name for name, _ in model.named_parameters()}
 
 
 def load(model: torch.nn.Module, weights: dict[str, np.ndarray]) -> None:

@@ -229,11 +229,6 @@ REFUSED = {
     "architectures": ({"architectures": "Qwen2ForCausalLM"}, "is 'Qwen2ForCausalLM'; accepted: a list of names"),
     "factor missing": ({"rope_scaling": {"type": "linear"}}, "factor is missing; accepted: a number"),
     "factor text": ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor is '2'; accepted: a number"),
-    "gptq": (
-        {"quantization_config": {"quant_method": "gptq"}},
-        "quantization_config says 'gptq'; .*not supported",
-    ),
-    "awq": ({"quantization_config": {"quant_method": "awq"}}, "quantization_config says 'awq'"),
     "architecture": (
         {"architectures": ["Qwen2ForSequenceClassification"]},
         "names 'Qwen2ForSequenceClassification'",

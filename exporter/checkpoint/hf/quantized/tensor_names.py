@@ -1,9 +1,8 @@
-"""Checkpoints that another tool quantized: told by their tensors' and files' names where config.json doesn't say so."""
+"""What tensors' names tell of the tool that quantized them, where no configuration says it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from qwen_aot.errors import CheckpointError
 
@@ -23,13 +22,10 @@ _TENSORS = {
     "W_q": "HQQ",
 }
 _PREFIXES = {"bitsandbytes__": "bitsandbytes"}  # of the last segment: quant_state.bitsandbytes__nf4
-# Files beside config.json by which older tools say it.
-_FILES = {
-    "quantize_config.json": "GPTQ",
-    "quant_config.json": "AWQ",
-    "hf_quant_config.json": "ModelOpt",
-}
-_ACCEPTED = "accepted: the bfloat16, float16 or float32 checkpoint, which the build quantizes itself"
+_ACCEPTED = (
+    "accepted: the tensors of the method that config.json's quantization_config names, or the bfloat16, float16 or "
+    "float32 checkpoint"
+)
 
 
 def method_of(names: Iterable[str]) -> tuple[str, str] | None:
@@ -42,30 +38,15 @@ def method_of(names: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
-def refuse_quantized(path: Path, names: Iterable[str]) -> None:
-    """Checks tensors' names.
+def refuse_quantized(where: object, names: Iterable[str]) -> None:
+    """Checks tensors' names, of a checkpoint or of the rest of one.
 
     Raises:
-        CheckpointError: they are those of a quantized checkpoint.
+        CheckpointError: one is that of a quantized checkpoint.
     """
     found = method_of(names)
     if found is not None:
         method, name = found
         raise CheckpointError(
-            f"{path} is quantized: tensor {name!r} is one that {method} writes; a quantized Hugging Face checkpoint is "
-            f"not supported yet; {_ACCEPTED}"
+            f"{where}: tensor {name!r} is one that {method} writes, and the configuration doesn't say so; {_ACCEPTED}"
         )
-
-
-def refuse_quantized_folder(folder: Path) -> None:
-    """Checks for the files by which older tools say how they quantized.
-
-    Raises:
-        CheckpointError: there is one.
-    """
-    for name, method in _FILES.items():
-        if (folder / name).is_file():
-            raise CheckpointError(
-                f"{folder} holds {name}: its weights are quantized by {method}; a quantized Hugging Face checkpoint is "
-                f"not supported yet; {_ACCEPTED} (if these are plain weights, move {name} away)"
-            )

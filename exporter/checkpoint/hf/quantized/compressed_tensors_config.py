@@ -1,0 +1,129 @@
+"""quantization_config of compressed-tensors checkpoints: `pack-quantized`, weights only.
+
+Source: compressed-tensors 0.20.1 `quantization/quant_config.py`, `quant_scheme.py` and `quant_args.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qwen_aot.errors import CheckpointError
+from qwen_aot.exporter.checkpoint.hf.config_values import flag
+from qwen_aot.exporter.checkpoint.hf.quantized.config_checks import (
+    bits_of,
+    check_keys,
+    group_size_of,
+    names_of,
+    object_of,
+    shown,
+    word_of,
+)
+from qwen_aot.exporter.checkpoint.hf.quantized.scheme import WHOLE_ROW, Scheme, distinct
+
+READ = frozenset({"quant_method", "format", "config_groups", "ignore", "sparsity_config"})
+_ACCEPTED: Mapping[str, tuple[object, ...]] = {
+    "quantization_status": ("compressed", "frozen"),
+    "kv_cache_scheme": (),
+    "transform_config": (),
+    "moe_sparsity_config": (),
+}
+_HARMLESS = frozenset(
+    {"global_compression_ratio", "version", "run_compressed", "dequantize", "use_optimized_inference"}
+)
+_FORMAT = "pack-quantized"
+_GROUP_ACCEPTED: Mapping[str, tuple[object, ...]] = {
+    "input_activations": (),
+    "output_activations": (),
+    "format": (_FORMAT,),
+}
+_WEIGHTS_READ = frozenset({"num_bits", "symmetric", "strategy", "group_size", "actorder"})
+_WEIGHTS_ACCEPTED: Mapping[str, tuple[object, ...]] = {
+    "type": ("int",),
+    "dynamic": (),
+    "block_structure": (),
+    "scale_dtype": ("torch.float16", "torch.bfloat16", "torch.float32", "float16", "bfloat16", "float32"),
+    "zp_dtype": ("torch.int8", "int8"),
+}
+_WEIGHTS_HARMLESS = frozenset({"observer", "observer_kwargs"})
+# Old releases: columns in any group, with weight_g_idx; else only the order in which they were rounded.
+_ACT_ORDERS = {"group": True, "dynamic": True, "weight": False, "static": False}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedScheme:
+    """One of the configuration's groups: its weights, and whether their columns may be in any group."""
+
+    scheme: Scheme
+    has_act_order: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedTensorsSettings:
+    """What a compressed-tensors configuration says of its tensors.
+
+    Attributes:
+        schemes: of all groups. Which modules are of which is told by the tensors.
+        plain: `ignore`.
+    """
+
+    schemes: tuple[PackedScheme, ...]
+    plain: frozenset[str]
+
+    def why_plain(self, module: str) -> str | None:
+        """What says that a module isn't quantized, or None."""
+        return f"ignore has {module!r}" if module in self.plain else None
+
+
+def parse(raw: Mapping[str, Any]) -> CompressedTensorsSettings:
+    """Reads the configuration.
+
+    Raises:
+        CheckpointError: a key is missing, not known, or says what isn't supported (named).
+    """
+    check_keys(raw, read=READ, accepted=_ACCEPTED, harmless=_HARMLESS)
+    if word_of(raw, "format", "dense") != _FORMAT:
+        raise CheckpointError(f"format is {raw.get('format')!r}; not supported; accepted: {_FORMAT}")
+    if word_of(object_of(raw, "sparsity_config"), "format", "dense") != "dense":
+        raise CheckpointError("sparsity_config says that weights are sparse; not supported; accepted: dense ones")
+    groups = object_of(raw, "config_groups")
+    if not groups:
+        raise CheckpointError("config_groups is missing; accepted: an object with `weights` for each group")
+    return CompressedTensorsSettings(
+        distinct(_group(groups, name) for name in groups),
+        names_of(raw, "ignore"),
+    )
+
+
+def _group(groups: Mapping[str, Any], name: str) -> PackedScheme:
+    try:
+        group = object_of(groups, name)
+        check_keys(group, read=("targets", "weights"), accepted=_GROUP_ACCEPTED)
+        return _weights(object_of(group, "weights"))
+    except CheckpointError as error:
+        raise CheckpointError(f"config_groups, {shown(name)}: {error}") from error
+
+
+def _weights(raw: Mapping[str, Any]) -> PackedScheme:
+    check_keys(raw, read=_WEIGHTS_READ, accepted=_WEIGHTS_ACCEPTED, harmless=_WEIGHTS_HARMLESS)
+    bits = bits_of(raw, "num_bits")
+    strategy = word_of(raw, "strategy")
+    group_size = None if raw.get("group_size") is None else group_size_of(raw, "group_size", WHOLE_ROW)
+    if strategy is None and group_size is not None:
+        strategy = "channel" if group_size == WHOLE_ROW else "group"
+    if strategy == "channel" and group_size in (None, WHOLE_ROW):
+        group_size = WHOLE_ROW
+    elif strategy != "group" or group_size is None or group_size == WHOLE_ROW:
+        raise CheckpointError(
+            f"strategy is {strategy!r} and group_size {group_size}; not supported; accepted: group with a group_size, "
+            "or channel without"
+        )
+    order = raw.get("actorder")
+    if isinstance(order, bool) or order is None:
+        has_act_order = bool(order)
+    elif isinstance(order, str) and order.lower() in _ACT_ORDERS:
+        has_act_order = _ACT_ORDERS[order.lower()]
+    else:
+        raise CheckpointError(f"actorder is {shown(order)}; not supported; accepted: {', '.join(_ACT_ORDERS)}, null")
+    return PackedScheme(Scheme(bits, group_size, flag(raw, "symmetric", True)), has_act_order)
