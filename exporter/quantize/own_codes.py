@@ -1,0 +1,67 @@
+"""How a checkpoint's own codes are stored where they are kept: which tensors make one matrix, and in which blocks.
+
+Codes of fewer bits fit wider ones and groups fit any block that divides them, so that nothing is rounded
+(`exporter.quantize.encoded`). Decided from what is known before a weight is read; lowerings and the planner ask here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from qwen_aot.errors import ExportError
+from qwen_aot.exporter.checkpoint.encoding import CodeForm
+from qwen_aot.exporter.checkpoint.storage import Storage
+from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat
+
+AS_FLOATS = "--precision fp32 or fp16, whose floats are made of the same codes"
+
+
+def have_codes(names: Sequence[str], storage: Storage) -> bool:
+    """Whether all of these tensors are stored as codes that can be read."""
+    return all(storage.form(name) is not None for name in names)
+
+
+def make_one_matrix(names: Sequence[str], storage: Storage) -> bool:
+    """Whether tensors that read one input can be stacked: all as codes or all as numbers, in one order of columns."""
+    if len({storage.form(name) is None for name in names}) > 1:
+        return False
+    orders = [storage.permutation(name) for name in names]
+    found = [order for order in orders if order is not None]
+    return not found or (len(found) == len(orders) and all(np.array_equal(found[0], other) for other in found))
+
+
+def block_format(
+    forms: Sequence[CodeForm], width: int, scale_bytes: int, dividing: Sequence[int] = ()
+) -> BlockFormat | None:
+    """The blocks of the fewest bytes that hold rows of K = `width` codes of all these forms; None: there are none.
+
+    Args:
+        forms: of the matrices that are stored alike.
+        width: K.
+        scale_bytes: of one stored scale.
+        dividing: sizes that whole blocks must make up.
+    """
+    bits = 4 if all(form.bits <= 4 for form in forms) else 8
+    symmetric = not any(form.has_zero_points for form in forms)
+    groups = {form.group_size for form in forms if form.group_size < width}
+    sizes = [size for size in BLOCK_SIZES if not any(whole % size for whole in (*groups, *dividing))]
+    if not sizes:
+        return None
+
+    def row_bytes(size: int) -> tuple[float, int]:
+        zero_point_bytes = 0 if symmetric else bits / 8
+        return math.ceil(width / size) * (size * bits / 8 + scale_bytes + zero_point_bytes), -size
+
+    return BlockFormat(bits, min(sizes, key=row_bytes), symmetric)
+
+
+def no_blocks(what: str, forms: Sequence[CodeForm], blocks: Sequence[int]) -> ExportError:
+    """The error for a matrix whose groups no block holds."""
+    found = ", ".join(dict.fromkeys(f"{form.bits} bits in groups of {form.group_size}" for form in forms))
+    return ExportError(
+        f"{what} is stored as {found}, and what computes it here has blocks of {', '.join(map(str, blocks))} elements, "
+        f"none of which holds such groups; accepted: groups that one of them divides; or {AS_FLOATS}"
+    )
