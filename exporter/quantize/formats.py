@@ -15,7 +15,14 @@ from qwen_aot.exporter.checkpoint.encoding import CodeForm
 from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.model.tensors import SENSITIVE, WeightClass, weight_class_of
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat
-from qwen_aot.exporter.quantize.own_codes import AS_FLOATS, block_format, have_codes, no_blocks
+from qwen_aot.exporter.quantize.own_codes import (
+    AS_FLOATS,
+    SignedFormat,
+    block_format,
+    have_codes,
+    no_blocks,
+    signed_format,
+)
 from qwen_aot.exporter.weights.recipe import Recipe
 
 TABLES = frozenset({WeightClass.EMBEDDING, WeightClass.HEAD})
@@ -102,6 +109,18 @@ class ByCodes:
         found = block_format(forms, f, np.dtype(self.scale_dtype).itemsize, (m, *_groups_within(forms, m)))
         if found is None:
             raise no_blocks(what, forms, BLOCK_SIZES)
+        return found
+
+    def signed(self, name: str, names: Sequence[str], width: int) -> SignedFormat:
+        """Of a matrix of codes [N, K] in TensorRT's graph.
+
+        Raises:
+            ExportError: no format holds them.
+        """
+        forms = self._forms(name, names)
+        found = signed_format(forms, width)
+        if found is None:
+            raise no_blocks(f"{name}, with rows of {width},", forms, BLOCK_SIZES)
         return found
 
     def _forms(self, what: str, names: Sequence[str]) -> list[CodeForm]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -56,6 +57,29 @@ def block_format(
         return math.ceil(width / size) * (size * bits / 8 + scale_bytes + zero_point_bytes), -size
 
     return BlockFormat(bits, min(sizes, key=row_bytes), symmetric)
+
+
+@dataclass(frozen=True, slots=True)
+class SignedFormat:
+    """How TensorRT's graph has a matrix of codes.
+
+    Attributes:
+        bits: 4 or 8 of a code, signed, around the middle of its range.
+        block_size: elements along K that share a scale; it divides K.
+        has_offsets: blocks have zero points beside the middle.
+    """
+
+    bits: int
+    block_size: int
+    has_offsets: bool
+
+
+def signed_format(forms: Sequence[CodeForm], width: int) -> SignedFormat | None:
+    """The largest blocks that hold rows of K = `width` codes of all these forms whole; None: there are none."""
+    bits = 4 if all(form.bits <= 4 for form in forms) else 8
+    groups = {form.group_size for form in forms if form.group_size < width}
+    sizes = [size for size in BLOCK_SIZES if not any(whole % size for whole in (*groups, width))]
+    return SignedFormat(bits, max(sizes), any(form.has_zero_points for form in forms)) if sizes else None
 
 
 def no_blocks(what: str, forms: Sequence[CodeForm], blocks: Sequence[int]) -> ExportError:

@@ -19,6 +19,7 @@ from qwen_aot.errors import ExportError
 from qwen_aot.exporter.graph import ops, plugin_ops
 from qwen_aot.exporter.graph.plugin_ops import PLUGIN_ATTRIBUTES, PluginOp, is_plugin
 from qwen_aot.exporter.lowering.tensorrt import standard
+from qwen_aot.exporter.lowering.tensorrt.own_codes import refuse_own_experts
 from qwen_aot.exporter.lowering.tensorrt.plugin_experts import ExpertBits, expert_bits, plug_experts
 from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat, has_blocks, refuse_experts
 from qwen_aot.exporter.model.io_spec import TensorSpec, io_spec
@@ -41,6 +42,7 @@ class PluginOptions:
         attention: by the QwenGQA plugin, or as the standard lowering has it.
         moe: by the QwenMoE plugin, or as the standard lowering has it.
         int8_cache: the plugin's attention keeps keys and values as int8, with a scale for each head and token.
+        own_codes: see `StandardOptions`.
 
     Raises:
         ExportError: a form doesn't exist, or not together with the others.
@@ -51,6 +53,7 @@ class PluginOptions:
     attention: Form = "plugin"
     moe: Form = "plugin"
     int8_cache: bool = False
+    own_codes: bool = False
 
     def __post_init__(self) -> None:
         for name in ("attention", "moe"):
@@ -67,7 +70,7 @@ class PluginOptions:
     @property
     def standard(self) -> standard.StandardOptions:
         """The part that both lowerings share."""
-        return standard.StandardOptions(self.weights, self.quantize_head)
+        return standard.StandardOptions(self.weights, self.quantize_head, self.own_codes)
 
 
 def lower(traced: Traced, options: PluginOptions | None = None) -> Traced:
@@ -79,6 +82,8 @@ def lower(traced: Traced, options: PluginOptions | None = None) -> Traced:
     options = options or PluginOptions()
     if options.weights is not None and options.moe != "plugin":
         refuse_experts(traced, options.weights)
+    if options.own_codes:
+        refuse_own_experts(traced)
     bits = expert_bits(traced, options.weights) if options.moe == "plugin" else None
     for name, step in passes(options, bits):
         count = step(traced)
@@ -95,7 +100,7 @@ def passes(options: PluginOptions, bits: ExpertBits | None) -> list[tuple[str, C
         options: of the lowering.
         bits: of an expert's weight; None: experts stay as the standard lowering has them.
     """
-    opset = _BLOCK_OPSET if has_blocks(options.weights) else plugin_ops.OPSET
+    opset = _BLOCK_OPSET if options.own_codes or has_blocks(options.weights) else plugin_ops.OPSET
     steps = standard.quantizing_passes(options.standard)  # first: a router is told by the experts that it feeds
     if options.attention == "plugin":
         steps.append(("plug_attention", lambda traced: plug_attention(traced, int8_cache=options.int8_cache)))
