@@ -13,9 +13,9 @@ from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.checkpoint.encoding import CodeForm, Encoding
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Storage:
-    """What is known of the tensors before any is read.
+    """What is known of the tensors before any is read; equal to itself alone, so that it can be a key.
 
     Attributes:
         encodings: of the tensors that aren't plain numbers, by name.

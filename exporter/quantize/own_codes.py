@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen_aot.errors import ExportError
-from qwen_aot.exporter.checkpoint.encoding import CodeForm
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, Encoding
 from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat
 
+TABLE_BLOCK = 32  # of an embedding and a head that are plain numbers, and are quantized on request
 AS_FLOATS = "--precision fp32 or fp16, whose floats are made of the same codes"
 
 
@@ -88,4 +89,12 @@ def no_blocks(what: str, forms: Sequence[CodeForm], blocks: Sequence[int]) -> Ex
     return ExportError(
         f"{what} is stored as {found}, and what computes it here has blocks of {', '.join(map(str, blocks))} elements, "
         f"none of which holds such groups; accepted: groups that one of them divides; or {AS_FLOATS}"
+    )
+
+
+def no_experts(name: str, encoding: Encoding) -> ExportError:
+    """The error for experts that are stored as codes, where only projections can keep them."""
+    return ExportError(
+        f"{name} is stored as {encoding.name}, and TensorRT's graph has no experts with a checkpoint's own codes; "
+        f"accepted: target cpu, or {AS_FLOATS}"
     )

@@ -16,13 +16,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qwen_aot.errors import ExportError
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows
 from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.lowering.passes import decides, rank
 from qwen_aot.exporter.quantize.blockwise import pack
 from qwen_aot.exporter.quantize.formats import ByCodes
-from qwen_aot.exporter.quantize.own_codes import AS_FLOATS, SignedFormat
+from qwen_aot.exporter.quantize.own_codes import AS_FLOATS, SignedFormat, no_experts
 from qwen_aot.exporter.quantize.store import dims
 from qwen_aot.exporter.weights.recipe import Arrays, OutOfRangeError, Output, Recipe, Traced
 
@@ -42,10 +41,7 @@ def refuse_own_experts(traced: Traced) -> None:
             assert weight is not None
             for source in traced.recipes[str(weight.name)].sources:
                 if source.name in traced.encodings:
-                    raise ExportError(
-                        f"{source.name} is stored as {traced.encodings[source.name].name}, and TensorRT's graph has no "
-                        f"experts with a checkpoint's own codes; accepted: target cpu, or {AS_FLOATS}"
-                    )
+                    raise no_experts(source.name, traced.encodings[source.name])
 
 
 def keep_codes(traced: Traced) -> int:
