@@ -63,8 +63,7 @@ def test_its_engine_is_the_reference_but_for_rounded_activations(built: Built) -
     ids = [3, 1, 4, 1, 5, 9, 2, 6]
     want = reference_logits(source.model, [ids])[0, -1].numpy()
     with OnnxRuntimeEngine(load_bundle(bundle), OrtOptions(threads=1)) as engine:
-        row = engine.new_row() if hasattr(engine, "new_row") else 0
-        got = np.asarray(engine.prefill(row, ids))
+        got = engine.prefill(0, np.array(ids))
     assert np.abs(got - want).max() / want.std() < 0.1
 
 
@@ -96,7 +95,7 @@ def test_layers_are_compared_with_the_floats_of_the_same_codes(built: Built) -> 
 def test_a_conflicting_flag_is_refused_before_any_work(options: dict[str, Any], tmp_path: Path) -> None:
     source = CodedCheckpoint(**KINDS["mixed"])
     for run in (build_bundle, plan_build):
-        with pytest.raises(BuildError, match="the checkpoint.* stores .* tensors of test-int"):
+        with pytest.raises(BuildError, match=r"the checkpoint.* stores .* tensors of test-int"):
             run(source, BuildSpec(**options), tmp_path / "b")  # type: ignore[operator]
     assert list(tmp_path.iterdir()) == []
 
@@ -104,7 +103,8 @@ def test_a_conflicting_flag_is_refused_before_any_work(options: dict[str, Any], 
 def test_floats_of_the_same_codes_on_request(tmp_path: Path) -> None:
     source = CodedCheckpoint(**KINDS["mixed"])
     report = build_bundle(source, BuildSpec(precision="fp32", max_context=64), tmp_path / "b")  # type: ignore[arg-type]
-    assert report.manifest.engines.text.quantization == {} and report.warnings == ()
+    assert report.manifest.engines.text.quantization == {}
+    assert not any("second time" in warning for warning in report.warnings)
     assert difference(source, tmp_path / "b" / "model.onnx") < RELATIVE_BOUND
 
 

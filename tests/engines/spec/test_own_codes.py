@@ -58,7 +58,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], Storage, str]] = {
     "int8": (
         {"precision": "int8"},
         storage(FOUR, FOUR),
-        r"precision int8 would round .* 2 tensors of gptq \(4 bits in groups of 128\).* accepted: int4 .*; or fp32, floats",
+        r"int8 would round .* 2 tensors of gptq \(4 bits in groups of 128\).* accepted: int4 .*; or fp32, floats",
     ),
     "int4": ({"precision": "int4"}, storage(EIGHT), "accepted: int8"),
     "fp8": ({"precision": "fp8", "target": "tensorrt-rtx"}, storage(FOUR), "accepted: int4 .*; or fp16, bf16, floats"),
