@@ -15,11 +15,14 @@ from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import Parameter, Role, Tensor, WeightClass, layer_parameters, placed_parameters
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat
 from qwen_aot.exporter.quantize.own_codes import (
+    EXPERT_BLOCK,
     TABLE_BLOCK,
     block_format,
     make_one_matrix,
     no_blocks,
     no_experts,
+    no_plugin_experts,
+    plugin_experts,
     signed_format,
 )
 
@@ -35,6 +38,7 @@ class OwnChoices:
         has_blocks: ONNX Runtime's blocks; else TensorRT's signed codes.
         table_bits: of embedding and head where these are plain numbers; None: they stay so.
         always_zero_points: the quantized embedding has them in any case.
+        has_plugin_experts: the QwenMoE plugin reads routed experts.
         int8_head: the head is int8 with a scale a channel, beside the embedding if tied.
         fast_prefill: projections have a second form.
         rows: that decode at once.
@@ -44,6 +48,7 @@ class OwnChoices:
     has_blocks: bool
     table_bits: int | None
     always_zero_points: bool
+    has_plugin_experts: bool
     int8_head: bool
     fast_prefill: bool
     rows: int
@@ -56,6 +61,7 @@ def own_choices(spec: BuildSpec) -> OwnChoices:
         spec.facts.weight_layout == "blocks",
         spec.sensitive_bits,
         spec.facts.always_zero_points,
+        spec.moe == "plugin",
         spec.tensorrt.quantize_head,
         spec.fast_prefill,
         spec.max_batch,
@@ -180,20 +186,53 @@ def _tied_head(config: ModelConfig, choices: OwnChoices, storage: Storage) -> Pa
 def _experts(parameter: Parameter, layer: int, config: ModelConfig, choices: OwnChoices, storage: Storage) -> Part:
     """One matrix of all routed experts of a layer, in the blocks that hold both matrices; see `footprint._experts`."""
     assert config.moe is not None and parameter.num_experts is not None
-    E, F, M = parameter.num_experts, config.moe.moe_intermediate_size, config.hidden_size
+    F, M = config.moe.moe_intermediate_size, config.hidden_size
     both = [each for each in layer_parameters(config, is_sparse=True) if each.weight_class is WeightClass.EXPERT]
     names = [tensor.name for each in both for tensor in each.tensors(layer)]
     forms = [form for name in names if (form := storage.form(name)) is not None]
     stored, padded = Form(8 * choices.compute_bytes), F
     if forms:
         if not choices.has_blocks:
-            coded = next(name for name in names if name in storage.encodings)
-            raise no_experts(coded, storage.encodings[coded])
+            return _expert_part(_plugin_form(config, choices, storage), parameter, config, choices)
         groups = {each.group_size for each in forms if each.group_size < M}
         layout = block_format(forms, F, choices.compute_bytes, (M, *groups))
         if layout is None:
             raise no_blocks(names[0], forms, BLOCK_SIZES)
         stored, padded = _blocks(layout, choices), layout.blocks(F) * layout.block_size
+    return _expert_part(stored, parameter, config, choices, padded)
+
+
+def _expert_part(
+    form: Form, parameter: Parameter, config: ModelConfig, choices: OwnChoices, padded: int | None = None
+) -> Part:
+    """`padded`: the intermediate size as it is stored."""
+    moe, M = config.moe, config.hidden_size
+    assert moe is not None
+    F = padded or moe.moe_intermediate_size
     is_down = parameter.roles == (Role.EXPERT_DOWN,)
-    expert = stored.bytes_of(M, padded) if is_down else stored.bytes_of(2 * padded, M)
-    return Part(E * expert, min(E, choices.rows * config.moe.num_experts_per_tok) * expert)
+    expert = form.bytes_of(M, F) if is_down else form.bytes_of(2 * F, M)
+    return Part(moe.num_experts * expert, min(moe.num_experts, choices.rows * moe.num_experts_per_tok) * expert)
+
+
+@functools.lru_cache(_REMEMBERED)
+def _plugin_form(config: ModelConfig, choices: OwnChoices, storage: Storage) -> Form:
+    """Of all experts of the model in the QwenMoE plugin."""
+    assert config.moe is not None
+    tensors = [
+        tensor
+        for parameter, layer in placed_parameters(config)
+        if parameter.weight_class is WeightClass.EXPERT
+        for tensor in parameter.tensors(layer)
+    ]
+    coded = next(tensor.name for tensor in tensors if tensor.name in storage.encodings)
+    if not choices.has_plugin_experts:
+        raise no_experts(coded, storage.encodings[coded])
+    forms = [(tensor.role, form) for tensor in tensors if (form := storage.form(tensor.name)) is not None]
+    gate_up = [form for role, form in forms if role is not Role.EXPERT_DOWN]
+    down = [form for role, form in forms if role is Role.EXPERT_DOWN]
+    found = plugin_experts(gate_up, down, config.hidden_size, config.moe.moe_intermediate_size)
+    if found is None:
+        raise no_plugin_experts(coded, (*gate_up, *down))
+    if found.bits == 8:
+        return Form(8, choices.compute_bytes)
+    return Form(4, choices.compute_bytes + found.has_zeros, EXPERT_BLOCK)

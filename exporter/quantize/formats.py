@@ -83,7 +83,7 @@ class ByCodes:
         names = [source.name for source in recipe.sources]
         if not any(each in self.storage.encodings for each in names):
             return self.tables if weight_class_of(name) in TABLES else None
-        forms = self._forms(name, names)
+        forms = self.forms(name, names)
         found = block_format(forms, recipe.sources[0].shape[1], np.dtype(self.scale_dtype).itemsize)
         if found is None:
             raise no_blocks(name, forms, BLOCK_SIZES)
@@ -99,17 +99,26 @@ class ByCodes:
         if not any(each in self.storage.encodings for each in names):
             return None
         what = f"the experts' {gate_up.outputs[0].name} and {down.outputs[0].name}"
-        forms = self._forms(what, names)
-        if any(source.column_order is None and source.name in self.storage.permutations for source in gate_up.sources):
-            raise ExportError(
-                f"{what} have their columns in different orders (g_idx of act-order), and one kernel reads them all; "
-                f"accepted: one order for gate and up of all experts of a layer; or {AS_FLOATS}"
-            )
+        forms = self.forms(what, names)
+        self.require_one_order(gate_up)
         f = down.sources[0].shape[1]
         found = block_format(forms, f, np.dtype(self.scale_dtype).itemsize, (m, *_groups_within(forms, m)))
         if found is None:
             raise no_blocks(what, forms, BLOCK_SIZES)
         return found
+
+    def require_one_order(self, gate_up: Recipe) -> None:
+        """Refuses experts whose gate and up projections couldn't be given one order of columns.
+
+        Raises:
+            ExportError: they have several.
+        """
+        if any(source.column_order is None and source.name in self.storage.permutations for source in gate_up.sources):
+            raise ExportError(
+                f"experts' {gate_up.outputs[0].name} have their columns in different orders (g_idx of act-order), and "
+                "one kernel reads them all; accepted: one order for gate and up of all experts of a layer; or "
+                f"{AS_FLOATS}"
+            )
 
     def signed(self, name: str, names: Sequence[str], width: int) -> SignedFormat:
         """Of a matrix of codes [N, K] in TensorRT's graph.
@@ -117,13 +126,18 @@ class ByCodes:
         Raises:
             ExportError: no format holds them.
         """
-        forms = self._forms(name, names)
+        forms = self.forms(name, names)
         found = signed_format(forms, width)
         if found is None:
             raise no_blocks(f"{name}, with rows of {width},", forms, BLOCK_SIZES)
         return found
 
-    def _forms(self, what: str, names: Sequence[str]) -> list[CodeForm]:
+    def forms(self, what: str, names: Sequence[str]) -> list[CodeForm]:
+        """Of tensors that are stored together.
+
+        Raises:
+            ExportError: one has none, or scales that the kernels don't take.
+        """
         if not have_codes(names, self.storage):
             unread = [name for name in names if self.storage.form(name) is None]
             raise ExportError(

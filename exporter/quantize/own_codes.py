@@ -18,6 +18,7 @@ from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat
 
 TABLE_BLOCK = 32  # of an embedding and a head that are plain numbers, and are quantized on request
+EXPERT_BLOCK = 128  # of the QwenMoE plugin (`exporter.graph.plugin_ops`, whose import takes onnx)
 AS_FLOATS = "--precision fp32 or fp16, whose floats are made of the same codes"
 
 
@@ -83,6 +84,35 @@ def signed_format(forms: Sequence[CodeForm], width: int) -> SignedFormat | None:
     return SignedFormat(bits, max(sizes), any(form.has_zero_points for form in forms)) if sizes else None
 
 
+@dataclass(frozen=True, slots=True)
+class PluginExperts:
+    """How the QwenMoE plugin has all routed experts of a model.
+
+    Attributes:
+        bits: 4, in blocks of EXPERT_BLOCK; or 8, with a scale a row.
+        has_zeros: blocks have zero points.
+    """
+
+    bits: int
+    has_zeros: bool
+
+
+def plugin_experts(
+    gate_up: Sequence[CodeForm], down: Sequence[CodeForm], hidden_size: int, intermediate_size: int
+) -> PluginExperts | None:
+    """The plugin's form that holds codes of all these forms; None: there is none."""
+    forms = (*gate_up, *down)
+    has_zeros = any(form.has_zero_points for form in forms)
+    if hidden_size % EXPERT_BLOCK or intermediate_size % EXPERT_BLOCK:
+        return None
+    if all(form.bits <= 4 for form in forms):
+        return PluginExperts(4, has_zeros) if all(form.group_size % EXPERT_BLOCK == 0 for form in forms) else None
+    has_rows = all(form.group_size >= hidden_size for form in gate_up) and all(
+        form.group_size >= intermediate_size for form in down
+    )
+    return PluginExperts(8, has_zeros=False) if has_rows and not has_zeros else None
+
+
 def no_blocks(what: str, forms: Sequence[CodeForm], blocks: Sequence[int]) -> ExportError:
     """The error for a matrix whose groups no block holds."""
     found = ", ".join(dict.fromkeys(f"{form.bits} bits in groups of {form.group_size}" for form in forms))
@@ -93,8 +123,18 @@ def no_blocks(what: str, forms: Sequence[CodeForm], blocks: Sequence[int]) -> Ex
 
 
 def no_experts(name: str, encoding: Encoding) -> ExportError:
-    """The error for experts that are stored as codes, where only projections can keep them."""
+    """The error for experts that are stored as codes, where standard ONNX must compute them."""
     return ExportError(
-        f"{name} is stored as {encoding.name}, and TensorRT's graph has no experts with a checkpoint's own codes; "
-        f"accepted: target cpu, or {AS_FLOATS}"
+        f"{name} is stored as {encoding.name}, and standard ONNX has no experts with a checkpoint's own codes; "
+        f"accepted: target cpu, target tensorrt with the QwenMoE plugin (--moe plugin), or {AS_FLOATS}"
+    )
+
+
+def no_plugin_experts(name: str, forms: Sequence[CodeForm]) -> ExportError:
+    """The error for experts whose codes the QwenMoE plugin has no form for."""
+    found = ", ".join(dict.fromkeys(f"{form.bits} bits in groups of {form.group_size}" for form in forms))
+    return ExportError(
+        f"{name} and the other experts are stored as {found}, and the QwenMoE plugin has 4 bits in blocks of "
+        f"{EXPERT_BLOCK}, which the groups, the hidden and the intermediate size must be whole of, and 8 bits with one "
+        f"scale a row and no zero points; accepted: one of these, target cpu, or {AS_FLOATS}"
     )

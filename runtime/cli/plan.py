@@ -78,8 +78,8 @@ def command(
       qwen-aot plan qwen1.5-7b --device orin-nano-8gb --precision int4
 
     Of a Hugging Face folder or a .gguf file only the configuration and headers are read. Without one, every published
-    variant is planned; without --device, for every device. Nothing is built, and no GPU is needed. Weights and cache are
-    exact, activations an estimate. The speed is what the memory's bandwidth allows with full contexts: no engine is
+    variant is planned; without --device, for every device. Nothing is built, and no GPU is needed. Weights and cache
+    are exact, activations an estimate. The speed is what the memory's bandwidth allows with full contexts: no engine is
     faster.
     """
     show_logs()

@@ -21,8 +21,10 @@ from qwen_aot.exporter.graph.plugin_ops import PLUGIN_ATTRIBUTES, PluginOp, is_p
 from qwen_aot.exporter.lowering.tensorrt import standard
 from qwen_aot.exporter.lowering.tensorrt.own_codes import refuse_own_experts
 from qwen_aot.exporter.lowering.tensorrt.plugin_experts import ExpertBits, expert_bits, plug_experts
+from qwen_aot.exporter.lowering.tensorrt.plugin_own_experts import own_expert_form
 from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat, has_blocks, refuse_experts
 from qwen_aot.exporter.model.io_spec import TensorSpec, io_spec
+from qwen_aot.exporter.quantize.own_codes import PluginExperts
 from qwen_aot.exporter.weights.recipe import Traced
 
 logger = logging.getLogger(__name__)
@@ -82,10 +84,11 @@ def lower(traced: Traced, options: PluginOptions | None = None) -> Traced:
     options = options or PluginOptions()
     if options.weights is not None and options.moe != "plugin":
         refuse_experts(traced, options.weights)
-    if options.own_codes:
+    if options.own_codes and options.moe != "plugin":
         refuse_own_experts(traced)
+    own = own_expert_form(traced) if options.own_codes and options.moe == "plugin" else None
     bits = expert_bits(traced, options.weights) if options.moe == "plugin" else None
-    for name, step in passes(options, bits):
+    for name, step in passes(options, bits, own):
         count = step(traced)
         if count:
             logger.info("%s: %d", name, count)
@@ -93,19 +96,22 @@ def lower(traced: Traced, options: PluginOptions | None = None) -> Traced:
     return traced
 
 
-def passes(options: PluginOptions, bits: ExpertBits | None) -> list[tuple[str, Callable[[Traced], int]]]:
+def passes(
+    options: PluginOptions, bits: ExpertBits | None, own: PluginExperts | None = None
+) -> list[tuple[str, Callable[[Traced], int]]]:
     """The passes in order, by name.
 
     Args:
         options: of the lowering.
         bits: of an expert's weight; None: experts stay as the standard lowering has them.
+        own: the form of experts that keep the checkpoint's codes; None: they have none.
     """
     opset = _BLOCK_OPSET if options.own_codes or has_blocks(options.weights) else plugin_ops.OPSET
     steps = standard.quantizing_passes(options.standard)  # first: a router is told by the experts that it feeds
     if options.attention == "plugin":
         steps.append(("plug_attention", lambda traced: plug_attention(traced, int8_cache=options.int8_cache)))
     if bits is not None:
-        steps.append(("plug_experts", lambda traced: plug_experts(traced, bits)))
+        steps.append(("plug_experts", lambda traced: plug_experts(traced, bits, own)))
     steps += standard.common_passes()
     if options.attention == "plugin":
         steps += [

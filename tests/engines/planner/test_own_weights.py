@@ -23,7 +23,7 @@ from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.storage import Storage, storage_of
 from qwen_aot.exporter.graph.trace import trace
-from qwen_aot.exporter.lowering.tensorrt import standard
+from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.manifest import cache_capacity
 from tests.coded_checkpoints import CODINGS, LINEAR, MOE, CodedCheckpoint, Coding
@@ -36,6 +36,10 @@ def lower_standard(traced: Traced, spec: BuildSpec) -> Traced:
     return standard.lower(traced, standard.StandardOptions(None, spec.tensorrt.quantize_head, own_codes=True))
 
 
+def lower_plugin(traced: Traced, spec: BuildSpec) -> Traced:
+    return plugin.lower(traced, plugin.PluginOptions(None, own_codes=True))
+
+
 TARGETS: dict[str, tuple[dict[str, Any], Lower]] = {
     "cpu": ({}, cpu.lower),
     "cpu, tables of 8 bits": ({"sensitive_bits": 8}, cpu.lower),
@@ -46,6 +50,7 @@ TARGETS: dict[str, tuple[dict[str, Any], Lower]] = {
         cuda.lower,
     ),
     "tensorrt": ({"target": Target.TENSORRT_RTX}, lower_standard),
+    "tensorrt, plugins": ({"target": Target.TENSORRT}, lower_plugin),
     "tensorrt, int8 head": (
         {
             "target": Target.TENSORRT_RTX,
@@ -71,13 +76,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "bf16 tables": {"coding": Coding(4, 32), "plain_dtype": ml_dtypes.bfloat16},
     "experts": {"coding": Coding(4, 32, zero_points=True), "moe": MOE},
     "experts, padded": {"coding": Coding(4, 64), "moe": MOE},
+    "experts of the plugin": {
+        "coding": Coding(4, 128, zero_points=True),
+        "moe": MOE | {"moe_intermediate_size": 256},
+    },
     "8 bits": {"coding": Coding(8, 32)},
 }
 CASES = [
     (model, target)
     for model in MODELS
     for target, (options, _) in TARGETS.items()
-    if not ("experts" in model and "cpu" not in target)
+    if not ("experts" in model and "cpu" not in target and ("plugin" not in model or "plugin" not in target))
     and not (model == "8 bits" and "precision" in options)
     and not ("in codes" in model and "of 8 bits" in target)
 ]

@@ -17,13 +17,15 @@ import pytest
 
 from qwen_aot.errors import ExportError
 from qwen_aot.exporter.checkpoint.storage import storage_of
+from qwen_aot.exporter.graph.plugin_ops import EXPERT_BLOCK
 from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.encodings import encodings_kept, warn_of_rounding
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
+from qwen_aot.exporter.quantize import own_codes
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.stitch import stitch
-from tests.coded_checkpoints import BF16, CODINGS, MOE, CodedCheckpoint, Coding
+from tests.coded_checkpoints import BF16, CODINGS, MOE, WHOLE_ROW, CodedCheckpoint, Coding
 from tests.exporter.lowering.ort.test_own_codes import RELATIVE_BOUND, Written, difference, expected, parts_of
 
 traced_once = functools.cache(trace)
@@ -139,10 +141,6 @@ def test_a_negative_scale_is_refused_by_its_place(tmp_path):
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "experts": (
-        {"coding": Coding(), "moe": MOE},
-        r"experts\.0\.gate_proj\.weight is stored as test-int4-g128.*target cpu",
-    ),
     "bf16 scales": ({"coding": Coding(scale_dtype=BF16)}, "bfloat16 scales, which float16 doesn't hold"),
     "blocks that don't divide K": ({"coding": Coding(4, 128), "intermediate": 200}, "with rows of 200, is stored as 4"),
 }
@@ -160,3 +158,72 @@ def test_the_head_is_quantized_on_request(tmp_path):
     lowered, onnx_file = write(source, tmp_path, dataclasses.replace(STANDARD, quantize_head=True))
     assert lowered.model.graph.initializers["lm_head.weight_codes"].dtype == ir.DataType.INT8
     assert RELATIVE_BOUND < difference(source, onnx_file) < 0.1
+
+
+WIDE: dict[str, Any] = {"moe": MOE | {"moe_intermediate_size": 256}}  # blocks of 128 divide every width
+EXPERTS = {
+    "4 bits": Coding(4, 128),
+    "zero points": Coding(4, 128, zero_points=True),
+    "3 bits in groups of 256": Coding(3, 256, zero_points=False),
+    "whole rows of 8 bits": Coding(8, WHOLE_ROW),
+    "one order an input": Coding(4, 128, zero_points=True, permuted="by input"),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_the_plugins_experts_are_the_checkpoints_bit_for_bit(name, tmp_path):
+    """Its definition runs the graph; the layout is that of docs/plugins.md."""
+    source = CodedCheckpoint(EXPERTS[name], **WIDE)
+    lowered, onnx_file = write(source, tmp_path, PLUGIN)
+    assert difference(source, onnx_file) < RELATIVE_BOUND
+    assert sum(encodings_kept(lowered).values()) == len(source.coded)
+    written = Written(onnx_file)
+    nodes = [node for node in written.nodes if node.op_type == "QwenMoE"]
+    assert len(nodes) == 2
+    for node in nodes:
+        for position in (3, 4):
+            codes, scales = (written.arrays[node.input[index]] for index in (position, position + 2))
+            if "8 bits" in name:
+                values = codes.astype(np.float32) * scales[..., None].astype(np.float32)
+            else:
+                pairs = np.stack((codes.view(np.uint8) % 16, codes.view(np.uint8) // 16), axis=-1)
+                numbers = pairs.reshape(*codes.shape[:2], -1, EXPERT_BLOCK).astype(np.float32)
+                zeros = written.arrays[node.input[position + 4]][..., None] if len(node.input) > 7 else 8
+                values = ((numbers - zeros) * scales[..., None].astype(np.float32)).reshape(*codes.shape[:2], -1)
+            weight = node.input[position].removesuffix("_codes")
+            want, _ = expected(source, weight)
+            if position == 3:  # the plugin has gate rows first, `expected` has them by turns
+                want = want.reshape(len(want), -1, 2, want.shape[-1]).swapaxes(1, 2).reshape(want.shape)
+            np.testing.assert_array_equal(values, want, err_msg=weight)
+
+
+NO_EXPERTS: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "standard": ({"coding": Coding(), **WIDE}, STANDARD, r"experts\.0\.gate_proj\.weight is stored as test-int4-g128"),
+    "native": (
+        {"coding": Coding(), **WIDE},
+        plugin.PluginOptions(own_codes=True, moe="native"),
+        r"accepted: target cpu, target tensorrt with the QwenMoE plugin",
+    ),
+    "groups of 64": (
+        {"coding": Coding(4, 64), **WIDE},
+        PLUGIN,
+        "4 bits in groups of 64, and the QwenMoE plugin has 4 bits",
+    ),
+    "groups of 8 bits": ({"coding": Coding(8, 128), **WIDE}, PLUGIN, "8 bits with one scale a row and no zero points"),
+    "an odd width": ({"coding": Coding(4, 128), "moe": MOE}, PLUGIN, "the hidden and the intermediate size must be"),
+    "orders": (
+        {"coding": Coding(4, 128, permuted="by tensor"), **WIDE},
+        PLUGIN,
+        "have their columns in different orders .g_idx of act-order",
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "options", "message"), NO_EXPERTS.values(), ids=NO_EXPERTS)
+def test_experts_without_a_form_are_refused_with_what_is_accepted(model, options, message, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        write(CodedCheckpoint(**model), tmp_path, options)
+
+
+def test_the_planners_expert_block_is_the_plugins():
+    assert own_codes.EXPERT_BLOCK == EXPERT_BLOCK
