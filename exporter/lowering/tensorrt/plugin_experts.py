@@ -62,6 +62,7 @@ def plug_experts(traced: Traced, bits: ExpertBits, own: PluginExperts | None = N
         assert logits is not None and gate_up is not None and down is not None
         k = node.attributes["num_experts_per_tok"].as_int()
         routing, ids, shares = _routing(node, logits, k, normalises=bool(node.attributes["norm_topk_prob"].as_int()))
+        form: tuple[int, int]  # bits, and whether there are zeros
         if own is None:
             stored, form = [_stored(traced, weight, bits) for weight in (gate_up, down)], (bits, 0)
         else:

@@ -64,8 +64,6 @@ def test_every_form_is_compiled(tmp_path: Path) -> None:
 
 
 def test_experts_in_codes_are_refused_with_what_is_accepted(tmp_path: Path) -> None:
-    with pytest.raises(
-        ExportError, match=r"no experts with a checkpoint's own codes; accepted: target cpu, or --precision"
-    ):
+    with pytest.raises(ExportError, match=r"no experts with a checkpoint's own codes; accepted: target cpu, "):
         build_bundle(CodedCheckpoint(Coding(4, 32), moe=MOE), SPEC, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
