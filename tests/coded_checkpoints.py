@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from qwen_aot.errors import CheckpointError
@@ -194,3 +195,13 @@ CODINGS: dict[str, Coding | Callable[[str], Coding | None]] = {
     "whole rows in order": Coding(4, WHOLE_ROW, permuted="by input"),
     "mixed": mixed,
 }
+
+# Each form once; the others repeat them in other sizes.
+FIRST = ("4 bits", "8 bits, zero points", "whole rows", "one order an input", "an order of its own each", "mixed")
+
+
+def codings(*left_out: str) -> list[Any]:
+    """Names of CODINGS, those beyond FIRST marked `deep`."""
+    return [
+        pytest.param(name, marks=() if name in FIRST else pytest.mark.deep) for name in CODINGS if name not in left_out
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.checkpoint.encoding import CodeForm, Encoding
 
@@ -46,7 +47,7 @@ def storage_of(checkpoint: Checkpoint) -> Storage:
     """Reads the orders of columns, one row of each tensor that has one, and no weights.
 
     Raises:
-        CheckpointError: a row can't be read.
+        CheckpointError: a row can't be read, or an order isn't one.
     """
     encodings = encodings_of(checkpoint)
     tensors = checkpoint.tensors.values()
@@ -61,5 +62,10 @@ def _permutations(checkpoint: Checkpoint, encodings: Mapping[str, Encoding]) -> 
     for name, encoding in encodings.items():
         if encoding.form is not None and encoding.form.has_permutation:
             permutation = checkpoint.read_encoded(name, slice(0, 1)).permutation
-            assert permutation is not None
+            width = checkpoint.tensors[name].shape[1]
+            if permutation is None or not np.array_equal(np.sort(permutation), np.arange(width)):
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensor {name}: the order of its columns isn't one of its {width} columns, "
+                    "each of them once; the checkpoint is damaged"
+                )
             yield name, permutation

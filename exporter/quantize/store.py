@@ -22,7 +22,7 @@ from qwen_aot.exporter.quantize.encoded import as_blocks, in_form_of, obstacle
 from qwen_aot.exporter.quantize.formats import Formats
 from qwen_aot.exporter.weights.recipe import Arrays, Output, Recipe, Traced
 
-_UNCHECKED_SCALE = 256.0  # 255 steps of it, the most that a code can be from its zero, still fit fp16
+UNCHECKED_SCALE = 256.0  # 255 steps of it, the most that a code can be from its zero, still fit fp16
 
 
 class _Rows(Protocol):
@@ -98,7 +98,7 @@ class _Entry:
 
         def from_codes(parts: Sequence[EncodedRows]) -> Arrays:
             rows = stack([in_form_of(layout, part) for part in parts])
-            if np.abs(rows.scales).max(initial=0) > _UNCHECKED_SCALE:
+            if np.abs(rows.scales).max(initial=0) > UNCHECKED_SCALE:
                 inner(dequantize(rows))  # refuses values that the compute type can't hold
             made = _CodedRows(arranged(rows, arrange), layout)
             return tuple(pick(made) for pick in picks)

@@ -16,13 +16,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qwen_aot.exporter.checkpoint.encoding import EncodedRows
+from qwen_aot.exporter.checkpoint.encoding import EncodedRows, dequantize
 from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.lowering.passes import decides, rank
 from qwen_aot.exporter.quantize.blockwise import pack
 from qwen_aot.exporter.quantize.formats import ByCodes
 from qwen_aot.exporter.quantize.own_codes import AS_FLOATS, SignedFormat, no_experts
-from qwen_aot.exporter.quantize.store import dims
+from qwen_aot.exporter.quantize.store import UNCHECKED_SCALE, dims
 from qwen_aot.exporter.weights.recipe import Arrays, OutOfRangeError, Output, Recipe, Traced
 
 _STORED = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
@@ -96,8 +96,11 @@ def _initializers(
     traced: Traced, recipe: Recipe, outputs: Sequence[Output], form: SignedFormat, dtype: ir.DataType
 ) -> list[ir.Value]:
     def from_codes(parts: Sequence[EncodedRows]) -> Arrays:
-        heights = np.cumsum([0, *(len(part.codes) for part in parts)])
-        made = [_signed(part, form, dtype, int(first)) for part, first in zip(parts, heights, strict=False)]
+        made, first_row = [], 0
+        for part in parts:
+            require_range(part, recipe, first_row)
+            made.append(_signed(part, form, dtype, first_row))
+            first_row += len(part.codes)
         first, *rest = (np.concatenate(arrays) for arrays in zip(*made, strict=True))
         return (pack(first.view(np.uint8) & np.uint8(15), 4) if form.bits == 4 else first, *rest)
 
@@ -111,6 +114,20 @@ def _initializers(
     for value in values:
         traced.model.graph.initializers.add(value)
     return values
+
+
+def require_range(part: EncodedRows, recipe: Recipe, first_row: int) -> None:
+    """Refuses values that the compute type can't hold, as `recipe` of the float weight does.
+
+    Raises:
+        OutOfRangeError: names the row of the chunk, in which the part's first row is `first_row`.
+    """
+    if np.abs(part.scales.astype(np.float32)).max(initial=0) <= UNCHECKED_SCALE:
+        return
+    try:
+        recipe.transform(dequantize(part))
+    except OutOfRangeError as error:
+        raise OutOfRangeError(first_row + error.row, error.reason) from error
 
 
 def _signed(part: EncodedRows, form: SignedFormat, dtype: ir.DataType, first_row: int) -> tuple[NDArray[Any], ...]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows
 from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.graph.plugin_ops import EXPERT_BLOCK
+from qwen_aot.exporter.lowering.tensorrt.own_codes import require_range
 from qwen_aot.exporter.quantize.blockwise import pack
 from qwen_aot.exporter.quantize.formats import ByCodes
 from qwen_aot.exporter.quantize.own_codes import PluginExperts, no_plugin_experts, plugin_experts
@@ -67,7 +68,11 @@ def keep_expert_codes(traced: Traced, weight: ir.Value, form: PluginExperts) -> 
         outputs.append(Output(f"{name}_zeros", ir.DataType.INT8, scales))
 
     def from_codes(parts: Sequence[EncodedRows]) -> Arrays:
-        made = [_stored(part, form, scale_type) for part in parts]
+        made, first_row = [], 0
+        for part in parts:
+            require_range(part, recipe, first_row)
+            made.append(_stored(part, form, scale_type))
+            first_row += len(part.codes)
         return tuple(np.concatenate(arrays) for arrays in zip(*made, strict=True))
 
     def transform(_: NDArray[np.float32]) -> Arrays:

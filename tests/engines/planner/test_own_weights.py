@@ -82,8 +82,9 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "8 bits": {"coding": Coding(8, 32)},
 }
+FIRST = ("4 bits, zero points", "mixed", "tied", "experts", "experts of the plugin")
 CASES = [
-    (model, target)
+    pytest.param(model, target, marks=() if model in FIRST or target == "cpu" else pytest.mark.deep)
     for model in MODELS
     for target, (options, _) in TARGETS.items()
     if not ("experts" in model and "cpu" not in target and ("plugin" not in model or "plugin" not in target))

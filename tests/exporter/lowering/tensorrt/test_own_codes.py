@@ -25,7 +25,7 @@ from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.quantize import own_codes
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.stitch import stitch
-from tests.coded_checkpoints import BF16, CODINGS, MOE, WHOLE_ROW, CodedCheckpoint, Coding
+from tests.coded_checkpoints import BF16, CODINGS, MOE, WHOLE_ROW, CodedCheckpoint, Coding, codings
 from tests.exporter.lowering.ort.test_own_codes import RELATIVE_BOUND, Written, difference, expected, parts_of
 
 traced_once = functools.cache(trace)
@@ -71,10 +71,7 @@ def assert_bit_equal(source: CodedCheckpoint, lowered: Traced, onnx_file: Path) 
     assert found == source.coded.keys()
 
 
-DENSE = [name for name in CODINGS if "bf16" not in name]
-
-
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", codings("bf16 scales"))
 def test_a_dense_model_is_the_checkpoints_bit_for_bit(name, tmp_path):
     source = CodedCheckpoint(CODINGS[name])
     lowered, onnx_file = write(source, tmp_path)
@@ -227,3 +224,12 @@ def test_experts_without_a_form_are_refused_with_what_is_accepted(model, options
 
 def test_the_planners_expert_block_is_the_plugins():
     assert own_codes.EXPERT_BLOCK == EXPERT_BLOCK
+
+
+@pytest.mark.parametrize(("options", "model"), [(STANDARD, {}), (PLUGIN, WIDE)], ids=["standard", "plugin"])
+def test_a_value_beyond_fp16_is_refused_by_its_place(options, model, tmp_path):
+    source = CodedCheckpoint(Coding(4, 128), **model)
+    name = next(name for name in source.coded if "mlp" in name and "up_proj" in name)
+    source.coded[name].scales[3, 0], source.coded[name].codes[3, 0] = 20_000, 0
+    with pytest.raises(ExportError, match=rf"{name}, row 3: a weight of magnitude 1\S+ doesn't fit float16"):
+        write(source, tmp_path, options, ir.DataType.FLOAT16)
