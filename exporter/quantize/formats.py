@@ -15,6 +15,7 @@ from qwen_aot.exporter.checkpoint.encoding import CodeForm
 from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.model.tensors import SENSITIVE, WeightClass, weight_class_of
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat
+from qwen_aot.exporter.quantize.encoded import may_hold_scales
 from qwen_aot.exporter.quantize.own_codes import (
     AS_FLOATS,
     SignedFormat,
@@ -145,11 +146,11 @@ class ByCodes:
                 f"tensors of it as codes; or {AS_FLOATS}"
             )
         forms = [form for name in names if (form := self.storage.form(name)) is not None]
-        wide = next((form for form in forms if not np.can_cast(form.scale_dtype, self.scale_dtype)), None)
+        wide = next((form for form in forms if not may_hold_scales(form.scale_dtype, self.scale_dtype)), None)
         if wide is not None:
             raise ExportError(
                 f"{what} has {wide.scale_dtype.name} scales, which {np.dtype(self.scale_dtype).name} doesn't hold; "
-                "accepted here: float16 scales; target cpu takes all of them"
+                "accepted here: float16 and bfloat16 scales; target cpu takes all of them"
             )
         return forms
 

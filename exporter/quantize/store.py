@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.exporter.checkpoint.encoding import Arrange, EncodedRows, arranged, dequantize, stack
 from qwen_aot.exporter.quantize.blockwise import BlockFormat, Quantized, pack, quantize, quantize_channels
-from qwen_aot.exporter.quantize.encoded import as_blocks, in_form_of, obstacle
+from qwen_aot.exporter.quantize.encoded import as_blocks, as_scales, in_form_of, obstacle
 from qwen_aot.exporter.quantize.formats import Formats
 from qwen_aot.exporter.weights.recipe import Arrays, Output, Recipe, Traced
 
@@ -100,6 +100,7 @@ class _Entry:
             rows = stack([in_form_of(layout, part) for part in parts])
             if np.abs(rows.scales).max(initial=0) > UNCHECKED_SCALE:
                 inner(dequantize(rows))  # refuses values that the compute type can't hold
+            as_scales(rows.scales, scale_type.numpy())
             made = _CodedRows(arranged(rows, arrange), layout)
             return tuple(pick(made) for pick in picks)
 

@@ -20,6 +20,7 @@ from qwen_aot.exporter.checkpoint.encoding import EncodedRows, dequantize
 from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.lowering.passes import decides, rank
 from qwen_aot.exporter.quantize.blockwise import pack
+from qwen_aot.exporter.quantize.encoded import as_scales
 from qwen_aot.exporter.quantize.formats import ByCodes
 from qwen_aot.exporter.quantize.own_codes import AS_FLOATS, SignedFormat, no_experts
 from qwen_aot.exporter.quantize.store import UNCHECKED_SCALE, dims
@@ -138,7 +139,7 @@ def _signed(part: EncodedRows, form: SignedFormat, dtype: ir.DataType, first_row
     `first_row`: of the part in its chunk.
 
     Raises:
-        OutOfRangeError: a scale is negative.
+        OutOfRangeError: a scale is negative, or no number of the compute type.
     """
     middle = part.form.middle
     group = np.arange(part.codes.shape[1] // form.block_size) * form.block_size // part.form.group_size
@@ -156,7 +157,7 @@ def _signed(part: EncodedRows, form: SignedFormat, dtype: ir.DataType, first_row
     if is_zero.any():
         codes.reshape(len(codes), -1, form.block_size)[is_zero] = 0
     least = ml_dtypes.finfo(dtype.numpy()).smallest_subnormal  # type: ignore[no-untyped-call]  # its stub has no types
-    found.append(np.where(is_zero, np.float32(least), scales).astype(dtype.numpy()))
+    found.append(as_scales(np.where(is_zero, np.float32(least), scales), dtype.numpy(), first_row))
     if form.has_offsets:
         zeros = np.full(part.scales.shape, middle, np.uint8) if part.zero_points is None else part.zero_points
         found.append((np.float32(middle) - zeros[:, group].astype(np.float32)) * scales)

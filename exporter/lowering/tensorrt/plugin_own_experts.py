@@ -13,6 +13,7 @@ from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.graph.plugin_ops import EXPERT_BLOCK
 from qwen_aot.exporter.lowering.tensorrt.own_codes import require_range
 from qwen_aot.exporter.quantize.blockwise import pack
+from qwen_aot.exporter.quantize.encoded import as_scales
 from qwen_aot.exporter.quantize.formats import ByCodes
 from qwen_aot.exporter.quantize.own_codes import PluginExperts, no_plugin_experts, plugin_experts
 from qwen_aot.exporter.quantize.store import dims
@@ -71,7 +72,7 @@ def keep_expert_codes(traced: Traced, weight: ir.Value, form: PluginExperts) -> 
         made, first_row = [], 0
         for part in parts:
             require_range(part, recipe, first_row)
-            made.append(_stored(part, form, scale_type))
+            made.append(_stored(part, form, scale_type, first_row))
             first_row += len(part.codes)
         return tuple(np.concatenate(arrays) for arrays in zip(*made, strict=True))
 
@@ -87,14 +88,14 @@ def keep_expert_codes(traced: Traced, weight: ir.Value, form: PluginExperts) -> 
     return tuple(values)
 
 
-def _stored(part: EncodedRows, form: PluginExperts, scale_type: ir.DataType) -> Arrays:
+def _stored(part: EncodedRows, form: PluginExperts, scale_type: ir.DataType, first_row: int) -> Arrays:
     """Rows in the plugin's layout (docs/plugins.md)."""
-    middle = part.form.middle
+    middle, scales = part.form.middle, as_scales(part.scales, scale_type.numpy(), first_row)
     if form.bits == 8:
         codes = (part.codes.astype(np.int16) - middle).astype(np.int8)
-        return codes, part.scales[:, 0].astype(scale_type.numpy())
+        return codes, scales[:, 0]
     group = np.arange(part.codes.shape[1] // EXPERT_BLOCK) * EXPERT_BLOCK // part.form.group_size
-    scales = part.scales[:, group].astype(scale_type.numpy())
+    scales = scales[:, group]
     if not form.has_zeros:
         return pack(part.codes + np.uint8(8 - middle), 4).view(np.int8), scales
     zeros = np.full(part.scales.shape, middle, np.uint8) if part.zero_points is None else part.zero_points

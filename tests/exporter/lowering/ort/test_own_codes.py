@@ -35,6 +35,7 @@ from tests.coded_checkpoints import BF16, CODINGS, MOE, CodedCheckpoint, Coding,
 from tests.exporter.lowering.ort.test_encodings import blocks_of
 from tests.exporter.stepper import Stepper
 
+SINGLE = np.dtype(np.float32)
 EXACT = OrtOptions(own_codes=True, accuracy_level=1)  # activations aren't rounded
 ON_CUDA = OrtOptions(own_codes=True, accuracy_level=1, provider=Provider.CUDA)
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
@@ -284,7 +285,7 @@ def test_embedding_and_head_are_quantized_on_request(tmp_path):
     np.testing.assert_array_equal(assert_kept[:, :160], source.values["model.layers.0.mlp.down_proj.weight"])
 
 
-@pytest.mark.parametrize("name", ["4 bits", "8 bits, zero points", "one order an input", "mixed"])
+@pytest.mark.parametrize("name", ["8 bits, zero points", "bf16 scales", "one order an input", "mixed"])
 def test_for_cuda_scales_are_the_checkpoints_halves(name, tmp_path):
     source = CodedCheckpoint(CODINGS[name])
     lowered, onnx_file = write(source, tmp_path, ON_CUDA, ir.DataType.FLOAT16)

@@ -71,7 +71,7 @@ def assert_bit_equal(source: CodedCheckpoint, lowered: Traced, onnx_file: Path) 
     assert found == source.coded.keys()
 
 
-@pytest.mark.parametrize("name", codings("bf16 scales"))
+@pytest.mark.parametrize("name", codings())
 def test_a_dense_model_is_the_checkpoints_bit_for_bit(name, tmp_path):
     source = CodedCheckpoint(CODINGS[name])
     lowered, onnx_file = write(source, tmp_path)
@@ -81,7 +81,7 @@ def test_a_dense_model_is_the_checkpoints_bit_for_bit(name, tmp_path):
     assert warn_of_rounding(lowered) == ()
 
 
-@pytest.mark.parametrize("name", ["4 bits", "4 bits, zero points", "mixed"])
+@pytest.mark.parametrize("name", ["bf16 scales", "4 bits, zero points", "mixed"])
 @pytest.mark.parametrize("options", [STANDARD, PLUGIN], ids=["standard", "plugin"])
 def test_in_fp16_the_numbers_are_the_same(name, options, tmp_path):
     source = CodedCheckpoint(CODINGS[name])
@@ -90,7 +90,7 @@ def test_in_fp16_the_numbers_are_the_same(name, options, tmp_path):
     assert difference(source, onnx_file) < 0.05  # activations of 11 bits
     parts = {part: value.dtype for name, value in lowered.model.graph.initializers.items() if (part := name[-6:])}
     assert parts["scales"] == ir.DataType.FLOAT16
-    if name != "4 bits":
+    if name != "bf16 scales":
         assert parts["ffsets"] == ir.DataType.FLOAT
 
 
@@ -138,7 +138,7 @@ def test_a_negative_scale_is_refused_by_its_place(tmp_path):
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "bf16 scales": ({"coding": Coding(scale_dtype=BF16)}, "bfloat16 scales, which float16 doesn't hold"),
+    "fp32 scales": ({"coding": Coding(scale_dtype=np.dtype(np.float32))}, "float32 scales, which float16 doesn't hold"),
     "blocks that don't divide K": ({"coding": Coding(4, 128), "intermediate": 200}, "with rows of 200, is stored as 4"),
 }
 
@@ -232,4 +232,13 @@ def test_a_value_beyond_fp16_is_refused_by_its_place(options, model, tmp_path):
     name = next(name for name in source.coded if "mlp" in name and "up_proj" in name)
     source.coded[name].scales[3, 0], source.coded[name].codes[3, 0] = 20_000, 0
     with pytest.raises(ExportError, match=rf"{name}, row 3: a weight of magnitude 1\S+ doesn't fit float16"):
+        write(source, tmp_path, options, ir.DataType.FLOAT16)
+
+
+@pytest.mark.parametrize(("options", "model"), [(STANDARD, {}), (PLUGIN, WIDE)], ids=["standard", "plugin"])
+def test_a_scale_of_bfloat16_that_fp16_lacks_is_refused_by_its_place(options, model, tmp_path):
+    source = CodedCheckpoint(Coding(4, 128, scale_dtype=BF16), **model)
+    name = next(name for name in source.coded if "mlp" in name and "up_proj" in name)
+    source.coded[name].scales[5, 0] = 1.1e-7
+    with pytest.raises(ExportError, match=rf"{name}, row 5: a scale of 1\S+e-07 isn't a number of float16"):
         write(source, tmp_path, options, ir.DataType.FLOAT16)
