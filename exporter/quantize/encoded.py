@@ -57,8 +57,8 @@ def as_scales(scales: NDArray[Any], dtype: DTypeLike, first_row: int = 0) -> NDA
         row, group = np.argwhere(differs)[0]
         raise OutOfRangeError(
             first_row + int(row),
-            f"a scale of {float(scales[row, group]):.6g} isn't a number of {np.dtype(dtype).name}, in which kernels take "
-            "scales here; accepted: scales that are; target cpu takes all of them",
+            f"a scale of {float(scales[row, group]):.6g} is no {np.dtype(dtype).name} number, and kernels here take "
+            "scales of that type; accepted: scales that it holds; target cpu takes all of them",
         )
     return cast
 

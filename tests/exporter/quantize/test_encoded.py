@@ -80,6 +80,6 @@ def test_scales_of_bfloat16_are_the_same_in_float16(scale):
 def test_scales_beyond_float16_are_refused_by_their_place(scale):
     scales = np.full((4, 3), 0.5, ml_dtypes.bfloat16)
     scales[2, 1] = scale
-    with pytest.raises(OutOfRangeError, match=r"isn't a number of float16.*target cpu takes all") as caught:
+    with pytest.raises(OutOfRangeError, match=r"is no float16 number.*target cpu takes all") as caught:
         as_scales(scales, np.float16, first_row=7)
     assert caught.value.row == 9

@@ -240,5 +240,5 @@ def test_a_scale_of_bfloat16_that_fp16_lacks_is_refused_by_its_place(options, mo
     source = CodedCheckpoint(Coding(4, 128, scale_dtype=BF16), **model)
     name = next(name for name in source.coded if "mlp" in name and "up_proj" in name)
     source.coded[name].scales[5, 0] = 1.1e-7
-    with pytest.raises(ExportError, match=rf"{name}, row 5: a scale of 1\S+e-07 isn't a number of float16"):
+    with pytest.raises(ExportError, match=rf"{name}, row 5: a scale of 1\S+e-07 is no float16 number"):
         write(source, tmp_path, options, ir.DataType.FLOAT16)
