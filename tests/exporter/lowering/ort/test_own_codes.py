@@ -308,11 +308,11 @@ def test_fast_prefill_has_its_own_form_of_the_same_weights(tmp_path):
 
 REFUSED: dict[str, tuple[dict[str, Any], OrtOptions, ir.DataType, str]] = {
     "groups of 24": ({"coding": Coding(4, 24)}, EXACT, ir.DataType.FLOAT, r"4 bits in groups of 24.*none of which"),
-    "bf16 scales": (
-        {"coding": Coding(scale_dtype=BF16)},
+    "fp32 scales": (
+        {"coding": Coding(scale_dtype=SINGLE)},
         ON_CUDA,
         ir.DataType.FLOAT16,
-        "bfloat16 scales, which float16",
+        "float32 scales, which float16",
     ),
     "experts in different orders": (
         {"coding": Coding(4, 32, permuted="by tensor"), "moe": MOE},
