@@ -23,9 +23,11 @@ from qwen_aot.engines.bundle.versions import tool_versions
 from qwen_aot.engines.bundle.writer import BundleWriter, refuse_unless_replaceable
 from qwen_aot.engines.profiles import profiles
 from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.own_codes import settled
 from qwen_aot.errors import BuildError
-from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
+from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.exporter.checkpoint.storage import Storage, storage_of
 from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.encodings import encodings_kept, encodings_requantized, warn_of_rounding
@@ -122,7 +124,8 @@ def plan_build(
     out = out.expanduser().resolve()
     with explained(out):
         refuse_unless_replaceable(out)
-    plan = _plan(checkpoint, spec, Stages(("trace", "lower"), on_progress), threads)
+    storage = storage_of(checkpoint)
+    plan = _plan(checkpoint, settled(spec, storage), storage, Stages(("trace", "lower"), on_progress), threads)
     check_resources(plan.estimate, out)
     return plan
 
@@ -158,9 +161,11 @@ def build_bundle(
             f"a {spec.target} bundle can't be verified where it is built: its engine runs on its own GPU only; "
             "leave out --verify, and run `qwen-aot verify` on a machine with that GPU"
         )
+    storage = storage_of(checkpoint)
+    spec = settled(spec, storage)
     stages = Stages(spec.facts.stage_names(with_verify=verifier is not None), on_progress)
     with BundleWriter(Path(out)) as writer:
-        plan = _plan(checkpoint, spec, stages, threads)
+        plan = _plan(checkpoint, spec, storage, stages, threads)
         check_resources(plan.estimate, writer.out)
         builder = builder_for(spec.target)
         for name, text in plan.texts.items():
@@ -208,7 +213,7 @@ def _finish(builder: Builder, spec: BuildSpec, lowered: Traced, folder: Path, st
     return stages.run("compile", lambda advance: builder.finish(folder, spec, lowered, advance), "%")
 
 
-def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages, threads: int | None) -> Plan:
+def _plan(checkpoint: Checkpoint, spec: BuildSpec, storage: Storage, stages: Stages, threads: int | None) -> Plan:
     threads_for(threads)  # refused before any work, as is what the manifest can't say
     max_new_tokens = default_max_new_tokens(checkpoint.tokenizer.files)
     config = checkpoint.config
@@ -223,7 +228,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, stages: Stages, threads: int 
     positions = cache_capacity(max_context, spec.prefill_chunk)
     capacity = positions if spec.facts.has_fixed_capacity else None
     traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions, capacity=capacity))
-    traced.encodings = encodings_of(checkpoint)
+    traced.store_as(storage)
     lowered = stages.run("lower", lambda _: builder.lower(traced, spec))
     warnings += warn_of_rounding(lowered)
     texts = dict(checkpoint.tokenizer.files)

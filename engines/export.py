@@ -17,14 +17,17 @@ from qwen_aot.engines.bundle.stages import StageCost, Stages
 from qwen_aot.engines.onnxruntime import cpu as onnxruntime
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.lowerings import LOWERINGS
+from qwen_aot.engines.spec.own_codes import settled
 from qwen_aot.engines.spec.precisions import Precision, PrecisionRow
 from qwen_aot.engines.spec.targets import Target
 from qwen_aot.errors import BuildError, BundleError
-from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
+from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.checkpoint.storage import Storage, storage_of
 from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE, save_graph
 from qwen_aot.exporter.graph.trace import PRODUCER, trace
 from qwen_aot.exporter.lowering.encodings import warn_of_rounding
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
+from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.sources import check_headers
@@ -34,23 +37,45 @@ from qwen_aot.runtime.bundle.onnx_file import read_onnx_file
 _DATA_BYTES = "qwen_aot.export_data_bytes"  # property of an exported graph: bytes of the data file beside it, or 0
 _SHA256 = "qwen_aot.export_sha256"  # its last property: of all bytes before it
 
-Lower = Callable[[Traced, PrecisionRow, int | None, bool], Traced]  # also block size and symmetry, as in `BuildSpec`
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a graph's weights are stored: a precision, and the rest as in `BuildSpec`."""
+
+    row: PrecisionRow
+    block_size: int | None
+    symmetric: bool
+    own_codes: bool
+
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """Of the lowerings for TensorRT."""
+        return None if self.own_codes else self.row.weight_format
 
 
-def _lower_standard(traced: Traced, row: PrecisionRow, block_size: int | None, symmetric: bool) -> Traced:
-    return standard.lower(traced, standard.StandardOptions(row.weight_format))
+def _lower_standard(traced: Traced, form: _Form) -> Traced:
+    return standard.lower(traced, standard.StandardOptions(form.weight_format, own_codes=form.own_codes))
 
 
-def _lower_ort(traced: Traced, row: PrecisionRow, block_size: int | None, symmetric: bool) -> Traced:
-    spec = BuildSpec(precision=Precision(row.name), block_size=block_size, symmetric=symmetric)
+def _lower_ort(traced: Traced, form: _Form) -> Traced:
+    spec = BuildSpec(
+        precision=Precision(form.row.name),
+        block_size=form.block_size,
+        symmetric=form.symmetric,
+        own_codes=form.own_codes,
+    )
     return onnxruntime.lower(traced, spec)
 
 
-def _lower_plugin(traced: Traced, row: PrecisionRow, block_size: int | None, symmetric: bool) -> Traced:
-    return plugin.lower(traced, plugin.PluginOptions(row.weight_format))
+def _lower_plugin(traced: Traced, form: _Form) -> Traced:
+    return plugin.lower(traced, plugin.PluginOptions(form.weight_format, own_codes=form.own_codes))
 
 
-_LOWER: Mapping[str, Lower] = {"standard": _lower_standard, "plugin": _lower_plugin, "ort": _lower_ort}
+_LOWER: Mapping[str, Callable[[Traced, _Form], Traced]] = {
+    "standard": _lower_standard,
+    "plugin": _lower_plugin,
+    "ort": _lower_ort,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +113,7 @@ def export_graph(
         out: the folder.
         checkpoint: where the weights come from; None: the graph alone.
         lowering: a key of LOWERINGS.
-        precision: a key of its precisions; None: its first.
+        precision: a key of its precisions; None: its first, or what the checkpoint fixes.
         block_size: see `BuildSpec`; int8 and int4 only.
         symmetric: see `BuildSpec`.
         max_context: rows of the rotary tables in tokens; None: the model's.
@@ -100,6 +125,9 @@ def export_graph(
     """
     row = require_options(lowering, precision, block_size, symmetric, max_context)
     threads_for(threads)  # refused before any work
+    storage = Storage() if checkpoint is None else storage_of(checkpoint)
+    form = _settled(lowering, _Form(row, block_size, symmetric, own_codes=False), precision, storage)
+    row = form.row
     dtype = ir.DataType[row.compute_type_on(LOWERINGS[lowering].target)]
     positions = BuildSpec(max_context=max_context).context_for(config.max_position_embeddings)
     if checkpoint is not None:
@@ -108,9 +136,8 @@ def export_graph(
     stages = Stages(names if checkpoint is not None else (*names[:2], names[3]), on_progress)
     with FolderWriter(out, _refuse_unless_export) as writer:
         traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions))
-        if checkpoint is not None:
-            traced.encodings = encodings_of(checkpoint)
-        lowered = stages.run("lower", lambda _: _LOWER[lowering](traced, row, block_size, symmetric))
+        traced.store_as(storage)
+        lowered = stages.run("lower", lambda _: _LOWER[lowering](traced, form))
         warn_of_rounding(lowered)
         weight_bytes = output_bytes(lowered)
         data_file = writer.folder / DATA_FILE
@@ -177,6 +204,24 @@ def require_options(
         )
     BuildSpec(max_context=max_context)
     return row
+
+
+def _settled(lowering: str, form: _Form, precision: str | None, storage: Storage) -> _Form:
+    """The form, or the one that a checkpoint fixes.
+
+    Raises:
+        BuildError: it conflicts with the checkpoint.
+    """
+    if not any(storage.fixed) or (precision is not None and not form.row.is_quantized):
+        return form
+    asked = BuildSpec(
+        target=LOWERINGS[lowering].target,
+        precision=None if precision is None else Precision(precision),  # type: ignore[arg-type]  # None: the default
+        block_size=form.block_size,
+        symmetric=None if form.symmetric else False,  # type: ignore[arg-type]  # likewise
+    )
+    spec = settled(asked, storage)
+    return _Form(spec.precision.row, spec.block_size, spec.symmetric, spec.own_codes)
 
 
 def _choose(lowering: str, precision: str | None) -> PrecisionRow:

@@ -11,6 +11,7 @@ from qwen_aot.errors import BuildError, onnxruntime_errors
 from qwen_aot.exporter.lowering.ort import contrib as ort
 from qwen_aot.exporter.lowering.ort.contrib import OrtOptions
 from qwen_aot.exporter.quantize.blockwise import BlockFormat
+from qwen_aot.exporter.quantize.own_codes import TABLE_BLOCK
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.extras import install_command
 from qwen_aot.runtime.bundle.manifest import Manifest
@@ -32,11 +33,16 @@ def require(spec: BuildSpec) -> None:
 def lower(traced: Traced, spec: BuildSpec) -> Traced:
     """The ort lowering, with weights in the blocks that the spec asks for."""
     layout, sensitive = block_formats(spec)
-    return ort.lower(traced, OrtOptions(layout, sensitive, fast_prefill=spec.fast_prefill))
+    return ort.lower(traced, OrtOptions(layout, sensitive, fast_prefill=spec.fast_prefill, own_codes=spec.own_codes))
 
 
 def block_formats(spec: BuildSpec) -> tuple[BlockFormat | None, BlockFormat | None]:
-    """How most matrices and how the sensitive ones are quantized; (None, None): not at all."""
+    """How most matrices and how the sensitive ones are quantized; (None, None): not at all.
+
+    Beside a checkpoint's own codes, the second is of embedding and head, where it was asked for.
+    """
+    if spec.own_codes:
+        return None, None if spec.sensitive_bits is None else BlockFormat(spec.sensitive_bits, TABLE_BLOCK)
     row, block_size, sensitive_bits = spec.precision.row, spec.effective_block_size, spec.effective_sensitive_bits
     if not row.is_quantized:
         return None, None

@@ -21,4 +21,5 @@ def lower(traced: Traced, spec: BuildSpec) -> Traced:
         ExportError: a model with experts is asked for in int8 or int4.
     """
     layout, sensitive = block_formats(spec)
-    return ort.lower(traced, OrtOptions(layout, sensitive, accuracy_level=1, provider=Provider.CUDA))
+    options = OrtOptions(layout, sensitive, accuracy_level=1, provider=Provider.CUDA, own_codes=spec.own_codes)
+    return ort.lower(traced, options)

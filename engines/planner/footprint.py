@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from qwen_aot.engines.planner.activations import activation_bytes
-from qwen_aot.engines.planner.forms import COMPUTE_BYTES, Form, Forms, is_blockwise, weight_forms
+from qwen_aot.engines.planner.forms import COMPUTE_BYTES, Form, Forms, Part, is_blockwise, weight_forms
+from qwen_aot.engines.planner.own_weights import own_choices, own_weights
 from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.errors import BuildError
+from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import Parameter, Role, WeightClass, layer_kinds, outer_parameters
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES
@@ -56,18 +59,29 @@ class Footprint:
         return self.weight_bytes + self.cache_bytes + self.activation_bytes_estimated
 
 
-def footprint(config: ModelConfig, spec: BuildSpec) -> Footprint:
+def footprint(config: ModelConfig, spec: BuildSpec, storage: Storage | None = None) -> Footprint:
     """Sizes up what `spec` builds of a model.
 
     A decode step reads every weight but these: of the embedding and the rotary tables one row a sequence, of routed
     experts the chosen ones, min(E, B·k) (rows that choose the same experts read fewer), and nothing of what prefill
     alone uses. It reads the cache up to the context, not to the capacity.
 
+    Args:
+        config: the model's facts.
+        spec: what is built; `engines.spec.own_codes.settled` by the storage, where there is one.
+        storage: the checkpoint's, which weights that keep its codes are stored by.
+
     Raises:
-        BuildError: the context is beyond the model's.
+        BuildError: the context is beyond the model's, or own codes are asked for without a checkpoint.
+        ExportError: the target can't keep the checkpoint's codes.
     """
     context = spec.context_for(config.max_position_embeddings)
-    parts = tuple(_parts(config, spec, context))
+    if spec.own_codes:
+        if storage is None:
+            raise BuildError("own_codes has no size without the checkpoint whose codes these are; give its storage")
+        parts = [own_weights(config, own_choices(spec), storage), _rotary(config, spec, context)]
+    else:
+        parts = list(_parts(config, spec, context))
     return Footprint(
         weight_bytes=sum(part.stored for part in parts),
         cache_bytes=_cache_bytes(config, spec, cache_capacity(context, spec.prefill_chunk)),
@@ -82,59 +96,46 @@ def _cache_bytes(config: ModelConfig, spec: BuildSpec, tokens: int) -> int:
     return spec.max_batch * tokens * (config.kv_bytes_per_token(itemsize) + scales * _CACHE_SCALE_BYTES)
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Some weights: bytes that lie in memory, and bytes that a decode step reads of them."""
-
-    stored: int
-    read: int
-
-    @classmethod
-    def whole(cls, size: int) -> _Part:
-        return cls(size, size)
-
-    def __mul__(self, count: int) -> _Part:
-        return _Part(self.stored * count, self.read * count)
-
-
-def _parts(config: ModelConfig, spec: BuildSpec, context: int) -> Iterator[_Part]:
+def _parts(config: ModelConfig, spec: BuildSpec, context: int) -> Iterator[Part]:
     """Every weight of the model, layers of one kind together."""
     forms = weight_forms(spec)
     for parameter in outer_parameters(config):
         yield _part(parameter, config, spec, forms)
     if config.tie_word_embeddings:
         yield _tied_head(config, forms)
-    positions = cache_capacity(context, spec.prefill_chunk)
-    yield _Part(
-        forms.rotary.bytes_of(positions, config.head_dim), forms.rotary.bytes_of(spec.max_batch, config.head_dim)
-    )
+    yield _rotary(config, spec, context)
     for layers, parameters in layer_kinds(config):
         for parameter in parameters:
             yield _part(parameter, config, spec, forms) * len(layers)
     yield from _channels(config, forms)
 
 
-def _part(parameter: Parameter, config: ModelConfig, spec: BuildSpec, forms: Forms) -> _Part:
+def _rotary(config: ModelConfig, spec: BuildSpec, context: int) -> Part:
+    rotary, positions = weight_forms(spec).rotary, cache_capacity(context, spec.prefill_chunk)
+    return Part(rotary.bytes_of(positions, config.head_dim), rotary.bytes_of(spec.max_batch, config.head_dim))
+
+
+def _part(parameter: Parameter, config: ModelConfig, spec: BuildSpec, forms: Forms) -> Part:
     """One initializer of the trace as it is stored."""
     if parameter.weight_class is WeightClass.EXPERT:
         return _experts(parameter, config, spec, forms)
     *lead, width = parameter.shape
     form, rows = _FORMS[parameter.weight_class](forms), math.prod(lead)
     read = spec.max_batch if parameter.weight_class is WeightClass.EMBEDDING else rows
-    return _Part(form.bytes_of(rows, width), form.bytes_of(read, width))
+    return Part(form.bytes_of(rows, width), form.bytes_of(read, width))
 
 
-def _tied_head(config: ModelConfig, forms: Forms) -> _Part:
+def _tied_head(config: ModelConfig, forms: Forms) -> Part:
     """The head of a model whose table has none."""
     V, M = config.vocab_size, config.hidden_size
     head = forms.head.bytes_of(V, M)
     if not forms.shares_tied_head:
-        return _Part.whole(head)
+        return Part.whole(head)
     without = dataclasses.replace(forms.head, zero_point_bits=0)  # those alone are another tensor than its own
-    return _Part(head - without.bytes_of(V, M), head)
+    return Part(head - without.bytes_of(V, M), head)
 
 
-def _channels(config: ModelConfig, forms: Forms) -> Iterator[_Part]:
+def _channels(config: ModelConfig, forms: Forms) -> Iterator[Part]:
     """The second form of the layers' projections, which prefill alone reads.
 
     In the last layer, which goes on from q, k and v with one token a row, those alone have it.
@@ -147,10 +148,10 @@ def _channels(config: ModelConfig, forms: Forms) -> Iterator[_Part]:
             if parameter.weight_class in (WeightClass.PROJECTION, WeightClass.DOWN):
                 is_left_out = last in layers and Role.QUERY not in parameter.roles
                 rows, width = parameter.shape
-                yield _Part(forms.channels.bytes_of(rows, width), 0) * (len(layers) - is_left_out)
+                yield Part(forms.channels.bytes_of(rows, width), 0) * (len(layers) - is_left_out)
 
 
-def _experts(parameter: Parameter, config: ModelConfig, spec: BuildSpec, forms: Forms) -> _Part:
+def _experts(parameter: Parameter, config: ModelConfig, spec: BuildSpec, forms: Forms) -> Part:
     """One matrix of all routed experts of a layer.
 
     ONNX Runtime's kernel wants blocks that divide M, and F filled up to whole blocks; where no block size divides M,
@@ -169,4 +170,4 @@ def _experts(parameter: Parameter, config: ModelConfig, spec: BuildSpec, forms: 
     else:
         rows = sum(-(-shape[0] // fills) * fills for _, shape in parameter.parts)  # gate's and up's each
     expert, E = form.bytes_of(rows, width), parameter.num_experts
-    return _Part(E * expert, min(E, spec.max_batch * config.moe.num_experts_per_tok) * expert)
+    return Part(E * expert, min(E, spec.max_batch * config.moe.num_experts_per_tok) * expert)

@@ -38,6 +38,22 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Some weights: bytes that lie in memory, and bytes that a decode step reads of them."""
+
+    stored: int
+    read: int
+
+    @classmethod
+    def whole(cls, size: int) -> Part:
+        """A step reads all of it."""
+        return cls(size, size)
+
+    def __mul__(self, count: int) -> Part:
+        return Part(self.stored * count, self.read * count)
+
+
+@dataclass(frozen=True, slots=True)
 class Forms:
     """How one target and precision stores each kind of weight.
 

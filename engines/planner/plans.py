@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from qwen_aot.engines.planner.devices import DEVICES, Device
 from qwen_aot.engines.planner.footprint import Footprint, footprint
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.flavours import capability
+from qwen_aot.engines.spec.own_codes import settled
 from qwen_aot.engines.spec.precisions import Precision, combinations
 from qwen_aot.engines.spec.targets import Target
 from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, TensorRtOptions
+from qwen_aot.errors import BuildError, ExportError
+from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.runtime.bundle.manifest import MAX_COUNT
 
@@ -56,31 +59,32 @@ class Plan:
         return max(0, self.footprint.total_bytes - DEVICES[self.device].usable_bytes)
 
 
-def plan(model: str, config: ModelConfig, spec: BuildSpec, device: str) -> Plan:
+def plan(model: str, config: ModelConfig, spec: BuildSpec, device: str, storage: Storage | None = None) -> Plan:
     """Plans one combination.
 
     Args:
         model: what to call it.
         config: its facts.
-        spec: target, precision, context and batch.
+        spec: target, precision, context and batch; settled by the storage.
         device: a key of DEVICES.
+        storage: of a checkpoint; None: of a model without one.
 
     Raises:
         BuildError: the context is beyond the model's.
     """
     facts = DEVICES[device]
     context = spec.context_for(config.max_position_embeddings)
-    needed = footprint(config, spec)
+    needed = footprint(config, spec, storage)
     refusal = refusal_of(config, spec, facts)
     longest = largest = 0
     ceiling, remedy = None, ""
     if refusal is None:
-        longest = longest_context(config, spec, facts.usable_bytes)
-        largest = largest_batch(config, spec, facts.usable_bytes)
+        longest = longest_context(config, spec, facts.usable_bytes, storage)
+        largest = largest_batch(config, spec, facts.usable_bytes, storage)
         if needed.total_bytes <= facts.usable_bytes:
             ceiling = spec.max_batch * facts.bytes_per_second / needed.step_bytes
         else:
-            remedy = _remedy(config, spec, facts, longest, largest)
+            remedy = _remedy(config, spec, facts, longest, largest, storage)
     return Plan(model, device, spec, context, needed, refusal, longest, largest, ceiling, remedy)
 
 
@@ -93,6 +97,7 @@ def plans(
     max_context: int | None = None,
     max_batch: int = 1,
     kv_precision: str = DEFAULT_OPTIONS.kv_precision,
+    storages: Mapping[str, Storage] | None = None,
 ) -> Iterator[Plan]:
     """Plans every model at every precision on every device.
 
@@ -104,6 +109,7 @@ def plans(
         max_context: tokens; None: the target's default.
         max_batch: rows.
         kv_precision: of the TensorRT targets' cache (`engines.spec.tensorrt_options.KV_PRECISIONS`).
+        storages: of the models that have a checkpoint, by name.
 
     Raises:
         BuildError: a combination that doesn't exist, a context beyond a model's, or a count below 1.
@@ -121,8 +127,22 @@ def plans(
             for precision in precisions
         ]
         for model, config in models:
+            storage = (storages or {}).get(model)
             for spec in specs:
-                yield plan(model, config, spec, device)
+                yield _settled_plan(model, config, spec, device, storage)
+
+
+def _settled_plan(model: str, config: ModelConfig, spec: BuildSpec, device: str, storage: Storage | None) -> Plan:
+    """The plan of what a build would make of the spec; a conflict with the checkpoint is a refusal."""
+    if storage is None:
+        return plan(model, config, spec, device)
+    try:
+        return plan(model, config, settled(spec, storage), device, storage)
+    except (BuildError, ExportError) as error:
+        as_if = plan(model, config, spec, device)
+        return dataclasses.replace(
+            as_if, refusal=str(error), longest_context=0, largest_batch=0, ceiling=None, remedy=""
+        )
 
 
 def refusal_of(config: ModelConfig, spec: BuildSpec, device: Device) -> str | None:
@@ -141,6 +161,8 @@ def refusal_of(config: ModelConfig, spec: BuildSpec, device: Device) -> str | No
         return f"{spec.precision} needs SM {lowest} or later, and this is SM {device.capability_name}{instead}"
     if config.moe is None or not row.is_quantized or spec.facts.quantized_experts == "yes":
         return None
+    if spec.own_codes and spec.facts.quantized_experts == "plugin":
+        return None  # `footprint` refuses experts that are codes
     if spec.facts.quantized_experts == "no":
         return f"quantized experts don't exist for {spec.target} ({spec.precision} asked for); fp16 does"
     if spec.moe == "native":
@@ -150,20 +172,20 @@ def refusal_of(config: ModelConfig, spec: BuildSpec, device: Device) -> str | No
     return None if row.has_plugin_experts else f"{spec.precision} experts don't exist in the plugin{instead}"
 
 
-def longest_context(config: ModelConfig, spec: BuildSpec, usable_bytes: int) -> int:
+def longest_context(config: ModelConfig, spec: BuildSpec, usable_bytes: int, storage: Storage | None = None) -> int:
     """Tokens, at most the model's, of the longest context that fits in `usable_bytes` at the spec's batch; or 0."""
 
     def fits(context: int) -> bool:
-        return footprint(config, dataclasses.replace(spec, max_context=context)).total_bytes <= usable_bytes
+        return footprint(config, dataclasses.replace(spec, max_context=context), storage).total_bytes <= usable_bytes
 
     return _largest(fits, config.max_position_embeddings)
 
 
-def largest_batch(config: ModelConfig, spec: BuildSpec, usable_bytes: int) -> int:
+def largest_batch(config: ModelConfig, spec: BuildSpec, usable_bytes: int, storage: Storage | None = None) -> int:
     """Rows of the largest batch that fits in `usable_bytes` at the spec's context; or 0."""
 
     def fits(batch: int) -> bool:
-        return footprint(config, dataclasses.replace(spec, max_batch=batch)).total_bytes <= usable_bytes
+        return footprint(config, dataclasses.replace(spec, max_batch=batch), storage).total_bytes <= usable_bytes
 
     bound = 1
     while bound < MAX_COUNT and fits(bound):
@@ -183,27 +205,29 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def _remedy(config: ModelConfig, spec: BuildSpec, device: Device, longest: int, largest: int) -> str:
+def _remedy(
+    config: ModelConfig, spec: BuildSpec, device: Device, longest: int, largest: int, storage: Storage | None
+) -> str:
     """What would fit in the place of `spec`: less context, fewer rows, a smaller precision; or that nothing does."""
     usable = device.usable_bytes
     shorter = [f"a context of {longest}"] if longest else []
     shorter += [f"a batch of {largest}"] if largest else []
     found = [f"{spec.precision} fits with {' or '.join(shorter)}"] if shorter else []
-    smaller = _smaller(config, spec, device)
+    smaller = _smaller(config, spec, device, storage)
     for other in smaller:
-        if footprint(config, other).total_bytes <= usable:
+        if footprint(config, other, storage).total_bytes <= usable:
             return "; ".join([*found, f"{other.precision} fits"])
     if found:
         return found[0]
     least = (spec, *smaller)[-1]
-    if context := longest_context(config, least, usable):
+    if context := longest_context(config, least, usable, storage):
         return f"{least.precision} fits with a context of {context}"
-    if batch := largest_batch(config, least, usable):
+    if batch := largest_batch(config, least, usable, storage):
         return f"{least.precision} fits with a batch of {batch}"
     one_row = dataclasses.replace(least, max_batch=1)
-    if context := longest_context(config, one_row, usable):
+    if context := longest_context(config, one_row, usable, storage):
         return f"{least.precision} fits with a batch of 1 and a context of {context}"
-    missing = footprint(config, dataclasses.replace(one_row, max_context=1)).total_bytes - usable
+    missing = footprint(config, dataclasses.replace(one_row, max_context=1), storage).total_bytes - usable
     return f"nothing fits: even {least.precision} with one token in one row lacks {missing / 1e9:.3g} GB"
 
 
@@ -212,23 +236,28 @@ def _kv_of(spec: BuildSpec) -> str:
     return "int8" if spec.cache_type == "INT8" else "auto"
 
 
-def _smaller(config: ModelConfig, spec: BuildSpec, device: Device) -> list[BuildSpec]:
-    """The spec at each precision with fewer bytes that runs on the device, in its default form, the largest first."""
+def _smaller(config: ModelConfig, spec: BuildSpec, device: Device, storage: Storage | None) -> list[BuildSpec]:
+    """The spec at each precision with fewer bytes that runs on the device, in its default form, the largest first.
+
+    Of a checkpoint that fixes its precision there are its own codes alone.
+    """
 
     def size(other: BuildSpec) -> int:
-        return footprint(config, other).weight_bytes
+        return footprint(config, other, storage).weight_bytes
 
-    others = (
-        BuildSpec(
-            target=other.target,
-            precision=other.precision,
+    def default(precision: Precision | None) -> BuildSpec:
+        return BuildSpec(
+            target=spec.target,
+            precision=precision,  # type: ignore[arg-type]  # BuildSpec takes None for the default
             max_context=spec.max_context,
             max_batch=spec.max_batch,
             prefill_chunk=spec.prefill_chunk,
             tensorrt=dataclasses.replace(DEFAULT_OPTIONS, kv_precision=_kv_of(spec)),
         )
-        for other in combinations()
-        if other.target == spec.target
-    )
+
+    if storage is not None and any(storage.fixed):
+        others = [] if spec.own_codes else [settled(default(None), storage)]
+    else:
+        others = [default(other.precision) for other in combinations() if other.target == spec.target]
     kept = [other for other in others if size(other) < size(spec) and refusal_of(config, other, device) is None]
     return sorted(kept, key=size, reverse=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from qwen_aot.engines.spec.flavours import capabilities_of, check_options, form_of
@@ -14,6 +14,9 @@ from qwen_aot.errors import BuildError
 from qwen_aot.runtime.bundle.flavours import FLAVOURS
 
 __all__ = ["BuildSpec"]
+
+# What a checkpoint that fixes its precision decides, unless it was asked for.
+_DEFAULTS_BY_CHECKPOINT = ("precision", "block_size", "symmetric", "sensitive_bits")
 
 _Name = TypeVar("_Name", bound=str)
 
@@ -29,15 +32,23 @@ class BuildSpec:
     target: Target = Target.CPU
     precision: Precision = None  # type: ignore[assignment]  # None: the target's default; never None once made
     block_size: int | None = None  # elements along K that share a scale; None: the measured default of the precision
-    symmetric: bool = True
+    symmetric: bool = None  # type: ignore[assignment]  # None: without zero points; never None once made
     sensitive_bits: int | None = None  # of embedding, head and down projections; None: the precision's measured default
     fast_prefill: bool = False  # cpu: a second, 8-bit form of the projections for steps of many tokens
     max_context: int | None = None  # tokens; None: the model's (cpu, cuda) or min(4096, the model's) (TensorRT)
     max_batch: int = 1  # rows
     prefill_chunk: int = None  # type: ignore[assignment]  # tokens; None: the target's default; never None once made
     tensorrt: TensorRtOptions = DEFAULT_OPTIONS
+    own_codes: bool = False  # weights keep the codes that the checkpoint stores (`engines.spec.own_codes`)
+    asked: frozenset[str] = field(
+        init=False, compare=False, repr=False
+    )  # which of `_DEFAULTS_BY_CHECKPOINT` were given
 
     def __post_init__(self) -> None:
+        asked = frozenset(name for name in _DEFAULTS_BY_CHECKPOINT if getattr(self, name) is not None)
+        object.__setattr__(self, "asked", asked)
+        if self.symmetric is None:
+            object.__setattr__(self, "symmetric", True)
         object.__setattr__(self, "target", _member(Target, "target", self.target))
         precision = self.facts.default_precision if self.precision is None else self.precision
         object.__setattr__(self, "precision", _member(Precision, "precision", precision))
@@ -68,6 +79,8 @@ class BuildSpec:
                 + _listing(lambda choices: choices.fast_prefill)
                 + "; leave out fast_prefill"
             )
+        if self.own_codes:
+            self._check_own_codes()
         flavour = FLAVOURS.get(self.target)
         if flavour is not None:
             check_options(flavour, self.tensorrt, self.precision)
@@ -139,6 +152,8 @@ class BuildSpec:
         row, block_size, sensitive_bits = self.precision.row, self.effective_block_size, self.effective_sensitive_bits
         if not row.is_quantized:
             return {}
+        if self.own_codes:
+            return self._own_quantization()
         found: dict[str, int | str | bool] = {} if block_size is None else {"block_size": block_size}
         found["symmetric"] = self.symmetric
         if self.facts.weight_layout == "dequantized":
@@ -147,9 +162,25 @@ class BuildSpec:
             found |= {"sensitive_bits": sensitive_bits, "fast_prefill": self.fast_prefill}
         return found if row.activations == "none" else found | {"activations": row.activations}
 
+    def _own_quantization(self) -> dict[str, int | str | bool]:
+        found: dict[str, int | str | bool] = {"own_codes": True}
+        if self.facts.weight_layout == "dequantized":
+            return found | {"quantize_head": self.tensorrt.quantize_head}
+        if self.sensitive_bits is not None:
+            found["sensitive_bits"] = self.sensitive_bits
+        return found | {"fast_prefill": self.fast_prefill}
+
     def _form(self, asked: Form | None) -> Form:
         flavour = FLAVOURS.get(self.target)
         return "native" if flavour is None else form_of(flavour, asked)
+
+    def _check_own_codes(self) -> None:
+        if self.precision not in ("int4", "int8"):
+            raise BuildError(f"own_codes doesn't go with precision {self.precision}; accepted: int4, int8")
+        if self.block_size is not None or not self.symmetric:
+            raise BuildError(
+                "own_codes takes blocks and zero points from the checkpoint; leave out block_size, asymmetric"
+            )
 
     def _check_kv_precision(self) -> None:
         asked, own = self.tensorrt.kv_precision, plain_name(self.combination.compute_type)

@@ -316,3 +316,12 @@ def row_of(precision: str) -> PrecisionRow:
     if precision not in PRECISIONS:
         raise BuildError(f"precision {precision!r} doesn't exist; what exists: {', '.join(PRECISIONS)}")
     return PRECISIONS[precision]
+
+
+def judged_as(precision: str, quantization: Mapping[str, int | str | bool]) -> str:
+    """The precision whose bounds a bundle is held to, by its precision and quantization in the manifest.
+
+    A checkpoint's own codes round no weight: what is lost is what rounded activations lose, less than int8 allows.
+    """
+    is_kept = quantization.get("own_codes") and quantization.get("sensitive_bits", 8) == 8
+    return "int8" if is_kept else precision

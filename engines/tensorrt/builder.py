@@ -45,12 +45,19 @@ def lower(traced: Traced, spec: BuildSpec) -> Traced:
         ExportError: the model can't be stored so.
     """
     weights, quantize_head = spec.precision.row.weight_format, spec.tensorrt.quantize_head
+    if spec.own_codes:
+        weights = None
     has_experts = traced.config.moe is not None
     if spec.attention == "native" and not (spec.moe == "plugin" and has_experts):
-        return standard.lower(traced, StandardOptions(weights, quantize_head))
+        return standard.lower(traced, StandardOptions(weights, quantize_head, spec.own_codes))
     find_plugin_library(spec.tensorrt.plugin_library)
     options = plugin.PluginOptions(
-        weights, quantize_head, spec.attention, spec.moe, int8_cache=spec.cache_type == "INT8"
+        weights,
+        quantize_head,
+        spec.attention,
+        spec.moe,
+        int8_cache=spec.cache_type == "INT8",
+        own_codes=spec.own_codes,
     )
     return plugin.lower(traced, options)
 

@@ -6,7 +6,8 @@ order, a base frequency misread) would be on both sides and nothing would show i
 - a Hugging Face folder of an architecture that transformers knows is read by transformers, which is told the names of
   tensors only where a framework put its own around them;
 - a GGUF file is read by the gguf package, its keys and rotary order interpreted by tables of transformers;
-- only what nobody else can read (random weights; a folder of an architecture that is ours) comes through our reader.
+- only what nobody else can read here (random weights; a folder of an architecture that is ours; one quantized by GPTQ,
+  AWQ or their like, which transformers opens with their packages alone) comes through our reader.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 
 from qwen_aot.engines.verify.gguf_model import read_gguf
 from qwen_aot.errors import CheckpointError
-from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.checkpoint.hf.wrappers import unwrapped
 from qwen_aot.exporter.checkpoint.names import CANONICAL
 from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
@@ -51,7 +52,7 @@ def load_model(checkpoint: Checkpoint) -> tuple[Any, str]:
     try:
         if isinstance(checkpoint, RandomCheckpoint):
             return _from_reader(transformers, checkpoint), BY_US
-        if _is_known(checkpoint.path):
+        if _is_known(checkpoint.path) and not any(each.fixes_precision for each in encodings_of(checkpoint).values()):
             return _from_folder(transformers, checkpoint), BY_TRANSFORMERS
         if checkpoint.path.is_file() and checkpoint.path.suffix.lower() == ".gguf":
             facts, state = read_gguf(checkpoint.path)

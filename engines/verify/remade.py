@@ -10,7 +10,8 @@ import onnx_ir as ir
 from qwen_aot.engines.builders import builder_for
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, TensorRtOptions
-from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
+from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.checkpoint.storage import storage_of
 from qwen_aot.exporter.graph.plugin_ops import PluginOp
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.weights.recipe import Traced
@@ -33,6 +34,7 @@ def spec_of(folder: Path, manifest: Manifest) -> BuildSpec:
         symmetric=bool(asked.get("symmetric", True)),
         sensitive_bits=sensitive_bits if isinstance(sensitive_bits, int) else None,
         fast_prefill=bool(asked.get("fast_prefill", False)),
+        own_codes=bool(asked.get("own_codes", False)),
         max_context=manifest.max_context,
         prefill_chunk=manifest.prefill_chunk,
         tensorrt=_tensorrt_options(folder, manifest),
@@ -50,7 +52,7 @@ def lower_again(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Tra
     capacity = positions if spec.facts.has_fixed_capacity else None
     dtype = ir.DataType[spec.combination.compute_type]
     traced = trace(checkpoint.config, dtype, positions=positions, capacity=capacity)
-    traced.encodings = encodings_of(checkpoint)
+    traced.store_as(storage_of(checkpoint))
     return builder_for(spec.target).lower(traced, spec)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.engines.spec.bounds import SMALLEST_MEASURED, Bounds
-from qwen_aot.engines.spec.precisions import row_of
+from qwen_aot.engines.spec.precisions import judged_as, row_of
 from qwen_aot.engines.verify.verdict import Verdict
 from qwen_aot.errors import BuildError
 
@@ -193,12 +193,12 @@ def limits_for(
     Raises:
         BuildError: there is no such precision.
     """
-    row = row_of(precision)
+    row = row_of(judged_as(precision, quantization))
     if row.rounding is None:
         return Limits(bounds_for(precision, **given))
     block_size = quantization.get("block_size")
     has_fine_blocks = isinstance(block_size, int) and block_size <= 128
-    is_coarse = not has_fine_blocks or quantization.get("sensitive_bits") != 8
+    is_coarse = not quantization.get("own_codes") and (not has_fine_blocks or quantization.get("sensitive_bits") != 8)
     bounds = row.bounds.times(row.rounding.factor(num_parameters, is_coarse=is_coarse))
     named = {name for name, value in given.items() if value is not None}
     doubts: tuple[str, ...] = ()

@@ -52,10 +52,13 @@ class Encoding:
     Attributes:
         name: for reports: format and type (`gguf-q8_0`).
         form: of its codes; None: they have no such form (a type with minimums), and only floats can be read.
+        fixes_precision: the checkpoint was quantized to run in these very codes: a build keeps them, or computes with
+            the floats that they stand for. False: a build may quantize anew, as its user chooses.
     """
 
     name: str
     form: CodeForm | None = None
+    fixes_precision: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,17 @@ def stack(parts: Sequence[EncodedRows]) -> EncodedRows:
         scales=np.concatenate([part.scales for part in parts]),
         zero_points=np.concatenate(zeros) if zeros else None,
     )
+
+
+def with_columns(rows: EncodedRows, order: NDArray[np.int64], where: object) -> EncodedRows:
+    """The same codes as rows of the matrix whose columns stand in `order`: column k of it is the tensor's `order[k]`.
+
+    Raises:
+        CheckpointError: the codes stand in another order.
+    """
+    if rows.permutation is None or not np.array_equal(rows.permutation, order):
+        raise CheckpointError(f"{where}: the codes' order of columns isn't the one that was read before; it changed")
+    return replace(rows, form=replace(rows.form, has_permutation=False), permutation=None)
 
 
 def arranged(rows: EncodedRows, arrange: Arrange) -> EncodedRows:

@@ -7,12 +7,15 @@ written, not what they are.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import ml_dtypes
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows
 from qwen_aot.exporter.quantize.blockwise import BlockFormat, Quantized, pack
+from qwen_aot.exporter.weights.recipe import OutOfRangeError
 
 
 def obstacle(form: CodeForm, width: int, layout: BlockFormat, scale_dtype: DTypeLike) -> str | None:
@@ -27,9 +30,37 @@ def obstacle(form: CodeForm, width: int, layout: BlockFormat, scale_dtype: DType
             f"{form.bits} bits in blocks of {form.group_size} don't fit {layout.bits} bits in blocks of "
             f"{layout.block_size}"
         )
-    if not np.can_cast(form.scale_dtype, scale_dtype):
+    if not may_hold_scales(form.scale_dtype, scale_dtype):
         return f"their {form.scale_dtype.name} scales don't fit {np.dtype(scale_dtype).name}"
     return None
+
+
+def may_hold_scales(stored: DTypeLike, scale_dtype: DTypeLike) -> bool:
+    """Whether kernels that take scales in a type can have scales of another without rounding.
+
+    bfloat16 has fewer digits than float16 and a wider range: what lies beyond is refused when it is met (`as_scales`).
+    """
+    is_shorter = np.dtype(stored) == ml_dtypes.bfloat16 and np.dtype(scale_dtype) == np.float16
+    return is_shorter or np.can_cast(stored, scale_dtype)
+
+
+def as_scales(scales: NDArray[Any], dtype: DTypeLike, first_row: int = 0) -> NDArray[Any]:
+    """Scales [r, n] in the type that kernels take, the same numbers.
+
+    Raises:
+        OutOfRangeError: one isn't a number of that type. Its row is that of `scales`, and `first_row` before it.
+    """
+    with np.errstate(over="ignore"):
+        cast: NDArray[Any] = scales.astype(dtype)
+    differs = cast.astype(np.float32) != scales.astype(np.float32)
+    if differs.any():
+        row, group = np.argwhere(differs)[0]
+        raise OutOfRangeError(
+            first_row + int(row),
+            f"a scale of {float(scales[row, group]):.6g} is no {np.dtype(dtype).name} number, and kernels here take "
+            "scales of that type; accepted: scales that it holds; target cpu takes all of them",
+        )
+    return cast
 
 
 def in_form_of(layout: BlockFormat, rows: EncodedRows) -> EncodedRows:

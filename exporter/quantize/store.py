@@ -6,8 +6,9 @@ these are kept (`exporter.quantize.encoded`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -16,12 +17,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen_aot.exporter.checkpoint.encoding import Arrange, EncodedRows, arranged, dequantize, stack
-from qwen_aot.exporter.model.tensors import SENSITIVE, weight_class_of
 from qwen_aot.exporter.quantize.blockwise import BlockFormat, Quantized, pack, quantize, quantize_channels
-from qwen_aot.exporter.quantize.encoded import as_blocks, in_form_of, obstacle
+from qwen_aot.exporter.quantize.encoded import as_blocks, as_scales, in_form_of, obstacle
+from qwen_aot.exporter.quantize.formats import Formats
 from qwen_aot.exporter.weights.recipe import Arrays, Output, Recipe, Traced
 
-_UNCHECKED_SCALE = 256.0  # 255 steps of it, the most that a code can be from its zero, still fit fp16
+UNCHECKED_SCALE = 256.0  # 255 steps of it, the most that a code can be from its zero, still fit fp16
 
 
 class _Rows(Protocol):
@@ -97,8 +98,9 @@ class _Entry:
 
         def from_codes(parts: Sequence[EncodedRows]) -> Arrays:
             rows = stack([in_form_of(layout, part) for part in parts])
-            if np.abs(rows.scales).max(initial=0) > _UNCHECKED_SCALE:
+            if np.abs(rows.scales).max(initial=0) > UNCHECKED_SCALE:
                 inner(dequantize(rows))  # refuses values that the compute type can't hold
+            as_scales(rows.scales, scale_type.numpy())
             made = _CodedRows(arranged(rows, arrange), layout)
             return tuple(pick(made) for pick in picks)
 
@@ -135,41 +137,51 @@ class QuantizedWeights:
     def __init__(
         self,
         traced: Traced,
-        layout: BlockFormat,
-        sensitive: BlockFormat | None = None,
+        formats: Formats,
         scale_type: ir.DataType = ir.DataType.FLOAT,
     ) -> None:
         """Nothing is quantized yet.
 
         Args:
             traced: its recipes and initializers are replaced as weights are asked for.
-            layout: the format of most matrices.
-            sensitive: that of matrices of the classes SENSITIVE; None: `layout`.
+            formats: of each weight.
             scale_type: of scales, but not those of channels: the compute type, which the kernels want.
         """
         self._traced = traced
-        self.layout = layout
-        self._sensitive = sensitive or layout
+        self._formats = formats
         self._scale_type = scale_type
         self._entries: dict[str, _Entry] = {}
 
-    def _layout_of(self, weight: ir.Value) -> BlockFormat:
-        return self._sensitive if weight_class_of(str(weight.name)) in SENSITIVE else self.layout
+    def _format_of(self, weight: ir.Value) -> BlockFormat | None:
+        name = str(weight.name)
+        if name in self._entries:
+            return self._entries[name].layout
+        return self._formats.matrix(name, self._traced.recipes[name])
 
-    def matrix(self, weight: ir.Value) -> QuantizedWeight:
-        """For MatMulNBits."""
+    def experts_format(self, gate_up: ir.Value, down: ir.Value) -> BlockFormat | None:
+        """Of both matrices of experts [E, N, K]; None: they aren't quantized."""
+        recipes = self._traced.recipes
+        return self._formats.experts(recipes[str(gate_up.name)], recipes[str(down.name)], dims(gate_up)[2])
+
+    def matrix(self, weight: ir.Value) -> QuantizedWeight | None:
+        """For MatMulNBits; None: this weight isn't quantized."""
         rows, width = dims(weight)
-        entry = self._entry(weight, self._layout_of(weight))
+        layout = self._format_of(weight)
+        if layout is None:
+            return None
+        entry = self._entry(weight, layout)
         return self._matrix(weight, entry, self._packed_zero_points(weight, entry, (rows,), width))
 
-    def table(self, weight: ir.Value, *, with_zero_points: bool = False) -> QuantizedWeight:
-        """For GatherBlockQuantized, with the rows' blocks as an axis of their own.
+    def table(self, weight: ir.Value, *, with_zero_points: bool = False) -> QuantizedWeight | None:
+        """For GatherBlockQuantized, with the rows' blocks as an axis of their own; None: this weight isn't quantized.
 
         `with_zero_points`: a symmetric format has them too, all at the middle of the range.
         """
         rows, width = dims(weight)
-        entry = self._entry(weight, self._layout_of(weight))
-        layout, n, zeros = entry.layout, entry.layout.blocks(width), None
+        layout = self._format_of(weight)
+        if layout is None:
+            return None
+        entry, n, zeros = self._entry(weight, layout), layout.blocks(width), None
         if with_zero_points or not layout.symmetric:
 
             def pick(rows: _Rows) -> NDArray[np.generic]:
@@ -263,6 +275,7 @@ class QuantizedWeights:
         if name not in self._entries:
             recipe = self._traced.recipes.pop(name)
             keeps_codes = self._can_keep_codes(recipe, layout)
+            rows_per_group = math.lcm(rows_per_group, recipe.rows_per_group)
             self._entries[name] = _Entry(recipe, keeps_codes, arrange, layout, self._scale_type, rows_per_group)
         return self._entries[name]
 
@@ -276,7 +289,8 @@ class QuantizedWeights:
             elif encoding.form is None:
                 reasons[source.name] = "no kernel takes codes of this type"
             else:
-                reasons[source.name] = obstacle(encoding.form, source.shape[-1], layout, self._scale_type.numpy())
+                form = encoding.form if source.column_order is None else replace(encoding.form, has_permutation=False)
+                reasons[source.name] = obstacle(form, source.shape[-1], layout, self._scale_type.numpy())
         if not any(reasons.values()):
             return True
         for name in reasons.keys() & self._traced.encodings.keys():

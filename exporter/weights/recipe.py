@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import ExportError
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows, Encoding
+from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.model.config import ModelConfig
 
 Arrays = tuple[NDArray[Any], ...]  # one an output
@@ -28,10 +29,17 @@ CodesTransform = Callable[[Sequence[EncodedRows]], Arrays]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One checkpoint tensor and the shape that it must have."""
+    """One checkpoint tensor and the shape that it must have.
+
+    Attributes:
+        row_order: the recipe gets the tensor's rows in this order [rows]; None: their own.
+        column_order: and its columns in this one [K], which must be that of its codes where these are taken.
+    """
 
     name: str
     shape: tuple[int, ...]
+    row_order: NDArray[np.int64] | None = field(default=None, compare=False)
+    column_order: NDArray[np.int64] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +108,10 @@ class Traced:
 
     Attributes:
         recipes: by the name of each recipe's first output.
-        encodings: how the checkpoint stores the tensors that aren't plain numbers, by name. Set before lowering:
-            lowerings choose by it.
+        encodings: how the checkpoint stores the tensors that aren't plain numbers, by name. Set before lowering (by
+            `store_as`): lowerings choose by it.
         refused_codes: tensor -> why a lowering that takes codes doesn't take this one's.
+        permutations, dtypes: more of how the checkpoint stores tensors; see `Storage`.
     """
 
     model: ir.Model
@@ -110,11 +119,22 @@ class Traced:
     recipes: dict[str, Recipe] = field(default_factory=dict)
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
     refused_codes: dict[str, str] = field(default_factory=dict)
+    permutations: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    dtypes: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
 
     @property
     def compute_type(self) -> ir.DataType:
         """What the graph was traced in."""
         return ir.DataType[self.model.metadata_props.get("qwen_aot.compute_dtype", "float").upper()]
+
+    @property
+    def storage(self) -> Storage:
+        """How the checkpoint stores its tensors."""
+        return Storage(self.encodings, self.permutations, self.dtypes)
+
+    def store_as(self, storage: Storage) -> None:
+        """Says, before lowering, how the checkpoint stores its tensors."""
+        self.encodings, self.permutations, self.dtypes = storage.encodings, storage.permutations, storage.dtypes
 
 
 class OutOfRangeError(ExportError):

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import CheckpointError, ExportError
 from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
-from qwen_aot.exporter.checkpoint.encoding import EncodedRows
+from qwen_aot.exporter.checkpoint.encoding import EncodedRows, arranged, with_columns
 from qwen_aot.exporter.checkpoint.names import CANONICAL
 from qwen_aot.exporter.checkpoint.nearest_names import nearest_clause
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import Role
-from qwen_aot.exporter.weights.recipe import OutOfRangeError, Output, Recipe, Traced
+from qwen_aot.exporter.weights.recipe import OutOfRangeError, Output, Recipe, Source, Traced
 from qwen_aot.machine import usable_cores
 
 CHUNK_BYTES = 16 << 20  # float32 bytes handled at once by a thread: large enough for NumPy, small against any model
@@ -301,36 +301,49 @@ def _read_rows(recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint) ->
     if not recipe.sources:
         return np.arange(start, stop).astype(np.float32)  # made as float32, its steps beyond 2**24 would be 0 or 2
     parts = []
-    for name, rows in _reached(recipe, start, stop):
-        stored = checkpoint.read(name, rows)
+    for source, rows in _reached(recipe, start, stop):
+        name, span = source.name, _span_to_read(source, rows)
+        stored = checkpoint.read(name, span)
         with np.errstate(over="ignore"):
             part = stored.astype(np.float32, copy=False)
         if stored.dtype == np.float64:
-            _check_finite(stored, name, rows.start, checkpoint)
-            _check_fits_float32(stored, part, name, rows.start, checkpoint)
+            _check_finite(stored, name, span.start, checkpoint)
+            _check_fits_float32(stored, part, name, span.start, checkpoint)
         else:
-            _check_finite(part, name, rows.start, checkpoint)  # the same numbers, and no second conversion to sum them
-        parts.append(part)
+            _check_finite(part, name, span.start, checkpoint)  # the same numbers, and no second conversion to sum them
+        part = part if source.row_order is None else part[source.row_order[rows]]
+        parts.append(part if source.column_order is None else part[:, source.column_order])
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _read_codes(recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint) -> list[EncodedRows]:
     """Rows start … stop of the stacked sources, as the codes that each source has, with finite scales."""
     parts = []
-    for name, rows in _reached(recipe, start, stop):
-        part = checkpoint.read_encoded(name, rows)
-        _check_finite(part.scales.astype(np.float32, copy=False), f"{name} (scales)", rows.start, checkpoint)
+    for source, rows in _reached(recipe, start, stop):
+        span = _span_to_read(source, rows)
+        part = checkpoint.read_encoded(source.name, span)
+        _check_finite(part.scales.astype(np.float32, copy=False), f"{source.name} (scales)", span.start, checkpoint)
+        if source.row_order is not None:
+            order = source.row_order[rows]
+            part = arranged(part, lambda array, _, order=order: array[order])  # type: ignore[misc]
+        if source.column_order is not None:
+            part = with_columns(part, source.column_order, f"{checkpoint.path}: tensor {source.name}")
         parts.append(part)
     return parts
 
 
-def _reached(recipe: Recipe, start: int, stop: int) -> Iterator[tuple[str, slice]]:
+def _span_to_read(source: Source, rows: slice) -> slice:
+    """The rows of a tensor that hold those of its recipe: all of them where the recipe has another order."""
+    return rows if source.row_order is None else slice(0, source.shape[0])
+
+
+def _reached(recipe: Recipe, start: int, stop: int) -> Iterator[tuple[Source, slice]]:
     """The sources that rows start … stop of the stack lie in, and which of their rows these are."""
     first = 0
     for source in recipe.sources:
         low, high = max(start - first, 0), min(stop - first, source.shape[0])
         if low < high:
-            yield source.name, slice(low, high)
+            yield source, slice(low, high)
         first += source.shape[0]
 
 
@@ -387,8 +400,9 @@ def _make_chunk(
 
 def _place_of_row(recipe: Recipe, row: int) -> str:
     """The tensor and its row that a row of the stack is."""
-    for name, rows in _reached(recipe, row, row + 1):
-        return f"tensor {name}, row {rows.start}"
+    for source, rows in _reached(recipe, row, row + 1):
+        place = rows.start if source.row_order is None else source.row_order[rows.start]
+        return f"tensor {source.name}, row {place}"
     return f"{recipe.outputs[0].name}, row {row}"  # computed
 
 

@@ -16,6 +16,7 @@ from qwen_aot.runtime.cli.tables import Cell, print_table, say
 
 if TYPE_CHECKING:
     from qwen_aot.engines.planner.plans import Plan
+    from qwen_aot.exporter.checkpoint.storage import Storage
     from qwen_aot.exporter.model.config import ModelConfig
 
 
@@ -76,9 +77,10 @@ def command(
       qwen-aot plan
       qwen-aot plan qwen1.5-7b --device orin-nano-8gb --precision int4
 
-    Of a Hugging Face folder or a .gguf file only the configuration is read. Without one, every published variant is
-    planned; without --device, for every device. Nothing is built, and no GPU is needed. Weights and cache are exact,
-    activations an estimate. The speed is what the memory's bandwidth allows with full contexts: no engine is faster.
+    Of a Hugging Face folder or a .gguf file only the configuration and headers are read. Without one, every published
+    variant is planned; without --device, for every device. Nothing is built, and no GPU is needed. Weights and cache
+    are exact, activations an estimate. The speed is what the memory's bandwidth allows with full contexts: no engine is
+    faster.
     """
     show_logs()
     from qwen_aot.engines.planner.devices import DEVICES, find_device
@@ -88,15 +90,17 @@ def command(
 
     try:
         keys = tuple(dict.fromkeys(map(find_device, devices))) or tuple(DEVICES)
+        configs, storages = _models(models)
         found = list(
             plans(
-                _configs(models),
+                configs,
                 keys,
                 target=target,  # type: ignore[arg-type]  # BuildSpec takes its name
                 precisions=dict.fromkeys(precisions) or (None,),  # type: ignore[arg-type]  # and theirs
                 max_context=context,
                 max_batch=batch,
                 kv_precision=DEFAULT_OPTIONS.kv_precision if kv_precision is None else kv_precision,
+                storages=storages,
             )
         )
     except BuildError as error:
@@ -114,21 +118,23 @@ def command(
     )
 
 
-def _configs(names: Iterable[str]) -> list[tuple[str, ModelConfig]]:
-    """Names and facts of what the user named, or of every variant."""
+def _models(names: Iterable[str]) -> tuple[list[tuple[str, ModelConfig]], dict[str, Storage]]:
+    """Names and facts of what the user named, or of every variant; and how checkpoints among them store tensors."""
     from qwen_aot.exporter.model.variants import VARIANTS
     from qwen_aot.runtime.cli.source import find_variant
 
-    configs = []
+    configs, storages = [], {}
     for name in dict.fromkeys(names):
         if Path(name).exists():
             from qwen_aot.exporter.checkpoint.open import open_checkpoint
+            from qwen_aot.exporter.checkpoint.storage import storage_of
 
             with open_checkpoint(name) as checkpoint:
                 configs.append((checkpoint.name, checkpoint.config))
+                storages[checkpoint.name] = storage_of(checkpoint)
         else:
             configs.append(find_variant(name))
-    return configs or list(VARIANTS.items())
+    return configs or list(VARIANTS.items()), storages
 
 
 def _device_facts(key: str) -> dict[str, Any]:

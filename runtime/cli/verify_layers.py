@@ -18,9 +18,10 @@ def compare(
     bundle: Bundle, checkpoint: Checkpoint, text: str, window: int, bound: float | None, on_progress: OnProgress
 ) -> LayerReport:
     """Compares the layers over the text's first tokens (random ones for a bundle without a tokenizer)."""
+    from qwen_aot.engines.spec.precisions import judged_as
     from qwen_aot.engines.verify.layer_graphs import bound_for, compare_bundle_layers
 
-    manifest = bundle.manifest
+    manifest, engine = bundle.manifest, bundle.manifest.engines.text
     limit = min(window, manifest.max_context, manifest.prefill_chunk)
     token_ids = _token_ids(bundle, text)[:limit]
     return compare_bundle_layers(
@@ -28,7 +29,7 @@ def compare(
         manifest,
         checkpoint,
         token_ids,
-        bound_for(manifest.engines.text.precision) if bound is None else bound,
+        bound_for(judged_as(engine.precision, engine.quantization)) if bound is None else bound,
         on_progress,
     )
 

@@ -16,9 +16,11 @@ import onnx_ir as ir
 
 from qwen_aot.errors import ExportError
 from qwen_aot.exporter.graph import ops
+from qwen_aot.exporter.lowering.ort.narrow import keep_tables_narrow
 from qwen_aot.exporter.lowering.ort.prefill import split_prefill
 from qwen_aot.exporter.lowering.ort.provider import MS_DOMAIN, MS_VERSION, PROVIDERS, Provider, ProviderFacts
 from qwen_aot.exporter.lowering.ort.quantized import quantize_embedding, quantize_experts, quantize_linears
+from qwen_aot.exporter.lowering.own_codes import order_columns, separate_parts
 from qwen_aot.exporter.lowering.passes import (
     clean_up,
     fold_casts_of_initializers,
@@ -28,6 +30,7 @@ from qwen_aot.exporter.lowering.passes import (
     transpose_recipe,
 )
 from qwen_aot.exporter.quantize.blockwise import BlockFormat
+from qwen_aot.exporter.quantize.formats import ByClass, ByCodes, Formats
 from qwen_aot.exporter.quantize.store import QuantizedWeights
 from qwen_aot.exporter.weights.recipe import Traced
 
@@ -46,6 +49,8 @@ class OrtOptions:
             touch each other), 1 computes in fp32.
         fast_prefill: steps of many tokens read a second, 8-bit copy of the projections (`split_prefill`).
         provider: whose kernels will run the graph.
+        own_codes: what the checkpoint stores as codes keeps them, each matrix in the blocks that hold its own; there is
+            no `weights` then, and `sensitive` is of embedding and head alone, where these are plain numbers.
     """
 
     weights: BlockFormat | None = None
@@ -53,13 +58,23 @@ class OrtOptions:
     accuracy_level: int = 4
     fast_prefill: bool = False
     provider: Provider = Provider.CPU
+    own_codes: bool = False
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any weights are codes."""
+        return self.own_codes or self.weights is not None
 
     def __post_init__(self) -> None:
         if self.fast_prefill and self.provider is not Provider.CPU:
             raise ExportError(f"fast_prefill exists for the CPU's kernels, not for those of {self.provider}")
-        if self.fast_prefill and self.weights is None:
+        if self.own_codes and self.weights is not None:
+            raise ExportError(
+                "weights that keep the checkpoint's codes have no format of their own; leave one of both out"
+            )
+        if self.fast_prefill and not self.is_quantized:
             raise ExportError("fast_prefill goes with quantized weights, and these are fp32; choose a block format")
-        if self.sensitive is not None and self.weights is None:
+        if self.sensitive is not None and not self.is_quantized:
             raise ExportError("a format of sensitive matrices goes with quantized weights, and these are fp32")
         if self.accuracy_level not in (1, 4):
             raise ExportError(f"accuracy_level {self.accuracy_level} doesn't exist; accepted: 1 (fp32), 4 (int8)")
@@ -79,7 +94,7 @@ def lower(traced: Traced, options: OrtOptions | None = None) -> Traced:
             f"the ort lowering for {options.provider} takes an {accepted} trace, this one is "
             f"{compute_type.name.lower()}; trace in {' or '.join(dtype.name for dtype in facts.compute_types)}"
         )
-    if options.weights is not None and traced.config.moe is not None and not facts.has_quantized_experts:
+    if options.is_quantized and traced.config.moe is not None and not facts.has_quantized_experts:
         raise ExportError(
             f"quantized experts don't exist for {options.provider}: ONNX Runtime's QMoE kernel there takes another "
             "layout of weights than the one that can be checked without a GPU; store this model in fp16"
@@ -106,15 +121,18 @@ def passes(traced: Traced, options: OrtOptions) -> list[tuple[str, Callable[[Tra
     ]
     if compute_type in facts.attention_types:
         steps.insert(0, ("fuse_attention", lambda traced: fuse_attention(traced, facts)))
-    if options.weights is not None:
+    if options.is_quantized:
         # One for all: a tied weight is met twice.
-        weights = QuantizedWeights(traced, options.weights, options.sensitive, scale_type=compute_type)
+        weights = QuantizedWeights(traced, _formats(traced, options), scale_type=compute_type)
         explicit = not facts.has_default_zero_point
         steps += [
             ("quantize_embedding", lambda traced: quantize_embedding(traced, weights, with_zero_points=explicit)),
             ("quantize_linears", lambda traced: quantize_linears(traced, weights, options.accuracy_level)),
             ("quantize_experts", lambda traced: quantize_experts(traced, weights, options.accuracy_level)),
         ]
+        if options.own_codes:
+            steps[:0] = [("separate_parts", separate_parts), ("order_columns", order_columns)]
+            last.append(("keep_tables_narrow", keep_tables_narrow))
         if options.fast_prefill:
             last.append(("split_prefill", lambda traced: split_prefill(traced, weights)))
     return [
@@ -127,6 +145,12 @@ def passes(traced: Traced, options: OrtOptions) -> list[tuple[str, Callable[[Tra
         ("remove_unused_inputs", remove_unused_inputs),  # after clean_up dropped what computed the mask
         *last,  # copies the whole graph, so it wants it finished
     ]
+
+
+def _formats(traced: Traced, options: OrtOptions) -> Formats:
+    if options.weights is None:
+        return ByCodes(traced.storage, traced.compute_type.numpy(), options.sensitive)
+    return ByClass(options.weights, options.sensitive or options.weights)
 
 
 def fuse_attention(traced: Traced, facts: ProviderFacts) -> int:

@@ -6,7 +6,6 @@ zero points, made while the checkpoint streams through.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from qwen_aot.exporter.checkpoint.encoding import Arrange
 from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.lowering.ort.provider import MS_DOMAIN
 from qwen_aot.exporter.lowering.passes import decides
-from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES
 from qwen_aot.exporter.quantize.store import QuantizedWeights, dims
 from qwen_aot.exporter.weights.recipe import Traced
 
@@ -25,15 +23,17 @@ from qwen_aot.exporter.weights.recipe import Traced
 def quantize_linears(traced: Traced, weights: QuantizedWeights, accuracy_level: int) -> int:
     """Linear -> MatMulNBits, bias included. Returns the number of nodes replaced.
 
-    Linears that decide something stay fp32.
+    Linears that decide something stay fp32, and those whose weight isn't quantized stay as they are.
     """
-    graph = traced.model.graph
+    graph, replaced = traced.model.graph, 0
     nodes = [node for node in graph if ops.is_op(node, ops.Op.LINEAR) and not decides(node)]
     for node in nodes:
         x, weight, *bias = node.inputs
         assert weight is not None
         N, K = dims(weight)
         matrix = weights.matrix(weight)
+        if matrix is None:
+            continue
         new = ir.node(
             "MatMulNBits",
             [x, matrix.codes, matrix.scales, matrix.zero_points, None, *bias],  # None: the deprecated g_idx
@@ -48,7 +48,8 @@ def quantize_linears(traced: Traced, weights: QuantizedWeights, accuracy_level: 
             name=node.name,
         )
         ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
-    return len(nodes)
+        replaced += 1
+    return replaced
 
 
 def quantize_embedding(traced: Traced, weights: QuantizedWeights, *, with_zero_points: bool = False) -> int:
@@ -62,13 +63,15 @@ def quantize_embedding(traced: Traced, weights: QuantizedWeights, *, with_zero_p
         weights: makes the initializers.
         with_zero_points: zero points are given even where they are the middle of the range.
     """
-    graph = traced.model.graph
+    graph, replaced = traced.model.graph, 0
     nodes = [node for node in graph if node.op_type == "Gather" and _is_matrix_of_recipe(traced, node.inputs[0])]
     for node in nodes:
         weight, ids = node.inputs
         assert weight is not None
         rows, width = dims(weight)
         matrix = weights.table(weight, with_zero_points=with_zero_points)
+        if matrix is None:
+            continue
         layout = matrix.layout
         n = layout.blocks(width)
         scale_nodes = _reshape(matrix.scales, [rows, n, 1], f"{node.name}_scales")
@@ -94,7 +97,8 @@ def quantize_embedding(traced: Traced, weights: QuantizedWeights, *, with_zero_p
                 ),
             ]
         ir.convenience.replace_nodes_and_values(graph, node, [node], new, node.outputs, new[-1].outputs[:1])
-    return len(nodes)
+        replaced += 1
+    return replaced
 
 
 def _is_matrix_of_recipe(traced: Traced, value: ir.Value | None) -> bool:
@@ -113,7 +117,7 @@ def quantize_experts(traced: Traced, weights: QuantizedWeights, accuracy_level: 
     which it renormalises over the chosen ones if `normalize_routing_weights`: so both kinds of `norm_topk_prob` are
     exact. It wants gate and up rows interleaved and both widths in whole blocks: F is padded with zero rows of gate
     and up and zero columns of down, which add nothing; M isn't ours to pad, so the block shrinks until it divides M.
-    Nodes whose M no block divides keep their definition.
+    Nodes whose experts aren't quantized (no block divides M, for one) keep their definition.
     """
     graph = traced.model.graph
     replaced = 0
@@ -121,11 +125,9 @@ def quantize_experts(traced: Traced, weights: QuantizedWeights, accuracy_level: 
         hidden, logits, gate_up, down = node.inputs
         assert logits is not None and gate_up is not None and down is not None
         experts, double, m = dims(gate_up)
-        layout = weights.layout
-        dividing = [size for size in BLOCK_SIZES[::-1] if size <= layout.block_size and m % size == 0]
-        if not dividing:
+        fitted = weights.experts_format(gate_up, down)
+        if fitted is None:
             continue
-        fitted = dataclasses.replace(layout, block_size=dividing[0])
         padded = fitted.blocks(double // 2) * fitted.block_size
         first = weights.experts(gate_up, fitted, (2 * padded, m), _interleave(double // 2, padded), double)
         second = weights.experts(down, fitted, (m, padded))
@@ -147,7 +149,7 @@ def quantize_experts(traced: Traced, weights: QuantizedWeights, accuracy_level: 
                 "swiglu_fusion": 1,  # gate and up rows interleaved
                 "activation_alpha": 1.0,
                 "activation_beta": 0.0,
-                "expert_weight_bits": layout.bits,
+                "expert_weight_bits": fitted.bits,
                 "block_size": fitted.block_size,
                 "accuracy_level": accuracy_level,
                 "weights_prepacked": 0,

@@ -19,9 +19,12 @@ from qwen_aot.errors import ExportError
 from qwen_aot.exporter.graph import ops, plugin_ops
 from qwen_aot.exporter.graph.plugin_ops import PLUGIN_ATTRIBUTES, PluginOp, is_plugin
 from qwen_aot.exporter.lowering.tensorrt import standard
+from qwen_aot.exporter.lowering.tensorrt.own_codes import refuse_own_experts
 from qwen_aot.exporter.lowering.tensorrt.plugin_experts import ExpertBits, expert_bits, plug_experts
+from qwen_aot.exporter.lowering.tensorrt.plugin_own_experts import own_expert_form
 from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat, has_blocks, refuse_experts
 from qwen_aot.exporter.model.io_spec import TensorSpec, io_spec
+from qwen_aot.exporter.quantize.own_codes import PluginExperts
 from qwen_aot.exporter.weights.recipe import Traced
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ class PluginOptions:
         attention: by the QwenGQA plugin, or as the standard lowering has it.
         moe: by the QwenMoE plugin, or as the standard lowering has it.
         int8_cache: the plugin's attention keeps keys and values as int8, with a scale for each head and token.
+        own_codes: see `StandardOptions`.
 
     Raises:
         ExportError: a form doesn't exist, or not together with the others.
@@ -51,6 +55,7 @@ class PluginOptions:
     attention: Form = "plugin"
     moe: Form = "plugin"
     int8_cache: bool = False
+    own_codes: bool = False
 
     def __post_init__(self) -> None:
         for name in ("attention", "moe"):
@@ -67,7 +72,7 @@ class PluginOptions:
     @property
     def standard(self) -> standard.StandardOptions:
         """The part that both lowerings share."""
-        return standard.StandardOptions(self.weights, self.quantize_head)
+        return standard.StandardOptions(self.weights, self.quantize_head, self.own_codes)
 
 
 def lower(traced: Traced, options: PluginOptions | None = None) -> Traced:
@@ -79,8 +84,11 @@ def lower(traced: Traced, options: PluginOptions | None = None) -> Traced:
     options = options or PluginOptions()
     if options.weights is not None and options.moe != "plugin":
         refuse_experts(traced, options.weights)
+    if options.own_codes and options.moe != "plugin":
+        refuse_own_experts(traced)
+    own = own_expert_form(traced) if options.own_codes and options.moe == "plugin" else None
     bits = expert_bits(traced, options.weights) if options.moe == "plugin" else None
-    for name, step in passes(options, bits):
+    for name, step in passes(options, bits, own):
         count = step(traced)
         if count:
             logger.info("%s: %d", name, count)
@@ -88,19 +96,22 @@ def lower(traced: Traced, options: PluginOptions | None = None) -> Traced:
     return traced
 
 
-def passes(options: PluginOptions, bits: ExpertBits | None) -> list[tuple[str, Callable[[Traced], int]]]:
+def passes(
+    options: PluginOptions, bits: ExpertBits | None, own: PluginExperts | None = None
+) -> list[tuple[str, Callable[[Traced], int]]]:
     """The passes in order, by name.
 
     Args:
         options: of the lowering.
         bits: of an expert's weight; None: experts stay as the standard lowering has them.
+        own: the form of experts that keep the checkpoint's codes; None: they have none.
     """
-    opset = _BLOCK_OPSET if has_blocks(options.weights) else plugin_ops.OPSET
+    opset = _BLOCK_OPSET if options.own_codes or has_blocks(options.weights) else plugin_ops.OPSET
     steps = standard.quantizing_passes(options.standard)  # first: a router is told by the experts that it feeds
     if options.attention == "plugin":
         steps.append(("plug_attention", lambda traced: plug_attention(traced, int8_cache=options.int8_cache)))
     if bits is not None:
-        steps.append(("plug_experts", lambda traced: plug_experts(traced, bits)))
+        steps.append(("plug_experts", lambda traced: plug_experts(traced, bits, own)))
     steps += standard.common_passes()
     if options.attention == "plugin":
         steps += [

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from qwen_aot.errors import ExportError
 from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.graph.plugin_ops import EXPERT_BLOCK, PluginOp
+from qwen_aot.exporter.lowering.tensorrt.plugin_own_experts import keep_expert_codes
 from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat, dtype_of, quantized_initializers
 from qwen_aot.exporter.quantize.blockwise import pack
+from qwen_aot.exporter.quantize.own_codes import PluginExperts
 from qwen_aot.exporter.quantize.store import dims
 from qwen_aot.exporter.quantize.symmetric import int4_blocks, int8_channels
 from qwen_aot.exporter.weights.recipe import Output, Traced
@@ -46,8 +48,10 @@ def expert_bits(traced: Traced, weights: WeightFormat | None) -> ExpertBits:
     return PLUGIN_EXPERT_BITS[weights]
 
 
-def plug_experts(traced: Traced, bits: ExpertBits) -> int:
+def plug_experts(traced: Traced, bits: ExpertBits, own: PluginExperts | None = None) -> int:
     """SparseMoE -> Softmax, TopK (and normalisation where the model has it), QwenMoE. Returns the number of nodes.
+
+    `own`: weights keep the checkpoint's codes in this form, and `bits` is not asked.
 
     Source of the routing: `Qwen2MoeSparseMoeBlock` in transformers.
     """
@@ -58,11 +62,16 @@ def plug_experts(traced: Traced, bits: ExpertBits) -> int:
         assert logits is not None and gate_up is not None and down is not None
         k = node.attributes["num_experts_per_tok"].as_int()
         routing, ids, shares = _routing(node, logits, k, normalises=bool(node.attributes["norm_topk_prob"].as_int()))
-        stored = [_stored(traced, weight, bits) for weight in (gate_up, down)]
+        form: tuple[int, int]  # bits, and whether there are zeros
+        if own is None:
+            stored, form = [_stored(traced, weight, bits) for weight in (gate_up, down)], (bits, 0)
+        else:
+            stored = [keep_expert_codes(traced, weight, own) for weight in (gate_up, down)]
+            form = own.bits, int(own.has_zeros)
         new = ir.node(
             PluginOp.MOE,
-            [hidden, ids, shares, *(parts[0] for parts in stored), *(scale for _, *rest in stored for scale in rest)],
-            {"num_experts": dims(gate_up)[0], "experts_per_token": k, "weight_bits": bits, "has_zeros": 0},
+            [hidden, ids, shares, *(value for part in zip(*stored, strict=True) for value in part)],
+            {"num_experts": dims(gate_up)[0], "experts_per_token": k, "weight_bits": form[0], "has_zeros": form[1]},
             domain=ops.DOMAIN,
             name=node.name,
         )

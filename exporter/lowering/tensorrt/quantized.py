@@ -101,6 +101,17 @@ def quantize_linears(traced: Traced, weights: WeightFormat, *, quantize_head: bo
     return len(nodes)
 
 
+def quantize_plain_head(traced: Traced) -> int:
+    """The head, where it is plain numbers, as int8 with a scale a channel. Returns the number of nodes replaced."""
+    nodes = [node for node in traced.model.graph if ops.is_op(node, ops.Op.LINEAR) and rank(node.inputs[0]) == 2]
+    plain = [node for node in nodes if node.inputs[1] is not None and str(node.inputs[1].name) in traced.recipes]
+    for node in plain:
+        weight = node.inputs[1]
+        assert weight is not None
+        _quantize_channels(traced, node, weight, "int8")
+    return len(plain)
+
+
 def _block_size(weight: ir.Value, form: str) -> int | None:
     """The largest block of the form that divides K; None: none does."""
     width = dims(weight)[1]

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from qwen_aot.errors import ExportError
 from qwen_aot.exporter.graph import ops
+from qwen_aot.exporter.lowering.own_codes import order_columns, separate_parts
 from qwen_aot.exporter.lowering.passes import (
     clean_up,
     fold_casts_of_initializers,
@@ -25,7 +26,13 @@ from qwen_aot.exporter.lowering.passes import (
     rank,
     remove_unused_inputs,
 )
-from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat, quantize_linears, refuse_experts
+from qwen_aot.exporter.lowering.tensorrt.own_codes import keep_codes, refuse_own_experts
+from qwen_aot.exporter.lowering.tensorrt.quantized import (
+    WeightFormat,
+    quantize_linears,
+    quantize_plain_head,
+    refuse_experts,
+)
 from qwen_aot.exporter.weights.recipe import Traced
 
 logger = logging.getLogger(__name__)
@@ -38,6 +45,7 @@ class StandardOptions:
     Attributes:
         weights: how the projections' weights are stored; None: in the compute type of the trace.
         quantize_head: the head too is stored so; else it keeps the compute type, as the embedding always does.
+        own_codes: what the checkpoint stores as codes keeps them; `weights` is None then, and a quantized head int8.
 
     Raises:
         ExportError: there is no such format.
@@ -45,11 +53,16 @@ class StandardOptions:
 
     weights: WeightFormat | None = None
     quantize_head: bool = False
+    own_codes: bool = False
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.weights not in get_args(WeightFormat):
             accepted = ", ".join(get_args(WeightFormat))
             raise ExportError(f"weight format {self.weights!r} doesn't exist; accepted: {accepted}, or None")
+        if self.own_codes and self.weights is not None:
+            raise ExportError(
+                "weights that keep the checkpoint's codes have no format of their own; leave one of both out"
+            )
 
 
 def lower(traced: Traced, options: StandardOptions | None = None) -> Traced:
@@ -61,6 +74,8 @@ def lower(traced: Traced, options: StandardOptions | None = None) -> Traced:
     options = options or StandardOptions()
     if options.weights is not None:
         refuse_experts(traced, options.weights)
+    if options.own_codes:
+        refuse_own_experts(traced)
     for name, step in passes(options):
         count = step(traced)
         if count:
@@ -76,6 +91,10 @@ def passes(options: StandardOptions) -> list[tuple[str, Callable[[Traced], int]]
 
 def quantizing_passes(options: StandardOptions) -> list[tuple[str, Callable[[Traced], int]]]:
     """Those that store weights as codes; none where they keep the compute type."""
+    if options.own_codes:
+        steps: list[tuple[str, Callable[[Traced], int]]]
+        steps = [("separate_parts", separate_parts), ("order_columns", order_columns), ("keep_codes", keep_codes)]
+        return [*steps, ("quantize_head", quantize_plain_head)] if options.quantize_head else steps
     if options.weights is None:
         return []
     weights, quantize_head = options.weights, options.quantize_head

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from qwen_aot.exporter.checkpoint.encoding import CodeForm
 from qwen_aot.exporter.quantize import blockwise
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat
-from qwen_aot.exporter.quantize.encoded import as_blocks, in_form_of, obstacle
+from qwen_aot.exporter.quantize.encoded import as_blocks, as_scales, in_form_of, obstacle
+from qwen_aot.exporter.weights.recipe import OutOfRangeError
 from tests.exporter.checkpoint.test_encoding import FORMS, by_hand, random_rows
 
 HALF = np.dtype(np.float16)
@@ -58,10 +59,27 @@ def test_codes_of_the_same_form_are_taken_as_they_are(bits):
         (CodeForm(4, 32, HALF, has_zero_points=True), BlockFormat(8, 32), np.float32, "they have zero points"),
         (CodeForm(4, 32, HALF, has_permutation=True), BlockFormat(4, 32), np.float32, "columns are in another order"),
         (CodeForm(4, 32, np.dtype(np.float32)), BlockFormat(4, 32), np.float16, "float32 scales don't fit float16"),
-        (CodeForm(4, 32, np.dtype(ml_dtypes.bfloat16)), BlockFormat(4, 32), np.float16, "bfloat16 scales don't fit"),
+        (CodeForm(4, 32, np.dtype(ml_dtypes.bfloat16)), BlockFormat(4, 32), np.float16, None),  # by type; see as_scales
         (CodeForm(4, 32, np.dtype(ml_dtypes.bfloat16)), BlockFormat(4, 32), np.float32, None),
     ],
 )
 def test_what_does_not_fit_is_named(form, layout, scales, reason):
     found = obstacle(form, 100, layout, scales)
     assert found is None if reason is None else reason in str(found)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -(2.0**-24), 0.0041, 65280.0])
+def test_scales_of_bfloat16_are_the_same_in_float16(scale):
+    scales = np.full((2, 3), scale, ml_dtypes.bfloat16)
+    cast = as_scales(scales, np.float16)
+    assert cast.dtype == np.float16
+    np.testing.assert_array_equal(cast.astype(np.float32), scales.astype(np.float32))
+
+
+@pytest.mark.parametrize("scale", [65536.0, -(2.0**-25), 1.1e-7])
+def test_scales_beyond_float16_are_refused_by_their_place(scale):
+    scales = np.full((4, 3), 0.5, ml_dtypes.bfloat16)
+    scales[2, 1] = scale
+    with pytest.raises(OutOfRangeError, match=r"is no float16 number.*target cpu takes all") as caught:
+        as_scales(scales, np.float16, first_row=7)
+    assert caught.value.row == 9

@@ -1,0 +1,72 @@
+"""What a build becomes of a checkpoint that fixes its precision: GPTQ, AWQ and their like keep their own codes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.precisions import PRECISIONS, Precision
+from qwen_aot.errors import BuildError
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, Encoding
+from qwen_aot.exporter.checkpoint.storage import Storage
+from qwen_aot.exporter.model.tensors import Role
+
+_TABLES = (Role.EMBEDDING.tensor_name(), Role.HEAD.tensor_name())
+
+
+def settled(spec: BuildSpec, storage: Storage) -> BuildSpec:
+    """The spec for a checkpoint: its own codes, if it fixes its precision and floats weren't asked for.
+
+    Any other checkpoint leaves the spec as it is.
+
+    Raises:
+        BuildError: something was asked for that would round the checkpoint's numbers again, or there are no codes to
+            keep. Says what was found and what is accepted.
+    """
+    encodings = list(storage.encodings.values())
+    fixed = encodings if spec.own_codes else [each for each in encodings if each.fixes_precision]
+    if not fixed:
+        if spec.own_codes:
+            raise BuildError("own_codes has nothing to keep: the checkpoint stores its weights as plain numbers")
+        return spec
+    name, found = _precision(fixed), _described(fixed)
+    if "precision" in spec.asked and not spec.precision.row.is_quantized:
+        return spec
+    if "precision" in spec.asked and spec.precision != name:
+        floats = [row.name for row in PRECISIONS.values() if not row.is_quantized and spec.target in row.targets]
+        raise BuildError(
+            f"precision {spec.precision} would round the weights a second time: the checkpoint stores {found}, which "
+            f"fixes the precision; accepted: {name} (the default here), its own codes; or {', '.join(floats)}, floats "
+            "made of them; leave out precision"
+        )
+    refused = {"block_size": spec.block_size, "symmetric": spec.symmetric}
+    if not any(table in storage.dtypes for table in _TABLES):
+        refused["sensitive_bits"] = spec.sensitive_bits
+    for option in refused.keys() & spec.asked:
+        raise BuildError(
+            f"{option} {refused[option]} conflicts with the checkpoint, which stores {found}, and whose codes a build "
+            f"keeps: each matrix has its own bits, blocks and zero points; leave {option} out"
+        )
+    return dataclasses.replace(spec, precision=name, block_size=None, symmetric=True, own_codes=True)
+
+
+def _precision(encodings: Sequence[Encoding]) -> Precision:
+    """What most tensors are nearest to: int4 or int8."""
+    forms = [encoding.form for encoding in encodings if encoding.form is not None]
+    is_four = sum(form.bits <= 4 for form in forms) * 2 >= len(forms)
+    return Precision.INT4 if is_four else Precision.INT8
+
+
+def _described(encodings: Sequence[Encoding]) -> str:
+    """The kinds of tensors, the most frequent first."""
+    counts = Counter((encoding.name, encoding.form) for encoding in encodings)
+    return ", ".join(f"{count} tensors of {name}{_form(form)}" for (name, form), count in counts.most_common(3))
+
+
+def _form(form: CodeForm | None) -> str:
+    if form is None:
+        return ""
+    zero_points = " with zero points" if form.has_zero_points else ""
+    return f" ({form.bits} bits in groups of {form.group_size}{zero_points})"

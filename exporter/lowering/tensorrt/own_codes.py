@@ -1,0 +1,203 @@
+"""A checkpoint's own codes in standard ONNX: signed codes in blocks along K behind a DequantizeLinear.
+
+TensorRT takes no zero points but 0, so a block's offset from the middle of its range is a second, small product: of the
+sums of the input's blocks, in fp32, in which offset times scale is exact.
+
+    y = x · (codes - middle) · scale  +  sum of x over each block · (middle - zero point) · scale
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qwen_aot.exporter.checkpoint.encoding import EncodedRows, dequantize
+from qwen_aot.exporter.graph import ops
+from qwen_aot.exporter.lowering.passes import decides, rank
+from qwen_aot.exporter.quantize.blockwise import pack
+from qwen_aot.exporter.quantize.encoded import as_scales
+from qwen_aot.exporter.quantize.formats import ByCodes
+from qwen_aot.exporter.quantize.own_codes import AS_FLOATS, SignedFormat, no_experts
+from qwen_aot.exporter.quantize.store import UNCHECKED_SCALE, dims
+from qwen_aot.exporter.weights.recipe import Arrays, OutOfRangeError, Output, Recipe, Traced
+
+_STORED = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+
+
+def refuse_own_experts(traced: Traced) -> None:
+    """Experts that are stored as codes can't keep them here.
+
+    Raises:
+        ExportError: the checkpoint has some.
+    """
+    for node in traced.model.graph:
+        if not ops.is_op(node, ops.Op.SPARSE_MOE):
+            continue
+        for weight in node.inputs[2:4]:
+            assert weight is not None
+            for source in traced.recipes[str(weight.name)].sources:
+                if source.name in traced.encodings:
+                    raise no_experts(source.name, traced.encodings[source.name])
+
+
+def keep_codes(traced: Traced) -> int:
+    """Linear on a weight of codes -> Linear on dequantized ones (+ its blocks' offsets). Returns the number of nodes.
+
+    Requires: each weight is one matrix, its input in the order of its columns (`exporter.lowering.own_codes`).
+
+    Raises:
+        ExportError: TensorRT's forms don't hold the codes.
+    """
+    formats = ByCodes(traced.storage, traced.compute_type.numpy(), None)
+    nodes = [node for node in traced.model.graph if ops.is_op(node, ops.Op.LINEAR) and not decides(node)]
+    count = 0
+    for node in nodes:
+        weight = node.inputs[1]
+        assert weight is not None
+        names = [source.name for source in traced.recipes[str(weight.name)].sources]
+        if any(name in traced.encodings for name in names):
+            _keep(traced, node, weight, formats.signed(str(weight.name), names, dims(weight)[1]))
+            count += 1
+    return count
+
+
+def _keep(traced: Traced, node: ir.Node, weight: ir.Value, form: SignedFormat) -> None:
+    graph, name = traced.model.graph, str(weight.name)
+    rows, width = dims(weight)
+    blocks = width // form.block_size
+    dtype = weight.dtype
+    assert dtype is not None
+    outputs = [
+        Output(f"{name}_codes", _STORED[form.bits], (rows, width)),
+        Output(f"{name}_scales", dtype, (rows, blocks)),
+    ]
+    if form.has_offsets:
+        outputs.append(Output(f"{name}_offsets", ir.DataType.FLOAT, (rows, blocks)))
+    codes, scales, *offsets = _initializers(traced, traced.recipes[name], outputs, form, dtype)
+    dequantize = ir.node(
+        "DequantizeLinear",
+        [codes, scales],
+        {"axis": 1, "block_size": form.block_size},
+        name=f"{node.name}_dequantize",
+    )
+    dequantize.outputs[0].type, dequantize.outputs[0].shape = weight.type, weight.shape
+    graph.insert_before(node, dequantize)
+    if offsets:
+        _add_offsets(traced, node, dequantize.outputs[0], offsets[0], form)
+    else:
+        node.replace_input_with(1, dequantize.outputs[0])
+
+
+def _initializers(
+    traced: Traced, recipe: Recipe, outputs: Sequence[Output], form: SignedFormat, dtype: ir.DataType
+) -> list[ir.Value]:
+    def from_codes(parts: Sequence[EncodedRows]) -> Arrays:
+        made, first_row = [], 0
+        for part in parts:
+            require_range(part, recipe, first_row)
+            made.append(_signed(part, form, dtype, first_row))
+            first_row += len(part.codes)
+        first, *rest = (np.concatenate(arrays) for arrays in zip(*made, strict=True))
+        return (pack(first.view(np.uint8) & np.uint8(15), 4) if form.bits == 4 else first, *rest)
+
+    def transform(_: NDArray[np.float32]) -> Arrays:
+        raise AssertionError("the codes of this weight are kept")
+
+    traced.recipes[outputs[0].name] = Recipe(
+        recipe.sources, tuple(outputs), transform, recipe.rows_per_group, from_codes
+    )
+    values = [ir.Value(name=each.name, type=ir.TensorType(each.dtype), shape=ir.Shape(each.shape)) for each in outputs]
+    for value in values:
+        traced.model.graph.initializers.add(value)
+    return values
+
+
+def require_range(part: EncodedRows, recipe: Recipe, first_row: int) -> None:
+    """Refuses values that the compute type can't hold, as `recipe` of the float weight does.
+
+    Raises:
+        OutOfRangeError: names the row of the chunk, in which the part's first row is `first_row`.
+    """
+    if np.abs(part.scales.astype(np.float32)).max(initial=0) <= UNCHECKED_SCALE:
+        return
+    try:
+        recipe.transform(dequantize(part))
+    except OutOfRangeError as error:
+        raise OutOfRangeError(first_row + error.row, error.reason) from error
+
+
+def _signed(part: EncodedRows, form: SignedFormat, dtype: ir.DataType, first_row: int) -> tuple[NDArray[Any], ...]:
+    """Codes [r, K] int8 around 0, scales [r, n], and (middle - zero point) * scale [r, n] where the form has offsets.
+
+    A scale of 0, which TensorRT refuses, becomes the smallest there is, with codes of 0.
+
+    `first_row`: of the part in its chunk.
+
+    Raises:
+        OutOfRangeError: a scale is negative, or no number of the compute type.
+    """
+    middle = part.form.middle
+    group = np.arange(part.codes.shape[1] // form.block_size) * form.block_size // part.form.group_size
+    codes = (part.codes.astype(np.int16) - middle).astype(np.int8)
+    scales = part.scales[:, group].astype(np.float32)
+    if (scales < 0).any():
+        row = int(np.argmax((scales < 0).any(axis=1)))
+        raise OutOfRangeError(
+            first_row + row,
+            f"a scale of {scales[row].min():.6g} is negative, and TensorRT takes scales above 0 alone; accepted: "
+            f"target cpu, or {AS_FLOATS}",
+        )
+    found: list[NDArray[Any]] = [codes]
+    is_zero = scales == 0
+    if is_zero.any():
+        codes.reshape(len(codes), -1, form.block_size)[is_zero] = 0
+    least = ml_dtypes.finfo(dtype.numpy()).smallest_subnormal  # type: ignore[no-untyped-call]  # its stub has no types
+    found.append(as_scales(np.where(is_zero, np.float32(least), scales), dtype.numpy(), first_row))
+    if form.has_offsets:
+        zeros = np.full(part.scales.shape, middle, np.uint8) if part.zero_points is None else part.zero_points
+        found.append((np.float32(middle) - zeros[:, group].astype(np.float32)) * scales)
+    return tuple(found)
+
+
+def _add_offsets(traced: Traced, node: ir.Node, weight: ir.Value, offsets: ir.Value, form: SignedFormat) -> None:
+    """The product, and that of the blocks' sums with the offsets, added in fp32."""
+    x, _, *bias = node.inputs
+    (result,) = node.outputs
+    assert x is not None and x.shape is not None and result.shape is not None and result.dtype is not None
+    lead = rank(x) - 1
+    is_fp32 = result.dtype == ir.DataType.FLOAT
+    new: list[ir.Node] = []
+
+    def add(op: str, inputs: list[ir.Value], part: str, **attributes: Any) -> ir.Value:
+        new.append(ir.node(op, inputs, attributes, name=f"{node.name}_{part}"))
+        return new[-1].outputs[0]
+
+    def linear(inputs: list[ir.Value], part: str, dtype: ir.DataType) -> ir.Value:
+        new.append(ir.node(ops.Op.LINEAR, inputs, domain=ops.DOMAIN, name=f"{node.name}_{part}"))
+        made = new[-1].outputs[0]
+        made.type, made.shape = ir.TensorType(dtype), result.shape
+        return made
+
+    def fp32(value: ir.Value, part: str) -> ir.Value:
+        return value if is_fp32 else add("Cast", [value], part, to=ir.DataType.FLOAT.value)
+
+    product = fp32(linear([x, weight], "product", result.dtype), "product_fp32")
+    blocks = dims(offsets)[1]
+    shape = add("Constant", [], "blocks_shape", value_ints=[0] * lead + [blocks, form.block_size])
+    by_block = fp32(add("Reshape", [x, shape], "blocks"), "blocks_fp32")
+    axis = add("Constant", [], "block_axis", value_ints=[lead + 1])
+    sums = add("ReduceSum", [by_block, axis], "block_sums", keepdims=0)
+    sums.type, sums.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([*list(x.shape)[:-1], blocks])
+    total = add("Add", [product, linear([sums, offsets], "offset", ir.DataType.FLOAT)], "sum")
+    if not is_fp32:
+        total = add("Cast", [total], "rounded", to=result.dtype.value)
+    if bias and bias[0] is not None:
+        total = add("Add", [total, bias[0]], "biased")
+    ir.convenience.replace_nodes_and_values(traced.model.graph, node, [node], new, [result], [total])
+    definition = ops.linear_definition(has_bias=False)
+    traced.model.functions.setdefault(definition.identifier(), definition)
