@@ -76,5 +76,5 @@ def open_linears(linears: Sequence[StoredLinear], settings: AwqSettings) -> list
             raise linear.error(
                 "qzeros", f"has zeros other than {form.middle}, and zero_point is false; accepted: zero_point: true"
             )
-        found.append(AwqLinear(linear, Encoding(f"awq-int{bits}", form), form))
+        found.append(AwqLinear(linear, Encoding(f"awq-int{bits}", form, fixes_precision=True), form))
     return found

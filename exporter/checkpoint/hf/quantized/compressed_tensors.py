@@ -95,6 +95,6 @@ def open_linears(linears: Sequence[StoredLinear], settings: CompressedTensorsSet
         form = CodeForm(
             bits, scheme.group_of(k), scale_dtype, not is_symmetric, has_permutation=permutation is not None
         )
-        encoding = Encoding(f"compressed-tensors-w{bits}a16", form)
+        encoding = Encoding(f"compressed-tensors-w{bits}a16", form, fixes_precision=True)
         found.append(PackedLinear(linear, encoding, form, permutation))
     return found

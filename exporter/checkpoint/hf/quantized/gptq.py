@@ -85,7 +85,7 @@ def open_linears(linears: Sequence[StoredLinear], settings: GptqSettings) -> lis
         form = CodeForm(
             bits, scheme.group_of(k), scale_dtype, not scheme.is_symmetric, has_permutation=permutation is not None
         )
-        encoding = Encoding(f"gptq-int{bits}", form)
+        encoding = Encoding(f"gptq-int{bits}", form, fixes_precision=True)
         found.append(GptqLinear(linear, encoding, form, settings.is_v2, permutation))
     check_zeros(zeros, settings)
     return found
