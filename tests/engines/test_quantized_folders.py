@@ -1,4 +1,4 @@
-"""Quantized folders as they are published, built without flags: their engines are transformers' with the codes' values."""
+"""Quantized folders as published, built without flags: their engines are transformers' with the values of the codes."""
 
 from __future__ import annotations
 
