@@ -76,7 +76,8 @@ struct Lanes
             r[i] = (bounded - n * 0.693359375F) + n * 2.12194440e-4F;
             q[i] = r[i] * 0x1.6a23cep-10F + 0x1.123a20p-7F;
         }
-        for (float const coefficient : {0x1.5558f2p-5F, 0x1.555492p-3F, 0x1.fffffcp-2F})
+        constexpr float kCoefficients[] = {0x1.5558f2p-5F, 0x1.555492p-3F, 0x1.fffffcp-2F};
+        for (float const coefficient : kCoefficients)
         {
             q[0] = q[0] * r[0] + coefficient;
             q[1] = q[1] * r[1] + coefficient;
