@@ -31,7 +31,7 @@ def test_effective_weights_are_exact(group_size: int, tmp_path: Path) -> None:
     check(saved)
     with open_checkpoint(tmp_path) as checkpoint:
         form = CodeForm(4, 64 if group_size == -1 else group_size, np.dtype(np.float16), has_zero_points=True)
-        assert checkpoint.tensors[f"{UP}.weight"].encoding == Encoding("awq-int4", form)
+        assert checkpoint.tensors[f"{UP}.weight"].encoding == Encoding("awq-int4", form, fixes_precision=True)
 
 
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(5, 18), slice(7, 8), slice(40, 99), slice(3, 3), slice(20, 2, -3)])

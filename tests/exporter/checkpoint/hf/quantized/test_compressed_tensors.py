@@ -68,7 +68,7 @@ def test_effective_weights_are_exact(
         form = CodeForm(
             bits, 64 if group_size == -1 else group_size, np.dtype(np.float16), not symmetric, has_permutation
         )
-        assert checkpoint.tensors[f"{UP}.weight"].encoding == Encoding(f"compressed-tensors-w{bits}a16", form)
+        assert checkpoint.tensors[f"{UP}.weight"].encoding == Encoding(f"compressed-tensors-w{bits}a16", form, True)
 
 
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(5, 18), slice(7, 8), slice(40, 99), slice(3, 3), slice(20, 2, -3)])

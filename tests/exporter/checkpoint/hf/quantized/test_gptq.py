@@ -80,7 +80,7 @@ def test_effective_weights_are_exact(bits: int, group_size: int, kind: str, tmp_
         k = 64 if group_size == -1 else group_size
         has_permutation = shuffled and group_size != -1
         form = CodeForm(bits, k, np.dtype(np.float16), asymmetric, has_permutation)
-        assert checkpoint.tensors[f"{Q}.weight"].encoding == Encoding(f"gptq-int{bits}", form)
+        assert checkpoint.tensors[f"{Q}.weight"].encoding == Encoding(f"gptq-int{bits}", form, fixes_precision=True)
 
 
 def test_groups_as_published(tmp_path: Path) -> None:
