@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,6 +133,29 @@ class CodedCheckpoint:
         self.values = {name: array.astype(np.float32) for name, array in self.plain.items()}
         self.values |= {name: values_of(rows) for name, rows in self.coded.items()}
         load(self.model, self.values)
+
+    def change(self, kind: str, name: str = "model.layers.1.self_attn.q_proj.weight") -> None:
+        """Changes one number of a tensor's codes, and the model: the negative control of what compares them.
+
+        `kind`: "zero point", "one code", "one scale", "two columns", or "one order": that of a k projection for a q's.
+        """
+        rows = self.coded[name]
+        zeros, codes, scales, order = (
+            np.array(part) for part in (rows.zero_points, rows.codes, rows.scales, rows.permutation)
+        )
+        if kind == "zero point":
+            zeros[5, 2] ^= 1
+        elif kind == "one code":
+            codes[5, 40] ^= 1
+        elif kind == "one scale":
+            scales[5, 3] *= np.float16(1.5)
+        elif kind == "two columns":
+            order[[3, 90]] = order[[90, 3]]
+        else:
+            assert kind == "one order"
+            order = np.array(self.coded[name.replace("q_proj", "k_proj")].permutation)
+        self.coded[name] = replace(rows, zero_points=zeros, codes=codes, scales=scales, permutation=order)
+        self.remake()
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

@@ -8,7 +8,7 @@ sums of the input's blocks, in fp32, in which offset times scale is exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -96,14 +96,32 @@ def _keep(traced: Traced, node: ir.Node, weight: ir.Value, form: SignedFormat) -
 def _initializers(
     traced: Traced, recipe: Recipe, outputs: Sequence[Output], form: SignedFormat, dtype: ir.DataType
 ) -> list[ir.Value]:
+    def stored(part: EncodedRows, first_row: int) -> Arrays:
+        codes, *rest = _signed(part, form, dtype, first_row)
+        return (pack(codes.view(np.uint8) & np.uint8(15), 4) if form.bits == 4 else codes, *rest)
+
+    return initializers_of_codes(traced, recipe, outputs, stored)
+
+
+def initializers_of_codes(
+    traced: Traced, recipe: Recipe, outputs: Sequence[Output], stored: Callable[[EncodedRows, int], Arrays]
+) -> list[ir.Value]:
+    """New initializers, and their recipe, of the codes of a float weight's tensors.
+
+    Args:
+        traced: worked on in place.
+        recipe: of the float weight, whose range the values are held to.
+        outputs: what is made.
+        stored: some rows of a tensor's codes, and the number of the first in its chunk -> one array an output.
+    """
+
     def from_codes(parts: Sequence[EncodedRows]) -> Arrays:
         made, first_row = [], 0
         for part in parts:
             require_range(part, recipe, first_row)
-            made.append(_signed(part, form, dtype, first_row))
+            made.append(stored(part, first_row))
             first_row += len(part.codes)
-        first, *rest = (np.concatenate(arrays) for arrays in zip(*made, strict=True))
-        return (pack(first.view(np.uint8) & np.uint8(15), 4) if form.bits == 4 else first, *rest)
+        return tuple(np.concatenate(arrays) for arrays in zip(*made, strict=True))
 
     def transform(_: NDArray[np.float32]) -> Arrays:
         raise AssertionError("the codes of this weight are kept")

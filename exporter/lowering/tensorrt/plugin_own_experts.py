@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows
 from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.graph.plugin_ops import EXPERT_BLOCK
-from qwen_aot.exporter.lowering.tensorrt.own_codes import require_range
+from qwen_aot.exporter.lowering.tensorrt.own_codes import initializers_of_codes
 from qwen_aot.exporter.quantize.blockwise import pack
 from qwen_aot.exporter.quantize.encoded import as_scales
 from qwen_aot.exporter.quantize.formats import ByCodes
 from qwen_aot.exporter.quantize.own_codes import PluginExperts, no_plugin_experts, plugin_experts
 from qwen_aot.exporter.quantize.store import dims
-from qwen_aot.exporter.weights.recipe import Arrays, Output, Recipe, Traced
+from qwen_aot.exporter.weights.recipe import Arrays, Output, Traced
 
 
 def own_expert_form(traced: Traced) -> PluginExperts | None:
@@ -68,24 +65,9 @@ def keep_expert_codes(traced: Traced, weight: ir.Value, form: PluginExperts) -> 
     if form.has_zeros:
         outputs.append(Output(f"{name}_zeros", ir.DataType.INT8, scales))
 
-    def from_codes(parts: Sequence[EncodedRows]) -> Arrays:
-        made, first_row = [], 0
-        for part in parts:
-            require_range(part, recipe, first_row)
-            made.append(_stored(part, form, scale_type, first_row))
-            first_row += len(part.codes)
-        return tuple(np.concatenate(arrays) for arrays in zip(*made, strict=True))
-
-    def transform(_: NDArray[np.float32]) -> Arrays:
-        raise AssertionError("the codes of these experts are kept")
-
-    traced.recipes[outputs[0].name] = Recipe(
-        recipe.sources, tuple(outputs), transform, recipe.rows_per_group, from_codes
+    return tuple(
+        initializers_of_codes(traced, recipe, outputs, lambda part, first: _stored(part, form, scale_type, first))
     )
-    values = [ir.Value(name=each.name, type=ir.TensorType(each.dtype), shape=ir.Shape(each.shape)) for each in outputs]
-    for value in values:
-        traced.model.graph.initializers.add(value)
-    return tuple(values)
 
 
 def _stored(part: EncodedRows, form: PluginExperts, scale_type: ir.DataType, first_row: int) -> Arrays:
