@@ -154,7 +154,7 @@ def compressed_tensors(weight: Codes, *, symmetric: bool = True, act_order: bool
 
 
 def gptq_config(**changed: Any) -> dict[str, Any]:
-    """As published Qwen1.5 checkpoints have it, but for groups of 32; None takes a key out."""
+    """With the keys of Qwen1.5's time, groups of 32; None takes a key out."""
     config = {
         "quant_method": "gptq",
         "bits": 4,
@@ -171,7 +171,7 @@ def gptq_config(**changed: Any) -> dict[str, Any]:
 
 
 def awq_config(**changed: Any) -> dict[str, Any]:
-    """As published Qwen1.5 checkpoints have it, but for groups of 32; None takes a key out."""
+    """With the keys of Qwen1.5's time, groups of 32; None takes a key out."""
     config = {
         "quant_method": "awq",
         "bits": 4,

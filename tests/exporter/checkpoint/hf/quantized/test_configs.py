@@ -16,8 +16,8 @@ from qwen_aot.exporter.checkpoint.hf.quantized.settings import read_quantization
 from tests.quantized_files import awq_config, compressed_tensors_config, gptq_config
 
 BASES = {"gptq": gptq_config, "awq": awq_config, "compressed-tensors": compressed_tensors_config}
-# quantization_config of Qwen/Qwen1.5-0.5B-Chat-GPTQ-Int4 and -AWQ, as transformers of that time saved it.
-PUBLISHED = {
+# With the keys that transformers wrote when Qwen1.5 was published, 4 bits, groups of 128; no published file was at hand.
+OF_THAT_TIME = {
     "gptq": {
         "batch_size": 1,
         "bits": 4,
@@ -63,9 +63,9 @@ def parse(quantization: dict[str, Any]) -> Any:
     return FORMATS[quantization["quant_method"]].parse(quantization)
 
 
-@pytest.mark.parametrize("method", PUBLISHED)
-def test_as_published(method: str) -> None:
-    settings = parse(PUBLISHED[method])
+@pytest.mark.parametrize("method", OF_THAT_TIME)
+def test_as_transformers_saved_it_then(method: str) -> None:
+    settings = parse(OF_THAT_TIME[method])
     scheme = settings.schemes[0] if method == "gptq" else settings.scheme
     assert (scheme.bits, scheme.group_size, scheme.is_symmetric) == (4, 128, method == "gptq")
 
