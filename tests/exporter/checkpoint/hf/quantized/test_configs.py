@@ -16,7 +16,7 @@ from qwen_aot.exporter.checkpoint.hf.quantized.settings import read_quantization
 from tests.quantized_files import awq_config, compressed_tensors_config, gptq_config
 
 BASES = {"gptq": gptq_config, "awq": awq_config, "compressed-tensors": compressed_tensors_config}
-# With the keys that transformers wrote when Qwen1.5 was published, 4 bits, groups of 128; no published file was at hand.
+# With the keys that transformers wrote when Qwen1.5 was published; no published file was at hand.
 OF_THAT_TIME = {
     "gptq": {
         "batch_size": 1,
