@@ -18,6 +18,7 @@ EXPORTER = (
     ("exporter.weights", "recipes name a checkpoint's tensors, stitching reads them"),
     ("exporter.graph", "a traced graph carries the recipes of its weights"),
     ("exporter.quantize", "quantized weights are recipes with another transform"),
+    ("exporter.calibration", "sample texts, and what a quantizer learns of them"),
     ("exporter.lowering", "rewrites a traced graph and the recipes of its weights"),
 )
 ENGINES = (
