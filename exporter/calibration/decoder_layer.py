@@ -93,7 +93,7 @@ class DecoderLayer:
         self._cos = torch.from_numpy((np.cos(both) * factor).astype(np.float32))  # [T, D]
         self._sin = torch.from_numpy((np.sin(both) * factor).astype(np.float32))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, weights: Mapping[Place, Tensor], hidden: Tensor, observe: Observe = lambda *_: None) -> Tensor:
         """Maps the residual stream [B, T, M] to the one behind the layer.
 

@@ -1,0 +1,32 @@
+"""The algorithms by name: what each does with a layer's matrices, a row for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """One way to round.
+
+    Attributes:
+        summary: what it does, in a few words.
+        uses_texts: it needs what layers read from texts; else weights alone.
+        scales: inputs are scaled before matrices are rounded (`exporter.rounding.scaling`).
+        compensates: later columns make up for the errors of earlier ones (`exporter.rounding.compensated`).
+    """
+
+    summary: str
+    uses_texts: bool = True
+    scales: bool = False
+    compensates: bool = False
+
+
+ALGORITHMS: Mapping[str, Algorithm] = {
+    "rtn": Algorithm("round to nearest", uses_texts=False),
+    "awq": Algorithm("scale by activations, then round to nearest", scales=True),
+    "gptq": Algorithm("make up for each column's error in the later ones", compensates=True),
+    "awq-gptq": Algorithm("both", scales=True, compensates=True),
+}
+DEFAULT_ALGORITHM = "awq-gptq"

@@ -1,0 +1,105 @@
+"""The numbers that codes can stand for: scales and zero points of a matrix, chosen by weighted squared error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows
+
+# Scales tried, as factors of the one whose range just holds a group. Above 1 a symmetric range is used less fully but
+# nothing is cut off at its shorter end; below 1 the ends are cut off, and what lies between is finer.
+FACTORS = (1.14, 1.08, 1.04, 1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
+
+_SLICE_ELEMENTS = 1 << 20  # looked at together; the temporaries are a few times as large
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Scales and zero points of a matrix [N, K]; G = K / group size groups a row.
+
+    Attributes:
+        form: bits, group size (it divides K), whether there are zero points; scales are stored as float16.
+        scales: [N, G] float32, numbers of float16; negative where that uses the range better.
+        zeros: [N, G] float32, whole numbers of the range of codes.
+    """
+
+    form: CodeForm
+    scales: Tensor
+    zeros: Tensor
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << self.form.bits) - 1
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """The nearest codes [N, K] float32 of a matrix [N, K]."""
+        groups = weight.unflatten(1, (-1, self.form.group_size))
+        codes = torch.round(groups * _inverse(self.scales)[..., None]).add_(self.zeros[..., None])
+        return codes.clamp_(0, self.top).flatten(1)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What codes [N, K] float32 stand for."""
+        groups = codes.unflatten(1, (-1, self.form.group_size))
+        return ((groups - self.zeros[..., None]) * self.scales[..., None]).flatten(1)
+
+    def encoded(self, codes: Tensor) -> EncodedRows:
+        """Codes [N, K] float32 as a checkpoint has them."""
+        return EncodedRows(
+            self.form,
+            codes.numpy().astype(np.uint8),
+            self.scales.numpy().astype(np.float16),
+            self.zeros.numpy().astype(np.uint8) if self.form.has_zero_points else None,
+        )
+
+
+def fit_grid(weight: Tensor, importance: Tensor, form: CodeForm, factors: Sequence[float] = FACTORS) -> Grid:
+    """The scales by which a matrix rounds best: each group's sum of importance times squared error is the least.
+
+    Args:
+        weight: [N, K] float32.
+        importance: [K] float32, not negative: of an error in each column.
+        form: of the codes; its group size divides K.
+        factors: of the group's range, that are tried.
+    """
+    assert weight.shape[1] % form.group_size == 0
+    rows = max(1, _SLICE_ELEMENTS // weight.shape[1])
+    parts = [_fit(part, importance, form, factors) for part in weight.split(rows)]
+    return Grid(form, torch.cat([scales for scales, _ in parts]), torch.cat([zeros for _, zeros in parts]))
+
+
+def _fit(weight: Tensor, importance: Tensor, form: CodeForm, factors: Sequence[float]) -> tuple[Tensor, Tensor]:
+    top, middle = (1 << form.bits) - 1, form.middle
+    groups = weight.unflatten(1, (-1, form.group_size))  # [n, G, size]
+    # A group whose columns never matter rounds as if all did.
+    weights = importance.view(1, -1, form.group_size)
+    weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, torch.ones(()))
+    low, high = groups.amin(-1), groups.amax(-1)
+    if form.has_zero_points:
+        low, high = low.clamp_max(0), high.clamp_min(0)
+        widest = (high - low) / top
+    else:
+        widest = torch.where(high > -low, high, low) / -middle
+    least = torch.full_like(widest, torch.inf)
+    scales, zeros = widest, torch.full_like(widest, middle)
+    for factor in factors:
+        tried = (widest * factor).half().float()
+        inverse = _inverse(tried)
+        zero = torch.round(-low * inverse).clamp_(0, top) if form.has_zero_points else torch.full_like(tried, middle)
+        codes = torch.round(groups * inverse[..., None]).add_(zero[..., None]).clamp_(0, top)
+        difference = (codes - zero[..., None]).mul_(tried[..., None]).sub_(groups)
+        error = difference.square_().mul_(weights).sum(-1)
+        is_better = error < least
+        scales, zeros = torch.where(is_better, tried, scales), torch.where(is_better, zero, zeros)
+        least = torch.minimum(error, least)
+    return scales, zeros
+
+
+def _inverse(scales: Tensor) -> Tensor:
+    """1 / scale, and 0 where a scale is 0."""
+    return torch.where(scales == 0, torch.zeros(()), 1 / scales)

@@ -1,0 +1,156 @@
+"""AWQ: columns that large inputs multiply are made larger before they are rounded, and their inputs smaller.
+
+What made the input gives the factor back exactly: a norm's weights, the rows of v behind attention, the rows of up
+behind SwiGLU. Source: Lin et al., "AWQ" (arXiv:2306.00978), and AutoAWQ's search over one exponent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen_aot.exporter.calibration.decoder_layer import Place, Reading, Weights
+from qwen_aot.exporter.calibration.moments import Moment
+from qwen_aot.exporter.checkpoint.encoding import CodeForm
+from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.tensors import Role
+from qwen_aot.exporter.rounding.grid import fit_grid
+
+_EXPONENTS = tuple(step / 10 for step in range(10))
+_SLICE_ELEMENTS = 1 << 24  # of a matrix, whose errors are summed together
+_COARSE_FACTORS = (1.08, 1.0, 0.92)  # of a group's range, while exponents are compared
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One input that can be scaled.
+
+    Attributes:
+        readings: that read it: of experts, each sees only the tokens that chose it.
+        plain: matrices that read it too, and aren't rounded.
+        made_by: whose weights, or rows and bias, are divided by the factor.
+        repeats: heads of queries that share each head of v, whose inputs have one factor; else 1.
+        head_dim: columns of a head; K where `repeats` is 1.
+    """
+
+    readings: tuple[Reading, ...]
+    made_by: tuple[Place, ...]
+    plain: tuple[Place, ...] = ()
+    repeats: int = 1
+    head_dim: int = 0
+
+
+def sites(config: ModelConfig, found: Sequence[Reading]) -> Iterator[Site]:
+    """Where a layer with these readings can be scaled, in the order in which it computes them."""
+    by_role = {reading.places[0]: reading for reading in found}
+    qkv, output = by_role[Role.QUERY, None], by_role[Role.OUTPUT, None]
+    yield Site((qkv,), ((Role.INPUT_NORM, None),))
+    repeats = config.num_attention_heads // config.num_key_value_heads
+    yield Site((output,), ((Role.VALUE, None), (Role.VALUE_BIAS, None)), repeats=repeats, head_dim=config.head_dim)
+    behind_norm = [place for place in by_role if place[0] in (Role.GATE, Role.EXPERT_GATE, Role.SHARED_GATE)]
+    plain = ((Role.ROUTER, None), (Role.SHARED_EXPERT_GATE, None))
+    yield Site(tuple(by_role[place] for place in behind_norm), ((Role.POST_ATTENTION_NORM, None),), plain)
+    for up, down in ((Role.UP, Role.DOWN), (Role.EXPERT_UP, Role.EXPERT_DOWN), (Role.SHARED_UP, Role.SHARED_DOWN)):
+        for (role, expert), reading in by_role.items():
+            if role is down:
+                yield Site((reading,), ((up, expert),))
+
+
+def scale_site(
+    site: Site,
+    weights: Weights,
+    moments: Mapping[Reading, Moment],
+    forms: Mapping[Place, CodeForm],
+    stored: Callable[[Tensor], Tensor],
+) -> float:
+    """Scales what reads an input by the factor at which it rounds best, and divides what makes the input by it.
+
+    Args:
+        site: where.
+        weights: of the layer, float32; replaced.
+        moments: of its inputs; scaled too.
+        forms: in which its matrices will be rounded.
+        stored: rounds plain weights to the type in which they are saved, so that no factor is lost there.
+
+    Returns:
+        The error of rounding with the factor over the one without; 1 where nothing was gained.
+    """
+    seen = {reading: moments[reading] for reading in site.readings if reading in moments}
+    if not seen:
+        return 1.0
+    size = sum(moment.magnitudes for moment in seen.values()) / sum(moment.tokens for moment in seen.values())
+    assert isinstance(size, Tensor)
+    means = {reading: moment.mean() for reading, moment in seen.items()}
+    plain_error = least = _error(site, weights, means, forms, torch.ones_like(size))
+    best: Tensor | None = None
+    for exponent in _EXPONENTS[1:]:
+        factor = _factor(site, weights, size, exponent, stored)
+        error = _error(site, weights, means, forms, factor)
+        if error < least:
+            least, best = error, factor
+    if best is None:
+        return 1.0
+    _apply(site, weights, best)
+    for moment in seen.values():
+        moment.scaled(best)
+    return least / plain_error
+
+
+def _factor(
+    site: Site, weights: Weights, size: Tensor, exponent: float, stored: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """[K]: the inputs' mean magnitudes to a power, around 1."""
+    size = size.clamp_min(size.max() * 1e-6)
+    if site.repeats > 1:
+        size = size.view(-1, site.repeats, site.head_dim).mean(1, keepdim=True)
+        size = size.expand(-1, site.repeats, -1).flatten()
+    factor = size.pow(exponent)
+    factor = factor / (factor.max() * factor.min()).sqrt()
+    if any(place in weights for place in site.plain):
+        return torch.exp2(torch.round(torch.log2(factor)))  # a power of 2 changes no digit of routers and gates
+    role = site.made_by[0][0]
+    if role in (Role.INPUT_NORM, Role.POST_ATTENTION_NORM):
+        norm = weights[site.made_by[0]]
+        saved = stored(norm / factor)
+        return torch.where(saved == 0, torch.ones(()), norm / saved)
+    return factor
+
+
+def _error(
+    site: Site,
+    weights: Weights,
+    means: Mapping[Reading, Tensor],
+    forms: Mapping[Place, CodeForm],
+    factor: Tensor,
+) -> float:
+    """The mean squared difference of all outputs when the scaled matrices are rounded."""
+    total = 0.0
+    for reading, mean in means.items():
+        importance = mean.diagonal() / factor.square()
+        for place in reading.places:
+            matrix = weights[place]
+            for rows in matrix.split(max(1, _SLICE_ELEMENTS // matrix.shape[1])):
+                scaled = rows * factor
+                grid = fit_grid(scaled, importance, forms[place], _COARSE_FACTORS)
+                difference = (grid.values(grid.nearest(scaled)) - scaled) / factor
+                total += float(((difference @ mean) * difference).sum())
+    return total
+
+
+def _apply(site: Site, weights: Weights, factor: Tensor) -> None:
+    for reading in site.readings:
+        for place in reading.places:
+            weights[place] = weights[place] * factor
+    for place in site.plain:
+        if place in weights:
+            weights[place] = weights[place] * factor
+    rows = factor
+    if site.repeats > 1:
+        rows = factor.view(-1, site.repeats, site.head_dim)[:, 0].flatten()
+    for place in site.made_by:
+        if place in weights:
+            made = weights[place]
+            weights[place] = made / (rows[:, None] if made.dim() == 2 else rows)
