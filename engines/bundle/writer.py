@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from qwen_aot.engines.bundle.folder import FolderWriter, explained, sync
 from qwen_aot.errors import BuildError, BundleError
 from qwen_aot.runtime.bundle.load import file_sha256, read_manifest
 from qwen_aot.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest
+from qwen_aot.whole_folder import FolderWriter, explained, sync
 
 _HASHED_BYTES = 16 << 20  # what a person would edit is smaller: templates, tokenizers, reports
 

@@ -175,7 +175,8 @@ CHILD = textwrap.dedent(
     """
     import os, signal, sys
     from pathlib import Path
-    from qwen_aot.engines.bundle import writer as write_bundle, folder as write_folder
+    from qwen_aot import whole_folder as write_folder
+    from qwen_aot.engines.bundle import writer as write_bundle
     from tests.engines.bundles import manifest_for
 
     out, point, can_exchange = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "exchange"
