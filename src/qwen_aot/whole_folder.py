@@ -19,17 +19,20 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from qwen_aot.errors import BuildError
+from qwen_aot.whole_file import file_sha256
 
-__all__ = ["FolderWriter", "explained", "sync"]
+__all__ = ["FolderWriter", "explained", "refuse_unless_as_written", "sync"]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
+_HASHED_BYTES = 16 << 20  # what a person would edit is smaller: templates, tokenizers, reports
+_DRY_RUN = "; `--dry-run` shows what is needed"
 
 
 class FolderWriter:
@@ -149,8 +152,8 @@ class FolderWriter:
 
 
 @contextlib.contextmanager
-def explained(out: Path) -> Iterator[None]:
-    """Turns the operating system's refusals into BuildErrors that name the remedy."""
+def explained(out: Path, when_full: str = _DRY_RUN) -> Iterator[None]:
+    """Turns the operating system's refusals into BuildErrors that name the remedy; `when_full` ends that of space."""
     try:
         yield
     except OSError as error:
@@ -158,7 +161,7 @@ def explained(out: Path) -> Iterator[None]:
             free = shutil.disk_usage(_existing(out)).free
             raise BuildError(
                 f"no space left while writing {out} ({free:,} bytes free); free some space or give a folder "
-                "on another disk; `--dry-run` shows what is needed"
+                f"on another disk{when_full}"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise BuildError(
@@ -226,3 +229,33 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def refuse_unless_as_written(
+    out: Path, files: Mapping[str, tuple[int, str]], seal: str, what: str, advice: str
+) -> None:
+    """Checks that a folder holds what a writer of ours put there, and nothing else.
+
+    Args:
+        out: the folder.
+        files: name -> bytes and SHA-256, as its seal lists them.
+        seal: the file that lists them, written last: a large file that is no newer isn't read again.
+        what: the seal is, for messages.
+        advice: ends them.
+
+    Raises:
+        BuildError: it holds something else.
+    """
+    names = {path.name for path in out.iterdir()} - {seal}
+    if strangers := sorted(names - files.keys()):
+        raise BuildError(f"{out} holds files that its {what} doesn't list ({', '.join(strangers[:5])}); {advice}")
+    sealed = (out / seal).stat().st_mtime_ns
+    for name in sorted(names):
+        size, sha256 = files[name]
+        path = out / name
+        is_same = path.is_file() and path.stat().st_size == size
+        # A copied folder's large files may be newer than its seal.
+        if is_same and not (size > _HASHED_BYTES and path.stat().st_mtime_ns <= sealed):
+            is_same = file_sha256(path) == sha256
+        if not is_same:
+            raise BuildError(f"{path} isn't as it was written (changed, or damaged); {advice}")
