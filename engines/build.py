@@ -14,7 +14,6 @@ import onnx_ir as ir
 from qwen_aot.engines.builders import Builder, EngineFacts, builder_for
 from qwen_aot.engines.bundle.compiled_text import COMPILED_CHAT_NAME, COMPILED_TOKENIZER_NAME, compile_text
 from qwen_aot.engines.bundle.default_length import default_max_new_tokens
-from qwen_aot.engines.bundle.folder import explained
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.resources import Estimate, check_resources, estimate, threads_for
 from qwen_aot.engines.bundle.stages import Advance, StageCost, Stages
@@ -48,6 +47,7 @@ from qwen_aot.runtime.bundle.manifest import (
     WeightEncodings,
     cache_capacity,
 )
+from qwen_aot.whole_folder import explained
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from qwen_aot.engines.bundle.folder import FolderWriter, explained, sync
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.resources import check_resources, estimate, threads_for
 from qwen_aot.engines.bundle.stages import StageCost, Stages
@@ -33,6 +32,7 @@ from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.sources import check_headers
 from qwen_aot.exporter.weights.stitch import chunk_bytes, output_bytes, stitch
 from qwen_aot.runtime.bundle.onnx_file import read_onnx_file
+from qwen_aot.whole_folder import FolderWriter, explained, sync
 
 _DATA_BYTES = "qwen_aot.export_data_bytes"  # property of an exported graph: bytes of the data file beside it, or 0
 _SHA256 = "qwen_aot.export_sha256"  # its last property: of all bytes before it

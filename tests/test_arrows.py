@@ -52,6 +52,7 @@ ARROWS = (
     Arrow("", "machine", "one answer to what the process may use"),
     Arrow("", "version", "one version"),
     Arrow("", "whole_file", "one way to write a file that may replace another"),
+    Arrow("", "whole_folder", "one way to write a folder that may replace another"),
     *(arrow for layers in (EXPORTER, ENGINES, RUNTIME, PLUGINS) for arrow in downwards(layers)),
     Arrow("engines", "exporter", "engines are made of exported graphs"),
     Arrow("engines", "runtime.bundle", "bundles are written in the format that the runtime owns"),
@@ -121,7 +122,7 @@ def test_every_folder_has_its_place_in_the_order() -> None:
     files = (path.relative_to(TREE).with_suffix("") for path in _modules(TREE) if path.stem != "__init__")
     inside = {".".join(file.parts) for file in files}
     outside = {module for module in inside if not any(is_within(module, folder) for folder in FOLDERS)}
-    assert outside == {"__main__", "errors", "extras", "machine", "version", "whole_file"}
+    assert outside == {"__main__", "errors", "extras", "machine", "version", "whole_file", "whole_folder"}
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def write(root: Path, files: dict[str, str]) -> Path:
 
 
 ALL = {  # one module for each place of the table, so that imports of it resolve
-    **{f"{name}.py": "" for name in ("errors", "extras", "machine", "version", "whole_file")},
+    **{f"{name}.py": "" for name in ("errors", "extras", "machine", "version", "whole_file", "whole_folder")},
     **{f"{folder.replace('.', '/')}/it.py": "" for folder in FOLDERS},
     **{f"runtime/cli/{verb}.py": "" for verb in ("build", "doctor", "bench", "generate", "chat", "inspect")},
 }

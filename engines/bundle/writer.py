@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from qwen_aot.engines.bundle.folder import FolderWriter, explained, sync
 from qwen_aot.errors import BuildError, BundleError
-from qwen_aot.runtime.bundle.load import file_sha256, read_manifest
+from qwen_aot.runtime.bundle.load import read_manifest
 from qwen_aot.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest
-
-_HASHED_BYTES = 16 << 20  # what a person would edit is smaller: templates, tokenizers, reports
+from qwen_aot.whole_folder import FolderWriter, explained, refuse_unless_as_written, sync
 
 
 class BundleWriter(FolderWriter):
@@ -80,29 +78,8 @@ def refuse_unless_replaceable(out: Path) -> None:
         files = read_manifest(out).files
     except BundleError as error:
         raise BuildError(f"{out}/{MANIFEST_NAME} isn't a bundle's manifest ({error}); {advice}") from error
-    if strangers := sorted(names - {*files, MANIFEST_NAME}):
-        raise BuildError(f"{out} holds files that its manifest doesn't list ({', '.join(strangers[:5])}); {advice}")
-    sealed = (out / MANIFEST_NAME).stat().st_mtime_ns
-    for name in sorted(names - {MANIFEST_NAME}):
-        if not _is_as_written(out / name, files[name], sealed):
-            raise BuildError(f"{out / name} isn't as the build wrote it (changed, or damaged); {advice}")
-
-
-def _is_as_written(path: Path, entry: FileEntry, sealed: int) -> bool:
-    """Whether a file is what a build wrote, and not what someone put there.
-
-    The manifest is written last: a large file that is no newer isn't read again. A copied bundle's may be newer.
-
-    Args:
-        path: of the file.
-        entry: what the manifest says of it.
-        sealed: when the manifest was written, in nanoseconds.
-    """
-    if not path.is_file() or path.stat().st_size != entry.bytes:
-        return False
-    if entry.bytes > _HASHED_BYTES and path.stat().st_mtime_ns <= sealed:
-        return True
-    return file_sha256(path) == entry.sha256
+    listed = {name: (entry.bytes, entry.sha256) for name, entry in files.items()}
+    refuse_unless_as_written(out, listed, MANIFEST_NAME, "manifest", advice)
 
 
 def _blocks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:

@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 import onnx_ir as ir
 
 from qwen_aot.engines.builders import EngineFacts
-from qwen_aot.engines.bundle.folder import explained
 from qwen_aot.engines.planner.activations import activation_bytes
 from qwen_aot.engines.profiles import profile_shapes, profiles
 from qwen_aot.engines.spec.build_spec import BuildSpec
@@ -38,6 +37,7 @@ from qwen_aot.exporter.model.io_spec import IoSpec, io_spec
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.flavours import Flavour
 from qwen_aot.runtime.bundle.manifest import PluginFacts, Profile, TensorRtFacts, cache_capacity
+from qwen_aot.whole_folder import explained
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qwen_aot.engines.bundle.folder import explained
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.tensorrt.library import capability_member
 from qwen_aot.engines.tensorrt.plugin_library import is_serialized
 from qwen_aot.errors import BuildError
+from qwen_aot.whole_folder import explained
 
 
 def make_config(trt: Any, builder: Any, spec: BuildSpec, plugin_library: Path | None = None) -> Any:

@@ -6,9 +6,9 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from qwen_aot.engines.bundle.folder import explained
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.runtime.bundle.plugin_library import PLUGIN_LIBRARY
+from qwen_aot.whole_folder import explained
 
 
 def copy_plugin_library(library: Path, folder: Path) -> Path:

@@ -26,10 +26,10 @@ from safetensors.torch import load_file
 from qwen_aot.engines.verify.gguf_model import read_gguf
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
+from qwen_aot.exporter.checkpoint.hf.saving.config_json import config_json
 from qwen_aot.exporter.checkpoint.hf.wrappers import unwrapped
 from qwen_aot.exporter.checkpoint.names import CANONICAL
 from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
-from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import WeightClass, checkpoint_tensors
 
 BY_TRANSFORMERS, BY_GGUF, BY_US = "transformers", "the gguf package", "qwen-aot's own reader"
@@ -140,53 +140,6 @@ def _require_whole(path: Path, model: Any, info: Mapping[str, Any], absent: Iter
     with torch.no_grad():
         for name in zeroed:
             model.get_parameter(name).zero_()
-
-
-def config_json(config: ModelConfig) -> dict[str, Any]:
-    """A ModelConfig spelled as transformers' config.json (its own keys; what we add to them is derived)."""
-    facts: dict[str, Any] = {
-        name: getattr(config, name)
-        for name in (
-            "model_type",
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-            "rms_norm_eps",
-            "tie_word_embeddings",
-        )
-    }
-    facts["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta, **_rope_scaling(config)}
-    if config.moe is not None:
-        facts |= {
-            "num_experts": config.moe.num_experts,
-            "num_experts_per_tok": config.moe.num_experts_per_tok,
-            "moe_intermediate_size": config.moe.moe_intermediate_size,
-            "shared_expert_intermediate_size": config.moe.shared_expert_intermediate_size,
-            "norm_topk_prob": config.moe.norm_topk_prob,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": sorted(set(range(config.num_hidden_layers)) - config.moe.sparse_layers),
-        }
-    return facts
-
-
-def _rope_scaling(config: ModelConfig) -> Mapping[str, Any]:
-    scaling = config.rope_scaling
-    if scaling is None:
-        return {}
-    common = {"rope_type": scaling.rope_type, "factor": scaling.factor}
-    if scaling.rope_type == "linear":
-        return common
-    common["original_max_position_embeddings"] = scaling.original_max_position_embeddings
-    names = {
-        "yarn": ("attention_factor", "beta_fast", "beta_slow", "truncate"),
-        "llama3": ("low_freq_factor", "high_freq_factor"),
-    }[scaling.rope_type]
-    return common | {name: getattr(scaling, name) for name in names}
 
 
 def _state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -12,8 +12,9 @@ from qwen_aot.errors import BundleError
 from qwen_aot.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest
 from qwen_aot.runtime.bundle.onnx_file import read_onnx_file
 from qwen_aot.runtime.bundle.places import place_of
+from qwen_aot.whole_file import file_sha256
 
-__all__ = ["Bundle", "file_sha256", "load_bundle", "read_manifest"]
+__all__ = ["Bundle", "load_bundle", "read_manifest"]
 
 # A build replaces nothing that isn't as a build wrote it: a damaged bundle must go first.
 _REMEDY = "copy it again, or delete the bundle and build it anew"
@@ -88,12 +89,6 @@ def read_manifest(folder: Path) -> Manifest:
     if len(content) > MAX_MANIFEST_BYTES:
         raise BundleError(f"{path} has more than {MAX_MANIFEST_BYTES} bytes, which no build writes: {_REMEDY}")
     return Manifest.from_json(_decoded(path, content))
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's content, in lower-case hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_file(folder: Path, name: str, entry: FileEntry, skip_hash_above: int | None) -> None:

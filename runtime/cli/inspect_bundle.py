@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen_aot.errors import BundleError
-from qwen_aot.runtime.bundle.load import file_sha256, read_manifest
+from qwen_aot.runtime.bundle.load import read_manifest
 from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, FileEntry, TensorRtFacts
 from qwen_aot.runtime.bundle.places import place_of
+from qwen_aot.whole_file import file_sha256
 
 
 def facts(path: Path, *, with_hash: bool) -> dict[str, Any]:

@@ -1,21 +1,23 @@
-"""A file that is there whole or not at all (standard library only)."""
+"""A file that is there whole or not at all, and the hash that tells (standard library only)."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["write_whole"]
+__all__ = ["file_sha256", "write_whole"]
 
 
-def write_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+def write_whole(path: Path, content: bytes, *, mode: int = 0o666, is_synced: bool = False) -> None:
     """Writes a file beside and renames it into place: what stood there before stands until then.
 
     Args:
         path: of the file; behind a link, the file that it leads to. Its folder must be there.
         content: all of it.
         mode: its permissions, less the process's umask.
+        is_synced: a power cut too leaves either whole.
 
     Raises:
         OSError: it can't be written; what stood there before still does.
@@ -26,9 +28,18 @@ def write_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
+            if is_synced:
+                file.flush()
+                os.fsync(file.fileno())
         umask = os.umask(0o077)
         os.umask(umask)
         beside.chmod(mode & ~umask)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's content, in lower-case hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_aot.errors import EngineMismatchError
-from qwen_aot.runtime.bundle.load import Bundle, file_sha256
+from qwen_aot.runtime.bundle.load import Bundle
 from qwen_aot.runtime.bundle.manifest import PluginFacts, TensorRtFacts
 from qwen_aot.runtime.bundle.plugin_library import PLUGIN_LIBRARY_VARIABLE, named_plugin_library
+from qwen_aot.whole_file import file_sha256
 
 __all__ = ["ALLOW_BUNDLE_CODE_VARIABLE", "BundleCode", "bundle_code"]
 

@@ -175,7 +175,8 @@ CHILD = textwrap.dedent(
     """
     import os, signal, sys
     from pathlib import Path
-    from qwen_aot.engines.bundle import writer as write_bundle, folder as write_folder
+    from qwen_aot import whole_folder as write_folder
+    from qwen_aot.engines.bundle import writer as write_bundle
     from tests.engines.bundles import manifest_for
 
     out, point, can_exchange = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "exchange"
@@ -319,7 +320,7 @@ def test_a_manifest_of_others_that_lists_its_files_is_no_bundle(tmp_path: Path) 
 def test_a_file_that_someone_changed_is_not_replaced(tmp_path: Path, name: str, content: str) -> None:
     write(tmp_path / "bundle", "old")
     (tmp_path / "bundle" / name).write_text(content)
-    assert f"{name} isn't as the build wrote it" in replaced(tmp_path / "bundle")
+    assert f"{name} isn't as it was written" in replaced(tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("later", [0, 1])
@@ -336,7 +337,7 @@ def test_a_large_file_is_read_again_only_where_it_is_newer_than_the_manifest(
     (out / "model.onnx").write_text("own")
     os.utime(out / "model.onnx", ns=(sealed, sealed + later))
     if later:
-        assert "model.onnx isn't as the build wrote it" in replaced(out)
+        assert "model.onnx isn't as it was written" in replaced(out)
     else:
         write(out, "new")
 
@@ -359,7 +360,7 @@ def test_a_folder_of_a_files_name_is_not_replaced(tmp_path: Path) -> None:
     (out / "model.onnx").unlink()
     (out / "model.onnx").mkdir()
     (out / "model.onnx" / "mine").touch()
-    assert "model.onnx isn't as the build wrote it" in replaced(out)
+    assert "model.onnx isn't as it was written" in replaced(out)
 
 
 def test_a_file_that_is_gone_is_no_reason(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.utils import ModelOutput
 
 from qwen_aot.engines.verify.reference import Reference, step
-from qwen_aot.engines.verify.reference_model import config_json
+from qwen_aot.exporter.checkpoint.hf.saving.config_json import config_json
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from tests.checkpoints import save_tiny
 

@@ -36,3 +36,17 @@ def fields_of(start: int, stop: int, bits: int) -> slice:
     """Where fields `start` to `stop` lie among those of `words_of`."""
     first = start // (WORD_BITS // bits) * (WORD_BITS // bits)
     return slice(start - first, stop - first)
+
+
+def pack(fields: NDArray[np.uint8], bits: int) -> Words:
+    """[..., n] fields -> [..., ceil(n * bits / 32)] words: what `unpack` undoes; fields that aren't there are 0."""
+    per_word = WORD_BITS // bits
+    missing = -fields.shape[-1] % per_word
+    if missing:
+        fields = np.concatenate((fields, np.zeros((*fields.shape[:-1], missing), np.uint8)), axis=-1)
+    if bits == 4:
+        fields = fields[..., 0::2] | (fields[..., 1::2] << np.uint8(4))
+    else:
+        assert bits == 8
+    words: Words = np.ascontiguousarray(fields).view("<u4")
+    return words

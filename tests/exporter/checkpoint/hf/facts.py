@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from qwen_aot.engines.verify.reference_model import config_json
+from qwen_aot.exporter.checkpoint.hf.saving.config_json import config_json
 from qwen_aot.exporter.model.config import ModelConfig
 from tests.checkpoints import MOE_DEFAULTS
 

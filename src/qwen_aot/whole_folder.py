@@ -1,9 +1,10 @@
-"""Writes a folder aside and moves it into place whole; what stood there before survives every failure.
+"""A folder that is written aside and moved into place whole; what stood there before survives every failure.
 
 Writing `out` uses neighbours in the same parent (so that a rename is enough), and leaves none of them:
 
     .{out}.lock       held with flock meanwhile; dies with its process
     .{out}.building   the new folder until it is whole; after the exchange, the old one until it is deleted
+                      (a writer that keeps what isn't finished has another suffix, and the folder in it)
     .{out}.old        the old folder between two renames, where the file system can't exchange two folders
 
 Leftovers of a killed process are cleaned up, or the old folder put back, by the next one that writes there.
@@ -18,34 +19,46 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from qwen_aot.errors import BuildError
+from qwen_aot.whole_file import file_sha256
+
+__all__ = ["FolderWriter", "explained", "refuse_unless_as_written", "sync"]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
+_HASHED_BYTES = 16 << 20  # what a person would edit is smaller: templates, tokenizers, reports
+_DRY_RUN = "; `--dry-run` shows what is needed"
 
 
 class FolderWriter:
-    """Context manager: fill `folder`, then `commit`. Leaving without commit undoes all.
+    """Context manager: fill `folder`, then `commit`. Leaving without commit undoes all, or keeps it for the next one.
 
     Args:
         out: the folder to make or replace.
         check: raises BuildError if replacing what stands at `out` would destroy something foreign.
+        suffix: of the neighbour `aside` in which the new folder is written.
+        keeps: what was written stays until it is committed, by this writer or a later one, and `folder` lies in
+            `aside`, where a job has room for files of its own. What `aside` holds on entry is the subclass's to judge.
 
     Raises:
         BuildError: `out` is the root; on entry, if `out` can't be written or holds something that `check` refuses, or
             if another process is writing there.
     """
 
-    def __init__(self, out: Path, check: Callable[[Path], None]) -> None:
+    def __init__(
+        self, out: Path, check: Callable[[Path], None], *, suffix: str = "building", keeps: bool = False
+    ) -> None:
         self.out = out.expanduser().resolve()
         if not self.out.name:
             raise BuildError(f"{out} is the root of the file system; give a folder in it")
-        self.folder = self.out.with_name(f".{self.out.name}.building")
+        self.aside = self.out.with_name(f".{self.out.name}.{suffix}")
+        self.folder = self.aside / "folder" if keeps else self.aside
+        self._keeps = keeps
         self._lock = self.out.with_name(f".{self.out.name}.lock")
         self._old = self.out.with_name(f".{self.out.name}.old")
         self._lock_fd: int | None = None
@@ -63,7 +76,7 @@ class FolderWriter:
                     self._refuse_in_the_way()
                 self._recover()
                 self._check(self.out)
-                self.folder.mkdir()
+                self.folder.mkdir(parents=self._keeps, exist_ok=self._keeps)
             except BaseException:
                 self._release()
                 raise
@@ -100,6 +113,7 @@ class FolderWriter:
                 self._replace()
             else:
                 self.folder.rename(self.out)
+            self._keeps = False
             sync(self.out.parent)
 
     def _replace(self) -> None:
@@ -112,7 +126,7 @@ class FolderWriter:
 
     def _refuse_in_the_way(self) -> None:
         """What has the names of leftovers, where no lock file says that a build was at work, is someone else's."""
-        for path in (self.folder, self._old):
+        for path in (self._old,) if self._keeps else (self.aside, self._old):
             if path.exists():
                 raise BuildError(f"{path} is in the way, and no build left it there: move it away, or rename it")
 
@@ -123,8 +137,8 @@ class FolderWriter:
                 shutil.rmtree(self._old)
             else:
                 self._old.rename(self.out)
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
+        if self.aside.exists() and not self._keeps:
+            shutil.rmtree(self.aside)
 
     def _release(self, *, is_clean: bool = True) -> None:
         if self._lock_fd is not None:
@@ -138,8 +152,8 @@ class FolderWriter:
 
 
 @contextlib.contextmanager
-def explained(out: Path) -> Iterator[None]:
-    """Turns the operating system's refusals into BuildErrors that name the remedy."""
+def explained(out: Path, when_full: str = _DRY_RUN) -> Iterator[None]:
+    """Turns the operating system's refusals into BuildErrors that name the remedy; `when_full` ends that of space."""
     try:
         yield
     except OSError as error:
@@ -147,7 +161,7 @@ def explained(out: Path) -> Iterator[None]:
             free = shutil.disk_usage(_existing(out)).free
             raise BuildError(
                 f"no space left while writing {out} ({free:,} bytes free); free some space or give a folder "
-                "on another disk; `--dry-run` shows what is needed"
+                f"on another disk{when_full}"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise BuildError(
@@ -180,7 +194,7 @@ def _acquire(lock: Path, out: Path) -> tuple[int, bool]:
             owner = os.pread(fd, 32, 0).decode() or "unknown"
             os.close(fd)
             raise BuildError(
-                f"another build (process {owner}) is writing {out}; wait for it or give another folder"
+                f"another build or quantization (process {owner}) is writing {out}; wait for it or give another folder"
             ) from None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), os.stat(lock)):
@@ -215,3 +229,33 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def refuse_unless_as_written(
+    out: Path, files: Mapping[str, tuple[int, str]], seal: str, what: str, advice: str
+) -> None:
+    """Checks that a folder holds what a writer of ours put there, and nothing else.
+
+    Args:
+        out: the folder.
+        files: name -> bytes and SHA-256, as its seal lists them.
+        seal: the file that lists them, written last: a large file that is no newer isn't read again.
+        what: the seal is, for messages.
+        advice: ends them.
+
+    Raises:
+        BuildError: it holds something else.
+    """
+    names = {path.name for path in out.iterdir()} - {seal}
+    if strangers := sorted(names - files.keys()):
+        raise BuildError(f"{out} holds files that its {what} doesn't list ({', '.join(strangers[:5])}); {advice}")
+    sealed = (out / seal).stat().st_mtime_ns
+    for name in sorted(names):
+        size, sha256 = files[name]
+        path = out / name
+        is_same = path.is_file() and path.stat().st_size == size
+        # A copied folder's large files may be newer than its seal.
+        if is_same and not (size > _HASHED_BYTES and path.stat().st_mtime_ns <= sealed):
+            is_same = file_sha256(path) == sha256
+        if not is_same:
+            raise BuildError(f"{path} isn't as it was written (changed, or damaged); {advice}")
