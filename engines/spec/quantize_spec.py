@@ -55,7 +55,7 @@ class QuantizeSpec:
     table_bits: int = 16
     bits_per_weight: float | None = None
     tokens: int = 16384
-    sequence_length: int = 512
+    sequence_length: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -70,7 +70,7 @@ def _formats() -> str:
     group="Calibration",
 )
 @option("--tokens", type=int, help="Of the texts that are looked at.  [default: 16384]", group="Calibration")
-@option("--sequence-length", type=int, help="Tokens of each piece of them.  [default: 512]", group="Calibration")
+@option("--sequence-length", type=int, help="Tokens of each piece of them.  [default: 256]", group="Calibration")
 @option("--seed", type=click.IntRange(0), default=0, help="Of what is drawn.", group="Calibration")
 @option("--random-weights", is_flag=True, help="For a variant's name: weights drawn from --seed.", group="Trial")
 @json_option
@@ -138,7 +138,7 @@ def _show(report: QuantizeReport) -> None:
     print_facts(
         console,
         [
-            ("bits a weight", f"{report.bits_per_weight:.2f} of {count(len(report.forms), 'rounded matrix')}"),
+            ("bits a weight", f"{report.bits_per_weight:.2f} of {len(report.forms)} rounded matrices"),
             ("calibrated with", count(report.tokens, "token") if report.tokens else "nothing"),
             ("lost", f"{mean:.3g} of each matrix's outputs, as squares; most: {worst}"),
         ],

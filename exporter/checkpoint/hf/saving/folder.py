@@ -129,6 +129,12 @@ class QuantizedFolder(FolderWriter):
         """What an unfinished job began with; None: it hadn't begun, or this is a new one."""
         return self._job.forms
 
+    @property
+    def dtype(self) -> str:
+        """Of the tensors that aren't codes, once `begin` decided it: `float16` or `bfloat16`."""
+        assert self._job.dtype is not None, "begin first"
+        return self._job.dtype
+
     def state_path(self, name: str) -> Path:
         """Where the algorithm keeps a file of its own until the folder is finished.
 
