@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch import Tensor
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.resources import threads_for
 from qwen_aot.engines.bundle.stages import StageCost, Stages
-from qwen_aot.engines.spec.quantize_spec import QuantizeSpec
+from qwen_aot.engines.mixed_bits import mixed_forms
+from qwen_aot.engines.spec.quantize_spec import QuantizeSpec, bits_of
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.calibration.hidden_states import HiddenStates
 from qwen_aot.exporter.calibration.texts import calibration_texts
@@ -32,6 +34,7 @@ from qwen_aot.exporter.rounding.table import head_moment, round_table
 from qwen_aot.whole_file import write_whole
 
 _STAGES = ("calibrate", "round", "finish")
+_MEASURED_TOKENS = 4096  # by which mixed bits are chosen
 _ERRORS = "errors.json"  # of the job: what each layer lost so far
 
 
@@ -100,18 +103,20 @@ def quantize_checkpoint(
         on_progress: told about each step.
 
     Raises:
-        BuildError: the checkpoint is quantized already, has no tokenizer where one is needed, or `out` can't be written.
+        BuildError: the checkpoint is quantized already, has no tokenizer where one is needed, or `out` can't be
+            written.
         ExportError: the texts are too short.
         CheckpointError: the checkpoint can't be read.
     """
     _require_plain(checkpoint)
     torch.set_num_threads(threads_for(threads))
-    stages = Stages(_STAGES, on_progress)
+    stages = Stages(_STAGES if spec.bits_per_weight is None else ("measure", *_STAGES), on_progress)
     windows = _windows(checkpoint, spec, texts) if spec.how.uses_texts else None
-    forms, tables = spec.forms(checkpoint.config), spec.table_forms(checkpoint.config)
+    tables = spec.table_forms(checkpoint.config)
     request = {**spec.request(), "texts": _digest(windows)}
     with QuantizedFolder(out, checkpoint, spec.format, request=request, restart=restart) as folder:
         hidden = _streams(folder, checkpoint, windows)
+        forms = _forms(folder, checkpoint, spec, windows, stages)
         folder.begin(forms | tables, state_bytes=0 if hidden is None else 2 * hidden.nbytes)
         stages.run("calibrate", lambda _: _begin(folder, checkpoint, hidden, windows))
         rounder = LayerRounder(checkpoint, hidden, forms, spec.how, _stored_as(folder.dtype), spec.sequence_length)
@@ -143,8 +148,8 @@ def _windows(checkpoint: Checkpoint, spec: QuantizeSpec, texts: Sequence[str]) -
         return random_windows(vocab_size, tokens=tokens, length=length, seed=spec.seed)
     if content is None:
         raise BuildError(
-            f"{checkpoint.path} has no tokenizer.json, by which algorithm {spec.algorithm} reads texts; put the model's "
-            "beside it, or use algorithm rtn, which needs none"
+            f"{checkpoint.path} has no tokenizer.json, by which algorithm {spec.algorithm} reads texts; put the "
+            "model's beside it, or use algorithm rtn, which needs none"
         )
     chosen = texts or [sample.text for sample in calibration_texts()]
     return draw_windows(content, chosen, vocab_size, tokens=tokens, length=length, seed=spec.seed)
@@ -154,13 +159,32 @@ def _digest(windows: NDArray[np.int64] | None) -> str | None:
     return None if windows is None else hashlib.sha256(windows.tobytes()).hexdigest()
 
 
-def _streams(
-    folder: QuantizedFolder, checkpoint: Checkpoint, windows: NDArray[np.int64] | None
-) -> HiddenStates | None:
+def _streams(folder: QuantizedFolder, checkpoint: Checkpoint, windows: NDArray[np.int64] | None) -> HiddenStates | None:
     if windows is None:
         return None
     shape = (*windows.shape, checkpoint.config.hidden_size)
     return HiddenStates(lambda layer: folder.state_path(f"hidden-{layer}.npy"), shape)
+
+
+def _forms(
+    folder: QuantizedFolder,
+    checkpoint: Checkpoint,
+    spec: QuantizeSpec,
+    windows: NDArray[np.int64] | None,
+    stages: Stages,
+) -> dict[str, CodeForm]:
+    """The codes of every matrix inside the layers; of a job that goes on, those that it began with."""
+    if spec.bits_per_weight is None:
+        return spec.forms(checkpoint.config)
+    if folder.forms is not None:
+        tables = spec.table_forms(checkpoint.config)
+        return {name: form for name, form in folder.forms.items() if name not in tables}
+    assert windows is not None  # by QuantizeSpec
+    chosen = windows[:: max(1, windows.size // _MEASURED_TOKENS)]
+    shape = (*chosen.shape, checkpoint.config.hidden_size)
+    hidden = HiddenStates(lambda layer: folder.state_path(f"float-{layer}.npy"), shape)
+    hidden.embed(checkpoint, chosen)
+    return stages.run("measure", lambda advance: mixed_forms(checkpoint, spec, hidden, advance), "layers")
 
 
 def _begin(
@@ -170,8 +194,8 @@ def _begin(
         return
     if folder.layers_done:
         raise BuildError(
-            f"the unfinished job of {folder.out} lacks what its layer {folder.layers_done} begins with; start anew with "
-            "--restart"
+            f"the unfinished job of {folder.out} lacks what its layer {folder.layers_done} begins with; start anew "
+            "with --restart"
         )
     hidden.embed(checkpoint, windows)
 
@@ -218,10 +242,6 @@ def _tables(
 
 
 def _bits_per_weight(checkpoint: Checkpoint, forms: Mapping[str, CodeForm]) -> float:
-    bits = weights = 0
-    for name, form in forms.items():
-        rows, width = checkpoint.tensors[name].shape
-        groups = width // form.group_size
-        bits += rows * (width * form.bits + groups * (16 + (form.bits if form.has_zero_points else 0)))
-        weights += rows * width
-    return bits / weights
+    shapes = {name: checkpoint.tensors[name].shape for name in forms}
+    bits = sum(bits_of(form, shapes[name]) for name, form in forms.items())
+    return bits / sum(math.prod(shape) for shape in shapes.values())

@@ -75,8 +75,13 @@ class QuantizeSpec:
             self._check_awq()
         if self.table_bits != 16 and self.format != "compressed-tensors":
             raise BuildError(
-                f"format {self.format} has no codes of an embedding, and table_bits is {self.table_bits}; accepted: 16, "
-                "or format compressed-tensors"
+                f"format {self.format} has no codes of an embedding, and table_bits is {self.table_bits}; accepted: "
+                "16, or format compressed-tensors"
+            )
+        if self.bits_per_weight is not None and not self.how.uses_texts:
+            raise BuildError(
+                f"bits_per_weight is chosen by what texts show, and algorithm {self.algorithm} looks at none; "
+                f"accepted: {', '.join(name for name, row in ALGORITHMS.items() if row.uses_texts)}"
             )
         if self.bits_per_weight is not None and not 4 < self.bits_per_weight <= 9:
             raise BuildError(
@@ -150,6 +155,14 @@ class QuantizeSpec:
                     f"format awq has 4 bits with zero points in one size of groups, and {name} is {found}; accepted: "
                     f"{accepted}, or another format ({', '.join(FORMATS)})"
                 )
+
+
+def bits_of(form: CodeForm, shape: tuple[int, ...]) -> int:
+    """What a matrix [N, K] takes as codes: these, scales and zero points."""
+    rows, width = shape
+    groups = -(-width // form.group_size)
+    per_group = 8 * form.scale_dtype.itemsize + (form.bits if form.has_zero_points else 0)
+    return rows * (width * form.bits + groups * per_group)
 
 
 def rounded_tensors(config: ModelConfig) -> list[Tensor]:

@@ -114,9 +114,7 @@ def command(
         open_source(checkpoint, random_weights=random_weights, seed=seed) as source,
         progress_on_stderr() as show,
     ):
-        report = quantize_checkpoint(
-            source, spec, out, texts=texts, restart=restart, threads=threads, on_progress=show
-        )
+        report = quantize_checkpoint(source, spec, out, texts=texts, restart=restart, threads=threads, on_progress=show)
     if as_json:
         print_json({"folder": str(report.out), **report.to_json()})
     else:
