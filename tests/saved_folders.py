@@ -78,13 +78,14 @@ def write(
     forms: Mapping[str, CodeForm],
     request: Mapping[str, Any] = REQUEST,
     plain: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    dtype: str | None = None,
     **options: Any,
 ) -> dict[str, EncodedRows]:
     """A whole job; gives the codes that it wrote."""
     codes = codes_of(checkpoint, forms)
     changed = plain or {}
     with QuantizedFolder(out, checkpoint, format_name, request=request, **options) as folder:
-        folder.begin(forms)
+        folder.begin(forms, dtype=dtype)
         for layer in range(folder.layers_done, folder.num_layers):
             own = {name: array for name, array in changed.items() if name.startswith(f"model.layers.{layer}.")}
             folder.add_layer(layer, of_layer(codes, layer), own)
