@@ -108,7 +108,9 @@ class HfFolderCheckpoint:
         """Checks all quantized linears, and takes placeholder biases out of `tensors`."""
         view, stored = self._shards.view, self._shards.tensors
         shapes = tensor_shapes(self.config)
-        linear_shapes = {name: shape for name, shape in shapes.items() if name != Role.EMBEDDING.tensor_name()}
+        linear_shapes = dict(shapes)
+        if not quantization.format.has_tables:
+            del linear_shapes[Role.EMBEDDING.tensor_name()]
         try:
             linears = [
                 stored_linear(module, given[module + WEIGHT], parts, linear_shapes, view)
