@@ -146,6 +146,7 @@ def linear(kind: Kind, module: str, n: int, k: int, *, has_bias: bool = False) -
     fields, groups = 32 // kind.bits, k // GROUP
     scale = k**-0.5 / (2**kind.bits * 12**-0.5)  # so that weights have a deviation of 1 / sqrt(K)
     if kind.quantization["quant_method"] == "awq":
+        scale /= 2**0.5  # zeros are even over the whole range too
         yield Tensor(f"{module}.qweight", "I32", (k, n // fields))
         yield Tensor(f"{module}.qzeros", "I32", (groups, n // fields))
     else:
