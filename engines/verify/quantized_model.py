@@ -87,8 +87,8 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _fields(words: torch.Tensor, bits: int) -> torch.Tensor:
     """[..., n] int64 words -> [..., n, 32 / bits], the lowest bits first."""
-    shifts = torch.arange(0, _WORD_BITS, bits)
-    return (words[..., None] >> shifts) & (2**bits - 1)
+    fields: torch.Tensor = (words[..., None] >> torch.arange(0, _WORD_BITS, bits)) & (2**bits - 1)
+    return fields
 
 
 def _unsigned(words: torch.Tensor) -> torch.Tensor:
