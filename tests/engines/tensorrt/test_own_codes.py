@@ -31,7 +31,7 @@ SPEC = BuildSpec(
 
 
 def every_form(name: str) -> Coding | None:
-    """4 and 8 bits, zero points, minimums and neither, blocks from 16 to 128, columns in order by a Gather and folded."""
+    """4 and 8 bits, zero points, minimums, blocks from 16 to 128, columns in order by a Gather and folded."""
     if not LINEAR.search(name):
         return None
     if "q_proj" in name or "v_proj" in name:
