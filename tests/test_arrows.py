@@ -78,6 +78,7 @@ ARROWS = (
     Arrow("runtime.cli.gpu_check", "plugins", "it builds the library for this GPU", in_functions_only=True),
     Arrow("runtime.cli.source", "exporter", "opens what the build side's verbs name", in_functions_only=True),
     Arrow("runtime.cli.inspect_checkpoint", "exporter", "reads one, on a build machine", in_functions_only=True),
+    Arrow("runtime.cli.inspect_checkpoint", "engines.planner", "says what builds make of it", in_functions_only=True),
     Arrow("__init__", "engines", "the public face re-exports, when a name is used", in_functions_only=True),
     Arrow("__init__", "exporter", "the same", in_functions_only=True),
     Arrow("__init__", "runtime", "the same", in_functions_only=True),

@@ -95,6 +95,12 @@ def _kv_precisions() -> str:
     group="Quantization",
 )
 @option(
+    "--own-codes",
+    is_flag=True,
+    help="Keep the numbers of a .gguf file's codes, each in its own bits and blocks. A folder's codes are kept anyway.",
+    group="Quantization",
+)
+@option(
     "--sensitive-bits",
     type=int,
     help="8 or 4: embedding, head and down projections.  [default: 8]",

@@ -58,7 +58,13 @@ class HfFolderCheckpoint:
             raise
         self._linears: Mapping[str, QuantizedLinear] = {linear.stored.weight: linear for linear in linears}
         self.tensors: Mapping[str, TensorInfo] = tensors | {
-            weight: TensorInfo(weight, linear.stored.shape, _FLOAT32, encoding=linear.encoding)
+            weight: TensorInfo(
+                weight,
+                linear.stored.shape,
+                _FLOAT32,
+                encoding=linear.encoding,
+                encoded_bytes=sum(part.stored_bytes for part in linear.stored.parts.values()),
+            )
             for weight, linear in self._linears.items()
         }
 

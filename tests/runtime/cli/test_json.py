@@ -18,6 +18,8 @@ from qwen_aot.runtime.capi import build as capi_build
 from qwen_aot.runtime.cli import build, capi, doctor
 from qwen_aot.runtime.cli.main import qwen_aot
 from tests.checkpoints import save_tiny
+from tests.coded_checkpoints import MOE
+from tests.quantized_files import gptq, gptq_config, save_quantized
 from tests.runtime.backends.tensorrt.engines import write_checksum_bundle
 from tests.runtime.cli.conftest import Run
 
@@ -127,8 +129,9 @@ def test_inspect_of_a_bundle(run: Run, verified: tuple[Any, Path], tmp_path: Pat
     compare("`inspect` of a bundle", *(printed(run("inspect", path, "--json")) for path in (verified[1], engine)))
 
 
-def test_inspect_of_a_checkpoint(run: Run, checkpoint: Path, experts: Path) -> None:
-    outputs = [printed(run("inspect", path, "--tensors", "--json")) for path in (checkpoint, experts)]
+def test_inspect_of_a_checkpoint(run: Run, checkpoint: Path, experts: Path, tmp_path: Path) -> None:
+    save_quantized(tmp_path, gptq_config(), gptq, moe=MOE)
+    outputs = [printed(run("inspect", path, "--tensors", "--json")) for path in (checkpoint, experts, tmp_path)]
     compare("`inspect` of a checkpoint", *outputs)
 
 

@@ -26,6 +26,8 @@ from qwen_aot.runtime.cli import bench, capi, doctor, gpu_check, verify
 from qwen_aot.runtime.cli.command import VerbCommand
 from qwen_aot.runtime.cli.console import busy, progress_on_stderr
 from qwen_aot.runtime.cli.main import VERBS
+from tests.coded_checkpoints import MOE
+from tests.quantized_files import gptq, gptq_config, save_quantized
 from tests.runtime.cli import terminal
 from tests.runtime.cli.reports import REPORTS
 from tests.runtime.cli.terminal import Shown, show
@@ -116,6 +118,7 @@ def place(checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
     """A working folder with `tiny-model` and `bundle`, and a machine that is the same everywhere."""
     (tmp_path / "tiny-model").symlink_to(checkpoint)
     (tmp_path / "bundle").symlink_to(bundle)
+    save_quantized(tmp_path / "tiny-gptq", gptq_config(), gptq, moe=MOE)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "manifest.json").write_text("{")
     monkeypatch.chdir(tmp_path)
@@ -141,6 +144,7 @@ def place(checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
         ("inspect-bundle", ("bundle",), 0),
         ("inspect-onnx", ("bundle/model.onnx",), 0),
         ("inspect-checkpoint", ("tiny-model",), 0),
+        ("inspect-quantized", ("tiny-gptq",), 0),
         ("doctor", (), 0),
         ("bench", ("bundle",), 0),
         ("generate", ("bundle", "--prompt-ids", "5,9", "--temperature", 0, "--max-new-tokens", 3, "--ignore-eos"), 0),
