@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 from qwen_aot.engines.build import BuildReport, Verifier, build_bundle
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
@@ -30,7 +31,9 @@ def quantize_spec_for(spec: BuildSpec, algorithm: str) -> QuantizeSpec:
     if "precision" not in spec.asked:
         bits = 4
     if bits is None:
-        raise BuildError(f"algorithm {algorithm} makes integers, and precision is {spec.precision}; accepted: int4, int8")
+        raise BuildError(
+            f"algorithm {algorithm} makes integers, and precision is {spec.precision}; accepted: int4, int8"
+        )
     defaults = QuantizeSpec()
     return QuantizeSpec(
         algorithm=algorithm,
@@ -77,15 +80,10 @@ def build_quantized(
     beside.mkdir(parents=True, exist_ok=True)
     quantize_checkpoint(checkpoint, quantize_spec, folder, threads=threads, on_progress=on_progress)
     with open_checkpoint(folder) as quantized:
-        of_codes = dataclasses.replace(
-            spec,
-            precision=None,
-            block_size=None,
-            symmetric=None,
-            sensitive_bits=(spec.sensitive_bits or _TABLE_BITS) if spec.facts.weight_layout == "blocks" else None,
-        )
-        report = build_bundle(
-            quantized, of_codes, out, on_progress=on_progress, verifier=verifier, threads=threads
-        )
+        by_codes: dict[str, Any] = {"precision": None, "block_size": None, "symmetric": None, "sensitive_bits": None}
+        if spec.facts.weight_layout == "blocks":
+            by_codes["sensitive_bits"] = spec.sensitive_bits or _TABLE_BITS
+        of_codes = dataclasses.replace(spec, **by_codes)
+        report = build_bundle(quantized, of_codes, out, on_progress=on_progress, verifier=verifier, threads=threads)
     shutil.rmtree(beside)
     return report
