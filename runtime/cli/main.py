@@ -19,6 +19,7 @@ VERBS = {
     "generate": Verb("qwen_aot.runtime.cli.generate", "Continue a prompt with a bundle."),
     "chat": Verb("qwen_aot.runtime.cli.chat", "Talk with a bundle in the terminal."),
     "verify": Verb("qwen_aot.runtime.cli.verify", "Compare a bundle with Hugging Face transformers in fp32."),
+    "compare": Verb("qwen_aot.runtime.cli.compare", "Compare bundles of a checkpoint: size, loss and speed."),
     "bench": Verb("qwen_aot.runtime.cli.bench", "Measure a bundle's speed and memory."),
     "inspect": Verb("qwen_aot.runtime.cli.inspect", "Show a checkpoint, an ONNX file or a bundle as a table."),
     "plan": Verb("qwen_aot.runtime.cli.plan", "Show which models fit which devices, and how fast at most."),

@@ -10,6 +10,7 @@ from pathlib import Path
 EXTRA_OF = {
     "cuda": "cuda",
     "gguf": "build",
+    "matplotlib": "plot",
     "ml_dtypes": "build",
     "onnx": "build",
     "onnx_ir": "build",

@@ -171,6 +171,17 @@ def test_verify(run: Run, bundle: Path, checkpoint: Path) -> None:
     compare("`verify --per-layer`", layers)
 
 
+def test_compare(run: Run, bundle: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("compare", bundle, "--reference", checkpoint, "--tokens", 8, "--json")
+    drawn = run(*asked, "--plot", tmp_path / "p.png").stdout
+    printed_rows = json.loads(drawn)
+    (row,) = printed_rows["rows"][1:]
+    lost = {"accuracy": None, "by_kind": {}, "decode_tokens_per_second": None, "not_compared": "x", "no_layers": "x"}
+    alone = {"accuracy": row["accuracy"] | {"kl_error": None, "perplexity_error": None, "ratio_error": None}}
+    rows = [*printed_rows["rows"], row | lost, row | alone, row | {"by_kind": {"prose": alone["accuracy"]}}]
+    compare("`compare`", printed_rows | {"rows": rows}, json.loads(run(*asked).stdout))
+
+
 def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"name": "RTX", "compute_cap": "8.9", "memory.total": "1 MiB", "driver_version": "1"}
     found = []

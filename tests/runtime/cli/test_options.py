@@ -19,6 +19,7 @@ NEEDED = {
     "generate": ("bundle", "--prompt", "x"),
     "chat": ("bundle",),
     "verify": ("bundle", "--reference", "tiny-model"),
+    "compare": ("bundle", "--reference", "tiny-model"),
     "bench": ("bundle",),
     "inspect": ("bundle",),
     "plan": ("qwen1.5-0.5b",),
@@ -102,6 +103,23 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--rounds", "0", "0 is not in the range x>=1"),
         *THREADS,
     ],
+    "compare": [
+        ("--reference", "", "the checkpoint's name is empty"),
+        ("--reference", "nowhere", "nowhere doesn't exist and isn't a variant's name"),
+        ("--seed", "-1", "-1 is not in the range x>=0"),
+        ("--text", "nowhere.txt", "File 'nowhere.txt' does not exist"),
+        ("--text", ".", "File '.' is a directory"),
+        ("--text", "tiny-model/config.json", "is given twice; give each once", ("--text", "tiny-model/config.json")),
+        ("--text", "tiny-model/model.safetensors", "isn't UTF-8"),
+        ("--tokens", "3", "3 is not in the range x>=4"),
+        ("--window", "3", "3 is not in the range x>=4"),
+        ("--window", "257", "--window 257 is longer than the context of 256 tokens of bundle"),
+        ("--plot", "", "it is empty"),
+        ("--plot", "loss.pdf", "loss.pdf isn't a .png or .svg file"),
+        ("--plot", "loss", "loss isn't a .png or .svg file"),
+        ("--plot", "nowhere/loss.png", "nowhere/loss.png can't be written: there is no folder nowhere"),
+        *THREADS,
+    ],
     "plan": [
         ("--device", "rtx-4091", "device 'rtx-4091' isn't known; accepted: orin-nano-8gb"),
         ("--target", "npu", "target 'npu' doesn't exist"),
@@ -172,7 +190,7 @@ def test_empty_standard_input(run: Run, place: Path, text: str) -> None:
     assert "the prompt is empty; give text with --prompt or on standard input" in " ".join(result.stderr.split())
 
 
-@pytest.mark.parametrize("verb", ["generate", "chat", "bench", "inspect", "verify"])
+@pytest.mark.parametrize("verb", ["generate", "chat", "bench", "inspect", "verify", "compare"])
 def test_a_bundle_that_is_nowhere(run: Run, place: Path, verb: str) -> None:
     result = run(verb, "nowhere", *NEEDED[verb][1:])
     assert result.exit_code == 2

@@ -23,13 +23,14 @@ from qwen_aot.engines.bundle.progress import ProgressEvent
 from qwen_aot.runtime.capi import build as capi_build
 from qwen_aot.runtime.capi.build import Installed
 from qwen_aot.runtime.cli import bench, capi, doctor, gpu_check, verify
+from qwen_aot.runtime.cli import compare as compare_verb
 from qwen_aot.runtime.cli.command import VerbCommand
 from qwen_aot.runtime.cli.console import busy, progress_on_stderr
 from qwen_aot.runtime.cli.main import VERBS
 from tests.coded_checkpoints import MOE
 from tests.quantized_files import gptq, gptq_config, save_quantized
 from tests.runtime.cli import terminal
-from tests.runtime.cli.reports import REPORTS
+from tests.runtime.cli.reports import COMPARISON, REPORTS
 from tests.runtime.cli.terminal import Shown, show
 
 KEPT = Path(__file__).parent / "screens"
@@ -173,6 +174,16 @@ def test_verdicts(name: str, code: int, columns: int, monkeypatch: pytest.Monkey
     assert shown.exit_code == code, shown.text
     require_fits(shown, columns)
     compare(f"verify-{name}", columns, shown.text)
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.usefixtures("place")
+def test_comparison(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_verb._Job, "run", lambda *arguments, **options: COMPARISON)
+    shown = show("compare", "bundle", "--reference", "tiny-model", columns=columns)
+    assert shown.exit_code == 3, shown.text
+    require_fits(shown, columns)
+    compare("compare", columns, shown.text)
 
 
 def test_every_figure_of_the_readmes_plan_is_on_the_screen(place: Path) -> None:
