@@ -13,7 +13,7 @@ from typing import Any
 
 from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.handle import RequestHandle
-from qwen_aot.runtime.generation.request import Completion, Event, Request
+from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request
 from qwen_aot.runtime.server.errors import ApiError
 from qwen_aot.runtime.server.fields import Reader, boolean, integer, items, only, read_object, refused, text, wrong
 from qwen_aot.runtime.server.generation_fields import (
@@ -26,11 +26,13 @@ from qwen_aot.runtime.server.generation_fields import (
 from qwen_aot.runtime.server.requested import check_choices, check_length, check_model, check_room, usage
 from qwen_aot.runtime.server.state import Model
 from qwen_aot.runtime.server.token_texts import TokenTexts
+from qwen_aot.runtime.server.tool_fields import TOOL_CALLS, TOOL_FIELDS, offered_tools, tool_format
+from qwen_aot.runtime.server.tool_formats.base import Call, Piece, ToolFormat
 
 __all__ = ["MESSAGE_LIST", "ChatJob", "read_chat", "template_variables"]
 
-ROLES = ("system", "developer", "user", "assistant")
-_NO_TOOLS = "describe functions in a message instead"
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_OLD = "use tools, which took its place"
 _THINKING = "enable_thinking"
 
 
@@ -60,16 +62,26 @@ _MESSAGE: Mapping[str, Reader] = {
     "reasoning_content": text(),
     "annotations": only([]),
     "audio": refused("it answers in text"),
-    "function_call": refused(_NO_TOOLS),
+    "function_call": refused(_OLD),
     "refusal": refused("it reads content only"),
-    "tool_call_id": refused(_NO_TOOLS),
-    "tool_calls": refused(_NO_TOOLS),
+    "tool_call_id": text(most=256),
+    "tool_calls": TOOL_CALLS,
 }
 
 
 def _message(value: Any, where: str) -> dict[str, Any]:
-    message = read_object(value, _MESSAGE, where=where, required=("role", "content"))
+    message = read_object(value, _MESSAGE, where=where, required=("role",))
     message.pop("annotations", None)
+    for name, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+        if name in message and message["role"] != role:
+            raise ApiError(
+                400, f"{where}.{name} goes with the role {role}", code="invalid_value", param=f"{where}.{name}"
+            )
+    if "content" not in message:
+        if "tool_calls" not in message:
+            place = f"{where}.content"
+            raise ApiError(400, f"the field {place!r} is missing", code="missing_required_parameter", param=place)
+        message["content"] = ""
     return message
 
 
@@ -83,20 +95,18 @@ MESSAGE_LIST = items(_message, least=1)
 
 _FIELDS: Mapping[str, Reader] = {
     **GENERATION_FIELDS,
+    **TOOL_FIELDS,
     "audio": refused("it answers in text"),
     "chat_template_kwargs": lambda value, where: read_object(value, {_THINKING: boolean}, where=where),
-    "function_call": refused(_NO_TOOLS),
-    "functions": refused(_NO_TOOLS),
+    "function_call": refused(_OLD),
+    "functions": refused(_OLD),
     "logprobs": boolean,
     "max_completion_tokens": integer(1, MAX_TOKENS),
     "messages": MESSAGE_LIST,
     "modalities": only(["text"]),
-    "parallel_tool_calls": refused(_NO_TOOLS),
     "prediction": refused("leave it out"),
     "reasoning_effort": refused("leave it out"),
     "response_format": _response_format,
-    "tool_choice": refused(_NO_TOOLS),
-    "tools": refused(_NO_TOOLS),
     "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
     "verbosity": refused("leave it out"),
     "web_search_options": refused("no address is ever fetched"),
@@ -132,12 +142,15 @@ def read_chat(document: Mapping[str, Any], model: Model, *, keeps_cache: bool) -
     fields["logprobs"] = (top_logprobs or 0) if wants_logprobs else None
     config = generation_config(fields, model.generator.defaults)
     check_choices(config.n, model)
+    tools = offered_tools(fields)
     return ChatJob(
         model=model,
         name=name,
         messages=fields["messages"],
         config=config,
         variables=template_variables(fields, model),
+        tools=tools,
+        tool_format=tool_format(model) if tools else None,
         stream=fields.get("stream_options", StreamOptions()) if fields.get("stream") else None,
         keeps_cache=keeps_cache,
     )
@@ -166,6 +179,8 @@ class ChatJob:
     messages: list[dict[str, Any]]
     config: GenerationConfig
     variables: dict[str, bool]
+    tools: list[dict[str, Any]]
+    tool_format: ToolFormat | None
     stream: StreamOptions | None
     keeps_cache: bool
 
@@ -177,8 +192,10 @@ class ChatJob:
     def requests(self) -> list[Request]:
         """See `Job`."""
         generator = self.model.generator
-        check_length(self.messages, self.model)
-        request = generator.chat_request(self.messages, self.config, template_variables=self.variables)
+        check_length([self.messages, self.tools], self.model)
+        request = generator.chat_request(
+            self.messages, self.config, tools=self.tools or None, template_variables=self.variables
+        )
         check_room(self.config, len(request.prompt), self.model)
         return [replace(request, keep_cache=self.keeps_cache)]
 
@@ -202,6 +219,7 @@ class ChatAnswer:
             "created": int(time.time()),
             "model": job.name,
         }
+        self._calls: dict[int, _Calls] = {}
 
     def opening(self) -> list[dict[str, Any]]:
         """See `Answer`."""
@@ -209,13 +227,18 @@ class ChatAnswer:
 
     def chunks(self, prompt: int, event: Event) -> list[dict[str, Any]]:
         """See `Answer`."""
+        choice = event.choice
+        calls = self._calls.setdefault(choice, _Calls(self._job))
         if isinstance(event, Completion):
-            last = [self._chunk(event.choice, {"content": event.last_text})] if event.last_text else []
-            return [*last, self._chunk(event.choice, {}, finish_reason=event.finish_reason.value)]
-        if not event.text and event.logprobs is None:
-            return []
-        logprobs = None if event.logprobs is None else [self._texts.chat_entry(event.token_id, event.logprobs)]
-        return [self._chunk(event.choice, {"content": event.text}, logprobs)]
+            deltas = calls.deltas(event.last_text, is_last=True)
+            end = self._chunk(choice, {}, finish_reason=calls.finish_reason(event))
+            return [*(self._chunk(choice, delta) for delta in deltas), end]
+        deltas = calls.deltas(event.text)
+        if event.logprobs is None:
+            return [self._chunk(choice, delta) for delta in deltas]
+        logprobs = [self._texts.chat_entry(event.token_id, event.logprobs)]
+        first, *others = deltas or [{"content": ""}]
+        return [self._chunk(choice, first, logprobs), *(self._chunk(choice, delta) for delta in others)]
 
     def usage_chunk(self, completions: Sequence[tuple[int, Completion]]) -> dict[str, Any]:
         """See `Answer`."""
@@ -236,11 +259,12 @@ class ChatAnswer:
         if self._job.config.logprobs is not None:
             pairs = zip(completion.token_ids, completion.logprobs, strict=True)
             logprobs = {"content": [self._texts.chat_entry(*pair) for pair in pairs], "refusal": None}
+        calls = _Calls(self._job)
         return {
             "index": completion.choice,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "message": calls.message(completion.text or ""),
             "logprobs": logprobs,
-            "finish_reason": completion.finish_reason.value,
+            "finish_reason": calls.finish_reason(completion),
         }
 
     def _chunk(
@@ -255,3 +279,52 @@ class ChatAnswer:
         assert self._job.stream is not None
         ending = {"usage": None} if self._job.stream.include_usage else {}
         return {**self._head, "choices": [entry], **ending}
+
+
+class _Calls:
+    """What of one choice's text is content, and what are calls of functions."""
+
+    def __init__(self, job: ChatJob) -> None:
+        names = [tool["function"]["name"] for tool in job.tools]
+        self._reader = None if job.tool_format is None else job.tool_format.reader(names)
+        self._count = 0
+
+    def deltas(self, text: str, *, is_last: bool = False) -> list[dict[str, Any]]:
+        """Deltas of a further piece of text; a call has one with its name and one with its arguments."""
+        deltas: list[dict[str, Any]] = []
+        for piece in self._pieces(text, is_last):
+            if isinstance(piece, str):
+                deltas.append({"content": piece})
+                continue
+            index, call = self._count, self._told(piece)
+            arguments = call["function"].pop("arguments")
+            call["function"]["arguments"] = ""
+            deltas.append({"tool_calls": [{"index": index, **call}]})
+            deltas.append({"tool_calls": [{"index": index, "function": {"arguments": arguments}}]})
+        return deltas
+
+    def message(self, text: str) -> dict[str, Any]:
+        """The message of a whole text."""
+        content, calls = "", []
+        for piece in self._pieces(text, True):
+            if isinstance(piece, str):
+                content += piece
+            else:
+                calls.append(self._told(piece))
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        return message | {"content": content or None, "tool_calls": calls} if calls else message
+
+    def finish_reason(self, completion: Completion) -> str:
+        """Why the choice ended."""
+        has_called = self._count > 0 and completion.finish_reason is FinishReason.STOP
+        return "tool_calls" if has_called else completion.finish_reason.value
+
+    def _pieces(self, text: str, is_last: bool) -> list[Piece]:
+        if self._reader is None:
+            return [text] if text else []
+        return self._reader.push(text) + (self._reader.flush() if is_last else [])
+
+    def _told(self, call: Call) -> dict[str, Any]:
+        self._count += 1
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}

@@ -15,6 +15,7 @@ from qwen_aot.runtime.server.fields import Reader, boolean, read_object, text, w
 from qwen_aot.runtime.server.json_body import BodyReader, json_in_pieces
 from qwen_aot.runtime.server.requested import check_length, check_model
 from qwen_aot.runtime.server.state import Model, ServerState
+from qwen_aot.runtime.server.tool_fields import TOOL_FIELDS
 
 __all__ = ["TokenEndpoints"]
 
@@ -32,6 +33,7 @@ _TOKENIZE: Mapping[str, Reader] = {
     "add_special_tokens": boolean,
     "parse_special": boolean,
     "messages": MESSAGE_LIST,
+    "tools": TOOL_FIELDS["tools"],
     "chat_template_kwargs": lambda value, where: read_object(value, {"enable_thinking": boolean}, where=where),
 }
 _DETOKENIZE: Mapping[str, Reader] = {"model": text(least=1), "tokens": _tokens}
@@ -51,6 +53,8 @@ class TokenEndpoints:
         fields = await self._bodies.read(request, lambda document: _read(document, _TOKENIZE, model))
         if ("prompt" in fields) == ("messages" in fields):
             raise ApiError(400, "give either prompt or messages", code="invalid_value", param="prompt")
+        if "tools" in fields and "messages" not in fields:
+            raise ApiError(400, "tools goes with messages", code="invalid_value", param="tools")
         of_prompt = {"add_special_tokens", "parse_special"}.intersection(fields)
         if of_prompt and "messages" in fields:
             name = min(of_prompt)
@@ -87,7 +91,9 @@ def _tokens_response(fields: Mapping[str, Any], model: Model) -> Response:
 def _encode(fields: Mapping[str, Any], model: Model) -> list[int]:
     check_length(fields, model)
     if "messages" in fields:
-        return model.generator.chat_encoder.encode(fields["messages"], variables=template_variables(fields, model))
+        return model.generator.chat_encoder.encode(
+            fields["messages"], tools=fields.get("tools"), variables=template_variables(fields, model)
+        )
     tokenizer = model.generator.tokenizer
     assert tokenizer is not None
     return tokenizer.encode(

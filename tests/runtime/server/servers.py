@@ -59,9 +59,9 @@ def rendered(*messages: tuple[str, str]) -> list[int]:
 
 
 class SpellingEngine(FakeEngine):
-    """Spells letters, a step at a time while its gate is open; a token 1 in a prompt makes its rows fail."""
+    """Spells letters, or a script behind `[assistant]`, while its gate is open; a token 1 makes its row fail."""
 
-    def __init__(self, *, rows: int, max_context: int, end_after: int | None = None) -> None:
+    def __init__(self, *, rows: int, max_context: int, end_after: int | None = None, script: str | None = None) -> None:
         manifest = make_manifest(
             max_batch=rows,
             max_context=max_context,
@@ -70,7 +70,13 @@ class SpellingEngine(FakeEngine):
             eos_token_ids=(END,),
         )
 
+        said = [*(script or "").encode(), END]
+
         def next_token(row: list[int]) -> int:
+            if script is not None:  # from the answer's beginning
+                spelled = bytes(min(token_id, 255) for token_id in row)
+                begin = spelled.rfind(b"[assistant]")  # -1 within a prompt
+                return END if begin < 0 else said[min(len(row) - begin - len(b"[assistant]"), len(said) - 1)]
             is_over = end_after is not None and len(row) >= end_after
             return END if is_over else next_letter(row)
 
@@ -94,18 +100,23 @@ class SpellingEngine(FakeEngine):
         return super().prefill(row, token_ids)
 
 
-def make_tokenizer() -> Tokenizer:
+def make_tokenizer(template: str = TEMPLATE) -> Tokenizer:
     """Bytes, and a chat template."""
     tokenizer = byte_tokenizer(VOCABULARY)
-    return Tokenizer(tokenizer.backend, {"chat_template": TEMPLATE}, vocab_size=VOCABULARY)
+    return Tokenizer(tokenizer.backend, {"chat_template": template}, vocab_size=VOCABULARY)
 
 
 def make_generator(
-    *, rows: int = 3, max_context: int = 400, end_after: int | None = None
+    *,
+    rows: int = 3,
+    max_context: int = 400,
+    end_after: int | None = None,
+    script: str | None = None,
+    template: str = TEMPLATE,
 ) -> tuple[Generator, SpellingEngine]:
     """A generator on the engine above."""
-    engine = SpellingEngine(rows=rows, max_context=max_context, end_after=end_after)
-    return Generator(engine, make_tokenizer(), GenerationDefaults(eos_token_ids=(END,))), engine
+    engine = SpellingEngine(rows=rows, max_context=max_context, end_after=end_after, script=script)
+    return Generator(engine, make_tokenizer(template), GenerationDefaults(eos_token_ids=(END,))), engine
 
 
 class App:
@@ -117,10 +128,14 @@ class App:
         rows: int = 3,
         max_context: int = 400,
         end_after: int | None = None,
+        script: str | None = None,
+        template: str = TEMPLATE,
         is_loaded: bool = True,
         **settings: Any,
     ) -> None:
-        self.generator, self.engine = make_generator(rows=rows, max_context=max_context, end_after=end_after)
+        self.generator, self.engine = make_generator(
+            rows=rows, max_context=max_context, end_after=end_after, script=script, template=template
+        )
         self.state = ServerState(ServerSettings(**settings))
         self.asgi: ASGIApp = make_app(self.state)
         if is_loaded:
