@@ -22,7 +22,7 @@ __all__ = ["BodyReader", "json_in_pieces"]
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 4 << 20
-MAX_BODIES_BYTES = 128 << 20  # of all bodies that are being read or parsed
+MAX_BODIES_BYTES = 64 << 20  # of all bodies that are being read or parsed
 BODY_SECONDS = 60.0  # in which a body must be there
 MAX_BRACKETS = 100_000  # of a body: a parser that makes so many objects stops the process for some 50 ms
 INLINE_BYTES = 16 << 10  # parsed where the event loop runs: less than a millisecond

@@ -30,6 +30,11 @@ SEND_BUFFER_BYTES = 64 << 10  # of the system, for each connection: what is in i
 BACKLOG = 128
 KEEP_ALIVE_SECONDS = 15
 
+_REMEDIES = {
+    errno.EADDRINUSE: "another program uses it: choose another --port",
+    errno.EACCES: "ports below 1024 are the system's: choose another --port",
+}
+
 log = logging.getLogger("qwen_aot.server")
 
 
@@ -52,7 +57,7 @@ def bind(settings: ServerSettings) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        remedy = "another program uses it: choose another --port" if error.errno == errno.EADDRINUSE else "see --host"
+        remedy = _REMEDIES.get(error.errno or 0, "see --host")
         raise SettingsError(f"can't listen at {where} ({error.strerror}); {remedy}") from error
     return listener
 

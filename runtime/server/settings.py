@@ -58,6 +58,8 @@ class ServerSettings:
     certificate_key: Path | None = None
 
     def __post_init__(self) -> None:
+        if not self.host:
+            raise SettingsError("--host is empty; give an address or a name, such as 127.0.0.1")
         if self.keys and self.without_keys:
             raise SettingsError("--no-auth answers everybody, and a key was given: leave one of them out")
         if not self.keys and not self.without_keys and not is_loopback(self.host):

@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 # Texts are tokenized and templates rendered by so many threads at once; others wait.
 PREPARING_THREADS = 2
+MAX_PREPARING = 32  # that wait for these threads, besides those that were admitted
 
 
 class Phase(enum.Enum):
@@ -48,7 +49,7 @@ class Model:
         """
         manifest = generator.engine.manifest
         self.generator = generator
-        self.names = tuple(names) or (manifest.model.name,)
+        self.names = tuple(dict.fromkeys(names)) or (manifest.model.name,)
         self.created = int(time.time())
         self.rows = manifest.max_batch
         self.max_context = manifest.max_context
@@ -71,6 +72,7 @@ class ServerState:
         self._model: Model | None = None
         self._handles: set[RequestHandle] = set()
         self._submitting = 0  # requests that aren't submitted yet
+        self._preparing = 0  # pieces of work for the threads
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, "qwen-aot-prepare")
 
     def start(self, generator: Generator) -> Model:
@@ -129,12 +131,17 @@ class ServerState:
         """Runs in a thread what may take long: tokenizing, templates.
 
         Raises:
-            ApiError: it raised a DeployError, which is the request's.
+            ApiError: it raised a DeployError, which is the request's; or too much of it waits.
         """
+        if self._preparing >= MAX_PREPARING + self.admitted:
+            raise queue_full("too many texts wait to be tokenized")
+        self._preparing += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except DeployError as error:
             raise of_request(error) from error
+        finally:
+            self._preparing -= 1
 
     async def submit(self, model: Model, make: Callable[[], list[Request]]) -> list[RequestHandle]:
         """Submits the requests that `make` gives in a thread: all of them, or none.

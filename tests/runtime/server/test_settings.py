@@ -12,7 +12,7 @@ from qwen_aot.runtime.server.settings import ServerSettings, SettingsError, is_l
 KEYS = ("the-key-0123456789",)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.3", "::", "example.com", "", "localhost.example.com"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.3", "::", "example.com", "localhost.example.com"])
 def test_an_address_that_others_reach_needs_a_key_or_a_word(host: str) -> None:
     assert not is_loopback(host)
     with pytest.raises(SettingsError, match=r"it has no key: give one with --api-key-file .* or say --no-auth"):
@@ -31,6 +31,9 @@ def test_an_address_of_this_machine_alone_needs_none(host: str) -> None:
     [
         ({"keys": KEYS, "without_keys": True}, "leave one of them out"),
         ({"certificate_key": Path("x")}, "goes with --ssl-certfile"),
+        ({"host": "", "keys": KEYS}, "--host is empty"),
+        ({"model_names": ("a", "")}, "--model-name is empty"),
+        ({"grace_seconds": float("nan")}, "--grace-seconds is nan"),
         ({"allowed_hosts": ("a b",)}, "--allowed-host is 'a b'"),
         ({"allowed_hosts": ("http://x",)}, "--allowed-host is"),
         ({"cors_origins": ("example.com",)}, "--cors-origin is 'example.com'"),

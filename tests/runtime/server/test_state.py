@@ -96,6 +96,39 @@ def test_the_engine_fails_as_a_whole() -> None:
         assert app.ask("GET", "/health").status_code == 200
 
 
+def test_texts_that_wait_to_be_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are no answers, and take memory all the same."""
+    gate = threading.Event()
+
+    async def main(app: App) -> None:
+        asked = [asyncio.create_task(app.ask_async("POST", "/tokenize", json={"prompt": "x"})) for _ in range(5)]
+        refused = [task for task in asked if (await asyncio.wait([task], timeout=0.2))[0]]
+        assert [(await task).status_code for task in refused] == [429, 429]
+        assert (await app.ask_async("GET", "/health")).status_code == 200
+        gate.set()
+        assert sorted([(await task).status_code for task in asked]) == [200, 200, 200, 429, 429]
+
+    monkeypatch.setattr("qwen_aot.runtime.server.state.MAX_PREPARING", 3)
+    with App() as app:
+        encode = app.generator.tokenizer.encode  # type: ignore[union-attr]
+
+        def wait(*arguments: object, **options: object) -> list[int]:
+            assert gate.wait(30)
+            return encode(*arguments, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(app.generator.tokenizer, "encode", wait)
+        asyncio.run(main(app))
+
+
+def test_one_prompt_of_a_batch_that_fails_ends_the_others() -> None:
+    with App(max_context=100_000) as app:
+        service = app.state.model.service
+        response = app.complete({"prompt": ["Hi", "\x01", "Ho"], "max_tokens": 90_000})
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_error")
+        assert service.drain(30)
+        assert service.statistics().generated_tokens < 10_000
+
+
 def test_slow_work_does_not_stop_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rendering a template and tokenizing wait here until /health was answered meanwhile."""
     answered = threading.Event()
