@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive
 
-from qwen_aot.errors import BundleError
+from qwen_aot.errors import BundleError, DeployError
 from qwen_aot.runtime.bundle.strict_json import parse_object
-from qwen_aot.runtime.server.errors import ApiError, queue_full
+from qwen_aot.runtime.server.errors import ApiError, of_request, queue_full
 
 __all__ = ["BodyReader", "json_in_pieces"]
 
@@ -66,6 +66,8 @@ class BodyReader:
             if len(body) <= INLINE_BYTES:
                 return make(_parse(bytes(body)))
             return await asyncio.to_thread(lambda: make(_parse(bytes(body))))
+        except DeployError as error:
+            raise of_request(error) from error
         except TimeoutError:
             message = f"the body wasn't there within {BODY_SECONDS:.0f} s"
             raise ApiError(408, message, code="timeout", headers={"Connection": "close"}) from None

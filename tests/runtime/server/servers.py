@@ -100,7 +100,7 @@ class SpellingEngine(FakeEngine):
         return super().prefill(row, token_ids)
 
 
-def make_tokenizer(template: str = TEMPLATE) -> Tokenizer:
+def make_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
     """Bytes, and a chat template."""
     tokenizer = byte_tokenizer(VOCABULARY)
     return Tokenizer(tokenizer.backend, {"chat_template": template}, vocab_size=VOCABULARY)
@@ -112,7 +112,7 @@ def make_generator(
     max_context: int = 400,
     end_after: int | None = None,
     script: str | None = None,
-    template: str = TEMPLATE,
+    template: str | None = TEMPLATE,
 ) -> tuple[Generator, SpellingEngine]:
     """A generator on the engine above."""
     engine = SpellingEngine(rows=rows, max_context=max_context, end_after=end_after, script=script)
@@ -129,7 +129,7 @@ class App:
         max_context: int = 400,
         end_after: int | None = None,
         script: str | None = None,
-        template: str = TEMPLATE,
+        template: str | None = TEMPLATE,
         is_loaded: bool = True,
         **settings: Any,
     ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from tests.runtime.server.servers import App, events, letters, rendered
 
 HI = rendered(("user", "Hi"))
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 def test_an_answer() -> None:
@@ -192,3 +193,11 @@ def test_sixteen_clients_at_once_get_what_each_gets_alone() -> None:
         else:
             deltas = [chunk["choices"][0]["delta"] for chunk in events(text)]
             assert "".join(delta.get("content", "") for delta in deltas) == expected
+
+
+@pytest.mark.parametrize("asked", [{}, {"chat_template_kwargs": {"enable_thinking": True}}, {"tools": [TOOL]}])
+def test_a_bundle_without_a_chat_template(asked: dict[str, Any]) -> None:
+    with App(template=None) as app:
+        response = app.chat(asked)
+        assert response.status_code == 400 and "the bundle has no chat template" in response.json()["error"]["message"]
+        assert app.complete({}).status_code == 200

@@ -129,6 +129,14 @@ def test_headers_that_do_not_come(server: Running, monkeypatch: pytest.MonkeyPat
                 raise ConnectionError  # closed in order
 
 
+def test_too_many_connections(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 0)
+    with server.connect() as connection:
+        assert read_all(connection) == b""
+    monkeypatch.undo()
+    assert httpx.get(server.url + "/health").status_code == 200
+
+
 def test_a_body_that_nobody_reads_does_not_hold_a_connection(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "HEADER_SECONDS", 0.2)
     with server.connect() as connection:
