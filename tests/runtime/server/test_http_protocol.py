@@ -65,12 +65,21 @@ def test_an_answer_over_a_socket(server: Running) -> None:
     assert "server" not in streamed.headers
 
 
+def clients_gone(server: Running) -> float:
+    """How many requests are counted whose client had gone."""
+    pattern = r'http_requests_total\{handler="/v1/completions",method="POST",status="499"\} (\S+)'
+    found = re.search(pattern, httpx.get(server.url + "/metrics").text)
+    return float(found[1]) if found else 0.0
+
+
 @pytest.mark.parametrize("is_streamed", [True, False])
 def test_a_client_that_leaves_is_cancelled(server: Running, is_streamed: bool) -> None:
+    before = clients_gone(server)
     with server.connect() as connection:
         connection.sendall(request({"max_tokens": LONG - 10, "stream": is_streamed}))
         eventually(lambda: server.lifecycle.state.model.service.statistics().running == 1)
     eventually(lambda: is_idle(server))
+    eventually(lambda: clients_gone(server) == before + 1)
 
 
 def test_a_client_that_leaves_while_it_waits_or_sends(server: Running) -> None:
