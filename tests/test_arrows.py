@@ -35,6 +35,7 @@ RUNTIME = (
     ("runtime.engine | runtime.text", "one step of an engine; text to tokens and back"),
     ("runtime.backends", "an engine for each kind of file in a bundle"),
     ("runtime.generation | runtime.capi", "drives any engine; builds the C library, which does the same"),
+    ("runtime.server", "lets many clients drive it over HTTP"),
     ("runtime.cli", "shows all of it on a terminal"),
 )
 PLUGINS = (

@@ -18,6 +18,7 @@ VERBS = {
     "export": Verb("qwen_aot.runtime.cli.export", "Write a model's ONNX graph with KV-cache inputs and outputs."),
     "generate": Verb("qwen_aot.runtime.cli.generate", "Continue a prompt with a bundle."),
     "chat": Verb("qwen_aot.runtime.cli.chat", "Talk with a bundle in the terminal."),
+    "serve": Verb("qwen_aot.runtime.cli.serve", "Serve a bundle over HTTP, as OpenAI's API."),
     "verify": Verb("qwen_aot.runtime.cli.verify", "Compare a bundle with Hugging Face transformers in fp32."),
     "compare": Verb("qwen_aot.runtime.cli.compare", "Compare bundles of a checkpoint: size, loss and speed."),
     "bench": Verb("qwen_aot.runtime.cli.bench", "Measure a bundle's speed and memory."),

@@ -10,6 +10,7 @@ from pathlib import Path
 EXTRA_OF = {
     "cuda": "cuda",
     "gguf": "build",
+    "h11": "serve",
     "matplotlib": "plot",
     "ml_dtypes": "build",
     "onnx": "build",
@@ -17,12 +18,15 @@ EXTRA_OF = {
     "onnxruntime": "cpu",
     "onnxscript": "build",
     "polygraphy": "verify",
+    "prometheus_client": "serve",
     "safetensors": "verify",
+    "starlette": "serve",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
     "torch": "build",
     "transformers": "verify",
     "triton": "plugins",
+    "uvicorn": "serve",
     "ziglang": "release",
 }
 
