@@ -102,6 +102,7 @@ def export_graph(
     precision: str | None = None,
     block_size: int | None = None,
     symmetric: bool = True,
+    own_codes: bool = False,
     max_context: int | None = None,
     threads: int | None = None,
     on_progress: OnProgress = ignore_progress,
@@ -116,6 +117,7 @@ def export_graph(
         precision: a key of its precisions; None: its first, or what the checkpoint fixes.
         block_size: see `BuildSpec`; int8 and int4 only.
         symmetric: see `BuildSpec`.
+        own_codes: see `BuildSpec`; needs a checkpoint that has some.
         max_context: rows of the rotary tables in tokens; None: the model's.
         threads: see `engines.build.build_bundle`.
         on_progress: told about each step.
@@ -126,7 +128,7 @@ def export_graph(
     row = require_options(lowering, precision, block_size, symmetric, max_context)
     threads_for(threads)  # refused before any work
     storage = Storage() if checkpoint is None else storage_of(checkpoint)
-    form = _settled(lowering, _Form(row, block_size, symmetric, own_codes=False), precision, storage)
+    form = _settled(lowering, _Form(row, block_size, symmetric, own_codes), precision, storage)
     row = form.row
     dtype = ir.DataType[row.compute_type_on(LOWERINGS[lowering].target)]
     positions = BuildSpec(max_context=max_context).context_for(config.max_position_embeddings)
@@ -212,13 +214,14 @@ def _settled(lowering: str, form: _Form, precision: str | None, storage: Storage
     Raises:
         BuildError: it conflicts with the checkpoint.
     """
-    if not any(storage.fixed) or (precision is not None and not form.row.is_quantized):
+    if not form.own_codes and (not any(storage.fixed) or (precision is not None and not form.row.is_quantized)):
         return form
     asked = BuildSpec(
         target=LOWERINGS[lowering].target,
         precision=None if precision is None else Precision(precision),  # type: ignore[arg-type]  # None: the default
         block_size=form.block_size,
         symmetric=None if form.symmetric else False,  # type: ignore[arg-type]  # likewise
+        own_codes=form.own_codes,
     )
     spec = settled(asked, storage)
     return _Form(spec.precision.row, spec.block_size, spec.symmetric, spec.own_codes)

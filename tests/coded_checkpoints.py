@@ -45,10 +45,16 @@ class Coding:
     zero_points: bool = False
     permuted: Permuted = "no"
     scale_dtype: np.dtype[Any] = HALF
+    offsets: bool = False
 
     def form(self, width: int) -> CodeForm:
         return CodeForm(
-            self.bits, min(self.group_size, width), self.scale_dtype, self.zero_points, self.permuted != "no"
+            self.bits,
+            min(self.group_size, width),
+            self.scale_dtype,
+            self.zero_points,
+            self.permuted != "no",
+            has_offsets=self.offsets,
         )
 
 
@@ -70,7 +76,12 @@ def drawn_rows(coding: Coding, name: str, shape: tuple[int, int], head_dim: int)
         zeros[0], zeros[1], zeros[2 % rows] = 0, top, middle
     size = 1.2 * width**-0.5 / (0.58 * middle)  # a weight's deviation is then that of `tiny_model`
     scales = (size * rng.uniform(0.7, 1.4, (rows, groups))).astype(coding.scale_dtype)
-    return EncodedRows(form, codes, scales, zeros, _permutation(coding.permuted, name, width, head_dim))
+    offsets = None
+    if coding.offsets:  # a minimum is an fp16 number, and an offset a few codes from it
+        minimums = (-middle * scales.astype(np.float64) * rng.uniform(0.8, 1.2, scales.shape)).astype(np.float16)
+        offsets = minimums.astype(np.float64) + middle * scales.astype(np.float64)
+    permutation = _permutation(coding.permuted, name, width, head_dim)
+    return EncodedRows(form, codes, scales, zeros, permutation, offsets)
 
 
 def _permutation(permuted: Permuted, name: str, width: int, head_dim: int) -> NDArray[np.int64] | None:
@@ -85,15 +96,17 @@ def _permutation(permuted: Permuted, name: str, width: int, head_dim: int) -> ND
 
 
 def values_of(rows: EncodedRows) -> NDArray[np.float32]:
-    """(code - zero point) * scale, one fp32 product, in the tensor's own columns."""
+    """(code - zero point) * scale, one fp32 product, and the offset added in fp64, in the tensor's own columns."""
     out = np.empty(rows.codes.shape, np.float32)
     for k in range(rows.codes.shape[1]):
         group = k // rows.form.group_size
         zero = 1 << (rows.form.bits - 1) if rows.zero_points is None else rows.zero_points[:, group].astype(np.int32)
         column = k if rows.permutation is None else rows.permutation[k]
-        out[:, column] = (rows.codes[:, k].astype(np.int32) - zero).astype(np.float32) * rows.scales[:, group].astype(
+        product = (rows.codes[:, k].astype(np.int32) - zero).astype(np.float32) * rows.scales[:, group].astype(
             np.float32
         )
+        offset = 0.0 if rows.offsets is None else rows.offsets[:, group]
+        out[:, column] = product.astype(np.float64) + offset
     return out
 
 
@@ -137,24 +150,36 @@ class CodedCheckpoint:
     def change(self, kind: str, name: str = "model.layers.1.self_attn.q_proj.weight") -> None:
         """Changes one number of a tensor's codes, and the model: the negative control of what compares them.
 
-        `kind`: "zero point", "one code", "one scale", "two columns", or "one order": that of a k projection for a q's.
+        `kind`: "zero point", "one code", "one scale", "one offset", "two columns", or "one order": that of a k
+        projection for a q's.
         """
         rows = self.coded[name]
         zeros, codes, scales, order = (
             np.array(part) for part in (rows.zero_points, rows.codes, rows.scales, rows.permutation)
         )
+        offsets = None if rows.offsets is None else np.array(rows.offsets)
         if kind == "zero point":
             zeros[5, 2] ^= 1
         elif kind == "one code":
             codes[5, 40] ^= 1
         elif kind == "one scale":
             scales[5, 3] *= np.float16(1.5)
+        elif kind == "one offset":
+            assert offsets is not None
+            offsets[5, 2] += 2.0**-12
         elif kind == "two columns":
             order[[3, 90]] = order[[90, 3]]
         else:
             assert kind == "one order"
             order = np.array(self.coded[name.replace("q_proj", "k_proj")].permutation)
-        self.coded[name] = replace(rows, zero_points=zeros, codes=codes, scales=scales, permutation=order)
+        self.coded[name] = replace(
+            rows,
+            zero_points=None if rows.zero_points is None else zeros,
+            codes=codes,
+            scales=scales,
+            permutation=None if rows.permutation is None else order,
+            offsets=offsets,
+        )
         self.remake()
 
     @property
@@ -182,7 +207,8 @@ class CodedCheckpoint:
             raise CheckpointError(f"{name} has no codes")
         whole, part = self.coded[name], rows or slice(None)
         zeros = None if whole.zero_points is None else whole.zero_points[part]
-        return EncodedRows(whole.form, whole.codes[part], whole.scales[part], zeros, whole.permutation)
+        offsets = None if whole.offsets is None else whole.offsets[part]
+        return EncodedRows(whole.form, whole.codes[part], whole.scales[part], zeros, whole.permutation, offsets)
 
     def close(self) -> None:
         pass
@@ -203,6 +229,17 @@ def mixed(name: str) -> Coding | None:
     return Coding(4, 64, zero_points="o_proj" in name or "up_proj" in name)
 
 
+def with_minimums(name: str) -> Coding | None:
+    """As a GGUF file: some types have minimums and some don't, in one stack too; so has the embedding."""
+    if "embed_tokens" in name:
+        return Coding(4, 32, offsets=True)
+    if not LINEAR.search(name):
+        return None
+    if "v_proj" in name or "down_proj" in name:
+        return Coding(6, 16, scale_dtype=np.dtype(np.float32))
+    return Coding(5 if "o_proj" in name else 4, 32, offsets=True)
+
+
 CODINGS: dict[str, Coding | Callable[[str], Coding | None]] = {
     "4 bits": Coding(),
     "8 bits": Coding(8),
@@ -217,10 +254,20 @@ CODINGS: dict[str, Coding | Callable[[str], Coding | None]] = {
     "orders within heads": Coding(8, 32, permuted="within heads"),
     "whole rows in order": Coding(4, WHOLE_ROW, permuted="by input"),
     "mixed": mixed,
+    "minimums": Coding(4, 32, offsets=True),
+    "minimums and not": with_minimums,
 }
 
 # Each form once; the others repeat them in other sizes.
-FIRST = ("4 bits", "8 bits, zero points", "whole rows", "one order an input", "an order of its own each", "mixed")
+FIRST = (
+    "4 bits",
+    "8 bits, zero points",
+    "whole rows",
+    "one order an input",
+    "an order of its own each",
+    "mixed",
+    "minimums and not",
+)
 
 
 def codings(*left_out: str) -> list[Any]:

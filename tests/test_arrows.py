@@ -35,6 +35,7 @@ RUNTIME = (
     ("runtime.engine | runtime.text", "one step of an engine; text to tokens and back"),
     ("runtime.backends", "an engine for each kind of file in a bundle"),
     ("runtime.generation | runtime.capi", "drives any engine; builds the C library, which does the same"),
+    ("runtime.server", "lets many clients drive it over HTTP"),
     ("runtime.cli", "shows all of it on a terminal"),
 )
 PLUGINS = (
@@ -73,11 +74,15 @@ ARROWS = (
     Arrow("runtime.cli.verify", "exporter", "which is a checkpoint", in_functions_only=True),
     Arrow("runtime.cli.verify_layers", "engines", "the same, layer by layer", in_functions_only=True),
     Arrow("runtime.cli.verify_layers", "exporter", "which is a checkpoint", in_functions_only=True),
+    Arrow("runtime.cli.compare", "engines", "the verb compares with what was built from", in_functions_only=True),
+    Arrow("runtime.cli.compare", "exporter", "which is a checkpoint, and the texts", in_functions_only=True),
+    Arrow("runtime.cli.comparison_table", "engines", "shows what was found", in_functions_only=True),
     Arrow("runtime.cli.gpu_check", "engines", "the verb builds and compares", in_functions_only=True),
     Arrow("runtime.cli.gpu_check", "exporter", "a model of its own", in_functions_only=True),
     Arrow("runtime.cli.gpu_check", "plugins", "it builds the library for this GPU", in_functions_only=True),
     Arrow("runtime.cli.source", "exporter", "opens what the build side's verbs name", in_functions_only=True),
     Arrow("runtime.cli.inspect_checkpoint", "exporter", "reads one, on a build machine", in_functions_only=True),
+    Arrow("runtime.cli.inspect_checkpoint", "engines.planner", "says what builds make of it", in_functions_only=True),
     Arrow("__init__", "engines", "the public face re-exports, when a name is used", in_functions_only=True),
     Arrow("__init__", "exporter", "the same", in_functions_only=True),
     Arrow("__init__", "runtime", "the same", in_functions_only=True),

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from qwen_aot.engines.planner.forms import COMPUTE_BYTES, Form, Part
 from qwen_aot.engines.spec.build_spec import BuildSpec
@@ -16,13 +17,16 @@ from qwen_aot.exporter.model.tensors import Parameter, Role, Tensor, WeightClass
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat
 from qwen_aot.exporter.quantize.own_codes import (
     EXPERT_BLOCK,
+    OFFSET_BYTES,
     TABLE_BLOCK,
     block_format,
     make_one_matrix,
     no_blocks,
+    no_expert_minimums,
     no_experts,
     no_plugin_experts,
     plugin_experts,
+    require_scales,
     signed_format,
 )
 
@@ -52,6 +56,11 @@ class OwnChoices:
     int8_head: bool
     fast_prefill: bool
     rows: int
+
+    @property
+    def scale_dtype(self) -> DTypeLike:
+        """In which kernels take scales."""
+        return np.float32 if self.compute_bytes == COMPUTE_BYTES["FLOAT"] else np.float16
 
 
 def own_choices(spec: BuildSpec) -> OwnChoices:
@@ -116,6 +125,7 @@ def _matrix(names: Sequence[str], width: int, choices: OwnChoices, storage: Stor
     forms = [form for name in names if (form := storage.form(name)) is not None]
     if not forms:
         return Form(8 * choices.compute_bytes)
+    require_scales(names[0], forms, choices.scale_dtype)
     if choices.has_blocks:
         blocks = block_format(forms, width, choices.compute_bytes)
         if blocks is None:
@@ -124,14 +134,15 @@ def _matrix(names: Sequence[str], width: int, choices: OwnChoices, storage: Stor
     signed = signed_format(forms, width)
     if signed is None:
         raise no_blocks(names[0], forms, BLOCK_SIZES)
-    return Form(signed.bits, choices.compute_bytes + (4 if signed.has_offsets else 0), signed.block_size)
+    return Form(signed.bits, choices.compute_bytes + OFFSET_BYTES * signed.has_offsets, signed.block_size)
 
 
 def _blocks(layout: BlockFormat, choices: OwnChoices, *, is_table: bool = False) -> Form:
     """A table's zero points are a byte each, the others' packed."""
     bits = 8 if is_table else layout.bits
     has_zero_points = not layout.symmetric or (is_table and choices.always_zero_points)
-    return Form(layout.bits, choices.compute_bytes, layout.block_size, True, bits if has_zero_points else 0)
+    scale_bytes = choices.compute_bytes + OFFSET_BYTES * layout.has_offsets
+    return Form(layout.bits, scale_bytes, layout.block_size, True, bits if has_zero_points else 0)
 
 
 def _table_layout(name: str, width: int, choices: OwnChoices, storage: Storage) -> BlockFormat | None:
@@ -139,6 +150,7 @@ def _table_layout(name: str, width: int, choices: OwnChoices, storage: Storage) 
     form = storage.form(name)
     if form is None:
         return None if choices.table_bits is None else BlockFormat(choices.table_bits, TABLE_BLOCK)
+    require_scales(name, [form], choices.scale_dtype)
     return block_format([form], width, choices.compute_bytes)
 
 
@@ -177,7 +189,8 @@ def _tied_head(config: ModelConfig, choices: OwnChoices, storage: Storage) -> Pa
             return Part(0, rows * width * choices.compute_bytes)
         head = _blocks(layout, choices)
         zero_points = rows * -(-layout.blocks(width) * head.zero_point_bits // 8)
-        return Part(zero_points, head.bytes_of(rows, width))
+        offsets = rows * layout.blocks(width) * OFFSET_BYTES * layout.has_offsets  # in the order of a product's
+        return Part(zero_points + offsets, head.bytes_of(rows, width))
     head = _tensorrt_head(name, width, choices, storage)
     is_shared = storage.form(name) is None and not choices.int8_head
     return Part(0 if is_shared else head.bytes_of(rows, width), head.bytes_of(rows, width))
@@ -195,6 +208,8 @@ def _experts(parameter: Parameter, layer: int, config: ModelConfig, choices: Own
         if not choices.has_blocks:
             return _expert_part(_plugin_form(config, choices, storage), parameter, config, choices)
         groups = {each.group_size for each in forms if each.group_size < M}
+        if any(form.has_offsets for form in forms):
+            raise no_expert_minimums(names[0], forms)
         layout = block_format(forms, F, choices.compute_bytes, (M, *groups))
         if layout is None:
             raise no_blocks(names[0], forms, BLOCK_SIZES)
@@ -230,6 +245,7 @@ def _plugin_form(config: ModelConfig, choices: OwnChoices, storage: Storage) -> 
     forms = [(tensor.role, form) for tensor in tensors if (form := storage.form(tensor.name)) is not None]
     gate_up = [form for role, form in forms if role is not Role.EXPERT_DOWN]
     down = [form for role, form in forms if role is Role.EXPERT_DOWN]
+    require_scales(coded, (*gate_up, *down), choices.scale_dtype)
     found = plugin_experts(gate_up, down, config.hidden_size, config.moe.moe_intermediate_size)
     if found is None:
         raise no_plugin_experts(coded, (*gate_up, *down))

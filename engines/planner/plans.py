@@ -159,6 +159,13 @@ def refusal_of(config: ModelConfig, spec: BuildSpec, device: Device) -> str | No
     instead = "" if row.instead is None else f"; {row.instead} is as small"
     if device.capability < capability(lowest):
         return f"{spec.precision} needs SM {lowest} or later, and this is SM {device.capability_name}{instead}"
+    return refusal_of_experts(config, spec)
+
+
+def refusal_of_experts(config: ModelConfig, spec: BuildSpec) -> str | None:
+    """Why a model's routed experts don't exist in a target and precision, on any device; None where they do."""
+    row = spec.precision.row
+    instead = "" if row.instead is None else f"; {row.instead} is as small"
     if config.moe is None or not row.is_quantized or spec.facts.quantized_experts == "yes":
         return None
     if spec.own_codes and spec.facts.quantized_experts == "plugin":

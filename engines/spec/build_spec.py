@@ -50,7 +50,9 @@ class BuildSpec:
         if self.symmetric is None:
             object.__setattr__(self, "symmetric", True)
         object.__setattr__(self, "target", _member(Target, "target", self.target))
-        precision = self.facts.default_precision if self.precision is None else self.precision
+        # Of own codes the checkpoint decides (`engines.spec.own_codes.settled`).
+        default = Precision.INT4 if self.own_codes else self.facts.default_precision
+        precision = default if self.precision is None else self.precision
         object.__setattr__(self, "precision", _member(Precision, "precision", precision))
         if self.prefill_chunk is None:
             object.__setattr__(self, "prefill_chunk", self.facts.default_prefill_chunk)

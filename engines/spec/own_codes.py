@@ -1,4 +1,7 @@
-"""What a build becomes of a checkpoint that fixes its precision: GPTQ, AWQ and their like keep their own codes."""
+"""What a build becomes of a checkpoint that fixes its precision, or whose own codes were asked for.
+
+GPTQ, AWQ and their like keep their codes without being asked, GGUF files where own codes are asked for.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _TABLES = (Role.EMBEDDING.tensor_name(), Role.HEAD.tensor_name())
 
 
 def settled(spec: BuildSpec, storage: Storage) -> BuildSpec:
-    """The spec for a checkpoint: its own codes, if it fixes its precision and floats weren't asked for.
+    """The spec for a checkpoint: its own codes, if they were asked for, or it fixes its precision and floats weren't.
 
     Any other checkpoint leaves the spec as it is.
 
@@ -68,5 +71,5 @@ def _described(encodings: Sequence[Encoding]) -> str:
 def _form(form: CodeForm | None) -> str:
     if form is None:
         return ""
-    zero_points = " with zero points" if form.has_zero_points else ""
-    return f" ({form.bits} bits in groups of {form.group_size}{zero_points})"
+    zeros = " with zero points" if form.has_zero_points else " with minimums" if form.has_offsets else ""
+    return f" ({form.bits} bits in groups of {form.group_size}{zeros})"

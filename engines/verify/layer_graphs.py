@@ -12,7 +12,7 @@ from qwen_aot.engines.export import export_graph
 from qwen_aot.engines.spec.precisions import PRECISIONS, row_of
 from qwen_aot.engines.spec.targets import facts_of
 from qwen_aot.engines.tensorrt.onnx_files import onnx_entries, require_same_onnx
-from qwen_aot.engines.verify.per_layer import LayerReport, compare_layers, mark_layers, step_feeds
+from qwen_aot.engines.verify.per_layer import LayerReport, MarkedGraph, compare_layers, mark_layers, step_feeds
 from qwen_aot.engines.verify.remade import lower_again
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.base import Checkpoint
@@ -47,6 +47,7 @@ def compare_bundle_layers(
     token_ids: Sequence[int],
     bound: float,
     on_progress: OnProgress = ignore_progress,
+    reference: MarkedGraph | None = None,
 ) -> LayerReport:
     """Compares a bundle's layers with those of the fp32 graph of its checkpoint, over one prompt.
 
@@ -61,6 +62,8 @@ def compare_bundle_layers(
         token_ids: the prompt, at most `prefill_chunk` tokens.
         bound: see `engines.verify.per_layer.compare_layers`.
         on_progress: told about the export of the fp32 graph.
+        reference: from `marked_reference` of this checkpoint, for a context that holds the prompt; None: it is made
+            for this call.
 
     Raises:
         DeployError: a graph can't be made, marked or run.
@@ -68,14 +71,8 @@ def compare_bundle_layers(
     config = checkpoint.config
     with tempfile.TemporaryDirectory(prefix="qwen-aot-layers-") as temporary:
         root = Path(temporary)
-        reference = export_graph(
-            config,
-            root / "reference",
-            checkpoint=checkpoint,
-            precision="fp32",
-            max_context=manifest.max_context,
-            on_progress=on_progress,
-        ).graph
+        if reference is None:
+            reference = marked_reference(checkpoint, root / "reference", manifest.max_context, on_progress)
         engine = manifest.engines.text
         graph = folder / engine.file
         if engine.tensorrt is not None:
@@ -92,12 +89,37 @@ def compare_bundle_layers(
             for capacity in capacities
         ]
         return compare_layers(
-            mark_layers(reference, config.num_hidden_layers),
+            reference,
             mark_layers(graph, config.num_hidden_layers),
             (feeds[0], feeds[1]),
             bound,
             providers=_providers(facts_of(manifest.target).layer_provider),
         )
+
+
+def marked_reference(
+    checkpoint: Checkpoint, folder: Path, max_context: int, on_progress: OnProgress = ignore_progress
+) -> MarkedGraph:
+    """The checkpoint's fp32 graph with its layers marked, which any of its bundles can be compared with.
+
+    Args:
+        checkpoint: read once more, 4 bytes a parameter are written.
+        folder: to make; the graph needs it as long as it is used.
+        max_context: tokens that the graph takes.
+        on_progress: told about the export.
+
+    Raises:
+        DeployError: it can't be made.
+    """
+    exported = export_graph(
+        checkpoint.config,
+        folder,
+        checkpoint=checkpoint,
+        precision="fp32",
+        max_context=max_context,
+        on_progress=on_progress,
+    )
+    return mark_layers(exported.graph, checkpoint.config.num_hidden_layers)
 
 
 def _onnx_of_engine(folder: Path, manifest: Manifest, checkpoint: Checkpoint, root: Path) -> Path:

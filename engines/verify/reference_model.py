@@ -6,8 +6,10 @@ order, a base frequency misread) would be on both sides and nothing would show i
 - a Hugging Face folder of an architecture that transformers knows is read by transformers, which is told the names of
   tensors only where a framework put its own around them;
 - a GGUF file is read by the gguf package, its keys and rotary order interpreted by tables of transformers;
-- only what nobody else can read here (random weights; a folder of an architecture that is ours; one quantized by GPTQ,
-  AWQ or their like, which transformers opens with their packages alone) comes through our reader.
+- linears quantized by GPTQ, AWQ or their like, which transformers opens with their packages alone, are unpacked by a
+  second reader (`quantized_model`), and the rest of their folder is read as any other;
+- only what nobody else can read here (random weights; a folder of an architecture that is ours) comes through our
+  reader.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwen_aot.engines.verify.gguf_model import read_gguf
+from qwen_aot.engines.verify.quantized_model import dequantized, weight_files
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.checkpoint.hf.saving.config_json import config_json
@@ -33,13 +36,14 @@ from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
 from qwen_aot.exporter.model.tensors import WeightClass, checkpoint_tensors
 
 BY_TRANSFORMERS, BY_GGUF, BY_US = "transformers", "the gguf package", "qwen-aot's own reader"
+BY_SECOND = "transformers, and a second reader of quantized linears"
 
 _CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "llama": "LlamaForCausalLM"}
 _BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 
 
 def load_model(checkpoint: Checkpoint) -> tuple[Any, str]:
-    """The model in fp32, and who read its files: BY_TRANSFORMERS, BY_GGUF or BY_US.
+    """The model in fp32, and who read its files: BY_TRANSFORMERS, BY_GGUF, BY_SECOND or BY_US.
 
     Raises:
         CheckpointError: what was read isn't a whole model.
@@ -52,8 +56,10 @@ def load_model(checkpoint: Checkpoint) -> tuple[Any, str]:
     try:
         if isinstance(checkpoint, RandomCheckpoint):
             return _from_reader(transformers, checkpoint), BY_US
-        if _is_known(checkpoint.path) and not any(each.fixes_precision for each in encodings_of(checkpoint).values()):
-            return _from_folder(transformers, checkpoint), BY_TRANSFORMERS
+        if _is_known(checkpoint.path):
+            is_quantized = any(each.fixes_precision for each in encodings_of(checkpoint).values())
+            state = _quantized_state(checkpoint) if is_quantized else _unwrapped_state(checkpoint)
+            return _from_folder(transformers, checkpoint, state), BY_SECOND if is_quantized else BY_TRANSFORMERS
         if checkpoint.path.is_file() and checkpoint.path.suffix.lower() == ".gguf":
             facts, state = read_gguf(checkpoint.path)
             return _from_state(transformers, checkpoint.path, facts, state), BY_GGUF
@@ -70,10 +76,12 @@ def _is_known(path: Path) -> bool:
     return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") in _CLASSES
 
 
-def _from_folder(transformers: Any, checkpoint: Checkpoint) -> Any:
+def _from_folder(transformers: Any, checkpoint: Checkpoint, state: Mapping[str, torch.Tensor] | None) -> Any:
+    """`state`: its tensors by their names in transformers, in the place of its files."""
     config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are plain by now
     kind = getattr(transformers, _CLASSES[config.model_type])
-    state = _unwrapped_state(checkpoint)
     model, info = kind.from_pretrained(
         checkpoint.path if state is None else None,
         config=config,
@@ -93,14 +101,25 @@ def _unwrapped_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor] | None:
     Only the names are by our reader's rule: safetensors reads the values, and a name that is no tensor of the model's
     is left over.
     """
-    files = sorted({info.span.path for info in checkpoint.tensors.values() if info.span is not None})
-    stored: dict[str, torch.Tensor] = {}
-    for file in files:
-        stored |= load_file(file)  # mapped, not read yet
+    stored = _stored(sorted({info.span.path for info in checkpoint.tensors.values() if info.span is not None}))
     names = unwrapped(checkpoint.path, stored, CANONICAL)
     if all(old == new for old, new in names.items()):
         return None
     return {names[old]: tensor for old, tensor in stored.items()}
+
+
+def _quantized_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The tensors of a quantized folder, its linears as fp32 weights."""
+    stored = dequantized(checkpoint.path, _stored(weight_files(checkpoint.path)))
+    return {new: stored[old] for old, new in unwrapped(checkpoint.path, stored, CANONICAL).items()}
+
+
+def _stored(files: Iterable[Path]) -> dict[str, torch.Tensor]:
+    """All tensors of some files, mapped and not read yet."""
+    stored: dict[str, torch.Tensor] = {}
+    for file in files:
+        stored |= load_file(file)
+    return stored
 
 
 def _from_state(transformers: Any, path: Path, facts: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Any:

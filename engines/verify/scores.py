@@ -335,6 +335,37 @@ def windows(token_ids: Sequence[int], length: int, count: int) -> list[NDArray[n
     return pieces
 
 
+@dataclass(frozen=True, slots=True)
+class PositionScore:
+    """One position of a text.
+
+    Attributes:
+        kl_divergence: of the bundle's distribution from the reference's, in nats.
+        is_same: both have the same likeliest token.
+        is_decisive: the reference gives its own DECISIVE_PROBABILITY or more.
+        loss, reference_loss: negative log likelihoods of the text's next token in nats; 0 where the text ends.
+    """
+
+    kl_divergence: float
+    is_same: bool
+    is_decisive: bool
+    loss: float
+    reference_loss: float
+
+
+def score_position(found: NDArray[np.float32], expected: NDArray[np.float32], target: int | None) -> PositionScore:
+    """Compares logits [V] of the bundle with the reference's; `target` is the text's next token, if there is one."""
+    ours, theirs = _log_softmax(found), _log_softmax(expected)
+    first = int(expected.argmax())
+    return PositionScore(
+        kl_divergence=float(np.sum(np.exp(theirs) * (theirs - ours))),
+        is_same=int(found.argmax()) == first,
+        is_decisive=bool(theirs[first] >= math.log(DECISIVE_PROBABILITY)),
+        loss=0.0 if target is None else -float(ours[target]),
+        reference_loss=0.0 if target is None else -float(theirs[target]),
+    )
+
+
 class _Tally:
     """Sums over positions, so that no [T, V] difference is kept."""
 
@@ -348,22 +379,20 @@ class _Tally:
     def add(self, found: NDArray[np.float32], expected: NDArray[np.float32], target: int | None) -> None:
         """Counts one position: logits [V] of both sides and the text's next token."""
         difference = np.abs(found - expected)
-        ours, theirs = _log_softmax(found), _log_softmax(expected)
-        first = int(expected.argmax())
-        is_same = int(found.argmax()) == first
+        position = score_position(found, expected, target)
         self.positions += 1
         self._max = max(self._max, float(difference.max())) if np.isfinite(difference).all() else math.nan
         self._mean += float(difference.mean(dtype=np.float64))
-        self._kl += float(np.sum(np.exp(theirs) * (theirs - ours)))
-        self._same += is_same
-        if theirs[first] >= math.log(DECISIVE_PROBABILITY):
+        self._kl += position.kl_divergence
+        self._same += position.is_same
+        if position.is_decisive:
             self._decisive += 1
-            self._decisive_same += is_same
+            self._decisive_same += position.is_same
         if target is not None:
             self._targets += 1
-            self._nll -= float(ours[target])
-            self._reference_nll -= float(theirs[target])
-            self._squared_loss += float(theirs[target] - ours[target]) ** 2
+            self._nll += position.loss
+            self._reference_nll += position.reference_loss
+            self._squared_loss += (position.loss - position.reference_loss) ** 2
 
     def scores(self, same_choices: NDArray[np.bool_]) -> Scores:
         """The means, and those of greedy choices [texts, tokens]."""
@@ -381,14 +410,19 @@ class _Tally:
             greedy_tokens=same_choices.size,
             greedy_agreement=float(same_choices.mean()),
             greedy_prefix=float(np.logical_and.accumulate(same_choices, axis=1).mean()),
-            perplexity=_exp(self._nll / targets),
-            reference_perplexity=_exp(self._reference_nll / targets),
+            perplexity=perplexity_of(self._nll / targets),
+            reference_perplexity=perplexity_of(self._reference_nll / targets),
             log_ratio_error=math.sqrt(variance / targets),
         )
 
 
-def _exp(nats: float) -> float:
-    """The exponential, at most what a float64 holds: a broken bundle gets a number, and JSON has no infinity."""
+def loss_of(logits: NDArray[np.float32], target: int) -> float:
+    """Negative log likelihood of a token under logits [V], in nats."""
+    return -float(_log_softmax(logits)[target])
+
+
+def perplexity_of(nats: float) -> float:
+    """Of a mean loss in nats, at most what a float64 holds: a broken bundle gets a number, and JSON has no infinity."""
     return math.exp(min(nats, _LARGEST_EXPONENT))
 
 

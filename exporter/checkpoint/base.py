@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ class TensorInfo:
         dtype: what `Checkpoint.read` returns (bf16 as ml_dtypes.bfloat16; what is encoded as float32).
         span: None where the stored bytes are not the tensor itself (quantized or permuted).
         encoding: how it is stored, where that isn't plain numbers.
+        encoded_bytes: of all that holds it then: codes, scales, zero points, order of columns.
     """
 
     name: str
@@ -38,6 +40,12 @@ class TensorInfo:
     dtype: np.dtype[Any]
     span: FileSpan | None = None
     encoding: Encoding | None = None
+    encoded_bytes: int = 0
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the tensor in its files."""
+        return math.prod(self.shape) * self.dtype.itemsize if self.encoding is None else self.encoded_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Tensors that a checkpoint stores as codes: one canonical form for all formats, and what it stands for.
 
-    value[r, permutation[k]] = (codes[r, k] - zero_points[r, k // group_size]) * scales[r, k // group_size]
+    value[r, permutation[k]] = (codes[r, k] - zero_points[r, g]) * scales[r, g] + offsets[r, g],  g = k // group_size
 
 A reader gives rows in this form, a lowering carries codes and scales into its kernels' layout without rounding them,
 and `dequantize` is the one way back to floats.
@@ -31,6 +31,7 @@ class CodeForm:
         scale_dtype: of scales, as they are stored.
         has_zero_points: each group has its own; False: zero is the middle of the range, 2 ** (bits - 1).
         has_permutation: groups are made of columns in another order than the tensor's.
+        has_offsets: each group has a number that is added: a zero that isn't a code (the minimums of GGUF's types).
     """
 
     bits: int
@@ -38,6 +39,7 @@ class CodeForm:
     scale_dtype: np.dtype[Any]
     has_zero_points: bool = False
     has_permutation: bool = False
+    has_offsets: bool = False
 
     @property
     def middle(self) -> int:
@@ -51,7 +53,7 @@ class Encoding:
 
     Attributes:
         name: for reports: format and type (`gguf-q8_0`).
-        form: of its codes; None: they have no such form (a type with minimums), and only floats can be read.
+        form: of its codes; None: they have no such form, and only floats can be read.
         fixes_precision: the checkpoint was quantized to run in these very codes: a build keeps them, or computes with
             the floats that they stand for. False: a build may quantize anew, as its user chooses.
     """
@@ -70,6 +72,7 @@ class EncodedRows:
         scales: [r, n], of the form's `scale_dtype`; may be negative or 0.
         zero_points: [r, n] uint8; None: the form has none.
         permutation: [K] int64, the tensor's column that each column of codes stands for; None: its own.
+        offsets: [r, n] float64, in which they are exact; None: the form has none.
     """
 
     form: CodeForm
@@ -77,10 +80,16 @@ class EncodedRows:
     scales: NDArray[Any]
     zero_points: NDArray[np.uint8] | None = None
     permutation: NDArray[np.int64] | None = None
+    offsets: NDArray[np.float64] | None = None
+
+    @property
+    def found_offsets(self) -> NDArray[np.float64]:
+        """[r, n]; 0 where the form has none."""
+        return np.zeros(self.scales.shape) if self.offsets is None else self.offsets
 
 
 def dequantize(rows: EncodedRows) -> NDArray[np.float32]:
-    """The values [r, K] that codes stand for."""
+    """The values [r, K] that codes stand for, rounded to float32 once."""
     r, k = rows.codes.shape
     size = rows.form.group_size
     scales = rows.scales.astype(np.float32)
@@ -90,10 +99,14 @@ def dequantize(rows: EncodedRows) -> NDArray[np.float32]:
         grouped = values.reshape(r, k // size, size)
         grouped -= zeros[..., None]
         grouped *= scales[..., None]
+        if rows.offsets is not None:
+            np.add(grouped, rows.offsets[..., None], out=grouped, casting="same_kind")  # in float64, rounded once
     else:
         group = np.arange(k) // size
         values -= zeros if rows.zero_points is None else zeros[:, group]
         values *= scales[:, group]
+        if rows.offsets is not None:
+            np.add(values, rows.offsets[:, group], out=values, casting="same_kind")
     if rows.permutation is None:
         return values
     ordered = np.empty_like(values)
@@ -115,11 +128,13 @@ def stack(parts: Sequence[EncodedRows]) -> EncodedRows:
     if any(not np.array_equal(order, orders[0]) for order in orders):
         raise CheckpointError("matrices that read one input have their columns in different orders as codes")
     zeros = [part.zero_points for part in parts if part.zero_points is not None]
+    offsets = [part.offsets for part in parts if part.offsets is not None]
     return replace(
         first,
         codes=np.concatenate([part.codes for part in parts]),
         scales=np.concatenate([part.scales for part in parts]),
         zero_points=np.concatenate(zeros) if zeros else None,
+        offsets=np.concatenate(offsets) if offsets else None,
     )
 
 
@@ -141,6 +156,7 @@ def arranged(rows: EncodedRows, arrange: Arrange) -> EncodedRows:
         codes=arrange(rows.codes, rows.form.middle),
         scales=arrange(rows.scales, 0),
         zero_points=None if rows.zero_points is None else arrange(rows.zero_points, rows.form.middle),
+        offsets=None if rows.offsets is None else arrange(rows.offsets, 0),
     )
 
 

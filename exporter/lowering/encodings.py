@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qwen_aot.exporter.checkpoint.encoding import CodeForm
 from qwen_aot.exporter.checkpoint.names import CANONICAL
-from qwen_aot.exporter.model.tensors import SENSITIVE
+from qwen_aot.exporter.model.tensors import SENSITIVE, WeightClass
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES
 from qwen_aot.exporter.weights.recipe import Recipe, Traced
 
@@ -36,6 +36,7 @@ def warn_of_rounding(lowered: Traced) -> tuple[str, ...]:
     Floats made of codes are exact in fp32, so fp32 weights lose nothing.
     """
     lost: Counter[tuple[str, str]] = Counter()
+    fit_own_blocks = 0  # tensors that own codes would keep
     forms: Counter[CodeForm] = Counter()  # of tensors that other blocks would keep
     kept: list[tuple[str, CodeForm]] = []  # by name: what the remedy must hold, what is kept already included
     for name, recipes in _users(lowered).items():
@@ -46,6 +47,7 @@ def warn_of_rounding(lowered: Traced) -> tuple[str, ...]:
                 kept.append((name, encoding.form))
             continue
         lost[encoding.name, refusal or _rounding(recipe)] += 1
+        fit_own_blocks += refusal is not None and all(_fits_own_blocks(lowered, recipe) for recipe in recipes)
         if encoding.form is not None and refusal is not None and _fits_other_blocks(lowered, recipe):
             forms[encoding.form] += 1
             kept.append((name, encoding.form))
@@ -54,6 +56,8 @@ def warn_of_rounding(lowered: Traced) -> tuple[str, ...]:
     what = "; ".join(f"{count} of {name} ({reason})" for (name, reason), count in sorted(lost.items()))
     flags, helped = flags_that_keep(kept) if forms else None, forms.total()
     which = "the checkpoint's own numbers" if helped == lost.total() else f"the numbers of {helped} of them"
+    if helped != lost.total() and fit_own_blocks == lost.total():
+        flags, which = "--own-codes", "the checkpoint's own numbers"
     remedy = f"; {flags} keeps {which}" if flags else ""
     warning = f"tensors that the checkpoint stores quantized are rounded a second time: {what}{remedy}"
     logger.warning("%s", warning)
@@ -75,8 +79,12 @@ def flags_that_keep(forms: Sequence[tuple[str, CodeForm]]) -> str | None:
 
 
 def _is_sensitive(tensor: str) -> bool:
+    return _class_of(tensor) in SENSITIVE
+
+
+def _class_of(tensor: str) -> WeightClass | None:
     place = CANONICAL.find(tensor)
-    return place is not None and place.role.weight_class in SENSITIVE
+    return None if place is None else place.role.weight_class
 
 
 def _counts(lowered: Traced, *, are_kept: bool) -> dict[str, int]:
@@ -108,15 +116,30 @@ def _rounds(lowered: Traced, recipe: Recipe) -> bool:
 
 def _fits_other_blocks(lowered: Traced, recipe: Recipe) -> bool:
     """Whether blocks are all that keeps the recipe from taking codes: other flags would."""
-    encodings = [lowered.encodings.get(source.name) for source in recipe.sources]
-    scales = lowered.compute_type.numpy()
     return all(
-        encoding is not None
-        and encoding.form is not None
-        and not encoding.form.has_permutation
-        and np.can_cast(encoding.form.scale_dtype, scales)
-        for encoding in encodings
+        form is not None and not (form.has_permutation or form.has_offsets) and _holds_scales(lowered, form)
+        for form in _forms(lowered, recipe)
     )
+
+
+def _fits_own_blocks(lowered: Traced, recipe: Recipe) -> bool:
+    """Whether `--own-codes` would keep the recipe's tensors, of types without an order of columns.
+
+    Parts of a stack that are numbers become products of their own there.
+    """
+    has_experts = any(_class_of(source.name) is WeightClass.EXPERT for source in recipe.sources)
+    return all(
+        form is None or (_holds_scales(lowered, form) and not (has_experts and form.has_offsets))
+        for form in _forms(lowered, recipe)
+    )
+
+
+def _forms(lowered: Traced, recipe: Recipe) -> list[CodeForm | None]:
+    return [lowered.storage.form(source.name) for source in recipe.sources]
+
+
+def _holds_scales(lowered: Traced, form: CodeForm) -> bool:
+    return np.can_cast(form.scale_dtype, lowered.compute_type.numpy())
 
 
 def _rounding(recipe: Recipe) -> str:

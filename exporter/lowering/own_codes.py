@@ -84,6 +84,26 @@ def order_columns(traced: Traced) -> int:
     return count
 
 
+def block_sums(x: ir.Value, blocks: int, block_size: int, name: str) -> list[ir.Node]:
+    """Nodes that sum the input [..., K] of a product over its blocks, in fp32 [..., blocks]; the last gives the sums.
+
+    What every weight of a block has in common is multiplied by them: a block's offset.
+    """
+    lead = rank(x) - 1
+    assert x.shape is not None
+    shape = ir.node("Constant", [], {"value_ints": [0] * lead + [blocks, block_size]}, name=f"{name}_blocks_shape")
+    by_block = ir.node("Reshape", [x, shape.outputs[0]], name=f"{name}_blocks")
+    nodes = [shape, by_block]
+    if x.dtype != ir.DataType.FLOAT:
+        to = {"to": ir.DataType.FLOAT.value}
+        nodes.append(ir.node("Cast", by_block.outputs, to, name=f"{name}_blocks_fp32"))
+    axis = ir.node("Constant", [], {"value_ints": [lead + 1]}, name=f"{name}_block_axis")
+    sums = ir.node("ReduceSum", [nodes[-1].outputs[0], axis.outputs[0]], {"keepdims": 0}, name=f"{name}_block_sums")
+    sums.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    sums.outputs[0].shape = ir.Shape([*list(x.shape)[:-1], blocks])
+    return [*nodes, axis, sums]
+
+
 def _order_linear(traced: Traced, node: ir.Node) -> int:
     x, weight = node.inputs[:2]
     assert x is not None and weight is not None

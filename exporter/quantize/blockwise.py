@@ -34,17 +34,25 @@ class Quantized:
         codes: [r, n, block_size * bits / 8] uint8; elements beyond K stand for 0.
         scales: [r, n] float32; may be negative.
         zero_points: [r, n] uint8; None: the middle of the range.
+        offsets: [r, n] float32, added to each weight of a block; None: there are none.
     """
 
     codes: NDArray[np.uint8]
     scales: NDArray[np.float32]
     zero_points: NDArray[np.uint8] | None = None
+    offsets: NDArray[np.float32] | None = None
 
     @property
     def found_zero_points(self) -> NDArray[np.uint8]:
         """Zero points of an asymmetric format."""
         assert self.zero_points is not None
         return self.zero_points
+
+    @property
+    def found_offsets(self) -> NDArray[np.float32]:
+        """Offsets of a format that has them."""
+        assert self.offsets is not None
+        return self.offsets
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,7 @@ class BlockFormat:
         bits: 4 or 8.
         block_size: elements along K that share a scale: a power of two from 16 to 256.
         symmetric: True: no zero points.
+        has_offsets: blocks have a number that is added, beside the codes (a checkpoint's own; nothing is quantized so).
 
     Raises:
         ExportError: a value is none of these.
@@ -63,6 +72,7 @@ class BlockFormat:
     bits: int
     block_size: int
     symmetric: bool = True
+    has_offsets: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):

@@ -9,13 +9,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows
 from qwen_aot.exporter.quantize.blockwise import BlockFormat, Quantized, pack
+from qwen_aot.exporter.quantize.own_codes import may_hold_scales
 from qwen_aot.exporter.weights.recipe import OutOfRangeError
+
+_UNCHECKED = 65_280.0  # magnitude: fits fp16
 
 
 def obstacle(form: CodeForm, width: int, layout: BlockFormat, scale_dtype: DTypeLike) -> str | None:
@@ -24,6 +26,8 @@ def obstacle(form: CodeForm, width: int, layout: BlockFormat, scale_dtype: DType
         return "their columns are in another order"
     if form.has_zero_points and layout.symmetric:
         return "they have zero points, and these blocks have none"
+    if form.has_offsets and not layout.has_offsets:
+        return "they have minimums, and these blocks have none"
     fits = form.group_size % layout.block_size == 0 or form.group_size >= width
     if form.bits > layout.bits or not fits:
         return (
@@ -33,15 +37,6 @@ def obstacle(form: CodeForm, width: int, layout: BlockFormat, scale_dtype: DType
     if not may_hold_scales(form.scale_dtype, scale_dtype):
         return f"their {form.scale_dtype.name} scales don't fit {np.dtype(scale_dtype).name}"
     return None
-
-
-def may_hold_scales(stored: DTypeLike, scale_dtype: DTypeLike) -> bool:
-    """Whether kernels that take scales in a type can have scales of another without rounding.
-
-    bfloat16 has fewer digits than float16 and a wider range: what lies beyond is refused when it is met (`as_scales`).
-    """
-    is_shorter = np.dtype(stored) == ml_dtypes.bfloat16 and np.dtype(scale_dtype) == np.float16
-    return is_shorter or np.can_cast(stored, scale_dtype)
 
 
 def as_scales(scales: NDArray[Any], dtype: DTypeLike, first_row: int = 0) -> NDArray[Any]:
@@ -64,7 +59,7 @@ def as_scales(scales: NDArray[Any], dtype: DTypeLike, first_row: int = 0) -> NDA
 
 
 def in_form_of(layout: BlockFormat, rows: EncodedRows) -> EncodedRows:
-    """The same values in the bits, groups and zero points of `layout`; scales keep their numbers.
+    """The same values in the bits, groups, zero points and offsets of `layout`; scales and offsets keep their numbers.
 
     Requires: no `obstacle`.
     """
@@ -72,7 +67,13 @@ def in_form_of(layout: BlockFormat, rows: EncodedRows) -> EncodedRows:
     assert obstacle(form, rows.codes.shape[1], layout, np.float32) is None
     blocks = layout.blocks(rows.codes.shape[1])
     group = np.arange(blocks) * layout.block_size // form.group_size
-    target = CodeForm(layout.bits, layout.block_size, np.dtype(np.float32), has_zero_points=not layout.symmetric)
+    target = CodeForm(
+        layout.bits,
+        layout.block_size,
+        np.dtype(np.float32),
+        has_zero_points=not layout.symmetric,
+        has_offsets=layout.has_offsets,
+    )
     codes, zeros = rows.codes, rows.zero_points
     if layout.symmetric:
         codes = codes + np.uint8(target.middle - form.middle)
@@ -84,11 +85,21 @@ def in_form_of(layout: BlockFormat, rows: EncodedRows) -> EncodedRows:
         codes=codes,
         scales=rows.scales[:, group].astype(np.float32),
         zero_points=None if zeros is None else zeros[:, group],
+        offsets=rows.found_offsets[:, group] if layout.has_offsets else None,
     )
 
 
+def may_overflow(rows: EncodedRows) -> bool:
+    """Whether values could be beyond fp16's numbers, by scales and offsets alone."""
+    largest = np.abs(rows.scales.astype(np.float32)).max(initial=0) * (2**rows.form.bits - 1)
+    return bool(largest + np.abs(rows.found_offsets).max(initial=0) > _UNCHECKED)
+
+
 def as_blocks(rows: EncodedRows, layout: BlockFormat) -> Quantized:
-    """Rows that are in the form of `layout`, packed as its kernels read them; elements beyond K stand for 0."""
+    """Rows that are in the form of `layout`, packed as its kernels read them; elements beyond K stand for 0.
+
+    Offsets are rounded to float32 once.
+    """
     r, width = rows.codes.shape
     blocks, size = layout.blocks(width), layout.block_size
     codes = rows.codes
@@ -96,4 +107,5 @@ def as_blocks(rows: EncodedRows, layout: BlockFormat) -> Quantized:
         fill = rows.form.middle if rows.zero_points is None else rows.zero_points[:, -1:]
         codes = np.empty((r, blocks * size), np.uint8)
         codes[:, :width], codes[:, width:] = rows.codes, fill
-    return Quantized(pack(codes.reshape(r, blocks, size), layout.bits), rows.scales, rows.zero_points)
+    offsets = None if rows.offsets is None else rows.offsets.astype(np.float32)
+    return Quantized(pack(codes.reshape(r, blocks, size), layout.bits), rows.scales, rows.zero_points, offsets)

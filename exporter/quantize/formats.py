@@ -15,13 +15,14 @@ from qwen_aot.exporter.checkpoint.encoding import CodeForm
 from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.model.tensors import SENSITIVE, WeightClass, weight_class_of
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat
-from qwen_aot.exporter.quantize.encoded import may_hold_scales
 from qwen_aot.exporter.quantize.own_codes import (
     AS_FLOATS,
     SignedFormat,
     block_format,
     have_codes,
     no_blocks,
+    no_expert_minimums,
+    require_scales,
     signed_format,
 )
 from qwen_aot.exporter.weights.recipe import Recipe
@@ -102,6 +103,8 @@ class ByCodes:
         what = f"the experts' {gate_up.outputs[0].name} and {down.outputs[0].name}"
         forms = self.forms(what, names)
         self.require_one_order(gate_up)
+        if any(form.has_offsets for form in forms):
+            raise no_expert_minimums(what, forms)
         f = down.sources[0].shape[1]
         found = block_format(forms, f, np.dtype(self.scale_dtype).itemsize, (m, *_groups_within(forms, m)))
         if found is None:
@@ -146,12 +149,7 @@ class ByCodes:
                 f"tensors of it as codes; or {AS_FLOATS}"
             )
         forms = [form for name in names if (form := self.storage.form(name)) is not None]
-        wide = next((form for form in forms if not may_hold_scales(form.scale_dtype, self.scale_dtype)), None)
-        if wide is not None:
-            raise ExportError(
-                f"{what} has {wide.scale_dtype.name} scales, which {np.dtype(self.scale_dtype).name} doesn't hold; "
-                "accepted here: float16 and bfloat16 scales; target cpu takes all of them"
-            )
+        require_scales(what, forms, self.scale_dtype)
         return forms
 
 

@@ -10,7 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from qwen_aot.errors import ExportError
 from qwen_aot.exporter.checkpoint.encoding import CodeForm, Encoding
@@ -19,6 +21,7 @@ from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat
 
 TABLE_BLOCK = 32  # of an embedding and a head that are plain numbers, and are quantized on request
 EXPERT_BLOCK = 128  # of the QwenMoE plugin (`exporter.graph.plugin_ops`, whose import takes onnx)
+OFFSET_BYTES = 4  # of a block's offset: fp32
 AS_FLOATS = "--precision fp32 or fp16, whose floats are made of the same codes"
 
 
@@ -49,16 +52,20 @@ def block_format(
     """
     bits = 4 if all(form.bits <= 4 for form in forms) else 8
     symmetric = not any(form.has_zero_points for form in forms)
+    has_offsets = any(form.has_offsets for form in forms)
     groups = {form.group_size for form in forms if form.group_size < width}
-    sizes = [size for size in BLOCK_SIZES if not any(whole % size for whole in (*groups, *dividing))]
+    # Offsets are added by a product with the sums of the input's blocks, which are whole ones.
+    wholes = (*groups, *dividing, width) if has_offsets else (*groups, *dividing)
+    sizes = [size for size in BLOCK_SIZES if not any(whole % size for whole in wholes)]
     if not sizes:
         return None
 
     def row_bytes(size: int) -> tuple[float, int]:
         zero_point_bytes = 0 if symmetric else bits / 8
-        return math.ceil(width / size) * (size * bits / 8 + scale_bytes + zero_point_bytes), -size
+        block_bytes = size * bits / 8 + scale_bytes + zero_point_bytes + OFFSET_BYTES * has_offsets
+        return math.ceil(width / size) * block_bytes, -size
 
-    return BlockFormat(bits, min(sizes, key=row_bytes), symmetric)
+    return BlockFormat(bits, min(sizes, key=row_bytes), symmetric, has_offsets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,7 @@ class SignedFormat:
     Attributes:
         bits: 4 or 8 of a code, signed, around the middle of its range.
         block_size: elements along K that share a scale; it divides K.
-        has_offsets: blocks have zero points beside the middle.
+        has_offsets: blocks have zero points beside the middle, or minimums.
     """
 
     bits: int
@@ -81,7 +88,8 @@ def signed_format(forms: Sequence[CodeForm], width: int) -> SignedFormat | None:
     bits = 4 if all(form.bits <= 4 for form in forms) else 8
     groups = {form.group_size for form in forms if form.group_size < width}
     sizes = [size for size in BLOCK_SIZES if not any(whole % size for whole in (*groups, width))]
-    return SignedFormat(bits, max(sizes), any(form.has_zero_points for form in forms)) if sizes else None
+    has_offsets = any(form.has_zero_points or form.has_offsets for form in forms)
+    return SignedFormat(bits, max(sizes), has_offsets) if sizes else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +111,7 @@ def plugin_experts(
     """The plugin's form that holds codes of all these forms; None: there is none."""
     forms = (*gate_up, *down)
     has_zeros = any(form.has_zero_points for form in forms)
-    if hidden_size % EXPERT_BLOCK or intermediate_size % EXPERT_BLOCK:
+    if hidden_size % EXPERT_BLOCK or intermediate_size % EXPERT_BLOCK or any(form.has_offsets for form in forms):
         return None
     if all(form.bits <= 4 for form in forms):
         return PluginExperts(4, has_zeros) if all(form.group_size % EXPERT_BLOCK == 0 for form in forms) else None
@@ -113,12 +121,35 @@ def plugin_experts(
     return PluginExperts(8, has_zeros=False) if has_rows and not has_zeros else None
 
 
+def may_hold_scales(stored: DTypeLike, scale_dtype: DTypeLike) -> bool:
+    """Whether kernels that take scales in a type can have scales of another without rounding.
+
+    bfloat16 has fewer digits than float16 and a wider range: what lies beyond is refused when it is met (`as_scales`).
+    """
+    is_shorter = np.dtype(stored) == ml_dtypes.bfloat16 and np.dtype(scale_dtype) == np.float16
+    return is_shorter or np.can_cast(stored, scale_dtype)
+
+
+def require_scales(what: str, forms: Sequence[CodeForm], dtype: DTypeLike) -> None:
+    """Refuses codes whose scales kernels don't take.
+
+    Raises:
+        ExportError: scales of one of the forms don't fit `dtype`.
+    """
+    wide = next((form for form in forms if not may_hold_scales(form.scale_dtype, dtype)), None)
+    if wide is not None:
+        raise ExportError(
+            f"{what} has {wide.scale_dtype.name} scales, which {np.dtype(dtype).name} doesn't hold; accepted here: "
+            "float16 and bfloat16 scales; target cpu takes all of them"
+        )
+
+
 def no_blocks(what: str, forms: Sequence[CodeForm], blocks: Sequence[int]) -> ExportError:
     """The error for a matrix whose groups no block holds."""
-    found = ", ".join(dict.fromkeys(f"{form.bits} bits in groups of {form.group_size}" for form in forms))
     return ExportError(
-        f"{what} is stored as {found}, and what computes it here has blocks of {', '.join(map(str, blocks))} elements, "
-        f"none of which holds such groups; accepted: groups that one of them divides; or {AS_FLOATS}"
+        f"{what} is stored as {_described(forms)}, and what computes it here has blocks of "
+        f"{', '.join(map(str, blocks))} elements, none of which holds such groups; accepted: groups that one of them "
+        f"divides; or {AS_FLOATS}"
     )
 
 
@@ -132,9 +163,25 @@ def no_experts(name: str, encoding: Encoding) -> ExportError:
 
 def no_plugin_experts(name: str, forms: Sequence[CodeForm]) -> ExportError:
     """The error for experts whose codes the QwenMoE plugin has no form for."""
-    found = ", ".join(dict.fromkeys(f"{form.bits} bits in groups of {form.group_size}" for form in forms))
     return ExportError(
-        f"{name} and the other experts are stored as {found}, and the QwenMoE plugin has 4 bits in blocks of "
-        f"{EXPERT_BLOCK}, which the groups, the hidden and the intermediate size must be whole of, and 8 bits with one "
-        f"scale a row and no zero points; accepted: one of these, target cpu, or {AS_FLOATS}"
+        f"{name} and the other experts are stored as {_described(forms)}, and the QwenMoE plugin has 4 bits in blocks "
+        f"of {EXPERT_BLOCK}, which the groups, the hidden and the intermediate size must be whole of, and 8 bits with "
+        f"one scale a row and no zero points, neither with minimums; accepted: one of these, target cpu, or {AS_FLOATS}"
+    )
+
+
+def no_expert_minimums(what: str, forms: Sequence[CodeForm]) -> ExportError:
+    """The error for experts whose codes have minimums, which ONNX Runtime's kernel doesn't add."""
+    return ExportError(
+        f"{what} are stored as {_described(forms)}, and ONNX Runtime's QMoE has no minimums; accepted: types without "
+        f"them (Q8_0, Q4_0, Q5_0, Q6_K); or leave --own-codes out, which quantizes anew"
+    )
+
+
+def _described(forms: Sequence[CodeForm]) -> str:
+    return ", ".join(
+        dict.fromkeys(
+            f"{form.bits} bits in groups of {form.group_size}{' with minimums' if form.has_offsets else ''}"
+            for form in forms
+        )
     )

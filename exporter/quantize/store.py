@@ -18,11 +18,9 @@ from numpy.typing import NDArray
 
 from qwen_aot.exporter.checkpoint.encoding import Arrange, EncodedRows, arranged, dequantize, stack
 from qwen_aot.exporter.quantize.blockwise import BlockFormat, Quantized, pack, quantize, quantize_channels
-from qwen_aot.exporter.quantize.encoded import as_blocks, as_scales, in_form_of, obstacle
+from qwen_aot.exporter.quantize.encoded import as_blocks, as_scales, in_form_of, may_overflow, obstacle
 from qwen_aot.exporter.quantize.formats import Formats
 from qwen_aot.exporter.weights.recipe import Arrays, Output, Recipe, Traced
-
-UNCHECKED_SCALE = 256.0  # 255 steps of it, the most that a code can be from its zero, still fit fp16
 
 
 class _Rows(Protocol):
@@ -30,7 +28,7 @@ class _Rows(Protocol):
 
     @property
     def values(self) -> NDArray[np.float32]:
-        """[r, K]."""
+        """[r, K], without the offsets of blocks."""
 
     @property
     def blocks(self) -> Quantized:
@@ -55,7 +53,7 @@ class _CodedRows:
 
     @cached_property
     def values(self) -> NDArray[np.float32]:
-        return dequantize(self.rows)
+        return dequantize(replace(self.rows, offsets=None))
 
     @cached_property
     def blocks(self) -> Quantized:
@@ -67,12 +65,17 @@ Pick = Callable[[_Rows], NDArray[np.generic]]  # one part
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """Initializers of one weight, and how it was quantized; no zero points where it is symmetric."""
+    """Initializers of one weight, and how it was quantized; no zero points where it is symmetric.
+
+    Attributes:
+        offsets: fp32, of the format's blocks: of a matrix [n, N], of a table [V, n]; None: it has none.
+    """
 
     layout: BlockFormat
     codes: ir.Value
     scales: ir.Value
     zero_points: ir.Value | None
+    offsets: ir.Value | None = None
 
 
 @dataclass(slots=True)
@@ -98,7 +101,7 @@ class _Entry:
 
         def from_codes(parts: Sequence[EncodedRows]) -> Arrays:
             rows = stack([in_form_of(layout, part) for part in parts])
-            if np.abs(rows.scales).max(initial=0) > UNCHECKED_SCALE:
+            if may_overflow(rows):
                 inner(dequantize(rows))  # refuses values that the compute type can't hold
             as_scales(rows.scales, scale_type.numpy())
             made = _CodedRows(arranged(rows, arrange), layout)
@@ -170,7 +173,11 @@ class QuantizedWeights:
         if layout is None:
             return None
         entry = self._entry(weight, layout)
-        return self._matrix(weight, entry, self._packed_zero_points(weight, entry, (rows,), width))
+        offsets = None
+        if layout.has_offsets:
+            output = Output(f"{weight.name}_offsets", ir.DataType.FLOAT, (layout.blocks(width), rows), row_axis=1)
+            offsets = self._add(entry, output, lambda rows: rows.blocks.found_offsets.T)
+        return self._matrix(weight, entry, self._packed_zero_points(weight, entry, (rows,), width), offsets)
 
     def table(self, weight: ir.Value, *, with_zero_points: bool = False) -> QuantizedWeight | None:
         """For GatherBlockQuantized, with the rows' blocks as an axis of their own; None: this weight isn't quantized.
@@ -190,7 +197,12 @@ class QuantizedWeights:
                 return rows.blocks.found_zero_points
 
             zeros = self._output(weight, entry, "block_zero_points", ir.DataType.UINT8, (rows, n, 1), pick)
-        return self._matrix(weight, entry, zeros)
+        offsets = None
+        if layout.has_offsets:
+            offsets = self._output(
+                weight, entry, "row_offsets", ir.DataType.FLOAT, (rows, n), lambda rows: rows.blocks.found_offsets
+            )
+        return self._matrix(weight, entry, zeros, offsets)
 
     def channels_of(self, matrix_codes: ir.Value) -> ChannelWeight:
         """For MatMulIntegerToFloat: 8 bits and one scale an output channel, beside the matrix form with these codes."""
@@ -232,7 +244,9 @@ class QuantizedWeights:
             self._packed_zero_points(weight, entry, lead, width),
         )
 
-    def _matrix(self, weight: ir.Value, entry: _Entry, zero_points: ir.Value | None) -> QuantizedWeight:
+    def _matrix(
+        self, weight: ir.Value, entry: _Entry, zero_points: ir.Value | None, offsets: ir.Value | None
+    ) -> QuantizedWeight:
         rows, width = dims(weight)
         n = entry.layout.blocks(width)
         codes_shape = (rows, n, entry.layout.block_bytes)
@@ -241,6 +255,7 @@ class QuantizedWeights:
             self._output(weight, entry, "codes", ir.DataType.UINT8, codes_shape, lambda rows: rows.blocks.codes),
             self._scales(weight, entry, (rows, n)),
             zero_points,
+            offsets,
         )
 
     def _scales(self, weight: ir.Value, entry: _Entry, shape: tuple[int, ...]) -> ir.Value:

@@ -142,27 +142,51 @@ def measure_bundle(
     }
 
 
-def _measure(generator: Generator, prompt_tokens: int, gen_tokens: int, rounds: int) -> tuple[list[Round], list[Round]]:
-    """Alternates greedy and sampled rounds after one of each that isn't counted."""
-    import numpy as np
+def decode_rate(generator: Generator, prompt_tokens: int, gen_tokens: int, rounds: int) -> Spread:
+    """Greedy decoding alone, one row, in tokens a second; one round more than measured warms up.
 
+    Args:
+        generator: open; prompt and answer fit its context.
+        prompt_tokens: random ones.
+        gen_tokens: at least 2.
+        rounds: measured.
+    """
+    (measured,) = _alternate(generator, prompt_tokens, rounds, (_greedy(gen_tokens),))
+    return Spread.of([(gen_tokens - 1) / each.decode for each in measured])
+
+
+def _greedy(gen_tokens: int) -> GenerationConfig:
     from qwen_aot.runtime.generation.config import GenerationConfig
 
-    configs = (
-        GenerationConfig(max_new_tokens=gen_tokens, ignore_eos=True, stop=()),
-        GenerationConfig(  # what a chat commonly asks for
-            max_new_tokens=gen_tokens,
-            ignore_eos=True,
-            stop=(),
-            temperature=0.7,
-            top_k=20,
-            top_p=0.8,
-            repetition_penalty=1.05,
-            seed=0,
-        ),
+    return GenerationConfig(max_new_tokens=gen_tokens, ignore_eos=True, stop=())
+
+
+def _measure(generator: Generator, prompt_tokens: int, gen_tokens: int, rounds: int) -> tuple[list[Round], list[Round]]:
+    """Greedy and sampled rounds."""
+    from qwen_aot.runtime.generation.config import GenerationConfig
+
+    sampled = GenerationConfig(  # what a chat commonly asks for
+        max_new_tokens=gen_tokens,
+        ignore_eos=True,
+        stop=(),
+        temperature=0.7,
+        top_k=20,
+        top_p=0.8,
+        repetition_penalty=1.05,
+        seed=0,
     )
+    measured = _alternate(generator, prompt_tokens, rounds, (_greedy(gen_tokens), sampled))
+    return measured[0], measured[1]
+
+
+def _alternate(
+    generator: Generator, prompt_tokens: int, rounds: int, configs: Sequence[GenerationConfig]
+) -> tuple[list[Round], ...]:
+    """Rounds of each configuration in turn, after one of each that isn't counted."""
+    import numpy as np
+
     draws = np.random.default_rng(0)
-    measured: tuple[list[Round], list[Round]] = ([], [])
+    measured: tuple[list[Round], ...] = tuple([] for _ in configs)
     for index in range(rounds + 1):
         prompt = draws.integers(0, generator.engine.manifest.model.vocab_size, prompt_tokens).tolist()
         for config, into in zip(configs, measured, strict=True):

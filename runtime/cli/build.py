@@ -95,9 +95,26 @@ def _kv_precisions() -> str:
     group="Quantization",
 )
 @option(
+    "--own-codes",
+    is_flag=True,
+    help="Keep the numbers of a .gguf file's codes, each in its own bits and blocks. A folder's codes are kept anyway.",
+    group="Quantization",
+)
+@option(
     "--sensitive-bits",
     type=int,
     help="8 or 4: embedding, head and down projections.  [default: 8]",
+    group="Quantization",
+)
+@option(
+    "--algorithm",
+    help="Quantize by what sample texts show, as `qwen-aot quantize` does: rtn, awq, gptq or awq-gptq.",
+    group="Quantization",
+)
+@option(
+    "--keep-quantized",
+    type=GivenPath(),
+    help="Where the folder that --algorithm makes stays.  [default: nowhere]",
     group="Quantization",
 )
 @option(
@@ -163,6 +180,8 @@ def command(
     random_weights: bool,
     seed: int,
     with_verify: bool,
+    algorithm: str | None,
+    keep_quantized: Path | None,
     compute_capability: str | None,
     workspace_mib: int | None,
     optimization_level: int | None,
@@ -194,6 +213,12 @@ def command(
     from qwen_aot.errors import BuildError
 
     show_logs()
+    if with_verify and algorithm is not None:
+        raise click.UsageError("--verify compares with the checkpoint's own numbers; use qwen-aot compare afterwards")
+    if keep_quantized is not None and algorithm is None:
+        raise click.UsageError("--keep-quantized goes with --algorithm")
+    if dry_run and algorithm is not None:
+        raise click.UsageError("--dry-run plans no --algorithm: its bundle is as large as without")
     try:
         options = TensorRtOptions(
             compute_capabilities=tuple(compute_capability.split(",")) if compute_capability is not None else (),
@@ -210,6 +235,10 @@ def command(
             plugin_library=plugin_library,
         )
         spec = BuildSpec(tensorrt=options, **{name: value for name, value in request.items() if value is not None})
+        if algorithm is not None:
+            from qwen_aot.engines.build_quantized import quantize_spec_for
+
+            quantize_spec_for(spec, algorithm)
     except BuildError as error:
         raise click.UsageError(str(error)) from None
 
@@ -223,6 +252,12 @@ def command(
     ):
         if dry_run:
             plan = plan_build(source, spec, out, on_progress=show, threads=threads)
+        elif algorithm is not None:
+            from qwen_aot.engines.build_quantized import build_quantized
+
+            report = build_quantized(
+                source, algorithm, spec, out, keep=keep_quantized, on_progress=show, threads=threads
+            )
         else:
             verifier = verifier_for(source) if with_verify else None
             report = build_bundle(source, spec, out, on_progress=show, verifier=verifier, threads=threads)

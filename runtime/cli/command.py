@@ -89,7 +89,7 @@ class _Terminal(click.Command):
     context_class = _Context
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Runs the command and exits: 0 ok, 1 failed, 2 usage, 3 inconclusive (`verify`), 130 Ctrl-C, 143 SIGTERM."""
+        """Runs the command and exits: 0 ok, 1 failed, 2 usage, 3 inconclusive, 130 Ctrl-C, 143 SIGTERM."""
         kwargs["standalone_mode"] = False
         _open_closed_streams()
         for stream in (sys.stdout, sys.stderr):

@@ -42,6 +42,7 @@ def _precisions() -> str:
 @option("--max-context", type=int, help="Rows of the rotary tables.  [default: the model's context]", group="Main")
 @option("--block-size", type=int, help="Weights that share a scale (int8, int4).", group="Quantization")
 @option("--symmetric/--asymmetric", default=True, help="Without or with zero points.", group="Quantization")
+@option("--own-codes", is_flag=True, help="Keep the numbers of a .gguf file's codes.", group="Quantization")
 @json_option
 @threads_option
 def command(
@@ -52,6 +53,7 @@ def command(
     max_context: int | None,
     block_size: int | None,
     symmetric: bool,
+    own_codes: bool,
     as_json: bool,
     threads: int | None,
 ) -> None:
@@ -87,6 +89,7 @@ def command(
                     precision=precision,
                     block_size=block_size,
                     symmetric=symmetric,
+                    own_codes=own_codes,
                     max_context=max_context,
                     threads=threads,
                     on_progress=show,
@@ -99,6 +102,7 @@ def command(
                 precision=precision,
                 block_size=block_size,
                 symmetric=symmetric,
+                own_codes=own_codes,
                 max_context=max_context,
                 on_progress=show,
             )

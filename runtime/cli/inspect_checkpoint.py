@@ -1,41 +1,36 @@
-"""Facts of a checkpoint for `inspect`; no tensor is read."""
+"""Facts of a checkpoint for `inspect`; no weight is read."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_aot.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from qwen_aot.exporter.checkpoint.base import Checkpoint, TensorInfo
 
 logger = logging.getLogger(__name__)
 
 
 def facts(path: Path, *, list_tensors: bool) -> dict[str, Any]:
-    """The configuration, the tokenizer's files and the tensors by dtype; logs a warning where these don't fit.
+    """The configuration, the tokenizer's files, the tensors by how they are stored, and what builds make of them.
+
+    Logs a warning where the tensors aren't those of the configuration.
 
     Raises:
         CheckpointError: the path isn't a checkpoint.
     """
     from qwen_aot.exporter.checkpoint.open import open_checkpoint
     from qwen_aot.exporter.model.tensors import num_parameters
-    from qwen_aot.exporter.weights.sources import check_headers
 
     with open_checkpoint(path) as checkpoint:
-        try:
-            check_headers(checkpoint)
-        except CheckpointError as error:
-            logger.warning("the tensors aren't those of the configuration, and no build takes them: %s", error)
         config = dataclasses.asdict(checkpoint.config)
         if config["moe"] is not None:
             config["moe"]["sparse_layers"] = sorted(config["moe"]["sparse_layers"])
-        by_type: dict[str, tuple[int, int]] = {}
-        for info in checkpoint.tensors.values():
-            count, total = by_type.get(info.dtype.name, (0, 0))
-            elements = math.prod(info.shape)
-            by_type[info.dtype.name] = (count + 1, total + elements * info.dtype.itemsize)
         result: dict[str, Any] = {
             "kind": "checkpoint",
             "path": str(path),
@@ -43,13 +38,72 @@ def facts(path: Path, *, list_tensors: bool) -> dict[str, Any]:
             **config,
             "source": dict(checkpoint.source),
             "tokenizer_files": sorted(checkpoint.tokenizer.files),
-            "tensors_by_dtype": [
-                {"dtype": name, "tensors": count, "bytes": total} for name, (count, total) in sorted(by_type.items())
-            ],
+            "stored_bytes": sum(info.stored_bytes for info in checkpoint.tensors.values()),
+            "tensors_by_dtype": _by_dtype(checkpoint.tensors.values()),
+            "tensors_by_encoding": _by_encoding(checkpoint.tensors.values()),
+            "builds_without_flags": _builds(checkpoint),
         }
         if list_tensors:
             result["tensors"] = [
-                {"name": info.name, "dtype": info.dtype.name, "shape": list(info.shape)}
+                {
+                    "name": info.name,
+                    "dtype": info.dtype.name if info.encoding is None else None,
+                    "encoding": None if info.encoding is None else info.encoding.name,
+                    "shape": list(info.shape),
+                    "bytes": info.stored_bytes,
+                }
                 for info in checkpoint.tensors.values()
             ]
     return result
+
+
+def _by_dtype(tensors: Iterable[TensorInfo]) -> list[dict[str, Any]]:
+    """Those of plain numbers."""
+    found: dict[str, list[TensorInfo]] = {}
+    for info in tensors:
+        if info.encoding is None:
+            found.setdefault(info.dtype.name, []).append(info)
+    return [{"dtype": name, **_totals(each)} for name, each in sorted(found.items())]
+
+
+def _by_encoding(tensors: Iterable[TensorInfo]) -> list[dict[str, Any]]:
+    """Those of codes, by all that tells how they are stored; a type without codes of their form has a name alone."""
+    found: dict[tuple[Any, ...], list[TensorInfo]] = {}
+    for info in tensors:
+        if info.encoding is None:
+            continue
+        form = info.encoding.form
+        key: tuple[Any, ...] = (info.encoding.name, None, None, None, None, None)
+        if form is not None:
+            scales, order = form.scale_dtype.name, "other" if form.has_permutation else "own"
+            key = (info.encoding.name, form.bits, form.group_size, scales, form.has_zero_points, order)
+        found.setdefault(key, []).append(info)
+    names = ("encoding", "bits", "group_size", "scales", "zero_points", "order")
+    return [dict(zip(names, key, strict=True)) | _totals(found[key]) for key in sorted(found, key=str)]
+
+
+def _totals(tensors: list[TensorInfo]) -> dict[str, int]:
+    return {"tensors": len(tensors), "bytes": sum(info.stored_bytes for info in tensors)}
+
+
+def _builds(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """What a build without flags makes of it for each target; empty: no build takes it, and a warning says why."""
+    from qwen_aot.engines.planner.default_builds import default_builds
+    from qwen_aot.exporter.checkpoint.storage import storage_of
+    from qwen_aot.exporter.weights.sources import check_headers
+
+    try:
+        check_headers(checkpoint)
+        storage = storage_of(checkpoint)
+    except CheckpointError as error:
+        logger.warning("the tensors aren't those of the configuration, and no build takes them: %s", error)
+        return []
+    return [
+        {
+            "target": str(build.target),
+            "precision": str(build.precision),
+            "own_codes": build.own_codes,
+            "refusal": build.refusal,
+        }
+        for build in default_builds(checkpoint.config, storage)
+    ]

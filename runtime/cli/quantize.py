@@ -11,6 +11,7 @@ from qwen_aot.runtime.cli.command import VerbCommand, option
 from qwen_aot.runtime.cli.console import count, duration, print_json, progress_on_stderr, show_logs, size, stdout
 from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, json_option, threads_option
 from qwen_aot.runtime.cli.tables import print_facts, say
+from qwen_aot.runtime.cli.text_file import read_text
 
 if TYPE_CHECKING:
     from qwen_aot.engines.quantize import QuantizeReport
@@ -106,7 +107,7 @@ def command(
         raise click.UsageError(str(error)) from None
     if text_files and not spec.how.uses_texts:
         raise click.UsageError(f"--text goes with an algorithm that looks at texts, and {spec.algorithm} doesn't")
-    texts = [_read_text(path) for path in text_files]
+    texts = [read_text(path) for path in text_files]
     from qwen_aot.engines.quantize import quantize_checkpoint
     from qwen_aot.runtime.cli.source import open_source
 
@@ -119,13 +120,6 @@ def command(
         print_json({"folder": str(report.out), **report.to_json()})
     else:
         _show(report)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise click.UsageError(f"--text {path} isn't UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def _show(report: QuantizeReport) -> None:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_aot.errors import BuildError, CheckpointError, EngineMismatchError
+from qwen_aot.errors import BuildError, EngineMismatchError
 from qwen_aot.runtime.cli.command import EXIT_FAILED, EXIT_INCONCLUSIVE, VerbCommand, option
 from qwen_aot.runtime.cli.console import busy, count, print_json, progress_on_stderr, show_logs, size, stdout
 from qwen_aot.runtime.cli.options import CONTEXT, allow_bundle_code_option, bundle_argument, json_option, threads_option
 from qwen_aot.runtime.cli.tables import print_table, say
+from qwen_aot.runtime.cli.text_file import read_text
 from qwen_aot.runtime.cli.visible import visible
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def command(
         raise click.UsageError("--layer-bound goes with --per-layer")
     if skip_weights and per_layer:
         raise click.UsageError("--skip-weights doesn't go with --per-layer, which compares no weights")
-    content = TEXT if text is None else _read_text(text)
+    content = TEXT if text is None else read_text(text)
     if per_layer:
         _run_per_layer(bundle, reference, random_weights, weights_seed, content, window, layer_bound, as_json)
         return
@@ -182,6 +183,7 @@ def _run_per_layer(
     bound: float | None,
     as_json: bool,
 ) -> None:
+    from qwen_aot.engines.verify.same_model import require_same_model
     from qwen_aot.runtime.bundle.load import load_bundle
     from qwen_aot.runtime.cli import verify_layers
     from qwen_aot.runtime.cli.source import open_source
@@ -192,7 +194,7 @@ def _run_per_layer(
         open_source(reference, random_weights=random_weights, seed=weights_seed) as checkpoint,
         progress_on_stderr() as show,
     ):
-        _require_same_model(bundle.manifest, checkpoint)
+        require_same_model(bundle.manifest, checkpoint)
         report = verify_layers.compare(bundle, checkpoint, text, window, bound, show)
     if as_json:
         print_json({"bundle": str(path), "reference": reference, **report.to_json()})
@@ -239,13 +241,14 @@ def verify_bundle(
         BuildError: its context or the text is too short to be scored.
     """
     from qwen_aot.engines.verify.bundle_report import BundleReport
+    from qwen_aot.engines.verify.same_model import require_same_model
     from qwen_aot.engines.verify.verdict import Verdict
     from qwen_aot.engines.verify.weights import SKIPPED
     from qwen_aot.runtime.bundle.load import load_bundle
     from qwen_aot.runtime.generation.generator import Generator
 
     manifest = load_bundle(path, skip_hash_above=0).manifest  # a damaged weight is named by its tensor, not by its file
-    _require_same_model(manifest, checkpoint)
+    require_same_model(manifest, checkpoint)
     length = _window_length(manifest, window, greedy_tokens)
     count = 2 if skip_weights else 3
     weights = SKIPPED if skip_weights else _check_weights(path, manifest, checkpoint, threads, count, on_progress)
@@ -332,29 +335,6 @@ def _score(
         on_progress=lambda done, total: on_progress(ProgressEvent("compare", count, count, done, total, POSITIONS)),
     )
     return found, reference.read_by
-
-
-def _require_same_model(manifest: Manifest, checkpoint: Checkpoint) -> None:
-    from qwen_aot.exporter.model.tensors import num_parameters
-
-    model, config = manifest.model, checkpoint.config
-    for name, ours, theirs in (
-        ("vocab_size", model.vocab_size, config.vocab_size),
-        ("num_hidden_layers", model.num_hidden_layers, config.num_hidden_layers),
-        ("num_parameters", model.num_parameters, num_parameters(config)),
-    ):
-        if ours != theirs:
-            raise CheckpointError(
-                f"the reference {checkpoint.path} has {name} {theirs:,}, the bundle's model {model.name} has "
-                f"{ours:,}: give the checkpoint that the bundle was built from"
-            )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise click.UsageError(f"--text {path} isn't UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def verifier_for(checkpoint: Checkpoint) -> Verifier:

@@ -6,12 +6,13 @@ import contextlib
 import threading
 from collections import abc
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias, Unpack, overload
 
 from qwen_aot.errors import ContextFullError, GenerationError
 from qwen_aot.runtime.backends.open import open_engine
-from qwen_aot.runtime.bundle.load import load_bundle
+from qwen_aot.runtime.bundle.load import Bundle, load_bundle
 from qwen_aot.runtime.engine.protocol import Engine
 from qwen_aot.runtime.generation.arguments import Configs, Prompt, is_one_prompt, make_requests
 from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
@@ -64,6 +65,7 @@ class Generator:
         threads: int | None = None,
         skip_hash_above: int | None = None,
         allow_bundle_code: bool = False,
+        rows: int | None = None,
     ) -> Generator:
         """Opens a bundle.
 
@@ -73,12 +75,16 @@ class Generator:
             skip_hash_above: see `runtime.bundle.load.load_bundle`.
             allow_bundle_code: let the bundle run native code that isn't this machine's own; for bundles of people whose
                 programs you would run. Also: the variable QWEN_AOT_ALLOW_BUNDLE_CODE=1.
+            rows: use no more of the bundle's rows than so many, for less memory; None: all of them.
 
         Raises:
             BundleError: the bundle is damaged.
             EngineMismatchError: this machine can't run it, or it has code that isn't allowed.
+            GenerationError: the bundle has fewer rows, or an engine whose rows are fixed.
         """
         bundle = load_bundle(path, skip_hash_above=skip_hash_above)
+        if rows is not None:
+            bundle = _with_rows(bundle, rows)
         tokenizer = load_tokenizer(bundle)
         defaults = GenerationDefaults.from_bundle(bundle)
         engine = open_engine(bundle, threads=threads, allow_bundle_code=allow_bundle_code)
@@ -458,3 +464,18 @@ class Generator:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _with_rows(bundle: Bundle, rows: int) -> Bundle:
+    """The bundle with some of its rows."""
+    manifest = bundle.manifest
+    if isinstance(rows, bool) or not isinstance(rows, int) or not 1 <= rows <= manifest.max_batch:
+        raise GenerationError(
+            f"rows is {rows!r}; accepted: 1 to {manifest.max_batch}, the bundle's own (--max-batch of its build)"
+        )
+    if rows != manifest.max_batch and PurePosixPath(manifest.engines.text.file).suffix != ".onnx":
+        raise GenerationError(
+            f"rows is {rows}, and this engine was compiled for {manifest.max_batch}: leave it out, or build the bundle "
+            f"with --max-batch {rows}"
+        )
+    return replace(bundle, manifest=replace(manifest, max_batch=rows))

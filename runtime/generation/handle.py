@@ -135,6 +135,30 @@ class RequestHandle:
         """Whether its last event is there."""
         return self._channel.is_ended
 
+    @property
+    def event_count(self) -> int:
+        """How many events there are by now, read or not."""
+        return len(self._channel.events)
+
+    def events_from(self, start: int) -> list[Event]:
+        """The events that are there by now, from the one with this number (the first is 0) on; waits for none."""
+        return self._channel.events[start:]
+
+    def call_when_more(self, seen: int, wake: Callable[[], None]) -> bool:
+        """For whoever reads many handles at once: has `wake` called, by the service's thread, when something changes.
+
+        Args:
+            seen: events that are known.
+            wake: called once; must not block.
+
+        Returns:
+            False: there are more events already, or the end, and it won't be called.
+        """
+        if self._channel.call_when_more(seen, wake):
+            return True
+        self._channel.call_no_more(wake)
+        return False
+
     def cancel(self) -> None:
         """Ends the request at the next step, with a completion that says `cancelled`. May come from anywhere."""
         self._channel.cancel()

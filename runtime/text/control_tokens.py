@@ -30,6 +30,7 @@ Span = tuple[int, int]  # of characters: first, one behind the last
 _PRIVATE = range(0xF0000, 0x10FFFE)
 _SPACES = re.compile(r"\s*")
 _NOT_CHARACTERS = {0xFFFFE, 0xFFFFF}
+LONG_TEXT = 10_000  # characters, about a millisecond
 
 
 class How(enum.Enum):
@@ -154,9 +155,9 @@ class ControlTokens:
             GenerationError: this tokenizer makes a control token of plain text, which can't be kept apart.
         """
         if own is None:
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+            return list(_encode(self._tokenizer, text, add_special_tokens).ids)
         if self._has_normalized or list(self._occurrences(text)) == list(own):
-            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            encoding = _encode(self._tokenizer, text, add_special_tokens)
             if not self._has_normalized or self._has_only(encoding, text, own):
                 return list(encoding.ids)
         (first,) = _unused([text], 1, together=len(self._ids) + self._holes)
@@ -165,7 +166,7 @@ class ControlTokens:
         for start, end in own:
             pieces += [text[position:start], stand_ins[text[start:end]]]
             position = end
-        encoding = encoder.encode("".join([*pieces, text[position:]]), add_special_tokens=add_special_tokens)
+        encoding = _encode(encoder, "".join([*pieces, text[position:]]), add_special_tokens)
         # What is put around a text is wanted, and has the tokenizer's own ids; the text has the encoder's, in which
         # control tokens come from stand-ins only.
         is_put = encoding.special_tokens_mask
@@ -279,6 +280,13 @@ class _Spellings:
             pieces += [inner[position:start], marks.start, inner[start:end], marks.end]
             position = end
         return "".join([*pieces, inner[position:], tail, after])
+
+
+def _encode(tokenizer: RustTokenizer, text: str, add_special_tokens: bool) -> Encoding:
+    """Encodes a text; other threads of the interpreter go on meanwhile if it is long (`encode` stops them all)."""
+    if len(text) <= LONG_TEXT:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
 
 def _pattern(tokens: Sequence[AddedToken]) -> re.Pattern[str]:

@@ -6,6 +6,7 @@
     ├── BuildError               the engine or the bundle can't be made (space, memory, unsupported combination)
     ├── BundleError              a bundle is damaged, incomplete or of another format version
     │   └── EngineMismatchError  the bundle is sound but this machine or library can't run it
+    ├── SettingsError            (`runtime.server.settings`) no server is started with these settings
     └── GenerationError          a request or a step failed at run time
         ├── ContextFullError     the sequence doesn't fit the engine's context
         ├── QueueFullError       a service has as many requests waiting as it may: try again later

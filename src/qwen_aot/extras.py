@@ -10,18 +10,23 @@ from pathlib import Path
 EXTRA_OF = {
     "cuda": "cuda",
     "gguf": "build",
+    "h11": "serve",
+    "matplotlib": "plot",
     "ml_dtypes": "build",
     "onnx": "build",
     "onnx_ir": "build",
     "onnxruntime": "cpu",
     "onnxscript": "build",
     "polygraphy": "verify",
+    "prometheus_client": "serve",
     "safetensors": "verify",
+    "starlette": "serve",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
     "torch": "build",
     "transformers": "verify",
     "triton": "plugins",
+    "uvicorn": "serve",
     "ziglang": "release",
 }
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
+from gguf import GGMLQuantizationType
 
 from qwen_aot.engines.build import build_bundle, plan_build
 from qwen_aot.engines.export import export_graph
@@ -17,12 +19,15 @@ from qwen_aot.engines.verify.layer_graphs import compare_bundle_layers
 from qwen_aot.engines.verify.verdict import Verdict
 from qwen_aot.engines.verify.weights import check_weights
 from qwen_aot.errors import BuildError
+from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine, OrtOptions
 from qwen_aot.runtime.bundle.load import load_bundle
+from qwen_aot.runtime.cli import build as build_verb
 from tests.bundle_copies import changed, data_tensors
-from tests.checkpoints import reference_logits
+from tests.checkpoints import reference_logits, tiny_config, tiny_model
 from tests.coded_checkpoints import CODINGS, MOE, CodedCheckpoint
 from tests.exporter.lowering.ort.test_own_codes import RELATIVE_BOUND, assert_bit_equal, difference
+from tests.gguf_files import save_gguf
 
 KINDS: dict[str, dict[str, Any]] = {
     "mixed": {"coding": CODINGS["mixed"]},
@@ -106,6 +111,31 @@ def test_floats_of_the_same_codes_on_request(tmp_path: Path) -> None:
     assert report.manifest.engines.text.quantization == {}
     assert not any("second time" in warning for warning in report.warnings)
     assert difference(source, tmp_path / "b" / "model.onnx") < RELATIVE_BOUND
+
+
+def test_a_gguf_files_codes_on_request(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    save_gguf(file, tiny_model(tiny_config(kv_heads=2)), "llama", kind=GGMLQuantizationType.Q4_1)
+    asked = [str(file), "-o", str(tmp_path / "b"), "--max-context", "64", "--own-codes"]
+    result = CliRunner().invoke(build_verb.command, asked)
+    assert result.exit_code == 0, result.output
+    manifest = load_bundle(tmp_path / "b").manifest
+    text = manifest.engines.text
+    assert text.quantization == {"own_codes": True, "fast_prefill": False}
+    with open_checkpoint(file) as source:
+        encoded = len([info for info in source.tensors.values() if info.encoding is not None])
+        assert text.weight_encodings.kept == {"gguf-q4_1": encoded} and text.weight_encodings.requantized == {}
+        found = check_weights(tmp_path / "b", manifest, source)
+        assert (found.verdict, found.compared) == (Verdict.PASSED, "bytes")
+        for lowering in ("ort", "standard"):
+            out = tmp_path / lowering
+            exported = export_graph(
+                source.config, out, checkpoint=source, lowering=lowering, own_codes=True, max_context=64
+            )
+            ops = {node.op_type for node in onnx.load(exported.graph, load_external_data=False).graph.node}
+            assert {"ReduceSum", "MatMulNBits" if lowering == "ort" else "DequantizeLinear"} <= ops
+    plain = CliRunner().invoke(build_verb.command, [*asked[:3], *asked[3:5], "--precision", "fp32", "--own-codes"])
+    assert plain.exit_code == 2 and "own_codes doesn't go with precision fp32" in plain.stderr
 
 
 @pytest.mark.parametrize("lowering", ["ort", "standard", "plugin"])

@@ -49,6 +49,20 @@ FOLDERS: dict[str, tuple[dict[str, Any], Callable[..., Any], dict[str, Any]]] = 
         {"make": functools.partial(random_codes, symmetric=False, smallest_zero=0)},
     ),
     "compressed-tensors-w4a16": (compressed_tensors_config({"group_size": 32}), compressed_tensors, {}),
+    "compressed-tensors-w4a16, embedding": (
+        compressed_tensors_config({"group_size": 32}),
+        compressed_tensors,
+        {"names": (*PROJECTIONS, "embed_tokens")},
+    ),
+    "compressed-tensors-w8a16, embedding that is the head, zero points": (
+        compressed_tensors_config({"num_bits": 8, "symmetric": False}),
+        functools.partial(compressed_tensors, symmetric=False),
+        {
+            "make": functools.partial(random_codes, bits=8, symmetric=False, smallest_zero=0),
+            "names": (*PROJECTIONS, "embed_tokens"),
+            "tied": True,
+        },
+    ),
     "gptq-int4, experts": (gptq_config(group_size=32), gptq, {"zero_biases": True, "moe": MOE}),
 }
 
@@ -56,8 +70,9 @@ FOLDERS: dict[str, tuple[dict[str, Any], Callable[..., Any], dict[str, Any]]] = 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_builds_without_flags(name: str, tmp_path: Path) -> None:
     quantization, pack, options = FOLDERS[name]
-    config = {"hidden": 64, "intermediate": 96, "heads": 4} | {key: options[key] for key in ("moe",) if key in options}
-    how = {key: value for key, value in options.items() if key != "moe"}
+    of_model = options.keys() & {"moe", "tied"}
+    config = {"hidden": 64, "intermediate": 96, "heads": 4} | {key: options[key] for key in of_model}
+    how = {key: value for key, value in options.items() if key not in of_model}
     saved = save_quantized(tmp_path / "checkpoint", quantization, pack, **how, **config)
     model: Any = tiny_model(tiny_config(layers=1, kv_heads=2, **config))
     values = {key: array.astype(np.float32) for key, array in saved.plain.items() if not _is_placeholder(key)}

@@ -15,7 +15,7 @@ from qwen_aot.runtime.backends.open import open_engine
 from qwen_aot.runtime.bundle.load import Bundle, load_bundle
 from qwen_aot.runtime.bundle.manifest import FileEntry, IoTensor, VisionEngine, WeightEncodings
 from qwen_aot.runtime.generation.config import GenerationConfig
-from qwen_aot.runtime.generation.generator import Generator
+from qwen_aot.runtime.generation.generator import Generator, _with_rows
 from qwen_aot.runtime.generation.request import Request
 from tests.runtime.fakes import FakeEngine
 from tests.runtime.texts import GOLDEN, golden_tokenizer
@@ -62,6 +62,26 @@ def test_text_from_a_bundle(path: Path) -> None:
         assert list(completion.token_ids) == continuation(tokenizer.encode(prompt), 12)
         assert completion.text == tokenizer.decode(completion.token_ids)
     assert len(streamed) == 13 and streamed[-1].token_ids == completions[1].token_ids  # type: ignore[union-attr]
+
+
+def test_fewer_rows_than_the_bundle_has(path: Path) -> None:
+    with Generator.open(path, threads=1) as generator:
+        expected = [completion.token_ids for completion in generator.generate(["Hello", "naïve", "a"])]
+    with Generator.open(path, threads=1, rows=1) as generator:
+        assert generator.engine.manifest.max_batch == 1 and len(generator.engine.cache_length) == 1
+        assert [completion.token_ids for completion in generator.generate(["Hello", "naïve", "a"])] == expected
+    for wrong in (0, 3, True, 1.5):
+        with pytest.raises(GenerationError, match=r"rows is .*; accepted: 1 to 2, the bundle's own"):
+            Generator.open(path, rows=wrong)  # type: ignore[arg-type]
+
+
+def test_rows_of_an_engine_that_was_compiled_for_them(path: Path) -> None:
+    bundle = load_bundle(path)
+    files = {**bundle.manifest.files, "engine.plan": FileEntry(0, "0" * 64)}
+    compiled = with_text_engine(replace(bundle.manifest, files=files), file="engine.plan")
+    with pytest.raises(GenerationError, match="rows is 1, and this engine was compiled for 2"):
+        _with_rows(Bundle(path, compiled), 1)
+    assert _with_rows(Bundle(path, compiled), 2).manifest.max_batch == 2
 
 
 def as_snapshot(path: Path, cache: Path) -> Path:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import FileSpan, TensorInfo, TokenizerFiles
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows, no_codes
-from qwen_aot.exporter.checkpoint.gguf.codes import decode, encoding_of, has_codes
+from qwen_aot.exporter.checkpoint.gguf.codes import QUANTIZED, decode, encoding_of
 from qwen_aot.exporter.checkpoint.gguf.config import parse
 from qwen_aot.exporter.checkpoint.gguf.header import GgufTensor
 from qwen_aot.exporter.checkpoint.gguf.names import NAMES
@@ -37,11 +37,7 @@ _PLAIN: Mapping[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F16: np.dtype("<f2"),
     GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
-_QUANTIZED = tuple(
-    GGMLQuantizationType[name]
-    for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-)
-_SUPPORTED = (*_PLAIN, *_QUANTIZED)
+_SUPPORTED = (*_PLAIN, *QUANTIZED)
 
 _ROTARY = (Role.QUERY, Role.KEY, Role.QUERY_BIAS, Role.KEY_BIAS)
 _CHUNK_ELEMENTS = 4 << 20  # dequantized at once: the gguf package takes several times that in temporaries
@@ -103,9 +99,9 @@ class GgufCheckpoint:
         """A tensor, or some rows of it, as codes and scales, in the rows' Hugging Face order.
 
         Raises:
-            CheckpointError: there is no such tensor, or its type has no codes of this form.
+            CheckpointError: there is no such tensor, or it is plain numbers.
         """
-        if name not in self._stored or not has_codes(self._stored[name].tensor.type):
+        if name not in self._stored or self._stored[name].tensor.type in _PLAIN:
             raise no_codes(self.path, name)
         stored = self._stored[name]
         return decode(_coded_rows(stored)[_row_index(stored, rows)], stored.tensor.type)
@@ -145,8 +141,15 @@ def _info(name: str, stored: _Stored) -> TensorInfo:
     span = None
     if tensor.type in _PLAIN and not stored.rotary_head_dim:
         span = FileSpan(stored.file.path, tensor.offset, tensor.shape[0] * tensor.row_bytes)
-    encoding = None if tensor.type in _PLAIN else encoding_of(tensor.type)
-    return TensorInfo(name, tensor.shape, _PLAIN.get(tensor.type, np.dtype(np.float32)), span, encoding)
+    if tensor.type in _PLAIN:
+        return TensorInfo(name, tensor.shape, _PLAIN[tensor.type], span)
+    return TensorInfo(
+        name,
+        tensor.shape,
+        np.dtype(np.float32),
+        encoding=encoding_of(tensor.type),
+        encoded_bytes=tensor.shape[0] * tensor.row_bytes,
+    )
 
 
 def _interpret(path: Path, files: GgufFiles) -> tuple[ModelConfig, Mapping[str, _Stored], TokenizerFiles]:

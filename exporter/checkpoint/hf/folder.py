@@ -58,7 +58,13 @@ class HfFolderCheckpoint:
             raise
         self._linears: Mapping[str, QuantizedLinear] = {linear.stored.weight: linear for linear in linears}
         self.tensors: Mapping[str, TensorInfo] = tensors | {
-            weight: TensorInfo(weight, linear.stored.shape, _FLOAT32, encoding=linear.encoding)
+            weight: TensorInfo(
+                weight,
+                linear.stored.shape,
+                _FLOAT32,
+                encoding=linear.encoding,
+                encoded_bytes=sum(part.stored_bytes for part in linear.stored.parts.values()),
+            )
             for weight, linear in self._linears.items()
         }
 
@@ -108,7 +114,9 @@ class HfFolderCheckpoint:
         """Checks all quantized linears, and takes placeholder biases out of `tensors`."""
         view, stored = self._shards.view, self._shards.tensors
         shapes = tensor_shapes(self.config)
-        linear_shapes = {name: shape for name, shape in shapes.items() if name != Role.EMBEDDING.tensor_name()}
+        linear_shapes = dict(shapes)
+        if not quantization.format.has_tables:
+            del linear_shapes[Role.EMBEDDING.tensor_name()]
         try:
             linears = [
                 stored_linear(module, given[module + WEIGHT], parts, linear_shapes, view)

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from qwen_aot.exporter.checkpoint.encoding import Arrange
 from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.lowering.ort.provider import MS_DOMAIN
+from qwen_aot.exporter.lowering.own_codes import block_sums
 from qwen_aot.exporter.lowering.passes import decides
-from qwen_aot.exporter.quantize.store import QuantizedWeights, dims
+from qwen_aot.exporter.quantize.store import QuantizedWeight, QuantizedWeights, dims
 from qwen_aot.exporter.weights.recipe import Traced
 
 
@@ -47,9 +48,34 @@ def quantize_linears(traced: Traced, weights: QuantizedWeights, accuracy_level: 
             domain=MS_DOMAIN,
             name=node.name,
         )
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
+        nodes_of_product = [new] if matrix.offsets is None else [new, *_offsets_added(node, new, matrix)]
+        results = nodes_of_product[-1].outputs
+        ir.convenience.replace_nodes_and_values(graph, node, [node], nodes_of_product, node.outputs, results)
         replaced += 1
     return replaced
+
+
+def _offsets_added(linear: ir.Node, product: ir.Node, matrix: QuantizedWeight) -> list[ir.Node]:
+    """Nodes that add the product of the input's block sums with the blocks' offsets [n, N], in fp32.
+
+    MatMulNBits would take offset / scale as a floating-point zero point, and dequantizes the whole matrix for it at
+    each call: 16 ms in place of 0.5 ms for one token and 1024 x 4096 weights (ONNX Runtime 1.32, two cores).
+    """
+    x, (result,) = linear.inputs[0], linear.outputs
+    assert x is not None and matrix.offsets is not None and result.dtype is not None
+    blocks = dims(matrix.offsets)[0]
+    summing = block_sums(x, blocks, matrix.layout.block_size, str(linear.name))
+    offset = ir.node("MatMul", [summing[-1].outputs[0], matrix.offsets], name=f"{linear.name}_offset")
+    return [*summing, offset, *_added(product.outputs[0], offset.outputs[0], result.dtype, f"{linear.name}_sum")]
+
+
+def _added(value: ir.Value, fp32: ir.Value, dtype: ir.DataType, name: str) -> list[ir.Node]:
+    """The sum of a value of the compute type and one of fp32, rounded to the compute type once."""
+    if dtype == ir.DataType.FLOAT:
+        return [ir.node("Add", [value, fp32], name=name)]
+    wide = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value}, name=f"{name}_wide")
+    added = ir.node("Add", [wide.outputs[0], fp32], name=name)
+    return [wide, added, ir.node("Cast", added.outputs, {"to": dtype.value}, name=f"{name}_rounded")]
 
 
 def quantize_embedding(traced: Traced, weights: QuantizedWeights, *, with_zero_points: bool = False) -> int:
@@ -83,7 +109,11 @@ def quantize_embedding(traced: Traced, weights: QuantizedWeights, *, with_zero_p
             name=node.name,
         )
         padded = n * layout.block_size
-        new = [*scale_nodes, gather, *_reshape(gather.outputs[0], [0, 0, padded], f"{node.name}_rows")]
+        new = [*scale_nodes, gather]
+        if matrix.offsets is not None:
+            assert node.outputs[0].dtype is not None
+            new += _gathered_offsets(node, gather, matrix.offsets, node.outputs[0].dtype)
+        new += _reshape(new[-1].outputs[0], [0, 0, padded], f"{node.name}_rows")
         if padded != width:
             sizes = ir.node("Constant", [], {"value_ints": [width, padded - width]}, name=f"{node.name}_widths")
             new += [
@@ -99,6 +129,14 @@ def quantize_embedding(traced: Traced, weights: QuantizedWeights, *, with_zero_p
         ir.convenience.replace_nodes_and_values(graph, node, [node], new, node.outputs, new[-1].outputs[:1])
         replaced += 1
     return replaced
+
+
+def _gathered_offsets(node: ir.Node, rows: ir.Node, offsets: ir.Value, dtype: ir.DataType) -> list[ir.Node]:
+    """Nodes that add the offsets [V, n] of the gathered rows' blocks, since GatherBlockQuantized's zeros are codes."""
+    gather = ir.node("Gather", [offsets, node.inputs[1]], {"axis": 0}, name=f"{node.name}_offsets")
+    axis = ir.node("Constant", [], {"value_ints": [-1]}, name=f"{node.name}_offsets_axis")
+    column = ir.node("Unsqueeze", [gather.outputs[0], axis.outputs[0]], name=f"{node.name}_offsets_column")
+    return [gather, axis, column, *_added(rows.outputs[0], column.outputs[0], dtype, f"{node.name}_sum")]
 
 
 def _is_matrix_of_recipe(traced: Traced, value: ir.Value | None) -> bool:

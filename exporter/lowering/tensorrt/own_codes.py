@@ -1,9 +1,9 @@
 """A checkpoint's own codes in standard ONNX: signed codes in blocks along K behind a DequantizeLinear.
 
 TensorRT takes no zero points but 0, so a block's offset from the middle of its range is a second, small product: of the
-sums of the input's blocks, in fp32, in which offset times scale is exact.
+sums of the input's blocks, in fp32, in which offset times scale is exact. So are the minimums of GGUF's types.
 
-    y = x · (codes - middle) · scale  +  sum of x over each block · (middle - zero point) · scale
+    y = x · (codes - middle) · scale  +  sum of x over each block · ((middle - zero point) · scale + offset)
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows, dequantize
 from qwen_aot.exporter.graph import ops
-from qwen_aot.exporter.lowering.passes import decides, rank
+from qwen_aot.exporter.lowering.own_codes import block_sums
+from qwen_aot.exporter.lowering.passes import decides
 from qwen_aot.exporter.quantize.blockwise import pack
-from qwen_aot.exporter.quantize.encoded import as_scales
+from qwen_aot.exporter.quantize.encoded import as_scales, may_overflow
 from qwen_aot.exporter.quantize.formats import ByCodes
 from qwen_aot.exporter.quantize.own_codes import AS_FLOATS, SignedFormat, no_experts
-from qwen_aot.exporter.quantize.store import UNCHECKED_SCALE, dims
+from qwen_aot.exporter.quantize.store import dims
 from qwen_aot.exporter.weights.recipe import Arrays, OutOfRangeError, Output, Recipe, Traced
 
 _STORED = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
@@ -141,7 +142,7 @@ def require_range(part: EncodedRows, recipe: Recipe, first_row: int) -> None:
     Raises:
         OutOfRangeError: names the row of the chunk, in which the part's first row is `first_row`.
     """
-    if np.abs(part.scales.astype(np.float32)).max(initial=0) <= UNCHECKED_SCALE:
+    if not may_overflow(part):
         return
     try:
         recipe.transform(dequantize(part))
@@ -150,7 +151,9 @@ def require_range(part: EncodedRows, recipe: Recipe, first_row: int) -> None:
 
 
 def _signed(part: EncodedRows, form: SignedFormat, dtype: ir.DataType, first_row: int) -> tuple[NDArray[Any], ...]:
-    """Codes [r, K] int8 around 0, scales [r, n], and (middle - zero point) * scale [r, n] where the form has offsets.
+    """Codes [r, K] int8 around 0, scales [r, n], and where the form has offsets the sum of these [r, n] fp32.
+
+    A block's offset is (middle - zero point) * scale, or the checkpoint's own.
 
     A scale of 0, which TensorRT refuses, becomes the smallest there is, with codes of 0.
 
@@ -178,7 +181,8 @@ def _signed(part: EncodedRows, form: SignedFormat, dtype: ir.DataType, first_row
     found.append(as_scales(np.where(is_zero, np.float32(least), scales), dtype.numpy(), first_row))
     if form.has_offsets:
         zeros = np.full(part.scales.shape, middle, np.uint8) if part.zero_points is None else part.zero_points
-        found.append((np.float32(middle) - zeros[:, group].astype(np.float32)) * scales)
+        from_zero_points = (np.float32(middle) - zeros[:, group].astype(np.float32)) * scales
+        found.append((from_zero_points + part.found_offsets[:, group]).astype(np.float32))
     return tuple(found)
 
 
@@ -186,8 +190,7 @@ def _add_offsets(traced: Traced, node: ir.Node, weight: ir.Value, offsets: ir.Va
     """The product, and that of the blocks' sums with the offsets, added in fp32."""
     x, _, *bias = node.inputs
     (result,) = node.outputs
-    assert x is not None and x.shape is not None and result.shape is not None and result.dtype is not None
-    lead = rank(x) - 1
+    assert x is not None and result.shape is not None and result.dtype is not None
     is_fp32 = result.dtype == ir.DataType.FLOAT
     new: list[ir.Node] = []
 
@@ -205,12 +208,9 @@ def _add_offsets(traced: Traced, node: ir.Node, weight: ir.Value, offsets: ir.Va
         return value if is_fp32 else add("Cast", [value], part, to=ir.DataType.FLOAT.value)
 
     product = fp32(linear([x, weight], "product", result.dtype), "product_fp32")
-    blocks = dims(offsets)[1]
-    shape = add("Constant", [], "blocks_shape", value_ints=[0] * lead + [blocks, form.block_size])
-    by_block = fp32(add("Reshape", [x, shape], "blocks"), "blocks_fp32")
-    axis = add("Constant", [], "block_axis", value_ints=[lead + 1])
-    sums = add("ReduceSum", [by_block, axis], "block_sums", keepdims=0)
-    sums.type, sums.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([*list(x.shape)[:-1], blocks])
+    summing = block_sums(x, dims(offsets)[1], form.block_size, str(node.name))
+    new += summing
+    sums = summing[-1].outputs[0]
     total = add("Add", [product, linear([sums, offsets], "offset", ir.DataType.FLOAT)], "sum")
     if not is_fp32:
         total = add("Cast", [total], "rounded", to=result.dtype.value)

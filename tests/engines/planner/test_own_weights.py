@@ -67,6 +67,11 @@ def with_table(name: str) -> Coding | None:
     return Coding(4, 32, zero_points=True) if LINEAR.search(name) or "embed_tokens" in name else None
 
 
+def with_minimums_of_halves(name: str) -> Coding | None:
+    """The embedding too has minimums."""
+    return Coding(4, 32, offsets=True) if LINEAR.search(name) or "embed_tokens" in name else None
+
+
 MODELS: dict[str, dict[str, Any]] = {
     **{name: {"coding": CODINGS[name]} for name in ("4 bits", "4 bits, zero points", "mixed", "whole rows")},
     "different orders": {"coding": CODINGS["an order of its own each"]},
@@ -81,8 +86,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe": MOE | {"moe_intermediate_size": 256},
     },
     "8 bits": {"coding": Coding(8, 32)},
+    "minimums": {"coding": CODINGS["minimums"], "tied": True},
+    "minimums, table in codes": {"coding": with_minimums_of_halves, "tied": True},
 }
-FIRST = ("4 bits, zero points", "mixed", "tied", "experts", "experts of the plugin")
+FIRST = ("4 bits, zero points", "mixed", "tied", "experts", "experts of the plugin", "minimums, table in codes")
 CASES = [
     pytest.param(model, target, marks=() if model in FIRST or target == "cpu" else pytest.mark.deep)
     for model in MODELS

@@ -21,6 +21,8 @@ FOUR = Encoding("gptq", CodeForm(4, 128, HALF), fixes_precision=True)
 EIGHT = Encoding("gptq", CodeForm(8, 128, HALF), fixes_precision=True)
 AWQ = Encoding("awq", CodeForm(4, 128, HALF, has_zero_points=True), fixes_precision=True)
 GGUF = Encoding("gguf-q4_0", CodeForm(4, 32, HALF))
+Q4_1 = Encoding("gguf-q4_1", CodeForm(4, 32, HALF, has_offsets=True))
+Q8_0 = Encoding("gguf-q8_0", CodeForm(8, 32, HALF))
 
 
 def storage(*encodings: Encoding, dtypes: Any = TABLES) -> Storage:
@@ -54,6 +56,18 @@ def test_its_own_precision_and_floats_may_be_named() -> None:
         assert settled(spec, own) is spec
 
 
+@pytest.mark.parametrize("target", Target)
+def test_a_gguf_files_codes_are_kept_on_request(target: Target) -> None:
+    found = settled(BuildSpec(target=target, own_codes=True), storage(GGUF, Q4_1, Q8_0))
+    assert (found.precision, found.own_codes) == ("int4", True)
+    assert settled(BuildSpec(target=target, own_codes=True), storage(Q8_0, Q8_0, GGUF)).precision == "int8"
+
+
+def test_own_codes_and_floats_exclude_each_other() -> None:
+    with pytest.raises(BuildError, match="own_codes doesn't go with precision fp32; accepted: int4, int8"):
+        BuildSpec(own_codes=True, precision="fp32")  # type: ignore[arg-type]
+
+
 CONFLICTS: dict[str, tuple[dict[str, Any], Storage, str]] = {
     "int8": (
         {"precision": "int8"},
@@ -71,6 +85,11 @@ CONFLICTS: dict[str, tuple[dict[str, Any], Storage, str]] = {
     "asymmetric": ({"symmetric": False}, storage(FOUR), "symmetric False conflicts"),
     "symmetric": ({"symmetric": True}, storage(AWQ), r"groups of 128 with zero points.*leave symmetric out"),
     "sensitive bits": ({"sensitive_bits": 8}, storage(FOUR, dtypes={}), "sensitive_bits 8 conflicts"),
+    "a GGUF file's own codes in another precision": (
+        {"own_codes": True, "precision": "int8"},
+        storage(Q4_1, Q4_1),
+        r"int8 would round .* 2 tensors of gguf-q4_1 \(4 bits in groups of 32 with minimums\).* accepted: int4",
+    ),
     "nothing to keep": ({"own_codes": True}, storage(), "own_codes has nothing to keep"),
 }
 

@@ -31,13 +31,13 @@ SPEC = BuildSpec(
 
 
 def every_form(name: str) -> Coding | None:
-    """4 and 8 bits, with zero points and without, blocks from 16 to 128, columns in order by a Gather and folded."""
+    """4 and 8 bits, zero points, minimums, blocks from 16 to 128, columns in order by a Gather and folded."""
     if not LINEAR.search(name):
         return None
     if "q_proj" in name or "v_proj" in name:
         return Coding(4, 128)
     if "k_proj" in name:
-        return Coding(8, 128)
+        return Coding(8, 128, offsets=True)
     if "o_proj" in name:
         return Coding(4, 32, zero_points=True, permuted="by tensor")
     return Coding(8, 16, permuted="by tensor") if "down" in name else Coding(4, 64, zero_points="up_proj" in name)

@@ -1,13 +1,17 @@
-"""What `verify` may have found, made up: for its screens."""
+"""What `verify` and `compare` may have found, made up: for their screens."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from qwen_aot.engines.verify.bundle_report import BundleReport
+from qwen_aot.engines.verify.comparison import Accuracy, Scored
 from qwen_aot.engines.verify.scores import Check, Scores, Verification
 from qwen_aot.engines.verify.verdict import Verdict
 from qwen_aot.engines.verify.weights import WeightCheck
+from qwen_aot.runtime.cli import compare
+from qwen_aot.runtime.cli.bench import Spread
+from qwen_aot.runtime.cli.comparison_table import Row
 
 _SCORES = Scores(
     positions=640,
@@ -55,3 +59,43 @@ REPORTS = {
         _SAME, None, None, not_run="TensorRT-RTX can't be imported (No module named 'tensorrt_rtx'): install 1.7.1"
     ),
 }
+
+
+def _scored(divergence: float, ratio: float, agreement: float) -> Scored:
+    kinds = {"prose": 0.00497, "code": 0.005, "chinese": 0.00501}
+
+    def accuracy(of: float) -> Accuracy:
+        return Accuracy(
+            positions=10_654,
+            kl_divergence=of,
+            kl_error=of / 60,
+            perplexity=25.4 * ratio,
+            perplexity_error=0.83,
+            perplexity_ratio=ratio,
+            ratio_error=0.004,
+            top1_agreement=agreement,
+            greedy_tokens=768,
+            greedy_agreement=agreement,
+        )
+
+    return Scored(accuracy(divergence), {kind: accuracy(divergence * of / 0.00498) for kind, of in kinds.items()})
+
+
+_SPEED = Spread(62.13, 61.0, 63.0, (61.0, 62.13, 63.0))
+_PARAMETERS = 134_515_008
+
+COMPARISON = compare.Report(
+    (
+        Row("reference, fp32", None, {}, 4 * _PARAMETERS, _PARAMETERS, _scored(0.0, 1.0, 1.0)),
+        Row("int8", "int8", {}, 154_000_000, _PARAMETERS, _scored(0.00498, 1.012, 0.946), _SPEED),
+        Row("int4-block64-asymmetric", "int4", {}, 106_000_000, _PARAMETERS, _scored(0.236, 1.198, 0.75), _SPEED,
+            no_layers="a graph has no norm"),
+        Row("rtx", "rtx", {}, 106_000_000, _PARAMETERS,
+            not_compared="TensorRT-RTX can't be imported (No module named 'tensorrt_rtx'): install 1.7.1"),
+    ),
+    has_failed=False,
+    window=512,
+    windows=24,
+    reference_reader="the gguf package",
+    model="SmolLM2-135M-Instruct.Q4_1.gguf",
+)  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 from qwen_aot.runtime.bundle.plugin_library import PLUGIN_LIBRARY_VARIABLE
 from qwen_aot.runtime.cli.main import VERBS
 
-DEVICE_VERBS = ("generate", "chat", "bench", "inspect", "doctor")
+DEVICE_VERBS = ("generate", "chat", "serve", "bench", "inspect", "doctor")
 BUILD_SIDE = ("qwen_aot.exporter", "qwen_aot.engines")
 BUILD_PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "gguf", "ml_dtypes", "safetensors")
 
@@ -80,6 +80,24 @@ def test_no_verbs_module_imports_what_builds(verb: str) -> None:
 def test_a_device_verbs_help_imports_nothing_that_builds(verb: str) -> None:
     done = run_blocked([verb, "--help"])
     assert done.returncode == 0, done.stderr
+
+
+def test_the_server_imports_nothing_that_builds() -> None:
+    done = blocked("import qwen_aot.runtime.server.lifecycle, qwen_aot.runtime.server.app")
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_other_verb_imports_what_serves() -> None:
+    """The extra `serve` is for one verb; and that one's help needs nothing of it."""
+    modules = [verb.module for verb in VERBS.values()]
+    code = f"""
+import importlib, sys
+for name in {modules}: importlib.import_module(name)
+import qwen_aot.runtime.generation.service
+print(sorted(set(sys.modules) & {{"starlette", "uvicorn", "h11", "prometheus_client", "anyio"}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_the_blocker_sees_a_verb_that_builds(tmp_path: Path) -> None:

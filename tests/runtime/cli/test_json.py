@@ -18,6 +18,8 @@ from qwen_aot.runtime.capi import build as capi_build
 from qwen_aot.runtime.cli import build, capi, doctor
 from qwen_aot.runtime.cli.main import qwen_aot
 from tests.checkpoints import save_tiny
+from tests.coded_checkpoints import MOE
+from tests.quantized_files import gptq, gptq_config, save_quantized
 from tests.runtime.backends.tensorrt.engines import write_checksum_bundle
 from tests.runtime.cli.conftest import Run
 
@@ -127,8 +129,9 @@ def test_inspect_of_a_bundle(run: Run, verified: tuple[Any, Path], tmp_path: Pat
     compare("`inspect` of a bundle", *(printed(run("inspect", path, "--json")) for path in (verified[1], engine)))
 
 
-def test_inspect_of_a_checkpoint(run: Run, checkpoint: Path, experts: Path) -> None:
-    outputs = [printed(run("inspect", path, "--tensors", "--json")) for path in (checkpoint, experts)]
+def test_inspect_of_a_checkpoint(run: Run, checkpoint: Path, experts: Path, tmp_path: Path) -> None:
+    save_quantized(tmp_path, gptq_config(), gptq, moe=MOE)
+    outputs = [printed(run("inspect", path, "--tensors", "--json")) for path in (checkpoint, experts, tmp_path)]
     compare("`inspect` of a checkpoint", *outputs)
 
 
@@ -166,6 +169,17 @@ def test_verify(run: Run, bundle: Path, checkpoint: Path) -> None:
     compare("`verify`", json.loads(result.stdout), of_other_weights())
     layers = printed(run("verify", bundle, "--reference", checkpoint, "--per-layer", "--window", 40, "--json"))
     compare("`verify --per-layer`", layers)
+
+
+def test_compare(run: Run, bundle: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("compare", bundle, "--reference", checkpoint, "--tokens", 8, "--json")
+    drawn = run(*asked, "--plot", tmp_path / "p.png").stdout
+    printed_rows = json.loads(drawn)
+    (row,) = printed_rows["rows"][1:]
+    lost = {"accuracy": None, "by_kind": {}, "decode_tokens_per_second": None, "not_compared": "x", "no_layers": "x"}
+    alone = {"accuracy": row["accuracy"] | {"kl_error": None, "perplexity_error": None, "ratio_error": None}}
+    rows = [*printed_rows["rows"], row | lost, row | alone, row | {"by_kind": {"prose": alone["accuracy"]}}]
+    compare("`compare`", printed_rows | {"rows": rows}, json.loads(run(*asked).stdout))
 
 
 def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,7 @@ def test_a_stopped_build_leaves_what_stood_before(
         ("bench", ""),
         ("inspect", ""),
         ("verify", "", "--reference", "x"),
+        ("compare", "", "--reference", "x"),
     ],
     ids=lambda arguments: arguments[0],
 )

@@ -18,7 +18,9 @@ NEEDED = {
     "export": ("tiny-model", "-o", "out"),
     "generate": ("bundle", "--prompt", "x"),
     "chat": ("bundle",),
+    "serve": ("bundle",),
     "verify": ("bundle", "--reference", "tiny-model"),
+    "compare": ("bundle", "--reference", "tiny-model"),
     "bench": ("bundle",),
     "inspect": ("bundle",),
     "plan": ("qwen1.5-0.5b",),
@@ -95,11 +97,51 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         *THREADS,
     ],
     "chat": [*GENERATION, *THREADS],
+    "serve": [
+        ("--host", "0.0.0.0", "at 0.0.0.0 other machines reach this server, and it has no key"),
+        ("--host", "no such name", "--no-auth", ("--no-auth", "--api-key-file", "keys")),
+        ("--host", "192.0.2.1", "can't listen at 192.0.2.1 port 8000", ("--no-auth",)),
+        ("--port", "65536", "65536 is not in the range 0<=x<=65535"),
+        ("--port", "http", "'http' is not a valid integer range"),
+        ("--ssl-certfile", "none.pem", "'none.pem' does not exist"),
+        ("--ssl-certfile", "keys", "--ssl-certfile keys can't be used"),
+        ("--ssl-keyfile", "keys", "--ssl-keyfile goes with --ssl-certfile"),
+        ("--ssl-keyfile", "", "it is empty"),
+        ("--api-key-file", "none", "'none' does not exist"),
+        ("--api-key-file", "tiny-model", "--api-key-file tiny-model can't be read"),
+        ("--api-key-file", "short-keys", "key 2 isn't 16 or more visible ASCII characters"),
+        ("--allowed-host", "http://a", "--allowed-host is 'http://a'; accepted: a name such as llm.example.com, or *"),
+        ("--cors-origin", "example.com", "--cors-origin is 'example.com'; accepted: such as https://chat.example.com"),
+        ("--model-name", "", "a name isn't empty"),
+        ("--rows", "0", "0 is not in the range x>=1"),
+        ("--max-queue", "-1", "-1 is not in the range 0<=x<=10000"),
+        ("--grace-seconds", "-1", "-1.0 is not in the range 0<=x<=3600"),
+        ("--grace-seconds", "nan", "nan"),
+        ("--log-format", "xml", "'xml' is not one of 'text', 'json'"),
+        *THREADS,
+    ],
     "bench": [
         ("--prompt-tokens", "0", "0 is not in the range x>=1"),
         ("--prompt-tokens", "256", "--prompt-tokens 256 and --gen-tokens 128 exceed the bundle's context of 256"),
         ("--gen-tokens", "1", "1 is not in the range x>=2"),
         ("--rounds", "0", "0 is not in the range x>=1"),
+        *THREADS,
+    ],
+    "compare": [
+        ("--reference", "", "the checkpoint's name is empty"),
+        ("--reference", "nowhere", "nowhere doesn't exist and isn't a variant's name"),
+        ("--seed", "-1", "-1 is not in the range x>=0"),
+        ("--text", "nowhere.txt", "File 'nowhere.txt' does not exist"),
+        ("--text", ".", "File '.' is a directory"),
+        ("--text", "tiny-model/config.json", "is given twice; give each once", ("--text", "tiny-model/config.json")),
+        ("--text", "tiny-model/model.safetensors", "isn't UTF-8"),
+        ("--tokens", "3", "3 is not in the range x>=4"),
+        ("--window", "3", "3 is not in the range x>=4"),
+        ("--window", "257", "--window 257 is longer than the context of 256 tokens of bundle"),
+        ("--plot", "", "it is empty"),
+        ("--plot", "loss.pdf", "loss.pdf isn't a .png or .svg file"),
+        ("--plot", "loss", "loss isn't a .png or .svg file"),
+        ("--plot", "nowhere/loss.png", "nowhere/loss.png can't be written: there is no folder nowhere"),
         *THREADS,
     ],
     "plan": [
@@ -140,6 +182,8 @@ def place(checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
     (tmp_path / "tiny-model").symlink_to(checkpoint)
     (tmp_path / "bundle").symlink_to(bundle)
+    (tmp_path / "keys").write_text("the-key-0123456789\n")
+    (tmp_path / "short-keys").write_text("the-key-0123456789\nshort\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("qwen_aot.runtime.generation.generator.Generator.open", explode)
     for name in ("build.build_bundle", "build.plan_build", "export.export_graph"):
@@ -155,7 +199,7 @@ def test_a_wrong_value(run: Run, place: Path, verb: str, given: tuple[str, ...],
     assert result.exit_code == 2, (result.output, result.exception)
     assert message in " ".join(result.stderr.split())
     assert result.stdout == ""
-    assert {path.name for path in place.iterdir()} == {"tiny-model", "bundle"}
+    assert {path.name for path in place.iterdir()} == {"tiny-model", "bundle", "keys", "short-keys"}
 
 
 @pytest.mark.parametrize("ids", ["", " , ", "1,x", "1.5", "-1", "١", "1_0"])
@@ -172,7 +216,7 @@ def test_empty_standard_input(run: Run, place: Path, text: str) -> None:
     assert "the prompt is empty; give text with --prompt or on standard input" in " ".join(result.stderr.split())
 
 
-@pytest.mark.parametrize("verb", ["generate", "chat", "bench", "inspect", "verify"])
+@pytest.mark.parametrize("verb", ["generate", "chat", "serve", "bench", "inspect", "verify", "compare"])
 def test_a_bundle_that_is_nowhere(run: Run, place: Path, verb: str) -> None:
     result = run(verb, "nowhere", *NEEDED[verb][1:])
     assert result.exit_code == 2

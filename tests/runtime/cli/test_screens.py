@@ -23,11 +23,14 @@ from qwen_aot.engines.bundle.progress import ProgressEvent
 from qwen_aot.runtime.capi import build as capi_build
 from qwen_aot.runtime.capi.build import Installed
 from qwen_aot.runtime.cli import bench, capi, doctor, gpu_check, verify
+from qwen_aot.runtime.cli import compare as compare_verb
 from qwen_aot.runtime.cli.command import VerbCommand
 from qwen_aot.runtime.cli.console import busy, progress_on_stderr
 from qwen_aot.runtime.cli.main import VERBS
+from tests.coded_checkpoints import MOE
+from tests.quantized_files import gptq, gptq_config, save_quantized
 from tests.runtime.cli import terminal
-from tests.runtime.cli.reports import REPORTS
+from tests.runtime.cli.reports import COMPARISON, REPORTS
 from tests.runtime.cli.terminal import Shown, show
 
 KEPT = Path(__file__).parent / "screens"
@@ -116,6 +119,7 @@ def place(checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
     """A working folder with `tiny-model` and `bundle`, and a machine that is the same everywhere."""
     (tmp_path / "tiny-model").symlink_to(checkpoint)
     (tmp_path / "bundle").symlink_to(bundle)
+    save_quantized(tmp_path / "tiny-gptq", gptq_config(), gptq, moe=MOE)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "manifest.json").write_text("{")
     monkeypatch.chdir(tmp_path)
@@ -141,6 +145,7 @@ def place(checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
         ("inspect-bundle", ("bundle",), 0),
         ("inspect-onnx", ("bundle/model.onnx",), 0),
         ("inspect-checkpoint", ("tiny-model",), 0),
+        ("inspect-quantized", ("tiny-gptq",), 0),
         ("doctor", (), 0),
         ("bench", ("bundle",), 0),
         ("generate", ("bundle", "--prompt-ids", "5,9", "--temperature", 0, "--max-new-tokens", 3, "--ignore-eos"), 0),
@@ -169,6 +174,16 @@ def test_verdicts(name: str, code: int, columns: int, monkeypatch: pytest.Monkey
     assert shown.exit_code == code, shown.text
     require_fits(shown, columns)
     compare(f"verify-{name}", columns, shown.text)
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.usefixtures("place")
+def test_comparison(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_verb._Job, "run", lambda *arguments, **options: COMPARISON)
+    shown = show("compare", "bundle", "--reference", "tiny-model", columns=columns)
+    assert shown.exit_code == 3, shown.text
+    require_fits(shown, columns)
+    compare("compare", columns, shown.text)
 
 
 def test_every_figure_of_the_readmes_plan_is_on_the_screen(place: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qwen_aot.errors import EngineMismatchError
 from qwen_aot.runtime.generation.generator import Generator
 from tests.doubles.bundles import PLUGIN_LIBRARY, export_tensorrt_bundle
 from tests.doubles.gpu import Gpu
@@ -67,6 +68,7 @@ RUNS = {
     "chat": (),
     "bench": ("--prompt-tokens", 4, "--gen-tokens", 2, "--rounds", 1),
     "verify": ("--reference", "CHECKPOINT", "--skip-weights"),
+    "compare": ("--reference", "CHECKPOINT", "--tokens", 16),
 }
 
 
@@ -77,7 +79,7 @@ def test_native_code_of_a_bundle_runs_when_it_is_allowed(
     """Each verb that opens an engine asks, and takes the option; what comes after is its own business."""
     for name in ("QWEN_AOT_ALLOW_BUNDLE_CODE", "QWEN_AOT_PLUGIN_LIBRARY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("qwen_aot.runtime.cli.verify._require_same_model", lambda *models: None)  # it isn't
+    monkeypatch.setattr("qwen_aot.engines.verify.same_model.require_same_model", lambda *models: None)  # it isn't
     bundle = write_checksum_bundle(tmp_path / "bundle", plugins=True)
     arguments = [checkpoint if argument == "CHECKPOINT" else argument for argument in RUNS[verb]]
     with installed(Gpu()) as gpu:
@@ -91,3 +93,30 @@ def test_native_code_of_a_bundle_runs_when_it_is_allowed(
         result = run(verb, bundle, *arguments, "--allow-bundle-code")
         assert "brings native code" not in result.output
         assert gpu.libraries == [bundle / PLUGIN_LIBRARY]
+
+
+def test_compare_refuses_threads_where_no_bundle_takes_them(
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen_aot.engines.verify.same_model.require_same_model", lambda *models: None)  # it isn't
+    engine = write_checksum_bundle(tmp_path / "engine")
+    result = run("compare", engine, "--reference", checkpoint, "--threads", 2)
+    assert result.exit_code == 1
+    assert "threads is 2, and the bundle's engine runs on a GPU: leave it out" in " ".join(result.stderr.split())
+
+
+def test_compare_gives_threads_to_the_bundles_that_take_them(
+    run: Run, bundle: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {}
+
+    def refuse(path: Path, *, threads: int | None, allow_bundle_code: bool) -> None:
+        given[path.name] = threads
+        raise EngineMismatchError("it is only asked")
+
+    monkeypatch.setattr("qwen_aot.engines.verify.same_model.require_same_model", lambda *models: None)
+    monkeypatch.setattr("qwen_aot.runtime.generation.generator.Generator.open", refuse)
+    engine = write_checksum_bundle(tmp_path / "engine")
+    result = run("compare", engine, bundle, "--reference", checkpoint, "--threads", 2)
+    assert result.exit_code == 1 and "can run none of the bundles" in result.stderr
+    assert given == {"engine": None, "bundle": 2}

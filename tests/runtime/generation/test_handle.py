@@ -11,7 +11,7 @@ import pytest
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.engine.protocol import NonFiniteLogitsError
 from qwen_aot.runtime.generation.handle import Channel, RequestHandle
-from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request, Timings
+from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request, Timings, TokenEvent
 
 
 def completion(error: GenerationError | None = None) -> Completion:
@@ -77,3 +77,28 @@ def test_waiting_again_and_again_leaves_nothing_behind() -> None:
         with pytest.raises(TimeoutError):
             handle.result(timeout=0)
     assert not channel._waiting
+
+
+def test_whoever_reads_many_handles_is_called_for_what_is_new_and_for_nothing_else() -> None:
+    channel, handle = make()
+    woken: list[str] = []
+    assert handle.call_when_more(0, lambda: woken.append("first"))
+    assert (handle.event_count, handle.events_from(0), woken) == (0, [], [])
+    token = TokenEvent(0, 7, "", None)
+    channel.put(token)
+    assert woken == ["first"] and handle.event_count == 1
+    assert not handle.call_when_more(0, lambda: woken.append("late")) and not channel._waiting
+    assert handle.call_when_more(1, lambda: woken.append("second"))
+    last = completion()
+    channel.put(last)
+    assert woken == ["first", "second"]
+    assert (handle.events_from(0), handle.events_from(1), handle.events_from(2)) == ([token, last], [last], [])
+    assert not handle.call_when_more(2, lambda: woken.append("never"))  # the end is there
+
+
+def test_and_for_an_end_without_an_event() -> None:
+    channel, handle = make()
+    woken: list[str] = []
+    assert handle.call_when_more(0, lambda: woken.append("end"))
+    channel.fail(GenerationError("no"))
+    assert woken == ["end"] and handle.event_count == 0

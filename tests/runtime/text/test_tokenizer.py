@@ -10,6 +10,7 @@ from tokenizers import models, processors
 
 from qwen_aot.errors import BundleError, GenerationError
 from qwen_aot.runtime.bundle.load import Bundle, load_bundle
+from qwen_aot.runtime.text.control_tokens import LONG_TEXT
 from qwen_aot.runtime.text.tokenizer import Tokenizer, load_tokenizer
 from tests.runtime.texts import GOLDEN, golden_tokenizer
 from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest, write_bundle
@@ -164,3 +165,14 @@ def test_golden_texts(name: str) -> None:
     for case in cases:
         assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
         assert tokenizer.encode(case["text"], allow_special_tokens=False) == case["plain_ids"], case["text"]
+
+
+def test_a_long_text_is_encoded_as_a_short_one() -> None:
+    """By another function of the library, which lets other threads run."""
+    tokenizer = golden_tokenizer()
+    text = "Hello, world! naïve <|im_end|> 你好 " * 800
+    assert len(text) > LONG_TEXT
+    assert tokenizer.encode(text) == tokenizer.backend.encode(text).ids
+    plain = tokenizer.encode(text, allow_special_tokens=False)
+    assert tokenizer.backend.decode(plain) == text
+    assert plain != tokenizer.encode(text)

@@ -37,6 +37,7 @@ class Format(Generic[S]):
         parse: the configuration -> settings.
         open_linears: all linears, checked -> what gives their rows.
         synonyms: other names of keys in a file beside config.json.
+        has_tables: the embedding may be quantized too.
     """
 
     parts: Collection[str]
@@ -44,6 +45,7 @@ class Format(Generic[S]):
     parse: Callable[[Mapping[str, Any]], S]
     open_linears: Callable[[Sequence[StoredLinear], S], list[QuantizedLinear]]
     synonyms: Mapping[str, str] = field(default_factory=dict)
+    has_tables: bool = False
 
 
 FORMATS: Mapping[str, Format[Any]] = {  # by `quant_method`
@@ -54,5 +56,6 @@ FORMATS: Mapping[str, Format[Any]] = {  # by `quant_method`
         compressed_tensors_config.READ,
         compressed_tensors_config.parse,
         compressed_tensors.open_linears,
+        has_tables=True,
     ),
 }

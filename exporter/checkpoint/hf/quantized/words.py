@@ -40,13 +40,13 @@ def fields_of(start: int, stop: int, bits: int) -> slice:
 
 def pack(fields: NDArray[np.uint8], bits: int) -> Words:
     """[..., n] fields -> [..., ceil(n * bits / 32)] words: what `unpack` undoes; fields that aren't there are 0."""
-    per_word = WORD_BITS // bits
-    missing = -fields.shape[-1] % per_word
-    if missing:
-        fields = np.concatenate((fields, np.zeros((*fields.shape[:-1], missing), np.uint8)), axis=-1)
-    if bits == 4:
-        fields = fields[..., 0::2] | (fields[..., 1::2] << np.uint8(4))
+    assert bits in (4, 8)
+    per_word, n = WORD_BITS // bits, fields.shape[-1]
+    words = np.zeros((*fields.shape[:-1], -(-n // per_word)), "<u4")
+    packed = words.view(np.uint8)
+    if bits == 8:
+        packed[..., :n] = fields
     else:
-        assert bits == 8
-    words: Words = np.ascontiguousarray(fields).view("<u4")
+        packed[..., : (n + 1) // 2] = fields[..., 0::2]
+        packed[..., : n // 2] |= fields[..., 1::2] << np.uint8(4)
     return words

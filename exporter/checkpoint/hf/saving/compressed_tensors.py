@@ -57,14 +57,15 @@ def configuration(matrices: Sequence[Matrix], plain: Sequence[str], quantizer: s
     linears = [matrix for matrix in matrices if matrix.role.weight_class is not WeightClass.EMBEDDING]
     tables = [matrix for matrix in matrices if matrix.role.weight_class is WeightClass.EMBEDDING]
     groups: dict[Scheme, list[str]] = {}
-    if linears:
-        default, others = schemes_of(linears)
-        groups[default] = ["Linear"]
-        for scheme, theirs in others.items():
-            groups[scheme] = [f"re:{pattern}" for pattern in patterns([matrix.module for matrix in theirs])]
     for table in tables:
         scheme, _ = schemes_of([table])
-        groups.setdefault(scheme, []).append(table.module)
+        groups[scheme] = [table.module]
+    if linears:
+        default, others = schemes_of(linears)
+        for scheme, theirs in others.items():
+            groups.setdefault(scheme, []).extend(f"re:{pattern}" for pattern in patterns([m.module for m in theirs]))
+        named = groups.pop(default, [])
+        groups[default] = [*named, "Linear"]  # last: a target that comes after it is warned of as one of no module
     return {
         "quant_method": "compressed-tensors",
         "format": _FORMAT,

@@ -232,6 +232,9 @@ class QuantizedFolder(FolderWriter):
                             "with --restart"
                         )
                 self._job = job
+                for path in self.folder.iterdir():
+                    if path.name not in job.files:
+                        path.unlink()  # what was being written
         self._write_job()
 
     def _clear(self) -> None:

@@ -34,6 +34,7 @@ from qwen_aot.exporter.weights.stitch import stitch
 from tests.checkpoints import reference_logits, tiny_config, tiny_model
 from tests.exporter.checkpoint.test_formats import load
 from tests.exporter.lowering.ort.test_contrib import EXACT_BOUND, stepped_logits
+from tests.exporter.stepper import Stepper
 from tests.gguf_files import save_gguf
 
 INT8, INT4 = BlockFormat(8, 32), BlockFormat(4, 32)
@@ -284,12 +285,16 @@ def test_a_stack_of_two_types_is_kept_where_both_fit(tmp_path):
 
 
 MIXED = {
-    "not codes": (Type.F16, "4 of gguf-q4_0 (stacked with tensors whose codes don't fit)", ""),
-    "no kernel": (
+    "not codes": (
+        Type.F16,
+        "4 of gguf-q4_0 (stacked with tensors whose codes don't fit)",
+        "; --own-codes keeps the checkpoint's own numbers",
+    ),
+    "minimums": (
         Type.Q4_1,
         "4 of gguf-q4_0 (stacked with tensors whose codes don't fit); "
-        "2 of gguf-q4_1 (no kernel takes codes of this type)",
-        "",
+        "2 of gguf-q4_1 (they have minimums, and these blocks have none)",
+        "; --own-codes keeps the checkpoint's own numbers",
     ),
     "too many bits": (
         Type.Q8_0,
@@ -310,10 +315,42 @@ def test_a_stack_is_made_from_floats_where_a_part_does_not_fit(other, what, reme
     assert not np.array_equal(export.values()[name], export.expected(name))
 
 
-def test_a_type_that_no_kernel_takes_is_said_once(tmp_path):
+def test_what_no_asked_for_blocks_hold_is_said_once(tmp_path):
     export = Export(tmp_path, "qwen2", "Q4_1", OrtOptions(INT8))
     (warning,) = warn_of_rounding(export.lowered)
-    assert warning.endswith("16 of gguf-q4_1 (no kernel takes codes of this type)")
+    assert warning.endswith(
+        "16 of gguf-q4_1 (they have minimums, and these blocks have none); --own-codes keeps the checkpoint's own "
+        "numbers"
+    )
+    assert encodings_kept(export.lowered) == {}
+
+
+def test_experts_with_minimums_have_no_remedy(tmp_path):
+    export = Export(tmp_path, "moe", "Q4_1", OrtOptions(INT8))
+    (warning,) = warn_of_rounding(export.lowered)
+    assert warning.endswith("(they have minimums, and these blocks have none)")
+
+
+OWN = {
+    "the README's kind": ("llama-gqa", "Q4_1", {}),
+    "llama.cpp's mixture": ("llama-gqa", "Q4_1", {"v_proj__weight": Type.Q8_0, "down_proj__weight": Type.Q5_1}),
+    "some plain": ("qwen2", "Q4_0", {"v_proj__weight": Type.F16, "embed_tokens__weight": Type.F16}),
+    "a tied table of minimums": ("qwen2-gqa-tied", "Q4_1", {}),
+}
+
+
+@pytest.mark.parametrize(("case", "kind", "kinds"), OWN.values(), ids=OWN)
+def test_own_codes_keep_every_type(case, kind, kinds, tmp_path):
+    export = Export(tmp_path, case, kind, OrtOptions(own_codes=True, accuracy_level=1), **kinds)
+    assert sum(encodings_kept(export.lowered).values()) == len(export.lowered.encodings) > 10
+    assert warn_of_rounding(export.lowered) == ()
+    model = copy.deepcopy(export.model)
+    load(model, export.written)  # what the gguf package dequantizes
+    ids = [5, 1, 3, 2, 8, 13]
+    want = reference_logits(model, [ids])[0, 3:].numpy()
+    stepper = Stepper(export.onnx_file, rows=1, capacity=len(ids))
+    got = np.stack([stepper.step([ids[:4]])[0]] + [stepper.step([[token]])[0] for token in ids[4:]])
+    assert np.abs(got - want).max() / want.std() < 1e-3
 
 
 def test_fp32_weights_lose_nothing(tmp_path):

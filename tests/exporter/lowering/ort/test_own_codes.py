@@ -31,7 +31,7 @@ from qwen_aot.exporter.weights import stitch as stitching
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.stitch import stitch
 from tests.checkpoints import reference_logits
-from tests.coded_checkpoints import BF16, CODINGS, MOE, CodedCheckpoint, Coding, codings
+from tests.coded_checkpoints import BF16, CODINGS, MOE, CodedCheckpoint, Coding, codings, values_of
 from tests.exporter.lowering.ort.test_encodings import blocks_of
 from tests.exporter.stepper import Stepper
 
@@ -64,7 +64,7 @@ def difference(source: CodedCheckpoint, onnx_file: Path) -> float:
 
 
 class Written:
-    """The products of a written graph, as the matrices that they multiply by."""
+    """The products of a written graph, as the matrices that they multiply by, and the embedding."""
 
     def __init__(self, onnx_file: Path) -> None:
         graph = onnx.load(onnx_file).graph
@@ -77,7 +77,7 @@ class Written:
 
     def matrices(self) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
         """By the name of each product's weight: its values [N, K] (experts [E, N, K]) and the order of its input."""
-        found = {}
+        found, tables = {}, {}
         for node in self.nodes:
             attributes = {each.name: each.i for each in node.attribute}
             if node.op_type == "MatMulNBits":
@@ -89,7 +89,21 @@ class Written:
                     zeros,
                     attributes["bits"],
                 )
-                found[codes.removesuffix("_codes")] = values[:, : attributes["K"]], self.order_of(node.input[0])
+                name = codes.removesuffix("_codes")
+                if (offsets := self.arrays.get(f"{name}_offsets")) is not None:
+                    values = self.with_offsets(name, values, offsets, attributes["block_size"])
+                found[name] = values[:, : attributes["K"]], self.order_of(node.input[0])
+            elif node.op_type == "GatherBlockQuantized":
+                codes, _, scales, *rest = node.input
+                name = codes.removesuffix("_codes")
+                zeros = self.arrays[rest[0]][..., 0] if rest and rest[0] else None
+                assert zeros is None  # of the models here
+                stored = self.arrays[self.producers[scales].input[0]]
+                values = blocks_of(self.arrays[codes].reshape(len(stored), -1), stored, zeros, attributes["bits"])
+                if (offsets := self.arrays.get(f"{name}_row_offsets")) is not None:
+                    spread = np.repeat(offsets.astype(np.float64), attributes["block_size"], axis=1)
+                    values = (values + spread).astype(np.float32)
+                tables[name] = values, None
             elif node.op_type == "QMoE":
                 for codes, scales, zero in ((2, 3, 11), (5, 6, 12)):
                     name = node.input[codes]
@@ -98,7 +112,17 @@ class Written:
                         self.arrays[name], self.arrays[node.input[scales]], zeros, attributes["expert_weight_bits"]
                     )
                     found[name.removesuffix("_codes")] = values, self.order_of(node.input[0]) if codes == 2 else None
+        for name, (values, _) in tables.items():  # of a tied model both must be the same
+            np.testing.assert_array_equal(values, found.setdefault(name, (values, None))[0])
         return found
+
+    def with_offsets(self, name: str, values: np.ndarray, offsets: np.ndarray, size: int) -> np.ndarray:
+        """The values, whose product and that of the offsets [n, N] with the input's block sums are added."""
+        users = [node for node in self.nodes if f"{name}_offsets" in node.input]
+        assert {node.op_type for node in users} == {"MatMul"}
+        for node in users:
+            assert self.producers[node.input[0]].op_type == "ReduceSum"
+        return (values + np.repeat(offsets.T.astype(np.float64), size, axis=1)).astype(np.float32)
 
     def order_of(self, value: str) -> np.ndarray | None:
         """The elements that the Gather in front of a product picks."""
@@ -208,6 +232,24 @@ def test_experts_are_the_checkpoints_bit_for_bit(name, experts, tmp_path):
         assert difference(source, onnx_file) < RELATIVE_BOUND
 
 
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.deep)])
+def test_one_changed_offset_is_seen(tied, tmp_path):
+    for name in ("model.layers.1.self_attn.q_proj.weight", "model.embed_tokens.weight"):
+        source = CodedCheckpoint(CODINGS["minimums and not"], tied=tied)
+        _, onnx_file = write(source, tmp_path)
+        source.change("one offset", name)
+        with pytest.raises(AssertionError):
+            assert_bit_equal(source, onnx_file)
+
+
+def test_a_tied_table_with_minimums_is_gathered_and_multiplied_by(tmp_path):
+    source = CodedCheckpoint(CODINGS["minimums and not"], tied=True)
+    lowered, onnx_file = write(source, tmp_path)
+    assert_bit_equal(source, onnx_file)
+    assert difference(source, onnx_file) < RELATIVE_BOUND
+    assert sum(encodings_kept(lowered).values()) == len(source.coded)
+
+
 @pytest.mark.parametrize("kind", ["zero point", "two columns", "one code", "one scale", "one order"])
 def test_one_changed_number_is_seen(kind, tmp_path):
     source = CodedCheckpoint(CODINGS["an order of its own each"])
@@ -290,6 +332,36 @@ def test_fast_prefill_has_its_own_form_of_the_same_weights(tmp_path):
     assert (np.abs(found - want) <= 0.501 * step).all()
 
 
+def test_fast_prefill_adds_offsets_once(tmp_path):
+    """The 8-bit form is without them, and both branches add them."""
+    source = CodedCheckpoint(CODINGS["minimums"])
+    _, onnx_file = write(source, tmp_path, dataclasses.replace(EXACT, fast_prefill=True))
+    name = "model.layers.0.mlp.down_proj.weight"
+    rows, arrays = source.coded[name], Written(onnx_file).arrays
+    want = values_of(dataclasses.replace(rows, offsets=None))
+    found = arrays[f"{name}_channel_codes"].T * arrays[f"{name}_channel_scales"][:, None]
+    step = np.abs(want).max(axis=1, keepdims=True) / 127
+    assert (np.abs(found - want) <= 0.501 * step).all()
+    assert (np.abs(found - source.values[name]) > step).any()
+    (branches,) = (node for node in onnx.load(onnx_file).graph.node if node.op_type == "If")
+    for branch in branches.attribute:
+        users = [node for node in branch.g.node if f"{name}_offsets" in node.input]
+        assert len(users) == 1
+        adds = [node for node in branch.g.node if users[0].output[0] in node.input]
+        assert [add.op_type for add in adds] == ["Add"]
+
+
+def test_for_cuda_offsets_are_added_in_fp32(tmp_path):
+    source = CodedCheckpoint(CODINGS["minimums"])
+    lowered, onnx_file = write(source, tmp_path, ON_CUDA, ir.DataType.FLOAT16)
+    assert_bit_equal(source, onnx_file)
+    offsets = [value for name, value in lowered.model.graph.initializers.items() if name.endswith("_offsets")]
+    assert {value.dtype for value in offsets} == {ir.DataType.FLOAT}
+    adds = [node for node in lowered.model.graph if node.op_type == "Add" and str(node.name).endswith("_sum")]
+    assert len(adds) == len(offsets) and {value.dtype for add in adds for value in add.outputs} <= {None}
+    assert {add.outputs[0].consumers()[0].op_type for add in adds} == {"Cast"}
+
+
 REFUSED: dict[str, tuple[dict[str, Any], OrtOptions, ir.DataType, str]] = {
     "groups of 24": ({"coding": Coding(4, 24)}, EXACT, ir.DataType.FLOAT, r"4 bits in groups of 24.*none of which"),
     "fp32 scales": (
@@ -315,6 +387,18 @@ REFUSED: dict[str, tuple[dict[str, Any], OrtOptions, ir.DataType, str]] = {
         EXACT,
         ir.DataType.FLOAT,
         "",
+    ),
+    "experts with minimums": (
+        {"coding": Coding(4, 32, offsets=True), "moe": MOE},
+        EXACT,
+        ir.DataType.FLOAT,
+        "4 bits in groups of 32 with minimums, and ONNX Runtime's QMoE has no minimums; accepted: types without them",
+    ),
+    "rows that blocks with minimums aren't whole of": (
+        {"coding": Coding(4, 128, offsets=True), "intermediate": 200},
+        EXACT,
+        ir.DataType.FLOAT,
+        "down_proj.weight is stored as 4 bits in groups of 128 with minimums",
     ),
     "quantized experts on CUDA": (
         {"coding": Coding(), "moe": MOE},

@@ -1,0 +1,89 @@
+"""Builds a bundle of a checkpoint that is quantized first: the two jobs as one, for who wants no folder between."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qwen_aot.engines.build import BuildReport, Verifier, build_bundle
+from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
+from qwen_aot.engines.bundle.writer import refuse_unless_replaceable
+from qwen_aot.engines.quantize import quantize_checkpoint
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.quantize_spec import QuantizeSpec
+from qwen_aot.errors import BuildError
+from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.whole_folder import explained
+
+_TABLE_BITS = 8  # of embedding and head, which the folder has as plain numbers
+
+
+def quantize_spec_for(spec: BuildSpec, algorithm: str) -> QuantizeSpec:
+    """How a checkpoint is quantized for a build.
+
+    Raises:
+        BuildError: the algorithm isn't known, or what the build asks for has no codes by it.
+    """
+    bits = {"int4": 4, "int8": 8}.get(spec.precision)
+    if "precision" not in spec.asked:
+        bits = 4
+    if bits is None:
+        raise BuildError(
+            f"algorithm {algorithm} makes integers, and precision is {spec.precision}; accepted: int4, int8"
+        )
+    defaults = QuantizeSpec()
+    return QuantizeSpec(
+        algorithm=algorithm,
+        bits=bits,
+        group_size=spec.block_size or defaults.group_size,
+        symmetric=spec.symmetric,
+        sensitive_bits=max(bits, spec.sensitive_bits) if spec.sensitive_bits else None,
+    )
+
+
+def build_quantized(
+    checkpoint: Checkpoint,
+    algorithm: str,
+    spec: BuildSpec,
+    out: Path,
+    *,
+    keep: Path | None = None,
+    on_progress: OnProgress = ignore_progress,
+    verifier: Verifier | None = None,
+    threads: int | None = None,
+) -> BuildReport:
+    """Quantizes a checkpoint into a folder, and builds a bundle that has its codes.
+
+    Args:
+        checkpoint: opened.
+        algorithm: a name of `exporter.rounding.algorithms.ALGORITHMS`.
+        spec: of the bundle; bits, blocks and zero points are the folder's.
+        out: the bundle's folder.
+        keep: where the quantized folder stays; None: it lies beside `out` until the bundle is whole, so that a killed
+            job goes on, and is deleted.
+        on_progress: told about each step of both.
+        verifier: see `build_bundle`.
+        threads: see `build_bundle`.
+
+    Raises:
+        DeployError: either failed; `out` is as it was.
+    """
+    out = out.expanduser().resolve()
+    with explained(out):
+        refuse_unless_replaceable(out)
+    quantize_spec = quantize_spec_for(spec, algorithm)
+    beside = out.with_name(f".{out.name}.quantized")
+    folder = keep or beside / checkpoint.name
+    beside.mkdir(parents=True, exist_ok=True)
+    quantize_checkpoint(checkpoint, quantize_spec, folder, threads=threads, on_progress=on_progress)
+    with open_checkpoint(folder) as quantized:
+        by_codes: dict[str, Any] = {"precision": None, "block_size": None, "symmetric": None, "sensitive_bits": None}
+        if spec.facts.weight_layout == "blocks":
+            by_codes["sensitive_bits"] = spec.sensitive_bits or _TABLE_BITS
+        of_codes = dataclasses.replace(spec, **by_codes)
+        report = build_bundle(quantized, of_codes, out, on_progress=on_progress, verifier=verifier, threads=threads)
+    shutil.rmtree(beside)
+    return report

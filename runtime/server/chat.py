@@ -1,0 +1,330 @@
+"""`/v1/chat/completions`: a conversation's fields, and its answer whole or in chunks.
+
+Source: https://platform.openai.com/docs/api-reference/chat
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qwen_aot.runtime.generation.config import GenerationConfig
+from qwen_aot.runtime.generation.handle import RequestHandle
+from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request
+from qwen_aot.runtime.server.errors import ApiError
+from qwen_aot.runtime.server.fields import Reader, boolean, integer, items, only, read_object, refused, text, wrong
+from qwen_aot.runtime.server.generation_fields import (
+    GENERATION_FIELDS,
+    MAX_TOKENS,
+    MAX_TOP_LOGPROBS,
+    StreamOptions,
+    generation_config,
+)
+from qwen_aot.runtime.server.requested import check_choices, check_length, check_model, check_room, usage
+from qwen_aot.runtime.server.state import Model
+from qwen_aot.runtime.server.token_texts import TokenTexts
+from qwen_aot.runtime.server.tool_fields import TOOL_CALLS, TOOL_FIELDS, offered_tools, tool_format
+from qwen_aot.runtime.server.tool_formats.base import Call, Piece, ToolFormat
+
+__all__ = ["MESSAGE_LIST", "ChatJob", "read_chat", "template_variables"]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_OLD = "use tools, which took its place"
+_THINKING = "enable_thinking"
+
+
+def _content(value: Any, where: str) -> str | list[dict[str, str]]:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        wrong(value, where, "a text, or a list of parts of type text")
+    return [_part(part, f"{where}[{number}]") for number, part in enumerate(value)]
+
+
+def _part(value: Any, where: str) -> dict[str, str]:
+    if isinstance(value, dict) and "type" in value:  # looked at first: it says which fields belong to it
+        only("text")(value["type"], f"{where}.type")
+    return read_object(value, {"type": only("text"), "text": text()}, where=where, required=("type", "text"))
+
+
+def _role(value: Any, where: str) -> str:
+    role: str = only(*ROLES)(value, where)
+    return "system" if role == "developer" else role
+
+
+_MESSAGE: Mapping[str, Reader] = {
+    "role": _role,
+    "content": _content,
+    "name": text(most=256),
+    "reasoning_content": text(),
+    "annotations": only([]),
+    "audio": refused("it answers in text"),
+    "function_call": refused(_OLD),
+    "refusal": refused("it reads content only"),
+    "tool_call_id": text(most=256),
+    "tool_calls": TOOL_CALLS,
+}
+
+
+def _message(value: Any, where: str) -> dict[str, Any]:
+    message = read_object(value, _MESSAGE, where=where, required=("role",))
+    message.pop("annotations", None)
+    for name, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+        if name in message and message["role"] != role:
+            raise ApiError(
+                400, f"{where}.{name} goes with the role {role}", code="invalid_value", param=f"{where}.{name}"
+            )
+    if "content" not in message:
+        if "tool_calls" not in message:
+            place = f"{where}.content"
+            raise ApiError(400, f"the field {place!r} is missing", code="missing_required_parameter", param=place)
+        message["content"] = ""
+    return message
+
+
+def _response_format(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        only("text")(value.get("type"), f"{where}.type")
+    read_object(value, {"type": only("text")}, where=where, required=("type",))
+
+
+MESSAGE_LIST = items(_message, least=1)
+
+_FIELDS: Mapping[str, Reader] = {
+    **GENERATION_FIELDS,
+    **TOOL_FIELDS,
+    "audio": refused("it answers in text"),
+    "chat_template_kwargs": lambda value, where: read_object(value, {_THINKING: boolean}, where=where),
+    "function_call": refused(_OLD),
+    "functions": refused(_OLD),
+    "logprobs": boolean,
+    "max_completion_tokens": integer(1, MAX_TOKENS),
+    "messages": MESSAGE_LIST,
+    "modalities": only(["text"]),
+    "prediction": refused("leave it out"),
+    "reasoning_effort": refused("leave it out"),
+    "response_format": _response_format,
+    "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
+    "verbosity": refused("leave it out"),
+    "web_search_options": refused("no address is ever fetched"),
+}
+
+
+def read_chat(document: Mapping[str, Any], model: Model, *, keeps_cache: bool) -> ChatJob:
+    """Reads a body.
+
+    Args:
+        document: parsed JSON.
+        model: what is asked.
+        keeps_cache: see `Request`; whoever asks may learn from the time taken what others' prompts begin with.
+
+    Raises:
+        ApiError: it can't be taken.
+    """
+    fields = read_object(document, _FIELDS, required=("messages", "model"))
+    name = check_model(fields["model"], model)
+    if "max_completion_tokens" in fields:
+        if "max_tokens" in fields:
+            raise ApiError(
+                400,
+                "max_tokens and max_completion_tokens mean the same; give one of them",
+                code="invalid_value",
+                param="max_completion_tokens",
+            )
+        fields["max_tokens"] = fields.pop("max_completion_tokens")
+    top_logprobs = fields.pop("top_logprobs", None)
+    wants_logprobs = fields.pop("logprobs", False)
+    if top_logprobs is not None and not wants_logprobs:
+        raise ApiError(400, "top_logprobs goes with logprobs: true", code="invalid_value", param="top_logprobs")
+    fields["logprobs"] = (top_logprobs or 0) if wants_logprobs else None
+    config = generation_config(fields, model.generator.defaults)
+    check_choices(config.n, model)
+    tools = offered_tools(fields)
+    return ChatJob(
+        model=model,
+        name=name,
+        messages=fields["messages"],
+        config=config,
+        variables=template_variables(fields, model),
+        tools=tools,
+        tool_format=tool_format(model) if tools else None,
+        stream=fields.get("stream_options", StreamOptions()) if fields.get("stream") else None,
+        keeps_cache=keeps_cache,
+    )
+
+
+def template_variables(fields: Mapping[str, Any], model: Model) -> dict[str, bool]:
+    """The template's variables that a client may choose: `enable_thinking`, where the template reads it.
+
+    Raises:
+        ApiError: it doesn't.
+    """
+    variables: dict[str, bool] = fields.get("chat_template_kwargs", {})
+    if variables and _THINKING not in model.generator.chat_encoder.template.variables:
+        place = f"chat_template_kwargs.{_THINKING}"
+        message = f"{place} is not supported: this model's chat template doesn't read it"
+        raise ApiError(400, message, code="unsupported_parameter", param=place)
+    return variables
+
+
+@dataclass(frozen=True, slots=True)
+class ChatJob:
+    """A conversation to be answered."""
+
+    model: Model
+    name: str
+    messages: list[dict[str, Any]]
+    config: GenerationConfig
+    variables: dict[str, bool]
+    tools: list[dict[str, Any]]
+    tool_format: ToolFormat | None
+    stream: StreamOptions | None
+    keeps_cache: bool
+
+    @property
+    def choices(self) -> int:
+        """See `Job`."""
+        return self.config.n
+
+    def requests(self) -> list[Request]:
+        """See `Job`."""
+        generator = self.model.generator
+        check_length([self.messages, self.tools], self.model)
+        request = generator.chat_request(
+            self.messages, self.config, tools=self.tools or None, template_variables=self.variables
+        )
+        check_room(self.config, len(request.prompt), self.model)
+        return [replace(request, keep_cache=self.keeps_cache)]
+
+    def answer(self, handles: Sequence[RequestHandle]) -> ChatAnswer:
+        """See `Job`."""
+        return ChatAnswer(self)
+
+
+class ChatAnswer:
+    """Tells one conversation's answer."""
+
+    def __init__(self, job: ChatJob) -> None:
+        """Has an id and a time of its own."""
+        tokenizer = job.model.generator.tokenizer
+        assert tokenizer is not None
+        self._job = job
+        self._texts = TokenTexts(tokenizer)
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": job.name,
+        }
+        self._calls: dict[int, _Calls] = {}
+
+    def opening(self) -> list[dict[str, Any]]:
+        """See `Answer`."""
+        return [self._chunk(choice, {"role": "assistant", "content": ""}) for choice in range(self._job.choices)]
+
+    def chunks(self, prompt: int, event: Event) -> list[dict[str, Any]]:
+        """See `Answer`."""
+        choice = event.choice
+        calls = self._calls.setdefault(choice, _Calls(self._job))
+        if isinstance(event, Completion):
+            deltas = calls.deltas(event.last_text, is_last=True)
+            end = self._chunk(choice, {}, finish_reason=calls.finish_reason(event))
+            return [*(self._chunk(choice, delta) for delta in deltas), end]
+        deltas = calls.deltas(event.text)
+        if event.logprobs is None:
+            return [self._chunk(choice, delta) for delta in deltas]
+        logprobs = [self._texts.chat_entry(event.token_id, event.logprobs)]
+        first, *others = deltas or [{"content": ""}]
+        return [self._chunk(choice, first, logprobs), *(self._chunk(choice, delta) for delta in others)]
+
+    def usage_chunk(self, completions: Sequence[tuple[int, Completion]]) -> dict[str, Any]:
+        """See `Answer`."""
+        return {**self._head, "choices": [], "usage": usage(completions)}
+
+    def whole(self, completions: Sequence[tuple[int, Completion]]) -> dict[str, Any]:
+        """See `Answer`."""
+        choices = sorted((completion for _, completion in completions), key=lambda completion: completion.choice)
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [self._choice(completion) for completion in choices],
+            "usage": usage(completions),
+        }
+
+    def _choice(self, completion: Completion) -> dict[str, Any]:
+        logprobs = None
+        if self._job.config.logprobs is not None:
+            pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+            logprobs = {"content": [self._texts.chat_entry(*pair) for pair in pairs], "refusal": None}
+        calls = _Calls(self._job)
+        return {
+            "index": completion.choice,
+            "message": calls.message(completion.text or ""),
+            "logprobs": logprobs,
+            "finish_reason": calls.finish_reason(completion),
+        }
+
+    def _chunk(
+        self,
+        choice: int,
+        delta: dict[str, Any],
+        logprobs: list[dict[str, Any]] | None = None,
+        finish_reason: str | None = None,
+    ) -> dict[str, Any]:
+        told = None if logprobs is None else {"content": logprobs, "refusal": None}
+        entry = {"index": choice, "delta": delta, "logprobs": told, "finish_reason": finish_reason}
+        assert self._job.stream is not None
+        ending = {"usage": None} if self._job.stream.include_usage else {}
+        return {**self._head, "choices": [entry], **ending}
+
+
+class _Calls:
+    """What of one choice's text is content, and what are calls of functions."""
+
+    def __init__(self, job: ChatJob) -> None:
+        names = [tool["function"]["name"] for tool in job.tools]
+        self._reader = None if job.tool_format is None else job.tool_format.reader(names)
+        self._count = 0
+
+    def deltas(self, text: str, *, is_last: bool = False) -> list[dict[str, Any]]:
+        """Deltas of a further piece of text; a call has one with its name and one with its arguments."""
+        deltas: list[dict[str, Any]] = []
+        for piece in self._pieces(text, is_last):
+            if isinstance(piece, str):
+                deltas.append({"content": piece})
+                continue
+            index, call = self._count, self._told(piece)
+            arguments = call["function"].pop("arguments")
+            call["function"]["arguments"] = ""
+            deltas.append({"tool_calls": [{"index": index, **call}]})
+            deltas.append({"tool_calls": [{"index": index, "function": {"arguments": arguments}}]})
+        return deltas
+
+    def message(self, text: str) -> dict[str, Any]:
+        """The message of a whole text."""
+        content, calls = "", []
+        for piece in self._pieces(text, True):
+            if isinstance(piece, str):
+                content += piece
+            else:
+                calls.append(self._told(piece))
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        return message | {"content": content or None, "tool_calls": calls} if calls else message
+
+    def finish_reason(self, completion: Completion) -> str:
+        """Why the choice ended."""
+        has_called = self._count > 0 and completion.finish_reason is FinishReason.STOP
+        return "tool_calls" if has_called else completion.finish_reason.value
+
+    def _pieces(self, text: str, is_last: bool) -> list[Piece]:
+        if self._reader is None:
+            return [text] if text else []
+        return self._reader.push(text) + (self._reader.flush() if is_last else [])
+
+    def _told(self, call: Call) -> dict[str, Any]:
+        self._count += 1
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}

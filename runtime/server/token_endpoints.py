@@ -1,0 +1,103 @@
+"""`/tokenize` and `/detokenize`: texts and conversations to token ids and back, as vLLM's server has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from qwen_aot.runtime.server.chat import MESSAGE_LIST, template_variables
+from qwen_aot.runtime.server.completions import is_token_ids
+from qwen_aot.runtime.server.errors import ApiError
+from qwen_aot.runtime.server.fields import Reader, boolean, read_object, text, wrong
+from qwen_aot.runtime.server.json_body import BodyReader, json_in_pieces
+from qwen_aot.runtime.server.requested import check_length, check_model
+from qwen_aot.runtime.server.state import Model, ServerState
+from qwen_aot.runtime.server.tool_fields import TOOL_FIELDS
+
+__all__ = ["TokenEndpoints"]
+
+
+def _tokens(value: Any, where: str) -> list[int]:
+    if value != [] and not is_token_ids(value):
+        wrong(value, where, "a list of token ids")
+    ids: list[int] = value
+    return ids
+
+
+_TOKENIZE: Mapping[str, Reader] = {
+    "model": text(least=1),
+    "prompt": text(),
+    "add_special_tokens": boolean,
+    "parse_special": boolean,
+    "messages": MESSAGE_LIST,
+    "tools": TOOL_FIELDS["tools"],
+    "chat_template_kwargs": lambda value, where: read_object(value, {"enable_thinking": boolean}, where=where),
+}
+_DETOKENIZE: Mapping[str, Reader] = {"model": text(least=1), "tokens": _tokens}
+
+
+class TokenEndpoints:
+    """Both paths."""
+
+    def __init__(self, state: ServerState, bodies: BodyReader) -> None:
+        """Serves the state's model."""
+        self._state = state
+        self._bodies = bodies
+
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a prompt or of a conversation, which needn't fit the context."""
+        model = self._state.model
+        fields = await self._bodies.read(request, lambda document: _read(document, _TOKENIZE, model))
+        if ("prompt" in fields) == ("messages" in fields):
+            raise ApiError(400, "give either prompt or messages", code="invalid_value", param="prompt")
+        if "tools" in fields and "messages" not in fields:
+            raise ApiError(400, "tools goes with messages", code="invalid_value", param="tools")
+        of_prompt = {"add_special_tokens", "parse_special"}.intersection(fields)
+        if of_prompt and "messages" in fields:
+            name = min(of_prompt)
+            raise ApiError(400, f"{name} goes with prompt, not with messages", code="invalid_value", param=name)
+        return await self._state.prepare(lambda: _tokens_response(fields, model))
+
+    async def detokenize(self, request: Request) -> JSONResponse:
+        """The text of token ids, special tokens spelled out."""
+        model = self._state.model
+        fields = await self._bodies.read(request, lambda document: _read(document, _DETOKENIZE, model))
+        if "tokens" not in fields:
+            raise ApiError(400, "the field 'tokens' is missing", code="missing_required_parameter", param="tokens")
+        ids = fields["tokens"]
+        if ids and max(ids) >= model.vocab_size:
+            wrong(max(ids), "tokens", f"ids of 0 to {model.vocab_size - 1}")
+        tokenizer = model.generator.tokenizer
+        assert tokenizer is not None
+        decoded = await self._state.prepare(lambda: tokenizer.backend.decode(ids, skip_special_tokens=False))
+        return JSONResponse({"prompt": decoded})
+
+
+def _read(document: Mapping[str, Any], readers: Mapping[str, Reader], model: Model) -> dict[str, Any]:
+    fields = read_object(document, readers)
+    if "model" in fields:
+        check_model(fields["model"], model)
+    return fields
+
+
+def _tokens_response(fields: Mapping[str, Any], model: Model) -> Response:
+    ids = _encode(fields, model)
+    return json_in_pieces({"tokens": ids, "count": len(ids), "max_model_len": model.max_context})
+
+
+def _encode(fields: Mapping[str, Any], model: Model) -> list[int]:
+    check_length(fields, model)
+    if "messages" in fields:
+        return model.generator.chat_encoder.encode(
+            fields["messages"], tools=fields.get("tools"), variables=template_variables(fields, model)
+        )
+    tokenizer = model.generator.tokenizer
+    assert tokenizer is not None
+    return tokenizer.encode(
+        fields["prompt"],
+        add_special_tokens=fields.get("add_special_tokens", True),
+        allow_special_tokens=fields.get("parse_special", False),
+    )

@@ -1,0 +1,1 @@
+"""How models write calls of functions in their answers: a file for each format, told by the chat template."""
