@@ -46,14 +46,16 @@ class HiddenStates:
 
     def is_there(self, layer: int) -> bool:
         """Whether there are streams in front of a layer, of this shape, and as they were written: reads them all."""
-        path, size = self._path_of(layer), len(self._header()) + self.nbytes
+        path, header = self._path_of(layer), self._header()
         try:
-            if path.stat().st_size != size + _DIGEST_BYTES:
+            if path.stat().st_size != len(header) + self.nbytes + _DIGEST_BYTES:
                 return False
-            digest = hashlib.sha256()
+            digest = hashlib.sha256(header)
             with path.open("rb") as file:
-                for start in range(0, size, _HASHED_BYTES):
-                    digest.update(file.read(min(_HASHED_BYTES, size - start)))
+                if file.read(len(header)) != header:
+                    return False
+                for start in range(0, self.nbytes, _HASHED_BYTES):
+                    digest.update(file.read(min(_HASHED_BYTES, self.nbytes - start)))
                 return file.read() == digest.digest()
         except OSError:
             return False

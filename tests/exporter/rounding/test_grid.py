@@ -73,7 +73,6 @@ def test_the_error_is_near_the_least_there_is(zeros: bool) -> None:
     plain = plain_errors(weight, importance, 4, zeros=zeros).reshape(found.shape[0], 1)
     assert (found[:, 0] >= best * (1 - 1e-5)).all()  # float32 against float64: no search finds less than all of it
     # Nine scales lose a tenth more than three thousand do, on average; the plain range loses a third more.
-    print(found.sum() / best.sum(), plain.sum() / best.sum())
     assert found.sum() < 1.2 * best.sum()
     assert plain.sum() > 1.3 * best.sum()
 
@@ -168,7 +167,7 @@ def test_only_shares_of_importance_matter(size: float) -> None:
 
 @pytest.mark.parametrize("zeros", [False, True])
 def test_scales_are_of_float16(zeros: bool) -> None:
-    for size in (1e-8, 1e-5, 1.0, 3e5):
+    for size in (1e-8, 1e-5, 1.0, 1e5):
         weight = torch.from_numpy(np.random.default_rng(4).normal(0, size, (6, SIZE)).astype(np.float32))
         grid = fit_grid(weight, torch.ones(SIZE), form(zeros=zeros))
         assert torch.equal(grid.scales.half().float(), grid.scales)
