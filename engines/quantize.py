@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ from qwen_aot.exporter.calibration.texts import calibration_texts
 from qwen_aot.exporter.calibration.windows import draw_windows, random_windows
 from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows
-from qwen_aot.exporter.checkpoint.hf.saving.folder import QuantizedFolder
+from qwen_aot.exporter.checkpoint.hf.saving.folder import WHEN_FULL, QuantizedFolder
 from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
 from qwen_aot.exporter.model.tensors import Role
 from qwen_aot.exporter.rounding.model import LayerRounder
 from qwen_aot.exporter.rounding.table import head_moment, round_table
 from qwen_aot.whole_file import write_whole
+from qwen_aot.whole_folder import explained
 
 _STAGES = ("calibrate", "round", "finish")
 _MEASURED_TOKENS = 4096  # by which mixed bits are chosen
@@ -109,12 +111,16 @@ def quantize_checkpoint(
         CheckpointError: the checkpoint can't be read.
     """
     _require_plain(checkpoint)
-    torch.set_num_threads(threads_for(threads))
+    _require_reads(checkpoint, spec, texts)
     stages = Stages(_STAGES if spec.bits_per_weight is None else ("measure", *_STAGES), on_progress)
     windows = _windows(checkpoint, spec, texts) if spec.how.uses_texts else None
     tables = spec.table_forms(checkpoint.config)
     request = {**spec.request(), "texts": _digest(windows)}
-    with QuantizedFolder(out, checkpoint, spec.format, request=request, restart=restart) as folder:
+    with (
+        _threads(threads_for(threads)),
+        QuantizedFolder(out, checkpoint, spec.format, request=request, restart=restart) as folder,
+        explained(folder.out, WHEN_FULL),
+    ):
         hidden = _streams(folder, checkpoint, windows)
         forms = _forms(folder, checkpoint, spec, windows, stages)
         folder.begin(forms | tables, state_bytes=0 if hidden is None else 2 * hidden.nbytes)
@@ -139,6 +145,31 @@ def _require_plain(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} is quantized already ({fixed[0]} and {len(fixed) - 1} others are codes): rounding them "
             "again would lose more; accepted: the bfloat16, float16 or float32 checkpoint, or build-engine on this one"
         )
+
+
+def _require_reads(checkpoint: Checkpoint, spec: QuantizeSpec, texts: Sequence[str]) -> None:
+    """Checks that what was said of texts is used, and that the model can read pieces so long."""
+    if texts and not spec.how.uses_texts:
+        raise BuildError(f"texts were given, and algorithm {spec.algorithm} looks at none; accepted: another algorithm")
+    if texts and isinstance(checkpoint, RandomCheckpoint):
+        raise BuildError("texts were given, and random weights have no tokenizer; accepted: no texts, for token ids")
+    longest = checkpoint.config.max_position_embeddings
+    if spec.how.uses_texts and spec.sequence_length > longest:
+        raise BuildError(
+            f"sequence_length is {spec.sequence_length}, and {checkpoint.path} has {longest} positions; accepted: that "
+            "or less"
+        )
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Torch computes with so many meanwhile, and with as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _windows(checkpoint: Checkpoint, spec: QuantizeSpec, texts: Sequence[str]) -> NDArray[np.int64]:
@@ -207,17 +238,32 @@ def _round(
     advance: Callable[[int, int], None],
 ) -> dict[str, float]:
     path = folder.state_path(_ERRORS)
-    errors: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    errors = _errors_so_far(folder, path)
     advance(folder.layers_done, folder.num_layers)
     for layer in range(folder.layers_done, folder.num_layers):
         saved = rounder.round(layer)
         errors |= saved.errors
-        write_whole(path, json.dumps(errors).encode())
+        write_whole(path, json.dumps(errors).encode(), is_synced=True)
         folder.add_layer(layer, saved.encoded, saved.plain)
         if hidden is not None:
             hidden.forget(layer)
+        del saved  # the next layer needs the room
         advance(layer + 1, folder.num_layers)
     return errors
+
+
+def _errors_so_far(folder: QuantizedFolder, path: Path) -> dict[str, float]:
+    if not folder.layers_done:
+        return {}
+    try:
+        errors = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(errors, dict) and all(isinstance(error, float) for error in errors.values()):
+            return errors
+    except (OSError, ValueError, RecursionError):
+        pass
+    raise BuildError(
+        f"{path}, what the unfinished job of {folder.out} lost so far, is damaged or missing; start anew with --restart"
+    )
 
 
 def _stored_as(dtype: str) -> Callable[[Tensor], Tensor]:

@@ -19,6 +19,7 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 _BITS = (4, 8)
 _TABLE_BITS = (16, 8, 4)
 _ROUNDED = frozenset({WeightClass.PROJECTION, WeightClass.DOWN, WeightClass.EXPERT})
+_MOST_TOKENS = 1 << 24
 SCALE_DTYPE = np.dtype(np.float16)
 SENSITIVE_GROUP = 32  # of matrices that have more bits than the others, and of tables
 
@@ -91,6 +92,8 @@ class QuantizeSpec:
         for name, least in (("tokens", self.sequence_length), ("sequence_length", 16), ("seed", 0)):
             if getattr(self, name) < least:
                 raise BuildError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.tokens > _MOST_TOKENS:
+            raise BuildError(f"tokens is {self.tokens}; accepted: at most {_MOST_TOKENS}")
 
     @property
     def how(self) -> Algorithm:

@@ -1,11 +1,15 @@
 """The residual stream of all calibration sequences in front of one layer, kept in a file instead of in memory.
 
-A file a layer, written whole before the one in front of it is deleted: a killed job finds either.
+A file a layer, written whole before the one in front of it is deleted: a killed job finds either. It is NumPy's format
+(npy, version 1.0), and behind that the SHA-256 of all before: a job that goes on checks it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,8 @@ from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.model.tensors import Role
 
 _BATCH_TOKENS = 2048  # computed at once
+_DIGEST_BYTES = 32
+_HASHED_BYTES = 16 << 20  # read together
 
 
 class HiddenStates:
@@ -39,10 +45,17 @@ class HiddenStates:
         return 4 * math.prod(self.shape)
 
     def is_there(self, layer: int) -> bool:
-        """Whether there are streams in front of a layer, of this shape."""
+        """Whether there are streams in front of a layer, of this shape, and as they were written: reads them all."""
+        path, size = self._path_of(layer), len(self._header()) + self.nbytes
         try:
-            return bool(self._mapped(layer).shape == self.shape)
-        except (OSError, ValueError):
+            if path.stat().st_size != size + _DIGEST_BYTES:
+                return False
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                for start in range(0, size, _HASHED_BYTES):
+                    digest.update(file.read(min(_HASHED_BYTES, size - start)))
+                return file.read() == digest.digest()
+        except OSError:
             return False
 
     def embed(self, checkpoint: Checkpoint, tokens: NDArray[np.int64]) -> None:
@@ -50,6 +63,7 @@ class HiddenStates:
 
         Raises:
             CheckpointError: the embedding can't be read.
+            OSError: the file can't be written.
         """
         name = Role.EMBEDDING.tensor_name()
         used, places = np.unique(tokens, return_inverse=True)
@@ -68,7 +82,11 @@ class HiddenStates:
         return torch.from_numpy(np.array(self._mapped(layer)[part]))
 
     def advance(self, layer: int, compute: Callable[[Tensor], Tensor]) -> None:
-        """Writes the streams behind a layer, what it makes of those in front of it."""
+        """Writes the streams behind a layer, what it makes of those in front of it.
+
+        Raises:
+            OSError: the file can't be written.
+        """
         self._write(layer + 1, lambda part: compute(self.read(layer, part)).numpy())
 
     def forget(self, layer: int) -> None:
@@ -78,12 +96,23 @@ class HiddenStates:
     def _write(self, layer: int, make: Callable[[slice], NDArray[Any]]) -> None:
         path = self._path_of(layer)
         beside = path.with_name(path.name + ".new")
-        mapped = np.lib.format.open_memmap(beside, "w+", np.float32, self.shape)
-        for part in self.batches():
-            mapped[part] = make(part)
-        mapped.flush()
-        del mapped
+        digest = hashlib.sha256(self._header())
+        with beside.open("wb") as file:  # not mapped: a full disk is an error then, and not the end of the process
+            file.write(self._header())
+            for part in self.batches():
+                content = np.ascontiguousarray(make(part), np.float32)
+                digest.update(content)
+                file.write(content)
+            file.write(digest.digest())
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(path)
+
+    def _header(self) -> bytes:
+        file = io.BytesIO()
+        facts = {"descr": "<f4", "fortran_order": False, "shape": self.shape}
+        np.lib.format.write_array_header_1_0(file, facts)
+        return file.getvalue()
 
     def _mapped(self, layer: int) -> NDArray[np.float32]:
         found: NDArray[np.float32] = np.lib.format.open_memmap(self._path_of(layer), "r")

@@ -12,43 +12,45 @@ from qwen_aot.exporter.calibration.decoder_layer import Reading
 
 @dataclass(slots=True)
 class Moment:
-    """Of one input of K numbers, over all tokens that were seen.
+    """Of one input of K numbers, over all tokens that were seen: running means, since a second [K, K] is too much.
 
     Attributes:
-        products: [K, K] float32, the sum of x xᵀ.
-        magnitudes: [K] float32, the sum of |x|.
-        largest: [K] float32, the largest |x|.
+        products: [K, K] float32, the mean of x xᵀ.
+        magnitudes: [K] float32, the mean of |x|.
         tokens: seen.
     """
 
     products: Tensor
     magnitudes: Tensor
-    largest: Tensor
     tokens: int = 0
 
     @classmethod
     def empty(cls, width: int) -> Moment:
         """Nothing was seen."""
-        return cls(torch.zeros(width, width), torch.zeros(width), torch.zeros(width))
+        return cls(torch.zeros(width, width), torch.zeros(width))
 
     def add(self, x: Tensor) -> None:
-        """Counts inputs x [tokens, K]."""
-        self.products.addmm_(x.t(), x)
-        size = x.abs()
-        self.magnitudes += size.sum(0)
-        self.largest = torch.maximum(self.largest, size.amax(0))
-        self.tokens += len(x)
+        """Counts inputs x [tokens, K], at least one."""
+        tokens = self.tokens + len(x)
+        kept = self.tokens / tokens
+        self.products.addmm_(x.t(), x, beta=kept, alpha=1 / tokens)
+        self.magnitudes.mul_(kept).add_(x.abs().sum(0), alpha=1 / tokens)
+        self.tokens = tokens
 
     def mean(self) -> Tensor:
-        """[K, K]: the mean of x xᵀ; zeros where nothing was seen."""
-        return self.products / max(self.tokens, 1)
+        """[K, K]: the mean of x xᵀ, not copied; zeros where nothing was seen."""
+        return self.products
 
     def scaled(self, scale: Tensor) -> None:
         """The inputs were divided by scale [K]."""
         self.products /= scale[:, None]
         self.products /= scale
         self.magnitudes /= scale
-        self.largest /= scale
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all that was seen were numbers, small enough for their products."""
+        return bool(self.products.diagonal().isfinite().all())
 
 
 class Moments:

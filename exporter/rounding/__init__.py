@@ -1,1 +1,1 @@
-"""Weights rounded with the inputs in view that they multiply: what codes lose is weighed by what it costs the answers."""
+"""Weights rounded with the inputs in view that they multiply: codes lose least where it would cost answers most."""

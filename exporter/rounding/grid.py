@@ -24,7 +24,8 @@ class Grid:
 
     Attributes:
         form: bits, group size (it divides K), whether there are zero points; scales are stored as float16.
-        scales: [N, G] float32, numbers of float16; negative where that uses the range better.
+        scales: [N, G] float32, numbers of float16; negative where that uses the range better. 0 where a group's
+            weights are less than float16's least number, or all 0; infinite where float16 has none that is so large.
         zeros: [N, G] float32, whole numbers of the range of codes.
     """
 
@@ -37,10 +38,20 @@ class Grid:
         """The largest code."""
         return (1 << self.form.bits) - 1
 
+    @property
+    def inverse(self) -> Tensor:
+        """[N, G]: 1 / scale, and 0 where a scale is 0."""
+        return _inverse(self.scales)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether float16 holds all scales."""
+        return bool(self.scales.isfinite().all())
+
     def nearest(self, weight: Tensor) -> Tensor:
         """The nearest codes [N, K] float32 of a matrix [N, K]."""
         groups = weight.unflatten(1, (-1, self.form.group_size))
-        codes = torch.round(groups * _inverse(self.scales)[..., None]).add_(self.zeros[..., None])
+        codes = torch.round(groups * self.inverse[..., None]).add_(self.zeros[..., None])
         return codes.clamp_(0, self.top).flatten(1)
 
     def values(self, codes: Tensor) -> Tensor:
@@ -76,9 +87,10 @@ def fit_grid(weight: Tensor, importance: Tensor, form: CodeForm, factors: Sequen
 def _fit(weight: Tensor, importance: Tensor, form: CodeForm, factors: Sequence[float]) -> tuple[Tensor, Tensor]:
     top, middle = (1 << form.bits) - 1, form.middle
     groups = weight.unflatten(1, (-1, form.group_size))  # [n, G, size]
-    # A group whose columns never matter rounds as if all did.
+    # Shares of a group's most important column, so that no sum overflows; where none matters, all do alike.
     weights = importance.view(1, -1, form.group_size)
-    weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, torch.ones(()))
+    greatest = weights.amax(-1, keepdim=True)
+    weights = torch.where(greatest > 0, weights / greatest, torch.ones(()))
     low, high = groups.amin(-1), groups.amax(-1)
     if form.has_zero_points:
         low, high = low.clamp_max(0), high.clamp_min(0)
@@ -86,7 +98,7 @@ def _fit(weight: Tensor, importance: Tensor, form: CodeForm, factors: Sequence[f
     else:
         widest = torch.where(high > -low, high, low) / -middle
     least = torch.full_like(widest, torch.inf)
-    scales, zeros = widest, torch.full_like(widest, middle)
+    scales, zeros = torch.full_like(widest, torch.inf), torch.full_like(widest, middle)
     for factor in factors:
         tried = (widest * factor).half().float()
         inverse = _inverse(tried)
@@ -96,7 +108,7 @@ def _fit(weight: Tensor, importance: Tensor, form: CodeForm, factors: Sequence[f
         error = difference.square_().mul_(weights).sum(-1)
         is_better = error < least
         scales, zeros = torch.where(is_better, tried, scales), torch.where(is_better, zero, zeros)
-        least = torch.minimum(error, least)
+        least = torch.where(is_better, error, least)  # an infinite scale's error is NaN
     return scales, zeros
 
 

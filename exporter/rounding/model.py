@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen_aot.exporter.calibration.decoder_layer import DecoderLayer, Place, Reading, load_weights, readings
+from qwen_aot.exporter.calibration.decoder_layer import DecoderLayer, Place, load_weights, readings
 from qwen_aot.exporter.calibration.hidden_states import HiddenStates
 from qwen_aot.exporter.calibration.moments import Moments
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows
-from qwen_aot.exporter.model.tensors import Role
 from qwen_aot.exporter.rounding.algorithms import Algorithm
-from qwen_aot.exporter.rounding.layer import RoundedLayer, round_layer
+from qwen_aot.exporter.rounding.layer import RoundedLayer, UnstorableError, round_layer
+from qwen_aot.exporter.rounding.refusals import no_scale, require_numbers
 
 Advance = Callable[[int, int], None]
 
@@ -63,7 +62,12 @@ class LayerRounder:
         self._compute = DecoderLayer(checkpoint.config, length)
 
     def round(self, layer: int) -> SavedLayer:
-        """Rounds one layer, and writes the streams behind it."""
+        """Rounds one layer, and writes the streams behind it.
+
+        Raises:
+            BuildError: weights, or what projections read, hold NaN, infinities, or numbers too large to be rounded.
+            CheckpointError: a tensor can't be read.
+        """
         config = self._checkpoint.config
         weights = load_weights(self._checkpoint, layer)
         found = list(readings(config, is_sparse=config.is_sparse(layer)))
@@ -72,7 +76,12 @@ class LayerRounder:
         if self._hidden is not None:
             for part in self._hidden.batches():
                 self._compute(weights, self._hidden.read(layer, part), moments.observe)
-        rounded = round_layer(config, weights, found, moments.of, forms, self._algorithm, self._stored)
+        for reading, moment in moments.of.items():
+            require_numbers(moment, _name(reading.places[0], layer))
+        try:
+            rounded = round_layer(config, weights, found, moments.of, forms, self._algorithm, self._stored)
+        except UnstorableError as error:
+            raise no_scale(_name(error.place, layer)) from None
         self._save_stored(rounded)
         if self._hidden is not None:
             self._hidden.advance(layer, lambda part: self._compute(rounded.weights, part))

@@ -18,6 +18,7 @@ from qwen_aot.exporter.checkpoint.encoding import CodeForm
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import Role
 from qwen_aot.exporter.rounding.grid import fit_grid
+from qwen_aot.exporter.rounding.importance import importance_of
 
 _EXPONENTS = tuple(step / 10 for step in range(10))
 _SLICE_ELEMENTS = 1 << 24  # of a matrix, whose errors are summed together
@@ -81,14 +82,13 @@ def scale_site(
     seen = {reading: moments[reading] for reading in site.readings if reading in moments}
     if not seen:
         return 1.0
-    size = sum(moment.magnitudes for moment in seen.values()) / sum(moment.tokens for moment in seen.values())
-    assert isinstance(size, Tensor)
-    means = {reading: moment.mean() for reading, moment in seen.items()}
-    plain_error = least = _error(site, weights, means, forms, torch.ones_like(size))
+    tokens = sum(moment.tokens for moment in seen.values())
+    size = torch.stack([moment.magnitudes * (moment.tokens / tokens) for moment in seen.values()]).sum(0)
+    plain_error = least = _error(weights, seen, forms, torch.ones_like(size))
     best: Tensor | None = None
     for exponent in _EXPONENTS[1:]:
         factor = _factor(site, weights, size, exponent, stored)
-        error = _error(site, weights, means, forms, factor)
+        error = _error(weights, seen, forms, factor)
         if error < least:
             least, best = error, factor
     if best is None:
@@ -99,9 +99,7 @@ def scale_site(
     return least / plain_error
 
 
-def _factor(
-    site: Site, weights: Weights, size: Tensor, exponent: float, stored: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _factor(site: Site, weights: Weights, size: Tensor, exponent: float, stored: Callable[[Tensor], Tensor]) -> Tensor:
     """[K]: the inputs' mean magnitudes to a power, around 1."""
     size = size.clamp_min(size.max() * 1e-6)
     if site.repeats > 1:
@@ -109,9 +107,15 @@ def _factor(
         size = size.expand(-1, site.repeats, -1).flatten()
     factor = size.pow(exponent)
     factor = factor / (factor.max() * factor.min()).sqrt()
-    if any(place in weights for place in site.plain):
-        return torch.exp2(torch.round(torch.log2(factor)))  # a power of 2 changes no digit of routers and gates
+    plain = [weights[place] for place in site.plain if place in weights]
     role = site.made_by[0][0]
+    if plain:  # routers and gates decide by small differences: a power of 2 changes no digit of theirs
+        factor = torch.exp2(torch.round(torch.log2(factor)))
+        norm = weights[site.made_by[0]]
+        keeps = stored(stored(norm) / factor) * factor == stored(norm)
+        for matrix in plain:  # but at the ends of float16's range
+            keeps &= (stored(stored(matrix) * factor) == stored(matrix) * factor).all(0)
+        return torch.where(keeps, factor, torch.ones(()))
     if role in (Role.INPUT_NORM, Role.POST_ATTENTION_NORM):
         norm = weights[site.made_by[0]]
         saved = stored(norm / factor)
@@ -120,23 +124,23 @@ def _factor(
 
 
 def _error(
-    site: Site,
     weights: Weights,
-    means: Mapping[Reading, Tensor],
+    moments: Mapping[Reading, Moment],
     forms: Mapping[Place, CodeForm],
     factor: Tensor,
 ) -> float:
-    """The mean squared difference of all outputs when the scaled matrices are rounded."""
+    """The squared difference of all outputs when the scaled matrices are rounded, of all tokens."""
     total = 0.0
-    for reading, mean in means.items():
-        importance = mean.diagonal() / factor.square()
+    for reading, moment in moments.items():
+        mean = moment.mean()
+        importance = importance_of(moment, len(factor)) / factor.square()
         for place in reading.places:
             matrix = weights[place]
             for rows in matrix.split(max(1, _SLICE_ELEMENTS // matrix.shape[1])):
                 scaled = rows * factor
                 grid = fit_grid(scaled, importance, forms[place], _COARSE_FACTORS)
                 difference = (grid.values(grid.nearest(scaled)) - scaled) / factor
-                total += float(((difference @ mean) * difference).sum())
+                total += moment.tokens * float(((difference @ mean) * difference).sum())
     return total
 
 

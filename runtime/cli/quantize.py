@@ -105,8 +105,14 @@ def command(
         spec = QuantizeSpec(seed=seed, **{name: value for name, value in request.items() if value is not None})
     except BuildError as error:
         raise click.UsageError(str(error)) from None
-    if text_files and not spec.how.uses_texts:
-        raise click.UsageError(f"--text goes with an algorithm that looks at texts, and {spec.algorithm} doesn't")
+    given = {"--text": text_files, "--tokens": request["tokens"], "--sequence-length": request["sequence_length"]}
+    for option_name, value in given.items():
+        if value and not spec.how.uses_texts:
+            raise click.UsageError(
+                f"{option_name} goes with an algorithm that looks at texts, and {spec.algorithm} doesn't"
+            )
+    if text_files and random_weights:
+        raise click.UsageError("--text and --random-weights exclude each other: such a model has no tokenizer")
     texts = [read_text(path) for path in text_files]
     from qwen_aot.engines.quantize import quantize_checkpoint
     from qwen_aot.runtime.cli.source import open_source

@@ -45,7 +45,7 @@ SEAL_NAME = "qwen_aot_quantization.json"
 QUANTIZER = f"qwen-aot:{__version__}"
 _NOT_QUANTIZED = frozenset({WeightClass.NORM, WeightClass.BIAS, WeightClass.DECIDING})
 _ADVICE = "give another folder, or move this one away; delete it, if nothing in it is yours"
-_WHEN_FULL = ", and give the same command again: it goes on where it stopped"
+WHEN_FULL = ", and give the same command again: it goes on where it stopped"
 _SMALL_FILES = 32 << 20  # headers of shards, tokenizer, configuration
 
 
@@ -99,7 +99,7 @@ class QuantizedFolder(FolderWriter):
     def __enter__(self) -> Self:
         super().__enter__()
         try:
-            with explained(self.out, _WHEN_FULL):
+            with explained(self.out, WHEN_FULL):
                 self._open_job()
         except BaseException:
             super().__exit__(None, None, None)
@@ -210,7 +210,7 @@ class QuantizedFolder(FolderWriter):
         """
         assert self.layers_done == self.num_layers
         self._add_shard(None, encoded or {}, plain or {})
-        with explained(self.out, _WHEN_FULL):
+        with explained(self.out, WHEN_FULL):
             self._write_small_files()
             self._check_written()
         self.commit()
@@ -242,7 +242,7 @@ class QuantizedFolder(FolderWriter):
         self.folder.mkdir(parents=True)
 
     def _write_job(self) -> None:
-        with explained(self.out, _WHEN_FULL):
+        with explained(self.out, WHEN_FULL):
             self._job.write(self._job_path)
 
     def _has_state(self) -> bool:
@@ -296,7 +296,7 @@ class QuantizedFolder(FolderWriter):
             else:
                 tensors[tensor.name] = zeros(tensor.shape, dtype)
         shard = self._shard(layer)
-        with explained(self.out, _WHEN_FULL):
+        with explained(self.out, WHEN_FULL):
             self._job.files[shard] = write_tensors(self.folder / shard, tensors, {"quantizer": QUANTIZER})
         self._write_job()
 
