@@ -52,7 +52,9 @@ def mixed_forms(
             units[role.tensor_name(found.layer, expert)] = unit
     sizes: dict[Unit, list[float]] = defaultdict(lambda: [0.0] * len(CANDIDATES))
     for tensor in tensors:
-        unit = units.setdefault(tensor.name, _of_experts(tensor))
+        if tensor.name not in units:
+            units[tensor.name] = _of_experts(tensor)
+        unit = units[tensor.name]
         for index, form in enumerate(forms((tensor.role, tensor.expert), tensor.layer or 0)):
             sizes[unit][index] += bits_of(form, tensor.shape)
     options = {

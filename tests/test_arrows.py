@@ -19,6 +19,7 @@ EXPORTER = (
     ("exporter.graph", "a traced graph carries the recipes of its weights"),
     ("exporter.quantize", "quantized weights are recipes with another transform"),
     ("exporter.calibration", "sample texts, and what a quantizer learns of them"),
+    ("exporter.rounding", "rounds weights by what calibration shows"),
     ("exporter.lowering", "rewrites a traced graph and the recipes of its weights"),
 )
 ENGINES = (
@@ -27,7 +28,9 @@ ENGINES = (
     ("engines.planner | engines.profiles", "sizes of what can be asked for"),
     ("engines.builders", "the interface of a target's builder"),
     ("engines.onnxruntime | engines.tensorrt", "a target's builder"),
-    ("engines.build | engines.export", "runs a builder, or a lowering alone, from checkpoint to folder"),
+    ("engines.mixed_bits", "the codes of a quantized folder, chosen by what they lose"),
+    ("engines.build | engines.export | engines.quantize", "from checkpoint to folder: a builder, a lowering, or codes"),
+    ("engines.build_quantized", "two of these as one job"),
     ("engines.verify", "judges what was built, and builds what it compares with"),
 )
 RUNTIME = (
@@ -68,6 +71,8 @@ ARROWS = (
     Arrow("runtime.cli.build", "engines", "the verb builds", in_functions_only=True),
     Arrow("runtime.cli.export", "engines", "the verb writes graphs", in_functions_only=True),
     Arrow("runtime.cli.export", "exporter", "it opens a checkpoint", in_functions_only=True),
+    Arrow("runtime.cli.quantize", "engines", "the verb quantizes", in_functions_only=True),
+    Arrow("runtime.cli.quantize", "exporter", "it names the algorithms", in_functions_only=True),
     Arrow("runtime.cli.plan", "engines", "the verb plans builds", in_functions_only=True),
     Arrow("runtime.cli.plan", "exporter", "it reads a checkpoint's configuration", in_functions_only=True),
     Arrow("runtime.cli.verify", "engines", "the verb compares with what was built from", in_functions_only=True),

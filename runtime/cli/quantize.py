@@ -87,7 +87,7 @@ def command(
     threads: int | None,
     **request: Any,
 ) -> None:
-    """Quantize a checkpoint into a GPTQ, AWQ or compressed-tensors folder.
+    """Quantize a checkpoint into a GPTQ or AWQ folder.
 
     \b
     Examples:
