@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from qwen_aot.engines import quantize
@@ -28,7 +30,7 @@ from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.rounding.model import LayerRounder
 from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine, OrtOptions
 from qwen_aot.runtime.bundle.load import load_bundle
-from tests.checkpoints import quiet, reference_logits, save_tiny
+from tests.checkpoints import quiet, reference_logits, save_tiny, save_tokenizer
 from tests.exporter.checkpoint.test_formats import load
 
 MOE: dict[str, Any] = {"num_experts": 8, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
@@ -40,7 +42,19 @@ MODELS: dict[str, dict[str, Any]] = {
 UNSEEN = 3  # the expert of `moe` that no token chooses in layer 0
 TEXT = "The quick brown fox jumps over the lazy dog: 你好，世界 costs $12.50, naïve café & 3/4? def main(x): return x\n"
 TEXTS = ["".join(TEXT[(7 * n) % 60 :] for n in range(40))]
-IDS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 97, 93, 238, 46, 264, 33, 83, 279]]
+
+
+def other_ids() -> list[list[int]]:
+    """The texts' tokens, each behind others than there: a random model knows nothing of tokens that it wasn't shown."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(Path(folder), 320)
+        tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    seen = np.unique(tokenizer.encode(TEXTS[0]).ids)
+    found: list[list[int]] = np.random.default_rng(0).choice(seen, (4, 24)).tolist()
+    return found
+
+
+IDS = other_ids()
 
 
 def spec_of(**changed: Any) -> QuantizeSpec:
@@ -118,8 +132,8 @@ def test_a_folder_stands_for_nearly_the_model(
     with open_checkpoint(report.out) as checkpoint:
         assert {key: info.encoding.form for key, info in checkpoint.tensors.items() if info.encoding} == report.forms
     lost = distance(reference_logits(model_of(report.out, model), IDS), reference_logits(model, IDS))
-    # 4 bits in groups of 16 lose about 0.2 % of a matrix's outputs, and there are 14 matrices of two layers in a row.
-    assert 1e-5 < lost < 0.05
+    # About 0.2 % of each matrix's outputs, which this model, whose norms spread its inputs, makes 2 to 10 % of.
+    assert 1e-3 < lost < 0.15
     assert set(report.errors) == set(report.forms)
     assert max(report.errors.values()) < 0.03
     assert report.tokens == 1024
@@ -132,28 +146,26 @@ def test_eight_bits_lose_next_to_nothing(name: str, sources: dict[str, tuple[Pat
     spec = spec_of(bits=8, table_bits=8)
     report = run(source, tmp_path / "out", spec)
     lost = distance(reference_logits(model_of(report.out, model), IDS), reference_logits(model, IDS))
-    assert lost < 5e-4
+    assert lost < 0.01
     # Negative control: one norm that isn't divided by what its readers were multiplied by.
     wrong = model_of(report.out, model)
     wrong.model.layers[0].input_layernorm.weight.data = model.model.layers[0].input_layernorm.weight.data
-    assert distance(reference_logits(wrong, IDS), reference_logits(model, IDS)) > 1e-2
+    assert distance(reference_logits(wrong, IDS), reference_logits(model, IDS)) > 0.1
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_each_algorithm_loses_less_of_a_layers_output_than_rounding(
     name: str, sources: dict[str, tuple[Path, Any]], tmp_path: Path
 ) -> None:
-    """On other tokens than those that were looked at, by transformers' layer."""
+    """On the texts' tokens in another order, by transformers' layer."""
     source, model = sources[name]
     streams = layer_output(model)
     lost = {}
     for algorithm in ("rtn", "awq", "gptq", "awq-gptq"):
         report = run(source, tmp_path / algorithm, spec_of(algorithm=algorithm, sensitive_bits=4))
         lost[algorithm] = distance(layer_output(model_of(report.out, model)), streams)
-    print(name, lost)
-    assert lost["awq"] < 0.97 * lost["rtn"]
-    assert lost["gptq"] < 0.9 * lost["rtn"]
-    assert lost["awq-gptq"] < 0.9 * lost["rtn"]
+    # On real models less is gained; here by 0.65 at most. A method that did nothing would be at 1.
+    assert all(lost[algorithm] < 0.75 * lost["rtn"] for algorithm in ("awq", "gptq", "awq-gptq"))
 
 
 def layer_output(model: Any) -> Tensor:
@@ -236,7 +248,7 @@ def stopped(sources: dict[str, tuple[Path, Any]], tmp_path: Path, monkeypatch: p
         ({"bits": 8}, TEXTS, "bits 4, and this one has 8"),
         ({"algorithm": "rtn"}, (), 'algorithm "awq-gptq", and this one has "rtn"'),
         ({"format": "gptq"}, TEXTS, 'format "compressed-tensors", and this one has "gptq"'),
-        ({}, [TEXTS[0][1:]], "texts"),
+        ({}, [TEXT * 40], "texts"),
     ],
     ids=["seed", "bits", "algorithm", "format", "texts"],
 )
@@ -380,7 +392,7 @@ def test_rows_that_no_group_divides(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["rtn", "awq-gptq"])
-@pytest.mark.parametrize("wrong", [1e7, float("nan"), float("-inf")])
+@pytest.mark.parametrize("wrong", [1e8, float("nan"), float("-inf")])
 def test_weights_that_have_no_scale(algorithm: str, wrong: float, tmp_path: Path) -> None:
     model: Any = save_tiny(tmp_path / "model", layers=1, with_tokenizer=True)
     with torch.no_grad():

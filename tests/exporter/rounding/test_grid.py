@@ -34,7 +34,8 @@ def least_error(group: NDArray[np.float64], weights: NDArray[np.float64], bits: 
     """Over the scales of float16 of either sign, from a quarter of what holds the group to twice it, and all zeros."""
     top, middle = (1 << bits) - 1, 1 << (bits - 1)
     widest = np.abs(group).max() / middle if not zeros else np.ptp(group) / top
-    halves = HALVES[(HALVES >= widest / 4) & (HALVES <= widest * 2)]
+    sizes = HALVES / widest
+    halves = HALVES[(sizes >= 0.25) & (sizes <= 2)]
     if zeros:
         return min(float(error_of(group, weights, halves, zero, top).min()) for zero in range(top + 1))
     return float(min(error_of(group, weights, sign * halves, middle, top).min() for sign in (1, -1)))

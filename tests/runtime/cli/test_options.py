@@ -15,6 +15,7 @@ from tests.runtime.cli.conftest import Run
 # What each verb needs besides: a bundle, a checkpoint and a folder stand in the test's own.
 NEEDED = {
     "build": ("tiny-model", "-o", "out"),
+    "quantize": ("tiny-model", "-o", "out"),
     "export": ("tiny-model", "-o", "out"),
     "generate": ("bundle", "--prompt", "x"),
     "chat": ("bundle",),
@@ -29,6 +30,7 @@ NEEDED = {
     "doctor": (),
 }
 RTX, TENSORRT, BLOCKS = ("--target", "tensorrt-rtx"), ("--target", "tensorrt"), ("--precision", "int4")
+AWQ, RTN = ("--format", "awq"), ("--algorithm", "rtn")
 GENERATION = [
     ("--max-new-tokens", "0", "0 is not in the range x>=1"),
     ("--max-new-tokens", "many", "'many' is not a valid integer range"),
@@ -76,6 +78,39 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--moe", "fast", "moe 'fast' doesn't exist; accepted: plugin, native", TENSORRT),
         ("--kv-precision", "int2", "kv_precision 'int2' doesn't exist; accepted: auto, fp16, bf16, int8", TENSORRT),
         ("--plugin-library", "no.so", "File 'no.so' does not exist", TENSORRT),
+        ("--algorithm", "smoothquant", "algorithm is 'smoothquant'; accepted: rtn, awq, gptq, awq-gptq"),
+        ("--keep-quantized", "", "it is empty", ("--algorithm", "rtn")),
+        ("--keep-quantized", "kept", "--keep-quantized goes with --algorithm"),
+        ("--seed", "-1", "-1 is not in the range x>=0"),
+        *THREADS,
+    ],
+    "quantize": [
+        ("--output", "", "it is empty"),
+        ("--algorithm", "smoothquant", "algorithm is 'smoothquant'; accepted: rtn, awq, gptq, awq-gptq"),
+        ("--format", "gguf", "format is 'gguf'; accepted: compressed-tensors, gptq, awq"),
+        ("--bits", "3", "bits is 3; accepted: 4, 8"),
+        ("--bits", "8", "format awq has 4 bits with zero points in one size of groups, and bits is 8", AWQ),
+        ("--bits", "four", "'four' is not a valid integer"),
+        ("--group-size", "48", "group_size is 48; accepted: 16, 32, 64, 128, 256"),
+        ("--sensitive-bits", "5", "sensitive_bits is 5; accepted: 4, 8"),
+        ("--sensitive-bits", "8", "and sensitive_bits is 8; accepted: 4, or another format", AWQ),
+        ("--table-bits", "2", "table_bits is 2; accepted: 16, 8, 4"),
+        ("--table-bits", "8", "format gptq has no codes of an embedding, and table_bits is 8", ("--format", "gptq")),
+        ("--bits-per-weight", "4", "bits_per_weight is 4.0; accepted: more than 4"),
+        ("--bits-per-weight", "9.5", "bits_per_weight is 9.5; accepted: more than 4"),
+        ("--bits-per-weight", "nan", "bits_per_weight is nan; accepted: more than 4"),
+        ("--bits-per-weight", "4.5", "and bits_per_weight is 4.5; accepted: None, or another format", AWQ),
+        ("--bits-per-weight", "4.5", "chosen by what texts show, and algorithm rtn looks at none", RTN),
+        ("--text", "nowhere.txt", "File 'nowhere.txt' does not exist"),
+        ("--text", ".", "File '.' is a directory"),
+        ("--text", "tiny-model/model.safetensors", "isn't UTF-8"),
+        ("--text", "keys", "--text goes with an algorithm that looks at texts, and rtn doesn't", RTN),
+        ("--text", "keys", "--text and --random-weights exclude each other", ("--random-weights",)),
+        ("--tokens", "255", "tokens is 255; it must be at least 256"),
+        ("--tokens", "1000000000000", "tokens is 1000000000000; accepted: at most 16777216"),
+        ("--tokens", "512", "--tokens goes with an algorithm that looks at texts, and rtn doesn't", RTN),
+        ("--sequence-length", "15", "sequence_length is 15; it must be at least 16"),
+        ("--sequence-length", "128", "--sequence-length goes with an algorithm that looks at texts", RTN),
         ("--seed", "-1", "-1 is not in the range x>=0"),
         *THREADS,
     ],
@@ -186,7 +221,7 @@ def place(checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "short-keys").write_text("the-key-0123456789\nshort\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("qwen_aot.runtime.generation.generator.Generator.open", explode)
-    for name in ("build.build_bundle", "build.plan_build", "export.export_graph"):
+    for name in ("build.build_bundle", "build.plan_build", "quantize.quantize_checkpoint", "export.export_graph"):
         monkeypatch.setattr(f"qwen_aot.engines.{name}", explode)
     monkeypatch.setattr("qwen_aot.exporter.checkpoint.open.open_checkpoint", explode)
     monkeypatch.setattr("qwen_aot.runtime.cli.gpu_check.run_steps", explode)
@@ -223,7 +258,7 @@ def test_a_bundle_that_is_nowhere(run: Run, place: Path, verb: str) -> None:
     assert "'nowhere' does not exist" in result.stderr
 
 
-@pytest.mark.parametrize("verb", ["build", "export", "plan"])
+@pytest.mark.parametrize("verb", ["build", "quantize", "export", "plan"])
 def test_a_checkpoint_that_is_nowhere(run: Run, place: Path, verb: str) -> None:
     result = run(verb, "nowhere", *NEEDED[verb][1:])
     assert result.exit_code == 2
@@ -232,7 +267,7 @@ def test_a_checkpoint_that_is_nowhere(run: Run, place: Path, verb: str) -> None:
 
 def test_the_needed_arguments_are_right(run: Run, place: Path) -> None:
     """Or the tests above would see another refusal."""
-    for verb in ("build", "export", "generate", "chat", "bench"):
+    for verb in ("build", "quantize", "export", "generate", "chat", "bench"):
         assert str(run(verb, *NEEDED[verb], *(["--gen-tokens", "2", "--prompt-tokens", "2"] if verb == "bench" else []))
                    .exception) == "something was loaded"  # fmt: skip
 
