@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,25 +27,39 @@ _TOKENS, _LENGTH, _SEED = 4096, 512, 0  # docs/quantization.md has what fewer an
 _ACTIVATION_TOKENS = 2048  # computed at once
 
 
-def calibration_windows(checkpoint: Checkpoint) -> NDArray[np.int64]:
-    """Token ids of the sample texts [sequences, T]; of random weights, random ones.
+def calibration_windows(
+    checkpoint: Checkpoint,
+    *,
+    texts: Sequence[str] = (),
+    tokens: int = _TOKENS,
+    length: int = _LENGTH,
+    seed: int = _SEED,
+    why: str = "and an int8 cache gets its scales from sample texts; put the model's beside it, or leave out "
+    "--kv-precision int8",
+) -> NDArray[np.int64]:
+    """Token ids of texts [sequences, T]; of random weights, random ones.
+
+    Args:
+        checkpoint: whose tokenizer reads them.
+        texts: one string a work; empty: the project's own.
+        tokens: in all.
+        length: of a sequence, at most; less where the model's context is shorter.
+        seed: of the drawing.
+        why: a tokenizer is needed, and what else to do; the end of the error without one.
 
     Raises:
         BuildError: the checkpoint has no tokenizer to read texts with.
-        ExportError: its tokenizer isn't of its model.
+        ExportError: the texts are too short, or its tokenizer isn't of its model.
     """
     config = checkpoint.config
-    length = min(_LENGTH, config.max_position_embeddings)
+    length = min(length, config.max_position_embeddings)
     content = checkpoint.tokenizer.files.get("tokenizer.json")
     if content is None and isinstance(checkpoint, RandomCheckpoint):
-        return random_windows(config.vocab_size, tokens=_TOKENS, length=length, seed=_SEED)
+        return random_windows(config.vocab_size, tokens=tokens, length=length, seed=seed)
     if content is None:
-        raise BuildError(
-            f"{checkpoint.path} has no tokenizer.json, and an int8 cache gets its scales from sample texts; put the "
-            "model's beside it, or leave out --kv-precision int8"
-        )
-    texts = [sample.text for sample in calibration_texts()]
-    return draw_windows(content, texts, config.vocab_size, tokens=_TOKENS, length=length, seed=_SEED)
+        raise BuildError(f"{checkpoint.path} has no tokenizer.json, {why}")
+    chosen = texts or [sample.text for sample in calibration_texts()]
+    return draw_windows(content, chosen, config.vocab_size, tokens=tokens, length=length, seed=seed)
 
 
 def set_cache_scales(
