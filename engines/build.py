@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qwen_aot.engines.builders import Builder, EngineFacts, builder_for
 from qwen_aot.engines.bundle.compiled_text import COMPILED_CHAT_NAME, COMPILED_TOKENIZER_NAME, compile_text
@@ -20,6 +22,7 @@ from qwen_aot.engines.bundle.stages import Advance, StageCost, Stages
 from qwen_aot.engines.bundle.text_facts import TextFacts, text_facts
 from qwen_aot.engines.bundle.versions import tool_versions
 from qwen_aot.engines.bundle.writer import BundleWriter, refuse_unless_replaceable
+from qwen_aot.engines.calibrate import calibration_bytes, calibration_windows, set_cache_scales
 from qwen_aot.engines.profiles import profiles
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.own_codes import settled
@@ -31,7 +34,7 @@ from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.encodings import encodings_kept, encodings_requantized, warn_of_rounding
 from qwen_aot.exporter.model.config import ModelConfig
-from qwen_aot.exporter.model.tensors import num_parameters
+from qwen_aot.exporter.model.tensors import num_activated_parameters, num_parameters
 from qwen_aot.exporter.weights.recipe import Traced, output_bytes_of
 from qwen_aot.exporter.weights.sources import check_headers
 from qwen_aot.exporter.weights.stitch import chunk_bytes, output_bytes, stitch
@@ -61,6 +64,7 @@ class Plan:
     """A build up to the point where its sizes are known; nothing is written yet.
 
     Attributes:
+        windows: token ids [sequences, T] that the cache's scales are found by; None: it has none that are found so.
         texts: small files of the bundle, name -> content.
         compiled_texts: those of text compiled ahead of time, (name, content) of each.
         manifest_for: makes the manifest from the bundle's files, the hashes of the weights, and what a compiled engine
@@ -70,6 +74,7 @@ class Plan:
     traced: Traced
     estimate: Estimate
     manifest_for: Callable[[Mapping[str, FileEntry], Mapping[str, str], EngineFacts | None], Manifest]
+    windows: NDArray[np.int64] | None
     texts: Mapping[str, str]
     compiled_texts: tuple[tuple[str, bytes], ...]
     warnings: tuple[str, ...]
@@ -163,7 +168,8 @@ def build_bundle(
         )
     storage = storage_of(checkpoint)
     spec = settled(spec, storage)
-    stages = Stages(spec.facts.stage_names(with_verify=verifier is not None), on_progress)
+    names = spec.facts.stage_names(with_calibration=spec.has_calibrated_cache, with_verify=verifier is not None)
+    stages = Stages(names, on_progress)
     with BundleWriter(Path(out)) as writer:
         plan = _plan(checkpoint, spec, storage, stages, threads)
         check_resources(plan.estimate, writer.out)
@@ -172,6 +178,8 @@ def build_bundle(
             writer.write_text(name, text)
         for name, content in plan.compiled_texts:
             writer.write_bytes(name, content)
+        if spec.has_calibrated_cache:
+            stages.run("calibrate", lambda advance: _calibrate(plan, checkpoint, advance), "layers")
         hashes = stages.run("write weights", lambda advance: _write_engine(plan, checkpoint, writer, advance))
         facts = _finish(builder, spec, plan.traced, writer.folder, stages)
 
@@ -207,6 +215,11 @@ def _doubts_of(verification: Mapping[str, Any]) -> tuple[str, ...]:
     return (warning,)
 
 
+def _calibrate(plan: Plan, checkpoint: Checkpoint, advance: Advance) -> None:
+    assert plan.windows is not None
+    set_cache_scales(plan.traced, checkpoint, plan.windows, advance, plan.estimate.threads)
+
+
 def _finish(builder: Builder, spec: BuildSpec, lowered: Traced, folder: Path, stages: Stages) -> EngineFacts | None:
     if not spec.facts.compiles:
         return builder.finish(folder, spec, lowered, lambda done, total: None)
@@ -223,6 +236,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, storage: Storage, stages: Sta
     warnings = text.warnings + compiled.warnings
     builder = builder_for(spec.target)
     builder.require(spec)
+    windows = calibration_windows(checkpoint) if spec.has_calibrated_cache else None
     check_headers(checkpoint)
     dtype = ir.DataType[spec.combination.compute_type]
     positions = cache_capacity(max_context, spec.prefill_chunk)
@@ -241,11 +255,14 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, storage: Storage, stages: Sta
         threads=threads,
         int4_bytes=output_bytes_of(lowered, ir.DataType.INT4),
         is_compiled=spec.facts.compiles,
+        calibration_bytes=0 if windows is None else calibration_bytes(config),
+        calibration_products=0 if windows is None else windows.size * num_activated_parameters(config),
     )
     return Plan(
         lowered,
         needed,
         _manifest_maker(checkpoint, config, spec, max_context, max_new_tokens, text, lowered),
+        windows,
         texts,
         compiled.files,
         warnings,

@@ -19,12 +19,11 @@ from torch import Tensor
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.resources import threads_for
 from qwen_aot.engines.bundle.stages import StageCost, Stages
+from qwen_aot.engines.calibrate import calibration_windows
 from qwen_aot.engines.mixed_bits import mixed_forms
 from qwen_aot.engines.spec.quantize_spec import QuantizeSpec, bits_of
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.calibration.hidden_states import HiddenStates
-from qwen_aot.exporter.calibration.texts import calibration_texts
-from qwen_aot.exporter.calibration.windows import draw_windows, random_windows
 from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows
 from qwen_aot.exporter.checkpoint.hf.saving.folder import WHEN_FULL, QuantizedFolder
@@ -113,7 +112,17 @@ def quantize_checkpoint(
     _require_plain(checkpoint)
     _require_reads(checkpoint, spec, texts)
     stages = Stages(_STAGES if spec.bits_per_weight is None else ("measure", *_STAGES), on_progress)
-    windows = _windows(checkpoint, spec, texts) if spec.how.uses_texts else None
+    windows = None
+    if spec.how.uses_texts:
+        windows = calibration_windows(
+            checkpoint,
+            texts=texts,
+            tokens=spec.tokens,
+            length=spec.sequence_length,
+            seed=spec.seed,
+            why=f"by which algorithm {spec.algorithm} reads texts; put the model's beside it, or use algorithm rtn, "
+            "which needs none",
+        )
     tables = spec.table_forms(checkpoint.config)
     request = {**spec.request(), "texts": _digest(windows)}
     with (
@@ -170,20 +179,6 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _windows(checkpoint: Checkpoint, spec: QuantizeSpec, texts: Sequence[str]) -> NDArray[np.int64]:
-    vocab_size, tokens, length = checkpoint.config.vocab_size, spec.tokens, spec.sequence_length
-    content = checkpoint.tokenizer.files.get("tokenizer.json")
-    if content is None and isinstance(checkpoint, RandomCheckpoint):
-        return random_windows(vocab_size, tokens=tokens, length=length, seed=spec.seed)
-    if content is None:
-        raise BuildError(
-            f"{checkpoint.path} has no tokenizer.json, by which algorithm {spec.algorithm} reads texts; put the "
-            "model's beside it, or use algorithm rtn, which needs none"
-        )
-    chosen = texts or [sample.text for sample in calibration_texts()]
-    return draw_windows(content, chosen, vocab_size, tokens=tokens, length=length, seed=spec.seed)
 
 
 def _digest(windows: NDArray[np.int64] | None) -> str | None:

@@ -26,6 +26,7 @@ ENGINES = (
     ("engines.spec", "what can be asked for, decided before anything is built"),
     ("engines.bundle", "how any bundle is written and what a build costs"),
     ("engines.planner | engines.profiles", "sizes of what can be asked for"),
+    ("engines.calibrate", "what is learned of sample texts before a build"),
     ("engines.builders", "the interface of a target's builder"),
     ("engines.onnxruntime | engines.tensorrt", "a target's builder"),
     ("engines.mixed_bits", "the codes of a quantized folder, chosen by what they lose"),

@@ -23,6 +23,9 @@ _COMPILER_BYTES = 900_000_000
 _COMPILED_BYTES_PER_SECOND = 90e6
 _COMPILED_INT4_BYTES_PER_SECOND = 14e6
 
+# Multiplications with float32 weights in a second, of torch on one core (SmolLM2-135M).
+_PRODUCTS_PER_SECOND = 20e9
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -66,6 +69,8 @@ def estimate(
     available_bytes: int | None = None,
     int4_bytes: int = 0,
     is_compiled: bool = False,
+    calibration_bytes: int = 0,
+    calibration_products: int = 0,
 ) -> Estimate:
     """Sizes up a build once the graph is lowered.
 
@@ -78,6 +83,8 @@ def estimate(
         available_bytes: of memory; takes threads away, down to one, until their chunks fit. None: what is free here.
         int4_bytes: what of `weight_bytes` is of type INT4, which a compiler treats apart.
         is_compiled: TensorRT makes an engine of the graph, which then stands beside it for a while.
+        calibration_bytes: memory that running the model on sample texts takes, before anything is stitched; 0: none.
+        calibration_products: multiplications with weights in that run.
     """
     if available_bytes is None:
         available_bytes = available_memory_bytes()
@@ -90,10 +97,11 @@ def estimate(
         other_bytes = weight_bytes - int4_bytes
         compiling_bytes = int(_COMPILER_COPIES * other_bytes + _COMPILER_COPIES_OF_INT4 * int4_bytes) + _COMPILER_BYTES
         seconds += other_bytes / _COMPILED_BYTES_PER_SECOND + int4_bytes / _COMPILED_INT4_BYTES_PER_SECOND
+    seconds += calibration_products / (threads * _PRODUCTS_PER_SECOND)
     return Estimate(
         bundle_bytes=weight_bytes + text_bytes,
         disk_bytes=(2 if is_compiled else 1) * weight_bytes + text_bytes,
-        peak_memory_bytes=_BASE_BYTES + max(stitching_bytes, compiling_bytes),
+        peak_memory_bytes=_BASE_BYTES + max(stitching_bytes, compiling_bytes, calibration_bytes),
         seconds=seconds,
         threads=threads,
     )

@@ -33,7 +33,14 @@ def require(spec: BuildSpec) -> None:
 def lower(traced: Traced, spec: BuildSpec) -> Traced:
     """The ort lowering, with weights in the blocks that the spec asks for."""
     layout, sensitive = block_formats(spec)
-    return ort.lower(traced, OrtOptions(layout, sensitive, fast_prefill=spec.fast_prefill, own_codes=spec.own_codes))
+    options = OrtOptions(
+        layout,
+        sensitive,
+        fast_prefill=spec.fast_prefill,
+        own_codes=spec.own_codes,
+        int8_cache=spec.has_calibrated_cache,
+    )
+    return ort.lower(traced, options)
 
 
 def block_formats(spec: BuildSpec) -> tuple[BlockFormat | None, BlockFormat | None]:

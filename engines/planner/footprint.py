@@ -82,6 +82,8 @@ def footprint(config: ModelConfig, spec: BuildSpec, storage: Storage | None = No
         parts = [own_weights(config, own_choices(spec), storage), _rotary(config, spec, context)]
     else:
         parts = list(_parts(config, spec, context))
+    if spec.has_calibrated_cache:
+        parts.append(Part.whole(4 * 2 * config.num_hidden_layers * config.key_value_size))
     return Footprint(
         weight_bytes=sum(part.stored for part in parts),
         cache_bytes=_cache_bytes(config, spec, cache_capacity(context, spec.prefill_chunk)),
@@ -92,7 +94,8 @@ def footprint(config: ModelConfig, spec: BuildSpec, storage: Storage | None = No
 
 def _cache_bytes(config: ModelConfig, spec: BuildSpec, tokens: int) -> int:
     itemsize = _CACHE_BYTES[spec.cache_type]
-    scales = 2 * config.num_hidden_layers * config.num_key_value_heads if spec.cache_type == "INT8" else 0
+    has_scales = spec.cache_type == "INT8" and not spec.has_calibrated_cache  # calibrated ones are weights
+    scales = 2 * config.num_hidden_layers * config.num_key_value_heads if has_scales else 0
     return spec.max_batch * tokens * (config.kv_bytes_per_token(itemsize) + scales * _CACHE_SCALE_BYTES)
 
 

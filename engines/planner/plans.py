@@ -10,10 +10,10 @@ from qwen_aot.engines.planner.devices import DEVICES, Device
 from qwen_aot.engines.planner.footprint import Footprint, footprint
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.flavours import capability
+from qwen_aot.engines.spec.kv_precision import DEFAULT_KV_PRECISION
 from qwen_aot.engines.spec.own_codes import settled
 from qwen_aot.engines.spec.precisions import Precision, combinations
 from qwen_aot.engines.spec.targets import Target
-from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, TensorRtOptions
 from qwen_aot.errors import BuildError, ExportError
 from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.model.config import ModelConfig
@@ -96,7 +96,7 @@ def plans(
     precisions: Iterable[Precision | None] = (None,),
     max_context: int | None = None,
     max_batch: int = 1,
-    kv_precision: str = DEFAULT_OPTIONS.kv_precision,
+    kv_precision: str = DEFAULT_KV_PRECISION,
     storages: Mapping[str, Storage] | None = None,
 ) -> Iterator[Plan]:
     """Plans every model at every precision on every device.
@@ -108,7 +108,7 @@ def plans(
         precisions: None stands for the target's default.
         max_context: tokens; None: the target's default.
         max_batch: rows.
-        kv_precision: of the TensorRT targets' cache (`engines.spec.tensorrt_options.KV_PRECISIONS`).
+        kv_precision: of the cache (`engines.spec.kv_precision.KV_PRECISIONS`).
         storages: of the models that have a checkpoint, by name.
 
     Raises:
@@ -122,7 +122,7 @@ def plans(
                 precision=precision,  # type: ignore[arg-type]  # BuildSpec takes None for the target's default
                 max_context=max_context,
                 max_batch=max_batch,
-                tensorrt=TensorRtOptions(kv_precision=kv_precision),
+                kv_precision=kv_precision,
             )
             for precision in precisions
         ]
@@ -259,7 +259,7 @@ def _smaller(config: ModelConfig, spec: BuildSpec, device: Device, storage: Stor
             max_context=spec.max_context,
             max_batch=spec.max_batch,
             prefill_chunk=spec.prefill_chunk,
-            tensorrt=dataclasses.replace(DEFAULT_OPTIONS, kv_precision=_kv_of(spec)),
+            kv_precision=_kv_of(spec),
         )
 
     if storage is not None and any(storage.fixed):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from qwen_aot.engines.spec.flavours import capabilities_of, check_options, form_of
+from qwen_aot.engines.spec.kv_precision import DEFAULT_KV_PRECISION, check_kv_precision
 from qwen_aot.engines.spec.precisions import Choices, Combination, Precision, combinations, plain_name, quantized
 from qwen_aot.engines.spec.targets import TARGETS, Target, TargetFacts
 from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, Form, TensorRtOptions
@@ -38,6 +39,7 @@ class BuildSpec:
     max_context: int | None = None  # tokens; None: the model's (cpu, cuda) or min(4096, the model's) (TensorRT)
     max_batch: int = 1  # rows
     prefill_chunk: int = None  # type: ignore[assignment]  # tokens; None: the target's default; never None once made
+    kv_precision: str = DEFAULT_KV_PRECISION  # of the KV cache, one of KV_PRECISIONS; auto: the compute type
     tensorrt: TensorRtOptions = DEFAULT_OPTIONS
     own_codes: bool = False  # weights keep the codes that the checkpoint stores (`engines.spec.own_codes`)
     asked: frozenset[str] = field(
@@ -86,9 +88,16 @@ class BuildSpec:
         flavour = FLAVOURS.get(self.target)
         if flavour is not None:
             check_options(flavour, self.tensorrt, self.precision)
-            self._check_kv_precision()
         elif self.tensorrt != DEFAULT_OPTIONS:
             raise BuildError(f"target {self.target} takes no TensorRT options, and these were given: {self.tensorrt}")
+        check_kv_precision(
+            self.kv_precision,
+            self.precision,
+            plain_name(self.combination.compute_type),
+            self.target,
+            attention=self.attention,
+            int8_caches={target.value: facts.int8_cache for target, facts in TARGETS.items()},
+        )
         if self.tensorrt.quantize_head and not self.precision.row.is_quantized:
             raise BuildError(
                 f"quantize_head has nothing to quantize in {self.precision}; it goes with {', '.join(quantized())}"
@@ -136,7 +145,12 @@ class BuildSpec:
     @property
     def cache_type(self) -> str:
         """Element type of the KV cache, by its ONNX name."""
-        return "INT8" if self.tensorrt.kv_precision == "int8" else self.combination.compute_type
+        return "INT8" if self.kv_precision == "int8" else self.combination.compute_type
+
+    @property
+    def has_calibrated_cache(self) -> bool:
+        """Whether the cache is int8 with scales that are found before the build, from sample texts."""
+        return self.cache_type == "INT8" and self.facts.int8_cache == "calibrated"
 
     @property
     def effective_block_size(self) -> int | None:
@@ -182,20 +196,6 @@ class BuildSpec:
         if self.block_size is not None or not self.symmetric:
             raise BuildError(
                 "own_codes takes blocks and zero points from the checkpoint; leave out block_size, asymmetric"
-            )
-
-    def _check_kv_precision(self) -> None:
-        asked, own = self.tensorrt.kv_precision, plain_name(self.combination.compute_type)
-        if asked == "int8" and self.attention != "plugin":
-            raise BuildError(
-                f"kv_precision int8 needs the plugin's attention, and {self.target} has attention {self.attention} "
-                f"here: TensorRT's own reads a cache in its compute type; leave it out ({own}), or use target tensorrt "
-                "with attention plugin"
-            )
-        if asked not in ("auto", "int8", own):
-            raise BuildError(
-                f"kv_precision {asked} doesn't go with precision {self.precision}, which computes in {own}: attention "
-                f"reads a cache of its own type, or int8; accepted: auto, {own}, int8"
             )
 
     def context_for(self, model_limit: int) -> int:

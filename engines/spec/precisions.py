@@ -318,10 +318,12 @@ def row_of(precision: str) -> PrecisionRow:
     return PRECISIONS[precision]
 
 
-def judged_as(precision: str, quantization: Mapping[str, int | str | bool]) -> str:
-    """The precision whose bounds a bundle is held to, by its precision and quantization in the manifest.
+def judged_as(precision: str, quantization: Mapping[str, int | str | bool], cache_dtype: str | None = None) -> str:
+    """The precision whose bounds a bundle is held to, by its precision, quantization and cache in the manifest.
 
-    A checkpoint's own codes round no weight: what is lost is what rounded activations lose, less than int8 allows.
+    A checkpoint's own codes round no weight: what is lost is what rounded activations lose, less than int8 allows; and
+    so does an int8 cache beside plain weights. What it adds to rounded weights is not allowed for.
     """
     is_kept = quantization.get("own_codes") and quantization.get("sensitive_bits", 8) == 8
-    return "int8" if is_kept else precision
+    is_cache_alone = cache_dtype == "int8" and not row_of(precision).is_quantized
+    return "int8" if is_kept or is_cache_alone else precision

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from qwen_aot.engines.spec.kv_precision import Int8Cache
 from qwen_aot.errors import BuildError
 
 
@@ -64,6 +65,7 @@ class TargetFacts:
             verified before it is installed.
         weight_layout: of quantized weights.
         quantized_experts: whether routed experts can be quantized.
+        int8_cache: whether it has one, and where its scales come from.
         always_zero_points: the quantized embedding has zero points even where the format is symmetric.
         layer_provider: ONNX Runtime's provider for comparing layers; the CPU's takes its place where it is absent.
         memory: how activations are estimated.
@@ -81,6 +83,7 @@ class TargetFacts:
     can_verify_here: bool = True
     weight_layout: WeightLayout
     quantized_experts: QuantizedExperts
+    int8_cache: Int8Cache
     always_zero_points: bool = False
     layer_provider: str = "CPUExecutionProvider"
     memory: MemoryModel
@@ -90,11 +93,12 @@ class TargetFacts:
         """What the stage is called in which the finished engine is checked."""
         return "load check" if self.can_verify_here else "check"
 
-    def stage_names(self, *, with_verify: bool = False) -> tuple[str, ...]:
+    def stage_names(self, *, with_calibration: bool = False, with_verify: bool = False) -> tuple[str, ...]:
         """The stages of a build in order."""
+        calibrating = ("calibrate",) if with_calibration else ()
         compiling = ("compile",) if self.compiles else ()
         verifying = ("verify",) if with_verify else ()
-        return ("trace", "lower", "write weights", *compiling, "hash", self.check_stage, *verifying)
+        return ("trace", "lower", *calibrating, "write weights", *compiling, "hash", self.check_stage, *verifying)
 
 
 # Twice what lives at once: ONNX Runtime's arena, in steps of 256 tokens of the widths of 0.5B, 7B and MoE-A2.7B.
@@ -114,6 +118,7 @@ def _tensorrt(engine_file: str) -> TargetFacts:
         can_verify_here=False,
         weight_layout="dequantized",
         quantized_experts="plugin",
+        int8_cache="plugin",
         memory=MemoryModel(workspace_bytes=8_192_000, copies_window=True),  # of TensorRT-RTX 1.7.1
     )
 
@@ -128,6 +133,7 @@ TARGETS: Mapping[Target, TargetFacts] = {
         runs_on_gpu=False,
         weight_layout="blocks",
         quantized_experts="yes",
+        int8_cache="calibrated",
         memory=_ONNXRUNTIME_MEMORY,
     ),
     Target.CUDA: TargetFacts(
@@ -138,6 +144,7 @@ TARGETS: Mapping[Target, TargetFacts] = {
         default_prefill_chunk=512,
         weight_layout="blocks",
         quantized_experts="no",
+        int8_cache="no",
         always_zero_points=True,  # `exporter.lowering.ort.provider`
         layer_provider="CUDAExecutionProvider",
         memory=_ONNXRUNTIME_MEMORY,

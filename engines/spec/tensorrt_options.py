@@ -10,7 +10,6 @@ from typing import Literal, get_args
 from qwen_aot.errors import BuildError
 
 Form = Literal["plugin", "native"]
-KV_PRECISIONS = ("auto", "fp16", "bf16", "int8")
 
 _CAPABILITY = re.compile(r"[1-9]\d*\.\d")
 
@@ -31,7 +30,6 @@ class TensorRtOptions:
         quantize_head: the head too is stored as the precision says, and not in the compute type.
         attention: computed by the project's plugin, or by TensorRT's own layers. None: the flavour's own.
         moe: the same of routed experts.
-        kv_precision: one of KV_PRECISIONS, of the KV cache; auto: the compute type.
         plugin_library: the plugins' library; None: as `runtime.bundle.plugin_library` finds it.
     """
 
@@ -45,7 +43,6 @@ class TensorRtOptions:
     quantize_head: bool = False
     attention: Form | None = None
     moe: Form | None = None
-    kv_precision: str = "auto"
     plugin_library: Path | None = None
 
     def __post_init__(self) -> None:
@@ -62,8 +59,6 @@ class TensorRtOptions:
             value = getattr(self, name)
             if value is not None and value not in get_args(Form):
                 raise BuildError(f"{name} {value!r} doesn't exist; accepted: {', '.join(get_args(Form))}")
-        if self.kv_precision not in KV_PRECISIONS:
-            raise BuildError(f"kv_precision {self.kv_precision!r} doesn't exist; accepted: {', '.join(KV_PRECISIONS)}")
 
 
 DEFAULT_OPTIONS = TensorRtOptions()

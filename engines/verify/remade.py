@@ -37,6 +37,7 @@ def spec_of(folder: Path, manifest: Manifest) -> BuildSpec:
         own_codes=bool(asked.get("own_codes", False)),
         max_context=manifest.max_context,
         prefill_chunk=manifest.prefill_chunk,
+        kv_precision="int8" if engine.cache_dtype == "int8" else "auto",
         tensorrt=_tensorrt_options(folder, manifest),
     )
 
@@ -67,7 +68,6 @@ def _tensorrt_options(folder: Path, manifest: Manifest) -> TensorRtOptions:
         DEFAULT_OPTIONS,
         attention="plugin" if PluginOp.GQA in ops else "native",
         moe="plugin" if PluginOp.MOE in ops else "native",
-        kv_precision="int8" if engine.cache_dtype == "int8" else "auto",
         plugin_library=None if plugins is None else folder / plugins.file,
         quantize_head=bool(engine.quantization.get("quantize_head", False)),
     )

@@ -180,6 +180,7 @@ def limits_for(
     precision: str,
     num_parameters: int,
     quantization: Mapping[str, int | str | bool],
+    cache_dtype: str | None = None,
     **given: float | None,
 ) -> Limits:
     """What a model of some size and precision is held to.
@@ -188,17 +189,19 @@ def limits_for(
         precision: by its name.
         num_parameters: of the model.
         quantization: of its weights, as a manifest has it.
+        cache_dtype: of its cache, as a manifest has it; None: the compute type.
         given: bounds in place of the precision's.
 
     Raises:
         BuildError: there is no such precision.
     """
-    row = row_of(judged_as(precision, quantization))
+    row = row_of(judged_as(precision, quantization, cache_dtype))
     if row.rounding is None:
-        return Limits(bounds_for(precision, **given))
+        return Limits(bounds_for(row.name, **given))
     block_size = quantization.get("block_size")
     has_fine_blocks = isinstance(block_size, int) and block_size <= 128
-    is_coarse = not quantization.get("own_codes") and (not has_fine_blocks or quantization.get("sensitive_bits") != 8)
+    is_rounded = row_of(precision).is_quantized and not quantization.get("own_codes")
+    is_coarse = is_rounded and (not has_fine_blocks or quantization.get("sensitive_bits") != 8)
     bounds = row.bounds.times(row.rounding.factor(num_parameters, is_coarse=is_coarse))
     named = {name for name, value in given.items() if value is not None}
     doubts: tuple[str, ...] = ()

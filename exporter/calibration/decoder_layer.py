@@ -1,4 +1,4 @@
-"""One decoder layer in float32 over whole sequences, which shows what each of its projections reads.
+"""One decoder layer in float32 over whole sequences, which shows what its projections read and what a cache would hold.
 
 Written for calibration: no cache, no export, one layer's weights in memory. Source of the formulas: transformers'
 Qwen2DecoderLayer and Qwen2MoeDecoderLayer, with which the tests compare it.
@@ -41,6 +41,7 @@ class Reading:
 
 
 Observe = Callable[[Reading, Tensor], None]  # gets what the matrices read: [tokens, K] float32
+ObserveCache = Callable[[Tensor, Tensor], None]  # gets rotated keys and values, each [B, Hkv, T, D] float32
 
 _QKV = (Role.QUERY, Role.KEY, Role.VALUE)
 
@@ -94,7 +95,13 @@ class DecoderLayer:
         self._sin = torch.from_numpy((np.sin(both) * factor).astype(np.float32))
 
     @torch.no_grad()
-    def __call__(self, weights: Mapping[Place, Tensor], hidden: Tensor, observe: Observe = lambda *_: None) -> Tensor:
+    def __call__(
+        self,
+        weights: Mapping[Place, Tensor],
+        hidden: Tensor,
+        observe: Observe = lambda *_: None,
+        observe_cache: ObserveCache = lambda *_: None,
+    ) -> Tensor:
         """Maps the residual stream [B, T, M] to the one behind the layer.
 
         Args:
@@ -102,10 +109,11 @@ class DecoderLayer:
             hidden: the stream in front of it.
             observe: called with each input that matrices read, in the order of `readings`; experts that no token
                 chooses are left out.
+            observe_cache: called once, with the keys and values that a cache holds.
         """
         x = self._norm(weights[Role.INPUT_NORM, None], hidden)
         observe(Reading(tuple((role, None) for role in _QKV)), _flat(x))
-        attention = self._attention(weights, x)
+        attention = self._attention(weights, x, observe_cache)
         observe(Reading(((Role.OUTPUT, None),)), _flat(attention))
         hidden = hidden + functional.linear(attention, weights[Role.OUTPUT, None])
         x = self._norm(weights[Role.POST_ATTENTION_NORM, None], hidden)
@@ -116,7 +124,7 @@ class DecoderLayer:
     def _norm(self, weight: Tensor, x: Tensor) -> Tensor:
         return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._config.rms_norm_eps))
 
-    def _attention(self, weights: Mapping[Place, Tensor], x: Tensor) -> Tensor:
+    def _attention(self, weights: Mapping[Place, Tensor], x: Tensor, observe_cache: ObserveCache) -> Tensor:
         """[B, T, M] -> what the output projection reads [B, T, H * D]."""
         config = self._config
         B, T, _ = x.shape
@@ -128,6 +136,7 @@ class DecoderLayer:
         query = self._rotated(heads(Role.QUERY, Role.QUERY_BIAS, config.num_attention_heads))
         key = self._rotated(heads(Role.KEY, Role.KEY_BIAS, config.num_key_value_heads))
         value = heads(Role.VALUE, Role.VALUE_BIAS, config.num_key_value_heads)
+        observe_cache(key, value)
         found = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return found.transpose(1, 2).reshape(B, T, config.query_size)
 

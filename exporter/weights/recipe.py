@@ -44,12 +44,19 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One initializer. `row_axis` is the axis along which the source's rows run (its last axis when transposed)."""
+    """One initializer.
+
+    Attributes:
+        row_axis: along which the source's rows run (its last axis when transposed).
+        tolerance: what a computed one may differ by when another machine computes it, as a share of each element; 0: by
+            neighbouring floats.
+    """
 
     name: str
     dtype: ir.DataType
     shape: tuple[int, ...]
     row_axis: int = 0
+    tolerance: float = 0.0
 
     @property
     def nbytes(self) -> int:

@@ -51,11 +51,11 @@ def _max_batch() -> str:
 
 
 def _kv_precisions() -> str:
-    from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, KV_PRECISIONS
+    from qwen_aot.engines.spec.kv_precision import DEFAULT_KV_PRECISION, KV_PRECISIONS
 
     return (
-        f"{', '.join(KV_PRECISIONS)}: the KV cache; auto is the compute type; int8 needs the attention plugin.  "
-        f"[default: {DEFAULT_OPTIONS.kv_precision}]"
+        f"{', '.join(KV_PRECISIONS)}: the KV cache; auto is the compute type; int8 is for cpu, and for tensorrt's "
+        f"attention plugin.  [default: {DEFAULT_KV_PRECISION}]"
     )
 
 
@@ -123,6 +123,7 @@ def _kv_precisions() -> str:
     help="Add an 8-bit form of the projections that long prompts run through about twice as fast (needs VNNI on x86).",
     group="Quantization",
 )
+@option("--kv-precision", help=_kv_precisions, group="Quantization")
 @option(
     "--compute-capability",
     help="GPUs that the engine will run on: 8.6,8.9,12.0.  [default: RTX 30, 40 and 50]",
@@ -151,11 +152,6 @@ def _kv_precisions() -> str:
     group=_TENSORRT,
 )
 @option("--moe", help="plugin or native: the same of routed experts.  [default: plugin with tensorrt]", group=_TENSORRT)
-@option(
-    "--kv-precision",
-    help=_kv_precisions,
-    group=_TENSORRT,
-)
 @option(
     "--plugin-library",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -192,7 +188,6 @@ def command(
     quantize_head: bool,
     attention: Any,  # TensorRtOptions refuses what isn't one of its forms
     moe: Any,
-    kv_precision: str | None,
     plugin_library: Path | None,
     threads: int | None,
     **request: Any,
@@ -209,7 +204,7 @@ def command(
     at the output stays until the new bundle is whole; a failed or interrupted build changes nothing.
     """
     from qwen_aot.engines.spec.build_spec import BuildSpec
-    from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, TensorRtOptions
+    from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
     from qwen_aot.errors import BuildError
 
     show_logs()
@@ -231,7 +226,6 @@ def command(
             quantize_head=quantize_head,
             attention=attention,
             moe=moe,
-            kv_precision=DEFAULT_OPTIONS.kv_precision if kv_precision is None else kv_precision,
             plugin_library=plugin_library,
         )
         spec = BuildSpec(tensorrt=options, **{name: value for name, value in request.items() if value is not None})

@@ -36,9 +36,9 @@ def _precisions() -> str:
 
 
 def _kv_precisions() -> str:
-    from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, KV_PRECISIONS
+    from qwen_aot.engines.spec.kv_precision import DEFAULT_KV_PRECISION, KV_PRECISIONS
 
-    return f"{', '.join(KV_PRECISIONS)}: the KV cache (tensorrt).  [default: {DEFAULT_OPTIONS.kv_precision}]"
+    return f"{', '.join(KV_PRECISIONS)}: the KV cache.  [default: {DEFAULT_KV_PRECISION}]"
 
 
 @click.command("plan", cls=VerbCommand, context_settings=CONTEXT)
@@ -85,7 +85,7 @@ def command(
     show_logs()
     from qwen_aot.engines.planner.devices import DEVICES, find_device
     from qwen_aot.engines.planner.plans import plans
-    from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS
+    from qwen_aot.engines.spec.kv_precision import DEFAULT_KV_PRECISION
     from qwen_aot.errors import BuildError
 
     try:
@@ -99,7 +99,7 @@ def command(
                 precisions=dict.fromkeys(precisions) or (None,),  # type: ignore[arg-type]  # and theirs
                 max_context=context,
                 max_batch=batch,
-                kv_precision=DEFAULT_OPTIONS.kv_precision if kv_precision is None else kv_precision,
+                kv_precision=DEFAULT_KV_PRECISION if kv_precision is None else kv_precision,
                 storages=storages,
             )
         )
@@ -160,7 +160,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "device": plan.device,
         "target": plan.spec.target,
         "precision": plan.spec.precision,
-        "kv_precision": plan.spec.tensorrt.kv_precision,
+        "kv_precision": plan.spec.kv_precision,
         "context": plan.context,
         "batch": plan.spec.max_batch,
         "prefill_chunk": plan.spec.prefill_chunk,

@@ -291,6 +291,7 @@ def _check_weights(
         manifest,
         checkpoint,
         on_progress=lambda done, total: on_progress(ProgressEvent(stage, 1, count, done, total)),
+        on_layer=lambda done, total: on_progress(ProgressEvent("calibrate", 1, count, done, total, "layers")),
         threads=threads,
     )
     on_progress(ProgressEvent(stage, 1, count, 1, 1))
@@ -317,7 +318,9 @@ def _score(
 
     manifest = generator.engine.manifest
     engine = manifest.engines.text
-    limits = verify.limits_for(engine.precision, manifest.model.num_parameters, engine.quantization, **bounds)
+    limits = verify.limits_for(
+        engine.precision, manifest.model.num_parameters, engine.quantization, engine.cache_dtype, **bounds
+    )
     if generator.tokenizer is not None:
         ids = generator.tokenizer.encode(text)
     else:

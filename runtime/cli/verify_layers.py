@@ -29,7 +29,7 @@ def compare(
         manifest,
         checkpoint,
         token_ids,
-        bound_for(judged_as(engine.precision, engine.quantization)) if bound is None else bound,
+        bound_for(judged_as(engine.precision, engine.quantization, engine.cache_dtype)) if bound is None else bound,
         on_progress,
     )
 

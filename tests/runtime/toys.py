@@ -30,11 +30,13 @@ VOCAB_SIZE = 211  # a prime: checksums spread over it
 HEADS, HEAD_DIM = 2, 8
 ALL_INPUTS = ("input_ids", "position_ids", "cache_length", "new_tokens", "key_positions")
 
+CACHE_STEP = 1 / 32  # what a code of an int8 cache is worth
 _ONNX_TYPES = {
     "int64": TensorProto.INT64,
     "int32": TensorProto.INT32,
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
+    "int8": TensorProto.INT8,
 }
 
 
@@ -202,6 +204,8 @@ def attention_model(
 ) -> onnx.ModelProto:
     """One GroupQueryAttention over embedded ids (q = k = v = their embedding), then a linear head.
 
+    A code of an int8 cache is worth CACHE_STEP, in every channel.
+
     Args:
         inputs: without position_ids and key_positions.
         outputs: as `io_tables` gives them.
@@ -211,7 +215,8 @@ def attention_model(
     b = _GraphBuilder()
     onnx_type = _ONNX_TYPES[next(t.dtype for t in inputs if t.name.startswith("past_key_values."))]
     hidden = b.node("Gather", [b.constant(table), "input_ids"])
-    query = b.node("Cast", [hidden], to=onnx_type)
+    is_int8 = onnx_type == TensorProto.INT8
+    query = hidden if is_int8 else b.node("Cast", [hidden], to=onnx_type)
     one = b.ints([1])
     lengths = b.node("Sub", [b.node("Add", ["cache_length", "new_tokens"]), one])
     seqlens_k = b.node("Cast", [lengths], to=TensorProto.INT32)
@@ -219,13 +224,16 @@ def attention_model(
     total = b.node("Cast", [capacity], to=TensorProto.INT32)
     query_lengths = b.node("Cast", ["new_tokens"], to=TensorProto.INT32)
     operands = [query, query, query, "past_key_values.0.key", "past_key_values.0.value", seqlens_k, total]
+    scales = [b.constant(np.full(HEADS * HEAD_DIM, CACHE_STEP, np.float32))] * 2 if is_int8 else [""] * 2
+    quantized = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     attention = b.node(
         "GroupQueryAttention",
-        operands + [""] * 9 + [query_lengths],
+        operands + [""] * 5 + scales + [""] * 2 + [query_lengths],
         extra_outputs=["present.0.key", "present.0.value"],
         domain="com.microsoft",
         num_heads=HEADS,
         kv_num_heads=HEADS,
+        **(quantized if is_int8 else {}),
     )
     last = b.node("Max", [b.node("Sub", ["new_tokens", one]), b.ints([0])])  # [B]
     picked = b.node("GatherND", [attention, b.node("Unsqueeze", [last, one])], batch_dims=1)
@@ -248,7 +256,7 @@ class _GraphBuilder:
         output: str | None = None,
         extra_outputs: list[str] | None = None,
         domain: str = "",
-        **attributes: int,
+        **attributes: int | str,
     ) -> str:
         name = output or f"v{len(self._nodes)}"
         outputs = [name, *(extra_outputs or [])]

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from qwen_aot.errors import ExportError
 from qwen_aot.exporter.graph import ops
+from qwen_aot.exporter.lowering.ort.int8_cache import store_cache_as_int8
 from qwen_aot.exporter.lowering.ort.narrow import keep_tables_narrow
 from qwen_aot.exporter.lowering.ort.prefill import split_prefill
 from qwen_aot.exporter.lowering.ort.provider import MS_DOMAIN, MS_VERSION, PROVIDERS, Provider, ProviderFacts
@@ -51,6 +52,7 @@ class OrtOptions:
         provider: whose kernels will run the graph.
         own_codes: what the checkpoint stores as codes keeps them, each matrix in the blocks that hold its own; there is
             no `weights` then, and `sensitive` is of embedding and head alone, where these are plain numbers.
+        int8_cache: keys and values are stored as int8, with the scales that `int8_cache.set_scales` brings.
     """
 
     weights: BlockFormat | None = None
@@ -59,6 +61,7 @@ class OrtOptions:
     fast_prefill: bool = False
     provider: Provider = Provider.CPU
     own_codes: bool = False
+    int8_cache: bool = False
 
     @property
     def is_quantized(self) -> bool:
@@ -68,6 +71,8 @@ class OrtOptions:
     def __post_init__(self) -> None:
         if self.fast_prefill and self.provider is not Provider.CPU:
             raise ExportError(f"fast_prefill exists for the CPU's kernels, not for those of {self.provider}")
+        if self.int8_cache and self.provider is not Provider.CPU:
+            raise ExportError(f"int8_cache exists for the CPU's kernels, not for those of {self.provider}")
         if self.own_codes and self.weights is not None:
             raise ExportError(
                 "weights that keep the checkpoint's codes have no format of their own; leave one of both out"
@@ -121,6 +126,8 @@ def passes(traced: Traced, options: OrtOptions) -> list[tuple[str, Callable[[Tra
     ]
     if compute_type in facts.attention_types:
         steps.insert(0, ("fuse_attention", lambda traced: fuse_attention(traced, facts)))
+    if options.int8_cache:
+        steps.insert(1, ("store_cache_as_int8", store_cache_as_int8))
     if options.is_quantized:
         # One for all: a tied weight is met twice.
         weights = QuantizedWeights(traced, _formats(traced, options), scale_type=compute_type)

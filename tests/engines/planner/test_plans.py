@@ -17,7 +17,6 @@ from qwen_aot.engines.planner.plans import Plan, largest_batch, longest_context,
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.precisions import Precision
 from qwen_aot.engines.spec.targets import Target
-from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.errors import BuildError, ExportError
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.tensorrt import standard
@@ -174,7 +173,7 @@ def test_plugins_read_quantized_experts() -> None:
 
 def test_an_int8_cache_leaves_room_for_a_longer_context() -> None:
     own, int8 = (
-        planned("qwen1.5-7b", "orin-nx-16gb", spec_of("int4", tensorrt=TensorRtOptions(kv_precision=kv_precision)))
+        planned("qwen1.5-7b", "orin-nx-16gb", spec_of("int4", kv_precision=kv_precision))
         for kv_precision in ("auto", "int8")
     )
     assert int8.footprint.cache_bytes == own.footprint.cache_bytes * (128 + 2) // 256  # codes and a scale of 128

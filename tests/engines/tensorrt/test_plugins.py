@@ -80,6 +80,7 @@ def build(checkpoint: Path, out: Path, precision: str = "fp16", **options: Any) 
         precision=precision,  # type: ignore[arg-type]
         max_context=192,
         prefill_chunk=64,
+        kv_precision=options.pop("kv_precision", "auto"),
         tensorrt=TensorRtOptions(**options),
     )
     return build_bundle(checkpoint, spec, out).manifest
@@ -261,7 +262,9 @@ def test_layers_are_compared_on_the_graph_with_definitions(
 
 
 def spec(target: str = "tensorrt", precision: str = "fp16", **options: Any) -> BuildSpec:
-    return BuildSpec(target=target, precision=precision, tensorrt=TensorRtOptions(**options))  # type: ignore[arg-type]
+    kv_precision = options.pop("kv_precision", "auto")
+    options_of_library = TensorRtOptions(**options)
+    return BuildSpec(target, precision, kv_precision=kv_precision, tensorrt=options_of_library)  # type: ignore[arg-type]
 
 
 def test_defaults() -> None:
@@ -286,7 +289,7 @@ def test_defaults() -> None:
         ({"attention": "native", "kv_precision": "int8"}, "tensorrt has attention native here"),
         ({"kv_precision": "bf16"}, "kv_precision bf16 doesn't go with precision fp16, .*accepted: auto, fp16, int8"),
         ({"precision": "bf16", "kv_precision": "fp16"}, "fp16 doesn't go with precision bf16, which computes in bf16"),
-        ({"kv_precision": "fp8"}, "kv_precision 'fp8' doesn't exist; accepted: auto, fp16, bf16, int8"),
+        ({"kv_precision": "fp8"}, "kv_precision 'fp8' doesn't exist; accepted: auto, fp32, fp16, bf16, int8"),
         ({"attention": "fast"}, "attention 'fast' doesn't exist; accepted: plugin, native"),
         ({"moe": ""}, "moe '' doesn't exist"),
     ],
@@ -298,4 +301,4 @@ def test_refusals(request_: dict[str, Any], message: str) -> None:
 
 def test_other_targets_take_none_of_it() -> None:
     with pytest.raises(BuildError, match="target cpu takes no TensorRT options"):
-        BuildSpec(tensorrt=TensorRtOptions(kv_precision="int8"))
+        BuildSpec(tensorrt=TensorRtOptions(quantize_head=True))

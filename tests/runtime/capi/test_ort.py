@@ -61,7 +61,7 @@ def toy(folder: Path, kind: str, **fields: Any) -> Path:
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("toys")
-    return {kind: toy(root / kind, kind) for kind in ("checksum", "float32", "float16")}
+    return {kind: toy(root / kind, kind) for kind in ("checksum", "float32", "float16", "int8")}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_the_cases_of_the_python_engine(dialog: Dialog, bundles: dict[str, Path]
     case(open_bundle(dialog, bundles["checksum"]))
 
 
-@pytest.mark.parametrize("kind", ["float32", "float16"])
+@pytest.mark.parametrize("kind", ["float32", "float16", "int8"])
 def test_attention_is_that_of_the_python_engine(dialog: Dialog, bundles: dict[str, Path], kind: str) -> None:
     attention = open_bundle(dialog, bundles[kind]), cases.TOLERANCE[kind]
     cases.test_attention_equals_the_formula_in_every_split(attention)  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ def test_attention_is_that_of_the_python_engine(dialog: Dialog, bundles: dict[st
     cases.test_a_row_does_not_depend_on_the_others(attention)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["checksum", "float32", "float16"])
+@pytest.mark.parametrize("kind", ["checksum", "float32", "float16", "int8"])
 def test_logits_are_the_python_engines_to_the_bit(dialog: Dialog, bundles: dict[str, Path], kind: str) -> None:
     """The same calls on both, at random; both run one library, so no bit may differ."""
     native = open_bundle(dialog, bundles[kind])

@@ -87,7 +87,8 @@ def test_a_dry_run_shows_and_writes_nothing(run: Run, tmp_path: Path) -> None:
         ),
         (("--threads", "0"), 2, "0 is not in the range 1<=x<=1024"),
         (("--threads", "1025"), 2, "1025 is not in the range 1<=x<=1024"),
-        (("--kv-precision", "int8"), 2, "target cpu takes no TensorRT options"),
+        (("--target", "cuda", "--kv-precision", "int8"), 2, "kv_precision int8 doesn't exist for target cuda"),
+        (("--kv-precision", "fp16"), 2, "computes in fp32: attention reads a cache of its own type, or int8"),
         (("--random-weights",), 2, "--random-weights goes with a variant's name"),
     ],
 )

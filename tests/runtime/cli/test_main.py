@@ -49,11 +49,11 @@ def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
                 "--precision TEXT The weights: fp32, fp16 or bf16, as computed; int8 or int4, integers that share "
                 "scales; fp8, E4M3 floats that share scales. [default: the target's]",
                 "--max-batch INTEGER Rows that run together. [default: 1]",
-                "--kv-precision TEXT auto, fp16, bf16, int8: the KV cache; auto is the compute type; int8 needs the "
-                "attention plugin. [default: auto]",
+                "--kv-precision TEXT auto, fp32, fp16, bf16, int8: the KV cache; auto is the compute type; int8 is for "
+                "cpu, and for tensorrt's attention plugin. [default: auto]",
             ),
         ),
-        ("plan", ("--kv-precision TEXT auto, fp16, bf16, int8: the KV cache (tensorrt). [default: auto]",)),
+        ("plan", ("--kv-precision TEXT auto, fp32, fp16, bf16, int8: the KV cache. [default: auto]",)),
     ],
 )
 def test_help_tells_what_the_tables_of_builds_hold(run: Run, verb: str, lines: tuple[str, ...]) -> None:

@@ -76,7 +76,7 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--timing-cache", ".", "File '.' is a directory", TENSORRT),
         ("--attention", "fast", "attention 'fast' doesn't exist; accepted: plugin, native", TENSORRT),
         ("--moe", "fast", "moe 'fast' doesn't exist; accepted: plugin, native", TENSORRT),
-        ("--kv-precision", "int2", "kv_precision 'int2' doesn't exist; accepted: auto, fp16, bf16, int8", TENSORRT),
+        ("--kv-precision", "int2", "kv_precision 'int2' doesn't exist; accepted: auto, fp32, fp16, bf16, int8"),
         ("--plugin-library", "no.so", "File 'no.so' does not exist", TENSORRT),
         ("--algorithm", "smoothquant", "algorithm is 'smoothquant'; accepted: rtn, awq, gptq, awq-gptq"),
         ("--keep-quantized", "", "it is empty", ("--algorithm", "rtn")),

@@ -122,7 +122,7 @@ def test_a_gguf_file(run: Run, tmp_path: Path) -> None:
         (("--batch", "0"), 2, "max_batch is 0; it must be at least 1"),
         (("--precision", "fp7"), 2, "precision 'fp7' doesn't exist; what exists: cpu: fp32, int8, int4"),
         (("--target", "tensorrt-rtx", "--kv-precision", "int8"), 2, "kv_precision int8 needs the plugin's attention"),
-        (("--kv-precision", "int2"), 2, "kv_precision 'int2' doesn't exist; accepted: auto, fp16, bf16, int8"),
+        (("--kv-precision", "int2"), 2, "kv_precision 'int2' doesn't exist; accepted: auto, fp32, fp16, bf16, int8"),
         (("--target", "npu"), 2, "target 'npu' doesn't exist; what exists: cpu: fp32"),
         (("--target", "cpu", "--precision", "fp16"), 2, "target cpu with precision fp16 doesn't exist"),
     ],

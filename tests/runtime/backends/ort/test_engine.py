@@ -22,6 +22,7 @@ from qwen_aot.runtime.engine.kv_memory import HostMemory
 from qwen_aot.runtime.engine.protocol import NonFiniteLogitsError
 from tests.runtime.toys import (
     ALL_INPUTS,
+    CACHE_STEP,
     HEAD_DIM,
     HEADS,
     VOCAB_SIZE,
@@ -37,12 +38,14 @@ from tests.runtime.toys import (
 FEW_INPUTS = ("input_ids", "cache_length", "new_tokens")
 
 RNG = np.random.default_rng(7)
-TABLE = RNG.standard_normal((VOCAB_SIZE, HEADS * HEAD_DIM)).astype(np.float32)
+# Multiples of a code's worth within the codes' range: an int8 cache holds them as they are.
+TABLE = CACHE_STEP * np.rint(RNG.standard_normal((VOCAB_SIZE, HEADS * HEAD_DIM)) / CACHE_STEP).clip(-128, 127)
+TABLE = TABLE.astype(np.float32)
 HEAD = RNG.standard_normal((HEADS * HEAD_DIM, VOCAB_SIZE)).astype(np.float32)
 
 # Largest difference of logits (up to 15 in size) from float64 attention. float32: rounding of sums of a few
-# hundred terms; float16: the values themselves are rounded to 11 bits.
-TOLERANCE = {"float32": 2e-5, "float16": 3e-2}
+# hundred terms, of an int8 cache too; float16: the values themselves are rounded to 11 bits.
+TOLERANCE = {"float32": 2e-5, "float16": 3e-2, "int8": 2e-5}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def engine(checksum_bundle: Path) -> Iterator[OnnxRuntimeEngine]:
         yield engine
 
 
-@pytest.fixture(params=["float32", "float16"])
+@pytest.fixture(params=["float32", "float16", "int8"])
 def attention(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[OnnxRuntimeEngine, float]]:
     """A GroupQueryAttention engine without position_ids and key_positions, and its tolerance."""
     inputs, outputs = io_tables(FEW_INPUTS, request.param)
@@ -327,7 +330,7 @@ def test_what_unused_slots_hold_does_not_matter(attention: tuple[OnnxRuntimeEngi
     results = []
     for value in (0.0, rubbish):
         for view in engine.cache.views(0, 4):
-            view[...] = value
+            view[...] = value if view.dtype.kind == "f" else np.clip(np.nan_to_num(value, nan=-128), -128, 127)
         for row in range(2):
             engine.truncate(row, 0)
             engine.prefill(row, ids(*rows[row]))
