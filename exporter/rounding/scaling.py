@@ -136,7 +136,7 @@ def _error(
         importance = importance_of(moment, len(factor)) / factor.square()
         for place in reading.places:
             matrix = weights[place]
-            for rows in matrix.split(max(1, _SLICE_ELEMENTS // matrix.shape[1])):
+            for rows in torch.split(matrix, max(1, _SLICE_ELEMENTS // matrix.shape[1])):
                 scaled = rows * factor
                 grid = fit_grid(scaled, importance, forms[place], _COARSE_FACTORS)
                 difference = (grid.values(grid.nearest(scaled)) - scaled) / factor

@@ -12,9 +12,7 @@ from qwen_aot.version import __version__
 
 VERBS = {
     "build": Verb("qwen_aot.runtime.cli.build", "Build a bundle from a checkpoint (the same as build-engine)."),
-    "quantize": Verb(
-        "qwen_aot.runtime.cli.quantize", "Quantize a checkpoint into a GPTQ or AWQ folder."
-    ),
+    "quantize": Verb("qwen_aot.runtime.cli.quantize", "Quantize a checkpoint into a GPTQ or AWQ folder."),
     "export": Verb("qwen_aot.runtime.cli.export", "Write a model's ONNX graph with KV-cache inputs and outputs."),
     "generate": Verb("qwen_aot.runtime.cli.generate", "Continue a prompt with a bundle."),
     "chat": Verb("qwen_aot.runtime.cli.chat", "Talk with a bundle in the terminal."),
