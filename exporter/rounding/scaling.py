@@ -17,11 +17,11 @@ from qwen_aot.exporter.calibration.moments import Moment
 from qwen_aot.exporter.checkpoint.encoding import CodeForm
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import Role
-from qwen_aot.exporter.rounding.grid import fit_grid
+from qwen_aot.exporter.rounding.grid import FACTORS, fit_grid
 from qwen_aot.exporter.rounding.importance import importance_of
 
 _EXPONENTS = tuple(step / 10 for step in range(10))
-_SLICE_ELEMENTS = 1 << 24  # of a matrix, whose errors are summed together
+_SEARCH_ROWS = 1024  # of a matrix, evenly spread, by whose errors exponents are compared
 _COARSE_FACTORS = (1.08, 1.0, 0.92)  # of a group's range, while exponents are compared
 
 
@@ -84,19 +84,24 @@ def scale_site(
         return 1.0
     tokens = sum(moment.tokens for moment in seen.values())
     size = torch.stack([moment.magnitudes * (moment.tokens / tokens) for moment in seen.values()]).sum(0)
-    plain_error = least = _error(weights, seen, forms, torch.ones_like(size))
+    ones = torch.ones_like(size)
+    least = _error(weights, seen, forms, ones, _COARSE_FACTORS)
     best: Tensor | None = None
     for exponent in _EXPONENTS[1:]:
         factor = _factor(site, weights, size, exponent, stored)
-        error = _error(weights, seen, forms, factor)
+        error = _error(weights, seen, forms, factor, _COARSE_FACTORS)
         if error < least:
             least, best = error, factor
     if best is None:
         return 1.0
+    # What a few ranges show must hold for all of them, by which matrices are rounded in the end.
+    plain_error, error = (_error(weights, seen, forms, each, FACTORS) for each in (ones, best))
+    if not error < plain_error:
+        return 1.0
     _apply(site, weights, best)
     for moment in seen.values():
         moment.scaled(best)
-    return least / plain_error
+    return error / plain_error
 
 
 def _factor(site: Site, weights: Weights, size: Tensor, exponent: float, stored: Callable[[Tensor], Tensor]) -> Tensor:
@@ -128,19 +133,19 @@ def _error(
     moments: Mapping[Reading, Moment],
     forms: Mapping[Place, CodeForm],
     factor: Tensor,
+    factors: Sequence[float],
 ) -> float:
-    """The squared difference of all outputs when the scaled matrices are rounded, of all tokens."""
+    """The squared difference of some rows' outputs when the scaled matrices are rounded, of all tokens."""
     total = 0.0
     for reading, moment in moments.items():
         mean = moment.mean()
         importance = importance_of(moment, len(factor)) / factor.square()
         for place in reading.places:
-            matrix = weights[place]
-            for rows in torch.split(matrix, max(1, _SLICE_ELEMENTS // matrix.shape[1])):
-                scaled = rows * factor
-                grid = fit_grid(scaled, importance, forms[place], _COARSE_FACTORS)
-                difference = (grid.values(grid.nearest(scaled)) - scaled) / factor
-                total += moment.tokens * float(((difference @ mean) * difference).sum())
+            every = -(-len(weights[place]) // _SEARCH_ROWS)
+            scaled = weights[place][::every] * factor
+            grid = fit_grid(scaled, importance, forms[place], factors)
+            difference = (grid.values(grid.nearest(scaled)) - scaled) / factor
+            total += moment.tokens * every * float(((difference @ mean) * difference).sum())
     return total
 
 
