@@ -103,8 +103,8 @@ class HiddenStates:
             file.write(self._header())
             for part in self.batches():
                 content = np.ascontiguousarray(make(part), np.float32)
-                digest.update(content)
-                file.write(content)
+                digest.update(content.data)
+                file.write(content.data)
             file.write(digest.digest())
             file.flush()
             os.fsync(file.fileno())

@@ -90,6 +90,7 @@ def _damped_factor(moment: Tensor, order: Tensor, damping: float) -> Tensor:
         for start in range(0, len(order), _MOVED_ROWS):
             damped[start : start + _MOVED_ROWS] = moment[order[start : start + _MOVED_ROWS]].index_select(1, order)
         damped.diagonal().add_(share * whole)
+        found: Tensor
         found, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return found

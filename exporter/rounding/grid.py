@@ -50,13 +50,13 @@ class Grid:
 
     def nearest(self, weight: Tensor) -> Tensor:
         """The nearest codes [N, K] float32 of a matrix [N, K]."""
-        groups = weight.unflatten(1, (-1, self.form.group_size))
+        groups = weight.reshape(len(weight), -1, self.form.group_size)
         codes = torch.round(groups * self.inverse[..., None]).add_(self.zeros[..., None])
         return codes.clamp_(0, self.top).flatten(1)
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes [N, K] float32 stand for."""
-        groups = codes.unflatten(1, (-1, self.form.group_size))
+        groups = codes.reshape(len(codes), -1, self.form.group_size)
         return ((groups - self.zeros[..., None]) * self.scales[..., None]).flatten(1)
 
     def encoded(self, codes: Tensor) -> EncodedRows:
@@ -80,13 +80,14 @@ def fit_grid(weight: Tensor, importance: Tensor, form: CodeForm, factors: Sequen
     """
     assert weight.shape[1] % form.group_size == 0
     rows = max(1, _SLICE_ELEMENTS // weight.shape[1])
-    parts = [_fit(part, importance, form, factors) for part in weight.split(rows)]
+    starts = range(0, len(weight), rows)
+    parts = [_fit(weight[start : start + rows], importance, form, factors) for start in starts]
     return Grid(form, torch.cat([scales for scales, _ in parts]), torch.cat([zeros for _, zeros in parts]))
 
 
 def _fit(weight: Tensor, importance: Tensor, form: CodeForm, factors: Sequence[float]) -> tuple[Tensor, Tensor]:
     top, middle = (1 << form.bits) - 1, form.middle
-    groups = weight.unflatten(1, (-1, form.group_size))  # [n, G, size]
+    groups = weight.reshape(len(weight), -1, form.group_size)  # [n, G, size]
     # Shares of a group's most important column, so that no sum overflows; where none matters, all do alike.
     weights = importance.view(1, -1, form.group_size)
     greatest = weights.amax(-1, keepdim=True)
