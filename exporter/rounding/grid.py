@@ -80,7 +80,8 @@ def fit_grid(weight: Tensor, importance: Tensor, form: CodeForm, factors: Sequen
     """
     assert weight.shape[1] % form.group_size == 0
     rows = max(1, _SLICE_ELEMENTS // weight.shape[1])
-    parts = [_fit(part, importance, form, factors) for part in torch.split(weight, rows)]
+    starts = range(0, len(weight), rows)
+    parts = [_fit(weight[start : start + rows], importance, form, factors) for start in starts]
     return Grid(form, torch.cat([scales for scales, _ in parts]), torch.cat([zeros for _, zeros in parts]))
 
 

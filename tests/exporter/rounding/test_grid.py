@@ -215,3 +215,13 @@ def test_rows_that_are_looked_at_together_make_no_difference(monkeypatch: pytest
 
 def test_the_plain_range_is_among_the_factors() -> None:
     assert 1.0 in FACTORS
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_larger_end_of_a_group_has_the_wider_side_of_the_range(sign: int) -> None:
+    """Codes go 8 steps down and 7 up: a scale below 0 turns them round."""
+    weight = torch.full((1, SIZE), -0.5 * sign)
+    weight[0, 3] = sign
+    grid = fit_grid(weight, torch.ones(SIZE), form(), (1.0,))
+    assert grid.scales.tolist() == [[-0.125 * sign]]
+    assert torch.equal(grid.values(grid.nearest(weight)), weight)
