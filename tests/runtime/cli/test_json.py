@@ -120,6 +120,10 @@ def test_build_engine(verified: tuple[Any, Path], experts: Path, tmp_path: Path)
     compare("`build-engine --dry-run`", printed(CliRunner().invoke(build.command, dry)))
 
 
+def test_quantize(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    compare("`quantize`", printed(run("quantize", checkpoint, "-o", tmp_path / "q", "--algorithm", "rtn", "--json")))
+
+
 def test_export(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     compare("`export`", printed(run("export", checkpoint, "-o", tmp_path / "graph", "--json")))
 
