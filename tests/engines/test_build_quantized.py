@@ -1,0 +1,93 @@
+"""Quantizing and building as one job, against the two after each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qwen_aot.engines import build_quantized as jobs
+from qwen_aot.engines.build import build_bundle
+from qwen_aot.engines.build_quantized import build_quantized, quantize_spec_for
+from qwen_aot.engines.quantize import quantize_checkpoint
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.errors import BuildError
+from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.runtime.bundle.load import load_bundle
+from tests.checkpoints import save_tiny
+
+SPEC = BuildSpec(block_size=32, max_context=64)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "model"
+    save_tiny(path, with_tokenizer=True, tied=True)
+    return path
+
+
+def weights_of(bundle: Path) -> dict[str, str]:
+    return {name: entry.sha256 for name, entry in load_bundle(bundle).manifest.files.items() if "onnx" in name}
+
+
+def test_the_bundle_is_that_of_both_jobs(model: Path, tmp_path: Path) -> None:
+    with open_checkpoint(model) as checkpoint:
+        report = build_quantized(checkpoint, "rtn", SPEC, tmp_path / "one", keep=tmp_path / "kept", threads=1)
+        quantize_checkpoint(checkpoint, quantize_spec_for(SPEC, "rtn"), tmp_path / "folder", threads=1)
+    build_bundle(tmp_path / "folder", BuildSpec(max_context=64, sensitive_bits=8), tmp_path / "two", threads=1)
+    assert weights_of(tmp_path / "one") == weights_of(tmp_path / "two")
+    assert report.manifest.engines.text.quantization == {"own_codes": True, "sensitive_bits": 8, "fast_prefill": False}
+    with open_checkpoint(tmp_path / "kept") as kept, open_checkpoint(tmp_path / "folder") as folder:
+        assert kept.source["sha256"] == folder.source["sha256"]
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "kept", "folder"}
+
+
+def test_nothing_is_left_beside_it_and_it_has_the_models_name(model: Path, tmp_path: Path) -> None:
+    with open_checkpoint(model) as checkpoint:
+        report = build_quantized(checkpoint, "rtn", SPEC, tmp_path / "bundle", threads=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert report.manifest.model.name == "model"
+
+
+def test_a_build_that_failed_goes_on_with_the_quantized_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with open_checkpoint(model) as checkpoint:
+        monkeypatch.setattr(jobs, "build_bundle", fail)
+        with pytest.raises(KeyboardInterrupt):
+            build_quantized(checkpoint, "rtn", SPEC, tmp_path / "bundle", threads=1)
+        assert not (tmp_path / "bundle").exists()
+        monkeypatch.undo()
+        build_quantized(checkpoint, "rtn", SPEC, tmp_path / "bundle", threads=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_what_isnt_a_bundle_is_refused_before_anything_is_quantized(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "mine").touch()
+    with open_checkpoint(model) as checkpoint, pytest.raises(BuildError, match="isn't a bundle"):
+        build_quantized(checkpoint, "rtn", SPEC, tmp_path / "bundle", threads=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "bits", "group_size", "sensitive_bits"),
+    [
+        (BuildSpec(), 4, 64, 8),
+        (BuildSpec(precision="int4", block_size=32, sensitive_bits=4), 4, 32, 4),
+        (BuildSpec(precision="int8"), 8, 64, 8),
+    ],
+)
+def test_what_a_build_asks_for_is_what_is_quantized(
+    spec: BuildSpec, bits: int, group_size: int, sensitive_bits: int
+) -> None:
+    found = quantize_spec_for(spec, "awq")
+    assert (found.bits, found.group_size, found.sensitive_bits) == (bits, group_size, sensitive_bits)
+
+
+def test_floats_have_no_algorithm(model: Path) -> None:
+    with pytest.raises(BuildError, match="algorithm awq makes integers, and precision is fp32; accepted: int4, int8"):
+        quantize_spec_for(BuildSpec(precision="fp32"), "awq")
