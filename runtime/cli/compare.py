@@ -97,7 +97,7 @@ def command(
     \b
     Examples:
       qwen-aot compare ./int8 ./int4 --reference ./Qwen1.5-0.5B-Chat
-      qwen-aot compare ./int8 ./int4 --reference model.gguf --tokens 2000 --plot loss.png
+      qwen-aot compare ./int8 ./int4 --reference model.gguf --plot loss.png
 
     The reference, Hugging Face transformers in fp32, runs once; its logits are kept in a temporary file (4 bytes for
     each word of the vocabulary and each token). Then each bundle is fed the same texts, a token a step on all of its

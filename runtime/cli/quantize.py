@@ -92,7 +92,7 @@ def command(
     \b
     Examples:
       qwen-aot quantize ./Qwen1.5-0.5B-Chat -o ./Qwen1.5-0.5B-Chat-int4
-      qwen-aot quantize ./Qwen1.5-7B-Chat -o ./out --algorithm awq --format awq --group-size 128
+      qwen-aot quantize ./Qwen1.5-7B -o ./awq --algorithm awq --format awq
 
     One layer is in memory at a time. A job that was killed goes on where it stopped when the same command is given
     again. build-engine makes a bundle of the folder that has the very same codes.
