@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -126,7 +125,7 @@ def may_hold_scales(stored: DTypeLike, scale_dtype: DTypeLike) -> bool:
 
     bfloat16 has fewer digits than float16 and a wider range: what lies beyond is refused when it is met (`as_scales`).
     """
-    is_shorter = np.dtype(stored) == ml_dtypes.bfloat16 and np.dtype(scale_dtype) == np.float16
+    is_shorter = np.dtype(stored).name == "bfloat16" and np.dtype(scale_dtype) == np.float16
     return is_shorter or np.can_cast(stored, scale_dtype)
 
 

@@ -19,7 +19,7 @@ from qwen_aot.runtime.bundle.load import load_bundle
 from qwen_aot.runtime.bundle.manifest import CAPACITY_STEP, IoTensor
 from qwen_aot.runtime.engine.kv_cache import KvCache
 from tests.checkpoints import reference_logits, save_tiny
-from tests.exporter.rounding import rounded_model
+from tests.exporter.rounded import rounded_model
 
 pytestmark = pytest.mark.gpu
 

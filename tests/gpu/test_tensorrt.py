@@ -25,7 +25,7 @@ from qwen_aot.runtime.backends.tensorrt.engine import TensorRtEngine
 from qwen_aot.runtime.bundle.load import load_bundle
 from qwen_aot.runtime.engine.protocol import NonFiniteLogitsError
 from tests.checkpoints import reference_logits, save_tiny
-from tests.exporter.rounding import rounded_model
+from tests.exporter.rounded import rounded_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.trt]
 

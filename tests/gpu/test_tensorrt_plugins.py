@@ -29,7 +29,7 @@ from qwen_aot.runtime.bundle.plugin_library import PLUGIN_LIBRARY_VARIABLE
 from qwen_aot.runtime.engine.protocol import Engine
 from tests.checkpoints import reference_logits, save_tiny
 from tests.exporter.lowering.tensorrt.test_plugin import int8_cache_logits
-from tests.exporter.rounding import rounded_experts, rounded_model
+from tests.exporter.rounded import rounded_experts, rounded_model
 from tests.gpu.test_tensorrt import ids, prompt_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.trt]
@@ -52,7 +52,7 @@ class Form:
 
     Attributes:
         options: What is asked of it.
-        weights: The form that `tests.exporter.rounding` gives the reference's weights.
+        weights: The form that `tests.exporter.rounded` gives the reference's weights.
         bound: The largest difference of its logits, of std 1, from transformers in fp32 with these weights and cache.
     """
 

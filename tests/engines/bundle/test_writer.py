@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_aot.engines.bundle import writer
+from qwen_aot import whole_folder
 from qwen_aot.engines.bundle.writer import BundleWriter
 from qwen_aot.errors import BuildError, BundleError
 from qwen_aot.runtime.bundle.load import load_bundle
@@ -327,7 +327,7 @@ def test_a_file_that_someone_changed_is_not_replaced(tmp_path: Path, name: str, 
 def test_a_large_file_is_read_again_only_where_it_is_newer_than_the_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: int
 ) -> None:
-    monkeypatch.setattr(writer, "_HASHED_BYTES", 2)
+    monkeypatch.setattr(whole_folder, "_HASHED_BYTES", 2)
     out = tmp_path / "bundle"
     write(out, "old")
     sealed = (out / "manifest.json").stat().st_mtime_ns

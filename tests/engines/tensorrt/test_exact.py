@@ -23,7 +23,7 @@ from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from tests.checkpoints import reference_logits, save_tiny
 from tests.engines.tensorrt.builder_double import make_module
 from tests.exporter.cases import CASES
-from tests.exporter.rounding import rounded_model
+from tests.exporter.rounded import rounded_model
 from tests.exporter.stepper import Stepper
 
 CONTEXT, CHUNK, CAPACITY = 192, 64, 256

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qwen_aot.exporter.quantize.symmetric import fp8_channels, int4_blocks, int8_channels
 from qwen_aot.exporter.weights.recipe import OutOfRangeError
-from tests.exporter import rounding
+from tests.exporter import rounded
 
 FLOAT16, BFLOAT16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 UNIT = 2.0**-12
@@ -52,7 +52,7 @@ def test_fp8_codes_are_pytorchs():
     rows = rows_of(0, 6, 96, 0.02)
     codes, scales = fp8_channels(rows, 2.0**-14, FLOAT16)
     got = codes.astype(np.float32) * (scales.astype(np.float32) * np.float32(2.0**-14))[:, None]
-    want = rounding.fp8(torch.tensor(rows)).numpy()
+    want = rounded.fp8(torch.tensor(rows)).numpy()
     close = np.abs(got - want) <= 1e-6
     assert close.mean() > 0.99  # the rest: ties that a division and a multiplication round apart
     np.testing.assert_allclose(got, want, rtol=2**-3, atol=1e-4)

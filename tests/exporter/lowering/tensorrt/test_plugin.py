@@ -31,7 +31,7 @@ from qwen_aot.exporter.weights.stitch import stitch
 from tests.checkpoints import reference_logits, save_tiny
 from tests.exporter.cases import CASES
 from tests.exporter.graph.test_trace import DENSE, MOE
-from tests.exporter.rounding import rounded_experts, rounded_model
+from tests.exporter.rounded import rounded_experts, rounded_model
 from tests.exporter.stepper import Stepper
 
 FLOAT, FLOAT16, BFLOAT16, INT8 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.INT8

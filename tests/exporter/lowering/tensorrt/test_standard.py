@@ -25,7 +25,7 @@ from qwen_aot.exporter.weights.stitch import stitch
 from tests.checkpoints import reference_logits, save_tiny
 from tests.exporter.cases import CASES
 from tests.exporter.graph.test_trace import DENSE, MOE
-from tests.exporter.rounding import int8, rounded_model
+from tests.exporter.rounded import int8, rounded_model
 from tests.exporter.stepper import Stepper
 
 FLOAT16, BFLOAT16 = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
