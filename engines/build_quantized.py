@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
@@ -77,7 +78,7 @@ def build_quantized(
     quantize_spec = quantize_spec_for(spec, algorithm)
     beside = out.with_name(f".{out.name}.quantized")
     folder = keep or beside / checkpoint.name
-    beside.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     quantize_checkpoint(checkpoint, quantize_spec, folder, threads=threads, on_progress=on_progress)
     with open_checkpoint(folder) as quantized:
         by_codes: dict[str, Any] = {"precision": None, "block_size": None, "symmetric": None, "sensitive_bits": None}
@@ -85,5 +86,8 @@ def build_quantized(
             by_codes["sensitive_bits"] = spec.sensitive_bits or _TABLE_BITS
         of_codes = dataclasses.replace(spec, **by_codes)
         report = build_bundle(quantized, of_codes, out, on_progress=on_progress, verifier=verifier, threads=threads)
-    shutil.rmtree(beside)
+    if keep is None:
+        shutil.rmtree(folder)
+        with contextlib.suppress(OSError):  # it holds what isn't ours
+            beside.rmdir()
     return report

@@ -49,6 +49,14 @@ def test_nothing_is_left_beside_it_and_it_has_the_models_name(model: Path, tmp_p
     assert report.manifest.model.name == "model"
 
 
+def test_what_someone_else_put_there_stays(model: Path, tmp_path: Path) -> None:
+    (tmp_path / ".bundle.quantized").mkdir()
+    (tmp_path / ".bundle.quantized" / "mine").touch()
+    with open_checkpoint(model) as checkpoint:
+        build_quantized(checkpoint, "rtn", SPEC, tmp_path / "bundle", threads=1)
+    assert [path.name for path in (tmp_path / ".bundle.quantized").iterdir()] == ["mine"]
+
+
 def test_a_build_that_failed_goes_on_with_the_quantized_folder(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
