@@ -366,7 +366,6 @@ CHILD = textwrap.dedent(
             break
         killed += 1
         point += step
-    print(killed)
     """
 )
 
