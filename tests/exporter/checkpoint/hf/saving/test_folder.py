@@ -366,6 +366,7 @@ CHILD = textwrap.dedent(
             break
         killed += 1
         point += step
+    print(killed)
     """
 )
 
