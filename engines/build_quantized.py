@@ -35,11 +35,10 @@ def quantize_spec_for(spec: BuildSpec, algorithm: str) -> QuantizeSpec:
         raise BuildError(
             f"algorithm {algorithm} makes integers, and precision is {spec.precision}; accepted: int4, int8"
         )
-    defaults = QuantizeSpec()
     return QuantizeSpec(
         algorithm=algorithm,
         bits=bits,
-        group_size=spec.block_size or defaults.group_size,
+        group_size=spec.block_size,
         symmetric=spec.symmetric,
         sensitive_bits=max(bits, spec.sensitive_bits) if spec.sensitive_bits else None,
     )

@@ -21,6 +21,7 @@ from qwen_aot.engines.bundle.resources import threads_for
 from qwen_aot.engines.bundle.stages import StageCost, Stages
 from qwen_aot.engines.calibrate import calibration_windows
 from qwen_aot.engines.mixed_bits import mixed_forms
+from qwen_aot.engines.plain_share import forms_but_plain
 from qwen_aot.engines.spec.quantize_spec import QuantizeSpec, bits_of
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.calibration.hidden_states import HiddenStates
@@ -35,7 +36,7 @@ from qwen_aot.whole_file import write_whole
 from qwen_aot.whole_folder import explained
 
 _STAGES = ("calibrate", "round", "finish")
-_MEASURED_TOKENS = 4096  # by which mixed bits are chosen
+_MEASURED_TOKENS = 4096  # by which mixed bits, or matrices that stay plain, are chosen
 _ERRORS = "errors.json"  # of the job: what each layer lost so far
 
 
@@ -45,7 +46,7 @@ class QuantizeReport:
 
     Attributes:
         out: the folder.
-        forms: the codes of each matrix.
+        forms: the codes of each matrix that was rounded.
         bits_per_weight: of all rounded matrices, scales and zero points counted.
         errors: of each matrix inside the layers: the mean squared difference of its outputs over their mean square
             (of its weights, where no texts were looked at).
@@ -111,7 +112,7 @@ def quantize_checkpoint(
     """
     _require_plain(checkpoint)
     _require_reads(checkpoint, spec, texts)
-    stages = Stages(_STAGES if spec.bits_per_weight is None else ("measure", *_STAGES), on_progress)
+    stages = Stages(("measure", *_STAGES) if spec.measures else _STAGES, on_progress)
     windows = None
     if spec.how.uses_texts:
         windows = calibration_windows(
@@ -200,7 +201,7 @@ def _forms(
     stages: Stages,
 ) -> dict[str, CodeForm]:
     """The codes of every matrix inside the layers; of a job that goes on, those that it began with."""
-    if spec.bits_per_weight is None:
+    if not spec.measures:
         return spec.forms(checkpoint.config)
     if folder.forms is not None:
         tables = spec.table_forms(checkpoint.config)
@@ -210,7 +211,8 @@ def _forms(
     shape = (*chosen.shape, checkpoint.config.hidden_size)
     hidden = HiddenStates(lambda layer: folder.state_path(f"float-{layer}.npy"), shape)
     hidden.embed(checkpoint, chosen)
-    return stages.run("measure", lambda advance: mixed_forms(checkpoint, spec, hidden, advance), "layers")
+    choose = mixed_forms if spec.bits_per_weight is not None else forms_but_plain
+    return stages.run("measure", lambda advance: choose(checkpoint, spec, hidden, advance), "layers")
 
 
 def _begin(

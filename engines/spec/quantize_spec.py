@@ -17,11 +17,13 @@ from qwen_aot.exporter.rounding.algorithms import ALGORITHMS, DEFAULT_ALGORITHM,
 FORMATS = ("compressed-tensors", "gptq", "awq")  # the default first
 GROUP_SIZES = (16, 32, 64, 128, 256)
 _BITS = (4, 8)
+_GROUP_SIZE = 64
 _TABLE_BITS = (16, 8, 4)
 _ROUNDED = frozenset({WeightClass.PROJECTION, WeightClass.DOWN, WeightClass.EXPERT})
 _MOST_TOKENS = 1 << 24
 SCALE_DTYPE = np.dtype(np.float16)
 SENSITIVE_GROUP = 32  # of matrices that have more bits than the others, and of tables
+_PLAIN_SHARE = 0.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,14 +33,16 @@ class QuantizeSpec:
     Attributes:
         algorithm: a name of `ALGORITHMS`.
         format: of the folder, one of FORMATS.
-        bits: 4 or 8 of most matrices.
+        bits: 4 or 8 of most matrices; None: 4, or 8 where inputs are rounded too.
         group_size: elements along K that share a scale, at most: where it doesn't divide K, the largest half of it,
-            a quarter … that does.
+            a quarter … that does. None: 64, or where inputs are rounded too, whole rows.
         symmetric: without zero points; None: unless the format always has them.
         sensitive_bits: of down projections; None: 8 where the format can mix, which groups of 32 then share a scale.
         table_bits: of embedding and head; 16: plain numbers, as a build may round them then.
         bits_per_weight: None, or what all rounded matrices may take on average, with scales and zero points: each gets
             the bits and groups by which the whole loses least.
+        plain_share: where inputs are rounded too, what share of the rounded matrices' weights may stay plain: those
+            whose inputs lose most; None: 0.15 there.
         tokens: of sample texts that are looked at.
         sequence_length: positions of each piece of them.
         seed: of the drawing of pieces.
@@ -49,12 +53,13 @@ class QuantizeSpec:
 
     algorithm: str = DEFAULT_ALGORITHM
     format: str = FORMATS[0]
-    bits: int = 4
-    group_size: int = 64
+    bits: int | None = None
+    group_size: int | None = None
     symmetric: bool | None = None
     sensitive_bits: int | None = None
     table_bits: int = 16
     bits_per_weight: float | None = None
+    plain_share: float | None = None
     tokens: int = 16384
     sequence_length: int = 256
     seed: int = 0
@@ -62,9 +67,19 @@ class QuantizeSpec:
     def __post_init__(self) -> None:
         _require("algorithm", self.algorithm, tuple(ALGORITHMS))
         _require("format", self.format, FORMATS)
+        if self.how.rounds_inputs:
+            self._check_rounded_inputs()
+            return
+        object.__setattr__(self, "bits", self.bits or _BITS[0])
+        object.__setattr__(self, "group_size", self.group_size or _GROUP_SIZE)
         _require("bits", self.bits, _BITS)
         _require("group_size", self.group_size, GROUP_SIZES)
         _require("table_bits", self.table_bits, _TABLE_BITS)
+        if self.plain_share is not None:
+            raise BuildError(
+                f"plain_share is of algorithms that round inputs too ({', '.join(_rounding_inputs())}), and algorithm "
+                f"is {self.algorithm}; accepted there: bits_per_weight"
+            )
         is_awq = self.format == "awq"
         if self.symmetric is None:
             object.__setattr__(self, "symmetric", not is_awq)
@@ -89,11 +104,19 @@ class QuantizeSpec:
                 f"bits_per_weight is {self.bits_per_weight}; accepted: more than 4 (codes of 4 bits and their scales "
                 "take at least 4.13) and at most 9"
             )
+        self._check_texts()
+
+    def _check_texts(self) -> None:
         for name, least in (("tokens", self.sequence_length), ("sequence_length", 16), ("seed", 0)):
             if getattr(self, name) < least:
                 raise BuildError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.tokens > _MOST_TOKENS:
             raise BuildError(f"tokens is {self.tokens}; accepted: at most {_MOST_TOKENS}")
+
+    @property
+    def measures(self) -> bool:
+        """Whether what each matrix loses is measured before any is rounded."""
+        return self.bits_per_weight is not None or bool(self.plain_share)
 
     @property
     def how(self) -> Algorithm:
@@ -111,13 +134,23 @@ class QuantizeSpec:
             BuildError: no group divides the rows of a matrix.
         """
         found = {}
-        for tensor in rounded_tensors(config):
+        for tensor in self.rounded(config):
+            if self.how.rounds_inputs:
+                found[tensor.name] = CodeForm(8, tensor.shape[1], SCALE_DTYPE, has_input_scale=True)
+                continue
             is_down = tensor.role.weight_class is WeightClass.DOWN
             bits = self.sensitive_bits if is_down else self.bits
-            assert bits is not None
+            assert bits is not None and self.group_size is not None  # by __post_init__
             size = min(self.group_size, SENSITIVE_GROUP) if bits != self.bits else self.group_size
             found[tensor.name] = self.form_of(tensor, bits, size)
         return found
+
+    def rounded(self, config: ModelConfig) -> list[Tensor]:
+        """The matrices inside the layers that may be rounded; where inputs are too, no experts: no engine has those."""
+        every = rounded_tensors(config)
+        if not self.how.rounds_inputs:
+            return every
+        return [tensor for tensor in every if tensor.role.weight_class is not WeightClass.EXPERT]
 
     def table_forms(self, config: ModelConfig) -> dict[str, CodeForm]:
         """The codes of embedding and head; empty: they stay plain numbers."""
@@ -143,6 +176,33 @@ class QuantizeSpec:
                 f"to {group_size} divides; a build can quantize it in blocks of its own (build-engine --precision int4)"
             )
         return CodeForm(bits, size, SCALE_DTYPE, has_zero_points=not self.symmetric)
+
+    def _check_rounded_inputs(self) -> None:
+        """Rounded inputs go with one kind of codes: 8 bits, a scale a row, in compressed-tensors' files."""
+        accepted: Mapping[str, tuple[Any, ...]] = {
+            "format": (FORMATS[0],),
+            "bits": (None, 8),
+            "group_size": (None,),
+            "symmetric": (None, True),
+            "sensitive_bits": (None,),
+            "table_bits": (16,),
+            "bits_per_weight": (None,),
+        }
+        for name, values in accepted.items():
+            if getattr(self, name) not in values:
+                given = " or ".join(str(value) for value in values if value is not None)
+                raise BuildError(
+                    f"algorithm {self.algorithm} rounds to 8 bits with a scale a row, and {name} is "
+                    f"{getattr(self, name)}; accepted: {given or 'nothing'}, or another algorithm "
+                    f"({', '.join(name for name, row in ALGORITHMS.items() if not row.rounds_inputs)})"
+                )
+        object.__setattr__(self, "bits", 8)
+        object.__setattr__(self, "symmetric", True)
+        share = _PLAIN_SHARE if self.plain_share is None else self.plain_share
+        if not 0 <= share <= 1:
+            raise BuildError(f"plain_share is {share}; accepted: 0 to 1")
+        object.__setattr__(self, "plain_share", share)
+        self._check_texts()
 
     def _check_awq(self) -> None:
         """AWQ's files have one kind of codes: 4 bits with zero points."""
@@ -171,6 +231,10 @@ def bits_of(form: CodeForm, shape: tuple[int, ...]) -> int:
 def rounded_tensors(config: ModelConfig) -> list[Tensor]:
     """Every matrix inside the layers that is rounded: projections and experts, but not routers and gates."""
     return [tensor for tensor in checkpoint_tensors(config) if tensor.role.weight_class in _ROUNDED]
+
+
+def _rounding_inputs() -> list[str]:
+    return [name for name, row in ALGORITHMS.items() if row.rounds_inputs]
 
 
 def _require(name: str, found: object, accepted: tuple[object, ...]) -> None:

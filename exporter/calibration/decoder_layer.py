@@ -41,6 +41,7 @@ class Reading:
 
 
 Observe = Callable[[Reading, Tensor], None]  # gets what the matrices read: [tokens, K] float32
+RoundInput = Callable[[Reading, Tensor], Tensor]  # gets the same, and gives what they read instead
 ObserveCache = Callable[[Tensor, Tensor], None]  # gets rotated keys and values, each [B, Hkv, T, D] float32
 
 _QKV = (Role.QUERY, Role.KEY, Role.VALUE)
@@ -101,6 +102,7 @@ class DecoderLayer:
         hidden: Tensor,
         observe: Observe = lambda *_: None,
         observe_cache: ObserveCache = lambda *_: None,
+        round_input: RoundInput = lambda _, x: x,
     ) -> Tensor:
         """Maps the residual stream [B, T, M] to the one behind the layer.
 
@@ -110,16 +112,22 @@ class DecoderLayer:
             observe: called with each input that matrices read, in the order of `readings`; experts that no token
                 chooses are left out.
             observe_cache: called once, with the keys and values that a cache holds.
+            round_input: called behind `observe`, for a layer whose matrices read rounded inputs.
         """
+
+        def read(reading: Reading, x: Tensor) -> Tensor:
+            observe(reading, x)
+            return round_input(reading, x)
+
         x = self._norm(weights[Role.INPUT_NORM, None], hidden)
-        observe(Reading(tuple((role, None) for role in _QKV)), _flat(x))
+        x = read(Reading(tuple((role, None) for role in _QKV)), _flat(x)).view_as(x)
         attention = self._attention(weights, x, observe_cache)
-        observe(Reading(((Role.OUTPUT, None),)), _flat(attention))
+        attention = read(Reading(((Role.OUTPUT, None),)), _flat(attention)).view_as(attention)
         hidden = hidden + functional.linear(attention, weights[Role.OUTPUT, None])
         x = self._norm(weights[Role.POST_ATTENTION_NORM, None], hidden)
         if (Role.ROUTER, None) not in weights:
-            return hidden + self._mlp(weights, _flat(x), (Role.GATE, Role.UP, Role.DOWN), None, observe).view_as(x)
-        return hidden + self._experts(weights, _flat(x), observe).view_as(x)
+            return hidden + self._mlp(weights, _flat(x), (Role.GATE, Role.UP, Role.DOWN), None, read).view_as(x)
+        return hidden + self._experts(weights, _flat(x), read).view_as(x)
 
     def _norm(self, weight: Tensor, x: Tensor) -> Tensor:
         return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._config.rms_norm_eps))
@@ -146,16 +154,15 @@ class DecoderLayer:
         return x * self._cos + torch.cat((-second, first), dim=-1) * self._sin
 
     def _mlp(
-        self, weights: Mapping[Place, Tensor], x: Tensor, roles: Sequence[Role], expert: int | None, observe: Observe
+        self, weights: Mapping[Place, Tensor], x: Tensor, roles: Sequence[Role], expert: int | None, read: RoundInput
     ) -> Tensor:
         """SwiGLU of tokens [tokens, M]; `roles`: gate, up, down."""
         gate, up, down = ((role, expert) for role in roles)
-        observe(Reading((gate, up)), x)
+        x = read(Reading((gate, up)), x)
         inner = functional.silu(functional.linear(x, weights[gate])) * functional.linear(x, weights[up])
-        observe(Reading((down,)), inner)
-        return functional.linear(inner, weights[down])
+        return functional.linear(read(Reading((down,)), inner), weights[down])
 
-    def _experts(self, weights: Mapping[Place, Tensor], x: Tensor, observe: Observe) -> Tensor:
+    def _experts(self, weights: Mapping[Place, Tensor], x: Tensor, read: RoundInput) -> Tensor:
         """Routed experts and the shared one of tokens [tokens, M]."""
         moe = self._config.moe
         assert moe is not None
@@ -168,10 +175,10 @@ class DecoderLayer:
         for expert in range(moe.num_experts):
             tokens, rank = torch.where(experts == expert)
             if len(tokens):
-                found = self._mlp(weights, x[tokens], roles, expert, observe)
+                found = self._mlp(weights, x[tokens], roles, expert, read)
                 result.index_add_(0, tokens, found * chosen[tokens, rank, None])
         if (Role.SHARED_GATE, None) in weights:
-            shared = self._mlp(weights, x, (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN), None, observe)
+            shared = self._mlp(weights, x, (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN), None, read)
             result += torch.sigmoid(functional.linear(x, weights[Role.SHARED_EXPERT_GATE, None])) * shared
         return result
 

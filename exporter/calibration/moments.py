@@ -1,4 +1,4 @@
-"""Second moments of the inputs that projections read: all that rounding needs to know of the texts."""
+"""Moments of the inputs that projections read: all that rounding needs to know of the texts."""
 
 from __future__ import annotations
 
@@ -17,24 +17,28 @@ class Moment:
     Attributes:
         products: [K, K] float32, the mean of x xᵀ.
         magnitudes: [K] float32, the mean of |x|.
+        largest: [K] float32, the largest |x|.
         tokens: seen.
     """
 
     products: Tensor
     magnitudes: Tensor
+    largest: Tensor
     tokens: int = 0
 
     @classmethod
     def empty(cls, width: int) -> Moment:
         """Nothing was seen."""
-        return cls(torch.zeros(width, width), torch.zeros(width))
+        return cls(torch.zeros(width, width), torch.zeros(width), torch.zeros(width))
 
     def add(self, x: Tensor) -> None:
         """Counts inputs x [tokens, K], at least one."""
         tokens = self.tokens + len(x)
         kept = self.tokens / tokens
         self.products.addmm_(x.t(), x, beta=kept, alpha=1 / tokens)
-        self.magnitudes.mul_(kept).add_(x.abs().sum(0), alpha=1 / tokens)
+        sizes = x.abs()
+        self.magnitudes.mul_(kept).add_(sizes.sum(0), alpha=1 / tokens)
+        self.largest = torch.maximum(self.largest, sizes.amax(0))
         self.tokens = tokens
 
     def mean(self) -> Tensor:
@@ -46,6 +50,7 @@ class Moment:
         self.products /= scale[:, None]
         self.products /= scale
         self.magnitudes /= scale
+        self.largest /= scale
 
     @property
     def is_finite(self) -> bool:

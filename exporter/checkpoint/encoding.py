@@ -3,7 +3,8 @@
     value[r, permutation[k]] = (codes[r, k] - zero_points[r, g]) * scales[r, g] + offsets[r, g],  g = k // group_size
 
 A reader gives rows in this form, a lowering carries codes and scales into its kernels' layout without rounding them,
-and `dequantize` is the one way back to floats.
+and `dequantize` is the one way back to floats. Some checkpoints (W8A8) were quantized to multiply inputs that are codes
+too: such a form has one scale for all of a matrix's inputs (`rounded_input`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class CodeForm:
         has_zero_points: each group has its own; False: zero is the middle of the range, 2 ** (bits - 1).
         has_permutation: groups are made of columns in another order than the tensor's.
         has_offsets: each group has a number that is added: a zero that isn't a code (the minimums of GGUF's types).
+        has_input_scale: inputs are rounded to 8 bits by a scale that belongs to the codes.
     """
 
     bits: int
@@ -40,6 +42,7 @@ class CodeForm:
     has_zero_points: bool = False
     has_permutation: bool = False
     has_offsets: bool = False
+    has_input_scale: bool = False
 
     @property
     def middle(self) -> int:
@@ -73,6 +76,7 @@ class EncodedRows:
         zero_points: [r, n] uint8; None: the form has none.
         permutation: [K] int64, the tensor's column that each column of codes stands for; None: its own.
         offsets: [r, n] float64, in which they are exact; None: the form has none.
+        input_scale: above 0, what a step of an input's code is worth (see `rounded_input`); None: the form has none.
     """
 
     form: CodeForm
@@ -81,6 +85,7 @@ class EncodedRows:
     zero_points: NDArray[np.uint8] | None = None
     permutation: NDArray[np.int64] | None = None
     offsets: NDArray[np.float64] | None = None
+    input_scale: float | None = None
 
     @property
     def found_offsets(self) -> NDArray[np.float64]:
@@ -118,7 +123,8 @@ def stack(parts: Sequence[EncodedRows]) -> EncodedRows:
     """Rows of several matrices of one form, one after the other.
 
     Raises:
-        CheckpointError: their columns are in different orders, so that no one matrix has these rows as codes.
+        CheckpointError: their columns are in different orders, or their inputs have different scales, so that no one
+            matrix has these rows as codes.
     """
     first = parts[0]
     if len(parts) == 1:
@@ -127,6 +133,8 @@ def stack(parts: Sequence[EncodedRows]) -> EncodedRows:
     orders = [part.permutation for part in parts if part.permutation is not None]
     if any(not np.array_equal(order, orders[0]) for order in orders):
         raise CheckpointError("matrices that read one input have their columns in different orders as codes")
+    if any(part.input_scale != first.input_scale for part in parts):
+        raise CheckpointError("matrices that read one input have different scales of it")
     zeros = [part.zero_points for part in parts if part.zero_points is not None]
     offsets = [part.offsets for part in parts if part.offsets is not None]
     return replace(

@@ -14,6 +14,7 @@ class Algorithm:
         summary: what it does, in a few words.
         uses_texts: it needs what layers read from texts; else weights alone.
         scales: inputs are scaled before matrices are rounded (`exporter.rounding.scaling`).
+        rounds_inputs: inputs are rounded to 8 bits too (`exporter.rounding.inputs`).
         compensates: later columns make up for the errors of earlier ones (`exporter.rounding.compensated`).
     """
 
@@ -21,6 +22,7 @@ class Algorithm:
     uses_texts: bool = True
     scales: bool = False
     compensates: bool = False
+    rounds_inputs: bool = False
 
 
 ALGORITHMS: Mapping[str, Algorithm] = {
@@ -28,5 +30,8 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "awq": Algorithm("scale by activations, then round to nearest", scales=True),
     "gptq": Algorithm("make up for each column's error in the later ones", compensates=True),
     "awq-gptq": Algorithm("both", scales=True, compensates=True),
+    "smoothquant": Algorithm(
+        "share large inputs with the weights, round both to 8 bits", scales=True, rounds_inputs=True
+    ),
 }
 DEFAULT_ALGORITHM = "awq-gptq"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,13 +17,14 @@ from qwen_aot.exporter.rounding.algorithms import Algorithm
 from qwen_aot.exporter.rounding.compensated import compensation_for
 from qwen_aot.exporter.rounding.grid import fit_grid
 from qwen_aot.exporter.rounding.importance import importance_of
+from qwen_aot.exporter.rounding.inputs import input_scale, noise
 from qwen_aot.exporter.rounding.scaling import scale_site, sites
 
 _ERROR_ROWS = 1024  # of a matrix, evenly spread, by which its error is reported
 
 
 class UnstorableError(Exception):
-    """A matrix has a group whose scale float16 doesn't hold."""
+    """A matrix has a group, or an input, whose scale float16 doesn't hold."""
 
     def __init__(self, place: Place) -> None:
         super().__init__(f"the scales of {place} are too large for float16")
@@ -37,11 +40,13 @@ class RoundedLayer:
         weights: all tensors, the rounded ones as the floats that their codes stand for.
         errors: of each matrix, the mean squared difference of its outputs over their mean square; of large ones, of
             some rows.
+        input_scales: of the inputs that are rounded too.
     """
 
     encoded: dict[Place, EncodedRows]
     weights: Weights
     errors: dict[Place, float]
+    input_scales: dict[Reading, float]
 
 
 def round_layer(
@@ -61,7 +66,7 @@ def round_layer(
         found: its readings.
         moments: of what these read; taken over, and emptied. Empty for an algorithm that needs none; where one is
             missing (of an expert that no token chose) all columns matter alike.
-        forms: of the codes of each matrix.
+        forms: of the codes of each matrix; those that are missing stay plain.
         algorithm: how.
         stored: rounds plain weights to the type in which they are saved.
 
@@ -71,9 +76,17 @@ def round_layer(
     if algorithm.scales:
         for site in sites(config, found):
             scale_site(site, weights, moments, forms, stored)
-    result = RoundedLayer({}, weights, {})
+    result = RoundedLayer({}, weights, {}, {})
     for reading in found:
         moment = moments.pop(reading, None)
+        if reading.places[0] not in forms:
+            continue
+        scale = None
+        if forms[reading.places[0]].has_input_scale:
+            assert moment is not None, "an input that all tokens reach"
+            scale = result.input_scales[reading] = input_scale(moment.largest)
+            if not math.isfinite(scale):
+                raise UnstorableError(reading.places[0])
         compensation = compensation_for(moment) if algorithm.compensates else None
         importance = importance_of(moment, weights[reading.places[0]].shape[1])
         for place in reading.places:
@@ -83,15 +96,19 @@ def round_layer(
                 raise UnstorableError(place)
             codes = grid.nearest(matrix) if compensation is None else compensation.codes(matrix, grid)
             values = weights[place] = grid.values(codes)
-            result.encoded[place] = grid.encoded(codes)
-            result.errors[place] = _relative_error(values, matrix, None if moment is None else moment.mean())
+            result.encoded[place] = dataclasses.replace(grid.encoded(codes), input_scale=scale)
+            mean = None if moment is None else moment.mean()
+            result.errors[place] = _relative_error(values, matrix, mean, scale)
     return result
 
 
-def _relative_error(values: Tensor, matrix: Tensor, mean: Tensor | None) -> float:
+def _relative_error(values: Tensor, matrix: Tensor, mean: Tensor | None, scale: float | None) -> float:
     step = -(-len(matrix) // _ERROR_ROWS)
     matrix = matrix[::step]
     difference = values[::step] - matrix
     if mean is None:
         return float(difference.square().sum() / matrix.square().sum().clamp_min(1e-30))
-    return float(((difference @ mean) * difference).sum() / ((matrix @ mean) * matrix).sum().clamp_min(1e-30))
+    lost = float(((difference @ mean) * difference).sum())
+    if scale is not None:
+        lost += noise(matrix, scale)
+    return lost / max(float(((matrix @ mean) * matrix).sum()), 1e-30)

@@ -9,12 +9,20 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen_aot.exporter.calibration.decoder_layer import DecoderLayer, Place, load_weights, readings
+from qwen_aot.exporter.calibration.decoder_layer import (
+    DecoderLayer,
+    Place,
+    Reading,
+    RoundInput,
+    load_weights,
+    readings,
+)
 from qwen_aot.exporter.calibration.hidden_states import HiddenStates
 from qwen_aot.exporter.calibration.moments import Moments
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows
 from qwen_aot.exporter.rounding.algorithms import Algorithm
+from qwen_aot.exporter.rounding.inputs import rounded_input
 from qwen_aot.exporter.rounding.layer import RoundedLayer, UnstorableError, round_layer
 from qwen_aot.exporter.rounding.refusals import no_scale, require_numbers
 
@@ -42,7 +50,7 @@ class LayerRounder:
     Args:
         checkpoint: opened; read a layer at a time.
         hidden: with the streams in front of each layer that is rounded; None for an algorithm without texts.
-        forms: of every matrix's codes, by its tensor's name.
+        forms: of the codes of every matrix that is rounded, by its tensor's name.
         algorithm: how.
         stored: rounds plain weights to the type in which they are saved.
         length: positions of every sequence in `hidden`.
@@ -71,7 +79,8 @@ class LayerRounder:
         config = self._checkpoint.config
         weights = load_weights(self._checkpoint, layer)
         found = list(readings(config, is_sparse=config.is_sparse(layer)))
-        forms = {place: self._forms[_name(place, layer)] for reading in found for place in reading.places}
+        named = {place: _name(place, layer) for reading in found for place in reading.places}
+        forms = {place: self._forms[name] for place, name in named.items() if name in self._forms}
         moments = Moments()
         if self._hidden is not None:
             for part in self._hidden.batches():
@@ -84,7 +93,9 @@ class LayerRounder:
             raise no_scale(_name(error.place, layer)) from None
         self._save_stored(rounded)
         if self._hidden is not None:
-            self._hidden.advance(layer, lambda part: self._compute(rounded.weights, part))
+            self._hidden.advance(
+                layer, lambda part: self._compute(rounded.weights, part, round_input=_rounding(rounded))
+            )
         return _by_name(rounded, layer)
 
     def _save_stored(self, rounded: RoundedLayer) -> None:
@@ -92,6 +103,16 @@ class LayerRounder:
         for place, weight in rounded.weights.items():
             if place not in rounded.encoded:
                 rounded.weights[place] = self._stored(weight)
+
+
+def _rounding(rounded: RoundedLayer) -> RoundInput:
+    """What is done to a layer's inputs before its matrices read them."""
+
+    def round_input(reading: Reading, x: Tensor) -> Tensor:
+        scale = rounded.input_scales.get(reading)
+        return x if scale is None else rounded_input(x, scale)
+
+    return round_input
 
 
 def _by_name(rounded: RoundedLayer, layer: int) -> SavedLayer:

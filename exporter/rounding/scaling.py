@@ -1,7 +1,11 @@
-"""AWQ: columns that large inputs multiply are made larger before they are rounded, and their inputs smaller.
+"""Columns that large inputs multiply are made larger before they are rounded, and their inputs smaller.
 
 What made the input gives the factor back exactly: a norm's weights, the rows of v behind attention, the rows of up
-behind SwiGLU. Source: Lin et al., "AWQ" (arXiv:2306.00978), and AutoAWQ's search over one exponent.
+behind SwiGLU. Where weights alone are rounded, the factor is AWQ's, a power of the inputs' sizes; where inputs are too,
+it is SmoothQuant's, by which both have their share of the largest numbers.
+
+Source: Lin et al., "AWQ" (arXiv:2306.00978), and AutoAWQ's search over one exponent; Xiao et al., "SmoothQuant"
+(arXiv:2211.10438), equation 4, whose exponent is searched for each input too.
 """
 
 from __future__ import annotations
@@ -19,8 +23,10 @@ from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import Role
 from qwen_aot.exporter.rounding.grid import FACTORS, fit_grid
 from qwen_aot.exporter.rounding.importance import importance_of
+from qwen_aot.exporter.rounding.inputs import input_scale, noise
 
-_EXPONENTS = tuple(step / 10 for step in range(10))
+_EXPONENTS = tuple(step / 10 for step in range(1, 10))
+_LEAST_SHARE = 1e-6  # of the largest: what counts as a column's size where it is smaller
 _SEARCH_ROWS = 1024  # of a matrix, evenly spread, by whose errors exponents are compared
 _COARSE_FACTORS = (1.08, 1.0, 0.92)  # of a group's range, while exponents are compared
 
@@ -73,22 +79,22 @@ def scale_site(
         site: where.
         weights: of the layer, float32; replaced.
         moments: of its inputs; scaled too.
-        forms: in which its matrices will be rounded.
+        forms: in which its matrices will be rounded; those that are missing stay plain.
         stored: rounds plain weights to the type in which they are saved, so that no factor is lost there.
 
     Returns:
         The error of rounding with the factor over the one without; 1 where nothing was gained.
     """
-    seen = {reading: moments[reading] for reading in site.readings if reading in moments}
+    rounded = [reading for reading in site.readings if reading.places[0] in forms]
+    seen = {reading: moments[reading] for reading in rounded if reading in moments}
     if not seen:
         return 1.0
-    tokens = sum(moment.tokens for moment in seen.values())
-    size = torch.stack([moment.magnitudes * (moment.tokens / tokens) for moment in seen.values()]).sum(0)
-    ones = torch.ones_like(size)
+    rounds_inputs = forms[rounded[0].places[0]].has_input_scale
+    ones = torch.ones(weights[rounded[0].places[0]].shape[1])
     least = _error(weights, seen, forms, ones, _COARSE_FACTORS)
     best: Tensor | None = None
-    for exponent in _EXPONENTS[1:]:
-        factor = _factor(site, weights, size, exponent, stored)
+    for strength in _smoothing(site, weights, seen) if rounds_inputs else _by_size(site, seen):
+        factor = _factor(site, weights, strength, stored)
         error = _error(weights, seen, forms, factor, _COARSE_FACTORS)
         if error < least:
             least, best = error, factor
@@ -99,19 +105,43 @@ def scale_site(
     if not error < plain_error:
         return 1.0
     _apply(site, weights, best)
-    for moment in seen.values():
-        moment.scaled(best)
+    for reading in site.readings:
+        if reading in moments:
+            moments[reading].scaled(best)
     return error / plain_error
 
 
-def _factor(site: Site, weights: Weights, size: Tensor, exponent: float, stored: Callable[[Tensor], Tensor]) -> Tensor:
-    """[K]: the inputs' mean magnitudes to a power, around 1."""
-    size = size.clamp_min(size.max() * 1e-6)
+def _by_size(site: Site, seen: Mapping[Reading, Moment]) -> Iterator[Tensor]:
+    """AWQ's factors [K]: the inputs' mean magnitudes to a power."""
+    tokens = sum(moment.tokens for moment in seen.values())
+    size = torch.stack([moment.magnitudes * (moment.tokens / tokens) for moment in seen.values()]).sum(0)
+    size = size.clamp_min(size.max() * _LEAST_SHARE)
     if site.repeats > 1:
-        size = size.view(-1, site.repeats, site.head_dim).mean(1, keepdim=True)
-        size = size.expand(-1, site.repeats, -1).flatten()
-    factor = size.pow(exponent)
-    factor = factor / (factor.max() * factor.min()).sqrt()
+        size = _repeated(site, size.view(-1, site.repeats, site.head_dim).mean(1, keepdim=True))
+    for exponent in _EXPONENTS:
+        yield size.pow(exponent)
+
+
+def _smoothing(site: Site, weights: Weights, seen: Mapping[Reading, Moment]) -> Iterator[Tensor]:
+    """SmoothQuant's factors [K]: the inputs' largest magnitudes to a power, over the weights' to the rest of it."""
+    largest = torch.stack([moment.largest for moment in seen.values()]).amax(0)
+    widest = torch.stack([weights[place].abs().amax(0) for reading in seen for place in reading.places]).amax(0)
+    if site.repeats > 1:
+        by_head = (size.view(-1, site.repeats, site.head_dim).amax(1, keepdim=True) for size in (largest, widest))
+        largest, widest = (_repeated(site, size) for size in by_head)
+    largest, widest = (size.clamp_min(size.max() * _LEAST_SHARE) for size in (largest, widest))
+    for exponent in _EXPONENTS:
+        yield largest.pow(exponent) / widest.pow(1 - exponent)
+
+
+def _repeated(site: Site, of_head: Tensor) -> Tensor:
+    """[Hkv, 1, D] -> [K], the same for all heads of queries that share one of v."""
+    return of_head.expand(-1, site.repeats, -1).flatten()
+
+
+def _factor(site: Site, weights: Weights, strength: Tensor, stored: Callable[[Tensor], Tensor]) -> Tensor:
+    """[K]: a strength around 1, so that what is made by a norm, and plain numbers, lose no digit."""
+    factor = strength / (strength.max() * strength.min()).sqrt()
     plain = [weights[place] for place in site.plain if place in weights]
     role = site.made_by[0][0]
     if plain:  # routers and gates decide by small differences: a power of 2 changes no digit of theirs
@@ -135,7 +165,10 @@ def _error(
     factor: Tensor,
     factors: Sequence[float],
 ) -> float:
-    """The squared difference of some rows' outputs when the scaled matrices are rounded, of all tokens."""
+    """The squared difference of some rows' outputs when the scaled matrices, and perhaps inputs, are rounded.
+
+    Of all tokens.
+    """
     total = 0.0
     for reading, moment in moments.items():
         mean = moment.mean()
@@ -145,7 +178,10 @@ def _error(
             scaled = weights[place][::every] * factor
             grid = fit_grid(scaled, importance, forms[place], factors)
             difference = (grid.values(grid.nearest(scaled)) - scaled) / factor
-            total += moment.tokens * every * float(((difference @ mean) * difference).sum())
+            lost = float(((difference @ mean) * difference).sum())
+            if forms[place].has_input_scale:
+                lost += noise(scaled, input_scale(moment.largest / factor))
+            total += moment.tokens * every * lost
     return total
 
 

@@ -15,8 +15,11 @@ from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.checkpoint.encoding import CodeForm
 from qwen_aot.exporter.model.tensors import Role
 from qwen_aot.exporter.rounding.grid import fit_grid
+from qwen_aot.exporter.rounding.inputs import input_scale, noise
+from qwen_aot.exporter.rounding.scaling import scale_site, sites
 
-FormsOf = Callable[[Place, int], Sequence[CodeForm]]  # of a matrix of a layer: the ways in which it may be rounded
+# Of a matrix of a layer: the ways in which it may be rounded; none: it stays plain.
+FormsOf = Callable[[Place, int], Sequence[CodeForm]]
 
 _OUTPUTS = {  # what reads an input -> what its answers go through before they reach the stream
     Role.QUERY: Role.OUTPUT,
@@ -51,6 +54,8 @@ def measure(
     forms: FormsOf,
     length: int,
     advance: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    scales: bool = False,
 ) -> Iterator[Sensitivity]:
     """Goes through the float model a layer at a time.
 
@@ -63,6 +68,7 @@ def measure(
         forms: the ways, the same number for all matrices that read one input.
         length: positions of a stream.
         advance: told the layers done and in all.
+        scales: inputs are scaled before (`exporter.rounding.scaling`), for each matrix's first way.
     """
     config = checkpoint.config
     compute = DecoderLayer(config, length)
@@ -72,9 +78,16 @@ def measure(
         hidden.advance(layer, lambda part, w=weights, m=moments: compute(w, part, m.observe))  # type: ignore[misc]
         hidden.forget(layer)
         usual = _usual_square(hidden, layer + 1)
-        found = [each for each in readings(config, is_sparse=config.is_sparse(layer)) if each in moments.of]
+        every = list(readings(config, is_sparse=config.is_sparse(layer)))
         tokens = max(moment.tokens for moment in moments.of.values())
-        for reading in found:
+        if scales:
+            ways = {place: forms(place, layer) for reading in every for place in reading.places}
+            first = {place: way[0] for place, way in ways.items() if way}
+            for site in sites(config, every):
+                scale_site(site, weights, moments.of, first, lambda weight: weight)
+        for reading in every:
+            if reading not in moments.of or not forms(reading.places[0], layer):
+                continue
             yield Sensitivity(layer, reading, tuple(_losses(reading, layer, weights, moments.of, forms, usual, tokens)))
         advance(layer + 1, config.num_hidden_layers)
     hidden.forget(config.num_hidden_layers)
@@ -89,21 +102,24 @@ def _losses(
     usual: float,
     tokens: int,
 ) -> Iterator[float]:
-    mean = moments[reading].mean()
+    moment = moments[reading]
+    mean = moment.mean()
     role, expert = reading.places[0]
     last = Reading(((_OUTPUTS[role], expert),))
     reached = _energy(weights[last.places[0]], moments[last].mean()) * moments[last].tokens / tokens
     answers = sum(_energy(weights[place], mean) for place in reading.places)
     ways = [forms(place, layer) for place in reading.places]
     for way in zip(*ways, strict=True):
-        wrong = sum(_rounding(weights[place], mean, form) for place, form in zip(reading.places, way, strict=True))
+        wrong = sum(_rounding(weights[place], moment, form) for place, form in zip(reading.places, way, strict=True))
         yield wrong / max(answers, 1e-30) * reached / usual
 
 
-def _rounding(matrix: Tensor, mean: Tensor, form: CodeForm) -> float:
-    """The mean squared change of a matrix's answers when it is rounded to nearest."""
+def _rounding(matrix: Tensor, moment: Moment, form: CodeForm) -> float:
+    """The mean squared change of a matrix's answers when it, and perhaps its input, is rounded to nearest."""
+    mean = moment.mean()
     grid = fit_grid(matrix, mean.diagonal(), form)
-    return _energy(grid.values(grid.nearest(matrix)) - matrix, mean)
+    lost = _energy(grid.values(grid.nearest(matrix)) - matrix, mean)
+    return lost + noise(matrix, input_scale(moment.largest)) if form.has_input_scale else lost
 
 
 def _energy(matrix: Tensor, mean: Tensor) -> float:

@@ -41,7 +41,11 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 # Of quantized checkpoints alone: packed codes and indices.
-_INTEGER_DTYPES: Mapping[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+_INTEGER_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "I8": np.dtype("i1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+}
 
 
 class SafetensorsFile:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import TensorInfo
-from qwen_aot.exporter.checkpoint.hf.quantized.linear import INT32, INT64, StoredLinear
+from qwen_aot.exporter.checkpoint.hf.quantized.linear import INT8, INT32, INT64, StoredLinear
 from qwen_aot.exporter.checkpoint.hf.quantized.settings import Quantization
 from qwen_aot.exporter.checkpoint.hf.quantized.tensor_names import refuse_quantized
 
@@ -36,15 +36,19 @@ def collect(stored: Mapping[str, TensorInfo], quantization: Quantization) -> Map
             f"tensors called {', '.join(sorted(quantization.format.parts))}, or plain weights and no such file"
         )
     for module, parts in modules.items():
-        if module + WEIGHT in stored:
+        weight = stored.get(module + WEIGHT)
+        if weight is not None and weight.dtype == INT8 and quantization.format.has_integers:
+            parts["weight"] = weight
+        elif weight is not None:
             raise CheckpointError(f"{module} has a plain weight and {', '.join(sorted(parts))}; accepted: one of them")
         why = quantization.settings.why_plain(module)
         if why is not None:
             raise CheckpointError(f"{module} has {', '.join(sorted(parts))}, although {why}: which is right?")
-    rest = {name: info for name, info in stored.items() if name.rpartition(".")[2] not in quantization.format.parts}
+    taken = {info.name for parts in modules.values() for info in parts.values()}
+    rest = {name: info for name, info in stored.items() if name not in taken}
     refuse_quantized(quantization.where, rest)
     for name, info in rest.items():
-        if info.dtype in (INT32, INT64):
+        if info.dtype in (INT8, INT32, INT64):
             raise CheckpointError(f"tensor {name} has dtype {info.dtype.name}; accepted: floating point")
     return modules
 

@@ -1,4 +1,4 @@
-"""compressed-tensors' `pack-quantized`: signed codes stored with 2 ** (bits - 1) added, packed along K.
+"""compressed-tensors' two forms of integers. `pack-quantized`: codes with 2 ** (bits - 1) added, packed along K.
 
     weight_packed      int32 [N, ceil(K * bits / 32)]   low bits are the first code along K
     weight_scale       fp16, bf16 or fp32 [N, G]
@@ -6,8 +6,16 @@
     weight_zero_point  int32 [ceil(N * bits / 32), G]   packed along N, with the same added; of asymmetric ones
     weight_g_idx       int32 [K]                        each column's group; with actorder `group`
 
-Source: compressed-tensors 0.20.1 `compressors/pack_quantized` (`pack_to_int32`, `decompress`); weight_g_idx:
-releases before its removal in August 2026.
+`int-quantized`, mostly with inputs that are rounded too (W8A8):
+
+    weight             int8 [N, K]                      signed codes
+    weight_scale       fp16, bf16 or fp32 [N, G]
+    weight_zero_point  int8 [N, G]                      of asymmetric ones
+    input_scale        fp16, bf16 or fp32 [1] or []     where inputs are rounded
+
+Source: compressed-tensors 0.20.1 `compressors/pack_quantized` (`pack_to_int32`, `decompress`),
+`compressors/naive_quantized` and `quantization/lifecycle/initialize.py`; weight_g_idx: releases before its removal in
+August 2026.
 """
 
 from __future__ import annotations
@@ -19,9 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows, Encoding
-from qwen_aot.exporter.checkpoint.hf.quantized.compressed_tensors_config import CompressedTensorsSettings
+from qwen_aot.exporter.checkpoint.hf.quantized.compressed_tensors_config import (
+    INTEGERS,
+    PACKED,
+    CompressedTensorsSettings,
+)
 from qwen_aot.exporter.checkpoint.hf.quantized.group_index import permutation_of
 from qwen_aot.exporter.checkpoint.hf.quantized.linear import (
+    INT8,
     INT32,
     INT64,
     SCALE_DTYPES,
@@ -31,7 +44,7 @@ from qwen_aot.exporter.checkpoint.hf.quantized.linear import (
 from qwen_aot.exporter.checkpoint.hf.quantized.scheme import scheme_of
 from qwen_aot.exporter.checkpoint.hf.quantized.words import WORD_BITS, fields_of, unpack, words_of
 
-PARTS = frozenset({"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"})
+PARTS = frozenset({"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,45 +69,113 @@ class PackedLinear:
         return EncodedRows(self.form, codes, self.stored.array("weight_scale")[start:stop], zeros, self.permutation)
 
 
+@dataclass(frozen=True, slots=True)
+class IntegerLinear:
+    """One weight (see `linear.QuantizedLinear`)."""
+
+    stored: StoredLinear
+    encoding: Encoding
+    form: CodeForm
+    input_scale: float | None
+
+    def rows(self, start: int, stop: int) -> EncodedRows:
+        """Rows `start` to `stop`; with 128 added to codes and zero points, which their difference lacks."""
+
+        def unsigned(suffix: str) -> NDArray[np.uint8]:
+            return self.stored.array(suffix)[start:stop].view(np.uint8) ^ np.uint8(128)
+
+        zeros = unsigned("weight_zero_point") if self.form.has_zero_points else None
+        scales = self.stored.array("weight_scale")[start:stop]
+        return EncodedRows(self.form, unsigned("weight"), scales, zeros, input_scale=self.input_scale)
+
+
 def open_linears(linears: Sequence[StoredLinear], settings: CompressedTensorsSettings) -> list[QuantizedLinear]:
     """Checks every linear's tensors; weight_shape and weight_g_idx are read.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape or dtype than the configurations say (named).
     """
-    found: list[QuantizedLinear] = []
-    for linear in linears:
-        n, k = linear.shape
-        is_symmetric, has_act_order = "weight_zero_point" not in linear.parts, "weight_g_idx" in linear.parts
-        fitting = [
-            each.scheme
-            for each in settings.schemes
-            if each.scheme.is_symmetric == is_symmetric and each.has_act_order == has_act_order
-        ]
-        if not fitting:
-            raise linear.error(
-                "weight_packed",
-                f"has {'no ' if is_symmetric else ''}weight_zero_point and {'' if has_act_order else 'no '}"
-                "weight_g_idx beside it; no group of the configuration has weights like that (symmetric, actorder)",
-            )
-        widths = [linear.require(suffix).shape for suffix in ("weight_packed", "weight_scale")]
-        words, groups = (shape[1] if len(shape) == 2 else 0 for shape in widths)
-        scheme = scheme_of(linear, fitting, "weight_packed", words, groups)
-        bits = scheme.bits
-        linear.check("weight_packed", (n, -(-k * bits // WORD_BITS)), INT32)
-        scale_dtype = linear.check("weight_scale", (n, groups), *SCALE_DTYPES)
-        linear.check("weight_shape", (2,), INT64, INT32)
-        said = linear.array("weight_shape").tolist()
-        if said != [n, k]:
-            raise linear.error("weight_shape", f"holds {said}; accepted: {[n, k]}")
-        if not is_symmetric:
-            linear.check("weight_zero_point", (-(-n * bits // WORD_BITS), groups), INT32)
-        permutation = None
-        if has_act_order:
-            permutation = permutation_of(linear, "weight_g_idx", scheme.group_of(k), may_permute=True)
-        form = CodeForm(
-            bits, scheme.group_of(k), scale_dtype, not is_symmetric, has_permutation=permutation is not None
+    open_linear = _open_packed if settings.format == PACKED else _open_integers
+    return [open_linear(linear, settings) for linear in linears]
+
+
+def _open_integers(linear: StoredLinear, settings: CompressedTensorsSettings) -> QuantizedLinear:
+    n, k = linear.shape
+    for suffix in ("weight_packed", "weight_shape", "weight_g_idx"):
+        if suffix in linear.parts:
+            raise linear.error(suffix, f"is of {PACKED}, and the configuration says {INTEGERS}: which is right?")
+    is_symmetric, rounds_inputs = "weight_zero_point" not in linear.parts, "input_scale" in linear.parts
+    shape = linear.require("weight_scale").shape
+    groups = shape[1] if len(shape) == 2 else 0
+    fitting = [
+        each.scheme
+        for each in settings.schemes
+        if each.scheme.is_symmetric == is_symmetric
+        and each.rounds_inputs == rounds_inputs
+        and k == groups * each.scheme.group_of(k)
+    ]
+    if not fitting:
+        accepted = "; or ".join(
+            f"{each.scheme}{', with input_scale' if each.rounds_inputs else ''}" for each in settings.schemes
         )
-        encoding = Encoding(f"compressed-tensors-w{bits}a16", form, fixes_precision=True)
-        found.append(PackedLinear(linear, encoding, form, permutation))
-    return found
+        raise linear.error(
+            "weight_scale",
+            f"has shape {list(shape)}, with {'no ' if is_symmetric else ''}weight_zero_point and "
+            f"{'' if rounds_inputs else 'no '}input_scale beside it; accepted by the configuration for a weight of "
+            f"{[n, k]}: {accepted}",
+        )
+    linear.check("weight", (n, k), INT8)
+    scale_dtype = linear.check("weight_scale", (n, groups), *SCALE_DTYPES)
+    if not is_symmetric:
+        linear.check("weight_zero_point", (n, groups), INT8)
+    form = CodeForm(8, k // groups, scale_dtype, not is_symmetric, has_input_scale=rounds_inputs)
+    encoding = Encoding(f"compressed-tensors-w8a{8 if rounds_inputs else 16}", form, fixes_precision=True)
+    return IntegerLinear(linear, encoding, form, _input_scale(linear) if rounds_inputs else None)
+
+
+def _input_scale(linear: StoredLinear) -> float:
+    """The one scale of an input.
+
+    Raises:
+        CheckpointError: it isn't one, or not above 0.
+    """
+    info = linear.require("input_scale")
+    linear.check("input_scale", () if not info.shape else (1,), *SCALE_DTYPES)
+    scale = float(linear.array("input_scale").reshape(-1)[0])
+    if not 0 < scale < float("inf"):
+        raise linear.error("input_scale", f"is {scale}; accepted: a finite number above 0; download the file again")
+    return scale
+
+
+def _open_packed(linear: StoredLinear, settings: CompressedTensorsSettings) -> QuantizedLinear:
+    n, k = linear.shape
+    is_symmetric, has_act_order = "weight_zero_point" not in linear.parts, "weight_g_idx" in linear.parts
+    fitting = [
+        each.scheme
+        for each in settings.schemes
+        if each.scheme.is_symmetric == is_symmetric and each.has_act_order == has_act_order
+    ]
+    if not fitting:
+        raise linear.error(
+            "weight_packed",
+            f"has {'no ' if is_symmetric else ''}weight_zero_point and {'' if has_act_order else 'no '}"
+            "weight_g_idx beside it; no group of the configuration has weights like that (symmetric, actorder)",
+        )
+    widths = [linear.require(suffix).shape for suffix in ("weight_packed", "weight_scale")]
+    words, groups = (shape[1] if len(shape) == 2 else 0 for shape in widths)
+    scheme = scheme_of(linear, fitting, "weight_packed", words, groups)
+    bits = scheme.bits
+    linear.check("weight_packed", (n, -(-k * bits // WORD_BITS)), INT32)
+    scale_dtype = linear.check("weight_scale", (n, groups), *SCALE_DTYPES)
+    linear.check("weight_shape", (2,), INT64, INT32)
+    said = linear.array("weight_shape").tolist()
+    if said != [n, k]:
+        raise linear.error("weight_shape", f"holds {said}; accepted: {[n, k]}")
+    if not is_symmetric:
+        linear.check("weight_zero_point", (-(-n * bits // WORD_BITS), groups), INT32)
+    permutation = None
+    if has_act_order:
+        permutation = permutation_of(linear, "weight_g_idx", scheme.group_of(k), may_permute=True)
+    form = CodeForm(bits, scheme.group_of(k), scale_dtype, not is_symmetric, has_permutation=permutation is not None)
+    encoding = Encoding(f"compressed-tensors-w{bits}a16", form, fixes_precision=True)
+    return PackedLinear(linear, encoding, form, permutation)

@@ -1,4 +1,4 @@
-"""quantization_config of compressed-tensors checkpoints: `pack-quantized`, weights only.
+"""quantization_config of compressed-tensors checkpoints: `pack-quantized`, or `int-quantized` with rounded inputs.
 
 Source: compressed-tensors 0.20.1 `quantization/quant_config.py`, `quant_scheme.py` and `quant_args.py`.
 """
@@ -12,6 +12,7 @@ from typing import Any
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.hf.config_values import flag
 from qwen_aot.exporter.checkpoint.hf.quantized.config_checks import (
+    BITS,
     bits_of,
     check_keys,
     group_size_of,
@@ -32,12 +33,9 @@ _ACCEPTED: Mapping[str, tuple[object, ...]] = {
 _HARMLESS = frozenset(
     {"global_compression_ratio", "version", "run_compressed", "dequantize", "use_optimized_inference"}
 )
-_FORMAT = "pack-quantized"
-_GROUP_ACCEPTED: Mapping[str, tuple[object, ...]] = {
-    "input_activations": (),
-    "output_activations": (),
-    "format": (_FORMAT,),
-}
+PACKED, INTEGERS = "pack-quantized", "int-quantized"
+_GROUP_READ = {PACKED: ("targets", "weights"), INTEGERS: ("targets", "weights", "input_activations")}
+_GROUP_ACCEPTED: Mapping[str, tuple[object, ...]] = {"input_activations": (), "output_activations": ()}
 _WEIGHTS_READ = frozenset({"num_bits", "symmetric", "strategy", "group_size", "actorder"})
 _WEIGHTS_ACCEPTED: Mapping[str, tuple[object, ...]] = {
     "type": ("int",),
@@ -47,16 +45,31 @@ _WEIGHTS_ACCEPTED: Mapping[str, tuple[object, ...]] = {
     "zp_dtype": ("torch.int8", "int8"),
 }
 _WEIGHTS_HARMLESS = frozenset({"observer", "observer_kwargs"})
+_INPUTS_ACCEPTED: Mapping[str, tuple[object, ...]] = {
+    "num_bits": (8,),
+    "type": ("int",),
+    "strategy": ("tensor",),
+    "symmetric": (True,),
+    "scale_dtype": _WEIGHTS_ACCEPTED["scale_dtype"],
+    "zp_dtype": _WEIGHTS_ACCEPTED["zp_dtype"],
+}
 # Old releases: columns in any group, with weight_g_idx; else only the order in which they were rounded.
 _ACT_ORDERS = {"group": True, "dynamic": True, "weight": False, "static": False}
 
 
 @dataclass(frozen=True, slots=True)
-class PackedScheme:
-    """One of the configuration's groups: its weights, and whether their columns may be in any group."""
+class LinearScheme:
+    """One of the configuration's groups.
+
+    Attributes:
+        scheme: of its weights.
+        has_act_order: their columns may be in any group.
+        rounds_inputs: what they multiply is rounded to 8 bits by a scale of the whole input.
+    """
 
     scheme: Scheme
     has_act_order: bool
+    rounds_inputs: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +77,13 @@ class CompressedTensorsSettings:
     """What a compressed-tensors configuration says of its tensors.
 
     Attributes:
+        format: PACKED or INTEGERS, of all weights.
         schemes: of all groups. Which modules are of which is told by the tensors.
         plain: `ignore`.
     """
 
-    schemes: tuple[PackedScheme, ...]
+    format: str
+    schemes: tuple[LinearScheme, ...]
     plain: frozenset[str]
 
     def why_plain(self, module: str) -> str | None:
@@ -83,31 +98,53 @@ def parse(raw: Mapping[str, Any]) -> CompressedTensorsSettings:
         CheckpointError: a key is missing, not known, or says what isn't supported (named).
     """
     check_keys(raw, read=READ, accepted=_ACCEPTED, harmless=_HARMLESS)
-    if word_of(raw, "format", "dense") != _FORMAT:
-        raise CheckpointError(f"format is {raw.get('format')!r}; not supported; accepted: {_FORMAT}")
+    found = word_of(raw, "format", "dense")
+    if found not in (PACKED, INTEGERS):
+        raise CheckpointError(f"format is {raw.get('format')!r}; not supported; accepted: {PACKED}, {INTEGERS}")
     if word_of(object_of(raw, "sparsity_config"), "format", "dense") != "dense":
         raise CheckpointError("sparsity_config says that weights are sparse; not supported; accepted: dense ones")
     groups = object_of(raw, "config_groups")
     if not groups:
         raise CheckpointError("config_groups is missing; accepted: an object with `weights` for each group")
     return CompressedTensorsSettings(
-        distinct(_group(groups, name) for name in groups),
+        found,
+        distinct(_group(groups, name, found) for name in groups),
         names_of(raw, "ignore"),
     )
 
 
-def _group(groups: Mapping[str, Any], name: str) -> PackedScheme:
+def _group(groups: Mapping[str, Any], name: str, format_name: str) -> LinearScheme:
     try:
         group = object_of(groups, name)
-        check_keys(group, read=("targets", "weights"), accepted=_GROUP_ACCEPTED)
-        return _weights(object_of(group, "weights"))
+        check_keys(group, read=_GROUP_READ[format_name], accepted={**_GROUP_ACCEPTED, "format": (format_name,)})
+        return _linear(object_of(group, "weights"), _rounds_inputs(group), format_name)
     except CheckpointError as error:
         raise CheckpointError(f"config_groups, {shown(name)}: {error}") from error
 
 
-def _weights(raw: Mapping[str, Any]) -> PackedScheme:
+def _rounds_inputs(group: Mapping[str, Any]) -> bool:
+    raw = object_of(group, "input_activations")
+    if not raw:
+        return False
+    try:
+        if raw.get("dynamic"):
+            raise CheckpointError(
+                f"dynamic is {shown(raw['dynamic'])}: each step would find its own scales; not supported; accepted: "
+                "false, with one input_scale a linear"
+            )
+        if raw.get("symmetric") is False:
+            raise CheckpointError("symmetric is false; not supported; accepted: true")
+        check_keys(raw, read=("dynamic",), accepted=_INPUTS_ACCEPTED, harmless=_WEIGHTS_HARMLESS)
+        if raw.get("num_bits") is None or word_of(raw, "strategy") is None:
+            raise CheckpointError("num_bits or strategy is missing; accepted: 8, tensor")
+    except CheckpointError as error:
+        raise CheckpointError(f"input_activations: {error}") from error
+    return True
+
+
+def _linear(raw: Mapping[str, Any], rounds_inputs: bool, format_name: str) -> LinearScheme:
     check_keys(raw, read=_WEIGHTS_READ, accepted=_WEIGHTS_ACCEPTED, harmless=_WEIGHTS_HARMLESS)
-    bits = bits_of(raw, "num_bits")
+    bits = bits_of(raw, "num_bits", (8,) if format_name == INTEGERS else BITS)
     strategy = word_of(raw, "strategy")
     group_size = None if raw.get("group_size") is None else group_size_of(raw, "group_size", WHOLE_ROW)
     if strategy is None and group_size is not None:
@@ -126,4 +163,6 @@ def _weights(raw: Mapping[str, Any]) -> PackedScheme:
         has_act_order = _ACT_ORDERS[order.lower()]
     else:
         raise CheckpointError(f"actorder is {shown(order)}; not supported; accepted: {', '.join(_ACT_ORDERS)}, null")
-    return PackedScheme(Scheme(bits, group_size, flag(raw, "symmetric", True)), has_act_order)
+    if has_act_order and format_name == INTEGERS:
+        raise CheckpointError(f"actorder is {shown(order)}; {INTEGERS} has no weight_g_idx; accepted: weight, null")
+    return LinearScheme(Scheme(bits, group_size, flag(raw, "symmetric", True)), has_act_order, rounds_inputs)

@@ -38,6 +38,7 @@ class Format(Generic[S]):
         open_linears: all linears, checked -> what gives their rows.
         synonyms: other names of keys in a file beside config.json.
         has_tables: the embedding may be quantized too.
+        has_integers: codes may be called `weight`, as plain numbers are, where they are int8.
     """
 
     parts: Collection[str]
@@ -46,6 +47,7 @@ class Format(Generic[S]):
     open_linears: Callable[[Sequence[StoredLinear], S], list[QuantizedLinear]]
     synonyms: Mapping[str, str] = field(default_factory=dict)
     has_tables: bool = False
+    has_integers: bool = False
 
 
 FORMATS: Mapping[str, Format[Any]] = {  # by `quant_method`
@@ -57,5 +59,6 @@ FORMATS: Mapping[str, Format[Any]] = {  # by `quant_method`
         compressed_tensors_config.parse,
         compressed_tensors.open_linears,
         has_tables=True,
+        has_integers=True,
     ),
 }

@@ -14,6 +14,7 @@ from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import TensorInfo
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows, Encoding, dequantize
 
+INT8 = np.dtype("i1")
 INT32 = np.dtype("<i4")
 INT64 = np.dtype("<i8")
 SCALE_DTYPES: tuple[np.dtype[Any], ...] = (np.dtype("<f2"), np.dtype(ml_dtypes.bfloat16), np.dtype("<f4"))

@@ -1,4 +1,4 @@
-"""compressed-tensors' `pack-quantized` written: any mix of schemes, and the embedding too.
+"""compressed-tensors written: `pack-quantized` in any mix of schemes, and the embedding too; or `int-quantized` W8A8.
 
 The layout is that of `hf.quantized.compressed_tensors`. Source of the keys: compressed-tensors 0.20.1
 `quantization/quant_config.py`, `quant_scheme.py` and `quant_args.py`; a target that is a name goes before one that is a
@@ -14,13 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows
+from qwen_aot.exporter.checkpoint.hf.quantized.compressed_tensors_config import INTEGERS, PACKED
 from qwen_aot.exporter.checkpoint.hf.quantized.scheme import WHOLE_ROW, Scheme
 from qwen_aot.exporter.checkpoint.hf.quantized.words import pack
-from qwen_aot.exporter.checkpoint.hf.saving.matrix import Matrix, check_matrix, patterns, schemes_of
+from qwen_aot.exporter.checkpoint.hf.saving.matrix import SCALE_DTYPE, Matrix, check_matrix, patterns, schemes_of
 from qwen_aot.exporter.model.tensors import WeightClass
 
 _BITS = (4, 8)
-_FORMAT = "pack-quantized"
+_INPUTS: Mapping[str, Any] = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "tensor",
+    "group_size": None,
+    "dynamic": False,
+    "actorder": None,
+}
 
 
 def check(matrices: Sequence[Matrix]) -> None:
@@ -30,11 +39,24 @@ def check(matrices: Sequence[Matrix]) -> None:
         BuildError: one can't (named).
     """
     for matrix in matrices:
-        check_matrix(matrix, _BITS, fills_words=False)
+        check_matrix(matrix, _BITS, fills_words=False, may_round_inputs=True)
+        if matrix.form.has_input_scale != matrices[0].form.has_input_scale:
+            raise matrix.error(
+                f"has {'' if matrix.form.has_input_scale else 'no '}scale of its input, other than "
+                f"{matrices[0].name}; accepted: one kind in a folder"
+            )
+        if matrix.form.has_input_scale and (matrix.form.has_zero_points or matrix.form.bits != 8):
+            raise matrix.error("has a scale of its input; accepted beside it: 8 bits without zero points")
 
 
 def pack_matrix(rows: EncodedRows) -> dict[str, NDArray[Any]]:
     """All rows [N, K] of a matrix that was checked -> tensors by the last segment of their names."""
+    if rows.form.has_input_scale:
+        return {
+            "weight": (rows.codes ^ np.uint8(128)).view(np.int8),
+            "weight_scale": rows.scales,
+            "input_scale": np.array([rows.input_scale], SCALE_DTYPE),
+        }
     bits = rows.form.bits
     parts: dict[str, NDArray[Any]] = {
         "weight_packed": pack(rows.codes, bits).view(np.int32),
@@ -66,17 +88,19 @@ def configuration(matrices: Sequence[Matrix], plain: Sequence[str], quantizer: s
             groups.setdefault(scheme, []).extend(f"re:{pattern}" for pattern in patterns([m.module for m in theirs]))
         named = groups.pop(default, [])
         groups[default] = [*named, "Linear"]  # last: a target that comes after it is warned of as one of no module
+    rounds_inputs = matrices[0].form.has_input_scale
+    format_name = INTEGERS if rounds_inputs else PACKED
     return {
         "quant_method": "compressed-tensors",
-        "format": _FORMAT,
+        "format": format_name,
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{index}": {
                 "targets": targets,
                 "weights": _weights(scheme),
-                "input_activations": None,
+                "input_activations": _INPUTS if rounds_inputs else None,
                 "output_activations": None,
-                "format": _FORMAT,
+                "format": format_name,
             }
             for index, (scheme, targets) in enumerate(groups.items())
         },

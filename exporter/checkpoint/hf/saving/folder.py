@@ -371,6 +371,7 @@ def _check_rows(matrix: Matrix, rows: EncodedRows) -> None:
     assert rows.scales.shape == groups, matrix.name
     assert rows.scales.dtype == SCALE_DTYPE, matrix.name
     assert (rows.zero_points is not None) == matrix.form.has_zero_points, matrix.name
+    assert (rows.input_scale is not None) == matrix.form.has_input_scale, matrix.name
     if rows.zero_points is not None:
         assert rows.zero_points.shape == groups, matrix.name
         assert rows.zero_points.dtype == np.uint8, matrix.name

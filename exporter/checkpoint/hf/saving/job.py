@@ -100,7 +100,10 @@ def require_same_forms(path: Path, old: Mapping[str, CodeForm], new: Mapping[str
 def _form(form: CodeForm | None) -> str:
     if form is None:
         return "plain numbers"
-    return f"{form.bits} bits in groups of {form.group_size}{' with zero points' if form.has_zero_points else ''}"
+    more = (" with zero points" if form.has_zero_points else "") + (
+        " and an input's scale" if form.has_input_scale else ""
+    )
+    return f"{form.bits} bits in groups of {form.group_size}{more}"
 
 
 def _shown(value: object) -> str:
@@ -109,9 +112,11 @@ def _shown(value: object) -> str:
 
 
 def _to_json(form: CodeForm) -> list[Any]:
-    return [form.bits, form.group_size, form.scale_dtype.name, form.has_zero_points]
+    return [form.bits, form.group_size, form.scale_dtype.name, form.has_zero_points, form.has_input_scale]
 
 
 def _from_json(raw: list[Any]) -> CodeForm:
-    bits, group_size, scale_dtype, has_zero_points = raw
-    return CodeForm(bits, group_size, np.dtype(scale_dtype), has_zero_points)
+    bits, group_size, scale_dtype, has_zero_points, has_input_scale = raw
+    return CodeForm(
+        bits, group_size, np.dtype(scale_dtype), has_zero_points=has_zero_points, has_input_scale=has_input_scale
+    )

@@ -69,13 +69,14 @@ class Matrix:
         return BuildError(f"{self.name} {what}")
 
 
-def check_matrix(matrix: Matrix, bits: Collection[int], *, fills_words: bool) -> None:
+def check_matrix(matrix: Matrix, bits: Collection[int], *, fills_words: bool, may_round_inputs: bool = False) -> None:
     """What every format asks for.
 
     Args:
         matrix: to be stored.
         bits: that the format has.
         fills_words: rows and columns of codes fill 32-bit words.
+        may_round_inputs: the format has scales of inputs.
 
     Raises:
         BuildError: it can't be stored so.
@@ -87,6 +88,8 @@ def check_matrix(matrix: Matrix, bits: Collection[int], *, fills_words: bool) ->
         raise matrix.error(f"has {form.scale_dtype.name} scales; accepted: float16")
     if form.has_permutation:
         raise matrix.error("has its columns in another order; accepted: their own")
+    if form.has_input_scale and not may_round_inputs:
+        raise matrix.error("has a scale of its input; accepted: none, or format compressed-tensors")
     if not matrix.is_whole_row and k % form.group_size:
         raise matrix.error(f"has rows of {k}, which groups of {form.group_size} don't divide; accepted: sizes that do")
     if fills_words and (n * form.bits % WORD_BITS or k * form.bits % WORD_BITS):

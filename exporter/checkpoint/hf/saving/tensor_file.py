@@ -28,6 +28,7 @@ from qwen_aot.whole_folder import sync
 _NAMES: Mapping[np.dtype[Any], str] = {
     np.dtype(np.int64): "I64",
     np.dtype(np.int32): "I32",
+    np.dtype(np.int8): "I8",
     np.dtype(np.float16): "F16",
     np.dtype(ml_dtypes.bfloat16): "BF16",
 }
@@ -39,7 +40,7 @@ class StoredTensor:
     """One tensor of a file.
 
     Attributes:
-        dtype: int64, int32, float16 or bfloat16.
+        dtype: int64, int32, int8, float16 or bfloat16.
         shape: its sizes.
         chunks: makes its elements, row-major, in arrays of that dtype.
     """

@@ -153,7 +153,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"format": "float-quantized"},
         "'float-quantized'; not supported; accepted: pack-quan",
     ),
-    "int8": ("compressed-tensors", {"format": "int-quantized"}, "'int-quantized'; not supported"),
     "nvfp4": ("compressed-tensors", {"format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'; not supported"),
     "marlin-24": ("compressed-tensors", {"format": "marlin-24"}, "'marlin-24'; not supported"),
     "mixed": ("compressed-tensors", {"format": "mixed-precision"}, "'mixed-precision'; not supported"),
