@@ -116,7 +116,8 @@ def _parts(
                     _matrix([tensor.name for tensor in group], width, choices, storage).bytes_of(rows, width)
                 )
                 is_seen = layer != config.num_hidden_layers - 1 or Role.QUERY in parameter.roles
-                if choices.fast_prefill and is_seen and storage.form(group[0].name) is not None:
+                form = storage.form(group[0].name)
+                if choices.fast_prefill and is_seen and form is not None and not form.has_input_scale:
                     yield Part(Form(8, 4).bytes_of(rows, width), 0)
 
 
@@ -126,6 +127,8 @@ def _matrix(names: Sequence[str], width: int, choices: OwnChoices, storage: Stor
     if not forms:
         return Form(8 * choices.compute_bytes)
     require_scales(names[0], forms, choices.scale_dtype)
+    if all(form.has_input_scale for form in forms):  # a scale a row
+        return Form(8, choices.compute_bytes)
     if choices.has_blocks:
         blocks = block_format(forms, width, choices.compute_bytes)
         if blocks is None:

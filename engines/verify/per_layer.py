@@ -202,6 +202,7 @@ def onnxruntime_runner(graph: MarkedGraph, providers: Sequence[str], name: str) 
         options.log_severity_level = 3
         # Without it DequantizeLinear + MatMul is computed with int8 activations.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        options.add_session_config_entry("session.qdqisint8allowed", "1")  # unsigned ones saturate without VNNI
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.path.parent))
         session = onnxruntime.InferenceSession(graph.content, options, providers=list(providers))
         opened.append(session.get_providers()[0])

@@ -9,13 +9,16 @@ Sources, by format:
 - AWQ: `qweight` int32 [K, N / 8], `qzeros` [G, N / 8], `scales` [G, N]; nibble i of a word is column
   (0, 2, 4, 6, 1, 3, 5, 7)[i] of eight (AutoAWQ's `WQLinear_GEMM`).
 - compressed-tensors: `weight_packed` int32 [N, ceil(K * bits / 32)], `weight_scale` [N, G], `weight_zero_point`
-  [N * bits / 32, G], `weight_shape`, `weight_g_idx` (its `pack_to_int32`).
+  [N * bits / 32, G], `weight_shape`, `weight_g_idx` (its `pack_to_int32`); or `weight` int8 [N, K], `weight_scale`,
+  `weight_zero_point` int8 [N, G], and `input_scale` [1] of what is rounded in front of the product (its
+  `NaiveQuantizationCompressor`).
 
 The folder was opened before this is called, so that what is wrong with it has been said.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +48,7 @@ def dequantized(path: Path, stored: Mapping[str, torch.Tensor]) -> dict[str, tor
     method = settings.get("quant_method")
     if method not in _UNPACK:
         raise CheckpointError(f"{path}: quant_method {method!r} has no second reader; accepted: {', '.join(_UNPACK)}")
-    key = "weight_packed" if method == "compressed-tensors" else "qweight"
+    key = {"gptq": "qweight", "awq": "qweight"}.get(method, "weight_scale")
     modules = [name.removesuffix(f".{key}") for name in stored if name.endswith(f".{key}")]
     taken = {module: _parts(module, stored) for module in modules}
     inside = {f"{module}.{part}" for module, parts in taken.items() for part in parts}
@@ -56,6 +59,23 @@ def dequantized(path: Path, stored: Mapping[str, torch.Tensor]) -> dict[str, tor
         if bias is not None and module.rpartition(".")[2] not in _WITH_BIASES and not bias.any():
             del state[f"{module}.bias"]  # packers of GPTQ give every linear one
     return state
+
+
+def round_inputs(model: torch.nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
+    """Makes each linear round what it reads as a W8A8 folder says: to whole multiples of `input_scale`, -128 to 127.
+
+    Args:
+        model: whose linears are called as the folder's modules.
+        stored: the folder's tensors by name.
+    """
+
+    def rounded(scale: float, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        return (torch.round(inputs[0] / scale).clamp(-128, 127) * scale,)
+
+    for name, module in model.named_modules():
+        scale = stored.get(f"{name}.input_scale")
+        if scale is not None:
+            module.register_forward_pre_hook(functools.partial(rounded, float(scale)))
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -69,8 +89,8 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _parts(module: str, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    beside = (name for name in stored if name.rpartition(".")[0] == module)
-    return {last: stored[name] for name in beside if (last := name.rpartition(".")[2]) not in ("bias", "weight")}
+    beside = {name.rpartition(".")[2]: name for name in stored if name.rpartition(".")[0] == module}
+    return {last: stored[name] for last, name in beside.items() if last != "bias"}
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -138,6 +158,10 @@ def _awq(parts: _Parts, settings: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _compressed_tensors(parts: _Parts, settings: Mapping[str, Any]) -> torch.Tensor:
+    if "weight" in parts:
+        codes, scales = parts["weight"].to(torch.int16), parts["weight_scale"]
+        zeros = parts.get("weight_zero_point", torch.zeros(scales.shape))
+        return _combined(codes, zeros, scales, _in_place(codes.shape[1], scales.shape[1]))
     rows, width = (int(size) for size in parts["weight_shape"])
     words, scales = parts["weight_packed"], parts["weight_scale"]
     bits = next(bits for bits in (4, 8) if -(-width * bits // _WORD_BITS) == words.shape[1])

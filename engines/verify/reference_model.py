@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwen_aot.engines.verify.gguf_model import read_gguf
-from qwen_aot.engines.verify.quantized_model import dequantized, weight_files
+from qwen_aot.engines.verify.quantized_model import dequantized, round_inputs, weight_files
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 from qwen_aot.exporter.checkpoint.hf.saving.config_json import config_json
@@ -58,8 +58,9 @@ def load_model(checkpoint: Checkpoint) -> tuple[Any, str]:
             return _from_reader(transformers, checkpoint), BY_US
         if _is_known(checkpoint.path):
             is_quantized = any(each.fixes_precision for each in encodings_of(checkpoint).values())
-            state = _quantized_state(checkpoint) if is_quantized else _unwrapped_state(checkpoint)
-            return _from_folder(transformers, checkpoint, state), BY_SECOND if is_quantized else BY_TRANSFORMERS
+            if is_quantized:
+                return _quantized(transformers, checkpoint), BY_SECOND
+            return _from_folder(transformers, checkpoint, _unwrapped_state(checkpoint)), BY_TRANSFORMERS
         if checkpoint.path.is_file() and checkpoint.path.suffix.lower() == ".gguf":
             facts, state = read_gguf(checkpoint.path)
             return _from_state(transformers, checkpoint.path, facts, state), BY_GGUF
@@ -108,10 +109,14 @@ def _unwrapped_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor] | None:
     return {names[old]: tensor for old, tensor in stored.items()}
 
 
-def _quantized_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The tensors of a quantized folder, its linears as fp32 weights."""
-    stored = dequantized(checkpoint.path, _stored(weight_files(checkpoint.path)))
-    return {new: stored[old] for old, new in unwrapped(checkpoint.path, stored, CANONICAL).items()}
+def _quantized(transformers: Any, checkpoint: Checkpoint) -> Any:
+    """The model of a quantized folder, its linears with fp32 weights; they round what they read where it says so."""
+    files = _stored(weight_files(checkpoint.path))
+    stored = dequantized(checkpoint.path, files)
+    state = {new: stored[old] for old, new in unwrapped(checkpoint.path, stored, CANONICAL).items()}
+    model = _from_folder(transformers, checkpoint, state)
+    round_inputs(model, {new: files[old] for old, new in unwrapped(checkpoint.path, files, CANONICAL).items()})
+    return model
 
 
 def _stored(files: Iterable[Path]) -> dict[str, torch.Tensor]:

@@ -22,11 +22,13 @@ class Storage:
         encodings: of the tensors that aren't plain numbers, by name.
         permutations: of the encoded tensors whose columns are in another order: [K], see `EncodedRows.permutation`.
         dtypes: of the tensors of plain numbers.
+        input_scales: of the encoded tensors whose inputs are rounded too: `EncodedRows.input_scale`.
     """
 
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
     permutations: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     dtypes: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
+    input_scales: Mapping[str, float] = field(default_factory=dict)
 
     def form(self, name: str) -> CodeForm | None:
         """Of a tensor's codes; None: it has none."""
@@ -44,7 +46,7 @@ class Storage:
 
 
 def storage_of(checkpoint: Checkpoint) -> Storage:
-    """Reads the orders of columns, one row of each tensor that has one, and no weights.
+    """Reads orders of columns and inputs' scales, with one row of each tensor that has one, and no other weights.
 
     Raises:
         CheckpointError: a row can't be read, or an order isn't one.
@@ -55,7 +57,16 @@ def storage_of(checkpoint: Checkpoint) -> Storage:
         encodings,
         dict(_permutations(checkpoint, encodings)),
         {info.name: info.dtype for info in tensors if info.encoding is None},
+        dict(_input_scales(checkpoint, encodings)),
     )
+
+
+def _input_scales(checkpoint: Checkpoint, encodings: Mapping[str, Encoding]) -> Iterable[tuple[str, float]]:
+    for name, encoding in encodings.items():
+        if encoding.form is not None and encoding.form.has_input_scale:
+            scale = checkpoint.read_encoded(name, slice(0, 1)).input_scale
+            assert scale is not None, name
+            yield name, scale
 
 
 def _permutations(checkpoint: Checkpoint, encodings: Mapping[str, Encoding]) -> Iterable[tuple[str, NDArray[np.int64]]]:

@@ -30,8 +30,13 @@ def have_codes(names: Sequence[str], storage: Storage) -> bool:
 
 
 def make_one_matrix(names: Sequence[str], storage: Storage) -> bool:
-    """Whether tensors that read one input can be stacked: all as codes or all as numbers, in one order of columns."""
+    """Whether tensors that read one input can be stacked.
+
+    All are codes or all are numbers, in one order of columns, and of one input that is rounded or not.
+    """
     if len({storage.form(name) is None for name in names}) > 1:
+        return False
+    if len({storage.input_scales.get(name) for name in names}) > 1:
         return False
     orders = [storage.permutation(name) for name in names]
     found = [order for order in orders if order is not None]
@@ -43,12 +48,16 @@ def block_format(
 ) -> BlockFormat | None:
     """The blocks of the fewest bytes that hold rows of K = `width` codes of all these forms; None: there are none.
 
+    Codes whose inputs are rounded too are no blocks: see `exporter.lowering.rounded_inputs`.
+
     Args:
         forms: of the matrices that are stored alike.
         width: K.
         scale_bytes: of one stored scale.
         dividing: sizes that whole blocks must make up.
     """
+    if any(form.has_input_scale for form in forms):
+        return None
     bits = 4 if all(form.bits <= 4 for form in forms) else 8
     symmetric = not any(form.has_zero_points for form in forms)
     has_offsets = any(form.has_offsets for form in forms)
@@ -110,7 +119,9 @@ def plugin_experts(
     """The plugin's form that holds codes of all these forms; None: there is none."""
     forms = (*gate_up, *down)
     has_zeros = any(form.has_zero_points for form in forms)
-    if hidden_size % EXPERT_BLOCK or intermediate_size % EXPERT_BLOCK or any(form.has_offsets for form in forms):
+    if any(form.has_offsets or form.has_input_scale for form in forms):
+        return None
+    if hidden_size % EXPERT_BLOCK or intermediate_size % EXPERT_BLOCK:
         return None
     if all(form.bits <= 4 for form in forms):
         return PluginExperts(4, has_zeros) if all(form.group_size % EXPERT_BLOCK == 0 for form in forms) else None
@@ -181,6 +192,7 @@ def _described(forms: Sequence[CodeForm]) -> str:
     return ", ".join(
         dict.fromkeys(
             f"{form.bits} bits in groups of {form.group_size}{' with minimums' if form.has_offsets else ''}"
+            f"{' whose inputs are rounded too' if form.has_input_scale else ''}"
             for form in forms
         )
     )

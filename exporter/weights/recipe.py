@@ -118,7 +118,7 @@ class Traced:
         encodings: how the checkpoint stores the tensors that aren't plain numbers, by name. Set before lowering (by
             `store_as`): lowerings choose by it.
         refused_codes: tensor -> why a lowering that takes codes doesn't take this one's.
-        permutations, dtypes: more of how the checkpoint stores tensors; see `Storage`.
+        permutations, dtypes, input_scales: more of how the checkpoint stores tensors; see `Storage`.
     """
 
     model: ir.Model
@@ -128,6 +128,7 @@ class Traced:
     refused_codes: dict[str, str] = field(default_factory=dict)
     permutations: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     dtypes: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
+    input_scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def compute_type(self) -> ir.DataType:
@@ -137,11 +138,12 @@ class Traced:
     @property
     def storage(self) -> Storage:
         """How the checkpoint stores its tensors."""
-        return Storage(self.encodings, self.permutations, self.dtypes)
+        return Storage(self.encodings, self.permutations, self.dtypes, self.input_scales)
 
     def store_as(self, storage: Storage) -> None:
         """Says, before lowering, how the checkpoint stores its tensors."""
         self.encodings, self.permutations, self.dtypes = storage.encodings, storage.permutations, storage.dtypes
+        self.input_scales = storage.input_scales
 
 
 class OutOfRangeError(ExportError):

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from qwen_aot.errors import BundleError, GenerationError
+from qwen_aot.errors import BundleError, GenerationError, is_panic
 from qwen_aot.runtime.bundle.load import Bundle
 from qwen_aot.runtime.bundle.strict_json import parse_object
 from qwen_aot.runtime.text.control_tokens import ControlTokens, Span
@@ -160,5 +160,7 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
 def _parse_tokenizer(text: str) -> RustTokenizer:
     try:
         return RustTokenizer.from_str(text)
-    except Exception as error:  # the library raises Exception itself for whatever is wrong with the text
+    except BaseException as error:  # the library raises Exception itself for what is wrong, and panics at some of it
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise BundleError(f"{TOKENIZER_NAME} can't be parsed ({str(error).strip()}); rebuild the bundle") from error

@@ -78,3 +78,8 @@ def onnxruntime_errors() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an extension in Rust gave up (tokenizers does on some damaged files): PyO3's is no Exception."""
+    return type(error).__name__ == "PanicException"

@@ -25,6 +25,8 @@ def open_session(model: Path | bytes) -> ort.InferenceSession:
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # Else signed activations become unsigned ones, whose products with int8 saturate on CPUs without VNNI.
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

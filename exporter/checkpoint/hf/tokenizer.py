@@ -7,7 +7,7 @@ from typing import Any
 
 import tokenizers
 
-from qwen_aot.errors import CheckpointError
+from qwen_aot.errors import CheckpointError, is_panic
 from qwen_aot.exporter.checkpoint.base import TokenizerFiles
 from qwen_aot.exporter.checkpoint.bpe import byte_level_bpe
 from qwen_aot.exporter.checkpoint.hf.config import read_json
@@ -79,7 +79,9 @@ def _read_tokenizer(
     text = read_text(path)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception for every defect of the file
+    except BaseException as error:  # the library raises plain Exception for defects of the file, and panics at some
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise CheckpointError(f"{path} is not a tokenizer that can be loaded ({error}); download it again") from error
     has_more = with_added(tokenizer, added, str(path), f"{TOKENIZER_CONFIG_NAME} or {ADDED_TOKENS_NAME}")
     check_ids(tokenizer, vocab_size, str(path))

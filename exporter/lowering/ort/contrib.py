@@ -21,6 +21,7 @@ from qwen_aot.exporter.lowering.ort.narrow import keep_tables_narrow
 from qwen_aot.exporter.lowering.ort.prefill import split_prefill
 from qwen_aot.exporter.lowering.ort.provider import MS_DOMAIN, MS_VERSION, PROVIDERS, Provider, ProviderFacts
 from qwen_aot.exporter.lowering.ort.quantized import quantize_embedding, quantize_experts, quantize_linears
+from qwen_aot.exporter.lowering.ort.rounded_inputs import multiply_integers
 from qwen_aot.exporter.lowering.own_codes import order_columns, separate_parts
 from qwen_aot.exporter.lowering.passes import (
     clean_up,
@@ -138,7 +139,11 @@ def passes(traced: Traced, options: OrtOptions) -> list[tuple[str, Callable[[Tra
             ("quantize_experts", lambda traced: quantize_experts(traced, weights, options.accuracy_level)),
         ]
         if options.own_codes:
-            steps[:0] = [("separate_parts", separate_parts), ("order_columns", order_columns)]
+            steps[:0] = [
+                ("separate_parts", separate_parts),
+                ("order_columns", order_columns),
+                ("multiply_integers", lambda traced: multiply_integers(traced, options.provider)),
+            ]
             last.append(("keep_tables_narrow", keep_tables_narrow))
         if options.fast_prefill:
             last.append(("split_prefill", lambda traced: split_prefill(traced, weights)))

@@ -8,7 +8,7 @@ sums of the input's blocks, in fp32, in which offset times scale is exact. So ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -16,12 +16,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qwen_aot.exporter.checkpoint.encoding import EncodedRows, dequantize
+from qwen_aot.exporter.checkpoint.encoding import EncodedRows
 from qwen_aot.exporter.graph import ops
+from qwen_aot.exporter.lowering.kept_codes import initializers_of_codes
 from qwen_aot.exporter.lowering.own_codes import block_sums
 from qwen_aot.exporter.lowering.passes import decides
 from qwen_aot.exporter.quantize.blockwise import pack
-from qwen_aot.exporter.quantize.encoded import as_scales, may_overflow
+from qwen_aot.exporter.quantize.encoded import as_scales
 from qwen_aot.exporter.quantize.formats import ByCodes
 from qwen_aot.exporter.quantize.own_codes import AS_FLOATS, SignedFormat, no_experts
 from qwen_aot.exporter.quantize.store import dims
@@ -60,6 +61,8 @@ def keep_codes(traced: Traced) -> int:
     for node in nodes:
         weight = node.inputs[1]
         assert weight is not None
+        if str(weight.name) not in traced.recipes:  # done, with its input
+            continue
         names = [source.name for source in traced.recipes[str(weight.name)].sources]
         if any(name in traced.encodings for name in names):
             _keep(traced, node, weight, formats.signed(str(weight.name), names, dims(weight)[1]))
@@ -102,52 +105,6 @@ def _initializers(
         return (pack(codes.view(np.uint8) & np.uint8(15), 4) if form.bits == 4 else codes, *rest)
 
     return initializers_of_codes(traced, recipe, outputs, stored)
-
-
-def initializers_of_codes(
-    traced: Traced, recipe: Recipe, outputs: Sequence[Output], stored: Callable[[EncodedRows, int], Arrays]
-) -> list[ir.Value]:
-    """New initializers, and their recipe, of the codes of a float weight's tensors.
-
-    Args:
-        traced: worked on in place.
-        recipe: of the float weight, whose range the values are held to.
-        outputs: what is made.
-        stored: some rows of a tensor's codes, and the number of the first in its chunk -> one array an output.
-    """
-
-    def from_codes(parts: Sequence[EncodedRows]) -> Arrays:
-        made, first_row = [], 0
-        for part in parts:
-            require_range(part, recipe, first_row)
-            made.append(stored(part, first_row))
-            first_row += len(part.codes)
-        return tuple(np.concatenate(arrays) for arrays in zip(*made, strict=True))
-
-    def transform(_: NDArray[np.float32]) -> Arrays:
-        raise AssertionError("the codes of this weight are kept")
-
-    traced.recipes[outputs[0].name] = Recipe(
-        recipe.sources, tuple(outputs), transform, recipe.rows_per_group, from_codes
-    )
-    values = [ir.Value(name=each.name, type=ir.TensorType(each.dtype), shape=ir.Shape(each.shape)) for each in outputs]
-    for value in values:
-        traced.model.graph.initializers.add(value)
-    return values
-
-
-def require_range(part: EncodedRows, recipe: Recipe, first_row: int) -> None:
-    """Refuses values that the compute type can't hold, as `recipe` of the float weight does.
-
-    Raises:
-        OutOfRangeError: names the row of the chunk, in which the part's first row is `first_row`.
-    """
-    if not may_overflow(part):
-        return
-    try:
-        recipe.transform(dequantize(part))
-    except OutOfRangeError as error:
-        raise OutOfRangeError(first_row + error.row, error.reason) from error
 
 
 def _signed(part: EncodedRows, form: SignedFormat, dtype: ir.DataType, first_row: int) -> tuple[NDArray[Any], ...]:

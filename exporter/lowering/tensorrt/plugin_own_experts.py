@@ -8,7 +8,7 @@ import onnx_ir as ir
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows
 from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.graph.plugin_ops import EXPERT_BLOCK
-from qwen_aot.exporter.lowering.tensorrt.own_codes import initializers_of_codes
+from qwen_aot.exporter.lowering.kept_codes import initializers_of_codes
 from qwen_aot.exporter.quantize.blockwise import pack
 from qwen_aot.exporter.quantize.encoded import as_scales
 from qwen_aot.exporter.quantize.formats import ByCodes

@@ -33,6 +33,7 @@ from qwen_aot.exporter.lowering.tensorrt.quantized import (
     quantize_plain_head,
     refuse_experts,
 )
+from qwen_aot.exporter.lowering.tensorrt.rounded_inputs import dequantize_both
 from qwen_aot.exporter.weights.recipe import Traced
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,12 @@ def quantizing_passes(options: StandardOptions) -> list[tuple[str, Callable[[Tra
     """Those that store weights as codes; none where they keep the compute type."""
     if options.own_codes:
         steps: list[tuple[str, Callable[[Traced], int]]]
-        steps = [("separate_parts", separate_parts), ("order_columns", order_columns), ("keep_codes", keep_codes)]
+        steps = [
+            ("separate_parts", separate_parts),
+            ("order_columns", order_columns),
+            ("dequantize_both", dequantize_both),
+            ("keep_codes", keep_codes),
+        ]
         return [*steps, ("quantize_head", quantize_plain_head)] if options.quantize_head else steps
     if options.weights is None:
         return []

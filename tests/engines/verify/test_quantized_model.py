@@ -32,7 +32,9 @@ from qwen_aot.runtime.bundle.load import load_bundle
 from tests.checkpoints import reference_logits, tiny_config, tiny_model
 from tests.coded_checkpoints import MOE, load
 from tests.decisive import TOKENS, decisive_text, save_decisive
+from tests.exporter.checkpoint.hf.quantized import test_int_quantized as int_quantized
 from tests.exporter.checkpoint.hf.quantized.test_golden import CASES, MODULE, READABLE, save, values_of
+from tests.exporter.lowering.test_rounded_inputs import rounding_model
 from tests.quantized_files import (
     PROJECTIONS,
     Codes,
@@ -76,6 +78,16 @@ FOLDERS: dict[str, Folder] = {
         functools.partial(compressed_tensors, symmetric=False),
         {"make": functools.partial(random_codes, bits=8, symmetric=False, smallest_zero=0)},
     ),
+    "compressed-tensors, integers in groups, zeros": (
+        int_quantized.config(None, symmetric=False, strategy="group", group_size=32),
+        functools.partial(int_quantized.pack, rounds_inputs=False, symmetric=False),
+        {"make": functools.partial(random_codes, bits=8, symmetric=False, smallest_zero=0)},
+    ),
+    "compressed-tensors, rounded inputs": (
+        int_quantized.config(),
+        int_quantized.pack,
+        {"make": functools.partial(random_codes, bits=8, group_size=-1)},
+    ),
 }
 
 
@@ -116,6 +128,17 @@ def test_a_quantized_folder_is_read_past_our_own_reader(
     assert reference.read_by == BY_SECOND
     expected = reference_logits(model, [IDS.tolist()])[0].numpy()
     np.testing.assert_allclose(reference.logits(IDS, 0), expected, rtol=0, atol=1e-5)
+
+
+def test_inputs_are_rounded_as_the_folder_says(tmp_path: Path) -> None:
+    saved = int_quantized.save(tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint:
+        found = Reference(checkpoint).logits(IDS, 0)
+    expected, unrounded = (
+        reference_logits(rounding_model(saved, rounds=rounds), [IDS.tolist()])[0].numpy() for rounds in (True, False)
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert np.abs(found - unrounded).max() > 1e-3
 
 
 def test_shards_that_hold_codes_alone_are_read(tmp_path: Path) -> None:

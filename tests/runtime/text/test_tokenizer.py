@@ -52,7 +52,11 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
         load_tokenizer(bundle)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"model": 3}'])
+PANIC = """{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2},
+"merges": ["a b"], "continuing_subword_prefix": "##"}}"""  # longer than the merge's right part
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"model": 3}', PANIC])
 def test_a_damaged_tokenizer(tmp_path: Path, text: str) -> None:
     with pytest.raises(BundleError, match=r"tokenizer\.json can't be parsed"):
         load_tokenizer(bundle_with(tmp_path, {"tokenizer.json": text}))

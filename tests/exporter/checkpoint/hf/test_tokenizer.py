@@ -103,6 +103,23 @@ def broken(folder: Path, **files: Any) -> None:
 
 BROKEN = {
     "tokenizer": ({"tokenizer": "{}"}, "is not a tokenizer that can be loaded"),
+    "panic": (  # tokenizers takes the prefix off the right part, which is shorter
+        {
+            "tokenizer": json.dumps(
+                {
+                    "version": "1.0",
+                    "added_tokens": [],
+                    "model": {
+                        "type": "BPE",
+                        "vocab": {"a": 0, "b": 1, "ab": 2},
+                        "merges": ["a b"],
+                        "continuing_subword_prefix": "##",
+                    },
+                }
+            )
+        },
+        "is not a tokenizer that can be loaded",
+    ),
     "encoding": ({"tokenizer": b"\xff"}, "is not UTF-8 text"),
     "config": ({"tokenizer_config": "{"}, "is not valid JSON"),
     "template": ({"tokenizer_config": '{"chat_template": 7}'}, "chat_template of type int; accepted: a text"),
