@@ -13,10 +13,12 @@ from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.writer import refuse_unless_replaceable
 from qwen_aot.engines.quantize import quantize_checkpoint
 from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.own_codes import no_rounded_inputs
 from qwen_aot.engines.spec.quantize_spec import QuantizeSpec
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.exporter.rounding.algorithms import ALGORITHMS
 from qwen_aot.whole_folder import explained
 
 _TABLE_BITS = 8  # of embedding and head, which the folder has as plain numbers
@@ -28,13 +30,19 @@ def quantize_spec_for(spec: BuildSpec, algorithm: str) -> QuantizeSpec:
     Raises:
         BuildError: the algorithm isn't known, or what the build asks for has no codes by it.
     """
-    bits = {"int4": 4, "int8": 8}.get(spec.precision)
-    if "precision" not in spec.asked:
-        bits = 4
-    if bits is None:
+    bits = {"int4": 4, "int8": 8}.get(spec.precision) if "precision" in spec.asked else None
+    if bits is None and "precision" in spec.asked:
         raise BuildError(
             f"algorithm {algorithm} makes integers, and precision is {spec.precision}; accepted: int4, int8"
         )
+    row = ALGORITHMS.get(algorithm)
+    if row is not None and row.rounds_inputs:
+        if not spec.facts.rounds_inputs:
+            raise BuildError(no_rounded_inputs(spec, f"algorithm is {algorithm}"))
+        # Embedding and head, which it leaves plain, have sensitive_bits in the build.
+        block_size = spec.block_size if "block_size" in spec.asked else None
+        return QuantizeSpec(algorithm=algorithm, bits=bits, group_size=block_size, symmetric=spec.symmetric)
+    bits = bits or 4
     return QuantizeSpec(
         algorithm=algorithm,
         bits=bits,

@@ -46,6 +46,7 @@ class Coding:
     permuted: Permuted = "no"
     scale_dtype: np.dtype[Any] = HALF
     offsets: bool = False
+    input_scale: float | None = None  # a number of float16
 
     def form(self, width: int) -> CodeForm:
         return CodeForm(
@@ -55,6 +56,7 @@ class Coding:
             self.zero_points,
             self.permuted != "no",
             has_offsets=self.offsets,
+            has_input_scale=self.input_scale is not None,
         )
 
 
@@ -81,7 +83,7 @@ def drawn_rows(coding: Coding, name: str, shape: tuple[int, int], head_dim: int)
         minimums = (-middle * scales.astype(np.float64) * rng.uniform(0.8, 1.2, scales.shape)).astype(np.float16)
         offsets = minimums.astype(np.float64) + middle * scales.astype(np.float64)
     permutation = _permutation(coding.permuted, name, width, head_dim)
-    return EncodedRows(form, codes, scales, zeros, permutation, offsets)
+    return EncodedRows(form, codes, scales, zeros, permutation, offsets, coding.input_scale)
 
 
 def _permutation(permuted: Permuted, name: str, width: int, head_dim: int) -> NDArray[np.int64] | None:
@@ -208,7 +210,7 @@ class CodedCheckpoint:
         whole, part = self.coded[name], rows or slice(None)
         zeros = None if whole.zero_points is None else whole.zero_points[part]
         offsets = None if whole.offsets is None else whole.offsets[part]
-        return EncodedRows(whole.form, whole.codes[part], whole.scales[part], zeros, whole.permutation, offsets)
+        return replace(whole, codes=whole.codes[part], scales=whole.scales[part], zero_points=zeros, offsets=offsets)
 
     def close(self) -> None:
         pass

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.precisions import PRECISIONS, Precision
+from qwen_aot.engines.spec.targets import TARGETS
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.encoding import CodeForm, Encoding
 from qwen_aot.exporter.checkpoint.storage import Storage
@@ -44,6 +45,9 @@ def settled(spec: BuildSpec, storage: Storage) -> BuildSpec:
             f"fixes the precision; accepted: {name} (the default here), its own codes; or {', '.join(floats)}, floats "
             "made of them; leave out precision"
         )
+    rounded = next((each for each in fixed if each.form is not None and each.form.has_input_scale), None)
+    if rounded is not None and not spec.facts.rounds_inputs:
+        raise BuildError(no_rounded_inputs(spec, f"the checkpoint stores {found}"))
     refused = {"block_size": spec.block_size, "symmetric": spec.symmetric}
     if not any(table in storage.dtypes for table in _TABLES):
         refused["sensitive_bits"] = spec.sensitive_bits
@@ -53,6 +57,16 @@ def settled(spec: BuildSpec, storage: Storage) -> BuildSpec:
             f"keeps: each matrix has its own bits, blocks and zero points; leave {option} out"
         )
     return dataclasses.replace(spec, precision=name, block_size=None, symmetric=True, own_codes=True)
+
+
+def no_rounded_inputs(spec: BuildSpec, why: str) -> str:
+    """What is said where a target has no products of integers."""
+    having = ", ".join(target for target, facts in TARGETS.items() if facts.rounds_inputs)
+    floats = [row.name for row in PRECISIONS.values() if not row.is_quantized and spec.target in row.targets]
+    return (
+        f"{why}, whose products round their inputs too (W8A8), and target {spec.target} has none; accepted: target "
+        f"{having}; or precision {', '.join(floats)} of a checkpoint, floats whose inputs aren't rounded"
+    )
 
 
 def _precision(encodings: Sequence[Encoding]) -> Precision:
@@ -72,4 +86,5 @@ def _form(form: CodeForm | None) -> str:
     if form is None:
         return ""
     zeros = " with zero points" if form.has_zero_points else " with minimums" if form.has_offsets else ""
-    return f" ({form.bits} bits in groups of {form.group_size}{zeros})"
+    inputs = ", inputs rounded too" if form.has_input_scale else ""
+    return f" ({form.bits} bits in groups of {form.group_size}{zeros}{inputs})"

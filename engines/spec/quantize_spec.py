@@ -23,7 +23,7 @@ _ROUNDED = frozenset({WeightClass.PROJECTION, WeightClass.DOWN, WeightClass.EXPE
 _MOST_TOKENS = 1 << 24
 SCALE_DTYPE = np.dtype(np.float16)
 SENSITIVE_GROUP = 32  # of matrices that have more bits than the others, and of tables
-_PLAIN_SHARE = 0.15
+_PLAIN_SHARE, _MOST_PLAIN = 0.15, 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,8 +199,8 @@ class QuantizeSpec:
         object.__setattr__(self, "bits", 8)
         object.__setattr__(self, "symmetric", True)
         share = _PLAIN_SHARE if self.plain_share is None else self.plain_share
-        if not 0 <= share <= 1:
-            raise BuildError(f"plain_share is {share}; accepted: 0 to 1")
+        if not 0 <= share <= _MOST_PLAIN:
+            raise BuildError(f"plain_share is {share}; accepted: 0 to {_MOST_PLAIN}")
         object.__setattr__(self, "plain_share", share)
         self._check_texts()
 

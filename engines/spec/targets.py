@@ -66,6 +66,7 @@ class TargetFacts:
         weight_layout: of quantized weights.
         quantized_experts: whether routed experts can be quantized.
         int8_cache: whether it has one, and where its scales come from.
+        rounds_inputs: it has products of 8-bit integers, for checkpoints whose inputs are rounded too (W8A8).
         always_zero_points: the quantized embedding has zero points even where the format is symmetric.
         layer_provider: ONNX Runtime's provider for comparing layers; the CPU's takes its place where it is absent.
         memory: how activations are estimated.
@@ -84,6 +85,7 @@ class TargetFacts:
     weight_layout: WeightLayout
     quantized_experts: QuantizedExperts
     int8_cache: Int8Cache
+    rounds_inputs: bool = True
     always_zero_points: bool = False
     layer_provider: str = "CPUExecutionProvider"
     memory: MemoryModel
@@ -145,6 +147,7 @@ TARGETS: Mapping[Target, TargetFacts] = {
         weight_layout="blocks",
         quantized_experts="no",
         int8_cache="no",
+        rounds_inputs=False,  # MatMulIntegerToFloat has no kernel there
         always_zero_points=True,  # `exporter.lowering.ort.provider`
         layer_provider="CUDAExecutionProvider",
         memory=_ONNXRUNTIME_MEMORY,

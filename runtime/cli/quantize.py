@@ -36,8 +36,13 @@ def _formats() -> str:
 @option("--algorithm", help=_algorithms, group="Main")
 @option("--format", help=_formats, group="Main")
 @option("--restart", is_flag=True, help="Give up an unfinished job of this output, and start anew.", group="Main")
-@option("--bits", type=int, help="4 or 8 of most matrices.  [default: 4]", group="Codes")
-@option("--group-size", type=int, help="Weights that share a scale, at most.  [default: 64]", group="Codes")
+@option("--bits", type=int, help="4 or 8 of most matrices.  [default: 4; smoothquant: 8]", group="Codes")
+@option(
+    "--group-size",
+    type=int,
+    help="Weights that share a scale, at most.  [default: 64; smoothquant: whole rows]",
+    group="Codes",
+)
 @option(
     "--symmetric/--asymmetric",
     default=None,
@@ -60,6 +65,12 @@ def _formats() -> str:
     "--bits-per-weight",
     type=float,
     help="Choose each matrix's bits and groups by what it loses, within this average.",
+    group="Codes",
+)
+@option(
+    "--plain-share",
+    type=float,
+    help="smoothquant: share of the weights that may stay plain, those that would lose most.  [default: 0.15]",
     group="Codes",
 )
 @option(

@@ -11,6 +11,7 @@ from qwen_aot.engines.build import build_bundle
 from qwen_aot.engines.build_quantized import build_quantized, quantize_spec_for
 from qwen_aot.engines.quantize import quantize_checkpoint
 from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.quantize_spec import QuantizeSpec
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.bundle.load import load_bundle
@@ -94,6 +95,32 @@ def test_what_a_build_asks_for_is_what_is_quantized(
 ) -> None:
     found = quantize_spec_for(spec, "awq")
     assert (found.bits, found.group_size, found.sensitive_bits) == (bits, group_size, sensitive_bits)
+
+
+def test_rounded_inputs_go_to_targets_that_have_them(model: Path, tmp_path: Path) -> None:
+    found = quantize_spec_for(BuildSpec(), "smoothquant")
+    assert (found.bits, found.group_size, found.sensitive_bits) == (8, None, None)
+    with pytest.raises(BuildError, match="rounds to 8 bits with a scale a row, and group_size is 32"):
+        quantize_spec_for(SPEC, "smoothquant")
+    with pytest.raises(BuildError, match="and bits is 4; accepted: 8, or another algorithm"):
+        quantize_spec_for(BuildSpec(precision="int4"), "smoothquant")
+    no_products = r"\(W8A8\), and target cuda has none; accepted: target cpu, tensorrt-rtx, tensorrt; or precision"
+    with pytest.raises(BuildError, match="algorithm is smoothquant, whose products .*" + no_products):
+        quantize_spec_for(BuildSpec(target="cuda"), "smoothquant")
+    spec = BuildSpec(max_context=64)
+    with open_checkpoint(model) as checkpoint:
+        texts = ("The quick brown fox jumps over the lazy dog. " * 40,)
+        quantize_checkpoint(
+            checkpoint,
+            QuantizeSpec(algorithm="smoothquant", tokens=256, sequence_length=32),
+            tmp_path / "folder",
+            texts=texts,
+            threads=1,
+        )
+    report = build_bundle(tmp_path / "folder", spec, tmp_path / "bundle", threads=1)
+    assert report.manifest.engines.text.precision == "int8"
+    with pytest.raises(BuildError, match="compressed-tensors-w8a8 .*inputs rounded too.*" + no_products):
+        build_bundle(tmp_path / "folder", BuildSpec(target="cuda", max_context=64), tmp_path / "other", threads=1)
 
 
 def test_floats_have_no_algorithm(model: Path) -> None:

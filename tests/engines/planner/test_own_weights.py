@@ -26,7 +26,7 @@ from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.manifest import cache_capacity
-from tests.coded_checkpoints import CODINGS, LINEAR, MOE, CodedCheckpoint, Coding
+from tests.coded_checkpoints import CODINGS, LINEAR, MOE, WHOLE_ROW, CodedCheckpoint, Coding
 
 traced_once = functools.cache(trace)
 Lower = Callable[[Traced, BuildSpec], Traced]
@@ -86,16 +86,26 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe": MOE | {"moe_intermediate_size": 256},
     },
     "8 bits": {"coding": Coding(8, 32)},
+    "rounded inputs": {"coding": Coding(8, WHOLE_ROW, input_scale=0.0625), "tied": True},
     "minimums": {"coding": CODINGS["minimums"], "tied": True},
     "minimums, table in codes": {"coding": with_minimums_of_halves, "tied": True},
 }
-FIRST = ("4 bits, zero points", "mixed", "tied", "experts", "experts of the plugin", "minimums, table in codes")
+FIRST = (
+    "rounded inputs",
+    "4 bits, zero points",
+    "mixed",
+    "tied",
+    "experts",
+    "experts of the plugin",
+    "minimums, table in codes",
+)
 CASES = [
     pytest.param(model, target, marks=() if model in FIRST or target == "cpu" else pytest.mark.deep)
     for model in MODELS
     for target, (options, _) in TARGETS.items()
     if not ("experts" in model and "cpu" not in target and ("plugin" not in model or "plugin" not in target))
-    and not (model == "8 bits" and "precision" in options)
+    and not (model in ("8 bits", "rounded inputs") and "precision" in options)
+    and not (model == "rounded inputs" and "cuda" in target)
     and not ("in codes" in model and "of 8 bits" in target)
 ]
 made = functools.cache(lambda name: CodedCheckpoint(**MODELS[name]))

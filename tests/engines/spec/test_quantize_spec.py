@@ -38,7 +38,27 @@ def test_defaults_follow_the_format(given: dict[str, Any], symmetric: bool, sens
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"algorithm": "best"}, "algorithm is 'best'; accepted: rtn, awq, gptq, awq-gptq"),
+        ({"algorithm": "best"}, "algorithm is 'best'; accepted: rtn, awq, gptq, awq-gptq, smoothquant"),
+        ({"algorithm": "smoothquant", "format": "gptq"}, "format is gptq; accepted: compressed-tensors, or another"),
+        (
+            {"algorithm": "smoothquant", "bits": 4},
+            "a scale a row, and bits is 4; accepted: 8, or another",
+        ),
+        ({"algorithm": "smoothquant", "group_size": 64}, "group_size is 64; accepted: nothing, or another algorithm"),
+        ({"algorithm": "smoothquant", "symmetric": False}, "symmetric is False; accepted: True, or another algorithm"),
+        ({"algorithm": "smoothquant", "sensitive_bits": 8}, "sensitive_bits is 8; accepted: nothing, or another"),
+        (
+            {"algorithm": "smoothquant", "table_bits": 8},
+            "table_bits is 8; accepted: 16, or another",
+        ),
+        ({"algorithm": "smoothquant", "bits_per_weight": 8.0}, "bits_per_weight is 8.0; accepted: nothing, or another"),
+        ({"algorithm": "smoothquant", "plain_share": 0.6}, "plain_share is 0.6; accepted: 0 to 0.5"),
+        ({"algorithm": "smoothquant", "plain_share": float("nan")}, "plain_share is nan; accepted: 0 to 0.5"),
+        ({"algorithm": "smoothquant", "tokens": 100}, "tokens is 100; it must be at least 256"),
+        (
+            {"plain_share": 0.1},
+            "plain_share is of algorithms that round inputs too (smoothquant), and algo",
+        ),
         ({"format": "awq", "bits": 8}, "bits is 8; accepted: 4, or another format"),
         ({"format": "awq", "symmetric": True}, "symmetric is True; accepted: False, or another format"),
         ({"format": "awq", "sensitive_bits": 8}, "sensitive_bits is 8; accepted: 4, or another format"),
@@ -58,6 +78,19 @@ def test_what_is_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(BuildError) as caught:
         QuantizeSpec(**given)
     assert said in str(caught.value)
+
+
+def test_rounded_inputs_go_with_whole_rows_and_no_experts() -> None:
+    config = config_of(moe={"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64})
+    spec = QuantizeSpec(algorithm="smoothquant")
+    assert (spec.bits, spec.symmetric, spec.plain_share, spec.measures) == (8, True, 0.15, True)
+    assert not QuantizeSpec(algorithm="smoothquant", plain_share=0).measures
+    forms = spec.forms(config)
+    assert {name.split(".")[3] for name in forms} == {"self_attn", "mlp"}
+    assert not any(".experts." in name for name in forms)
+    assert any("shared_expert." in name for name in forms)
+    widths = {tensor.name: tensor.shape[1] for tensor in rounded_tensors(config)}
+    assert all(form.group_size == widths[name] and form.has_input_scale for name, form in forms.items())
 
 
 def test_down_projections_have_the_sensitive_bits() -> None:

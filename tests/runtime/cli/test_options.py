@@ -30,7 +30,7 @@ NEEDED = {
     "doctor": (),
 }
 RTX, TENSORRT, BLOCKS = ("--target", "tensorrt-rtx"), ("--target", "tensorrt"), ("--precision", "int4")
-AWQ, RTN = ("--format", "awq"), ("--algorithm", "rtn")
+AWQ, RTN, SMOOTHQUANT = ("--format", "awq"), ("--algorithm", "rtn"), ("--algorithm", "smoothquant")
 GENERATION = [
     ("--max-new-tokens", "0", "0 is not in the range x>=1"),
     ("--max-new-tokens", "many", "'many' is not a valid integer range"),
@@ -78,7 +78,7 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--moe", "fast", "moe 'fast' doesn't exist; accepted: plugin, native", TENSORRT),
         ("--kv-precision", "int2", "kv_precision 'int2' doesn't exist; accepted: auto, fp32, fp16, bf16, int8"),
         ("--plugin-library", "no.so", "File 'no.so' does not exist", TENSORRT),
-        ("--algorithm", "smoothquant", "algorithm is 'smoothquant'; accepted: rtn, awq, gptq, awq-gptq"),
+        ("--algorithm", "nearest", "algorithm is 'nearest'; accepted: rtn, awq, gptq, awq-gptq, smoothquant"),
         ("--keep-quantized", "", "it is empty", ("--algorithm", "rtn")),
         ("--keep-quantized", "kept", "--keep-quantized goes with --algorithm"),
         ("--seed", "-1", "-1 is not in the range x>=0"),
@@ -86,7 +86,7 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
     ],
     "quantize": [
         ("--output", "", "it is empty"),
-        ("--algorithm", "smoothquant", "algorithm is 'smoothquant'; accepted: rtn, awq, gptq, awq-gptq"),
+        ("--algorithm", "nearest", "algorithm is 'nearest'; accepted: rtn, awq, gptq, awq-gptq, smoothquant"),
         ("--format", "gguf", "format is 'gguf'; accepted: compressed-tensors, gptq, awq"),
         ("--bits", "3", "bits is 3; accepted: 4, 8"),
         ("--bits", "8", "format awq has 4 bits with zero points in one size of groups, and bits is 8", AWQ),
@@ -96,6 +96,10 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--sensitive-bits", "8", "and sensitive_bits is 8; accepted: 4, or another format", AWQ),
         ("--table-bits", "2", "table_bits is 2; accepted: 16, 8, 4"),
         ("--table-bits", "8", "format gptq has no codes of an embedding, and table_bits is 8", ("--format", "gptq")),
+        ("--plain-share", "0.1", "plain_share is of algorithms that round inputs too (smoothquant)"),
+        ("--plain-share", "0.6", "plain_share is 0.6; accepted: 0 to 0.5", SMOOTHQUANT),
+        ("--plain-share", "some", "'some' is not a valid float"),
+        ("--bits", "4", "algorithm smoothquant rounds to 8 bits with a scale a row, and bits is 4", SMOOTHQUANT),
         ("--bits-per-weight", "4", "bits_per_weight is 4.0; accepted: more than 4"),
         ("--bits-per-weight", "9.5", "bits_per_weight is 9.5; accepted: more than 4"),
         ("--bits-per-weight", "nan", "bits_per_weight is nan; accepted: more than 4"),
