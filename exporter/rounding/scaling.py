@@ -28,6 +28,7 @@ from qwen_aot.exporter.rounding.inputs import input_scale, noise
 _EXPONENTS = tuple(step / 10 for step in range(1, 10))
 _LEAST_SHARE = 1e-6  # of the largest: what counts as a column's size where it is smaller
 _SEARCH_ROWS = 1024  # of a matrix, evenly spread, by whose errors exponents are compared
+_WIDEST = (1.0,)  # of 8 bits in whole rows, whose ranges little can be gained by
 _COARSE_FACTORS = (1.08, 1.0, 0.92)  # of a group's range, while exponents are compared
 
 
@@ -176,7 +177,7 @@ def _error(
         for place in reading.places:
             every = -(-len(weights[place]) // _SEARCH_ROWS)
             scaled = weights[place][::every] * factor
-            grid = fit_grid(scaled, importance, forms[place], factors)
+            grid = fit_grid(scaled, importance, forms[place], _WIDEST if forms[place].has_input_scale else factors)
             difference = (grid.values(grid.nearest(scaled)) - scaled) / factor
             lost = float(((difference @ mean) * difference).sum())
             if forms[place].has_input_scale:

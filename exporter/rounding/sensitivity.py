@@ -14,7 +14,7 @@ from qwen_aot.exporter.calibration.moments import Moment, Moments
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.checkpoint.encoding import CodeForm
 from qwen_aot.exporter.model.tensors import Role
-from qwen_aot.exporter.rounding.grid import fit_grid
+from qwen_aot.exporter.rounding.grid import FACTORS, fit_grid
 from qwen_aot.exporter.rounding.inputs import input_scale, noise
 from qwen_aot.exporter.rounding.scaling import scale_site, sites
 
@@ -117,7 +117,7 @@ def _losses(
 def _rounding(matrix: Tensor, moment: Moment, form: CodeForm) -> float:
     """The mean squared change of a matrix's answers when it, and perhaps its input, is rounded to nearest."""
     mean = moment.mean()
-    grid = fit_grid(matrix, mean.diagonal(), form)
+    grid = fit_grid(matrix, mean.diagonal(), form, (1.0,) if form.has_input_scale else FACTORS)
     lost = _energy(grid.values(grid.nearest(matrix)) - matrix, mean)
     return lost + noise(matrix, input_scale(moment.largest)) if form.has_input_scale else lost
 
