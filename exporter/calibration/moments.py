@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qwen_aot.exporter.calibration.decoder_layer import Reading
+
+_SAMPLE_STEP = 16  # one token of so many
 
 
 @dataclass(slots=True)
@@ -18,18 +21,21 @@ class Moment:
         products: [K, K] float32, the mean of x xᵀ.
         magnitudes: [K] float32, the mean of |x|.
         largest: [K] float32, the largest |x|.
+        sample: inputs [n, K] of some tokens, evenly spread, and of those with the largest number; None: none are kept.
         tokens: seen.
     """
 
     products: Tensor
     magnitudes: Tensor
     largest: Tensor
+    sample: Tensor | None = None
     tokens: int = 0
 
     @classmethod
-    def empty(cls, width: int) -> Moment:
+    def empty(cls, width: int, *, keeps_sample: bool = False) -> Moment:
         """Nothing was seen."""
-        return cls(torch.zeros(width, width), torch.zeros(width), torch.zeros(width))
+        sample = torch.zeros(0, width) if keeps_sample else None
+        return cls(torch.zeros(width, width), torch.zeros(width), torch.zeros(width), sample)
 
     def add(self, x: Tensor) -> None:
         """Counts inputs x [tokens, K], at least one."""
@@ -39,6 +45,8 @@ class Moment:
         sizes = x.abs()
         self.magnitudes.mul_(kept).add_(sizes.sum(0), alpha=1 / tokens)
         self.largest = torch.maximum(self.largest, sizes.amax(0))
+        if self.sample is not None:
+            self.sample = torch.cat((self.sample, x[::_SAMPLE_STEP], x[sizes.amax(1).argmax()][None]))
         self.tokens = tokens
 
     def mean(self) -> Tensor:
@@ -51,6 +59,8 @@ class Moment:
         self.products /= scale
         self.magnitudes /= scale
         self.largest /= scale
+        if self.sample is not None:
+            self.sample /= scale
 
     @property
     def is_finite(self) -> bool:
@@ -59,13 +69,18 @@ class Moment:
 
 
 class Moments:
-    """Of every input of one layer; a method of it is an `Observe`."""
+    """Of every input of one layer; a method of it is an `Observe`.
 
-    def __init__(self) -> None:
+    Args:
+        sampled: readings of which some tokens' inputs are kept.
+    """
+
+    def __init__(self, sampled: Collection[Reading] = ()) -> None:
         self.of: dict[Reading, Moment] = {}
+        self._sampled = frozenset(sampled)
 
     def observe(self, reading: Reading, x: Tensor) -> None:
         """Counts inputs x [tokens, K]."""
         if reading not in self.of:
-            self.of[reading] = Moment.empty(x.shape[1])
+            self.of[reading] = Moment.empty(x.shape[1], keeps_sample=reading in self._sampled)
         self.of[reading].add(x)

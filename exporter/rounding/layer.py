@@ -17,7 +17,7 @@ from qwen_aot.exporter.rounding.algorithms import Algorithm
 from qwen_aot.exporter.rounding.compensated import compensation_for
 from qwen_aot.exporter.rounding.grid import fit_grid
 from qwen_aot.exporter.rounding.importance import importance_of
-from qwen_aot.exporter.rounding.inputs import input_scale, noise
+from qwen_aot.exporter.rounding.inputs import fitted_scale, input_error
 from qwen_aot.exporter.rounding.scaling import scale_site, sites
 
 _ERROR_ROWS = 1024  # of a matrix, evenly spread, by which its error is reported
@@ -83,8 +83,9 @@ def round_layer(
             continue
         scale = None
         if forms[reading.places[0]].has_input_scale:
-            assert moment is not None, "an input that all tokens reach"
-            scale = result.input_scales[reading] = input_scale(moment.largest)
+            assert moment is not None and moment.sample is not None, "an input that all tokens reach"
+            matrices = [weights[place] for place in reading.places]
+            scale = result.input_scales[reading] = fitted_scale(moment.largest, moment.sample, matrices)
             if not math.isfinite(scale):
                 raise UnstorableError(reading.places[0])
         compensation = compensation_for(moment) if algorithm.compensates else None
@@ -97,18 +98,18 @@ def round_layer(
             codes = grid.nearest(matrix) if compensation is None else compensation.codes(matrix, grid)
             values = weights[place] = grid.values(codes)
             result.encoded[place] = dataclasses.replace(grid.encoded(codes), input_scale=scale)
-            mean = None if moment is None else moment.mean()
-            result.errors[place] = _relative_error(values, matrix, mean, scale)
+            result.errors[place] = _relative_error(values, matrix, moment, scale)
     return result
 
 
-def _relative_error(values: Tensor, matrix: Tensor, mean: Tensor | None, scale: float | None) -> float:
+def _relative_error(values: Tensor, matrix: Tensor, moment: Moment | None, scale: float | None) -> float:
     step = -(-len(matrix) // _ERROR_ROWS)
     matrix = matrix[::step]
     difference = values[::step] - matrix
-    if mean is None:
+    if moment is None:
         return float(difference.square().sum() / matrix.square().sum().clamp_min(1e-30))
+    mean = moment.mean()
     lost = float(((difference @ mean) * difference).sum())
-    if scale is not None:
-        lost += noise(matrix, scale)
+    if scale is not None and moment.sample is not None:
+        lost += input_error(moment.sample, matrix, scale)
     return lost / max(float(((matrix @ mean) * matrix).sum()), 1e-30)

@@ -81,7 +81,7 @@ class LayerRounder:
         found = list(readings(config, is_sparse=config.is_sparse(layer)))
         named = {place: _name(place, layer) for reading in found for place in reading.places}
         forms = {place: self._forms[name] for place, name in named.items() if name in self._forms}
-        moments = Moments()
+        moments = Moments([reading for reading in found if _rounds_input(forms.get(reading.places[0]))])
         if self._hidden is not None:
             for part in self._hidden.batches():
                 self._compute(weights, self._hidden.read(layer, part), moments.observe)
@@ -103,6 +103,10 @@ class LayerRounder:
         for place, weight in rounded.weights.items():
             if place not in rounded.encoded:
                 rounded.weights[place] = self._stored(weight)
+
+
+def _rounds_input(form: CodeForm | None) -> bool:
+    return form is not None and form.has_input_scale
 
 
 def _rounding(rounded: RoundedLayer) -> RoundInput:

@@ -25,7 +25,8 @@ from qwen_aot.exporter.rounding.grid import FACTORS, fit_grid
 from qwen_aot.exporter.rounding.importance import importance_of
 from qwen_aot.exporter.rounding.inputs import input_scale, noise
 
-_EXPONENTS = tuple(step / 10 for step in range(1, 10))
+_EXPONENTS = tuple(step / 10 for step in range(1, 10))  # AWQ's
+_SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # SmoothQuant's
 _LEAST_SHARE = 1e-6  # of the largest: what counts as a column's size where it is smaller
 _SEARCH_ROWS = 1024  # of a matrix, evenly spread, by whose errors exponents are compared
 _WIDEST = (1.0,)  # of 8 bits in whole rows, whose ranges little can be gained by
@@ -131,7 +132,7 @@ def _smoothing(site: Site, weights: Weights, seen: Mapping[Reading, Moment]) -> 
         by_head = (size.view(-1, site.repeats, site.head_dim).amax(1, keepdim=True) for size in (largest, widest))
         largest, widest = (_repeated(site, size) for size in by_head)
     largest, widest = (size.clamp_min(size.max() * _LEAST_SHARE) for size in (largest, widest))
-    for exponent in _EXPONENTS:
+    for exponent in _SHARES:
         yield largest.pow(exponent) / widest.pow(1 - exponent)
 
 

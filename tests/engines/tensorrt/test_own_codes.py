@@ -17,7 +17,7 @@ from qwen_aot.engines.verify.weights import check_weights
 from qwen_aot.errors import ExportError
 from qwen_aot.exporter.checkpoint.storage import storage_of
 from qwen_aot.runtime.bundle.load import load_bundle
-from tests.coded_checkpoints import LINEAR, MOE, CodedCheckpoint, Coding
+from tests.coded_checkpoints import LINEAR, MOE, WHOLE_ROW, CodedCheckpoint, Coding
 from tests.tools import require_package
 
 require_package("tensorrt_rtx", "pip install 'qwen-aot[tensorrt-rtx]'")
@@ -61,6 +61,19 @@ def test_every_form_is_compiled(tmp_path: Path) -> None:
     zeros[3, 1] ^= 1
     found = check_weights(tmp_path / "b", manifest, source)
     assert found.differing == (f"{name}_offsets",)
+
+
+def test_products_of_codes_are_compiled(tmp_path: Path) -> None:
+    """W8A8: the network rounds each input once, and both sides of each product are codes behind a DequantizeLinear."""
+    source = CodedCheckpoint(Coding(8, WHOLE_ROW, input_scale=0.0625), hidden=128, intermediate=256, layers=1)
+    build_bundle(source, SPEC, tmp_path / "b")
+    manifest = load_bundle(tmp_path / "b").manifest
+    storage, text = storage_of(source), manifest.engines.text
+    planned = footprint(source.config, settled(SPEC, storage), storage).weight_bytes
+    assert text.tensorrt is not None and text.tensorrt.weight_bytes == pytest.approx(planned, rel=0.05)
+    assert (text.tensorrt.layers["QUANTIZE"], text.tensorrt.layers["DEQUANTIZE"]) == (4, 8)
+    assert sum(text.weight_encodings.kept.values()) == len(source.coded)
+    assert check_weights(tmp_path / "b", manifest, source).verdict is Verdict.PASSED
 
 
 def test_experts_in_codes_are_refused_with_what_is_accepted(tmp_path: Path) -> None:

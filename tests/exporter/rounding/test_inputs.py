@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
-from qwen_aot.exporter.rounding.inputs import input_scale, noise, rounded_input
+from qwen_aot.exporter.rounding.inputs import fitted_scale, input_error, input_scale, noise, rounded_input
 
 MODEL = onnx.parser.parse_model(
     '<ir_version: 10, opset_import: ["": 21]> g (float[n] x, float s) => (float[n] y) '
@@ -62,3 +62,28 @@ def test_the_noise_is_what_rounding_does(width: int) -> None:
     found = (rounded_input(x.clone(), scale) - x) @ matrix.T
     assert float(found.square().sum(1).mean()) == pytest.approx(noise(matrix, scale), rel=0.05)
     assert noise(matrix, 2 * scale) == pytest.approx(4 * noise(matrix, scale))
+
+
+def test_a_fitted_scale_changes_the_outputs_least() -> None:
+    """One number in a thousand is ten times as large: worth cutting off a little of, and never more than half."""
+    generator = torch.Generator().manual_seed(3)
+    x, matrix = torch.randn(512, 64, generator=generator), torch.randn(700, 64, generator=generator)
+    x[torch.rand(512, 64, generator=generator) < 1e-3] *= 4
+    largest = x.abs().amax(0)
+    found = fitted_scale(largest, x, [matrix[:300], matrix[300:]])
+    assert input_scale(largest * 0.5) <= found < input_scale(largest)
+    assert input_error(x, matrix, found) < input_error(x, matrix, input_scale(largest))
+    assert torch.equal(x.abs().amax(0), largest)  # what was seen stays as it was
+    exact = (torch.from_numpy(by_onnx(x.numpy(), found)) - x).double() @ matrix.double().T
+    assert input_error(x, matrix, found) == pytest.approx(float(exact.square().sum(1).mean()), rel=1e-4)
+
+
+def test_one_far_number_that_matters_is_not_cut_off() -> None:
+    x, matrix = torch.full((64, 8), 0.5), torch.ones(4, 8)
+    x[0, 0] = 500
+    assert fitted_scale(x.abs().amax(0), x, [matrix]) == input_scale(x.abs().amax(0))
+
+
+def test_a_scale_that_float16_doesnt_hold_is_told() -> None:
+    x = torch.full((4, 8), 1e7)
+    assert math.isinf(fitted_scale(x.amax(0), x, [torch.ones(4, 8)]))
