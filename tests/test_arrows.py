@@ -29,7 +29,7 @@ ENGINES = (
     ("engines.calibrate", "what is learned of sample texts before a build"),
     ("engines.builders", "the interface of a target's builder"),
     ("engines.onnxruntime | engines.tensorrt", "a target's builder"),
-    ("engines.mixed_bits", "the codes of a quantized folder, chosen by what they lose"),
+    ("engines.mixed_bits | engines.plain_share", "the codes of a quantized folder, chosen by what they lose"),
     ("engines.build | engines.export | engines.quantize", "from checkpoint to folder: a builder, a lowering, or codes"),
     ("engines.build_quantized", "two of these as one job"),
     ("engines.verify", "judges what was built, and builds what it compares with"),
