@@ -30,7 +30,9 @@ def drawn(form: CodeForm, shape: tuple[int, int], seed: int = 0) -> EncodedRows:
     groups, top = k // form.group_size, 2**form.bits
     scales = (rng.uniform(0.5, 1.5, (n, groups)) / top / k**0.5).astype(np.float16)
     zeros = rng.integers(0, top, (n, groups)).astype(np.uint8) if form.has_zero_points else None
-    return EncodedRows(form, rng.integers(0, top, (n, k)).astype(np.uint8), scales, zeros)
+    input_scale = float(np.float16(rng.uniform(0.01, 0.1))) if form.has_input_scale else None
+    codes = rng.integers(0, top, (n, k)).astype(np.uint8)
+    return EncodedRows(form, codes, scales, zeros, input_scale=input_scale)
 
 
 def same(one: EncodedRows, other: EncodedRows) -> bool:
@@ -40,6 +42,7 @@ def same(one: EncodedRows, other: EncodedRows) -> bool:
         and other.permutation is None
         and np.array_equal(one.codes, other.codes)
         and one.scales.tobytes() == other.scales.tobytes()
+        and one.input_scale == other.input_scale
         and (one.zero_points is None) == (other.zero_points is None)
         and (one.zero_points is None or np.array_equal(one.zero_points, other.zero_points))
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,9 @@ from qwen_aot.exporter.model.tensors import Role
 from tests.saved_folders import form
 
 PLAIN = ("lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate")
+
+
+W8A8 = CodeForm(8, 64, np.dtype(np.float16), has_input_scale=True)
 
 
 def matrix(role: Role, layer: int | None, each: CodeForm, shape: tuple[int, int] = (64, 64)) -> Matrix:
@@ -133,6 +137,17 @@ def test_awq_names_whole_modules() -> None:
             "compressed-tensors",
             [matrix(Role.QUERY, 0, CodeForm(4, 32, np.dtype("float32")))],
             "has float32 scales; accepted: float16",
+        ),
+        *((name, [matrix(Role.QUERY, 0, W8A8)], "a scale of its input; accepted: none, or for") for name in ("gptq",)),
+        (
+            "compressed-tensors",
+            [matrix(Role.QUERY, 0, W8A8), matrix(Role.KEY, 0, form(8, 64))],
+            "k_proj.weight has no scale of its input, other than .*q_proj.weight; accepted: one kind in a folder",
+        ),
+        (
+            "compressed-tensors",
+            [matrix(Role.QUERY, 0, dataclasses.replace(W8A8, has_zero_points=True))],
+            "accepted beside it: 8 bits without zero points",
         ),
     ],
 )

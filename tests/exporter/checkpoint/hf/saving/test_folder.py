@@ -26,7 +26,19 @@ from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import Role, Tensor, WeightClass
 from tests.checkpoints import save_tiny, tiny_config
 from tests.gguf_files import save_gguf
-from tests.saved_folders import EMBEDDING, HEAD, MATRICES, REQUEST, codes_of, form, forms_of, of_layer, same, write
+from tests.saved_folders import (
+    EMBEDDING,
+    HALF,
+    HEAD,
+    MATRICES,
+    REQUEST,
+    codes_of,
+    form,
+    forms_of,
+    of_layer,
+    same,
+    write,
+)
 
 SIZES: dict[str, Any] = {"hidden": 64, "intermediate": 128, "kv_heads": 2}
 MOE: dict[str, Any] = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "mlp_only_layers": [0]}
@@ -97,6 +109,27 @@ def test_a_folder_gives_back_every_number(
     for shard in sorted(out.glob("*.safetensors")):
         with safe_open(shard, "np") as file:  # the public package reads what we wrote
             assert {name for name, each in index["weight_map"].items() if each == shard.name} == set(file.keys())
+
+
+def test_a_folder_with_rounded_inputs_gives_back_every_number(dense: Path, tmp_path: Path) -> None:
+    """W8A8, one matrix left plain: codes by the public package too, which are signed there."""
+    with open_checkpoint(dense) as checkpoint:
+        every = forms_of(checkpoint, lambda tensor: CodeForm(8, tensor.shape[1], HALF, has_input_scale=True))
+        plain = next(name for name in every if "down_proj" in name)
+        forms = {name: each for name, each in every.items() if name != plain}
+        codes = write(tmp_path / "out", checkpoint, "compressed-tensors", forms)
+        with open_checkpoint(tmp_path / "out") as written:
+            for name, rows in codes.items():
+                assert same(written.read_encoded(name), rows), name
+            assert written.tensors[plain].encoding is None
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert plain.removesuffix(".weight") in config["ignore"]
+    assert config["config_groups"]["group_0"]["input_activations"]["strategy"] == "tensor"
+    name, rows = next(iter(codes.items()))
+    with safe_open(tmp_path / "out" / "model-00001-of-00003.safetensors", "np") as file:
+        np.testing.assert_array_equal(file.get_tensor(name), rows.codes.astype(np.int16) - 128)
+        assert file.get_tensor(name).dtype == np.int8
+        assert file.get_tensor(name.replace("weight", "input_scale")).tolist() == [rows.input_scale]
 
 
 def test_tensors_may_be_given_anew(dense: Path, tmp_path: Path) -> None:
