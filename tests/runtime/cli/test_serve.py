@@ -14,10 +14,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from qwen_aot.runtime.generation.generator import Generator
@@ -134,6 +135,24 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
     assert text == answer.choices[0].message.content
 
 
+class Verdict(pydantic.BaseModel):
+    """What is asked for."""
+
+    is_good: bool
+    grade: Literal["A", "B"]
+
+
+def test_an_answer_as_an_object(client: openai.OpenAI) -> None:
+    """Of a model of random weights: nothing but the grammar makes it one."""
+    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 200}
+    asked |= {"frequency_penalty": 2, "presence_penalty": 2}  # else it repeats a blank as long as it may
+    answer = client.chat.completions.parse(**asked, response_format=Verdict)
+    assert isinstance(answer.choices[0].message.parsed, Verdict) and answer.choices[0].finish_reason == "stop"
+    plain = client.chat.completions.create(**asked, response_format={"type": "json_object"}, temperature=0)
+    text = plain.choices[0].message.content or ""
+    assert text.startswith("{") and (plain.choices[0].finish_reason == "length" or isinstance(json.loads(text), dict))
+
+
 def test_errors(client: openai.OpenAI, server: Server) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt", messages=MESSAGES)
@@ -142,8 +161,11 @@ def test_errors(client: openai.OpenAI, server: Server) -> None:
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "word " * 400}])
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as format_:
-        client.chat.completions.create(model="tiny", messages=MESSAGES, response_format={"type": "json_object"})
-    assert format_.value.param == "response_format.type"
+        schema = {"name": "x", "schema": {"type": "string", "pattern": "("}}
+        client.chat.completions.create(
+            model="tiny", messages=MESSAGES, response_format={"type": "json_schema", "json_schema": schema}
+        )
+    assert format_.value.param == "response_format.json_schema.schema"
     with pytest.raises(openai.BadRequestError, match="n is 2; accepted: at most 1"):
         client.chat.completions.create(model="tiny", messages=MESSAGES, n=2)
     with pytest.raises(openai.NotFoundError, match="use /v1/chat/completions"):

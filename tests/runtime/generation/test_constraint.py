@@ -50,9 +50,9 @@ class _Word:
         length = len(self.so_far)
         return {word[length] for word in self.source.words if len(word) > length and word[:length] == self.so_far}
 
-    def allowed(self) -> NDArray[np.bool_]:
-        found = np.zeros(self.source.vocab_size, np.bool_)
-        found[list(self._next())] = True
+    def mask(self) -> NDArray[np.float32]:
+        found = np.full(self.source.vocab_size, -np.inf, np.float32)
+        found[list(self._next())] = 0
         return found
 
     def accept(self, token_id: int) -> None:
@@ -231,7 +231,7 @@ class Failing(Words):
         return word
 
 
-@pytest.mark.parametrize("where", ["start", "allowed", "accept"])
+@pytest.mark.parametrize("where", ["start", "mask", "accept"])
 def test_a_failure_ends_one_choice_and_the_others_go_on(where: str) -> None:
     completions, _ = run(Failing(where), n=3, rows=1)
     failed, *others = completions

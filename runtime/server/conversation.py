@@ -1,0 +1,81 @@
+"""Conversations as a model reads them: messages, functions and earlier calls, by its template or as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwen_aot.runtime.server.errors import ApiError
+from qwen_aot.runtime.server.state import Model
+from qwen_aot.runtime.server.tool_formats.base import Function, Offer, Told, ToolFormat
+from qwen_aot.runtime.server.tool_formats.choose import Teaching, choose_format
+
+__all__ = ["Conversation", "make_conversation"]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a model is asked.
+
+    Attributes:
+        messages: as its template takes them.
+        tools: JSON schemas of functions, for a template that takes them; None: there are none.
+        begun: how the answer begins; the model goes on behind it.
+        tool_format: in which it calls functions; None: it calls none.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    begun: str = ""
+    tool_format: ToolFormat | None = None
+
+    def begun_ids(self, model: Model) -> list[int]:
+        """The tokens of `begun`; a control token that it spells is text."""
+        tokenizer = model.generator.tokenizer
+        assert tokenizer is not None
+        if not self.begun:
+            return []
+        return tokenizer.encode(self.begun, add_special_tokens=False, allow_special_tokens=False)
+
+
+def make_conversation(messages: Sequence[Mapping[str, Any]], offer: Offer | None, model: Model) -> Conversation:
+    """Tells a model messages and functions.
+
+    Args:
+        messages: as `chat` has read them.
+        offer: the functions; None: it isn't told of any.
+        model: the model.
+
+    Raises:
+        ApiError: it can't be told of functions; or see `ToolFormat.tell`.
+    """
+    if offer is None:
+        return Conversation(messages)
+    teaching = _teaching(model)
+    if teaching.by_template:
+        return Conversation(messages, [_tool(each) for each in offer.functions], tool_format=teaching.format)
+    told: Told = teaching.format.tell(messages, offer)
+    return Conversation(told.messages, begun=told.begun, tool_format=teaching.format)
+
+
+def _teaching(model: Model) -> Teaching:
+    template = model.generator.chat_encoder.template
+    teaching = choose_format(template, model.tool_format)
+    if teaching is not None:
+        return teaching
+    takes = "teaches a form of calls that isn't known here" if template.takes_tools else "takes no tools"
+    message = (
+        f"tools is not supported: this model's chat template {takes}, and the server has no --tool-format; describe "
+        "functions in a message instead"
+    )
+    raise ApiError(400, message, code="unsupported_parameter", param="tools")
+
+
+def _tool(function: Function) -> dict[str, Any]:
+    """A function as templates take it: `strict` is the server's business."""
+    described = {"description": function.description} if function.description else {}
+    return {
+        "type": "function",
+        "function": {"name": function.name, **described, "parameters": function.parameters},
+    }
