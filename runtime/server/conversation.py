@@ -8,8 +8,9 @@ from typing import Any
 
 from qwen_aot.runtime.server.errors import ApiError
 from qwen_aot.runtime.server.state import Model
-from qwen_aot.runtime.server.tool_formats.base import Function, Offer, Told, ToolFormat
-from qwen_aot.runtime.server.tool_formats.choose import Teaching, choose_format
+from qwen_aot.runtime.server.tool_formats.base import Function, Offer, ToolFormat
+from qwen_aot.runtime.server.tool_formats.choose import choose_format
+from qwen_aot.runtime.text.chat_template import ChatTemplate
 
 __all__ = ["Conversation", "make_conversation"]
 
@@ -44,32 +45,35 @@ def make_conversation(messages: Sequence[Mapping[str, Any]], offer: Offer | None
 
     Args:
         messages: as `chat` has read them.
-        offer: the functions; None: it isn't told of any.
+        offer: the functions; None: it isn't told of any, but of earlier calls.
         model: the model.
 
     Raises:
         ApiError: it can't be told of functions; or see `ToolFormat.tell`.
     """
+    template = model.generator.chat_encoder.template
+    teaching = choose_format(template, model.tool_format)
     if offer is None:
-        return Conversation(messages)
-    teaching = _teaching(model)
+        has_calls = any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+        if not has_calls or teaching is None or teaching.by_template:
+            return Conversation(messages)
+        told = teaching.format.tell(messages, None)
+        return Conversation(told.messages, begun=told.begun)
+    if teaching is None:
+        raise _unsupported(template)
     if teaching.by_template:
         return Conversation(messages, [_tool(each) for each in offer.functions], tool_format=teaching.format)
-    told: Told = teaching.format.tell(messages, offer)
+    told = teaching.format.tell(messages, offer)
     return Conversation(told.messages, begun=told.begun, tool_format=teaching.format)
 
 
-def _teaching(model: Model) -> Teaching:
-    template = model.generator.chat_encoder.template
-    teaching = choose_format(template, model.tool_format)
-    if teaching is not None:
-        return teaching
+def _unsupported(template: ChatTemplate) -> ApiError:
     takes = "teaches a form of calls that isn't known here" if template.takes_tools else "takes no tools"
     message = (
         f"tools is not supported: this model's chat template {takes}, and the server has no --tool-format; describe "
         "functions in a message instead"
     )
-    raise ApiError(400, message, code="unsupported_parameter", param="tools")
+    return ApiError(400, message, code="unsupported_parameter", param="tools")
 
 
 def _tool(function: Function) -> dict[str, Any]:

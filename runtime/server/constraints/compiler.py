@@ -6,6 +6,9 @@ limits stand for was measured on Qwen's vocabulary of 151,936 tokens: docs/servi
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import llguidance
 import numpy as np
 from numpy.typing import NDArray
@@ -45,9 +48,8 @@ _MASKS = np.where(
 )
 _MAX_REASON = 200  # characters of what llguidance says
 
-PROBED_TOKENS = (
-    3  # of an answer, before a grammar counts as compiled: behind a `{` is all that an object may begin with
-)
+# Of an answer, before a grammar counts as compiled: behind a `{` is all that an object may begin with.
+PROBED_TOKENS = 3
 
 
 class GrammarError(Exception):
@@ -85,6 +87,10 @@ class GrammarCompiler:
         Raises:
             GrammarError: it isn't one, takes too much work, or no text fits it.
         """
+        with _contained(lambda said: GrammarError(grammar.where, said)):
+            return self._compile(grammar)
+
+    def _compile(self, grammar: Grammar) -> CompiledGrammar:
         matcher = self._matcher(grammar.lark)
         reason = _failure(matcher)
         if reason is None:
@@ -135,14 +141,16 @@ class _MatcherConstraint:
 
     def mask(self) -> NDArray[np.float32]:
         """See `Constraint`."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        with _contained(self._broken):
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()  # a matcher in error allows the end
         mask: NDArray[np.float32] = _MASKS.take(bits, axis=0).reshape(-1)[: self._vocab_size]
         return mask
 
     def accept(self, token_id: int) -> None:
         """See `Constraint`."""
-        self._matcher.consume_token(token_id)
+        with _contained(self._broken):
+            self._matcher.consume_token(token_id)
         self._check()
 
     @property
@@ -157,9 +165,10 @@ class _MatcherConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ConstraintError(
-                f"the answer can't be held to {self._where} any more: {_reason(self._matcher)}; make it simpler"
-            )
+            raise self._broken(f"{_reason(self._matcher)}; make it simpler")
+
+    def _broken(self, said: str) -> ConstraintError:
+        return ConstraintError(f"the answer can't be held to {self._where} any more: {said}")
 
 
 class _Vocabulary:
@@ -179,6 +188,21 @@ class _Vocabulary:
     def __call__(self, text: str) -> list[int]:
         """Tokens of a text that is forced, of which there is none: see `grammar`."""
         return []
+
+
+@contextlib.contextmanager
+def _contained(make_error: Callable[[str], Exception]) -> Iterator[None]:
+    """What goes wrong in llguidance is one request's: a panic of Rust is no Exception, and would end the service.
+
+    Args:
+        make_error: of what went wrong, the error that is raised in its place.
+    """
+    try:
+        yield
+    except (GrammarError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise make_error(f"llguidance failed with a {type(error).__name__}") from error
 
 
 def _failure(matcher: llguidance.LLMatcher) -> str | None:

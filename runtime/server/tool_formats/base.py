@@ -143,8 +143,12 @@ class ToolFormat(Protocol):
             template_literals: the texts of the template's own source.
         """
 
-    def tell(self, messages: Sequence[Mapping[str, Any]], offer: Offer) -> Told:
+    def tell(self, messages: Sequence[Mapping[str, Any]], offer: Offer | None) -> Told:
         """A conversation for a template that takes no tools.
+
+        Args:
+            messages: as `chat` has read them.
+            offer: the functions; None: there are only earlier calls to be told.
 
         Raises:
             ApiError: results of calls that nobody made, or nobody asks anything.

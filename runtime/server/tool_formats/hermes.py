@@ -52,7 +52,7 @@ class Hermes:
         """See `ToolFormat`."""
         return any(_OPEN in text for text in template_literals)
 
-    def tell(self, messages: Sequence[Mapping[str, Any]], offer: Offer) -> Told:
+    def tell(self, messages: Sequence[Mapping[str, Any]], offer: Offer | None) -> Told:
         """See `ToolFormat`. A result is a message of the user."""
         told: list[dict[str, Any]] = []
         for message in messages:
@@ -65,6 +65,8 @@ class Hermes:
             calls = [_written(call["function"]) for call in message.get("tool_calls", [])]
             others = {key: value for key, value in message.items() if key not in ("tool_calls", "tool_call_id")}
             told.append({**others, "role": role, "content": "\n".join([*([content] if content else []), *calls])})
+        if offer is None:
+            return Told(told)
         functions = [json.dumps(_signature(function), ensure_ascii=False) for function in offer.functions]
         return Told(with_system(told, _SYSTEM.format(functions="\n".join(functions))))
 

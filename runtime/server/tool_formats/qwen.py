@@ -66,16 +66,18 @@ class Qwen:
         """See `ToolFormat`."""
         return any(_FUNCTION in text for text in template_literals)
 
-    def tell(self, messages: Sequence[Mapping[str, Any]], offer: Offer) -> Told:
+    def tell(self, messages: Sequence[Mapping[str, Any]], offer: Offer | None) -> Told:
         """See `ToolFormat`. Several calls at once are told of only where a request asks for them, as in Qwen-Agent."""
         turns = turns_of(messages)
         begun, last = "", turns[-1]
         if isinstance(last, Turn) and last.is_open:
-            begun = _written(last).removesuffix(": ")  # which may be one token with what follows
+            begun = _written(last)
             turns.pop()
-            if offer.is_required:
-                begun += ": \n"
+            if offer is not None:  # ": " may be one token with what follows; its reader leaves it out
+                begun = begun + "\n" if offer.is_required else begun.removesuffix(": ")
         told = [{"role": "assistant", "content": _written(each)} if isinstance(each, Turn) else each for each in turns]
+        if offer is None:
+            return Told(told, begun)
         text = _TOOLS + (_SEVERAL if offer.may_repeat else _ONE)
         functions = "\n\n".join(map(_described, offer.functions))
         return Told(with_system(told, text.format(functions=functions, names=",".join(offer.names))), begun)

@@ -58,25 +58,30 @@ class React:
         """See `ToolFormat`."""
         return any("Action Input:" in text for text in template_literals)
 
-    def tell(self, messages: Sequence[Mapping[str, Any]], offer: Offer) -> Told:
+    def tell(self, messages: Sequence[Mapping[str, Any]], offer: Offer | None) -> Told:
         """See `ToolFormat`."""
         turns = turns_of(messages)
         so_far, last = "", turns[-1]
         if isinstance(last, Turn) and last.is_open:
-            so_far = _written(last).removeprefix("Thought: ")
+            so_far = _written(last)
             turns.pop()
+        if offer is None:
+            return Told(_told(turns), so_far)
         question = turns.pop() if turns else None
         if not isinstance(question, dict) or question["role"] != "user":
             message = "the last message has to be the user's, or the result of a call that followed it"
             raise ApiError(400, message, code="invalid_value", param="messages")
-        told = [{"role": "assistant", "content": _written(each)} if isinstance(each, Turn) else each for each in turns]
         functions = "\n\n".join(map(_described, offer.functions))
         text = _PROMPT.format(functions=functions, names=",".join(offer.names), question=question["content"])
-        return Told([*told, {**question, "content": text + so_far}])
+        return Told([*_told(turns), {**question, "content": text + so_far.removeprefix("Thought: ")}])
 
     def reader(self, names: Collection[str], *, is_continued: bool) -> MarkedReader:
         """See `ToolFormat`. An answer may begin with its action."""
         return MarkedReader(self.syntax.mark, "", lambda inside: _call(inside, names), unsaid="\n")
+
+
+def _told(turns: Sequence[Turn | dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": _written(each)} if isinstance(each, Turn) else each for each in turns]
 
 
 def _written(turn: Turn) -> str:

@@ -291,3 +291,29 @@ def test_strict_is_the_servers_business() -> None:
             for tool in (STRICT, STRICT | {"function": STRICT["function"] | {"strict": False}})
         ]
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "told"),
+    [
+        ("hermes", "<|end|>[user]<tool_response>\nrain\n</tool_response><|end|>[assistant]"),
+        ("qwen", "✿ARGS✿: {}\n✿RESULT✿: rain\n✿RETURN✿: "),
+        ("react", "\nAction Input: {}\nObservation: rain\nThought: "),
+    ],
+)
+@pytest.mark.parametrize("asked", [{}, {"tools": [WEATHER], "tool_choice": "none"}])
+def test_earlier_calls_are_told_where_no_function_is_offered(
+    tool_format: str, told: str, asked: dict[str, Any]
+) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "rain"},
+    ]
+    with App(script="It rains.", tool_format=tool_format, max_context=1000) as app:
+        answer = app.chat(asked | {"messages": messages, "max_tokens": 50}).json()
+        tokens = app.post("/tokenize", {"messages": messages}).json()["tokens"]
+    text = b"".join(b"<|end|>" if each == 256 else bytes([each]) for each in tokens).decode()
+    assert text.endswith(told) and "weather" in text and "# Tools" not in text
+    assert answer["usage"]["prompt_tokens"] == len(tokens)

@@ -6,6 +6,7 @@ import functools
 import json
 from typing import Any
 
+import llguidance
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -130,6 +131,36 @@ def test_a_grammar_that_takes_too_much_work_later_is_an_error_and_no_freedom() -
         for byte in b'["for a beginning","v2","v44","v1998"]' * 50:
             constraint.mask()
             constraint.accept(byte)
+
+
+class Panic(BaseException):
+    """As pyo3 raises one of Rust."""
+
+
+@pytest.mark.parametrize("call", ["compute_bitmask", "consume_token"])
+def test_a_panic_of_the_library_is_one_answers(call: str) -> None:
+    constraint = compiler().compile(json_grammar(ANY_OBJECT)).start()
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            def panic(*given: Any) -> Any:
+                raise Panic("at src/earley.rs")
+
+            return panic
+
+    constraint._matcher = Broken()  # type: ignore[assignment]
+    with pytest.raises(ConstraintError, match="held to schema any more: llguidance failed with a Panic"):
+        constraint.mask() if call == "compute_bitmask" else constraint.accept(123)
+
+
+def test_a_panic_of_a_compilation_is_one_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(*given: Any, **more: Any) -> Any:
+        raise Panic("at src/earley.rs")
+
+    made = compiler()
+    monkeypatch.setattr(llguidance, "LLMatcher", panic)
+    with pytest.raises(GrammarError, match="schema: llguidance failed with a Panic"):
+        made.compile(json_grammar(ANY_OBJECT))
 
 
 def test_no_special_token_and_no_padding_is_ever_allowed() -> None:
