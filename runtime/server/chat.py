@@ -16,7 +16,7 @@ from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.constraint import ConstraintSource
 from qwen_aot.runtime.generation.handle import RequestHandle
 from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request
-from qwen_aot.runtime.server.constraints.grammar import Grammar, HeldJson, make_grammar
+from qwen_aot.runtime.server.constraints.grammar import Grammar, HeldJson, json_grammar
 from qwen_aot.runtime.server.conversation import Conversation, make_conversation
 from qwen_aot.runtime.server.errors import ApiError
 from qwen_aot.runtime.server.fields import Reader, boolean, integer, items, only, read_object, refused, text, wrong
@@ -203,9 +203,7 @@ class ChatJob:
         """See `Job`."""
         if self.offer is not None and self.conversation.tool_format is not None:
             return call_grammar(self.conversation.tool_format.syntax, self.offer, self.content)
-        if self.content is None:
-            return None
-        return make_grammar("content", {}, {"content": self.content}, self.content.where)
+        return None if self.content is None else json_grammar(self.content)
 
     def requests(self, constraint: ConstraintSource | None) -> list[Request]:
         """See `Job`."""

@@ -17,7 +17,7 @@ from qwen_aot.runtime.generation.constraint import ConstraintSource
 from qwen_aot.runtime.generation.handle import RequestHandle
 from qwen_aot.runtime.generation.request import Completion, Event, Request
 from qwen_aot.runtime.generation.sampling import TokenLogprobs
-from qwen_aot.runtime.server.constraints.grammar import Grammar, HeldJson, make_grammar
+from qwen_aot.runtime.server.constraints.grammar import Grammar, HeldJson, json_grammar
 from qwen_aot.runtime.server.errors import ApiError
 from qwen_aot.runtime.server.fields import Reader, boolean, integer, read_object, refused, wrong
 from qwen_aot.runtime.server.generation_fields import (
@@ -143,9 +143,7 @@ class CompletionJob:
     @property
     def grammar(self) -> Grammar | None:
         """See `Job`."""
-        if self.content is None or self.only_prompt:
-            return None
-        return make_grammar("content", {}, {"content": self.content}, self.content.where)
+        return None if self.content is None or self.only_prompt else json_grammar(self.content)
 
     def requests(self, constraint: ConstraintSource | None) -> list[Request]:
         """See `Job`."""

@@ -15,7 +15,6 @@ import resource
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
@@ -23,7 +22,7 @@ from tokenizers import decoders, models
 
 from qwen_aot.runtime.generation.constraint import HeldOutput
 from qwen_aot.runtime.server.constraints.compiler import GrammarCompiler
-from qwen_aot.runtime.server.constraints.grammar import ANY_OBJECT, Grammar, HeldJson, make_grammar
+from qwen_aot.runtime.server.constraints.grammar import ANY_OBJECT, Grammar, HeldJson, json_grammar
 from qwen_aot.runtime.server.tool_fields import read_offer
 from qwen_aot.runtime.server.tool_formats.call_grammar import call_grammar
 from qwen_aot.runtime.server.tool_formats.hermes import Hermes
@@ -87,10 +86,6 @@ def split(text: str, tokens: dict[bytes, int]) -> list[int]:
     return ids
 
 
-def json_grammar(schema: Any) -> Grammar:
-    return make_grammar("json", {}, {"json": HeldJson(schema, "schema")}, "schema")
-
-
 def tools() -> Grammar:
     parameters = {
         "type": "object",
@@ -145,8 +140,8 @@ def main() -> None:
     tokens = {known.of(token_id): token_id for token_id in range(151_643)}
     text = "I'll look that up for you, one moment please. " * 3
     cases = {
-        "any object": (json_grammar(ANY_OBJECT), ADA),
-        "an object of a schema": (json_grammar(PERSON), ADA),
+        "any object": (json_grammar(HeldJson(ANY_OBJECT, "schema")), ADA),
+        "an object of a schema": (json_grammar(HeldJson(PERSON, "schema")), ADA),
         "text before a call of 20 strict functions": (tools(), text),
         "a call of one of 20 strict functions": (tools(), CALL),
     }

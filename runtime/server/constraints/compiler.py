@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.errors import ConstraintError
-from qwen_aot.runtime.server.constraints.grammar import Grammar, HeldJson, make_grammar
+from qwen_aot.runtime.server.constraints.grammar import Grammar, HeldJson, json_grammar
 from qwen_aot.runtime.text.token_bytes import TokenBytes
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 
@@ -105,7 +105,7 @@ class GrammarCompiler:
         alone = self._matcher(llguidance.LLMatcher.grammar_from_json_schema(part.json))
         if alone.is_error():
             return _reason(alone)
-        return _failure(self._matcher(make_grammar("json", {}, {"json": part}, part.where).lark))
+        return _failure(self._matcher(json_grammar(part).lark))
 
     def _matcher(self, grammar: str) -> llguidance.LLMatcher:
         return llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)

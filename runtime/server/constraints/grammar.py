@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ANY_OBJECT", "Grammar", "HeldJson", "literal", "make_grammar"]
+__all__ = ["ANY_OBJECT", "Grammar", "HeldJson", "json_grammar", "literal", "make_grammar"]
 
 # Between two parts of JSON. Without a bound a model may write nothing else until it is cut.
 MAX_WHITESPACE = 32
@@ -73,6 +73,11 @@ def make_grammar(start: str, rules: Mapping[str, str], parts: Mapping[str, HeldJ
     lines += [f"{name}: {right}" for name, right in rules.items()]
     lines += [f"{name}: %json {part.json}" for name, part in parts.items()]
     return Grammar("\n".join([_OPTIONS, *lines, ""]), tuple(parts.values()), where)
+
+
+def json_grammar(part: HeldJson) -> Grammar:
+    """The grammar of JSON alone."""
+    return make_grammar("json", {}, {"json": part}, part.where)
 
 
 def literal(*texts: str) -> str:

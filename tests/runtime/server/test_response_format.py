@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from qwen_aot.runtime.server.constraints import compile_queue
@@ -161,24 +161,43 @@ def test_a_schema_that_is_not_compiled_in_time(slow: Slow, monkeypatch: pytest.M
         assert app.chat({"response_format": OBJECT, "max_tokens": 60}).status_code == 200
 
 
-def test_more_schemas_than_threads_wait_and_then_are_too_many(slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_queue, "WAIT_SECONDS", 0.2)
+async def asked_at_once(app: App, count: int) -> list[asyncio.Task[httpx.Response]]:
+    body = {"model": "toy", "prompt": "Hi", "max_tokens": 40, "response_format": OBJECT}
+    return [asyncio.create_task(app.ask_async("POST", "/v1/completions", json=body)) for _ in range(count)]
+
+
+def test_schemas_wait_for_a_thread_and_health_answers(slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_queue, "MAX_PENDING", 3)
-    ask = {"model": "toy", "prompt": "Hi", "max_tokens": 40, "response_format": OBJECT}
+    monkeypatch.setattr(compile_queue, "COMPILE_SECONDS", 30)
     with App(max_queue=10) as app:
 
-        async def several() -> list[int]:
-            asked = [asyncio.create_task(app.ask_async("POST", "/v1/completions", json=ask)) for _ in range(5)]
-            health = []
-            for _ in range(10):
-                began = time.perf_counter()
-                health.append((await app.ask_async("GET", "/health")).status_code)
-                assert time.perf_counter() - began < 5
-                await asyncio.sleep(0.05)
+        async def several() -> None:
+            asked = await asked_at_once(app, 5)
+            refused, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED, timeout=30)
+            while len(refused) < 2:
+                refused = {each for each in asked if each.done()}
+                assert (await app.ask_async("GET", "/health")).status_code == 200
+                await asyncio.sleep(0.01)
+            # Two compile, one waits, and two find no room.
+            assert [each.result().status_code for each in refused] == [429, 429]
             slow.gate.set()
-            assert health == [200] * 10
-            return sorted([(await each).status_code for each in asked])
+            assert sorted([(await each).status_code for each in asked]) == [200, 200, 200, 429, 429]
 
-        # Two compile, one waits too long, two find no room.
-        assert asyncio.run(several()) == [200, 200, 429, 429, 429]
+        asyncio.run(several())
         assert app.complete({"response_format": OBJECT, "max_tokens": 40}).status_code == 200
+
+
+def test_a_schema_that_finds_no_thread_in_time(slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_queue, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(compile_queue, "COMPILE_SECONDS", 30)
+    with App(max_queue=10) as app:
+
+        async def several() -> None:
+            asked = await asked_at_once(app, 3)
+            (refused,), _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED, timeout=30)
+            error = refused.result().json()["error"]
+            assert error["code"] == "queue_full" and "being compiled" in error["message"]
+            slow.gate.set()
+            assert sorted([(await each).status_code for each in asked]) == [200, 200, 429]
+
+        asyncio.run(several())

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from qwen_aot.runtime.server.constraints.compiler import GrammarCompiler
-from qwen_aot.runtime.server.constraints.grammar import Grammar, HeldJson, make_grammar
+from qwen_aot.runtime.server.constraints.grammar import Grammar, HeldJson, json_grammar
 from tests.runtime.texts import byte_tokenizer
 
 VOCABULARY = 300  # of `byte_tokenizer`: id n is byte n
@@ -18,8 +18,8 @@ def compiler() -> GrammarCompiler:
     return GrammarCompiler(byte_tokenizer(VOCABULARY), VOCABULARY)
 
 
-def json_grammar(schema: Any) -> Grammar:
-    return make_grammar("json", {}, {"json": HeldJson(schema, "schema")}, "schema")
+def grammar_of(schema: Any) -> Grammar:
+    return json_grammar(HeldJson(schema, "schema"))
 
 
 def verdict(grammar: Grammar, text: str) -> str:

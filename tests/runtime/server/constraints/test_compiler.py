@@ -23,7 +23,7 @@ from qwen_aot.runtime.server.constraints.json_schema import check_schema
 from qwen_aot.runtime.server.errors import ApiError
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 from tests.runtime.fakes import FakeEngine
-from tests.runtime.server.constraints.languages import VOCABULARY, compiler, is_valid, json_grammar, verdict
+from tests.runtime.server.constraints.languages import VOCABULARY, compiler, grammar_of, is_valid, verdict
 from tests.runtime.texts import byte_tokenizer, sentencepiece_tokenizer
 from tests.runtime.toys import make_manifest
 
@@ -68,7 +68,7 @@ CIRCLE = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "array", "items": {"$ref"
     ],
 )  # fmt: skip
 def test_what_is_allowed(schema: Any, text: str, found: str) -> None:
-    assert verdict(json_grammar(schema), text) == found
+    assert verdict(grammar_of(schema), text) == found
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_what_is_allowed(schema: Any, text: str, found: str) -> None:
 )  # fmt: skip
 def test_what_can_not_be_compiled(schema: Any, said: str) -> None:
     with pytest.raises(GrammarError) as caught:
-        compiler().compile(json_grammar(schema))
+        compiler().compile(grammar_of(schema))
     assert caught.value.where == "schema" and said in caught.value.reason
     assert "start:" not in caught.value.reason and len(caught.value.reason) <= 200
 
@@ -106,7 +106,7 @@ def test_a_schema_that_is_at_fault_is_named_among_others() -> None:
 
 
 def test_each_copy_goes_its_own_way() -> None:
-    compiled = compiler().compile(json_grammar({"enum": ["a", "b"]}))
+    compiled = compiler().compile(grammar_of({"enum": ["a", "b"]}))
     first, second = compiled.start(), compiled.start()
     for byte in b'"a':
         first.accept(byte)
@@ -115,7 +115,7 @@ def test_each_copy_goes_its_own_way() -> None:
 
 
 def test_a_token_that_is_not_allowed_is_an_error_and_stays_one() -> None:
-    constraint = compiler().compile(json_grammar(ANY_OBJECT)).start()
+    constraint = compiler().compile(grammar_of(ANY_OBJECT)).start()
     with pytest.raises(ConstraintError, match="held to schema"):
         constraint.accept(ord("x"))
     with pytest.raises(ConstraintError):
@@ -126,7 +126,7 @@ def test_a_grammar_that_takes_too_much_work_later_is_an_error_and_no_freedom() -
     """What llguidance says then is that the text may end: that must not be believed."""
     many = {"type": "string", "enum": [f"v{n}" for n in range(3000)], "pattern": "^v.*[02468]$"}
     late = {"type": "array", "prefixItems": [{"const": "for a beginning"}, many], "minItems": 2}
-    constraint = compiler().compile(json_grammar(late)).start()
+    constraint = compiler().compile(grammar_of(late)).start()
     with pytest.raises(ConstraintError, match="make it simpler"):
         for byte in b'["for a beginning","v2","v44","v1998"]' * 50:
             constraint.mask()
@@ -139,7 +139,7 @@ class Panic(BaseException):
 
 @pytest.mark.parametrize("call", ["compute_bitmask", "consume_token"])
 def test_a_panic_of_the_library_is_one_answers(call: str) -> None:
-    constraint = compiler().compile(json_grammar(ANY_OBJECT)).start()
+    constraint = compiler().compile(grammar_of(ANY_OBJECT)).start()
 
     class Broken:
         def __getattr__(self, name: str) -> Any:
@@ -160,13 +160,21 @@ def test_a_panic_of_a_compilation_is_one_requests(monkeypatch: pytest.MonkeyPatc
     made = compiler()
     monkeypatch.setattr(llguidance, "LLMatcher", panic)
     with pytest.raises(GrammarError, match="schema: llguidance failed with a Panic"):
-        made.compile(json_grammar(ANY_OBJECT))
+        made.compile(grammar_of(ANY_OBJECT))
 
 
 def test_no_special_token_and_no_padding_is_ever_allowed() -> None:
     constraint = compiler().compile(make_grammar("/(.|\\n)*/", {}, {}, "text")).start()
     assert constraint.mask().shape == (VOCABULARY,) and constraint.mask().dtype == np.float32
     assert allowed(constraint) >= set(range(128)) and max(allowed(constraint)) < 256
+
+
+def test_where_a_text_may_end_and_go_on_no_token_says_so() -> None:
+    """What ends an output is generation's business."""
+    constraint = compiler().compile(grammar_of({"type": "integer"})).start()
+    constraint.accept(ord("1"))
+    assert constraint.may_end and not constraint.is_finished
+    assert allowed(constraint) == set(b"0123456789")
 
 
 def test_tokens_of_several_characters_and_of_their_spelling() -> None:
@@ -260,7 +268,7 @@ def surrogates(value: Any) -> bool:
 )
 def test_every_output_is_valid(schema: Any, temperature: float, seed: int) -> None:
     check_schema(schema, "f")
-    completions = outputs(compiler().compile(json_grammar(schema)), 2, temperature=temperature, seed=seed)
+    completions = outputs(compiler().compile(grammar_of(schema)), 2, temperature=temperature, seed=seed)
     for completion in completions:
         assert completion.finish_reason is FinishReason.STOP, (completion.error, completion.text)
         assert completion.text is not None and is_valid(json.loads(completion.text), schema)
@@ -319,7 +327,7 @@ def test_hostile_schemas_have_a_defined_end(numbers: range) -> None:
         schema = hostile(number)
         try:
             check_schema(schema, "f")
-            compiled = compiler().compile(json_grammar(schema))
+            compiled = compiler().compile(grammar_of(schema))
         except (ApiError, GrammarError) as error:
             ends.add(type(error).__name__)
             continue
