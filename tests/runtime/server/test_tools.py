@@ -268,6 +268,7 @@ def test_a_begun_turn_that_does_not_fit() -> None:
     with App(tool_format="qwen", max_context=1000) as app:
         error = app.chat({"messages": messages, "tools": [WEATHER]}).json()["error"]
     assert error["code"] == "context_length_exceeded"
+    assert error["message"].startswith("the conversation has") and "shorten it" in error["message"]
 
 
 @pytest.mark.parametrize("script", [SAID, '{"city": "Rom"}'])
