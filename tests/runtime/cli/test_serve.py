@@ -261,15 +261,17 @@ def test_bundles_that_can_not_be_served(run: Run, bundle: Path, decisive: tuple[
     assert "rows is 2; accepted: 1 to 1, the bundle's own" in " ".join(result.stderr.split())
 
 
-def test_without_the_extra_the_message_says_how_to_get_it(bundle: Path) -> None:
-    code = """
+@pytest.mark.parametrize("package", ["uvicorn", "llguidance"])
+def test_without_the_extra_the_message_says_how_to_get_it(package: str, bundle: Path) -> None:
+    code = f"""
 import sys
-sys.modules["uvicorn"] = None
+sys.modules["{package}"] = None
 from qwen_aot.runtime.cli.main import qwen_aot
 qwen_aot.main(prog_name="qwen-aot")
 """
     command = [sys.executable, "-c", code, "serve", str(bundle)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "[serve]" in done.stderr and "Traceback" not in done.stderr
+    assert repr(package) in done.stderr
     helped = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
     assert helped.returncode == 0 and "Examples:" in helped.stdout
