@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
@@ -12,10 +13,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
+import httpx
 import numpy as np
 import onnx
+import openai
+import pydantic
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -32,6 +36,9 @@ from qwen_aot.exporter.quantize.blockwise import BlockFormat, dequantize, quanti
 from qwen_aot.runtime.cli.verify import verify_bundle
 from qwen_aot.runtime.generation.generator import Generator
 from qwen_aot.runtime.generation.request import TokenEvent
+from qwen_aot.runtime.server.app import make_app
+from qwen_aot.runtime.server.settings import ServerSettings
+from qwen_aot.runtime.server.state import ServerState
 from tests.exporter.stepper import Stepper
 from tests.kept_reference import KeptReference
 from tests.real_model import ROOT, qwen_aot, real_bundle, real_model
@@ -186,6 +193,49 @@ def test_a_chat_answer_is_sensible_english(precision: str, bundle: Callable[[str
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
+
+
+class Weather(pydantic.BaseModel):
+    """The weather of a city."""
+
+    city: str
+    unit: Literal["celsius", "fahrenheit"]
+
+
+@pytest.mark.parametrize("tool_format", ["qwen", *(pytest.param(name, marks=DEEP) for name in ("hermes", "react"))])
+def test_a_client_gets_the_object_and_the_call_that_it_asks_for(
+    tool_format: str, bundle: Callable[[str], Path]
+) -> None:
+    """OpenAI's own client; the model was never trained to call functions, so the form is the grammar's doing."""
+    question: list[Any] = [{"role": "user", "content": "How is the weather in London, in celsius?"}]
+    tool = openai.pydantic_function_tool(Weather, name="get_weather")
+
+    async def ask(state: ServerState, model: str) -> None:
+        url = "http://127.0.0.1:8000"
+        transport = httpx.ASGITransport(make_app(state))
+        async with openai.AsyncOpenAI(
+            base_url=f"{url}/v1", api_key="none", http_client=httpx.AsyncClient(transport=transport), max_retries=0
+        ) as client:
+            asked: dict[str, Any] = {"model": model, "messages": question, "temperature": 0, "max_tokens": 150}
+            answer = await client.chat.completions.parse(**asked, response_format=Weather)
+            assert isinstance(answer.choices[0].message.parsed, Weather)
+            asked |= {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+            called = await client.chat.completions.parse(**asked)
+            async with client.chat.completions.stream(**asked) as stream:
+                streamed = await stream.get_final_completion()
+        for choice in (called.choices[0], streamed.choices[0]):
+            assert choice.finish_reason == "tool_calls" and choice.message.tool_calls is not None
+            (call,) = choice.message.tool_calls
+            assert call.function.parsed_arguments == Weather(city="London", unit="celsius")
+
+    with Generator.open(bundle("int8"), threads=1) as generator:
+        state = ServerState(ServerSettings(tool_format=tool_format))
+        model = state.start(generator)
+        try:
+            asyncio.run(ask(state, model.names[0]))
+        finally:
+            assert model.service.close(30)
+            state.close()
 
 
 # Chosen before any answer was seen. One question says little of a 4-bit model this small: a near tie decides it.

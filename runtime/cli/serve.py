@@ -20,13 +20,14 @@ from qwen_aot.runtime.cli.options import (
     bundle_argument,
     threads_option,
 )
+from qwen_aot.runtime.server.settings import TOOL_FORMATS
 
 if TYPE_CHECKING:
     from qwen_aot.runtime.generation.generator import Generator
     from qwen_aot.runtime.server.settings import ServerSettings
     from qwen_aot.runtime.server.state import Model
 
-_LISTENING, _WHO, _HOW_MUCH = "Address", "Who may ask", "Limits"
+_LISTENING, _WHO, _MODEL, _HOW_MUCH = "Address", "Who may ask", "Model", "Limits"
 
 
 @click.command("serve", cls=VerbCommand, context_settings=CONTEXT)
@@ -72,7 +73,13 @@ _LISTENING, _WHO, _HOW_MUCH = "Address", "Who may ask", "Limits"
     multiple=True,
     metavar="NAME",
     help="What clients call the model; may be given again.  [default: the bundle's name]",
-    group=_WHO,
+    group=_MODEL,
+)
+@option(
+    "--tool-format",
+    type=click.Choice(TOOL_FORMATS),
+    help="How the model is told functions and calls them.  [default: by its chat template]",
+    group=_MODEL,
 )
 @option("--rows", type=click.IntRange(1), help="Answers at once.  [default: all rows of the bundle]", group=_HOW_MUCH)
 @option(
@@ -105,6 +112,7 @@ def command(
     allowed_host: tuple[str, ...],
     cors_origin: tuple[str, ...],
     model_name: tuple[str, ...],
+    tool_format: str | None,
     rows: int | None,
     max_queue: int,
     grace_seconds: float,
@@ -136,6 +144,7 @@ def command(
             allowed_hosts=allowed_host,
             cors_origins=cors_origin,
             model_names=model_name,
+            tool_format=tool_format,
             grace_seconds=grace_seconds,
             certificate=ssl_certfile,
             certificate_key=ssl_keyfile,

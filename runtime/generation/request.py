@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.generation.config import GenerationConfig
+from qwen_aot.runtime.generation.constraint import ConstraintSource
 from qwen_aot.runtime.generation.sampling import TokenLogprobs
 
 __all__ = ["Completion", "Event", "FinishReason", "Request", "Timings", "TokenEvent"]
@@ -35,6 +36,8 @@ class Request:
             row filled for the next one (a conversation). The reused part may have been computed in other steps, so
             logits can differ from those of a fresh prefill by rounding.
         is_chat: the prompt is a conversation's: where nobody says how long an answer may be, it may fill the context.
+        constraint: what the text of each choice may be; None: anything. An output ends only where its constraint lets
+            it, at once where nothing may follow (before `min_new_tokens` too), or where there is no more room.
     """
 
     prompt: str | Sequence[int]
@@ -42,6 +45,7 @@ class Request:
     cancel: threading.Event | None = None
     keep_cache: bool = False
     is_chat: bool = False
+    constraint: ConstraintSource | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.runtime.generation.config import GenerationConfig
+from qwen_aot.runtime.generation.constraint import HeldOutput
 from qwen_aot.runtime.generation.logit_changes import LogitChanges
 
 __all__ = [
@@ -216,7 +217,12 @@ class Sampler:
     """Chooses the tokens of one output; its random numbers are its own and don't depend on the rest of a batch."""
 
     def __init__(
-        self, config: GenerationConfig, prompt_ids: Iterable[int], ending_ids: Collection[int] = (), choice: int = 0
+        self,
+        config: GenerationConfig,
+        prompt_ids: Iterable[int],
+        ending_ids: Collection[int] = (),
+        choice: int = 0,
+        held: HeldOutput | None = None,
     ) -> None:
         """Starts the output's random numbers and notes what the penalties have seen.
 
@@ -225,27 +231,40 @@ class Sampler:
             prompt_ids: the prompt's tokens.
             ending_ids: ids that end the request.
             choice: the output's number.
+            held: what its tokens are held to.
         """
         self._config = config
+        self._held = held
+        self._ending_ids = frozenset(ending_ids)
         self._changes = LogitChanges(config, prompt_ids, ending_ids)
         self._random = random_numbers(config.seed, choice)
         # [2, V]: the logits as changed, and weights. Two fresh arrays of a whole vocabulary at each step would
         # be given back to the system and mapped anew: 1 ms for 151,936 logits, against 0.15 in all.
         self._scratch: NDArray[np.float32] = np.empty((2, 0), np.float32)
 
-    def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token from finite logits [V], which are not changed."""
+    def choose(self, logits: NDArray[np.float32]) -> int | None:
+        """The next token from finite logits [V], which are not changed; None: the constraint ends the output here.
+
+        Raises:
+            ConstraintError: the constraint can't be kept.
+        """
         is_changed = not self._changes.is_off
-        if not is_changed and self._config.is_greedy:
+        is_copied = is_changed or self._held is not None
+        if not is_copied and self._config.is_greedy:
             return int(logits.argmax())
         if self._scratch.shape[1] != len(logits):
             self._scratch = np.empty((2, len(logits)), np.float32)
-        if is_changed:
+        if is_copied:
             np.copyto(self._scratch[0], logits)
             logits = self._scratch[0]
+        if is_changed:
             self._changes.apply(logits)
+        if self._held is not None and not self._held.hold(logits):
+            return None
         token_id = int(logits.argmax()) if self._config.is_greedy else self._draw(logits)
         self._changes.count(token_id)
+        if self._held is not None and token_id not in self._ending_ids:
+            self._held.accept(token_id)
         return token_id
 
     def _draw(self, logits: NDArray[np.float32]) -> int:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_aot.errors import GenerationError
+from qwen_aot.errors import ConstraintError, GenerationError
 from qwen_aot.runtime.generation.config import GenerationConfig
+from qwen_aot.runtime.generation.constraint import HeldOutput
 from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request, Timings, TokenEvent
 from qwen_aot.runtime.generation.sampling import Sampler, TokenLogprobs, log_probabilities
 from qwen_aot.runtime.generation.stopping import StopMatcher, ending_ids
@@ -70,7 +71,8 @@ class ActiveSequence:
         self._prompt = prompt
         self._limit = config.max_new_tokens
         self._ending_ids = ending_ids(config, tokenizer)
-        self._sampler = Sampler(config, self.prompt_ids, self._ending_ids, choice)
+        self._held = None if request.constraint is None else HeldOutput(request.constraint, self._ending_ids)
+        self._sampler = Sampler(config, self.prompt_ids, self._ending_ids, choice, self._held)
         self._detokenizer = make_detokenizer(tokenizer) if tokenizer else None
         self._stop = StopMatcher(config.stop)
         self._text: list[str] = []
@@ -127,12 +129,19 @@ class ActiveSequence:
         """Chooses the next token from logits [V].
 
         Returns:
-            The token's event (none for a stop id), and the Completion if it was the last.
+            The token's event (none for a stop id), and the Completion if it was the last. Its error says so if the
+            constraint failed.
         """
+        try:
+            return self._advance(logits)
+        except ConstraintError as error:
+            return [self.fail(error)]
+
+    def _advance(self, logits: NDArray[np.float32]) -> list[Event]:
         token_id = self._sampler.choose(logits)
         if self._first_token is None:
             self._first_token = time.perf_counter()
-        if token_id in self._ending_ids:
+        if token_id is None or token_id in self._ending_ids:
             return [self.finish(FinishReason.STOP)]
         self.token_ids.append(token_id)
         logprobs = None
@@ -140,11 +149,13 @@ class ActiveSequence:
             logprobs = log_probabilities(logits, token_id, self.config.logprobs)
             self._logprobs.append(logprobs)
         piece = self._detokenizer.push(token_id) if self._detokenizer else ""
-        text, is_stopped = self._stop.push(piece)
+        text, is_stopped = self._pass(piece)
         self._text.append(text)
         events: list[Event] = [TokenEvent(self.index, token_id, text, logprobs, self.choice)]
         if is_stopped:
             events.append(self._complete(FinishReason.STOP, ""))
+        elif self._held is not None and self._held.is_finished:
+            events.append(self.finish(FinishReason.STOP))
         elif len(self.token_ids) >= self._limit:
             events.append(self.finish(FinishReason.LENGTH))
         return events
@@ -152,12 +163,18 @@ class ActiveSequence:
     def finish(self, reason: FinishReason) -> Completion:
         """Ends the output; text that was held back comes out with it."""
         tail = self._detokenizer.flush() if self._detokenizer else ""
-        text, is_stopped = self._stop.push(tail)
+        text, is_stopped = self._pass(tail)
         return self._complete(FinishReason.STOP if is_stopped else reason, text + self._stop.flush())
 
     def fail(self, error: GenerationError) -> Completion:
         """Ends the output with what it had given out before its step failed."""
         return self._complete(FinishReason.ERROR, "", error)
+
+    def _pass(self, text: str) -> tuple[str, bool]:
+        """What of further text may be given out, and whether a stop string ends it; a constraint has to let it."""
+        if self._held is None or not text or not self.config.stop:
+            return self._stop.push(text)
+        return self._stop.push(text, may_stop=self._held.may_end)
 
     def _complete(self, reason: FinishReason, last_text: str, error: GenerationError | None = None) -> Completion:
         now = time.perf_counter()

@@ -36,8 +36,12 @@ class StopMatcher:
         self._stops = tuple(stops)
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
+    def push(self, text: str, *, may_stop: bool = True) -> tuple[str, bool]:
         """Takes new text.
+
+        Args:
+            text: what follows.
+            may_stop: False: a stop string that this text completes ends nothing, and is text.
 
         Returns:
             The text that may be given out, and whether a stop string ended it. What could be the start of a
@@ -47,7 +51,7 @@ class StopMatcher:
             return text, False
         text = self._held + text
         found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if found:
+        if found and may_stop:
             self._held = ""
             return text[: min(found)[1]], True
         keep = max(_overlap(text, stop) for stop in self._stops)

@@ -11,9 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qwen_aot.errors import ContextFullError
 from qwen_aot.runtime.generation.config import GenerationConfig
+from qwen_aot.runtime.generation.constraint import ConstraintSource
 from qwen_aot.runtime.generation.handle import RequestHandle
 from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request
+from qwen_aot.runtime.server.constraints.grammar import Grammar, HeldJson, json_grammar
+from qwen_aot.runtime.server.conversation import Conversation, make_conversation
 from qwen_aot.runtime.server.errors import ApiError
 from qwen_aot.runtime.server.fields import Reader, boolean, integer, items, only, read_object, refused, text, wrong
 from qwen_aot.runtime.server.generation_fields import (
@@ -22,12 +26,15 @@ from qwen_aot.runtime.server.generation_fields import (
     MAX_TOP_LOGPROBS,
     StreamOptions,
     generation_config,
+    refuse_stops,
 )
 from qwen_aot.runtime.server.requested import check_choices, check_length, check_model, check_room, usage
+from qwen_aot.runtime.server.response_format import read_response_format
 from qwen_aot.runtime.server.state import Model
 from qwen_aot.runtime.server.token_texts import TokenTexts
-from qwen_aot.runtime.server.tool_fields import TOOL_CALLS, TOOL_FIELDS, offered_tools, tool_format
-from qwen_aot.runtime.server.tool_formats.base import Call, Piece, ToolFormat
+from qwen_aot.runtime.server.tool_fields import TOOL_CALLS, TOOL_FIELDS, read_offer
+from qwen_aot.runtime.server.tool_formats.base import Call, Offer, Piece
+from qwen_aot.runtime.server.tool_formats.call_grammar import call_grammar
 
 __all__ = ["MESSAGE_LIST", "ChatJob", "read_chat", "template_variables"]
 
@@ -85,12 +92,6 @@ def _message(value: Any, where: str) -> dict[str, Any]:
     return message
 
 
-def _response_format(value: Any, where: str) -> None:
-    if isinstance(value, dict):
-        only("text")(value.get("type"), f"{where}.type")
-    read_object(value, {"type": only("text")}, where=where, required=("type",))
-
-
 MESSAGE_LIST = items(_message, least=1)
 
 _FIELDS: Mapping[str, Reader] = {
@@ -106,7 +107,7 @@ _FIELDS: Mapping[str, Reader] = {
     "modalities": only(["text"]),
     "prediction": refused("leave it out"),
     "reasoning_effort": refused("leave it out"),
-    "response_format": _response_format,
+    "response_format": read_response_format,
     "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
     "verbosity": refused("leave it out"),
     "web_search_options": refused("no address is ever fetched"),
@@ -142,15 +143,23 @@ def read_chat(document: Mapping[str, Any], model: Model, *, keeps_cache: bool) -
     fields["logprobs"] = (top_logprobs or 0) if wants_logprobs else None
     config = generation_config(fields, model.generator.defaults)
     check_choices(config.n, model)
-    tools = offered_tools(fields)
+    offer, content = read_offer(fields), fields.get("response_format")
+    if content is not None:
+        refuse_stops(fields, "response_format")
+    if offer is not None and offer.is_required:
+        refuse_stops(fields, "tool_choice")
+    conversation = make_conversation(fields["messages"], offer, model)
+    if conversation.tool_format is not None:
+        given = model.generator.defaults.stop if config.stop is None else config.stop
+        config = replace(config, stop=tuple(dict.fromkeys([*given, *conversation.tool_format.stops])))
     return ChatJob(
         model=model,
         name=name,
-        messages=fields["messages"],
+        conversation=conversation,
         config=config,
         variables=template_variables(fields, model),
-        tools=tools,
-        tool_format=tool_format(model) if tools else None,
+        offer=offer,
+        content=content,
         stream=fields.get("stream_options", StreamOptions()) if fields.get("stream") else None,
         keeps_cache=keeps_cache,
     )
@@ -176,11 +185,11 @@ class ChatJob:
 
     model: Model
     name: str
-    messages: list[dict[str, Any]]
+    conversation: Conversation
     config: GenerationConfig
     variables: dict[str, bool]
-    tools: list[dict[str, Any]]
-    tool_format: ToolFormat | None
+    offer: Offer | None
+    content: HeldJson | None
     stream: StreamOptions | None
     keeps_cache: bool
 
@@ -189,15 +198,27 @@ class ChatJob:
         """See `Job`."""
         return self.config.n
 
-    def requests(self) -> list[Request]:
+    @property
+    def grammar(self) -> Grammar | None:
         """See `Job`."""
-        generator = self.model.generator
-        check_length([self.messages, self.tools], self.model)
-        request = generator.chat_request(
-            self.messages, self.config, tools=self.tools or None, template_variables=self.variables
+        if self.offer is not None and self.conversation.tool_format is not None:
+            return call_grammar(self.conversation.tool_format.syntax, self.offer, self.content)
+        return None if self.content is None else json_grammar(self.content)
+
+    def requests(self, constraint: ConstraintSource | None) -> list[Request]:
+        """See `Job`."""
+        conversation = self.conversation
+        check_length([conversation.messages, conversation.tools, conversation.begun], self.model)
+        request = self.model.generator.chat_request(
+            conversation.messages, self.config, tools=conversation.tools, template_variables=self.variables
         )
-        check_room(self.config, len(request.prompt), self.model)
-        return [replace(request, keep_cache=self.keeps_cache)]
+        prompt = [*request.prompt, *conversation.begun_ids(self.model)]
+        if len(prompt) > self.model.max_context:
+            raise ContextFullError(
+                f"the conversation has {len(prompt)} tokens, and {self.model.max_context} fit the context: shorten it"
+            )
+        check_room(self.config, len(prompt), self.model)
+        return [replace(request, prompt=prompt, keep_cache=self.keeps_cache, constraint=constraint)]
 
     def answer(self, handles: Sequence[RequestHandle]) -> ChatAnswer:
         """See `Job`."""
@@ -285,8 +306,11 @@ class _Calls:
     """What of one choice's text is content, and what are calls of functions."""
 
     def __init__(self, job: ChatJob) -> None:
-        names = [tool["function"]["name"] for tool in job.tools]
-        self._reader = None if job.tool_format is None else job.tool_format.reader(names)
+        offer, conversation = job.offer, job.conversation
+        self._reader = None
+        if offer is not None and conversation.tool_format is not None:
+            self._reader = conversation.tool_format.reader(offer.names, is_continued=bool(conversation.begun))
+        self._is_named = offer is not None and offer.named is not None
         self._count = 0
 
     def deltas(self, text: str, *, is_last: bool = False) -> list[dict[str, Any]]:
@@ -315,8 +339,8 @@ class _Calls:
         return message | {"content": content or None, "tool_calls": calls} if calls else message
 
     def finish_reason(self, completion: Completion) -> str:
-        """Why the choice ended."""
-        has_called = self._count > 0 and completion.finish_reason is FinishReason.STOP
+        """Why the choice ended; as in OpenAI's API a call of the one function that was asked for is a `stop`."""
+        has_called = self._count > 0 and not self._is_named and completion.finish_reason is FinishReason.STOP
         return "tool_calls" if has_called else completion.finish_reason.value
 
     def _pieces(self, text: str, is_last: bool) -> list[Piece]:

@@ -13,9 +13,11 @@ from typing import Any
 
 from qwen_aot.errors import ContextFullError
 from qwen_aot.runtime.generation.config import GenerationConfig
+from qwen_aot.runtime.generation.constraint import ConstraintSource
 from qwen_aot.runtime.generation.handle import RequestHandle
 from qwen_aot.runtime.generation.request import Completion, Event, Request
 from qwen_aot.runtime.generation.sampling import TokenLogprobs
+from qwen_aot.runtime.server.constraints.grammar import Grammar, HeldJson, json_grammar
 from qwen_aot.runtime.server.errors import ApiError
 from qwen_aot.runtime.server.fields import Reader, boolean, integer, read_object, refused, wrong
 from qwen_aot.runtime.server.generation_fields import (
@@ -24,8 +26,10 @@ from qwen_aot.runtime.server.generation_fields import (
     MAX_TOP_LOGPROBS,
     StreamOptions,
     generation_config,
+    refuse_stops,
 )
 from qwen_aot.runtime.server.requested import check_choices, check_length, check_model, check_room, usage
+from qwen_aot.runtime.server.response_format import read_response_format
 from qwen_aot.runtime.server.state import Model
 from qwen_aot.runtime.server.token_texts import TextOffsets, TokenTexts
 
@@ -66,7 +70,7 @@ _FIELDS: Mapping[str, Reader] = {
     "logprobs": integer(0, MAX_TOP_LOGPROBS),
     "max_tokens": integer(0, MAX_TOKENS),
     "prompt": _prompts,
-    "response_format": refused("leave it out"),
+    "response_format": read_response_format,
     "suffix": refused("this model doesn't fill in the middle"),
 }
 
@@ -103,6 +107,9 @@ def read_completion(document: Mapping[str, Any], model: Model) -> CompletionJob:
         raise ApiError(400, message, code="unsupported_value", param="best_of")
     config = generation_config(fields, model.generator.defaults)
     check_choices(config.n, model)
+    content = fields.get("response_format")
+    if content is not None:
+        refuse_stops(fields, "response_format")
     return CompletionJob(
         model=model,
         name=name,
@@ -110,6 +117,7 @@ def read_completion(document: Mapping[str, Any], model: Model) -> CompletionJob:
         config=config,
         echo=echo,
         only_prompt=only_prompt,
+        content=content,
         stream=fields.get("stream_options", StreamOptions()) if is_stream else None,
     )
 
@@ -124,6 +132,7 @@ class CompletionJob:
     config: GenerationConfig
     echo: bool
     only_prompt: bool
+    content: HeldJson | None
     stream: StreamOptions | None
 
     @property
@@ -131,9 +140,14 @@ class CompletionJob:
         """See `Job`."""
         return len(self.prompts) * self.config.n
 
-    def requests(self) -> list[Request]:
+    @property
+    def grammar(self) -> Grammar | None:
         """See `Job`."""
-        return [Request(self._ids(prompt), self.config) for prompt in self.prompts]
+        return None if self.content is None or self.only_prompt else json_grammar(self.content)
+
+    def requests(self, constraint: ConstraintSource | None) -> list[Request]:
+        """See `Job`."""
+        return [Request(self._ids(prompt), self.config, constraint=constraint) for prompt in self.prompts]
 
     def answer(self, handles: Sequence[RequestHandle]) -> CompletionAnswer:
         """See `Job`."""

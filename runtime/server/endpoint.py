@@ -15,9 +15,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from qwen_aot.errors import ConstraintError
+from qwen_aot.runtime.generation.constraint import ConstraintSource
 from qwen_aot.runtime.generation.handle import RequestHandle
 from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request
-from qwen_aot.runtime.server.errors import ApiError, draining, failed
+from qwen_aot.runtime.server.constraints.grammar import Grammar
+from qwen_aot.runtime.server.errors import ApiError, draining, failed, not_held
 from qwen_aot.runtime.server.feed import Feed
 from qwen_aot.runtime.server.generation_fields import StreamOptions
 from qwen_aot.runtime.server.http_protocol import ABORT
@@ -65,8 +68,16 @@ class Job(Protocol):
     def stream(self) -> StreamOptions | None:
         """How it is streamed; None: it isn't."""
 
-    def requests(self) -> list[Request]:
-        """One for each prompt. May take long: it runs in a thread."""
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the answers' texts may be; None: anything."""
+
+    def requests(self, constraint: ConstraintSource | None) -> list[Request]:
+        """One for each prompt. May take long: it runs in a thread.
+
+        Args:
+            constraint: made of the grammar.
+        """
 
     def answer(self, handles: Sequence[RequestHandle]) -> Answer:
         """How it is told."""
@@ -102,7 +113,8 @@ class GenerationEndpoint:
         request = HttpRequest(scope, receive)
         job = await self._bodies.read(request, lambda document: self._read(document, model))
         with self._state.admit(job.choices):
-            handles = await self._state.submit(model, job.requests)
+            constraint = await self._state.compile(model, job.grammar)
+            handles = await self._state.submit(model, lambda: job.requests(constraint))
             feed = Feed(handles)
             with self._state.at_work(handles):
                 async with _cancelled_on_disconnect(receive, handles) as gone:
@@ -201,6 +213,8 @@ def _completions(batch: Iterable[tuple[int, Event]]) -> list[tuple[int, Completi
 def _check_ends(ended: Iterable[tuple[int, Completion]], gone: asyncio.Event) -> None:
     """Raises why a request has no answer: its step failed, its client left, or the server stops."""
     for _, completion in ended:
+        if isinstance(completion.error, ConstraintError):
+            raise not_held(completion.error)
         if completion.error is not None:
             log.error("a request failed in the engine: %s", completion.error)
             raise failed()

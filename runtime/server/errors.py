@@ -12,9 +12,9 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from qwen_aot.errors import ContextFullError, DeployError, QueueFullError, ServiceClosedError
+from qwen_aot.errors import ConstraintError, ContextFullError, DeployError, QueueFullError, ServiceClosedError
 
-__all__ = ["ApiError", "draining", "failed", "loading", "of_request", "queue_full"]
+__all__ = ["ApiError", "draining", "failed", "loading", "not_held", "of_request", "queue_full"]
 
 MAX_MESSAGE = 600  # characters: messages may quote what a client sent
 RETRY_SECONDS = 1  # until a client may try again where the queue is full
@@ -76,6 +76,11 @@ def of_request(error: DeployError) -> ApiError:
 def failed() -> ApiError:
     """A step of the engine failed. Its own words are in the log: a client has no use for them."""
     return ApiError(500, "the request failed in the engine; try again", kind="server_error", code="engine_error")
+
+
+def not_held(error: ConstraintError) -> ApiError:
+    """An answer can't be held to its grammar any more. It is the request's to mend: once more would end as this one."""
+    return ApiError(400, str(error), code="constraint_failed")
 
 
 def queue_full(why: str) -> ApiError:

@@ -25,7 +25,7 @@ from qwen_aot.runtime.server.fields import (
     wrong,
 )
 
-__all__ = ["GENERATION_FIELDS", "MAX_TOP_LOGPROBS", "StreamOptions", "generation_config"]
+__all__ = ["GENERATION_FIELDS", "MAX_TOP_LOGPROBS", "StreamOptions", "generation_config", "refuse_stops"]
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 1000  # a stop text is compared with the end of the answer at each token
@@ -133,3 +133,21 @@ def generation_config(fields: Mapping[str, Any], defaults: GenerationDefaults) -
     if "stream_options" in fields and not fields.get("stream"):
         raise ApiError(400, "stream_options goes with stream: true", code="invalid_value", param="stream_options")
     return defaults.resolve(**options)
+
+
+def refuse_stops(fields: Mapping[str, Any], where: str) -> None:
+    """Refuses ends that an answer can't have because its grammar says where it ends.
+
+    Args:
+        fields: of a body.
+        where: the field that holds the answer to a grammar.
+
+    Raises:
+        ApiError: there are some.
+    """
+    for name in ("stop", "stop_token_ids"):
+        if fields.get(name):
+            message = (
+                f"{name} doesn't go with {where}, by which an answer ends where it is whole; leave one of them out"
+            )
+            raise ApiError(400, message, code="invalid_value", param=name)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qwen_aot.errors import DeployError
 
-__all__ = ["ServerSettings", "SettingsError", "is_loopback", "read_keys"]
+__all__ = ["TOOL_FORMATS", "ServerSettings", "SettingsError", "is_loopback", "read_keys"]
 
 LOOPBACK = "127.0.0.1"
 PORT = 8000
@@ -19,6 +19,7 @@ GRACE_SECONDS = 30.0
 MAX_GRACE_SECONDS = 3600
 MIN_KEY_CHARACTERS = 16
 KEY_VARIABLE = "QWEN_AOT_API_KEY"
+TOOL_FORMATS = ("hermes", "qwen", "react")  # names of those in `tool_formats`
 _KEY = re.compile(r"[\x21-\x7e]+")
 
 
@@ -40,6 +41,7 @@ class ServerSettings:
             `host`; "*": any.
         cors_origins: origins whose pages a browser lets read answers; "*": any.
         model_names: names that clients may give the model; empty: the bundle's own.
+        tool_format: in which the model is told functions and calls them; None: see `choose_format`.
         grace_seconds: that requests at work get to finish once the server is told to stop.
         certificate: PEM file of a TLS certificate chain; None: no TLS.
         certificate_key: PEM file of its private key; None: it is in `certificate`.
@@ -53,6 +55,7 @@ class ServerSettings:
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     model_names: tuple[str, ...] = ()
+    tool_format: str | None = None
     grace_seconds: float = GRACE_SECONDS
     certificate: Path | None = None
     certificate_key: Path | None = None
@@ -71,6 +74,8 @@ class ServerSettings:
             raise SettingsError("--ssl-keyfile goes with --ssl-certfile")
         if not all(self.model_names):
             raise SettingsError("--model-name is empty; a name isn't empty")
+        if self.tool_format is not None and self.tool_format not in TOOL_FORMATS:
+            raise SettingsError(f"--tool-format is {self.tool_format!r}; accepted: {', '.join(TOOL_FORMATS)}")
         if not 0 <= self.grace_seconds <= MAX_GRACE_SECONDS:
             raise SettingsError(f"--grace-seconds is {self.grace_seconds}; accepted: 0 to {MAX_GRACE_SECONDS}")
         for name in self.allowed_hosts:

@@ -11,10 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from qwen_aot.errors import DeployError
+from qwen_aot.runtime.generation.constraint import ConstraintSource
 from qwen_aot.runtime.generation.generator import Generator
 from qwen_aot.runtime.generation.handle import RequestHandle
 from qwen_aot.runtime.generation.request import Request
 from qwen_aot.runtime.generation.service import GenerationService
+from qwen_aot.runtime.server.constraints.compile_queue import CompileQueue
+from qwen_aot.runtime.server.constraints.compiler import GrammarCompiler
+from qwen_aot.runtime.server.constraints.grammar import Grammar
 from qwen_aot.runtime.server.errors import ApiError, draining, loading, of_request, queue_full
 from qwen_aot.runtime.server.settings import ServerSettings
 
@@ -39,26 +43,28 @@ class Phase(enum.Enum):
 class Model:
     """An open bundle, and the names that clients know it by."""
 
-    def __init__(self, generator: Generator, names: Sequence[str], max_queue: int) -> None:
+    def __init__(self, generator: Generator, settings: ServerSettings) -> None:
         """Starts to serve it.
 
         Args:
-            generator: lent to the service.
-            names: see `ServerSettings.model_names`.
-            max_queue: see `ServerSettings`.
+            generator: lent to the service; it has a tokenizer.
+            settings: the server's.
         """
         manifest = generator.engine.manifest
         self.generator = generator
-        self.names = tuple(dict.fromkeys(names)) or (manifest.model.name,)
+        self.names = tuple(dict.fromkeys(settings.model_names)) or (manifest.model.name,)
+        self.tool_format = settings.tool_format
         self.created = int(time.time())
         self.rows = manifest.max_batch
         self.max_context = manifest.max_context
         self.vocab_size = manifest.model.vocab_size
-        vocabulary = {} if generator.tokenizer is None else generator.tokenizer.backend.get_vocab()
-        self.longest_token = max(map(len, vocabulary), default=1)  # characters; of byte-level tokens bytes
+        assert generator.tokenizer is not None
+        # Characters; of byte-level tokens bytes.
+        self.longest_token = max(map(len, generator.tokenizer.backend.get_vocab()), default=1)
+        self.grammars = GrammarCompiler(generator.tokenizer, self.vocab_size)
         # `ServerState.admit` decides who may wait. A row that was cancelled is free only after its step, so that the
         # service may see some more for a moment.
-        self.service = GenerationService(generator, max_waiting=4 * (manifest.max_batch + max_queue))
+        self.service = GenerationService(generator, max_waiting=4 * (manifest.max_batch + settings.max_queue))
 
 
 class ServerState:
@@ -74,10 +80,11 @@ class ServerState:
         self._submitting = 0  # requests that aren't submitted yet
         self._preparing = 0  # pieces of work for the threads
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, "qwen-aot-prepare")
+        self._compiling = CompileQueue()
 
     def start(self, generator: Generator) -> Model:
         """Takes requests from now on, unless the server is stopping by now."""
-        self._model = Model(generator, self.settings.model_names, self.settings.max_queue)
+        self._model = Model(generator, self.settings)
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
         return self._model
@@ -143,6 +150,16 @@ class ServerState:
         finally:
             self._preparing -= 1
 
+    async def compile(self, model: Model, grammar: Grammar | None) -> ConstraintSource | None:
+        """See `CompileQueue.compile`; None: there is nothing to compile."""
+        if grammar is None:
+            return None
+        self._submitting += 1
+        try:
+            return await self._compiling.compile(model.grammars, grammar)
+        finally:
+            self._submitting -= 1
+
     async def submit(self, model: Model, make: Callable[[], list[Request]]) -> list[RequestHandle]:
         """Submits the requests that `make` gives in a thread: all of them, or none.
 
@@ -195,3 +212,4 @@ class ServerState:
     def close(self) -> None:
         """Lets the threads go; what they are doing ends by itself."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._compiling.close()

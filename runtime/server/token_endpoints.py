@@ -10,12 +10,13 @@ from starlette.responses import JSONResponse, Response
 
 from qwen_aot.runtime.server.chat import MESSAGE_LIST, template_variables
 from qwen_aot.runtime.server.completions import is_token_ids
+from qwen_aot.runtime.server.conversation import make_conversation
 from qwen_aot.runtime.server.errors import ApiError
 from qwen_aot.runtime.server.fields import Reader, boolean, read_object, text, wrong
 from qwen_aot.runtime.server.json_body import BodyReader, json_in_pieces
 from qwen_aot.runtime.server.requested import check_length, check_model
 from qwen_aot.runtime.server.state import Model, ServerState
-from qwen_aot.runtime.server.tool_fields import TOOL_FIELDS
+from qwen_aot.runtime.server.tool_fields import TOOL_FIELDS, read_offer
 
 __all__ = ["TokenEndpoints"]
 
@@ -91,9 +92,10 @@ def _tokens_response(fields: Mapping[str, Any], model: Model) -> Response:
 def _encode(fields: Mapping[str, Any], model: Model) -> list[int]:
     check_length(fields, model)
     if "messages" in fields:
-        return model.generator.chat_encoder.encode(
-            fields["messages"], tools=fields.get("tools"), variables=template_variables(fields, model)
-        )
+        conversation = make_conversation(fields["messages"], read_offer(fields), model)
+        variables = template_variables(fields, model)
+        ids = model.generator.chat_encoder.encode(conversation.messages, tools=conversation.tools, variables=variables)
+        return ids + conversation.begun_ids(model)
     tokenizer = model.generator.tokenizer
     assert tokenizer is not None
     return tokenizer.encode(

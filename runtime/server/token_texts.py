@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tokenizers import decoders
-
 from qwen_aot.runtime.generation.sampling import TokenLogprobs
-from qwen_aot.runtime.text.detokenizer import byte_of_character, make_detokenizer
+from qwen_aot.runtime.text.detokenizer import make_detokenizer
+from qwen_aot.runtime.text.token_bytes import TokenBytes
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 
 __all__ = ["TextOffsets", "TokenTexts"]
@@ -22,21 +21,13 @@ class TokenTexts:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Keeps the tokenizer."""
         self._tokenizer = tokenizer
-        self._bytes = byte_of_character() if isinstance(tokenizer.backend.decoder, decoders.ByteLevel) else None
+        self._bytes = TokenBytes(tokenizer)
 
     def bytes_of(self, token_id: int) -> bytes:
         """A token's bytes, which may be a part of a character; of a special token its spelling."""
-        piece = self._tokenizer.piece(token_id)
-        if piece is None:
-            return b""
         if token_id in self._tokenizer.special_ids:
-            return piece.encode()
-        if self._bytes is None:
-            return self._tokenizer.decode([token_id]).encode()
-        try:
-            return bytes(self._bytes[character] for character in piece)
-        except KeyError:  # an added token is spelled in plain text
-            return piece.encode()
+            return (self._tokenizer.piece(token_id) or "").encode()
+        return self._bytes.of(token_id)
 
     def text_of(self, token_id: int) -> str:
         """A token's text; what is a part of a character is written as bytes, so that no two tokens are alike."""

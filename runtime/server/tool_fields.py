@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from qwen_aot.errors import BundleError
 from qwen_aot.runtime.bundle.strict_json import parse_object
+from qwen_aot.runtime.server.constraints.json_schema import check_schema, check_size
 from qwen_aot.runtime.server.errors import ApiError
-from qwen_aot.runtime.server.fields import Reader, items, only, read_object, text, wrong
-from qwen_aot.runtime.server.state import Model
-from qwen_aot.runtime.server.tool_formats.base import ToolFormat
-from qwen_aot.runtime.server.tool_formats.choose import choose_format
+from qwen_aot.runtime.server.fields import Reader, boolean, items, only, read_object, text, wrong
+from qwen_aot.runtime.server.tool_formats.base import Function, Offer
 
-__all__ = ["TOOL_CALLS", "TOOL_FIELDS", "offered_tools", "tool_format"]
+__all__ = ["TOOL_CALLS", "TOOL_FIELDS", "read_offer"]
 
 MAX_TOOLS = 128  # as OpenAI's API
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def _name(value: Any, where: str) -> str:
@@ -45,7 +46,7 @@ _FUNCTION: Mapping[str, Reader] = {
     "name": _name,
     "description": text(),
     "parameters": _schema,
-    "strict": only(False),
+    "strict": boolean,
 }
 
 
@@ -73,43 +74,69 @@ def _call(value: Any, where: str) -> dict[str, Any]:
     return call
 
 
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """`tool_choice`: a word, or the function to be called."""
+
+    kind: str
+    named: str | None = None
+
+
+def _choice(value: Any, where: str) -> _Choice:
+    if not isinstance(value, dict):
+        kind: str = only("none", "auto", "required")(value, where)
+        return _Choice(kind)
+    only("function")(value.get("type"), f"{where}.type")  # looked at first: it says which fields belong to it
+    readers: Mapping[str, Reader] = {
+        "type": only("function"),
+        "function": lambda inner, place: read_object(inner, {"name": _name}, where=place, required=("name",)),
+    }
+    found = read_object(value, readers, where=where, required=("type", "function"))
+    return _Choice("required", found["function"]["name"])
+
+
 TOOL_CALLS = items(_call, least=1, most=MAX_TOOLS)
 TOOL_FIELDS: Mapping[str, Reader] = {
-    "parallel_tool_calls": only(True),
-    "tool_choice": only("none", "auto"),
+    "parallel_tool_calls": boolean,
+    "tool_choice": _choice,
     "tools": items(_tool, least=1, most=MAX_TOOLS),
 }
 
 
-def offered_tools(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The functions that a body offers to the model; none where its choice is `none`.
+def read_offer(fields: Mapping[str, Any]) -> Offer | None:
+    """The functions that a body offers to the model; None: none, or its choice is `none`.
+
+    Args:
+        fields: read by `TOOL_FIELDS`.
 
     Raises:
-        ApiError: the choice of a tool where there is none, or two tools of one name.
+        ApiError: the choice of a tool where there is none, two tools of one name, or a schema that calls are to be held
+            to and can't.
     """
     tools: list[dict[str, Any]] = fields.get("tools", [])
     for name in ("tool_choice", "parallel_tool_calls"):
         if name in fields and not tools:
             raise ApiError(400, f"{name} goes with tools", code="invalid_value", param=name)
-    names = [tool["function"]["name"] for tool in tools]
-    for number, name in enumerate(names):
-        if name in names[:number]:
+    choice = fields.get("tool_choice", _Choice("auto"))
+    functions = tuple(_function(tool["function"], f"tools[{number}].function") for number, tool in enumerate(tools))
+    offer = Offer(functions, choice.kind == "required", choice.named, fields.get("parallel_tool_calls"))
+    for number, name in enumerate(offer.names):
+        if name in offer.names[:number]:
             wrong(name, f"tools[{number}].function.name", "each name once")
-    return [] if fields.get("tool_choice") == "none" else tools
+    if choice.named is not None and choice.named not in offer.names:
+        wrong(choice.named, "tool_choice.function.name", "the name of one of tools")
+    if not functions or choice.kind == "none":
+        return None
+    held = [function for function in offer.callable if offer.is_required or function.is_strict]
+    check_size(sum(len(check_schema(function.parameters, function.where)) for function in held), "tools")
+    return offer
 
 
-def tool_format(model: Model) -> ToolFormat:
-    """How the model writes calls.
-
-    Raises:
-        ApiError: its template takes no tools, or teaches a format that isn't known.
-    """
-    template = model.generator.chat_encoder.template
-    if not template.takes_tools:
-        why = "this model's chat template takes no tools"
-    elif (found := choose_format(template.literals)) is not None:
-        return found
-    else:
-        why = "this model's chat template teaches a form of calls that isn't known here"
-    message = f"tools is not supported: {why}; describe functions in a message instead"
-    raise ApiError(400, message, code="unsupported_parameter", param="tools")
+def _function(given: Mapping[str, Any], where: str) -> Function:
+    return Function(
+        name=given["name"],
+        description=given.get("description", ""),
+        parameters=given.get("parameters", _NO_PARAMETERS),
+        is_strict=given.get("strict", False),
+        where=f"{where}.parameters",
+    )

@@ -8,6 +8,7 @@
     │   └── EngineMismatchError  the bundle is sound but this machine or library can't run it
     ├── SettingsError            (`runtime.server.settings`) no server is started with these settings
     └── GenerationError          a request or a step failed at run time
+        ├── ConstraintError      an output can't go on as its constraint asks
         ├── ContextFullError     the sequence doesn't fit the engine's context
         ├── QueueFullError       a service has as many requests waiting as it may: try again later
         ├── ServiceClosedError   a service was closed or drained, or its worker failed (then it has a cause)
@@ -22,6 +23,7 @@ __all__ = [
     "BuildError",
     "BundleError",
     "CheckpointError",
+    "ConstraintError",
     "ContextFullError",
     "DeployError",
     "EngineMismatchError",
@@ -59,6 +61,10 @@ class EngineMismatchError(BundleError):
 
 class GenerationError(DeployError):
     """A request or a step failed at run time."""
+
+
+class ConstraintError(GenerationError):
+    """An output can't go on as its constraint asks."""
 
 
 class ContextFullError(GenerationError):

@@ -152,6 +152,7 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--allowed-host", "http://a", "--allowed-host is 'http://a'; accepted: a name such as llm.example.com, or *"),
         ("--cors-origin", "example.com", "--cors-origin is 'example.com'; accepted: such as https://chat.example.com"),
         ("--model-name", "", "a name isn't empty"),
+        ("--tool-format", "xml", "'xml' is not one of 'hermes', 'qwen', 'react'"),
         ("--rows", "0", "0 is not in the range x>=1"),
         ("--max-queue", "-1", "-1 is not in the range 0<=x<=10000"),
         ("--grace-seconds", "-1", "-1.0 is not in the range 0<=x<=3600"),

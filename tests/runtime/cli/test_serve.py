@@ -14,10 +14,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from qwen_aot.runtime.generation.generator import Generator
@@ -134,6 +135,24 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
     assert text == answer.choices[0].message.content
 
 
+class Verdict(pydantic.BaseModel):
+    """What is asked for."""
+
+    is_good: bool
+    grade: Literal["A", "B"]
+
+
+def test_an_answer_as_an_object(client: openai.OpenAI) -> None:
+    """Of a model of random weights: nothing but the grammar makes it one."""
+    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 200}
+    asked |= {"frequency_penalty": 2, "presence_penalty": 2}  # else it repeats a blank as long as it may
+    answer = client.chat.completions.parse(**asked, response_format=Verdict)
+    assert isinstance(answer.choices[0].message.parsed, Verdict) and answer.choices[0].finish_reason == "stop"
+    plain = client.chat.completions.create(**asked, response_format={"type": "json_object"}, temperature=0)
+    text = plain.choices[0].message.content or ""
+    assert text.startswith("{") and (plain.choices[0].finish_reason == "length" or isinstance(json.loads(text), dict))
+
+
 def test_errors(client: openai.OpenAI, server: Server) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt", messages=MESSAGES)
@@ -142,8 +161,11 @@ def test_errors(client: openai.OpenAI, server: Server) -> None:
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "word " * 400}])
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as format_:
-        client.chat.completions.create(model="tiny", messages=MESSAGES, response_format={"type": "json_object"})
-    assert format_.value.param == "response_format.type"
+        schema = {"name": "x", "schema": {"type": "string", "pattern": "("}}
+        client.chat.completions.create(
+            model="tiny", messages=MESSAGES, response_format={"type": "json_schema", "json_schema": schema}
+        )
+    assert format_.value.param == "response_format.json_schema.schema"
     with pytest.raises(openai.BadRequestError, match="n is 2; accepted: at most 1"):
         client.chat.completions.create(model="tiny", messages=MESSAGES, n=2)
     with pytest.raises(openai.NotFoundError, match="use /v1/chat/completions"):
@@ -239,15 +261,17 @@ def test_bundles_that_can_not_be_served(run: Run, bundle: Path, decisive: tuple[
     assert "rows is 2; accepted: 1 to 1, the bundle's own" in " ".join(result.stderr.split())
 
 
-def test_without_the_extra_the_message_says_how_to_get_it(bundle: Path) -> None:
-    code = """
+@pytest.mark.parametrize("package", ["uvicorn", "llguidance"])
+def test_without_the_extra_the_message_says_how_to_get_it(package: str, bundle: Path) -> None:
+    code = f"""
 import sys
-sys.modules["uvicorn"] = None
+sys.modules["{package}"] = None
 from qwen_aot.runtime.cli.main import qwen_aot
 qwen_aot.main(prog_name="qwen-aot")
 """
     command = [sys.executable, "-c", code, "serve", str(bundle)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "[serve]" in done.stderr and "Traceback" not in done.stderr
+    assert repr(package) in done.stderr
     helped = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
     assert helped.returncode == 0 and "Examples:" in helped.stdout

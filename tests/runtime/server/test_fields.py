@@ -44,7 +44,7 @@ LONG = "x" * 100_000
         ("user", [5, "u" * 1001]),
         ("model", ["", 5, "other", ["toy"]]),
         ("messages", [[], "x", 5, {}, [5], [{}], [{"role": "user"}], [{"content": "x"}]]),
-        ("response_format", [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, "text", {}]),
+        ("response_format", [{"type": "json"}, {"type": "json_schema", "json_schema": {}}, "text", {}, 5]),
         ("tools", [[], [{"type": "function"}], [{"type": "x", "function": {"name": "f"}}], 5]),
         ("tool_choice", ["none", "auto", "required", {"type": "function", "function": {"name": "f"}}]),
         ("parallel_tool_calls", [True, False]),

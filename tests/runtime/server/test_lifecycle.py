@@ -147,6 +147,9 @@ def one_request(server: Running, seed: int) -> None:
     }
     if rng.random() < 0.1:
         body["nonsense"] = True
+    if rng.random() < 0.2:
+        schema = rng.choice([{"type": "integer"}, {"enum": ["a" * 30, "b"]}, {"type": "string", "pattern": "("}])
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     data = request(body)
     with server.connect() as connection:
         action = rng.random()
@@ -180,7 +183,7 @@ def test_nothing_leaks_whatever_clients_do(count: int) -> None:
                 done.result(60)
         eventually(lambda: is_idle(server))
         state = server.lifecycle.state
-        assert not state._handles and state.admitted == 0
+        assert not state._handles and state.admitted == state._submitting == state._compiling._pending == 0
         now = state.model.service.statistics()
         assert now.submitted == now.ended > count / 3
         assert server.engine.rows == [[], [], []]

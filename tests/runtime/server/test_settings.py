@@ -34,6 +34,7 @@ def test_an_address_of_this_machine_alone_needs_none(host: str) -> None:
         ({"host": "", "keys": KEYS}, "--host is empty"),
         ({"model_names": ("a", "")}, "--model-name is empty"),
         ({"grace_seconds": float("nan")}, "--grace-seconds is nan"),
+        ({"tool_format": "xml"}, "--tool-format is 'xml'; accepted: hermes, qwen, react"),
         ({"allowed_hosts": ("a b",)}, "--allowed-host is 'a b'"),
         ({"allowed_hosts": ("http://x",)}, "--allowed-host is"),
         ({"cors_origins": ("example.com",)}, "--cors-origin is 'example.com'"),

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_aot.runtime.server.tool_formats.base import Call, Piece
-from qwen_aot.runtime.server.tool_formats.choose import choose_format
-from qwen_aot.runtime.server.tool_formats.tagged_json import TaggedJson
-
-NAMES = ("get_current_temperature", "get_temperature_date", "get_stock_fundamentals", "f")
+from qwen_aot.runtime.server.tool_formats.hermes import Hermes
+from tests.runtime.server.tool_formats import answers
 
 # https://qwen.readthedocs.io/en/latest/framework/function_call.html
 QWEN = """<tool_call>
@@ -31,22 +26,7 @@ HERMES = """<tool_call>
 
 
 def read(text: str, cuts: tuple[int, ...] = ()) -> list[Any]:
-    """Content joined, and calls as (name, arguments)."""
-    reader = TaggedJson().reader(NAMES)
-    pieces: list[Piece] = []
-    places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    for start, end in itertools.pairwise(places):
-        pieces += reader.push(text[start:end])
-    pieces += reader.flush()
-    found: list[Any] = []
-    for piece in pieces:
-        if isinstance(piece, Call):
-            found.append((piece.name, json.loads(piece.arguments)))
-        elif found and isinstance(found[-1], str):
-            found[-1] += piece
-        else:
-            found.append(piece)
-    return found
+    return answers.read(Hermes(), text, cuts)
 
 
 def test_published_examples() -> None:
@@ -59,6 +39,7 @@ def test_published_examples() -> None:
 
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": "é </tool_cal> \\"q\\""}}\n</tool_call>'
+SHORT = '<tool_call>{"name": "f", "arguments": %s}</tool_call>'
 OTHER = 'a <tool_call>{"name": "g", "arguments": {}}</tool_call>'
 F = ("f", {"x": 'é </tool_cal> "q"'})
 
@@ -76,6 +57,12 @@ F = ("f", {"x": 'é </tool_cal> "q"'})
         (CALL.removesuffix("</tool_call>"), [F]),
         (CALL + "  \n", [F]),
         ('<tool_call>{"name": "f"}</tool_call>', [("f", {})]),
+        (SHORT % '{"x": 1, "x": 2}', [("f", {"x": 2})]),  # which a schema can't forbid
+        (SHORT % f'{{"x": {10**30}}}', [("f", {"x": 10**30})]),
+        (SHORT % '{"x": NaN}', [SHORT % '{"x": NaN}']),
+        (SHORT % '{"x": 1e999}', [SHORT % '{"x": 1e999}']),
+        (SHORT % '{"x": "\\ud800"}', [SHORT % '{"x": "\\ud800"}']),
+        (SHORT % ("[" * 2_000), [SHORT % ("[" * 2_000)]),
         # What isn't a call of a function that was offered is text, as it was written.
         (OTHER, [OTHER]),
         ("<tool_call>not json</tool_call> b", ["<tool_call>not json</tool_call> b"]),
@@ -110,5 +97,4 @@ def test_without_a_call_no_character_is_lost(text: str) -> None:
 
 
 def test_which_templates_teach_it() -> None:
-    assert isinstance(choose_format(("x", 'write <tool_call>\n{"name": ...')), TaggedJson)
-    assert choose_format(("x", "tools")) is None
+    assert Hermes().fits(("x", 'write <tool_call>\n{"name": ...')) and not Hermes().fits(("x", "tools"))
