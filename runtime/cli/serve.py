@@ -74,6 +74,7 @@ _LISTENING, _WHO, _HOW_MUCH = "Address", "Who may ask", "Limits"
     help="What clients call the model; may be given again.  [default: the bundle's name]",
     group=_WHO,
 )
+@option("--no-page", is_flag=True, help="No chat page at /, which needs no key itself.", group=_WHO)
 @option("--rows", type=click.IntRange(1), help="Answers at once.  [default: all rows of the bundle]", group=_HOW_MUCH)
 @option(
     "--max-queue", type=click.IntRange(0, 10_000), default=16, help="Answers that may wait for a row.", group=_HOW_MUCH
@@ -105,6 +106,7 @@ def command(
     allowed_host: tuple[str, ...],
     cors_origin: tuple[str, ...],
     model_name: tuple[str, ...],
+    no_page: bool,
     rows: int | None,
     max_queue: int,
     grace_seconds: float,
@@ -137,6 +139,7 @@ def command(
             cors_origins=cors_origin,
             model_names=model_name,
             grace_seconds=grace_seconds,
+            has_page=not no_page,
             certificate=ssl_certfile,
             certificate_key=ssl_keyfile,
         )

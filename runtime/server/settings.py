@@ -41,6 +41,7 @@ class ServerSettings:
         cors_origins: origins whose pages a browser lets read answers; "*": any.
         model_names: names that clients may give the model; empty: the bundle's own.
         grace_seconds: that requests at work get to finish once the server is told to stop.
+        has_page: the chat page is at `/`.
         certificate: PEM file of a TLS certificate chain; None: no TLS.
         certificate_key: PEM file of its private key; None: it is in `certificate`.
     """
@@ -54,6 +55,7 @@ class ServerSettings:
     cors_origins: tuple[str, ...] = ()
     model_names: tuple[str, ...] = ()
     grace_seconds: float = GRACE_SECONDS
+    has_page: bool = True
     certificate: Path | None = None
     certificate_key: Path | None = None
 
