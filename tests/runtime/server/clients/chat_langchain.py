@@ -28,7 +28,9 @@ found["called in a stream"] = [[call["name"], call["args"]] for call in gathered
 told = [HumanMessage("Is it raining?"), called, ToolMessage("yes", tool_call_id=called.tool_calls[0]["id"])]
 found["told"] = isinstance(bound.invoke(told), AIMessage)
 
-found["text"] = OpenAI(base_url=url, api_key=key, model="toy", max_tokens=6, max_retries=0).invoke("[assistant]")
+found["text"] = OpenAI(base_url=url, api_key=key, model="toy", temperature=0, max_tokens=6, max_retries=0).invoke(
+    "[assistant]"
+)
 try:
     ChatOpenAI(base_url=url, api_key=key, model="gpt", max_retries=0).invoke("Hi")
 except openai.NotFoundError as error:
