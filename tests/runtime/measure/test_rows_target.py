@@ -14,9 +14,11 @@ from qwen_aot.runtime.measure.rows_target import RowsTarget
 from tests.runtime.server.servers import VOCABULARY, make_generator
 
 
-def driven(concurrency: int, count: int, *, poison: int | None = None) -> tuple[Driven, int]:
+def driven(
+    concurrency: int, count: int, *, poison: int | None = None, end_after: int | None = None
+) -> tuple[Driven, int]:
     """A load of prompts of 8 tokens and answers of 5, and the most rows that decoded in one step."""
-    generator, engine = make_generator(rows=4)
+    generator, engine = make_generator(rows=4, end_after=end_after)
     most = 0
     decode = engine.decode
 
@@ -47,6 +49,12 @@ def test_answers_have_a_time_for_each_token() -> None:
         assert isinstance(outcome, Answer)
         assert (outcome.prompt_tokens, outcome.completion_tokens, len(outcome.pieces)) == (8, 5, 5)
         assert outcome.start <= outcome.pieces[0] <= outcome.pieces[-1] <= outcome.end
+
+
+def test_answers_do_not_end_before() -> None:
+    """Or loads of one length would have answers of many: this engine ends each row behind its second new token."""
+    found, _ = driven(2, 4, end_after=10)
+    assert [outcome.completion_tokens for outcome in found.outcomes if isinstance(outcome, Answer)] == [5] * 4
 
 
 def test_a_request_that_fails_is_counted_and_the_others_are_answered() -> None:
