@@ -253,6 +253,8 @@ def test_it_fits_and_every_control_is_reached_by_keyboard(page: Browser, width: 
         asked(page, "W" * 60)
         assert page.run("return document.documentElement.scrollWidth") <= width
         assert page.run("return document.documentElement.scrollHeight") <= 640
+        box = "const box = document.getElementById('conversation');"
+        assert page.run(f"{box} return box.scrollWidth <= box.clientWidth")  # a long word is broken
         sizes = page.run(
             "return [...document.querySelectorAll('button, input, select, textarea')].filter(e => e.checkVisibility())"
             ".map(e => { const box = e.getBoundingClientRect(); return [e.id, box.left, box.right] })"
