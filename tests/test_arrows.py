@@ -39,7 +39,7 @@ RUNTIME = (
     ("runtime.engine | runtime.text", "one step of an engine; text to tokens and back"),
     ("runtime.backends", "an engine for each kind of file in a bundle"),
     ("runtime.generation | runtime.capi", "drives any engine; builds the C library, which does the same"),
-    ("runtime.server", "lets many clients drive it over HTTP"),
+    ("runtime.measure | runtime.server", "times it under load; lets many clients drive it over HTTP"),
     ("runtime.cli", "shows all of it on a terminal"),
 )
 PLUGINS = (
@@ -54,6 +54,7 @@ PLUGINS = (
 ARROWS = (
     Arrow("", "errors", "one error tree"),
     Arrow("", "extras", "one answer to which extra brings a package"),
+    Arrow("", "figures", "one look of every plot"),
     Arrow("", "machine", "one answer to what the process may use"),
     Arrow("", "version", "one version"),
     Arrow("", "whole_file", "one way to write a file that may replace another"),
@@ -133,7 +134,7 @@ def test_every_folder_has_its_place_in_the_order() -> None:
     files = (path.relative_to(TREE).with_suffix("") for path in _modules(TREE) if path.stem != "__init__")
     inside = {".".join(file.parts) for file in files}
     outside = {module for module in inside if not any(is_within(module, folder) for folder in FOLDERS)}
-    assert outside == {"__main__", "errors", "extras", "machine", "version", "whole_file", "whole_folder"}
+    assert outside == {"__main__", "errors", "extras", "figures", "machine", "version", "whole_file", "whole_folder"}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,9 @@ def write(root: Path, files: dict[str, str]) -> Path:
 
 
 ALL = {  # one module for each place of the table, so that imports of it resolve
-    **{f"{name}.py": "" for name in ("errors", "extras", "machine", "version", "whole_file", "whole_folder")},
+    **{
+        f"{name}.py": "" for name in ("errors", "extras", "figures", "machine", "version", "whole_file", "whole_folder")
+    },
     **{f"{folder.replace('.', '/')}/it.py": "" for folder in FOLDERS},
     **{f"runtime/cli/{verb}.py": "" for verb in ("build", "doctor", "bench", "generate", "chat", "inspect")},
 }

@@ -1,232 +1,169 @@
-"""`bench`: a bundle's speed and memory on this machine."""
+"""`bench`: a bundle's speed and memory on this machine, or any server's under load."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import importlib
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from qwen_aot.runtime.cli.command import VerbCommand, option
-from qwen_aot.runtime.cli.console import count, duration, print_json, show_logs, size, stdout
-from qwen_aot.runtime.cli.opening import open_generator
-from qwen_aot.runtime.cli.options import CONTEXT, allow_bundle_code_option, bundle_argument, json_option, threads_option
-from qwen_aot.runtime.cli.tables import print_table, say
+from qwen_aot.runtime.cli.bench_load import REQUESTS, LoadShape, measure_rows, measure_server, show_loads
+from qwen_aot.runtime.cli.bench_rounds import measure_bundle, show_rounds
+from qwen_aot.runtime.cli.command import EXIT_OK, VerbCommand, option
+from qwen_aot.runtime.cli.console import print_json, show_logs
+from qwen_aot.runtime.cli.options import (
+    CONTEXT,
+    GivenPath,
+    PlotPath,
+    allow_bundle_code_option,
+    json_option,
+    threads_option,
+)
 
-if TYPE_CHECKING:
-    from qwen_aot.runtime.generation.config import GenerationConfig
-    from qwen_aot.runtime.generation.generator import Generator
-
-
-_FIGURES = "median", "min", "max"
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """A measure over rounds."""
-
-    median: float
-    min: float
-    max: float
-    values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Summarizes at least one value."""
-        return cls(statistics.median(values), min(values), max(values), tuple(values))
+ROUNDS, TIMEOUT_SECONDS = 5, 600.0
+MOST_REQUESTS, MOST_CONCURRENCY, MOST_RATE, MOST_LOADS = 100_000, 4096, 10_000.0, 64
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One prompt and its answer, in seconds.
+def _numbers(read: Callable[[str], float], least: float, most: float, example: str) -> Callable[..., Any]:
+    """A callback that makes a tuple of different numbers with commas between them, in a range."""
 
-    Attributes:
-        run: of `decode`, inside the engine's run call.
-    """
+    def convert(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[float, ...] | None:
+        if text is None:
+            return None
+        parts = text.split(",")
+        try:
+            numbers = tuple(read(part) for part in parts)
+        except ValueError:
+            numbers = (math.nan,)
+        if not all(least <= number <= most for number in numbers) or len(parts) > MOST_LOADS:
+            reason = f"{text[:60]!r} isn't up to {MOST_LOADS} numbers of {least:g} to {most:g}, such as {example}"
+            raise click.BadParameter(reason, ctx, param)
+        if len(set(numbers)) < len(numbers):
+            raise click.BadParameter(f"{text[:60]!r} has a number twice; give each once", ctx, param)
+        return numbers
 
-    prefill: float
-    first_token: float
-    decode: float
-    run: float
+    return convert
+
+
+def _seconds(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """Refuses NaN, which click's ranges let through."""
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is not in the range 0.1<=x<=86400.", ctx, param)
+    return value
 
 
 @click.command("bench", cls=VerbCommand, context_settings=CONTEXT)
-@bundle_argument
-@option("--prompt-tokens", type=click.IntRange(1), default=512, help="Length of the prompt.", group="Load")
+@click.argument("bundle", type=GivenPath(exists=True), required=False)
+@option("--prompt-tokens", type=click.IntRange(1), default=512, help="Length of a prompt.", group="Load")
 @option("--gen-tokens", type=click.IntRange(2), default=128, help="Tokens to generate.", group="Load")
-@option("--rounds", type=click.IntRange(1), default=5, help="Measured after one that warms up.", group="Load")
+@option("--rounds", type=click.IntRange(1), help=f"Measured after one that warms up.  [default: {ROUNDS}]",
+        group="Load")  # fmt: skip
+@option(
+    "--concurrency",
+    callback=_numbers(int, 1, MOST_CONCURRENCY, "1,4,8"),
+    metavar="N[,N...]",
+    help="Requests at once; each number is a load of its own.",
+    group="Load",
+)
+@option(
+    "--rate",
+    callback=_numbers(float, 0.001, MOST_RATE, "0.5,1,2"),
+    metavar="R[,R...]",
+    help="Requests a second, which come by chance (Poisson); each number is a load of its own. Of a server.",
+    group="Load",
+)
+@option(
+    "--requests",
+    type=click.IntRange(1, MOST_REQUESTS),
+    help=f"Of each load of --concurrency or --rate.  [default: {REQUESTS}, or the concurrency if that is more]",
+    group="Load",
+)
+@option("--url", metavar="URL", help="A server that speaks OpenAI's API, in the place of BUNDLE.", group="Server")
+@option("--model", metavar="NAME", help="Its name there.  [default: the one that is listed]", group="Server")
+@option(
+    "--api-key-file",
+    type=GivenPath(exists=True),
+    help="File whose first line is the key that the server asks for.",
+    group="Server",
+)
+@option(
+    "--timeout",
+    type=click.FloatRange(0.1, 86_400),
+    callback=_seconds,
+    help=f"Seconds that a request may take.  [default: {TIMEOUT_SECONDS:g}]",
+    group="Server",
+)
+@option("--plot", type=PlotPath(), help="Draw throughput against latency: a .png or .svg file.", group="Output")
 @json_option
 @threads_option
 @allow_bundle_code_option
 def command(
-    bundle: Path,
+    bundle: Path | None,
     prompt_tokens: int,
     gen_tokens: int,
-    rounds: int,
+    rounds: int | None,
+    concurrency: tuple[int, ...] | None,
+    rate: tuple[float, ...] | None,
+    requests: int | None,
+    url: str | None,
+    model: str | None,
+    api_key_file: Path | None,
+    timeout: float | None,
+    plot: Path | None,
     as_json: bool,
     threads: int | None,
     allow_bundle_code: bool,
-) -> None:
-    """Measure a bundle's speed and memory.
+) -> int:
+    """Measure a bundle's speed and memory, or a server's under load.
 
     \b
     Examples:
       qwen-aot bench ./bundle
-      qwen-aot bench ./bundle --prompt-tokens 128 --rounds 9 --threads 2 --json
+      qwen-aot bench ./bundle --concurrency 1,4,8 --plot rows.png
+      qwen-aot bench --url http://127.0.0.1:8000/v1 --rate 0.5,1,2
 
-    Prompts are random token ids, one row. Greedy and sampled rounds alternate; each figure is the median over rounds,
-    with the lowest and the highest beside it. "Own code" is what a decoded token costs outside the engine's run call.
+    BUNDLE alone: prompts are random token ids, one row. Greedy and sampled rounds alternate; each figure is the median
+    over rounds, with the lowest and the highest beside it. "Own code" is what a decoded token costs outside the
+    engine's run call.
+
+    With --concurrency or --rate: greedy answers to random prompts, streamed. Latencies are percentiles over requests;
+    tokens are counted by the server. What fails is counted by kind and nowhere else, and makes the exit code 1.
     """
     show_logs()
-    result = measure_bundle(bundle, prompt_tokens, gen_tokens, rounds, threads, allow_bundle_code=allow_bundle_code)
-    if as_json:
-        print_json(result)
+    is_load = concurrency is not None or rate is not None
+    if (bundle is None) == (url is None):
+        raise click.UsageError("give a BUNDLE, or a server's --url" + (", not both" if url is not None else ""))
+    if concurrency is not None and rate is not None:
+        raise click.UsageError("--concurrency and --rate exclude each other: a load is of one kind")
+    _refuse(url is not None and not is_load, "--url", "--concurrency or --rate")
+    _refuse(bundle is not None and rate is not None, "--rate", "--url")
+    _refuse(is_load and rounds is not None, "--rounds", "BUNDLE alone")
+    _refuse(not is_load and requests is not None, "--requests", "--concurrency or --rate")
+    _refuse(not is_load and plot is not None, "--plot", "--concurrency or --rate")
+    of_server = {"--model": model, "--api-key-file": api_key_file, "--timeout": timeout}
+    of_bundle = {"--threads": threads, "--allow-bundle-code": allow_bundle_code or None}
+    for name, value in (of_server if bundle is not None else of_bundle).items():
+        _refuse(value is not None, name, "--url" if bundle is not None else "BUNDLE")
+    if not is_load:
+        assert bundle is not None
+        asked = rounds or ROUNDS
+        result = measure_bundle(bundle, prompt_tokens, gen_tokens, asked, threads, allow_bundle_code=allow_bundle_code)
+        print_json(result) if as_json else show_rounds(result)
+        return EXIT_OK
+    if plot is not None:
+        importlib.import_module("matplotlib")  # what is missing is said before the work
+    shape = LoadShape.of(concurrency, rate, requests, prompt_tokens, gen_tokens)
+    if bundle is not None:
+        report = measure_rows(bundle, shape, threads, allow_bundle_code=allow_bundle_code)
     else:
-        _show(result)
+        assert url is not None
+        report = measure_server(url, shape, model, api_key_file, timeout or TIMEOUT_SECONDS)
+    return show_loads(report, plot, as_json=as_json)
 
 
-def measure_bundle(
-    bundle: Path,
-    prompt_tokens: int,
-    gen_tokens: int,
-    rounds: int,
-    threads: int | None = None,
-    *,
-    allow_bundle_code: bool = False,
-) -> dict[str, Any]:
-    """What `bench` reports, as plain JSON values.
-
-    Raises:
-        click.UsageError: prompt and answer don't fit the bundle's context.
-    """
-    from qwen_aot.machine import peak_memory_bytes, reset_peak, usable_cores
-    from qwen_aot.runtime.bundle.load import load_bundle
-    from qwen_aot.runtime.cli.doctor import cpu
-
-    manifest = load_bundle(bundle, skip_hash_above=0).manifest  # hashed below, when it is opened
-    if prompt_tokens + gen_tokens > manifest.max_context:
-        raise click.UsageError(
-            f"--prompt-tokens {prompt_tokens} and --gen-tokens {gen_tokens} exceed the bundle's context of "
-            f"{manifest.max_context}; give less"
-        )
-    reset_peak()
-    start = time.perf_counter()
-    with open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
-        load_seconds = time.perf_counter() - start
-        greedy, sampled = _measure(generator, prompt_tokens, gen_tokens, rounds)
-    return {
-        "bundle": str(bundle),
-        "model": manifest.model.name,
-        "target": manifest.target,
-        "precision": manifest.engines.text.precision,
-        "quantization": dict(manifest.engines.text.quantization),
-        "cpu": cpu()["name"],
-        "threads": threads or usable_cores(),
-        "prompt_tokens": prompt_tokens,
-        "gen_tokens": gen_tokens,
-        "rounds": rounds,
-        "load_seconds": load_seconds,
-        "prefill_tokens_per_second": asdict(Spread.of([prompt_tokens / r.prefill for r in greedy])),
-        "first_token_seconds": asdict(Spread.of([r.first_token for r in greedy])),
-        "decode_tokens_per_second": asdict(Spread.of([(gen_tokens - 1) / r.decode for r in greedy])),
-        "sampled_decode_tokens_per_second": asdict(Spread.of([(gen_tokens - 1) / r.decode for r in sampled])),
-        "own_seconds_per_token": asdict(Spread.of([(r.decode - r.run) / (gen_tokens - 1) for r in greedy])),
-        "own_share_of_step": asdict(Spread.of([(r.decode - r.run) / r.decode for r in greedy])),
-        "sampled_own_seconds_per_token": asdict(Spread.of([(r.decode - r.run) / (gen_tokens - 1) for r in sampled])),
-        "sampled_own_share_of_step": asdict(Spread.of([(r.decode - r.run) / r.decode for r in sampled])),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-
-
-def decode_rate(generator: Generator, prompt_tokens: int, gen_tokens: int, rounds: int) -> Spread:
-    """Greedy decoding alone, one row, in tokens a second; one round more than measured warms up.
-
-    Args:
-        generator: open; prompt and answer fit its context.
-        prompt_tokens: random ones.
-        gen_tokens: at least 2.
-        rounds: measured.
-    """
-    (measured,) = _alternate(generator, prompt_tokens, rounds, (_greedy(gen_tokens),))
-    return Spread.of([(gen_tokens - 1) / each.decode for each in measured])
-
-
-def _greedy(gen_tokens: int) -> GenerationConfig:
-    from qwen_aot.runtime.generation.config import GenerationConfig
-
-    return GenerationConfig(max_new_tokens=gen_tokens, ignore_eos=True, stop=())
-
-
-def _measure(generator: Generator, prompt_tokens: int, gen_tokens: int, rounds: int) -> tuple[list[Round], list[Round]]:
-    """Greedy and sampled rounds."""
-    from qwen_aot.runtime.generation.config import GenerationConfig
-
-    sampled = GenerationConfig(  # what a chat commonly asks for
-        max_new_tokens=gen_tokens,
-        ignore_eos=True,
-        stop=(),
-        temperature=0.7,
-        top_k=20,
-        top_p=0.8,
-        repetition_penalty=1.05,
-        seed=0,
-    )
-    measured = _alternate(generator, prompt_tokens, rounds, (_greedy(gen_tokens), sampled))
-    return measured[0], measured[1]
-
-
-def _alternate(
-    generator: Generator, prompt_tokens: int, rounds: int, configs: Sequence[GenerationConfig]
-) -> tuple[list[Round], ...]:
-    """Rounds of each configuration in turn, after one of each that isn't counted."""
-    import numpy as np
-
-    draws = np.random.default_rng(0)
-    measured: tuple[list[Round], ...] = tuple([] for _ in configs)
-    for index in range(rounds + 1):
-        prompt = draws.integers(0, generator.engine.manifest.model.vocab_size, prompt_tokens).tolist()
-        for config, into in zip(configs, measured, strict=True):
-            result = _one_round(generator, prompt, config)
-            if index:
-                into.append(result)
-    return measured
-
-
-def _one_round(generator: Generator, prompt: list[int], config: GenerationConfig) -> Round:
-    from qwen_aot.runtime.generation.request import Completion, Request
-
-    events = generator.stream([Request(prompt, config)])
-    next(events)
-    run_at_first_token = generator.engine.run_seconds
-    *_, completion = events
-    assert isinstance(completion, Completion)
-    timings = completion.timings
-    run = generator.engine.run_seconds - run_at_first_token
-    return Round(timings.prefill, timings.first_token, timings.decode, run)
-
-
-def _show(result: dict[str, Any]) -> None:
-    rows = (
-        ("prefill, tokens/s", "prefill_tokens_per_second", 1, ".0f"),
-        ("decode, tokens/s", "decode_tokens_per_second", 1, ".1f"),
-        ("decode sampled, tokens/s", "sampled_decode_tokens_per_second", 1, ".1f"),
-        ("first token, ms", "first_token_seconds", 1e3, ".0f"),
-        ("own code, µs/token", "own_seconds_per_token", 1e6, ".0f"),
-        ("own code, % of a step", "own_share_of_step", 100, ".2f"),
-        ("own code sampled, µs/token", "sampled_own_seconds_per_token", 1e6, ".0f"),
-        ("own code sampled, % of a step", "sampled_own_share_of_step", 100, ".2f"),
-    )
-    figures = [
-        (label, *(format(result[name][key] * factor, form) for key in _FIGURES)) for label, name, factor, form in rows
-    ]
-    title = (
-        f"{result['model']}, {result['target']} {result['precision']}: {result['prompt_tokens']} prompt and "
-        f"{result['gen_tokens']} new tokens, {count(result['rounds'], 'round')}"
-    )
-    console = stdout()
-    print_table(console, ("measure", *_FIGURES), figures, numbers=_FIGURES, title=title)
-    say(console, f"load {duration(result['load_seconds'])}, peak memory {size(result['peak_memory_bytes'])}")
+def _refuse(is_wrong: bool, name: str, goes_with: str) -> None:
+    if is_wrong:
+        raise click.UsageError(f"{name} goes with {goes_with}")

@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen_aot.errors import BundleError, DeployError, EngineMismatchError
-from qwen_aot.runtime.cli.bench import Spread, decode_rate
 from qwen_aot.runtime.cli.command import EXIT_FAILED, EXIT_INCONCLUSIVE, VerbCommand, option
 from qwen_aot.runtime.cli.comparison_table import Row, show
 from qwen_aot.runtime.cli.console import count, print_json, progress_on_stderr, show_logs, stdout, tell
-from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, allow_bundle_code_option, json_option, threads_option
+from qwen_aot.runtime.cli.options import (
+    CONTEXT,
+    GivenPath,
+    PlotPath,
+    allow_bundle_code_option,
+    json_option,
+    threads_option,
+)
 from qwen_aot.runtime.cli.tables import say
 from qwen_aot.runtime.cli.text_file import read_text
 from qwen_aot.runtime.cli.visible import visible
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
     from qwen_aot.runtime.bundle.load import Bundle
     from qwen_aot.runtime.bundle.manifest import Manifest
     from qwen_aot.runtime.generation.generator import Generator
+    from qwen_aot.runtime.measure.rounds import Spread
 
 POSITIONS = "positions"  # what progress counts
 WINDOW = 512  # tokens, less where a context is shorter
@@ -35,22 +42,6 @@ GREEDY_TOKENS = 32  # behind each window's first quarter, fewer where a context 
 PROMPT_TOKENS, GEN_TOKENS, ROUNDS = 32, 64, 3  # of a decode rate; the tokens fewer where the context is shorter
 LAYER_TOKENS = 256  # of the first window, over which layers are compared
 RANDOM_TOKENS = 1024  # where there is no tokenizer and so no text
-PLOT_SUFFIXES = (".png", ".svg")
-
-
-class _PlotPath(GivenPath):
-    """A file to write, of a kind that can be drawn, in a folder that is there."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Refuses what would fail after all the work."""
-        path = super().convert(value, param, ctx)
-        if path.suffix not in PLOT_SUFFIXES:
-            self.fail(f"{path} isn't a {' or '.join(PLOT_SUFFIXES)} file", param, ctx)
-        if path.is_dir():
-            self.fail(f"{path} can't be written: it is a folder", param, ctx)
-        if not path.parent.is_dir():
-            self.fail(f"{path} can't be written: there is no folder {path.parent}", param, ctx)
-        return path
 
 
 @click.command("compare", cls=VerbCommand, context_settings=CONTEXT)
@@ -74,7 +65,7 @@ class _PlotPath(GivenPath):
     help=f"Tokens scored in one piece.  [default: {WINDOW}, or the shortest context]",
     group="Input",
 )
-@option("--plot", type=_PlotPath(), help="Draw size against KL, and each layer's error: a .png or .svg file.",
+@option("--plot", type=PlotPath(), help="Draw size against KL, and each layer's error: a .png or .svg file.",
         group="Output")  # fmt: skip
 @json_option
 @threads_option
@@ -211,7 +202,8 @@ class Report:
         Raises:
             OSError: it can't be written.
         """
-        from qwen_aot.engines.verify.comparison_plot import Drawn, draw, render
+        from qwen_aot.engines.verify.comparison_plot import Drawn, draw
+        from qwen_aot.figures import render
         from qwen_aot.whole_file import write_whole
 
         drawn = [
@@ -434,6 +426,8 @@ def _drawn(manifest: Manifest) -> list[int]:
 
 
 def _speed(generator: Generator, manifest: Manifest) -> Spread:
+    from qwen_aot.runtime.measure.rounds import decode_rate
+
     half = manifest.max_context // 2
     return decode_rate(generator, min(PROMPT_TOKENS, half), min(GEN_TOKENS, half), ROUNDS)
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from qwen_aot.runtime.cli.bench import Spread
 from qwen_aot.runtime.cli.console import size, stdout
 from qwen_aot.runtime.cli.tables import print_table
 
 if TYPE_CHECKING:
     from qwen_aot.engines.verify.comparison import Scored
     from qwen_aot.engines.verify.per_layer import LayerReport
+    from qwen_aot.runtime.measure.rounds import Spread
 
 _HEADINGS = ("bundle", "size", "bits", "KL, nats", "perplexity", "ratio", "top-1", "greedy", "tok/s")
 _NOTHING = "-"

@@ -317,7 +317,7 @@ def _compare_with_polygraphy(model: str, folder: Path, target: str) -> Mapping[s
 
 
 def _measure(bundle: Path) -> Mapping[str, Any]:
-    from qwen_aot.runtime.cli.bench import measure_bundle
+    from qwen_aot.runtime.cli.bench_rounds import measure_bundle
 
     return measure_bundle(bundle, prompt_tokens=256, gen_tokens=128, rounds=5, allow_bundle_code=True)
 

@@ -19,7 +19,7 @@ VERBS = {
     "serve": Verb("qwen_aot.runtime.cli.serve", "Serve a bundle over HTTP, as OpenAI's API."),
     "verify": Verb("qwen_aot.runtime.cli.verify", "Compare a bundle with Hugging Face transformers in fp32."),
     "compare": Verb("qwen_aot.runtime.cli.compare", "Compare bundles of a checkpoint: size, loss and speed."),
-    "bench": Verb("qwen_aot.runtime.cli.bench", "Measure a bundle's speed and memory."),
+    "bench": Verb("qwen_aot.runtime.cli.bench", "Measure a bundle's speed and memory, or a server's under load."),
     "inspect": Verb("qwen_aot.runtime.cli.inspect", "Show a checkpoint, an ONNX file or a bundle as a table."),
     "plan": Verb("qwen_aot.runtime.cli.plan", "Show which models fit which devices, and how fast at most."),
     "gpu-check": Verb("qwen_aot.runtime.cli.gpu_check", "Build, test, compare and measure on this machine's GPU."),

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
+PLOT_SUFFIXES = (".png", ".svg")
+
 Decorator = Callable[[Any], Any]
 
 
@@ -31,6 +33,21 @@ class GivenPath(click.Path):
         if value == "":
             self.fail("it is empty (a variable that isn't set?); give a path, or . for the current folder", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class PlotPath(GivenPath):
+    """A file to write, of a kind that can be drawn, in a folder that is there."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuses what would fail after all the work."""
+        path = super().convert(value, param, ctx)
+        if path.suffix not in PLOT_SUFFIXES:
+            self.fail(f"{path} isn't a {' or '.join(PLOT_SUFFIXES)} file", param, ctx)
+        if path.is_dir():
+            self.fail(f"{path} can't be written: it is a folder", param, ctx)
+        if not path.parent.is_dir():
+            self.fail(f"{path} can't be written: there is no folder {path.parent}", param, ctx)
+        return path
 
 
 def _biases(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> dict[int, float] | None:

@@ -81,6 +81,7 @@ _LISTENING, _WHO, _MODEL, _HOW_MUCH = "Address", "Who may ask", "Model", "Limits
     help="How the model is told functions and calls them.  [default: by its chat template]",
     group=_MODEL,
 )
+@option("--no-page", is_flag=True, help="No chat page at /, which needs no key itself.", group=_WHO)
 @option("--rows", type=click.IntRange(1), help="Answers at once.  [default: all rows of the bundle]", group=_HOW_MUCH)
 @option(
     "--max-queue", type=click.IntRange(0, 10_000), default=16, help="Answers that may wait for a row.", group=_HOW_MUCH
@@ -113,6 +114,7 @@ def command(
     cors_origin: tuple[str, ...],
     model_name: tuple[str, ...],
     tool_format: str | None,
+    no_page: bool,
     rows: int | None,
     max_queue: int,
     grace_seconds: float,
@@ -146,6 +148,7 @@ def command(
             model_names=model_name,
             tool_format=tool_format,
             grace_seconds=grace_seconds,
+            has_page=not no_page,
             certificate=ssl_certfile,
             certificate_key=ssl_keyfile,
         )

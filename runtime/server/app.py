@@ -14,6 +14,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from qwen_aot.runtime.server.chat import read_chat
+from qwen_aot.runtime.server.chat_page import page_routes
 from qwen_aot.runtime.server.completions import read_completion
 from qwen_aot.runtime.server.endpoint import GenerationEndpoint
 from qwen_aot.runtime.server.errors import ApiError
@@ -56,6 +57,7 @@ def make_app(state: ServerState) -> ASGIApp:
             Route("/ready", plain.ready),
             Route("/metrics", plain.metrics),
             Route("/version", plain.version),
+            *(page_routes() if state.settings.has_page else ()),
         ],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _our_fault},
     )

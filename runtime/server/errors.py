@@ -70,7 +70,7 @@ def of_request(error: DeployError) -> ApiError:
             return queue_full("as many requests as may wait do")
         case ServiceClosedError():
             return draining()
-    return ApiError(400, str(error))
+    return ApiError(400, str(error), code="invalid_value")
 
 
 def failed() -> ApiError:

@@ -10,13 +10,13 @@ import urllib.parse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from qwen_aot.runtime.server.chat_page import PAGE_PATHS
 from qwen_aot.runtime.server.errors import ApiError
 from qwen_aot.runtime.server.settings import ServerSettings
 
-__all__ = ["MAX_HEADER_BYTES", "OPEN_PATHS", "Guard"]
+__all__ = ["MAX_HEADER_BYTES", "Guard"]
 
 MAX_HEADER_BYTES = 64 << 10
-OPEN_PATHS = frozenset({"/health"})  # no key is asked for there
 
 
 class Guard:
@@ -32,6 +32,9 @@ class Guard:
         self._keys = [_digest(key.encode()) for key in settings.keys]
         self._hosts = frozenset(name.lower() for name in (*settings.allowed_hosts, settings.host))
         self._origins = frozenset(settings.cors_origins)
+        # Where no key is asked for. A browser sends none when it opens a page, and the page's files tell nobody
+        # anything: who uses it gives it the key, which it sends with its requests.
+        self._open_paths = PAGE_PATHS | {"/health"} if settings.has_page else frozenset({"/health"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on what may be asked.
@@ -43,7 +46,7 @@ class Guard:
         _check_size(scope)
         self._check_host(headers)
         self._check_origin(headers)
-        if scope["path"] not in OPEN_PATHS:
+        if scope["path"] not in self._open_paths:
             self._check_key(headers)
         await self._app(scope, receive, send)
 

@@ -26,6 +26,7 @@ PATHS = (
     "/ready",
     "/metrics",
     "/version",
+    "/",
 )
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds: no line where all is well
 CLIENT_GONE = 499  # nginx's status for a client that didn't wait; nobody gets it

@@ -43,6 +43,7 @@ class ServerSettings:
         model_names: names that clients may give the model; empty: the bundle's own.
         tool_format: in which the model is told functions and calls them; None: see `choose_format`.
         grace_seconds: that requests at work get to finish once the server is told to stop.
+        has_page: the chat page is at `/`.
         certificate: PEM file of a TLS certificate chain; None: no TLS.
         certificate_key: PEM file of its private key; None: it is in `certificate`.
     """
@@ -57,6 +58,7 @@ class ServerSettings:
     model_names: tuple[str, ...] = ()
     tool_format: str | None = None
     grace_seconds: float = GRACE_SECONDS
+    has_page: bool = True
     certificate: Path | None = None
     certificate_key: Path | None = None
 

@@ -11,6 +11,7 @@ EXTRA_OF = {
     "cuda": "cuda",
     "gguf": "build",
     "h11": "serve",
+    "httpx": "bench",
     "llguidance": "serve",
     "matplotlib": "plot",
     "ml_dtypes": "build",

@@ -1,4 +1,4 @@
-"""What `verify` and `compare` may have found, made up: for their screens."""
+"""What `verify`, `compare` and `bench` may have found, made up: for their screens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from qwen_aot.engines.verify.scores import Check, Scores, Verification
 from qwen_aot.engines.verify.verdict import Verdict
 from qwen_aot.engines.verify.weights import WeightCheck
 from qwen_aot.runtime.cli import compare
-from qwen_aot.runtime.cli.bench import Spread
+from qwen_aot.runtime.cli.bench_load import BenchReport
 from qwen_aot.runtime.cli.comparison_table import Row
+from qwen_aot.runtime.measure.rounds import Spread
+from qwen_aot.runtime.measure.summary import LoadReport, Percentiles
 
 _SCORES = Scores(
     positions=640,
@@ -98,4 +100,41 @@ COMPARISON = compare.Report(
     windows=24,
     reference_reader="the gguf package",
     model="SmolLM2-135M-Instruct.Q4_1.gguf",
+)  # fmt: skip
+
+_ANSWERED = LoadReport(
+    concurrency=1,
+    rate=None,
+    requests=32,
+    answered=32,
+    failures={},
+    messages={},
+    short_answers=0,
+    seconds=81.92,
+    prompt_tokens=16384,
+    completion_tokens=4096,
+    completion_tokens_per_second=50.0,
+    requests_per_second=0.390625,
+    first_token_seconds=Percentiles(0.4567, 0.6789, 1.2345, 12.5),
+    between_tokens_seconds=Percentiles(0.0212, 0.0234, 0.025, 0.0257),
+    gap_seconds=Percentiles(0.0191, 0.03, 0.123, 4.5),
+    end_to_end_seconds=Percentiles(2.5, 3.5, 4.25, 16.0),
+    cpu_seconds=160.25,
+    late_seconds=0.001,
+)
+LOADED = BenchReport(
+    "tiny-model, cpu fp32: 512 prompt and 128 new tokens",
+    {},
+    (
+        (_ANSWERED, {}),
+        (dataclasses.replace(_ANSWERED, concurrency=16, answered=30, short_answers=1,
+                             failures={"status 429": 1, "error in stream": 1},
+                             messages={"status 429": "the queue is full; try again later",
+                                       "error in stream": "the engine failed"}), {}),
+        (dataclasses.replace(_ANSWERED, concurrency=None, rate=0.5, answered=0, failures={"connect": 32},
+                             messages={"connect": "All connection attempts failed"}, completion_tokens_per_second=0.0,
+                             requests_per_second=0.0, first_token_seconds=None, between_tokens_seconds=None,
+                             gap_seconds=None, end_to_end_seconds=None), {}),
+    ),
+    ("load 4 min 05 s, peak memory 323 MB",),
 )  # fmt: skip

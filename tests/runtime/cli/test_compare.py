@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qwen_aot import figures
 from qwen_aot.engines.build import build_bundle
 from qwen_aot.engines.spec.build_spec import BuildSpec
-from qwen_aot.engines.verify import comparison, comparison_plot, kept_reference, layer_graphs, reference
+from qwen_aot.engines.verify import comparison, kept_reference, layer_graphs, reference
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.cli import source
@@ -278,7 +279,7 @@ def test_a_plot_that_fails_leaves_what_stood_there(
 
     plot = tmp_path / "loss.png"
     plot.write_text("before")
-    monkeypatch.setattr(comparison_plot, "render", fail)
+    monkeypatch.setattr(figures, "render", fail)
     result = run("compare", bundle, "--reference", checkpoint, "--tokens", 20, "--plot", plot)
     assert result.exit_code == 1 and "No space left on device" in result.stderr
     assert "reference, fp32" in result.stdout  # the table isn't lost

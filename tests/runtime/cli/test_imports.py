@@ -87,14 +87,14 @@ def test_the_server_imports_nothing_that_builds() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_no_other_verb_imports_what_serves() -> None:
-    """The extra `serve` is for one verb; and that one's help needs nothing of it."""
+def test_no_verb_imports_what_serves_or_asks_when_it_is_imported() -> None:
+    """The extras `serve` and `bench` are for one verb each; and their help needs nothing of it."""
     modules = [verb.module for verb in VERBS.values()]
     code = f"""
 import importlib, sys
 for name in {modules}: importlib.import_module(name)
 import qwen_aot.runtime.generation.service
-print(sorted(set(sys.modules) & {{"starlette", "uvicorn", "h11", "llguidance", "prometheus_client", "anyio"}}))
+print(sorted(set(sys.modules) & {{"starlette", "uvicorn", "h11", "llguidance", "prometheus_client", "anyio", "httpx"}}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -22,6 +22,7 @@ from tests.coded_checkpoints import MOE
 from tests.quantized_files import gptq, gptq_config, save_quantized
 from tests.runtime.backends.tensorrt.engines import write_checksum_bundle
 from tests.runtime.cli.conftest import Run
+from tests.runtime.measure.scripted import scripted
 
 PAGE = Path(__file__).parents[3] / "docs" / "json.md"
 TYPES: dict[str, tuple[type, ...]] = {
@@ -31,16 +32,18 @@ TYPES: dict[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "null": (type(None),),
 }
+PERCENTILES = dict.fromkeys(("p50", "p95", "p99", "max"), "number")
 SPREAD = {"median": "number", "min": "number", "max": "number", "values[]": "number"}
 
 
 def documented(heading: str) -> dict[str, str]:
-    """Field -> type of one section of the page; a spread is spelled out."""
+    """Field -> type of one section of the page; a spread and percentiles are spelled out."""
     section = PAGE.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     fields: dict[str, str] = {}
     for names, kind in re.findall(r"^\| (`.*?`) \| ([a-z ]+) \|", section, re.MULTILINE):
         for name in re.findall(r"`([^`]+)`", names):
-            parts = {f"{name}.{part}": of for part, of in SPREAD.items()} if kind == "spread" else {name: kind}
+            inside = {"spread": SPREAD, "percentiles": PERCENTILES}.get(kind)
+            parts = {name: kind} if inside is None else {f"{name}.{part}": of for part, of in inside.items()}
             fields |= {path: f"{fields[path]} or {of}" if path in fields else of for path, of in parts.items()}
     return fields
 
@@ -164,6 +167,27 @@ def test_generate(run: Run, bundle: Path, experts: Path, tmp_path: Path) -> None
 def test_bench(run: Run, verified: tuple[Any, Path]) -> None:
     asked = ("--prompt-tokens", 8, "--gen-tokens", 4, "--rounds", 1, "--json")
     compare("`bench`", printed(run("bench", verified[1], *asked)))
+
+
+def test_bench_of_rows(run: Run, bundle: Path, verified: tuple[Any, Path], tmp_path: Path) -> None:
+    asked = ("--prompt-tokens", 8, "--gen-tokens", 4, "--concurrency", "1", "--requests", 1, "--json")
+    plain = printed(run("bench", verified[1], *asked))
+    drawn = printed(run("bench", bundle, *asked, "--plot", tmp_path / "p.png"))
+    compare("`bench --concurrency` of a bundle", plain, drawn, failed(plain))
+
+
+def test_bench_of_a_server(run: Run) -> None:
+    asked = ("--prompt-tokens", 8, "--gen-tokens", 4, "--requests", 1, "--json")
+    with scripted() as server:
+        one = printed(run("bench", "--url", server.url, *asked, "--concurrency", "1"))
+        other = printed(run("bench", "--url", server.url, *asked, "--rate", "9"))
+    compare("`bench --url`", one, other, failed(one) | {"plot": "p.png"})
+
+
+def failed(report: Any) -> Any:
+    """The same where no request was answered."""
+    lost = dict.fromkeys(("first_token_seconds", "between_tokens_seconds", "gap_seconds", "end_to_end_seconds"))
+    return report | {"loads": [report["loads"][0] | lost | {"failures": {"dropped": 1}, "messages": {"dropped": "x"}}]}
 
 
 def test_verify(run: Run, bundle: Path, checkpoint: Path) -> None:

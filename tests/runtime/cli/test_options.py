@@ -30,6 +30,7 @@ NEEDED = {
     "doctor": (),
 }
 RTX, TENSORRT, BLOCKS = ("--target", "tensorrt-rtx"), ("--target", "tensorrt"), ("--precision", "int4")
+FITTING = ("--prompt-tokens", "8", "--gen-tokens", "8")
 AWQ, RTN, SMOOTHQUANT = ("--format", "awq"), ("--algorithm", "rtn"), ("--algorithm", "smoothquant")
 GENERATION = [
     ("--max-new-tokens", "0", "0 is not in the range x>=1"),
@@ -165,6 +166,23 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--prompt-tokens", "256", "--prompt-tokens 256 and --gen-tokens 128 exceed the bundle's context of 256"),
         ("--gen-tokens", "1", "1 is not in the range x>=2"),
         ("--rounds", "0", "0 is not in the range x>=1"),
+        ("--concurrency", "", "'' isn't up to 64 numbers of 1 to 4096, such as 1,4,8"),
+        ("--concurrency", "1,,2", "'1,,2' isn't up to 64 numbers"),
+        ("--concurrency", "0", "'0' isn't up to 64 numbers of 1 to 4096"),
+        ("--concurrency", "1.5", "'1.5' isn't up to 64 numbers"),
+        ("--concurrency", "4,1,4", "'4,1,4' has a number twice; give each once"),
+        ("--concurrency", ",".join(map(str, range(1, 66))), "isn't up to 64 numbers of 1 to 4096"),
+        ("--concurrency", "2", "--concurrency 2 is more than the bundle's 1 row; give at most that", FITTING),
+        ("--rate", "0", "'0' isn't up to 64 numbers of 0.001 to 10000, such as 0.5,1,2"),
+        ("--rate", "nan", "'nan' isn't up to 64 numbers"),
+        ("--rate", "fast", "'fast' isn't up to 64 numbers"),
+        ("--requests", "0", "0 is not in the range 1<=x<=100000"),
+        ("--url", "http://a", "give a BUNDLE, or a server's --url, not both"),
+        ("--model", "x", "--model goes with --url"),
+        ("--api-key-file", "none", "'none' does not exist"),
+        ("--timeout", "0", "0.0 is not in the range 0.1<=x<=86400"),
+        ("--timeout", "nan", "nan is not in the range 0.1<=x<=86400"),
+        ("--plot", "load.pdf", "load.pdf isn't a .png or .svg file"),
         *THREADS,
     ],
     "compare": [
@@ -240,6 +258,39 @@ def test_a_wrong_value(run: Run, place: Path, verb: str, given: tuple[str, ...],
     assert message in " ".join(result.stderr.split())
     assert result.stdout == ""
     assert {path.name for path in place.iterdir()} == {"tiny-model", "bundle", "keys", "short-keys"}
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("", "--url is ''; accepted: http:// or https:// with a host"),
+        ("127.0.0.1:8000", "accepted: http:// or https:// with a host, such as http://127.0.0.1:8000/v1, and nothing"),
+        ("ftp://a/v1", "--url is 'ftp://a/v1'; accepted"),
+        ("http://", "--url is 'http://'; accepted"),
+        ("http://a:port/v1", "Port could not be cast"),
+        ("http://a:70000/v1", "Port out of range"),
+        ("http://[::1/v1", "Invalid IPv6 URL"),
+        ("http://me:word@a/v1", "and nothing else"),
+        ("http://a/v1?x=1", "and nothing else"),
+        ("http://a/v1#x", "and nothing else"),
+        ("http://a b/v1", "and nothing else"),
+        ("http://ä/v1", "and nothing else"),
+    ],
+)
+def test_a_url_that_is_none(run: Run, place: Path, url: str, said: str) -> None:
+    result = run("bench", "--url", url, "--concurrency", "1")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("content", [b"", b"\nthe-key-0123456789", b"two words", "schl\u00fcssel".encode(), b"\xff"])
+def test_a_file_without_a_key(run: Run, place: Path, content: bytes) -> None:
+    (place / "keys").write_bytes(content)
+    result = run("bench", "--url", "http://127.0.0.1:1", "--concurrency", "1", "--api-key-file", "keys")
+    assert (result.exit_code, result.stdout) == (2, "")
+    said = " ".join(result.stderr.split())
+    assert "its first line isn't a key, of visible ASCII characters" in said or "keys can't be read" in said
+    assert "words" not in said and "schl" not in said
 
 
 @pytest.mark.parametrize("ids", ["", " , ", "1,x", "1.5", "-1", "١", "1_0"])

@@ -27,10 +27,11 @@ from qwen_aot.runtime.cli import compare as compare_verb
 from qwen_aot.runtime.cli.command import VerbCommand
 from qwen_aot.runtime.cli.console import busy, progress_on_stderr
 from qwen_aot.runtime.cli.main import VERBS
+from qwen_aot.runtime.measure import rounds
 from tests.coded_checkpoints import MOE
 from tests.quantized_files import gptq, gptq_config, save_quantized
 from tests.runtime.cli import terminal
-from tests.runtime.cli.reports import COMPARISON, REPORTS
+from tests.runtime.cli.reports import COMPARISON, LOADED, REPORTS
 from tests.runtime.cli.terminal import Shown, show
 
 KEPT = Path(__file__).parent / "screens"
@@ -132,6 +133,7 @@ def place(checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(capi_build, "install_library", installed)
     monkeypatch.setattr(capi, "_onnxruntime_library", lambda: Path("/usr/lib/libonnxruntime.so.1.32.0"))
     monkeypatch.setattr(bench, "measure_bundle", lambda *arguments, **options: MEASURED)
+    monkeypatch.setattr(bench, "measure_rows", lambda *arguments, **options: LOADED)
     monkeypatch.setattr(doctor, "processor", lambda: {"name": "Xeon [8]", "features": ["avx512_vnni"]})
     return tmp_path
 
@@ -148,6 +150,7 @@ def place(checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
         ("inspect-quantized", ("tiny-gptq",), 0),
         ("doctor", (), 0),
         ("bench", ("bundle",), 0),
+        ("bench-load", ("bundle", "--concurrency", "1,16"), 1),
         ("generate", ("bundle", "--prompt-ids", "5,9", "--temperature", 0, "--max-new-tokens", 3, "--ignore-eos"), 0),
         ("gpu-check", ("gpu-check",), 1),
         ("capi", ("--prefix", "out"), 0),
@@ -269,7 +272,8 @@ def test_names_of_others_are_text(
 ) -> None:
     copy = hostile_bundle(bundle, tmp_path)
     model = shutil.copytree(checkpoint, tmp_path / "models" / HOSTILE)
-    monkeypatch.setattr(bench, "_measure", lambda *arguments: ([bench.Round(1, 1, 1, 1)], [bench.Round(1, 1, 1, 1)]))
+    one = [rounds.Round(1, 1, 1, 1)]
+    monkeypatch.setattr(rounds, "measure_rounds", lambda *arguments: (one, one))
     commands: list[tuple[Any, ...]] = [
         ("inspect", copy),
         ("inspect", model),

@@ -84,6 +84,7 @@ MESSAGES: list[Any] = [{"role": "user", "content": "Hello"}]
 def test_the_ready_line(server: Server) -> None:
     assert re.fullmatch(r"tiny at http://127\.0\.0\.1:\d+ \(1 row, context 256\); Ctrl-C stops it\n", server.line)
     assert len(server.line) <= 81
+    assert "<title>qwen-aot</title>" in httpx.get(server.url).text
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -242,7 +243,8 @@ def test_tls(bundle: Path, tmp_path: Path) -> None:
 
 def test_a_key_file(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"# ours\n{KEY}\n")
-    with serving(bundle, "--api-key-file", tmp_path / "keys", "--host", "127.0.0.1") as server:
+    with serving(bundle, "--api-key-file", tmp_path / "keys", "--host", "127.0.0.1", "--no-page") as server:
+        assert httpx.get(server.url).status_code == 401
         wrong = openai.OpenAI(base_url=server.url + "/v1", api_key="wrong", max_retries=0)
         with wrong, pytest.raises(openai.AuthenticationError):
             wrong.models.list()

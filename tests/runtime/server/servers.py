@@ -201,10 +201,18 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    *, rows: int = 3, max_context: int = 400, end_after: int | None = None, **settings: Any
+    *,
+    rows: int = 3,
+    max_context: int = 400,
+    end_after: int | None = None,
+    script: str | None = None,
+    template: str | None = TEMPLATE,
+    **settings: Any,
 ) -> Iterator[Running]:
     """A server at a port of 127.0.0.1, ready; it is stopped at the end, and has to end."""
-    generator, engine = make_generator(rows=rows, max_context=max_context, end_after=end_after)
+    generator, engine = make_generator(
+        rows=rows, max_context=max_context, end_after=end_after, script=script, template=template
+    )
     chosen = ServerSettings(**{"port": 0, "grace_seconds": 0.0} | settings)
     ready = threading.Event()
     with bind(chosen) as listener:

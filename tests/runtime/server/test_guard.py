@@ -12,13 +12,26 @@ KEY = "the-key-0123456789"
 OTHER = "another-key-0123456789"
 
 
-@pytest.mark.parametrize("path", [*PATHS, "/v1/models/toy", "/", "/nothing", "/v1/responses"])
-def test_the_key_guards_every_path_but_health(path: str) -> None:
+@pytest.mark.parametrize(
+    "path",
+    [
+        *PATHS,
+        "/v1/models/toy",
+        "/page/chat.css",
+        "/page/chat.js",
+        "/page/",
+        "/page/chat.py",
+        "/nothing",
+        "/v1/responses",
+    ],
+)
+@pytest.mark.parametrize("has_page", [True, False])
+def test_the_key_guards_every_path_but_health_and_the_page(path: str, has_page: bool) -> None:
     method = "POST" if "completions" in path or "tokenize" in path else "GET"
-    with App(keys=(KEY, OTHER)) as app:
+    with App(keys=(KEY, OTHER), has_page=has_page) as app:
         for wrong in ({}, {"authorization": "Bearer " + KEY[:-1]}, {"authorization": f"Basic {KEY}"}):
             response = app.ask(method, path, headers=wrong)
-            if path == "/health":
+            if path == "/health" or (has_page and path in ("/", "/page/chat.css", "/page/chat.js")):
                 assert response.status_code == 200
                 continue
             assert response.status_code == 401

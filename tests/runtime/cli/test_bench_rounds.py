@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from qwen_aot.runtime.cli import bench
-from qwen_aot.runtime.cli.bench import Spread
+from qwen_aot.runtime.cli import bench_rounds
 from qwen_aot.runtime.generation.request import Completion, FinishReason, Request, Timings, TokenEvent
+from qwen_aot.runtime.measure.rounds import Spread
 from tests.runtime.cli.conftest import Run
 
 SMALL = ("--prompt-tokens", 32, "--gen-tokens", 8, "--rounds", 3)
@@ -106,8 +106,8 @@ def known(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     manifest = load_bundle(bundle).manifest
     clock = iter([50.0, 51.5])  # loading takes 1.5 s
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(bench, "open_generator", lambda path, **options: KnownGenerator(manifest))
+    monkeypatch.setattr(bench_rounds.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(bench_rounds, "open_generator", lambda path, **options: KnownGenerator(manifest))
     monkeypatch.setattr("qwen_aot.machine.peak_memory_bytes", lambda: 123_000_000)
 
 
