@@ -121,7 +121,6 @@ def command(
 
     \b
     Examples:
-      qwen-aot bench ./bundle
       qwen-aot bench ./bundle --concurrency 1,4,8 --plot rows.png
       qwen-aot bench --url http://127.0.0.1:8000/v1 --rate 0.5,1,2
 
