@@ -9,7 +9,7 @@ from __future__ import annotations
 from hypothesis import settings
 
 QUICK, DEEP = "quick", "deep"
-DEEP_FACTOR = 50
+DEEP_FACTOR = 30
 
 
 def register() -> None:
