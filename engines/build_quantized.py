@@ -43,11 +43,13 @@ def quantize_spec_for(spec: BuildSpec, algorithm: str) -> QuantizeSpec:
         block_size = spec.block_size if "block_size" in spec.asked else None
         return QuantizeSpec(algorithm=algorithm, bits=bits, group_size=block_size, symmetric=spec.symmetric)
     bits = bits or 4
+    # TensorRT takes scales above 0 alone, which symmetric codes don't keep to (`exporter.rounding.grid`).
+    symmetric = spec.symmetric and spec.facts.weight_layout == "blocks"
     return QuantizeSpec(
         algorithm=algorithm,
         bits=bits,
         group_size=spec.block_size,
-        symmetric=spec.symmetric,
+        symmetric=symmetric,
         sensitive_bits=max(bits, spec.sensitive_bits) if spec.sensitive_bits else None,
     )
 

@@ -48,6 +48,11 @@ def settled(spec: BuildSpec, storage: Storage) -> BuildSpec:
     rounded = next((each for each in fixed if each.form is not None and each.form.has_input_scale), None)
     if rounded is not None and not spec.facts.rounds_inputs:
         raise BuildError(no_rounded_inputs(spec, f"the checkpoint stores {found}"))
+    if spec.fast_prefill and all(each.form is not None and each.form.has_input_scale for each in fixed):
+        raise BuildError(
+            "fast_prefill has nothing to make faster: the checkpoint's products are of 8-bit integers in any step; "
+            "leave fast_prefill out"
+        )
     refused = {"block_size": spec.block_size, "symmetric": spec.symmetric}
     if not any(table in storage.dtypes for table in _TABLES):
         refused["sensitive_bits"] = spec.sensitive_bits

@@ -24,7 +24,8 @@ class Grid:
 
     Attributes:
         form: bits, group size (it divides K), whether there are zero points; scales are stored as float16.
-        scales: [N, G] float32, numbers of float16; negative where that uses the range better. 0 where a group's
+        scales: [N, G] float32, numbers of float16; negative where that uses the range better, but where inputs are
+            rounded too. 0 where a group's
             weights are less than float16's least number, or all 0; infinite where float16 has none that is so large.
         zeros: [N, G] float32, whole numbers of the range of codes.
     """
@@ -96,6 +97,8 @@ def _fit(weight: Tensor, importance: Tensor, form: CodeForm, factors: Sequence[f
     if form.has_zero_points:
         low, high = low.clamp_max(0), high.clamp_min(0)
         widest = (high - low) / top
+    elif form.has_input_scale:  # for GPUs, whose libraries take scales above 0 alone
+        widest = torch.maximum(high, -low) / (middle - 1)
     else:
         widest = torch.where(high > -low, high, low) / -middle
     least = torch.full_like(widest, torch.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import pytest
 from qwen_aot.engines import build_quantized as jobs
 from qwen_aot.engines.build import build_bundle
 from qwen_aot.engines.build_quantized import build_quantized, quantize_spec_for
+from qwen_aot.engines.export import export_graph
 from qwen_aot.engines.quantize import quantize_checkpoint
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.quantize_spec import QuantizeSpec
-from qwen_aot.errors import BuildError
+from qwen_aot.errors import BuildError, ExportError
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.bundle.load import load_bundle
 from tests.checkpoints import save_tiny
@@ -117,10 +119,28 @@ def test_rounded_inputs_go_to_targets_that_have_them(model: Path, tmp_path: Path
             texts=texts,
             threads=1,
         )
+    with pytest.raises(BuildError, match="fast_prefill has nothing to make faster"):
+        build_bundle(tmp_path / "folder", BuildSpec(max_context=64, fast_prefill=True), tmp_path / "fast", threads=1)
     report = build_bundle(tmp_path / "folder", spec, tmp_path / "bundle", threads=1)
     assert report.manifest.engines.text.precision == "int8"
     with pytest.raises(BuildError, match="compressed-tensors-w8a8 .*inputs rounded too.*" + no_products):
         build_bundle(tmp_path / "folder", BuildSpec(target="cuda", max_context=64), tmp_path / "other", threads=1)
+
+
+def test_tensorrt_gets_codes_whose_scales_are_above_0(model: Path, tmp_path: Path) -> None:
+    spec = BuildSpec(target="tensorrt-rtx", precision="int4", max_context=64)
+    assert quantize_spec_for(spec, "rtn").symmetric is False
+    assert quantize_spec_for(BuildSpec(precision="int4"), "rtn").symmetric is True
+    with open_checkpoint(model) as checkpoint:
+        quantize_checkpoint(checkpoint, quantize_spec_for(spec, "rtn"), tmp_path / "folder", threads=1)
+        symmetric = QuantizeSpec(algorithm="rtn")
+        quantize_checkpoint(checkpoint, symmetric, tmp_path / "symmetric", threads=1)
+    for name, is_taken in (("folder", True), ("symmetric", False)):
+        refused = pytest.raises(
+            ExportError, match=r"TensorRT takes scales above 0 alone; accepted: codes with zero poin"
+        )
+        with open_checkpoint(tmp_path / name) as folder, contextlib.nullcontext() if is_taken else refused:
+            export_graph(folder.config, tmp_path / f"{name}-graph", checkpoint=folder, threads=1)
 
 
 def test_floats_have_no_algorithm(model: Path) -> None:

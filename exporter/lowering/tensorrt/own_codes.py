@@ -123,24 +123,41 @@ def _signed(part: EncodedRows, form: SignedFormat, dtype: ir.DataType, first_row
     group = np.arange(part.codes.shape[1] // form.block_size) * form.block_size // part.form.group_size
     codes = (part.codes.astype(np.int16) - middle).astype(np.int8)
     scales = part.scales[:, group].astype(np.float32)
-    if (scales < 0).any():
-        row = int(np.argmax((scales < 0).any(axis=1)))
-        raise OutOfRangeError(
-            first_row + row,
-            f"a scale of {scales[row].min():.6g} is negative, and TensorRT takes scales above 0 alone; accepted: "
-            f"target cpu, or {AS_FLOATS}",
-        )
-    found: list[NDArray[Any]] = [codes]
-    is_zero = scales == 0
-    if is_zero.any():
-        codes.reshape(len(codes), -1, form.block_size)[is_zero] = 0
-    least = ml_dtypes.finfo(dtype.numpy()).smallest_subnormal  # type: ignore[no-untyped-call]  # its stub has no types
-    found.append(as_scales(np.where(is_zero, np.float32(least), scales), dtype.numpy(), first_row))
+    above_0 = positive_scales(scales, codes, dtype, first_row)
+    found: list[NDArray[Any]] = [codes, as_scales(above_0, dtype.numpy(), first_row)]
     if form.has_offsets:
         zeros = np.full(part.scales.shape, middle, np.uint8) if part.zero_points is None else part.zero_points
         from_zero_points = (np.float32(middle) - zeros[:, group].astype(np.float32)) * scales
         found.append((from_zero_points + part.found_offsets[:, group]).astype(np.float32))
     return tuple(found)
+
+
+def positive_scales(
+    scales: NDArray[np.float32], codes: NDArray[np.int8], dtype: ir.DataType, first_row: int
+) -> NDArray[np.float32]:
+    """Scales that TensorRT takes: 0 becomes the smallest there is, with codes of 0.
+
+    Args:
+        scales: [r, n].
+        codes: [r, K], signed; changed where a scale is 0.
+        dtype: in which scales are stored.
+        first_row: of these rows in their chunk.
+
+    Raises:
+        OutOfRangeError: a scale is negative.
+    """
+    if (scales < 0).any():
+        row = int(np.argmax((scales < 0).any(axis=1)))
+        raise OutOfRangeError(
+            first_row + row,
+            f"a scale of {scales[row].min():.6g} is negative, and TensorRT takes scales above 0 alone; accepted: codes "
+            f"with zero points (qwen-aot quantize --asymmetric), target cpu, or {AS_FLOATS}",
+        )
+    is_zero = scales == 0
+    if is_zero.any():
+        codes.reshape(*scales.shape, -1)[is_zero] = 0
+    least = ml_dtypes.finfo(dtype.numpy()).smallest_subnormal  # type: ignore[no-untyped-call]  # its stub has no types
+    return np.where(is_zero, np.float32(least), scales)
 
 
 def _add_offsets(traced: Traced, node: ir.Node, weight: ir.Value, offsets: ir.Value, form: SignedFormat) -> None:

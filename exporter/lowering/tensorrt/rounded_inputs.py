@@ -12,6 +12,7 @@ import onnx_ir as ir
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows
 from qwen_aot.exporter.lowering.kept_codes import initializers_of_codes
 from qwen_aot.exporter.lowering.rounded_inputs import multiply_codes
+from qwen_aot.exporter.lowering.tensorrt.own_codes import positive_scales
 from qwen_aot.exporter.quantize.encoded import as_scales
 from qwen_aot.exporter.quantize.store import dims
 from qwen_aot.exporter.weights.recipe import Arrays, Output, Traced
@@ -30,7 +31,8 @@ def _dequantize_both(traced: Traced, node: ir.Node, codes: ir.Value, scale: ir.V
 
     def stored(part: EncodedRows, first_row: int) -> Arrays:
         signed = (part.codes ^ np.uint8(part.form.middle)).view(np.int8)
-        return signed, as_scales(part.scales[:, 0].astype(np.float32), dtype.numpy(), first_row)
+        scales = positive_scales(part.scales.astype(np.float32), signed, dtype, first_row)
+        return signed, as_scales(scales[:, 0], dtype.numpy(), first_row)
 
     outputs = [
         Output(f"{name}_codes", ir.DataType.INT8, (rows, width)),

@@ -145,6 +145,24 @@ def test_in_fp16_the_numbers_are_the_same(tmp_path: Path) -> None:
     assert difference(rounding_model(saved), onnx_file) < 0.1  # activations of 11 bits cross more middles
 
 
+def test_scales_of_0_and_below(tmp_path: Path) -> None:
+    """TensorRT takes scales above 0 alone: 0 becomes the smallest there is, with codes of 0."""
+    saved = save(tmp_path / "checkpoint")
+    name = "model.layers.0.self_attn.o_proj.weight_scale"
+    scales = load_file(saved.folder / "model.safetensors")[name].copy()
+    scales[3] = 0
+    saved.change(**{name: scales})
+    for lowering, lower in LOWERINGS.items():
+        _, onnx_file = write(saved.folder, tmp_path / lowering, lower)
+        assert difference(rounding_model(saved), onnx_file) < BOUND, lowering
+    scales[5] *= -1
+    saved.change(**{name: scales})
+    _, onnx_file = write(saved.folder, tmp_path / "negative", LOWERINGS["ort"])
+    assert difference(rounding_model(saved), onnx_file) < BOUND
+    with pytest.raises(ExportError, match=r"o_proj\.weight, row 5: a scale of -\S+ is negative"):
+        write(saved.folder, tmp_path / "refused", LOWERINGS["standard"])
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     saved = save(tmp_path / "checkpoint")
     on_cuda = ort.OrtOptions(own_codes=True, accuracy_level=1, provider=Provider.CUDA)
