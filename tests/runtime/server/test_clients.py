@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,12 @@ def client_tool(name: str) -> str:
 
 
 def ran(command: list[str | Path], **variables: str) -> subprocess.CompletedProcess[str]:
-    """A client's end. Nothing of this process's own packages gets to it."""
+    """A client's end. Nothing of this process's own packages gets to it, and what it writes is deleted."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False
+        )
 
 
 def output_of(command: list[str | Path], **variables: str) -> str:
