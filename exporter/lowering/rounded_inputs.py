@@ -19,7 +19,7 @@ from qwen_aot.exporter.lowering.passes import decides
 from qwen_aot.exporter.quantize.own_codes import AS_FLOATS, require_scales
 from qwen_aot.exporter.weights.recipe import Traced
 
-# A Linear, its rounded input's codes [..., K] int8, their scale [] and zero point [] -> the number 1: it was replaced.
+# Replaces a Linear, given its rounded input's codes [..., K] int8, their scale [] and zero point [].
 Multiply = Callable[[Traced, ir.Node, ir.Value, ir.Value, ir.Value], None]
 
 
