@@ -321,7 +321,7 @@ def _manifest_maker(
                 inputs=graph_inputs if facts is None else facts.inputs,
                 outputs=graph_outputs if facts is None else facts.outputs,
                 tensorrt=None if facts is None else facts.tensorrt,
-                plan=None,
+                plan=None if facts is None else facts.plan,
                 profiles=profiles(spec.prefill_chunk),
                 cache_dtype=cache_dtype,
                 logits_rows=None,

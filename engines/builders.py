@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -11,16 +12,23 @@ from qwen_aot.engines.bundle.stages import Advance
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.targets import TARGETS, Target
 from qwen_aot.exporter.weights.recipe import Traced
-from qwen_aot.runtime.bundle.manifest import IoTensor, Manifest, TensorRtFacts
+from qwen_aot.runtime.bundle.manifest import IoTensor, Manifest, StepPlan, TensorRtFacts
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What a compiled engine says about itself; the manifest is made from it."""
+    """What a compiled engine says about itself; the manifest is made from it.
+
+    Attributes:
+        inputs, outputs: its I/O table.
+        tensorrt: what it can't be asked without its GPU.
+        plan: what the compiler made of each profile's step; None: the engine doesn't say.
+    """
 
     inputs: tuple[IoTensor, ...]
     outputs: tuple[IoTensor, ...]
     tensorrt: TensorRtFacts
+    plan: Mapping[str, StepPlan] | None
 
 
 class Builder(Protocol):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ from qwen_aot.engines.profiles import profile_shapes, profiles
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.tensorrt.config import TimingCache, make_config
 from qwen_aot.engines.tensorrt.gpu import own_capabilities
+from qwen_aot.engines.tensorrt.graph_names import GraphNames
 from qwen_aot.engines.tensorrt.messages import failure, make_logger
 from qwen_aot.engines.tensorrt.network import (
     allow_decomposed_attention,
@@ -28,15 +30,17 @@ from qwen_aot.engines.tensorrt.network import (
 )
 from qwen_aot.engines.tensorrt.onnx_files import onnx_entries
 from qwen_aot.engines.tensorrt.plugin_library import is_serialized, sha256_of
+from qwen_aot.engines.tensorrt.program_text import read_programs
 from qwen_aot.engines.tensorrt.progress import make_monitor
-from qwen_aot.engines.tensorrt.sizes import cache_bytes, weight_bytes
+from qwen_aot.engines.tensorrt.sizes import cache_bytes, require_stored_once, weight_bytes
+from qwen_aot.engines.tensorrt.step_plans import step_plans, stored_bytes
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.graph.plugin_ops import is_plugin
 from qwen_aot.exporter.graph.save import MODEL_FILE
 from qwen_aot.exporter.model.io_spec import IoSpec, io_spec
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.flavours import Flavour
-from qwen_aot.runtime.bundle.manifest import PluginFacts, Profile, TensorRtFacts, cache_capacity
+from qwen_aot.runtime.bundle.manifest import PluginFacts, Profile, StepPlan, TensorRtFacts, cache_capacity
 from qwen_aot.whole_folder import explained
 
 logger = logging.getLogger(__name__)
@@ -107,8 +111,10 @@ class Compilation:
         build_config = make_config(self._trt, builder, spec, self._plugin_library)
         build_config.progress_monitor = self._monitor
         timing_cache.load(build_config, self._logger, self._title)
-        for profile in profiles(spec.prefill_chunk):
-            self._add_profile(builder, build_config, network, contract, profile, capacity)
+        largest = {
+            profile.name: self._add_profile(builder, build_config, network, contract, profile, capacity)
+            for profile in profiles(spec.prefill_chunk)
+        }
         # Beside TensorRT, in the time that it leaves a core idle: on Linux a niceness is the thread's own.
         with ThreadPoolExecutor(1, "hash", initializer=os.nice, initargs=(19,)) as pool:
             sources = pool.submit(onnx_entries, self._folder)
@@ -131,6 +137,7 @@ class Compilation:
                 onnx=sources.result(),
                 plugins=self._plugin_facts(),
             ),
+            plan=self._read_plan(largest),
         )
 
     def _make_builder(self) -> Any:
@@ -161,14 +168,35 @@ class Compilation:
 
     def _add_profile(
         self, builder: Any, config: Any, network: Any, contract: IoSpec, profile: Profile, capacity: int
-    ) -> None:
+    ) -> dict[str, tuple[int, ...]]:
+        """Gives the largest shape of each input that has no fixed one."""
         present = {network.get_input(index).name for index in range(network.num_inputs)}
         shapes = builder.create_optimization_profile()
-        for name, (least, typical, most) in profile_shapes(contract, profile, self._spec.max_batch, capacity).items():
+        ranges = profile_shapes(contract, profile, self._spec.max_batch, capacity)
+        for name, (least, typical, most) in ranges.items():
             if name in present:
                 shapes.set_shape(name, least, typical, most)
         if config.add_optimization_profile(shapes) < 0:
             raise failure(self._title, f"take the {profile.name} profile", self._logger.errors)
+        return {name: most for name, (_, _, most) in ranges.items()}
+
+    def _read_plan(self, largest: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Mapping[str, StepPlan] | None:
+        """What the engine says about itself, if it does: TensorRT-RTX's has its program as text.
+
+        Raises:
+            BuildError: it stores weights more than once.
+        """
+        try:
+            programs = read_programs(self._folder / self._spec.facts.engine_file)
+            if not programs:
+                return None
+            config = self._lowered.config
+            plan = step_plans(programs, GraphNames(self._lowered.model.graph), config.num_hidden_layers, largest)
+        except BuildError as error:  # nothing at run time depends on it
+            logger.warning("what %s compiled can't be told: %s", self._title, error)
+            return None
+        require_stored_once(stored_bytes(programs), self._weight_bytes)
+        return plan
 
     def _write_engine(self, builder: Any, network: Any, config: Any) -> None:
         self._logger.clear()

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from qwen_aot.runtime.bundle.manifest import MANIFEST_NAME
+from qwen_aot.runtime.cli import inspect_plan
 from qwen_aot.runtime.cli.command import EXIT_FAILED, VerbCommand, option
 from qwen_aot.runtime.cli.console import busy, print_json, show_logs, size, stdout
 from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, json_option
@@ -60,6 +61,9 @@ def show(facts: Mapping[str, Any], *, is_folded: bool) -> None:
         facts: by name.
         is_folded: whether inputs and outputs that differ in the layer's number only are one row.
     """
+    plan = facts.get("plan")
+    if plan is not None:
+        facts = {**{name: value for name, value in facts.items() if name != "plan"}, **inspect_plan.tables(plan)}
     console = stdout()
     print_facts(
         console,

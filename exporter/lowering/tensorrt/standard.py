@@ -26,6 +26,8 @@ from qwen_aot.exporter.lowering.passes import (
     rank,
     remove_unused_inputs,
 )
+from qwen_aot.exporter.lowering.tensorrt.flat_tokens import flatten_tokens
+from qwen_aot.exporter.lowering.tensorrt.gates import widen_gates
 from qwen_aot.exporter.lowering.tensorrt.own_codes import keep_codes, refuse_own_experts
 from qwen_aot.exporter.lowering.tensorrt.quantized import (
     WeightFormat,
@@ -87,7 +89,8 @@ def lower(traced: Traced, options: StandardOptions | None = None) -> Traced:
 
 def passes(options: StandardOptions) -> list[tuple[str, Callable[[Traced], int]]]:
     """The passes in order, by name."""
-    return [*quantizing_passes(options), *common_passes()]  # quantizing first: it knows our ops
+    # Quantizing first: it knows our ops.
+    return [*quantizing_passes(options), ("widen_gates", widen_gates), *common_passes()]
 
 
 def quantizing_passes(options: StandardOptions) -> list[tuple[str, Callable[[Traced], int]]]:
@@ -99,12 +102,17 @@ def quantizing_passes(options: StandardOptions) -> list[tuple[str, Callable[[Tra
             ("order_columns", order_columns),
             ("dequantize_both", dequantize_both),
             ("keep_codes", keep_codes),
+            *([("quantize_head", quantize_plain_head)] if options.quantize_head else []),
+            ("flatten_tokens", flatten_tokens),
         ]
-        return [*steps, ("quantize_head", quantize_plain_head)] if options.quantize_head else steps
+        return steps
     if options.weights is None:
         return []
     weights, quantize_head = options.weights, options.quantize_head
-    return [("quantize_linears", lambda traced: quantize_linears(traced, weights, quantize_head=quantize_head))]
+    return [
+        ("quantize_linears", lambda traced: quantize_linears(traced, weights, quantize_head=quantize_head)),
+        ("flatten_tokens", flatten_tokens),
+    ]
 
 
 def common_passes() -> list[tuple[str, Callable[[Traced], int]]]:

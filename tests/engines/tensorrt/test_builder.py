@@ -8,6 +8,7 @@ import json
 import resource
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.precisions import Precision
 from qwen_aot.engines.spec.targets import Target
 from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
+from qwen_aot.engines.tensorrt import compile as compile_module
 from qwen_aot.engines.tensorrt.builder import check
+from qwen_aot.engines.tensorrt.program_text import Program
 from qwen_aot.errors import BuildError, ExportError
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.exporter.lowering.tensorrt import standard
 from qwen_aot.exporter.model.io_spec import io_spec
 from qwen_aot.runtime.bundle.manifest import Manifest, cache_capacity
 from tests.checkpoints import save_tiny
@@ -49,7 +53,7 @@ def checkpoints(shared_folder: Path) -> Path:
     def make(folder: Path) -> None:
         for kind in itertools.product(ATTENTION, HEAD, LAYER):
             attention, head, layer = kind
-            config = {"hidden": 128, "intermediate": 256, **LAYER[layer], **HEAD[head], **ATTENTION[attention]}
+            config = {"hidden": 256, "intermediate": 256, **LAYER[layer], **HEAD[head], **ATTENTION[attention]}
             save_tiny(folder / "-".join(kind), **config)
 
     once(shared_folder / "tensorrt_rtx", make)
@@ -75,11 +79,12 @@ def compiled(checkpoints: Path, shared_folder: Path, tmp_path: Path) -> Callable
 MHA, GQA = "mha-untied-dense", "gqa-untied-dense"
 
 
-def spec_of(precision: Precision = Precision.FP16, **options: Any) -> BuildSpec:
+def spec_of(precision: Precision = Precision.FP16, max_batch: int = 2, **options: Any) -> BuildSpec:
     options.setdefault("compute_capabilities", CAPABILITIES)
     return BuildSpec(
         target=Target.TENSORRT_RTX,
         precision=precision,
+        max_batch=max_batch,
         max_context=192,
         prefill_chunk=64,
         tensorrt=TensorRtOptions(**options),
@@ -136,6 +141,61 @@ def test_every_kind_is_built_and_says_what_it_is(
     assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in manifest.engines.text.inputs] == expected
     assert {path.name for path in bundle.iterdir()} == {*manifest.files, "manifest.json"}
     assert "model.onnx" not in manifest.files
+
+
+@pytest.mark.parametrize("case", BUILT, ids=identifier)
+def test_the_plan_of_every_kind(compiled: Callable[..., tuple[Path, Manifest]], case: Mapping[str, Any]) -> None:
+    """No product falls back to another type, no dense weight is written anew, and the cache's window is copied."""
+    kind, precision = f"{case['attention']}-{case['head']}-{case['layer']}", case["precision"]
+    _, manifest = compiled(kind, precision)
+    plan, layers = manifest.engines.text.plan, manifest.model.num_hidden_layers
+    assert plan is not None and list(plan) == ["prefill", "decode"]
+    floats = "bfloat16" if precision is Precision.BF16 else "float16"
+    codes = {Precision.INT8: "int8", Precision.INT4: "int4"}.get(precision, floats)
+    for step in plan.values():
+        assert len(step.layer_kernels) == layers and min(step.layer_kernels) > 5
+        types = {(product.name, product.right) for product in step.matrix_products}
+        lefts = {product.left for product in step.matrix_products}
+        assert lefts <= {floats, "float32"}  # of routers, and of kernels that end the fp32 stream's norm themselves
+        names = {"self_attn.qkv_proj", "self_attn.o_proj"}
+        names |= {"mlp.gate_up_proj", "mlp.down_proj"} if case["layer"] == "dense" else set()
+        assert {
+            right for name, right in types if name.removeprefix("model.layers.*.").removesuffix(".weight") in names
+        } == {codes}
+        assert {f"model.layers.*.{name}.weight" for name in names} <= {name for name, _ in types}
+        copied = Counter({copy.name: copy.count for copy in step.copies if copy.name.startswith("present.")})
+        assert copied == {"present.*.key": layers, "present.*.value": layers}
+        scratch = {tensor.name for tensor in step.weight_scratch}
+        if case["layer"] == "dense":
+            assert scratch == set()
+        else:  # the experts that few tokens chose
+            assert scratch == {"model.layers.*.mlp.experts_gate_up+model.layers.*.mlp.experts_down"}
+            assert ("model.layers.*.mlp.experts_down", floats) in types
+
+
+def test_an_engine_that_stores_weights_twice_is_refused(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens without `flatten_tokens`: codes in one layout for prefill, in another for decode of two rows."""
+    wide = tmp_path / "wide"
+    save_tiny(wide, hidden=512, intermediate=2048)
+    monkeypatch.setattr(standard, "flatten_tokens", lambda traced: 0)
+    with pytest.raises(BuildError, match=r"stores 1[0-9],\d{3},\d{3} bytes of constants where the weights have "):
+        build(wide, tmp_path / "b", spec_of(Precision.INT8))
+    assert not (tmp_path / "b").exists()
+    build(wide, tmp_path / "b", spec_of(Precision.INT8, max_batch=1))
+
+
+def test_a_plan_that_cannot_be_read_costs_no_build(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def another_grammar(engine: Path) -> list[Program]:
+        raise BuildError(f"{engine.name} holds a program that this version can't read: something else")
+
+    monkeypatch.setattr(compile_module, "read_programs", another_grammar)
+    manifest, _ = build(checkpoints / MHA, tmp_path / "b", spec_of())
+    assert manifest.engines.text.plan is None
+    assert "what TensorRT-RTX 1.7.1.116 compiled can't be told: engine.rtx holds a program" in caplog.text
 
 
 @pytest.mark.parametrize("precision", [*QUANTIZED, Precision.FP8])

@@ -24,6 +24,7 @@ require_package("tensorrt_rtx", "pip install 'qwen-aot[tensorrt-rtx]'")
 pytestmark = pytest.mark.trt
 SPEC = BuildSpec(
     target=Target.TENSORRT_RTX,
+    max_batch=2,
     max_context=192,
     prefill_chunk=64,
     tensorrt=TensorRtOptions(compute_capabilities=("8.9",)),
@@ -52,6 +53,12 @@ def test_every_form_is_compiled(tmp_path: Path) -> None:
     assert text.tensorrt is not None and text.tensorrt.weight_bytes == pytest.approx(planned, rel=0.05)
     assert text.tensorrt.layers["DEQUANTIZE"] == 4  # q|k|v, o, gate|up, down
     assert text.quantization == {"own_codes": True, "quantize_head": False}
+    assert text.plan is not None
+    for step in text.plan.values():
+        right = {product.name.removeprefix("model.layers.*."): product.right for product in step.matrix_products}
+        assert right["self_attn.o_proj.weight"] == "int4"
+    # 8 bits in several blocks have a kernel that dequantizes them (docs/tensorrt.md); in prefill, of one token, not.
+    assert {tensor.name for tensor in text.plan["decode"].weight_scratch} == {"model.layers.*.mlp.down_proj.weight"}
     assert sum(text.weight_encodings.kept.values()) == len(source.coded)
     found = check_weights(tmp_path / "b", manifest, source)
     assert (found.verdict, found.compared) == (Verdict.PASSED, "hashes")
@@ -72,6 +79,14 @@ def test_products_of_codes_are_compiled(tmp_path: Path) -> None:
     planned = footprint(source.config, settled(SPEC, storage), storage).weight_bytes
     assert text.tensorrt is not None and text.tensorrt.weight_bytes == pytest.approx(planned, rel=0.05)
     assert (text.tensorrt.layers["QUANTIZE"], text.tensorrt.layers["DEQUANTIZE"]) == (4, 8)
+    assert text.plan is not None
+    for step in text.plan.values():
+        projections = [product for product in step.matrix_products if product.name.startswith("model.layers.")]
+        assert {(product.left, product.right, product.output) for product in projections} == {
+            ("int8", "int8", "float16")
+        }
+        assert sum(product.count for product in projections) == 4
+        assert step.weight_scratch == ()
     assert sum(text.weight_encodings.kept.values()) == len(source.coded)
     assert check_weights(tmp_path / "b", manifest, source).verdict is Verdict.PASSED
 
