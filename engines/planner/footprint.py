@@ -45,7 +45,7 @@ class Footprint:
         weight_bytes: exact, each weight once; an engine's own code isn't in it.
         cache_bytes: exact, of the whole capacity.
         activation_bytes_estimated: see `activation_bytes`.
-        step_bytes: what a decode step of all rows must read, each row at its full context.
+        step_bytes: what a decode step of all rows must move, each row at its full context.
     """
 
     weight_bytes: int
@@ -64,7 +64,8 @@ def footprint(config: ModelConfig, spec: BuildSpec, storage: Storage | None = No
 
     A decode step reads every weight but these: of the embedding and the rotary tables one row a sequence, of routed
     experts the chosen ones, min(E, B·k) (rows that choose the same experts read fewer), and nothing of what prefill
-    alone uses. It reads the cache up to the context, not to the capacity.
+    alone uses. It reads the cache up to the context, not to the capacity; where native attention copies its window
+    first, it reads that, writes it and reads it again.
 
     Args:
         config: the model's facts.
@@ -88,8 +89,13 @@ def footprint(config: ModelConfig, spec: BuildSpec, storage: Storage | None = No
         weight_bytes=sum(part.stored for part in parts),
         cache_bytes=_cache_bytes(config, spec, cache_capacity(context, spec.prefill_chunk)),
         activation_bytes_estimated=activation_bytes(config, spec),
-        step_bytes=sum(part.read for part in parts) + _cache_bytes(config, spec, context),
+        step_bytes=sum(part.read for part in parts) + _window_passes(spec) * _cache_bytes(config, spec, context),
     )
+
+
+def _window_passes(spec: BuildSpec) -> int:
+    """How often a decode step moves the attended part of the cache (docs/tensorrt.md, the plan)."""
+    return 3 if spec.facts.memory.copies_window and spec.attention == "native" else 1
 
 
 def _cache_bytes(config: ModelConfig, spec: BuildSpec, tokens: int) -> int:

@@ -307,7 +307,11 @@ def test_a_decode_step_reads_the_weights_but_one_row_of_the_embedding_and_the_ca
     norms = 4 * 64 * 5
     cache = 2 * 2 * 2 * 16 * 100 * 2
     rows = 2 * 64 + 2 * 16  # of embedding and rotary tables
-    assert footprint(tiny(), spec).step_bytes == 2 * (2 * layer + 1000 * 64) + norms + cache + rows
+    weights = 2 * (2 * layer + 1000 * 64) + norms + rows
+    assert footprint(tiny(), spec).step_bytes == weights + 3 * cache  # TensorRT's attention copies the window first
+    plugin = dataclasses.replace(spec, target=Target.TENSORRT)
+    assert plugin.attention == "plugin"
+    assert footprint(tiny(), plugin).step_bytes == weights + cache + 2 * 16  # its rotary tables are fp32
 
 
 def test_a_tied_head_is_read_but_not_stored_again() -> None:
