@@ -137,7 +137,8 @@ def _matrix(names: Sequence[str], width: int, choices: OwnChoices, storage: Stor
     signed = signed_format(forms, width)
     if signed is None:
         raise no_blocks(names[0], forms, BLOCK_SIZES)
-    return Form(signed.bits, choices.compute_bytes + OFFSET_BYTES * signed.has_offsets, signed.block_size)
+    scale_bytes = choices.compute_bytes * (2 if signed.is_split else 1)
+    return Form(signed.bits, scale_bytes + OFFSET_BYTES * signed.has_offsets, signed.block_size)
 
 
 def _blocks(layout: BlockFormat, choices: OwnChoices, *, is_table: bool = False) -> Form:

@@ -83,12 +83,15 @@ class SignedFormat:
     Attributes:
         bits: 4 or 8 of a code, signed, around the middle of its range.
         block_size: elements along K that share a scale; it divides K.
-        has_offsets: blocks have zero points beside the middle, or minimums.
+        has_offsets: blocks have zero points beside the middle, or minimums, or the rest of a split.
+        is_split: codes of 8 bits in several blocks are two of 4 bits, 16 · high + low + 8: TensorRT has no product that
+            reads 8 bits in blocks, and would write the matrix anew at each step.
     """
 
     bits: int
     block_size: int
     has_offsets: bool
+    is_split: bool
 
 
 def signed_format(forms: Sequence[CodeForm], width: int) -> SignedFormat | None:
@@ -96,8 +99,11 @@ def signed_format(forms: Sequence[CodeForm], width: int) -> SignedFormat | None:
     bits = 4 if all(form.bits <= 4 for form in forms) else 8
     groups = {form.group_size for form in forms if form.group_size < width}
     sizes = [size for size in BLOCK_SIZES if not any(whole % size for whole in (*groups, width))]
-    has_offsets = any(form.has_zero_points or form.has_offsets for form in forms)
-    return SignedFormat(bits, max(sizes), has_offsets) if sizes else None
+    if not sizes:
+        return None
+    is_split = bits == 8 and max(sizes) < width
+    has_offsets = is_split or any(form.has_zero_points or form.has_offsets for form in forms)
+    return SignedFormat(bits, max(sizes), has_offsets, is_split)
 
 
 @dataclass(frozen=True, slots=True)

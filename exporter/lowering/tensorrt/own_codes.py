@@ -4,6 +4,12 @@ TensorRT takes no zero points but 0, so a block's offset from the middle of its 
 sums of the input's blocks, in fp32, in which offset times scale is exact. So are the minimums of GGUF's types.
 
     y = x · (codes - middle) · scale  +  sum of x over each block · ((middle - zero point) · scale + offset)
+
+Codes of 8 bits in several blocks are two of 4 bits, which it multiplies by without writing them as numbers first
+(docs/tensorrt.md): codes - middle = 16 · high + low + 8, and the 8 is of the offset. Both are one matrix of 2N rows, a
+high half and its low one in turn: of two it would make one in one profile and not in the other, and store them twice.
+
+    y = x · high · scale · 16  +  x · low · scale  +  sum of x over each block · ((middle - zero point + 8) · scale + …)
 """
 
 from __future__ import annotations
@@ -29,6 +35,8 @@ from qwen_aot.exporter.quantize.store import dims
 from qwen_aot.exporter.weights.recipe import Arrays, OutOfRangeError, Output, Recipe, Traced
 
 _STORED = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+_HIGH = 16  # what the upper half of a split code counts
+_MIDDLE_OF_LOW = 8  # of the lower half's range, 0 to 15
 
 
 def refuse_own_experts(traced: Traced) -> None:
@@ -76,9 +84,10 @@ def _keep(traced: Traced, node: ir.Node, weight: ir.Value, form: SignedFormat) -
     blocks = width // form.block_size
     dtype = weight.dtype
     assert dtype is not None
+    times = 2 if form.is_split else 1
     outputs = [
-        Output(f"{name}_codes", _STORED[form.bits], (rows, width)),
-        Output(f"{name}_scales", dtype, (rows, blocks)),
+        Output(f"{name}_codes", ir.DataType.INT4 if form.is_split else _STORED[form.bits], (times * rows, width)),
+        Output(f"{name}_scales", dtype, (times * rows, blocks)),
     ]
     if form.has_offsets:
         outputs.append(Output(f"{name}_offsets", ir.DataType.FLOAT, (rows, blocks)))
@@ -89,7 +98,7 @@ def _keep(traced: Traced, node: ir.Node, weight: ir.Value, form: SignedFormat) -
         {"axis": 1, "block_size": form.block_size},
         name=f"{node.name}_dequantize",
     )
-    dequantize.outputs[0].type, dequantize.outputs[0].shape = weight.type, weight.shape
+    dequantize.outputs[0].type, dequantize.outputs[0].shape = weight.type, codes.shape
     graph.insert_before(node, dequantize)
     if offsets:
         _add_offsets(traced, node, dequantize.outputs[0], offsets[0], form)
@@ -101,8 +110,12 @@ def _initializers(
     traced: Traced, recipe: Recipe, outputs: Sequence[Output], form: SignedFormat, dtype: ir.DataType
 ) -> list[ir.Value]:
     def stored(part: EncodedRows, first_row: int) -> Arrays:
-        codes, *rest = _signed(part, form, dtype, first_row)
-        return (pack(codes.view(np.uint8) & np.uint8(15), 4) if form.bits == 4 else codes, *rest)
+        codes, scales, *offsets = _signed(part, form, dtype, first_row)
+        if form.is_split:
+            codes = np.stack((codes >> 4, (codes & 15) - _MIDDLE_OF_LOW), axis=1).reshape(-1, codes.shape[1])
+            scales = np.repeat(scales, 2, axis=0)
+        is_packed = form.is_split or form.bits == 4
+        return (pack(codes.view(np.uint8) & np.uint8(15), 4) if is_packed else codes, scales, *offsets)
 
     return initializers_of_codes(traced, recipe, outputs, stored)
 
@@ -110,7 +123,7 @@ def _initializers(
 def _signed(part: EncodedRows, form: SignedFormat, dtype: ir.DataType, first_row: int) -> tuple[NDArray[Any], ...]:
     """Codes [r, K] int8 around 0, scales [r, n], and where the form has offsets the sum of these [r, n] fp32.
 
-    A block's offset is (middle - zero point) * scale, or the checkpoint's own.
+    A block's offset is (middle - zero point) * scale, or the checkpoint's own; with a split's 8 * scale.
 
     A scale of 0, which TensorRT refuses, becomes the smallest there is, with codes of 0.
 
@@ -127,7 +140,9 @@ def _signed(part: EncodedRows, form: SignedFormat, dtype: ir.DataType, first_row
     found: list[NDArray[Any]] = [codes, as_scales(above_0, dtype.numpy(), first_row)]
     if form.has_offsets:
         zeros = np.full(part.scales.shape, middle, np.uint8) if part.zero_points is None else part.zero_points
-        from_zero_points = (np.float32(middle) - zeros[:, group].astype(np.float32)) * scales
+        rest = np.float32(_MIDDLE_OF_LOW * form.is_split)
+        from_zero_points = (np.float32(middle) + rest - zeros[:, group].astype(np.float32)) * scales
+        from_zero_points = np.where(scales == 0, rest * above_0, from_zero_points)
         found.append((from_zero_points + part.found_offsets[:, group]).astype(np.float32))
     return tuple(found)
 
@@ -161,7 +176,7 @@ def positive_scales(
 
 
 def _add_offsets(traced: Traced, node: ir.Node, weight: ir.Value, offsets: ir.Value, form: SignedFormat) -> None:
-    """The product, and that of the blocks' sums with the offsets, added in fp32."""
+    """The product (of a split: both halves' put together) and that of blocks' sums with the offsets, added in fp32."""
     x, _, *bias = node.inputs
     (result,) = node.outputs
     assert x is not None and result.shape is not None and result.dtype is not None
@@ -173,15 +188,24 @@ def _add_offsets(traced: Traced, node: ir.Node, weight: ir.Value, offsets: ir.Va
         return new[-1].outputs[0]
 
     def linear(inputs: list[ir.Value], part: str, dtype: ir.DataType) -> ir.Value:
+        assert result.shape is not None
         new.append(ir.node(ops.Op.LINEAR, inputs, domain=ops.DOMAIN, name=f"{node.name}_{part}"))
         made = new[-1].outputs[0]
-        made.type, made.shape = ir.TensorType(dtype), result.shape
+        made.type, made.shape = ir.TensorType(dtype), ir.Shape([*result.shape[:-1], dims(inputs[1])[0]])
         return made
+
+    def constant(values: NDArray[Any], part: str) -> ir.Value:
+        return add("Constant", [], part, value=ir.tensor(values))
 
     def fp32(value: ir.Value, part: str) -> ir.Value:
         return value if is_fp32 else add("Cast", [value], part, to=ir.DataType.FLOAT.value)
 
     product = fp32(linear([x, weight], "product", result.dtype), "product_fp32")
+    if form.is_split:
+        pairs = constant(np.array([*[0] * (len(result.shape) - 1), dims(offsets)[0], 2], np.int64), "pairs_shape")
+        halves = add("Reshape", [product, pairs], "halves")
+        weighed = add("Mul", [halves, constant(np.array([_HIGH, 1], np.float32), "half_weights")], "weighed")
+        product = add("ReduceSum", [weighed, constant(np.array([-1], np.int64), "last")], "whole", keepdims=0)
     summing = block_sums(x, dims(offsets)[1], form.block_size, str(node.name))
     new += summing
     sums = summing[-1].outputs[0]
