@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,25 @@ from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.rounding.algorithms import ALGORITHMS
 from qwen_aot.whole_folder import explained
 
+# Names of precisions that no rounding of weights alone gives: what a user asks for -> the algorithm that makes it.
+QUANTIZED_PRECISIONS: Mapping[str, str] = {"int8-sq": "smoothquant"}
 _TABLE_BITS = 8  # of embedding and head, which the folder has as plain numbers
+
+
+def settled_algorithm(precision: str | None, algorithm: str | None) -> tuple[str | None, str | None]:
+    """What a build is asked for, by precision and algorithm as the user gave them: the same, without such a name.
+
+    Raises:
+        BuildError: both are given, and the precision is of another algorithm.
+    """
+    by_name = QUANTIZED_PRECISIONS.get(precision or "")
+    if by_name is None:
+        return precision, algorithm
+    if algorithm not in (None, by_name):
+        raise BuildError(
+            f"precision {precision} is made by algorithm {by_name}, and algorithm is {algorithm}; leave one out"
+        )
+    return None, by_name
 
 
 def quantize_spec_for(spec: BuildSpec, algorithm: str) -> QuantizeSpec:

@@ -35,13 +35,17 @@ def _targets() -> str:
 
 def _precisions() -> str:
     """How each precision stores the weights, those together that do it alike."""
+    from qwen_aot.engines.build_quantized import QUANTIZED_PRECISIONS
     from qwen_aot.engines.spec.precisions import PRECISIONS
 
     names: dict[str, list[str]] = {}
     for name, row in PRECISIONS.items():
         names.setdefault(row.summary, []).append(name)
     forms = "; ".join(f"{_either(found)}, {summary}" for summary, found in names.items())
-    return f"The weights: {forms}.  [default: the target's]"
+    made = "; ".join(
+        f"{name}, inputs of products too, by --algorithm {by}" for name, by in QUANTIZED_PRECISIONS.items()
+    )
+    return f"The weights: {forms}; {made}.  [default: the target's]"
 
 
 def _max_batch() -> str:
@@ -203,11 +207,16 @@ def command(
     CHECKPOINT is a Hugging Face folder, a .gguf file, or a variant's name with --random-weights. What stands
     at the output stays until the new bundle is whole; a failed or interrupted build changes nothing.
     """
+    from qwen_aot.engines.build_quantized import settled_algorithm
     from qwen_aot.engines.spec.build_spec import BuildSpec
     from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
     from qwen_aot.errors import BuildError
 
     show_logs()
+    try:
+        request["precision"], algorithm = settled_algorithm(request["precision"], algorithm)
+    except BuildError as error:
+        raise click.UsageError(str(error)) from None
     if with_verify and algorithm is not None:
         raise click.UsageError("--verify compares with the checkpoint's own numbers; use qwen-aot compare afterwards")
     if keep_quantized is not None and algorithm is None:

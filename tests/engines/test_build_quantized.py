@@ -9,7 +9,7 @@ import pytest
 
 from qwen_aot.engines import build_quantized as jobs
 from qwen_aot.engines.build import build_bundle
-from qwen_aot.engines.build_quantized import build_quantized, quantize_spec_for
+from qwen_aot.engines.build_quantized import build_quantized, quantize_spec_for, settled_algorithm
 from qwen_aot.engines.export import export_graph
 from qwen_aot.engines.quantize import quantize_checkpoint
 from qwen_aot.engines.spec.build_spec import BuildSpec
@@ -146,3 +146,11 @@ def test_tensorrt_gets_codes_whose_scales_are_above_0(model: Path, tmp_path: Pat
 def test_floats_have_no_algorithm(model: Path) -> None:
     with pytest.raises(BuildError, match="algorithm awq makes integers, and precision is fp32; accepted: int4, int8"):
         quantize_spec_for(BuildSpec(precision="fp32"), "awq")
+
+
+def test_a_precision_that_an_algorithm_makes() -> None:
+    assert settled_algorithm("int8-sq", None) == settled_algorithm("int8-sq", "smoothquant") == (None, "smoothquant")
+    assert settled_algorithm("int8", "awq") == ("int8", "awq")
+    assert settled_algorithm(None, None) == (None, None)
+    with pytest.raises(BuildError, match=r"int8-sq is made by algorithm smoothquant, and algorithm is gptq; leave one"):
+        settled_algorithm("int8-sq", "gptq")

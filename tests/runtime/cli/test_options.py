@@ -65,6 +65,7 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--output", "", "it is empty"),
         ("--target", "npu", "target 'npu' doesn't exist; what exists: cpu"),
         ("--precision", "fp7", "precision 'fp7' doesn't exist; what exists: cpu: fp32, int8, int4"),
+        ("--precision", "int8-sq", "precision int8-sq is made by algorithm smoothquant, and algorithm is rtn", RTN),
         ("--max-context", "0", "max_context is 0; it must be at least 1"),
         ("--max-batch", "-3", "max_batch is -3; it must be at least 1"),
         ("--prefill-chunk", "0", "prefill_chunk is 0; it must be at least 1"),
