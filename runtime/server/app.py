@@ -42,12 +42,10 @@ def make_app(state: ServerState) -> ASGIApp:
     bodies, slow_readers, metrics = BodyReader(), SlowReaders(), Metrics(state)
     tokens = TokenEndpoints(state, bodies)
     plain = _PlainEndpoints(state, metrics)
-    # Who has a key may learn what others with it ask; with several keys nothing is shared.
-    reads_chat = partial(read_chat, keeps_cache=len(state.settings.keys) <= 1)
     endpoint = partial(GenerationEndpoint, state=state, bodies=bodies, slow_readers=slow_readers, metrics=metrics)
     app: ASGIApp = Starlette(
         routes=[
-            Route("/v1/chat/completions", endpoint(reads_chat), methods=["POST"]),
+            Route("/v1/chat/completions", endpoint(read_chat), methods=["POST"]),
             Route("/v1/completions", endpoint(read_completion), methods=["POST"]),
             Route("/v1/models", plain.models),
             Route("/v1/models/{model:path}", plain.model),

@@ -114,13 +114,12 @@ _FIELDS: Mapping[str, Reader] = {
 }
 
 
-def read_chat(document: Mapping[str, Any], model: Model, *, keeps_cache: bool) -> ChatJob:
+def read_chat(document: Mapping[str, Any], model: Model) -> ChatJob:
     """Reads a body.
 
     Args:
         document: parsed JSON.
         model: what is asked.
-        keeps_cache: see `Request`; whoever asks may learn from the time taken what others' prompts begin with.
 
     Raises:
         ApiError: it can't be taken.
@@ -161,7 +160,6 @@ def read_chat(document: Mapping[str, Any], model: Model, *, keeps_cache: bool) -
         offer=offer,
         content=content,
         stream=fields.get("stream_options", StreamOptions()) if fields.get("stream") else None,
-        keeps_cache=keeps_cache,
     )
 
 
@@ -191,7 +189,6 @@ class ChatJob:
     offer: Offer | None
     content: HeldJson | None
     stream: StreamOptions | None
-    keeps_cache: bool
 
     @property
     def choices(self) -> int:
@@ -218,7 +215,7 @@ class ChatJob:
                 f"the conversation has {len(prompt)} tokens, and {self.model.max_context} fit the context: shorten it"
             )
         check_room(self.config, len(prompt), self.model)
-        return [replace(request, prompt=prompt, keep_cache=self.keeps_cache, constraint=constraint)]
+        return [replace(request, prompt=prompt, constraint=constraint)]
 
     def answer(self, handles: Sequence[RequestHandle]) -> ChatAnswer:
         """See `Job`."""
