@@ -141,6 +141,15 @@ class Batch:
         self._count += 1
         return index
 
+    def cached_sequences(self) -> list[tuple[int, list[int]]]:
+        """What other requests may start from: of each row that has some, the scope and the tokens."""
+        found = []
+        for row in range(len(self._rows)):
+            scope, tokens = self._content(row)
+            if scope is not None and tokens:
+                found.append((scope, tokens))
+        return found
+
     def step(self) -> list[Event]:
         """Does one bounded piece of work: at most one decode of all running rows and one chunk of one prompt.
 
@@ -389,17 +398,20 @@ class Batch:
         Only what was, or is being, kept for other requests of its scope counts, and only for a request that keeps its
         own.
         """
+        if not sequence.reuses_cache:
+            return 0
+        scope, tokens = self._content(row)
+        return _common_beginning(tokens, sequence.prompt_ids) if scope == sequence.request.cache_scope else 0
+
+    def _content(self, row: int) -> tuple[int | None, list[int]]:
+        """The scope whose requests may start from a row, and its tokens; None: nobody may."""
         occupant = self._rows[row]
         if occupant is None:
-            tokens, scope = self._held[row].tokens, self._held[row].scope
-        elif occupant.request.keep_cache:
-            tokens = (occupant.prompt_ids + occupant.token_ids)[: int(self._engine.cache_length[row])]
-            scope = occupant.request.cache_scope
-        else:
-            return 0
-        if not sequence.reuses_cache or scope != sequence.request.cache_scope:
-            return 0
-        return _common_beginning(tokens, sequence.prompt_ids)
+            return self._held[row].scope, self._held[row].tokens
+        if not occupant.request.keep_cache:
+            return None, []
+        tokens = (occupant.prompt_ids + occupant.token_ids)[: int(self._engine.cache_length[row])]
+        return occupant.request.cache_scope, tokens
 
     def _follows(self, sequence: ActiveSequence) -> bool:
         """Whether a prompt in prefill begins as a request does, goes on so, and no row has more of that by now."""
