@@ -147,7 +147,7 @@ class Batch:
         for row in range(len(self._rows)):
             scope, tokens = self._content(row)
             if scope is not None and tokens:
-                found.append((scope, tokens))
+                found.append((scope, list(tokens)))
         return found
 
     def step(self) -> list[Event]:

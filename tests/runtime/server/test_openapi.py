@@ -112,7 +112,7 @@ def cases() -> Iterator[tuple[str, str]]:
             yield path, name
 
 
-@pytest.mark.parametrize(("path", "name"), cases())
+@pytest.mark.parametrize(("path", "name"), list(cases()))
 def test_what_is_described_is_what_is_read(path: str, name: str) -> None:
     reader, basis = BODIES[path]
     schema = body_schema(SERVED, path)
