@@ -422,11 +422,18 @@ class Batch:
             if not other.reuses_cache or other.request.cache_scope != sequence.request.cache_scope:
                 continue
             common = _common_beginning(other.prompt_ids, sequence.prompt_ids)
-            if common >= CHUNK_BESIDE_DECODE and common > other.prefilled_tokens:
-                most = max(self._shared(each, sequence) for each in range(len(self._rows)))
-                if most == other.prefilled_tokens:
-                    return True
+            done = other.prefilled_tokens
+            if common < CHUNK_BESIDE_DECODE or common <= done:
+                continue
+            if not any(self._shares_more(each, sequence, done) for each in range(len(self._rows))):
+                return True
         return False
+
+    def _shares_more(self, row: int, sequence: ActiveSequence, tokens: int) -> bool:
+        """Whether `_shared` is more than so many tokens, which most rows show by one of them."""
+        _, content = self._content(row)
+        is_likely = len(content) > tokens and content[tokens] == sequence.prompt_ids[tokens]
+        return is_likely and self._shared(row, sequence) > tokens
 
     def _retire_cancelled(self) -> list[Event]:
         events: list[Event] = []

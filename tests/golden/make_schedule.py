@@ -466,6 +466,19 @@ CASES = [
         [request([[7, 300]], 3, keep=True), request([[7, 300], [50, 3]], 3, keep=True, cancelled=2)],
     ),
     case(
+        "the prompt that is followed isn't the first whose beginning is alike",
+        4,
+        64,
+        [
+            request([[7, 150], [150, 5]], 20, arrives=2, keep=True, prompt_logprobs=0),
+            request([[7, 70], [150, 60]], 30, arrives=2, keep=True),
+            request([[7, 100], [150, 150]], 13, arrives=3, keep=True),
+            request([[7, 70], [90, 5]], 1, arrives=4, keep=True),
+            request([[7, 150], [150, 5]], 9, arrives=4, keep=True),
+            request([[7, 150], [150, 150]], 26, arrives=6, keep=True, prompt_logprobs=0),
+        ],
+    ),
+    case(
         "choices of a request that follows",
         3,
         64,
