@@ -19,11 +19,13 @@ class Stored:
         token_ids: of all of them.
         hashes: of each, signed 64-bit numbers.
         parent: the block before the first; None: they are a beginning.
+        salt: blocks of different ones are never the same; None: they have none.
     """
 
     token_ids: list[int]
     hashes: list[int]
     parent: int | None
+    salt: str | None
 
 
 class KvBlocks:
@@ -38,27 +40,27 @@ class KvBlocks:
         """How many different blocks the router knows."""
         return len(self._told)
 
-    def update(self, rows: Iterable[Sequence[int]]) -> tuple[list[int], list[Stored]]:
+    def update(self, rows: Iterable[tuple[str | None, Sequence[int]]]) -> tuple[list[int], list[Stored]]:
         """Compares what the rows hold with what the router was told.
 
         Args:
-            rows: tokens in each; those behind its last whole block count for nothing.
+            rows: salt of and tokens in each; those behind its last whole block count for nothing.
 
         Returns:
             Hashes of blocks that are gone, and runs of new ones, to be told in this order.
         """
         held: set[int] = set()
         stored = []
-        for tokens in rows:
+        for salt, tokens in rows:
             run: Stored | None = None
             parent: int | None = None
             for start in range(0, len(tokens) - self._size + 1, self._size):
                 block = list(tokens[start : start + self._size])
-                number = _hash(parent, block)
+                number = _hash(salt, parent, block)
                 if number in self._told or number in held:
                     run = None
                 elif run is None:
-                    run = Stored(block, [number], parent)
+                    run = Stored(block, [number], parent, salt)
                     stored.append(run)
                 else:
                     run.token_ids.extend(block)
@@ -70,6 +72,6 @@ class KvBlocks:
         return gone, stored
 
 
-def _hash(parent: int | None, block: Sequence[int]) -> int:
-    data = ",".join(map(str, (parent, *block))).encode()
+def _hash(salt: str | None, parent: int | None, block: Sequence[int]) -> int:
+    data = repr((salt, parent, *block)).encode()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)

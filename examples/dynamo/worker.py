@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import tempfile
 import threading
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from qwen_aot import GenerationConfig
 from qwen_aot.errors import BundleError, GenerationError, QueueFullError, ServiceClosedError
 from qwen_aot.runtime.bundle.load import Bundle, load_bundle
 from qwen_aot.runtime.generation.config import GenerationDefaults
+from qwen_aot.runtime.generation.constraint import ConstraintSource
 from qwen_aot.runtime.generation.generator import Generator
 from qwen_aot.runtime.generation.handle import RequestHandle
 from qwen_aot.runtime.generation.request import Completion, FinishReason, Request, TokenEvent
@@ -42,6 +44,7 @@ from qwen_aot.runtime.generation.service import GenerationService
 
 BLOCK = 16  # tokens of what the router is told as one
 LOOK_SECONDS = 0.2  # between looks at what the rows hold
+MAX_SALTS = 4096  # that are known beside those of the rows
 REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.CANCELLED: "cancelled"}
 
 # What the frontend may ask, by the setting that it is here.
@@ -69,7 +72,6 @@ NOTHING: Mapping[str, tuple[Any, ...]] = {
     "length_penalty": (1.0,),
     "include_stop_str_in_output": (False,),
     "max_thinking_tokens": (),
-    "guided_decoding": (),
 }
 
 log = logging.getLogger("qwen_aot.dynamo")
@@ -91,7 +93,10 @@ class BundleEngine(LLMEngine):
         self._name = name
         self._generator: Generator | None = None
         self._service: GenerationService | None = None
+        self._json: HeldToJson | None = None  # made for the first request that asks for it
+        self._making = asyncio.Lock()
         self._at_work: dict[str, RequestHandle] = {}
+        self._salts: dict[int, str] = {}  # by scope
         self._reporter: _Reporter | None = None
         self._snapshots: Any = None
 
@@ -147,7 +152,18 @@ class BundleEngine(LLMEngine):
         ids = token_ids_to_list(request["token_ids"])
         try:
             config = settings_of(request, generator)
-            asked = Request(ids, config, keep_cache=True, is_chat=config.max_new_tokens is None)
+            held = await self._held(request, generator)
+            salt = salt_of(request)
+            if salt is not None:
+                self._salts[scope_of(salt)] = salt
+            asked = Request(
+                ids,
+                config,
+                keep_cache=True,
+                cache_scope=scope_of(salt),
+                is_chat=config.max_new_tokens is None,
+                constraint=held,
+            )
             handle = await asyncio.to_thread(service.submit, asked)
         except QueueFullError as error:
             raise WorkerUnavailable(str(error)) from error
@@ -171,6 +187,23 @@ class BundleEngine(LLMEngine):
         finally:
             self._at_work.pop(context.id(), None)
             handle.cancel()
+
+    async def _held(self, request: Mapping[str, Any], generator: Generator) -> ConstraintSource | None:
+        """What an answer is held to: JSON by a schema, as `response_format` and required calls of functions ask for it.
+
+        Raises:
+            GenerationError: it can't be.
+        """
+        asked = (request.get("sampling_options") or {}).get("guided_decoding") or {}
+        kinds = sorted(kind for kind, value in asked.items() if value is not None)
+        if not kinds:
+            return None
+        if kinds != ["json"]:
+            raise GenerationError(f"guided_decoding has {', '.join(kinds)}; this worker supports json alone")
+        async with self._making:
+            if self._json is None:
+                self._json = await asyncio.to_thread(HeldToJson, generator)
+        return await self._json.compile(asked["json"])
 
     async def abort(self, context: Context) -> None:
         """Ends a request whose client has gone; its row is free after the step at work."""
@@ -199,6 +232,9 @@ class BundleEngine(LLMEngine):
         reporter, self._reporter = self._reporter, None
         if reporter is not None:
             await asyncio.to_thread(reporter.stop)
+        held, self._json = self._json, None
+        if held is not None:
+            held.close()
         service, self._service = self._service, None
         if service is not None:
             await service.aclose()
@@ -211,14 +247,64 @@ class BundleEngine(LLMEngine):
         assert self._service is not None and self._generator is not None
         manifest = self._generator.engine.manifest
         blocks = manifest.max_batch * (manifest.max_context // BLOCK)
-        self._reporter = _Reporter(self._service, blocks, publisher, lambda: self._snapshots)
+        self._reporter = _Reporter(self._service, blocks, publisher, lambda: self._snapshots, self._salts)
+
+
+class HeldToJson:
+    """Compiles JSON schemas for one tokenizer, as `qwen-aot serve` does and within its limits; needs its extra."""
+
+    def __init__(self, generator: Generator) -> None:
+        """Sorts the vocabulary, which takes a second.
+
+        Raises:
+            GenerationError: the extra isn't installed.
+        """
+        try:
+            from qwen_aot.runtime.server.constraints.compile_queue import CompileQueue
+            from qwen_aot.runtime.server.constraints.compiler import GrammarCompiler
+        except ImportError as error:
+            raise GenerationError(
+                f"guided_decoding needs a package that isn't installed ({error.name}): install 'qwen-aot[serve]'"
+            ) from error
+        assert generator.tokenizer is not None
+        self._compiler = GrammarCompiler(generator.tokenizer, generator.engine.manifest.model.vocab_size)
+        self._queue = CompileQueue()
+
+    async def compile(self, schema: Any) -> ConstraintSource:
+        """What holds answers to a schema.
+
+        Raises:
+            GenerationError: it can't be taken.
+        """
+        from qwen_aot.runtime.server.constraints.grammar import HeldJson, json_grammar
+        from qwen_aot.runtime.server.constraints.json_schema import check_schema
+        from qwen_aot.runtime.server.errors import ApiError
+
+        where = "guided_decoding.json"
+        try:
+            check_schema(schema, where)
+            return await self._queue.compile(self._compiler, json_grammar(HeldJson(schema, where)))
+        except ApiError as error:
+            raise GenerationError(error.message) from error
+
+    def close(self) -> None:
+        """Lets its threads go."""
+        self._queue.close()
 
 
 class _Reporter:
     """A thread that tells the router what the rows hold, and how much of the cache is in use."""
 
-    def __init__(self, service: GenerationService, blocks: int, publisher: KvEventPublisher, snapshots: Any) -> None:
+    def __init__(
+        self,
+        service: GenerationService,
+        blocks: int,
+        publisher: KvEventPublisher,
+        snapshots: Callable[[], Any],
+        salts: dict[int, str],
+    ) -> None:
         self._service = service
+        self._salts = salts
         self._total = blocks
         self._publisher = publisher
         self._snapshots = snapshots
@@ -243,18 +329,36 @@ class _Reporter:
                     log.exception("the router wasn't told what the rows hold")
 
     def _look(self) -> None:
-        rows = [tokens for _, tokens in self._service.cached_sequences(timeout=30)]
+        found = self._service.cached_sequences(timeout=30)
+        rows = [(self._salts.get(scope), tokens) for scope, tokens in found]
+        if len(self._salts) > MAX_SALTS:
+            for scope in set(self._salts) - {scope for scope, _ in found}:
+                self._salts.pop(scope, None)
         gone, stored = self._blocks.update(rows)
         if gone:
             self._publisher.publish_removed(gone)
         for new in stored:
-            self._publisher.publish_stored(new.token_ids, [BLOCK] * len(new.hashes), new.hashes, new.parent)
+            sizes = [BLOCK] * len(new.hashes)
+            self._publisher.publish_stored(new.token_ids, sizes, new.hashes, new.parent, cache_salt=new.salt)
         publisher = self._snapshots()
         if publisher is not None:
             now = self._service.statistics()
-            used = sum(len(tokens) for tokens in rows) // BLOCK
+            used = sum(len(tokens) for _, tokens in rows) // BLOCK
             rate = now.cached_tokens / now.prompt_tokens if now.prompt_tokens else None
             publisher.publish(0, ComponentSnapshot(used, self._total, used / self._total, 0, kv_cache_hit_rate=rate))
+
+
+def salt_of(request: Mapping[str, Any]) -> str | None:
+    """The `cache_salt` of `nvext`: requests of different ones share no cached beginnings."""
+    for place in (request.get("nvext"), (request.get("extra_args") or {}).get("nvext")):
+        if isinstance(place, dict) and place.get("cache_salt"):
+            return str(place["cache_salt"])
+    return None
+
+
+def scope_of(salt: str | None) -> int:
+    """The scope that a salt stands for; without one 0."""
+    return 0 if salt is None else int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8], "big") or 1
 
 
 def settings_of(request: Mapping[str, Any], generator: Generator) -> GenerationConfig:
@@ -267,7 +371,7 @@ def settings_of(request: Mapping[str, Any], generator: Generator) -> GenerationC
     sampling, stopping = request.get("sampling_options") or {}, request.get("stop_conditions") or {}
     for given, names in ((sampling, SAMPLING), (stopping, STOPPING)):
         for name, value in given.items():
-            if value is None or name in ("stop_token_ids", "stop_token_ids_hidden"):
+            if value is None or name in ("stop_token_ids", "stop_token_ids_hidden", "guided_decoding"):
                 continue
             if name in names:
                 found[names[name]] = value

@@ -56,11 +56,21 @@ async def main(bundle):
     found["choices"] = await collect(engine, 4, {**plain, "sampling_options": sampling})
     found["logprobs"] = (await collect(engine, 5, {**plain, "output_options": {"logprobs": 2}}))[0]
     found["refused"] = {
-        "guided": await collect(engine, 6, {**plain, "sampling_options": {"guided_decoding": {"json": {}}}}),
+        "guided": await collect(engine, 6, {**plain, "sampling_options": {"guided_decoding": {"regex": "a"}}}),
+        "schema": await collect(engine, 6, {**plain, "sampling_options": {"guided_decoding": {"json": {"not": {}}}}}),
         "unknown": await collect(engine, 7, {**plain, "sampling_options": {"swirl": 1}}),
         "temperature": await collect(engine, 8, {**plain, "sampling_options": {"temperature": -1}}),
         "long": await collect(engine, 9, {**plain, "token_ids": list(range(100)) * 9}),
     }
+
+    # JSON by a schema, and beginnings of one salt alone.
+    sampling = {"guided_decoding": {"json": {"enum": ["ab", "ac"]}, "regex": None}}
+    held = {"token_ids": ids, "stop_conditions": {"max_tokens": 20}, "sampling_options": sampling}
+    found["held"] = await collect(engine, 40, held)
+    salted = [{**plain, "nvext": {"cache_salt": "x"}}, {**plain, "extra_args": {"nvext": {"cache_salt": "x"}}}]
+    salted += [{**plain, "nvext": {"cache_salt": "y"}}, plain]
+    ends = [(await collect(engine, 41 + n, each))[-1]["completion_usage"] for n, each in enumerate(salted)]
+    found["salted"] = [end["prompt_tokens_details"]["cached_tokens"] for end in ends]
 
     # More than the rows and no queue: the last is sent elsewhere. One whose client leaves gives its row back.
     long = {"token_ids": ids, "stop_conditions": {"max_tokens": 460, "ignore_eos": True}}

@@ -78,14 +78,20 @@ def test_the_engine_by_itself(bundle: Path, tmp_path: Path) -> None:
     assert [each["token_id"] for each in found["logprobs"]["top_logprobs"][0]] == [each for each, _ in first.top]
 
     refused = {name: kind for name, (kind, _) in found["refused"].items()}
-    assert set(refused.values()) == {"InvalidArgument"} and len(refused) == 4
+    assert set(refused.values()) == {"InvalidArgument"} and len(refused) == 5
     for name, part in {
-        "guided": "guided_decoding is",
+        "guided": "guided_decoding has regex; this worker supports json alone",
+        "schema": "guided_decoding.json.not is not supported",
         "unknown": "swirl is '1', which this worker doesn't support",
         "temperature": "temperature is -1; accepted",
         "long": "the prompt has 900 tokens, the context holds 512",
     }.items():
         assert part in found["refused"][name][1]
+    with Generator.open(bundle, threads=1) as generator:
+        assert generator.tokenizer is not None
+        text = generator.tokenizer.decode([token for each in found["held"] for token in each["token_ids"]])
+    assert text in ('"ab"', '"ac"') and found["held"][-1]["finish_reason"] == "stop"
+    assert found["salted"] == [0, 38, 0, 38]
     assert found["full"][0] == "WorkerUnavailable"
     assert found["aborted"] == [["cancelled", True]] * 4
     assert (found["free"], found["at work"], found["folder"]) == (0, 0, False)
@@ -200,8 +206,14 @@ def test_behind_the_frontend(bundle: Path, tmp_path: Path) -> None:
         assert events["stored", "ok"] > 4
         assert all(outcome == "ok" for (_, outcome), count in events.items() if count), events
 
-        refused = chat(client, SYSTEMS[0], "Hi", response_format={"type": "json_object"})
-        assert refused.status_code == 400 and "guided_decoding" in refused.text
+        grade = {"type": "object", "properties": {"grade": {"enum": ["A", "B"]}}, "required": ["grade"]}
+        grade["additionalProperties"] = False
+        asked = {"type": "json_schema", "json_schema": {"name": "grade", "schema": grade}}
+        held = chat(client, SYSTEMS[0], "Hi", response_format=asked, max_tokens=60, frequency_penalty=2)
+        assert json.loads(held.json()["choices"][0]["message"]["content"])["grade"] in ("A", "B")
+        asked["json_schema"]["schema"] = {"not": {}}  # type: ignore[index]
+        refused = chat(client, SYSTEMS[0], "Hi", response_format=asked)
+        assert refused.status_code == 400 and "guided_decoding.json.not" in refused.text
 
         listens = [addresses for process in engine.processes for addresses in listening(process.pid).values()]
         assert len(listens) == len(engine.processes)  # broker, workers and frontend: each has one at least
