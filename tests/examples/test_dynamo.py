@@ -202,6 +202,8 @@ def test_behind_the_frontend(bundle: Path, tmp_path: Path) -> None:
                 usage = chat(client, system, f"Question {number}").json()["usage"]
                 if number > 0 or system is SYSTEMS[0]:
                     assert usage["prompt_tokens_details"]["cached_tokens"] > len(SYSTEMS[0]) // 2
+        salted = chat(client, SYSTEMS[0], "Question 0", nvext={"cache_salt": "x"}).json()
+        assert salted["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         events = heard_events(client)
         assert events["stored", "ok"] > 4
         assert all(outcome == "ok" for (_, outcome), count in events.items() if count), events
