@@ -26,7 +26,6 @@ __all__ = [
     "CHUNK_ALONE",
     "CHUNK_BESIDE_DECODE",
     "COPY_TOKENS",
-    "TOKENS_PER_COMPUTED_TOKEN",
     "TOKENS_PER_IDLE_ROW",
     "Batch",
 ]
@@ -38,9 +37,6 @@ CHUNK_ALONE = 256
 
 # An idle row in a decode step costs about as much as copying this many tokens of a row.
 TOKENS_PER_IDLE_ROW = 192
-
-# Computing a token of a prompt costs about as much as copying this many.
-TOKENS_PER_COMPUTED_TOKEN = 100
 
 # A step admits no more once it has copied so many tokens of rows: about what five idle rows cost.
 COPY_TOKENS = 1024
@@ -253,7 +249,7 @@ class Batch:
         self._idle_cost += (running[-1] - running[0] + 1 - len(running)) * TOKENS_PER_IDLE_ROW
         source, target = move
         length = int(self._engine.cache_length[source])
-        if self._idle_cost < length * (TOKENS_PER_COMPUTED_TOKEN if source == target else 1):
+        if self._idle_cost < length:
             return []
         self._idle_cost = 0
         if source == target:

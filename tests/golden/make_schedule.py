@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 VOCAB = 211
-ALONE, BESIDE, PER_IDLE_ROW, PER_COMPUTED, COPIES, COMPUTED = 256, 64, 192, 100, 1024, 2
+ALONE, BESIDE, PER_IDLE_ROW, COPIES, COMPUTED = 256, 64, 192, 1024, 2
 
 Unit = tuple[int, int]  # a request's choice
 
@@ -235,7 +235,7 @@ def steps(
         else:
             waste += PER_IDLE_ROW * (high - low + 1 - len(decoding))
             source, target = move
-            if source == target and waste >= PER_COMPUTED * len(cache[source]):
+            if source == target and waste >= len(cache[source]):
                 waste, cache[source], age[source] = 0, [], 0
             elif source != target and waste >= len(cache[source]):
                 waste = 0
@@ -372,7 +372,7 @@ CASES = [
     ),
     case(
         "a kept row makes room",
-        4,
+        5,
         512,
         [request([[n, 5]], {0: 40, 3: 40}.get(n, 2), keep=n == 1) for n in range(3)]
         + [request([[3, 5]], 40), request([[80, 30]], 2, arrives=6, keep=True)],
@@ -417,10 +417,10 @@ CASES = [
         + [request([[7, 60], [170, 2]], 2, arrives=20, keep=True)],
     ),
     case(
-        "a row is emptied when idle rows have cost as much as computing it",
+        "a row is emptied when idle rows have cost as much as copying it",
         4,
         512,
-        [request([[n, 5]], 60 if n in (0, 3) else 2 + n, keep=n in (1, 2)) for n in range(4)],
+        [request([[n, 400 if n in (1, 2) else 5]], 60 if n in (0, 3) else 2 + n, keep=n in (1, 2)) for n in range(4)],
     ),
     case(
         "a row outside the span is emptied, and one inside moves there",
@@ -574,7 +574,7 @@ CASES = [
     case("a move fails", 4, 512, [request([[n, 5]], 20 if n in (0, 3) else 2) for n in range(4)], fault("copy", 0)),
     case(
         "the move of a conversation fails",
-        4,
+        5,
         512,
         [request([[n, 5]], {0: 40, 3: 40}.get(n, 2), keep=n == 1) for n in range(3)]
         + [request([[3, 5]], 40), request([[80, 30]], 2, arrives=6, keep=True)],

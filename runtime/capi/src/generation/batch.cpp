@@ -14,9 +14,8 @@ namespace
 // measurements.
 constexpr size_t kChunkBesideDecode = 64;
 constexpr size_t kChunkAlone = 256;
-constexpr size_t kTokensPerIdleRow = 192;  // an idle row in a decode step costs about as much as copying so many
-constexpr size_t kTokensPerComputed = 100; // computing a token of a prompt costs about as much as copying so many
-constexpr size_t kCopyTokens = 1024;       // a step admits no more once it has copied so many
+constexpr size_t kTokensPerIdleRow = 192; // an idle row in a decode step costs about as much as copying so many
+constexpr size_t kCopyTokens = 1024;      // a step admits no more once it has copied so many
 // Of a prompt so many tokens are computed whatever the cache holds. The last one's logits are needed; and a step of one token
 // runs other kernels than a chunk, which round otherwise: two, and an answer is the same as without a cache.
 constexpr size_t kAlwaysComputed = 2;
@@ -470,13 +469,12 @@ void Batch::compact()
     auto const span = static_cast<size_t>(running_.back() - running_[0]) + 1;
     idle_cost_ += (span - running_.size()) * kTokensPerIdleRow;
     auto const length = static_cast<size_t>(engine_.length(move.source));
-    bool const is_emptied = move.source == move.target;
-    if (idle_cost_ < length * (is_emptied ? kTokensPerComputed : 1))
+    if (idle_cost_ < length)
     {
         return;
     }
     idle_cost_ = 0;
-    if (is_emptied)
+    if (move.source == move.target)
     {
         forget(move.source);
         return;
