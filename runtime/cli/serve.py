@@ -87,6 +87,12 @@ _LISTENING, _WHO, _MODEL, _HOW_MUCH = "Address", "Who may ask", "Model", "Limits
     "--max-queue", type=click.IntRange(0, 10_000), default=16, help="Answers that may wait for a row.", group=_HOW_MUCH
 )
 @option(
+    "--no-prefix-cache",
+    is_flag=True,
+    help="Compute every prompt from its beginning, whatever earlier ones left in the cache.",
+    group=_HOW_MUCH,
+)
+@option(
     "--grace-seconds",
     type=click.FloatRange(0, 3600),
     default=30.0,
@@ -117,6 +123,7 @@ def command(
     no_page: bool,
     rows: int | None,
     max_queue: int,
+    no_prefix_cache: bool,
     grace_seconds: float,
     log_format: str,
     threads: int | None,
@@ -149,6 +156,7 @@ def command(
             tool_format=tool_format,
             grace_seconds=grace_seconds,
             has_page=not no_page,
+            has_prefix_cache=not no_prefix_cache,
             certificate=ssl_certfile,
             certificate_key=ssl_keyfile,
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,14 @@ from qwen_aot.runtime.generation.request import Completion, Event, FinishReason,
 from qwen_aot.runtime.generation.sequence import ActiveSequence, PromptWork
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 
-__all__ = ["CHUNK_ALONE", "CHUNK_BESIDE_DECODE", "COPY_TOKENS", "TOKENS_PER_IDLE_ROW", "Batch"]
+__all__ = [
+    "ALWAYS_COMPUTED",
+    "CHUNK_ALONE",
+    "CHUNK_BESIDE_DECODE",
+    "COPY_TOKENS",
+    "TOKENS_PER_IDLE_ROW",
+    "Batch",
+]
 
 # Tokens of a prompt in one step: what running streams wait for, and what no one waits for. docs/scheduling.md has the
 # measurements.
@@ -33,7 +41,29 @@ TOKENS_PER_IDLE_ROW = 192
 # A step admits no more once it has copied so many tokens of rows: about what five idle rows cost.
 COPY_TOKENS = 1024
 
+# Of a prompt so many tokens are computed whatever the cache holds. The last one's logits are needed; and a step of one
+# token runs other kernels than a chunk, which round otherwise: two, and an answer is the same as without a cache.
+ALWAYS_COMPUTED = 2
+
 _IDLE = -1  # the engine's mark of a row without a token
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What is in the cache of a free row.
+
+    Attributes:
+        tokens: none: the row is empty.
+        scope: of the request that left them.
+        left: how many rows had been left filled before, and this one; 0 of an empty row.
+    """
+
+    tokens: list[int]
+    scope: int
+    left: int
+
+
+_NOTHING = _Held([], 0, 0)
 
 
 class Batch:
@@ -54,7 +84,8 @@ class Batch:
         self._pending: dict[int, PendingChoices] = {}  # by request, in order of arrival
         rows = engine.manifest.max_batch
         self._rows: list[ActiveSequence | None] = [None] * rows
-        self._held: list[list[int]] = [[] for _ in range(rows)]  # tokens in the cache of a free row
+        self._held: list[_Held] = [_NOTHING] * rows  # in rows that are free
+        self._left = 0  # how often a row was left filled
         self._next: NDArray[np.int64] = np.full(rows, _IDLE, np.int64)  # each row's token to feed
         self._prefilling: deque[int] = deque()  # rows, the next to take a chunk first
         self._idle_cost = 0  # of idle rows in decode steps since the last move, in tokens copied
@@ -106,6 +137,15 @@ class Batch:
         self._count += 1
         return index
 
+    def cached_sequences(self) -> list[tuple[int, list[int]]]:
+        """What other requests may start from: of each row that has some, the scope and the tokens."""
+        found = []
+        for row in range(len(self._rows)):
+            scope, tokens = self._content(row)
+            if scope is not None and tokens:
+                found.append((scope, list(tokens)))
+        return found
+
     def step(self) -> list[Event]:
         """Does one bounded piece of work: at most one decode of all running rows and one chunk of one prompt.
 
@@ -145,18 +185,24 @@ class Batch:
     def _admit(self) -> list[Event]:
         """Gives free rows to choices that are due, then to waiting requests, in their order.
 
-        The copy with which a step has copied enough, or one that fails, is the last thing.
+        The copy with which a step has copied enough, or one that fails, is the last thing. For a request that follows
+        a prompt in prefill a row stays free.
         """
         events: list[Event] = []
-        copied = 0
+        copied = followers = 0
         while copied < COPY_TOKENS and None in self._rows:
             due = next((index for index, pending in self._pending.items() if pending.is_due), None)
             logits = None
             if due is not None:
-                row, donor = self._lowest_row(), self._row_of(due)
+                row, donor = self._row_to_give(), self._row_of(due)
                 logits = self._begin_choice(row, self._occupant(donor))
-            elif self._waiting:
-                row, donor = self._begin_prompt(self._waiting.popleft())
+            elif followers < min(len(self._waiting), self._rows.count(None)):
+                sequence = self._waiting[followers]
+                if self._follows(sequence):
+                    followers += 1
+                    continue
+                del self._waiting[followers]
+                row, donor = self._begin_prompt(sequence)
             else:
                 break
             if donor != row:
@@ -172,15 +218,15 @@ class Batch:
 
     def _begin_prompt(self, sequence: ActiveSequence) -> tuple[int, int]:
         """Seats a request; returns its row, and the one to copy its beginning from (the same: nothing is copied)."""
-        row, kept = self._choose_row(sequence)
-        donor, shared = self._find_donor(sequence, row)
+        row = self._choose_row(sequence)
+        shared = [self._shared(each, sequence) for each in range(len(self._rows))]
+        donor = max(range(len(shared)), key=lambda each: (shared[each], each == row))
         self._rows[row] = sequence
-        self._held[row] = []
+        self._held[row] = _NOTHING
         self._prefilling.append(row)
-        if shared <= kept:
-            donor, shared = row, kept
-            self._engine.truncate(row, kept)
-        sequence.begin_cached(shared)
+        if donor == row:
+            self._engine.truncate(row, shared[row])
+        sequence.begin_cached(shared[donor])
         return row, donor
 
     def _begin_choice(self, row: int, sibling: ActiveSequence) -> NDArray[np.float32]:
@@ -190,11 +236,11 @@ class Batch:
         if not pending:
             del self._pending[sibling.index]
         self._rows[row] = sequence
-        self._held[row] = []
+        self._held[row] = _NOTHING
         return logits
 
     def _compact(self) -> list[Event]:
-        """Moves one row, if that shortens the span of running rows and idle ones have cost as much by now."""
+        """Moves or empties one row, if that shortens the span of running rows and idle ones have cost as much."""
         running = self._running()
         move = self._find_move(running)
         if move is None:
@@ -206,6 +252,9 @@ class Batch:
         if self._idle_cost < length:
             return []
         self._idle_cost = 0
+        if source == target:
+            self._forget(source)
+            return []
         try:
             self._engine.copy_row(source, target, length)
         except GenerationError as error:
@@ -223,20 +272,24 @@ class Batch:
         """The row to move and where to, so that fewer idle rows lie between running ones; None: nothing helps.
 
         A running row at either end goes into an empty row between them. If there are only rows there that hold a
-        conversation, the shortest of these goes out of the way first.
+        conversation, the shortest of these goes out of the way first. If no row is empty, the one that was left longest
+        ago is to be emptied: it goes to itself.
         """
         if not running:
             return None
         first, last = running[0], running[-1]
-        empty = [row for row, occupant in enumerate(self._rows) if occupant is None and not self._held[row]]
+        empty = [row for row in self._free() if not self._held[row].tokens]
         holes = [row for row in empty if first < row < last]
         if holes:
             without_last = max(running[-2], holes[0]) - first
             without_first = last - min(running[1], holes[-1])
             return (last, holes[0]) if without_last <= without_first else (first, holes[-1])
-        held = [row for row in range(first + 1, last) if self._held[row]]
+        held = [row for row in range(first + 1, last) if self._held[row].tokens]
         if held and empty:
-            return min(held, key=lambda row: (len(self._held[row]), row)), empty[0]
+            return min(held, key=lambda row: (len(self._held[row].tokens), row)), empty[0]
+        if held:
+            oldest = self._row_to_give()
+            return oldest, oldest
         return None
 
     def _decode(self) -> list[Event]:
@@ -316,49 +369,67 @@ class Batch:
         """The lowest row of a request that has one."""
         return next(row for row, each in enumerate(self._rows) if each is not None and each.index == index)
 
-    def _lowest_row(self) -> int:
-        """The lowest empty row, or the lowest free one, whose content is dropped."""
-        free = [row for row, occupant in enumerate(self._rows) if occupant is None]
-        return min(free, key=lambda row: (len(self._held[row]) > 0, row))
+    def _free(self) -> list[int]:
+        """Rows without a request, ascending."""
+        return [row for row, occupant in enumerate(self._rows) if occupant is None]
 
-    def _choose_row(self, sequence: ActiveSequence) -> tuple[int, int]:
-        """A free row, and how many of its tokens the request can use; at least one is left to prefill.
+    def _row_to_give(self) -> int:
+        """The lowest empty row, or the free one that was left longest ago, whose content is dropped."""
+        return min(self._free(), key=lambda row: (self._held[row].left, row))
 
-        A request that keeps its cache takes the row it shares most with, but an empty one where that would
-        cost another conversation more than it saves: two of them may share a system prompt and nothing else.
+    def _choose_row(self, sequence: ActiveSequence) -> int:
+        """The free row for a request: the one that it shares most with, of equals the one that was left longest ago.
+
+        But `_row_to_give` where that would cost another conversation more than it saves: two of them may share a system
+        prompt and nothing else.
+        """
+        shared = {row: self._shared(row, sequence) for row in self._free()}
+        best = max(shared, key=lambda row: (shared[row], -self._held[row].left, -row))
+        lost = len(self._held[best].tokens) - shared[best]
+        return self._row_to_give() if 2 * lost > shared[best] else best
+
+    def _shared(self, row: int, sequence: ActiveSequence) -> int:
+        """How many tokens in a row a request can start from; the last of its prompt are left to compute.
+
+        Only what was, or is being, kept for other requests of its scope counts, and only for a request that keeps its
+        own.
         """
         if not sequence.reuses_cache:
-            return self._lowest_row(), 0
-        free = [row for row, occupant in enumerate(self._rows) if occupant is None]
-        shared = {row: _common_prefix(self._held[row], sequence.prompt_ids) for row in free}
-        best = max(free, key=lambda row: (shared[row], -row))
-        lost = len(self._held[best]) - shared[best]
-        empty = [row for row in free if not self._held[row]]
-        if empty and 2 * lost > shared[best]:
-            best = empty[0]
-        return best, min(shared[best], len(sequence.prompt_ids) - 1)
+            return 0
+        scope, tokens = self._content(row)
+        return _common_beginning(tokens, sequence.prompt_ids) if scope == sequence.request.cache_scope else 0
 
-    def _find_donor(self, sequence: ActiveSequence, target: int) -> tuple[int, int]:
-        """The other row of a conversation that begins most as the request does, and how many tokens of it are useful.
+    def _content(self, row: int) -> tuple[int | None, list[int]]:
+        """The scope whose requests may start from a row, and its tokens; None: nobody may."""
+        occupant = self._rows[row]
+        if occupant is None:
+            return self._held[row].scope, self._held[row].tokens
+        if not occupant.request.keep_cache:
+            return None, []
+        tokens = (occupant.prompt_ids + occupant.token_ids)[: int(self._engine.cache_length[row])]
+        return occupant.request.cache_scope, tokens
 
-        Only what was, or is being, kept for other requests is looked at, and only for a request that keeps its own.
-        """
+    def _follows(self, sequence: ActiveSequence) -> bool:
+        """Whether a prompt in prefill begins as a request does, goes on so, and no row has more of that by now."""
         if not sequence.reuses_cache:
-            return target, 0
-        lengths = self._engine.cache_length
-        shared = {}
-        for row, occupant in enumerate(self._rows):
-            if row == target:
+            return False
+        for row in self._prefilling:
+            other = self._occupant(row)
+            if not other.reuses_cache or other.request.cache_scope != sequence.request.cache_scope:
                 continue
-            if occupant is None:
-                content = self._held[row]
-            elif occupant.request.keep_cache:
-                content = (occupant.prompt_ids + occupant.token_ids)[: int(lengths[row])]
-            else:
+            common = _common_beginning(other.prompt_ids, sequence.prompt_ids)
+            done = other.prefilled_tokens
+            if common < CHUNK_BESIDE_DECODE or common <= done:
                 continue
-            shared[row] = min(_common_prefix(content, sequence.prompt_ids), len(sequence.prompt_ids) - 1)
-        best = max(shared, key=lambda row: (shared[row], -row), default=target)
-        return best, shared.get(best, 0)
+            if not any(self._shares_more(each, sequence, done) for each in range(len(self._rows))):
+                return True
+        return False
+
+    def _shares_more(self, row: int, sequence: ActiveSequence, tokens: int) -> bool:
+        """Whether `_shared` is more than so many tokens, which most rows show by one of them."""
+        _, content = self._content(row)
+        is_likely = len(content) > tokens and content[tokens] == sequence.prompt_ids[tokens]
+        return is_likely and self._shared(row, sequence) > tokens
 
     def _retire_cancelled(self) -> list[Event]:
         events: list[Event] = []
@@ -379,7 +450,9 @@ class Batch:
         self._next[row] = _IDLE
         if sequence.request.keep_cache:
             length = int(self._engine.cache_length[row])
-            self._held[row] = (sequence.prompt_ids + sequence.token_ids)[:length]
+            tokens = (sequence.prompt_ids + sequence.token_ids)[:length]
+            self._left += 1
+            self._held[row] = _Held(tokens, sequence.request.cache_scope, self._left) if tokens else _NOTHING
         else:
             self._forget(row)
         return completion
@@ -401,7 +474,7 @@ class Batch:
         return sequence
 
     def _forget(self, row: int) -> None:
-        self._held[row] = []
+        self._held[row] = _NOTHING
         self._next[row] = _IDLE
         self._engine.truncate(row, 0)
 
@@ -409,5 +482,10 @@ class Batch:
         return self._defaults.complete(request.config, is_chat=request.is_chat, room=room)
 
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _common_beginning(content: list[int], prompt: list[int]) -> int:
+    """How many tokens of a prompt begin another list too, but for those that are always computed."""
+    low, high = 0, max(0, min(len(content), len(prompt) - ALWAYS_COMPUTED))
+    while low < high:  # by halves: parts are compared as wholes, which is faster
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if content[low:middle] == prompt[low:middle] else (low, middle - 1)
+    return low

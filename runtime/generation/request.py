@@ -35,6 +35,8 @@ class Request:
         keep_cache: start from what the cache of another such request holds of this prompt's beginning, and leave the
             row filled for the next one (a conversation). The reused part may have been computed in other steps, so
             logits can differ from those of a fresh prefill by rounding.
+        cache_scope: a number; with `keep_cache`, only requests of the same one start from each other's cache. Whoever
+            serves several parties gives each its own: the time that a first token takes tells what the cache held.
         is_chat: the prompt is a conversation's: where nobody says how long an answer may be, it may fill the context.
         constraint: what the text of each choice may be; None: anything. An output ends only where its constraint lets
             it, at once where nothing may follow (before `min_new_tokens` too), or where there is no more room.
@@ -44,6 +46,7 @@ class Request:
     config: GenerationConfig | None = None
     cancel: threading.Event | None = None
     keep_cache: bool = False
+    cache_scope: int = 0
     is_chat: bool = False
     constraint: ConstraintSource | None = None
 

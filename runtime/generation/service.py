@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from types import TracebackType
@@ -166,6 +167,21 @@ class GenerationService:
         """Counts as of the worker's last step; costs nothing."""
         return self._worker.snapshot()
 
+    def cached_sequences(self, timeout: float | None = None) -> list[tuple[int, list[int]]]:
+        """What requests may start from now: scope and tokens of each row that holds some (see `Request.keep_cache`).
+
+        For whoever tells a router which beginnings are where. Waits for the step at work.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            TimeoutError: the step takes longer.
+            ServiceClosedError: the service has ended.
+        """
+        self._generator.driver.check_process()
+        return self._worker.look(timeout)
+
     def drain(self, timeout: float | None = None) -> bool:
         """Takes no more requests and waits until those submitted are done.
 
@@ -243,6 +259,13 @@ class _Ask(Enum):
     STOP = auto()  # cancel everything and end
 
 
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """Somebody waits for what the rows hold."""
+
+    found: Future[list[tuple[int, list[int]]]]
+
+
 class _Worker:
     """The thread that drives the batch. It holds no reference to the service, and waits for nobody.
 
@@ -257,7 +280,7 @@ class _Worker:
         self.ended_choices = 0
         self.is_accepting = True
         self._driver = driver
-        self._asks: queue.SimpleQueue[Channel | _Ask] = queue.SimpleQueue()
+        self._asks: queue.SimpleQueue[Channel | _Ask | _Look] = queue.SimpleQueue()
         self._seen_choices = 0
         self._active: dict[int, Channel] = {}
         self._wish: _Ask | None = None
@@ -291,6 +314,13 @@ class _Worker:
             return replace(now, submitted=submitted, ended=submitted, is_accepting=False)
         unseen = max(0, self.submitted_choices - self._seen_choices)
         return replace(now, waiting=now.waiting + unseen, submitted=submitted, is_accepting=self.is_accepting)
+
+    def look(self, timeout: float | None) -> list[tuple[int, list[int]]]:
+        ask = _Look(Future())
+        self._asks.put(ask)
+        if self._is_over:  # it may have ended before it saw this
+            self._fail_all()
+        return ask.found.result(timeout)
 
     def ask(self, wish: _Ask) -> None:
         """Never blocks."""
@@ -332,6 +362,8 @@ class _Worker:
                 blocks = False
                 if isinstance(ask, Channel):
                     self._add(ask)
+                elif isinstance(ask, _Look):
+                    ask.found.set_result(self._driver.batch.cached_sequences())
                 elif self._wish is not _Ask.STOP:
                     self._wish = ask
         return bool(self._active) or self._wish is None
@@ -402,6 +434,8 @@ class _Worker:
                 ask = self._asks.get_nowait()
                 if isinstance(ask, Channel):
                     ask.fail(self._closed())
+                elif isinstance(ask, _Look):
+                    ask.found.set_exception(self._closed())
 
     def _closed(self) -> ServiceClosedError:
         if self._cause is None:

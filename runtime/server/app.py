@@ -21,6 +21,7 @@ from qwen_aot.runtime.server.errors import ApiError
 from qwen_aot.runtime.server.guard import Guard
 from qwen_aot.runtime.server.json_body import BodyReader
 from qwen_aot.runtime.server.metrics import Metrics
+from qwen_aot.runtime.server.openapi import describe
 from qwen_aot.runtime.server.outermost import Outermost
 from qwen_aot.runtime.server.requested import check_model
 from qwen_aot.runtime.server.slow_readers import SlowReaders
@@ -42,12 +43,10 @@ def make_app(state: ServerState) -> ASGIApp:
     bodies, slow_readers, metrics = BodyReader(), SlowReaders(), Metrics(state)
     tokens = TokenEndpoints(state, bodies)
     plain = _PlainEndpoints(state, metrics)
-    # Who has a key may learn what others with it ask; with several keys nothing is shared.
-    reads_chat = partial(read_chat, keeps_cache=len(state.settings.keys) <= 1)
     endpoint = partial(GenerationEndpoint, state=state, bodies=bodies, slow_readers=slow_readers, metrics=metrics)
     app: ASGIApp = Starlette(
         routes=[
-            Route("/v1/chat/completions", endpoint(reads_chat), methods=["POST"]),
+            Route("/v1/chat/completions", endpoint(read_chat), methods=["POST"]),
             Route("/v1/completions", endpoint(read_completion), methods=["POST"]),
             Route("/v1/models", plain.models),
             Route("/v1/models/{model:path}", plain.model),
@@ -57,6 +56,7 @@ def make_app(state: ServerState) -> ASGIApp:
             Route("/ready", plain.ready),
             Route("/metrics", plain.metrics),
             Route("/version", plain.version),
+            Route("/openapi.json", plain.description),
             *(page_routes() if state.settings.has_page else ()),
         ],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _our_fault},
@@ -79,6 +79,7 @@ class _PlainEndpoints:
     def __init__(self, state: ServerState, metrics: Metrics) -> None:
         self._state = state
         self._metrics = metrics
+        self._description = describe(state.settings)
 
     async def models(self, request: Request) -> JSONResponse:
         model = self._state.model
@@ -103,6 +104,9 @@ class _PlainEndpoints:
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def description(self, request: Request) -> JSONResponse:
+        return JSONResponse(self._description)
 
     async def version(self, request: Request) -> JSONResponse:
         return JSONResponse({"version": __version__})

@@ -19,7 +19,20 @@ from qwen_aot.runtime.generation.request import Completion, Event, FinishReason,
 from qwen_aot.runtime.server.constraints.grammar import Grammar, HeldJson, json_grammar
 from qwen_aot.runtime.server.conversation import Conversation, make_conversation
 from qwen_aot.runtime.server.errors import ApiError
-from qwen_aot.runtime.server.fields import Reader, boolean, integer, items, only, read_object, refused, text, wrong
+from qwen_aot.runtime.server.fields import (
+    Reader,
+    any_of,
+    boolean,
+    integer,
+    items,
+    object_of,
+    object_schema,
+    only,
+    read_object,
+    refused,
+    text,
+    wrong,
+)
 from qwen_aot.runtime.server.generation_fields import (
     GENERATION_FIELDS,
     MAX_TOKENS,
@@ -29,18 +42,21 @@ from qwen_aot.runtime.server.generation_fields import (
     refuse_stops,
 )
 from qwen_aot.runtime.server.requested import check_choices, check_length, check_model, check_room, usage
-from qwen_aot.runtime.server.response_format import read_response_format
+from qwen_aot.runtime.server.response_format import RESPONSE_FORMAT
 from qwen_aot.runtime.server.state import Model
 from qwen_aot.runtime.server.token_texts import TokenTexts
 from qwen_aot.runtime.server.tool_fields import TOOL_CALLS, TOOL_FIELDS, read_offer
 from qwen_aot.runtime.server.tool_formats.base import Call, Offer, Piece
 from qwen_aot.runtime.server.tool_formats.call_grammar import call_grammar
 
-__all__ = ["MESSAGE_LIST", "ChatJob", "read_chat", "template_variables"]
+__all__ = ["CHAT_BODY", "MESSAGE_LIST", "TEMPLATE_FIELDS", "ChatJob", "read_chat", "template_variables"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _OLD = "use tools, which took its place"
 _THINKING = "enable_thinking"
+
+
+_PART: Mapping[str, Reader] = {"type": only("text"), "text": text()}
 
 
 def _content(value: Any, where: str) -> str | list[dict[str, str]]:
@@ -54,7 +70,10 @@ def _content(value: Any, where: str) -> str | list[dict[str, str]]:
 def _part(value: Any, where: str) -> dict[str, str]:
     if isinstance(value, dict) and "type" in value:  # looked at first: it says which fields belong to it
         only("text")(value["type"], f"{where}.type")
-    return read_object(value, {"type": only("text"), "text": text()}, where=where, required=("type", "text"))
+    return read_object(value, _PART, where=where, required=("type", "text"))
+
+
+_TEXT_OR_PARTS = any_of({"type": "string"}, {"type": "array", "items": object_schema(_PART, ("type", "text"))})
 
 
 def _role(value: Any, where: str) -> str:
@@ -63,8 +82,8 @@ def _role(value: Any, where: str) -> str:
 
 
 _MESSAGE: Mapping[str, Reader] = {
-    "role": _role,
-    "content": _content,
+    "role": Reader(_role, only(*ROLES).schema),
+    "content": Reader(_content, _TEXT_OR_PARTS),
     "name": text(most=256),
     "reasoning_content": text(),
     "annotations": only([]),
@@ -92,13 +111,14 @@ def _message(value: Any, where: str) -> dict[str, Any]:
     return message
 
 
-MESSAGE_LIST = items(_message, least=1)
+MESSAGE_LIST = items(Reader(_message, object_schema(_MESSAGE, ("role",))), least=1)
+TEMPLATE_FIELDS = object_of({_THINKING: boolean})
 
 _FIELDS: Mapping[str, Reader] = {
     **GENERATION_FIELDS,
     **TOOL_FIELDS,
     "audio": refused("it answers in text"),
-    "chat_template_kwargs": lambda value, where: read_object(value, {_THINKING: boolean}, where=where),
+    "chat_template_kwargs": TEMPLATE_FIELDS,
     "function_call": refused(_OLD),
     "functions": refused(_OLD),
     "logprobs": boolean,
@@ -107,25 +127,25 @@ _FIELDS: Mapping[str, Reader] = {
     "modalities": only(["text"]),
     "prediction": refused("leave it out"),
     "reasoning_effort": refused("leave it out"),
-    "response_format": read_response_format,
+    "response_format": RESPONSE_FORMAT,
     "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
     "verbosity": refused("leave it out"),
     "web_search_options": refused("no address is ever fetched"),
 }
+CHAT_BODY = object_of(_FIELDS, ("messages", "model"))
 
 
-def read_chat(document: Mapping[str, Any], model: Model, *, keeps_cache: bool) -> ChatJob:
+def read_chat(document: Mapping[str, Any], model: Model) -> ChatJob:
     """Reads a body.
 
     Args:
         document: parsed JSON.
         model: what is asked.
-        keeps_cache: see `Request`; whoever asks may learn from the time taken what others' prompts begin with.
 
     Raises:
         ApiError: it can't be taken.
     """
-    fields = read_object(document, _FIELDS, required=("messages", "model"))
+    fields: dict[str, Any] = CHAT_BODY(document, "")
     name = check_model(fields["model"], model)
     if "max_completion_tokens" in fields:
         if "max_tokens" in fields:
@@ -161,7 +181,6 @@ def read_chat(document: Mapping[str, Any], model: Model, *, keeps_cache: bool) -
         offer=offer,
         content=content,
         stream=fields.get("stream_options", StreamOptions()) if fields.get("stream") else None,
-        keeps_cache=keeps_cache,
     )
 
 
@@ -191,7 +210,6 @@ class ChatJob:
     offer: Offer | None
     content: HeldJson | None
     stream: StreamOptions | None
-    keeps_cache: bool
 
     @property
     def choices(self) -> int:
@@ -218,7 +236,7 @@ class ChatJob:
                 f"the conversation has {len(prompt)} tokens, and {self.model.max_context} fit the context: shorten it"
             )
         check_room(self.config, len(prompt), self.model)
-        return [replace(request, prompt=prompt, keep_cache=self.keeps_cache, constraint=constraint)]
+        return [replace(request, prompt=prompt, constraint=constraint)]
 
     def answer(self, handles: Sequence[RequestHandle]) -> ChatAnswer:
         """See `Job`."""

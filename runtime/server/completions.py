@@ -19,7 +19,7 @@ from qwen_aot.runtime.generation.request import Completion, Event, Request
 from qwen_aot.runtime.generation.sampling import TokenLogprobs
 from qwen_aot.runtime.server.constraints.grammar import Grammar, HeldJson, json_grammar
 from qwen_aot.runtime.server.errors import ApiError
-from qwen_aot.runtime.server.fields import Reader, boolean, integer, read_object, refused, wrong
+from qwen_aot.runtime.server.fields import Reader, Schema, any_of, boolean, integer, object_of, refused, wrong
 from qwen_aot.runtime.server.generation_fields import (
     GENERATION_FIELDS,
     MAX_TOKENS,
@@ -29,11 +29,11 @@ from qwen_aot.runtime.server.generation_fields import (
     refuse_stops,
 )
 from qwen_aot.runtime.server.requested import check_choices, check_length, check_model, check_room, usage
-from qwen_aot.runtime.server.response_format import read_response_format
+from qwen_aot.runtime.server.response_format import RESPONSE_FORMAT
 from qwen_aot.runtime.server.state import Model
 from qwen_aot.runtime.server.token_texts import TextOffsets, TokenTexts
 
-__all__ = ["CompletionJob", "is_token_ids", "read_completion"]
+__all__ = ["COMPLETION_BODY", "CompletionJob", "is_token_ids", "read_completion"]
 
 MAX_PROMPTS = 2048
 
@@ -63,16 +63,25 @@ def is_token_ids(value: Any) -> bool:
     )
 
 
+_TOKEN_IDS: Schema = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "maximum": MAX_TOKENS},
+    "minItems": 1,
+}
+_PROMPT: Schema = any_of({"type": "string"}, _TOKEN_IDS)
+_PROMPTS: Schema = any_of(_PROMPT, {"type": "array", "items": _PROMPT, "minItems": 1, "maxItems": MAX_PROMPTS})
+
 _FIELDS: Mapping[str, Reader] = {
     **GENERATION_FIELDS,
     "best_of": integer(1, 128),
     "echo": boolean,
     "logprobs": integer(0, MAX_TOP_LOGPROBS),
     "max_tokens": integer(0, MAX_TOKENS),
-    "prompt": _prompts,
-    "response_format": read_response_format,
+    "prompt": Reader(_prompts, _PROMPTS),
+    "response_format": RESPONSE_FORMAT,
     "suffix": refused("this model doesn't fill in the middle"),
 }
+COMPLETION_BODY = object_of(_FIELDS, ("model", "prompt"))
 
 
 def read_completion(document: Mapping[str, Any], model: Model) -> CompletionJob:
@@ -85,7 +94,7 @@ def read_completion(document: Mapping[str, Any], model: Model) -> CompletionJob:
     Raises:
         ApiError: it can't be taken.
     """
-    fields = read_object(document, _FIELDS, required=("model", "prompt"))
+    fields: dict[str, Any] = COMPLETION_BODY(document, "")
     name = check_model(fields["model"], model)
     echo, logprobs, is_stream = fields.get("echo", False), fields.get("logprobs"), fields.get("stream", False)
     if echo and logprobs is not None:

@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect
@@ -114,7 +115,7 @@ class GenerationEndpoint:
         job = await self._bodies.read(request, lambda document: self._read(document, model))
         with self._state.admit(job.choices):
             constraint = await self._state.compile(model, job.grammar)
-            handles = await self._state.submit(model, lambda: job.requests(constraint))
+            handles = await self._state.submit(model, lambda: self._cached(job.requests(constraint), scope))
             feed = Feed(handles)
             with self._state.at_work(handles):
                 async with _cancelled_on_disconnect(receive, handles) as gone:
@@ -127,6 +128,11 @@ class GenerationEndpoint:
                     finally:
                         self._metrics.count(handles, [each for _, each in ended], time.perf_counter() - arrived)
                         scope.setdefault("state", {})["tokens"] = sum(len(each.token_ids) for _, each in ended)
+
+    def _cached(self, requests: Sequence[Request], scope: Scope) -> list[Request]:
+        """Requests that start from what others of the same key left in the cache, where the settings let them."""
+        keep, number = self._state.settings.has_prefix_cache, scope["state"]["key_number"]
+        return [replace(request, keep_cache=keep, cache_scope=number) for request in requests]
 
     async def _answer_whole(
         self,

@@ -1,6 +1,7 @@
 """Fields of a request's object: each name with a reader that checks its value, and no other name.
 
-A reader takes a JSON value and the name of its place, and returns what it means or raises the refusal.
+A reader takes a JSON value and the name of its place, and returns what it means or raises the refusal. It says what it
+accepts, so that what the server says of itself (`openapi`) can't lack a field that it reads.
 """
 
 from __future__ import annotations
@@ -8,16 +9,21 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
 from qwen_aot.runtime.server.errors import ApiError
 
 __all__ = [
     "Reader",
+    "Schema",
+    "any_of",
     "boolean",
     "integer",
     "items",
     "number",
+    "object_of",
+    "object_schema",
     "only",
     "read_object",
     "refused",
@@ -26,7 +32,29 @@ __all__ = [
     "wrong",
 ]
 
-Reader: TypeAlias = Callable[[Any, str], Any]
+Schema: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A kind of value: how one is read, and what is said of it in the server's description.
+
+    Attributes:
+        read: what a value stands for; it is refused with its place.
+        schema: a JSON schema of what is accepted (draft 2020-12); None: nothing is.
+    """
+
+    read: Callable[[Any, str], Any]
+    schema: Schema | None
+
+    def __call__(self, value: Any, where: str) -> Any:
+        """Reads a value.
+
+        Raises:
+            ApiError: it isn't of this kind.
+        """
+        return self.read(value, where)
+
 
 MAX_SHOWN = 60  # characters of a wrong value in a message
 
@@ -62,6 +90,30 @@ def read_object(
     return {name: readers[name](value, prefix + name) for name, value in document.items() if value is not None}
 
 
+def object_schema(readers: Mapping[str, Reader], required: Sequence[str] = ()) -> Schema:
+    """What `read_object` accepts: a field that isn't required may be null; one that is always refused isn't named."""
+    properties = {}
+    for name, reader in sorted(readers.items()):
+        if reader.schema is not None:
+            schema = reader.schema
+            properties[name] = schema if name in required else any_of(schema, {"type": "null"})
+    made: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
+    return made | {"required": list(required)} if required else made
+
+
+def object_of(readers: Mapping[str, Reader], required: Sequence[str] = ()) -> Reader:
+    """An object; see `read_object`."""
+    return Reader(
+        lambda value, where: read_object(value, readers, where=where, required=required),
+        object_schema(readers, required),
+    )
+
+
+def any_of(*schemas: Schema) -> Schema:
+    """Of one of several kinds."""
+    return {"anyOf": list(schemas)}
+
+
 def wrong(value: Any, where: str, accepted: str) -> NoReturn:
     """Refuses a value."""
     shown = _shown(value)
@@ -77,7 +129,7 @@ def integer(least: int, most: int) -> Reader:
             wrong(value, where, f"a whole number of {least} to {most}")
         return value
 
-    return read
+    return Reader(read, {"type": "integer", "minimum": least, "maximum": most})
 
 
 def number(least: float, most: float, *, above: bool = False, zero: bool = False) -> Reader:
@@ -100,14 +152,17 @@ def number(least: float, most: float, *, above: bool = False, zero: bool = False
             )
         return float(value)
 
-    return read
+    schema: Schema = {"type": "number", "exclusiveMinimum" if above else "minimum": least, "maximum": most}
+    return Reader(read, any_of({"const": 0}, schema) if zero else schema)
 
 
-def boolean(value: Any, where: str) -> bool:
-    """True or false."""
+def _boolean(value: Any, where: str) -> bool:
     if not isinstance(value, bool):
         wrong(value, where, "true or false")
     return value
+
+
+boolean = Reader(_boolean, {"type": "boolean"})
 
 
 def text(*, least: int = 0, most: int | None = None) -> Reader:
@@ -119,7 +174,7 @@ def text(*, least: int = 0, most: int | None = None) -> Reader:
             wrong(value, where, f"a text{length}")
         return value
 
-    return read
+    return Reader(read, _sized("string", "Length", least, most))
 
 
 def items(reader: Reader, *, least: int = 0, most: int | None = None) -> Reader:
@@ -131,7 +186,11 @@ def items(reader: Reader, *, least: int = 0, most: int | None = None) -> Reader:
             wrong(value, where, f"a list{length}")
         return [reader(entry, f"{where}[{index}]") for index, entry in enumerate(value)]
 
-    return read
+    return Reader(read, {**_sized("array", "Items", least, most), "items": reader.schema})
+
+
+def _sized(kind: str, unit: str, least: int, most: int | None) -> dict[str, Any]:
+    return {"type": kind} | ({f"min{unit}": least} if least else {}) | ({} if most is None else {f"max{unit}": most})
 
 
 def text_or_texts(reader: Reader, most: int) -> Reader:
@@ -141,7 +200,8 @@ def text_or_texts(reader: Reader, most: int) -> Reader:
     def read(value: Any, where: str) -> tuple[str, ...]:
         return tuple(several(value, where)) if isinstance(value, list) else (reader(value, where),)
 
-    return read
+    assert reader.schema is not None and several.schema is not None
+    return Reader(read, any_of(reader.schema, several.schema))
 
 
 def only(*values: Any) -> Reader:
@@ -159,7 +219,7 @@ def only(*values: Any) -> Reader:
             param=where,
         )
 
-    return read
+    return Reader(read, {"enum": list(values)})
 
 
 def refused(remedy: str) -> Reader:
@@ -170,7 +230,7 @@ def refused(remedy: str) -> Reader:
             400, f"{where} is not supported by this server: {remedy}", code="unsupported_parameter", param=where
         )
 
-    return read
+    return Reader(read, None)
 
 
 def _shown(value: Any) -> str:

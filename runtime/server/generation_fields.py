@@ -13,12 +13,13 @@ from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefau
 from qwen_aot.runtime.server.errors import ApiError
 from qwen_aot.runtime.server.fields import (
     Reader,
+    Schema,
     boolean,
     integer,
     items,
     number,
+    object_of,
     only,
-    read_object,
     refused,
     text,
     text_or_texts,
@@ -45,28 +46,38 @@ class StreamOptions:
     include_usage: bool = False
 
 
+_STREAM_OPTIONS = object_of({"include_usage": boolean})
+
+
 def _stream_options(value: Any, where: str) -> StreamOptions:
-    return StreamOptions(**read_object(value, {"include_usage": boolean}, where=where))
+    return StreamOptions(**_STREAM_OPTIONS(value, where))
 
 
 def _logit_bias(value: Any, where: str) -> dict[int, float]:
     if not isinstance(value, dict):
         wrong(value, where, 'an object, such as {"1234": -100}')
-    read = number(-100, 100)
     biases: dict[int, float] = {}
     for key, bias in value.items():
         if not (key.isascii() and key.isdecimal() and len(key) <= 10):
             wrong(key, where, "token ids as keys")
         if int(key) in biases:  # "7" and "07"
             wrong(key, where, "each token id once")
-        biases[int(key)] = read(bias, f"{where}.{key}")
+        biases[int(key)] = _BIAS(bias, f"{where}.{key}")
     return biases
+
+
+_BIAS = number(-100, 100)
+_BIASES: Schema = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+    "additionalProperties": _BIAS.schema,
+}
 
 
 GENERATION_FIELDS: Mapping[str, Reader] = {
     "frequency_penalty": number(-2, 2),
     "ignore_eos": boolean,
-    "logit_bias": _logit_bias,
+    "logit_bias": Reader(_logit_bias, _BIASES),
     "max_tokens": integer(1, MAX_TOKENS),
     "min_p": number(0, 1),
     "min_tokens": integer(0, MAX_TOKENS),
@@ -78,7 +89,7 @@ GENERATION_FIELDS: Mapping[str, Reader] = {
     "stop": text_or_texts(text(least=1, most=MAX_STOP_CHARACTERS), MAX_STOPS),
     "stop_token_ids": items(integer(0, MAX_TOKENS), most=1000),
     "stream": boolean,
-    "stream_options": _stream_options,
+    "stream_options": Reader(_stream_options, _STREAM_OPTIONS.schema),
     "temperature": number(0.001, 2, zero=True),
     "top_k": integer(-1, MAX_TOKENS),
     "top_p": number(0, 1),

@@ -37,7 +37,7 @@ class Guard:
         self._open_paths = PAGE_PATHS | {"/health"} if settings.has_page else frozenset({"/health"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes on what may be asked.
+        """Passes on what may be asked; the scope's state then has the `key_number`, by which clients are kept apart.
 
         Raises:
             ApiError: it may not.
@@ -47,7 +47,7 @@ class Guard:
         self._check_host(headers)
         self._check_origin(headers)
         if scope["path"] not in self._open_paths:
-            self._check_key(headers)
+            scope.setdefault("state", {})["key_number"] = self._check_key(headers)
         await self._app(scope, receive, send)
 
     def _check_host(self, headers: Headers) -> None:
@@ -75,9 +75,10 @@ class Guard:
             code="origin_not_allowed",
         )
 
-    def _check_key(self, headers: Headers) -> None:
+    def _check_key(self, headers: Headers) -> int:
+        """The place of the key that was sent among the settings'; 0 where there is none to be sent."""
         if not self._keys:
-            return
+            return 0
         scheme, _, given = headers.get("authorization", "").partition(" ")
         # Digests are of equal length, and each is compared whole: the time taken tells nothing of a key.
         digest = _digest(given.strip().encode("latin-1"))
@@ -90,6 +91,7 @@ class Guard:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        return matches.index(True)
 
 
 def _check_size(scope: Scope) -> None:

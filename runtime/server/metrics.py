@@ -131,7 +131,8 @@ class Metrics(Collector):
         yield self._gauge("vllm:kv_cache_usage_perc", "Rows in use, as a share of 1.", now.running / model.rows)
         yield self._counter("vllm:prompt_tokens", "Tokens of ended requests' prompts.", now.prompt_tokens)
         yield self._counter("vllm:generation_tokens", "Tokens generated.", now.generated_tokens)
-        yield self._counter("vllm:prefix_cache_queries", "Tokens looked for in the cache.", now.prompt_tokens)
+        asked = now.prompt_tokens if self._state.settings.has_prefix_cache else 0
+        yield self._counter("vllm:prefix_cache_queries", "Tokens looked for in the cache.", asked)
         yield self._counter("vllm:prefix_cache_hits", "Tokens found there.", now.cached_tokens)
         ended = CounterMetricFamily(
             "vllm:request_success", "Answers by how they ended.", labels=(*_LABELS, "finished_reason")

@@ -26,6 +26,7 @@ PATHS = (
     "/ready",
     "/metrics",
     "/version",
+    "/openapi.json",
     "/",
 )
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds: no line where all is well

@@ -11,15 +11,15 @@ from typing import Any
 
 from qwen_aot.runtime.server.constraints.grammar import ANY_OBJECT, HeldJson
 from qwen_aot.runtime.server.constraints.json_schema import check_schema
-from qwen_aot.runtime.server.fields import Reader, boolean, only, read_object, text, wrong
+from qwen_aot.runtime.server.fields import Reader, any_of, boolean, object_schema, only, read_object, text, wrong
 
-__all__ = ["read_response_format"]
+__all__ = ["RESPONSE_FORMAT"]
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TYPES = ("text", "json_object", "json_schema")
 
 
-def read_response_format(value: Any, where: str) -> HeldJson | None:
+def _response_format(value: Any, where: str) -> HeldJson | None:
     """What an answer's content is held to; None: nothing.
 
     Raises:
@@ -30,7 +30,7 @@ def read_response_format(value: Any, where: str) -> HeldJson | None:
     kind = value.get("type") if isinstance(value, dict) else None
     readers: dict[str, Reader] = {"type": only(*_TYPES)}
     if kind == "json_schema":
-        readers["json_schema"] = _json_schema
+        readers["json_schema"] = _NAMED_SCHEMA
     found = read_object(value, readers, where=where, required=tuple(readers))
     if kind == "text":
         return None
@@ -57,8 +57,16 @@ def _schema(value: Any, where: str) -> HeldJson:
 
 
 _JSON_SCHEMA: Mapping[str, Reader] = {
-    "name": _name,
+    "name": Reader(_name, {"type": "string", "pattern": f"^{_NAME.pattern}$"}),
     "description": text(),
-    "schema": _schema,
+    "schema": Reader(_schema, {"type": "object"}),
     "strict": boolean,  # answers are held to the schema in any case
 }
+_NAMED_SCHEMA = Reader(_json_schema, object_schema(_JSON_SCHEMA, ("name", "schema")))
+RESPONSE_FORMAT = Reader(
+    _response_format,
+    any_of(
+        object_schema({"type": only("text", "json_object")}, ("type",)),
+        object_schema({"type": only("json_schema"), "json_schema": _NAMED_SCHEMA}, ("type", "json_schema")),
+    ),
+)

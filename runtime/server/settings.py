@@ -44,6 +44,7 @@ class ServerSettings:
         tool_format: in which the model is told functions and calls them; None: see `choose_format`.
         grace_seconds: that requests at work get to finish once the server is told to stop.
         has_page: the chat page is at `/`.
+        has_prefix_cache: prompts start from what the cache holds of earlier ones that came with the same key.
         certificate: PEM file of a TLS certificate chain; None: no TLS.
         certificate_key: PEM file of its private key; None: it is in `certificate`.
     """
@@ -59,6 +60,7 @@ class ServerSettings:
     tool_format: str | None = None
     grace_seconds: float = GRACE_SECONDS
     has_page: bool = True
+    has_prefix_cache: bool = True
     certificate: Path | None = None
     certificate_key: Path | None = None
 

@@ -8,17 +8,18 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from qwen_aot.runtime.server.chat import MESSAGE_LIST, template_variables
+from qwen_aot.runtime.server.chat import MESSAGE_LIST, TEMPLATE_FIELDS, template_variables
 from qwen_aot.runtime.server.completions import is_token_ids
 from qwen_aot.runtime.server.conversation import make_conversation
 from qwen_aot.runtime.server.errors import ApiError
-from qwen_aot.runtime.server.fields import Reader, boolean, read_object, text, wrong
+from qwen_aot.runtime.server.fields import Reader, Schema, boolean, object_of, text, wrong
+from qwen_aot.runtime.server.generation_fields import MAX_TOKENS
 from qwen_aot.runtime.server.json_body import BodyReader, json_in_pieces
 from qwen_aot.runtime.server.requested import check_length, check_model
 from qwen_aot.runtime.server.state import Model, ServerState
 from qwen_aot.runtime.server.tool_fields import TOOL_FIELDS, read_offer
 
-__all__ = ["TokenEndpoints"]
+__all__ = ["DETOKENIZE_BODY", "TOKENIZE_BODY", "TokenEndpoints"]
 
 
 def _tokens(value: Any, where: str) -> list[int]:
@@ -35,9 +36,12 @@ _TOKENIZE: Mapping[str, Reader] = {
     "parse_special": boolean,
     "messages": MESSAGE_LIST,
     "tools": TOOL_FIELDS["tools"],
-    "chat_template_kwargs": lambda value, where: read_object(value, {"enable_thinking": boolean}, where=where),
+    "chat_template_kwargs": TEMPLATE_FIELDS,
 }
-_DETOKENIZE: Mapping[str, Reader] = {"model": text(least=1), "tokens": _tokens}
+_TOKENS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MAX_TOKENS}}
+_DETOKENIZE: Mapping[str, Reader] = {"model": text(least=1), "tokens": Reader(_tokens, _TOKENS)}
+TOKENIZE_BODY = object_of(_TOKENIZE)
+DETOKENIZE_BODY = object_of(_DETOKENIZE, ("tokens",))
 
 
 class TokenEndpoints:
@@ -51,7 +55,7 @@ class TokenEndpoints:
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a prompt or of a conversation, which needn't fit the context."""
         model = self._state.model
-        fields = await self._bodies.read(request, lambda document: _read(document, _TOKENIZE, model))
+        fields = await self._bodies.read(request, lambda document: _read(document, TOKENIZE_BODY, model))
         if ("prompt" in fields) == ("messages" in fields):
             raise ApiError(400, "give either prompt or messages", code="invalid_value", param="prompt")
         if "tools" in fields and "messages" not in fields:
@@ -65,9 +69,7 @@ class TokenEndpoints:
     async def detokenize(self, request: Request) -> JSONResponse:
         """The text of token ids, special tokens spelled out."""
         model = self._state.model
-        fields = await self._bodies.read(request, lambda document: _read(document, _DETOKENIZE, model))
-        if "tokens" not in fields:
-            raise ApiError(400, "the field 'tokens' is missing", code="missing_required_parameter", param="tokens")
+        fields = await self._bodies.read(request, lambda document: _read(document, DETOKENIZE_BODY, model))
         ids = fields["tokens"]
         if ids and max(ids) >= model.vocab_size:
             wrong(max(ids), "tokens", f"ids of 0 to {model.vocab_size - 1}")
@@ -77,8 +79,8 @@ class TokenEndpoints:
         return JSONResponse({"prompt": decoded})
 
 
-def _read(document: Mapping[str, Any], readers: Mapping[str, Reader], model: Model) -> dict[str, Any]:
-    fields = read_object(document, readers)
+def _read(document: Mapping[str, Any], body: Reader, model: Model) -> dict[str, Any]:
+    fields: dict[str, Any] = body(document, "")
     if "model" in fields:
         check_model(fields["model"], model)
     return fields

@@ -11,7 +11,7 @@ from qwen_aot.errors import BundleError
 from qwen_aot.runtime.bundle.strict_json import parse_object
 from qwen_aot.runtime.server.constraints.json_schema import check_schema, check_size
 from qwen_aot.runtime.server.errors import ApiError
-from qwen_aot.runtime.server.fields import Reader, boolean, items, only, read_object, text, wrong
+from qwen_aot.runtime.server.fields import Reader, any_of, boolean, items, object_of, only, text, wrong
 from qwen_aot.runtime.server.tool_formats.base import Function, Offer
 
 __all__ = ["TOOL_CALLS", "TOOL_FIELDS", "read_offer"]
@@ -42,34 +42,41 @@ def _arguments(value: Any, where: str) -> dict[str, Any]:
         raise ApiError(400, str(error), code="invalid_value", param=where) from None
 
 
-_FUNCTION: Mapping[str, Reader] = {
-    "name": _name,
-    "description": text(),
-    "parameters": _schema,
-    "strict": boolean,
-}
-
-
-def _tool(value: Any, where: str) -> dict[str, Any]:
-    def function(inner: Any, place: str) -> dict[str, Any]:
-        return read_object(inner, _FUNCTION, where=place, required=("name",))
-
-    readers: Mapping[str, Reader] = {"type": only("function"), "function": function}
-    return read_object(value, readers, where=where, required=("type", "function"))
+_NAMED = Reader(_name, {"type": "string", "pattern": f"^{_NAME.pattern}$"})
+_TOOL = object_of(
+    {
+        "type": only("function"),
+        "function": object_of(
+            {
+                "name": _NAMED,
+                "description": text(),
+                "parameters": Reader(_schema, {"type": "object"}),
+                "strict": boolean,
+            },
+            ("name",),
+        ),
+    },
+    ("type", "function"),
+)
+_CALL = object_of(
+    {
+        "id": text(most=256),
+        "index": Reader(lambda value, where: None, {}),  # what streamed pieces have besides
+        "type": only("function"),
+        "function": object_of(
+            {
+                "name": _NAMED,
+                "arguments": Reader(_arguments, {"type": "string", "contentMediaType": "application/json"}),
+            },
+            ("name", "arguments"),
+        ),
+    },
+    ("id", "type", "function"),
+)
 
 
 def _call(value: Any, where: str) -> dict[str, Any]:
-    def function(inner: Any, place: str) -> dict[str, Any]:
-        readers: Mapping[str, Reader] = {"name": _name, "arguments": _arguments}
-        return read_object(inner, readers, where=place, required=("name", "arguments"))
-
-    readers: Mapping[str, Reader] = {
-        "id": text(most=256),
-        "index": lambda inner, place: None,  # what streamed pieces have besides
-        "type": only("function"),
-        "function": function,
-    }
-    call = read_object(value, readers, where=where, required=("id", "type", "function"))
+    call: dict[str, Any] = _CALL(value, where)
     call.pop("index", None)
     return call
 
@@ -82,24 +89,26 @@ class _Choice:
     named: str | None = None
 
 
+_CHOSEN_KIND = only("none", "auto", "required")
+_CHOSEN_FUNCTION = object_of(
+    {"type": only("function"), "function": object_of({"name": _NAMED}, ("name",))}, ("type", "function")
+)
+
+
 def _choice(value: Any, where: str) -> _Choice:
     if not isinstance(value, dict):
-        kind: str = only("none", "auto", "required")(value, where)
+        kind: str = _CHOSEN_KIND(value, where)
         return _Choice(kind)
     only("function")(value.get("type"), f"{where}.type")  # looked at first: it says which fields belong to it
-    readers: Mapping[str, Reader] = {
-        "type": only("function"),
-        "function": lambda inner, place: read_object(inner, {"name": _name}, where=place, required=("name",)),
-    }
-    found = read_object(value, readers, where=where, required=("type", "function"))
-    return _Choice("required", found["function"]["name"])
+    return _Choice("required", _CHOSEN_FUNCTION(value, where)["function"]["name"])
 
 
-TOOL_CALLS = items(_call, least=1, most=MAX_TOOLS)
+assert _CHOSEN_KIND.schema is not None and _CHOSEN_FUNCTION.schema is not None
+TOOL_CALLS = items(Reader(_call, _CALL.schema), least=1, most=MAX_TOOLS)
 TOOL_FIELDS: Mapping[str, Reader] = {
     "parallel_tool_calls": boolean,
-    "tool_choice": _choice,
-    "tools": items(_tool, least=1, most=MAX_TOOLS),
+    "tool_choice": Reader(_choice, any_of(_CHOSEN_KIND.schema, _CHOSEN_FUNCTION.schema)),
+    "tools": items(_TOOL, least=1, most=MAX_TOOLS),
 }
 
 

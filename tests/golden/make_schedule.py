@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 VOCAB = 211
-ALONE, BESIDE, PER_IDLE_ROW, COPIES = 256, 64, 192, 1024
+ALONE, BESIDE, PER_IDLE_ROW, COPIES, COMPUTED = 256, 64, 192, 1024, 2
 
 Unit = tuple[int, int]  # a request's choice
 
@@ -30,7 +30,7 @@ def request(
     prompt: list[list[int]], new: int, arrives: int = 0, cancelled: int | None = None, keep: bool = False, **more: Any
 ) -> dict[str, Any]:
     made = {"prompt": prompt, "max_new_tokens": new, "arrives": arrives, "cancelled": cancelled, "keep_cache": keep}
-    return made | {"n": 1, "prompt_logprobs": None} | more
+    return made | {"cache_scope": 0, "n": 1, "prompt_logprobs": None} | more
 
 
 def fault(call: str, number: int, rows: list[int] | None = None) -> dict[str, Any]:
@@ -41,9 +41,10 @@ def ids(prompt: list[list[int]]) -> list[int]:
     return [(first + i) % VOCAB for first, count in prompt for i in range(count)]
 
 
-def common(a: list[int], b: list[int]) -> int:
+def common(tokens: list[int], prompt: list[int]) -> int:
+    """How much of a prompt's beginning the tokens begin with; its last two tokens don't count."""
     n = 0
-    while n < len(a) and n < len(b) and a[n] == b[n]:
+    while n < len(tokens) and n < len(prompt) - COMPUTED and tokens[n] == prompt[n]:
         n += 1
     return n
 
@@ -57,6 +58,9 @@ def steps(
     cache: list[list[int]] = [[] for _ in range(rows)]
     queue: list[int] = []  # waiting requests
     turns: list[Unit] = []  # in prefill
+    owner = [0] * rows  # scopes of the requests that a row's tokens are of
+    age = [0] * rows  # when a row was last left with tokens, and 0 if it has none
+    departures = 0
     left: dict[int, list[int]] = {}  # choices of requests that have come and not begun
     whole: set[int] = set()  # requests whose prompt has been computed
     ended: set[Unit] = set()
@@ -83,6 +87,7 @@ def steps(
             ends.append([unit[0], reason, unit[1]])
 
         def leave(row: int, reason: str) -> None:
+            nonlocal departures
             unit = user[row]
             assert unit is not None
             user[row] = None
@@ -90,7 +95,34 @@ def steps(
                 turns.remove(unit)
             if reason == "error" or not requests[unit[0]]["keep_cache"]:
                 cache[row] = []
+            departures += 1
+            owner[row], age[row] = requests[unit[0]]["cache_scope"], departures if cache[row] else 0
             end(unit, reason)
+
+        def looks(i: int) -> bool:
+            """Whether a request may start from tokens of others."""
+            return requests[i]["keep_cache"] and requests[i]["prompt_logprobs"] is None
+
+        def usable(row: int, i: int) -> int:
+            """How many of a row's tokens a request could start from."""
+            occupant = user[row]
+            if occupant is not None and not requests[occupant[0]]["keep_cache"]:
+                return 0
+            scope = owner[row] if occupant is None else requests[occupant[0]]["cache_scope"]
+            if not looks(i) or scope != requests[i]["cache_scope"]:
+                return 0
+            return common(cache[row], prompts[i])
+
+        def follows(i: int) -> bool:
+            most = max(usable(row, i) for row in range(rows))
+            for unit in turns:
+                ahead = requests[unit[0]]
+                if looks(i) and looks(unit[0]) and ahead["cache_scope"] == requests[i]["cache_scope"]:
+                    alike = common(prompts[unit[0]], prompts[i])
+                    done = len(cache[user.index(unit)])
+                    if alike >= BESIDE and alike > done >= most:
+                        return True
+            return False
 
         def fail(row: int) -> None:
             unit = user[row]
@@ -130,17 +162,18 @@ def steps(
             while is_cancelled(i) and left[i]:
                 end((i, left[i].pop(0)), "cancelled")
 
-        # 2. Free rows are given out: to choices whose prompt is there, then to requests, until enough is copied.
+        # 2. Free rows are given out: to choices whose prompt is there, then to requests, until enough is copied. Those
+        # that follow a prompt in prefill keep their place, and a row is left for each.
         copied = 0
+        behind: list[int] = []
         while None in user and copied < COPIES:
             free = [row for row in range(rows) if user[row] is None]
-            empty = [row for row in free if not cache[row]]
-            row = empty[0] if empty else free[0]
+            oldest = min(free, key=lambda r: age[r])
             due = [i for i in sorted(left) if left[i] and i in whole]
             if due:
-                i = due[0]
+                i, row = due[0], oldest
                 donor = next(r for r, unit in enumerate(user) if unit is not None and unit[0] == i)
-                user[row] = (i, left[i].pop(0))
+                user[row], age[row] = (i, left[i].pop(0)), 0
                 if call("copy", donor, row, len(prompts[i])):
                     fail(row)
                     break
@@ -148,29 +181,23 @@ def steps(
                 cache[row] = prompts[i]
                 token(row)
                 continue
-            if not queue:
+            ahead = [i for i in queue if i not in behind]
+            if not ahead or len(behind) >= len(free):
                 break
-            i = queue.pop(0)
-            prompt = prompts[i]
-            keep = requests[i]["keep_cache"] and requests[i]["prompt_logprobs"] is None
-            shared = 0
-            if keep:
-                row = free[0]
-                for other in free:
-                    if common(cache[other], prompt) > common(cache[row], prompt):
-                        row = other
-                gain = common(cache[row], prompt)
-                if empty and 2 * (len(cache[row]) - gain) > gain:
-                    row = empty[0]
-                shared = min(common(cache[row], prompt), len(prompt) - 1)
-            best, source = shared, None
+            i = ahead[0]
+            if follows(i):
+                behind.append(i)
+                continue
+            queue.remove(i)
+            most = max(usable(r, i) for r in free)
+            row = min((r for r in free if usable(r, i) == most), key=lambda r: age[r])
+            if 2 * (len(cache[row]) - most) > most:
+                row = oldest
+            best, source = usable(row, i), None
             for other in range(rows):
-                occupant = user[other]
-                if keep and other != row and (occupant is None or requests[occupant[0]]["keep_cache"]):
-                    n = min(common(cache[other], prompt), len(prompt) - 1)
-                    if n > best:
-                        best, source = n, other
-            user[row] = (i, 0)
+                if usable(other, i) > best:
+                    best, source = usable(other, i), other
+            user[row], age[row] = (i, 0), 0
             turns.append((i, 0))
             if source is not None:
                 if call("copy", source, row, best):
@@ -179,7 +206,7 @@ def steps(
                 copied += best
                 cache[row] = cache[source][:best]
             else:
-                cache[row] = cache[row][:shared]
+                cache[row] = cache[row][:best]
 
         def running() -> list[int]:
             return [r for r in range(rows) if user[r] is not None and user[r] not in turns]
@@ -200,21 +227,27 @@ def steps(
                 kept = [r for r in range(low + 1, high) if user[r] is None]
                 if kept and empty:
                     move = (min(kept, key=lambda r: len(cache[r])), empty[0])
+                elif kept:
+                    oldest = min((r for r in range(rows) if user[r] is None), key=lambda r: age[r])
+                    move = (oldest, oldest)
         if move is None:
             waste = 0
         else:
             waste += PER_IDLE_ROW * (high - low + 1 - len(decoding))
             source, target = move
-            if waste >= len(cache[source]):
+            if source == target and waste >= len(cache[source]):
+                waste, cache[source], age[source] = 0, [], 0
+            elif source != target and waste >= len(cache[source]):
                 waste = 0
                 if call("copy", source, target, len(cache[source])):
                     if user[source] is None:
-                        cache[source] = []
+                        cache[source], age[source] = [], 0
                     else:
                         fail(source)
                 else:
                     cache[target], cache[source] = cache[source], []
                     user[target], user[source] = user[source], None
+                    owner[target], age[target], age[source] = owner[source], age[source], 0
 
         # 4. One decode of all running rows: of the last token, or of the prompt's next where it is fed by token.
         decoding = running()
@@ -339,10 +372,117 @@ CASES = [
     ),
     case(
         "a kept row makes room",
-        4,
+        5,
         512,
         [request([[n, 5]], {0: 40, 3: 40}.get(n, 2), keep=n == 1) for n in range(3)]
         + [request([[3, 5]], 40), request([[80, 30]], 2, arrives=6, keep=True)],
+    ),
+    # reuse: by scope, from the row that was left longest ago, and of what another is computing
+    case(
+        "nothing is shared between scopes",
+        3,
+        512,
+        [request([[7, 40]], 4, keep=True, cache_scope=1), request([[7, 40], [90, 9]], 4, arrives=6, keep=True)]
+        + [request([[7, 40], [150, 9]], 4, arrives=12, keep=True, cache_scope=s) for s in (1, 2)],
+    ),
+    case(
+        "scopes in one row",
+        1,
+        512,
+        [request([[7, 40 + 5 * n]], 3, arrives=5 * n, keep=True, cache_scope=n // 2) for n in range(4)],
+    ),
+    case(
+        "the row that was left longest ago is given away",
+        3,
+        512,
+        [request([[30 * n, 9 + n]], 3, arrives=6 * n, keep=True) for n in range(3)]
+        + [request([[0, 9], [9, 3], [100, 2]], 2, arrives=20, keep=True)]
+        + [request([[150 + n, 9]], 2, arrives=26 + 5 * n, keep=n < 2) for n in range(4)],
+    ),
+    case(
+        "a conversation is copied out of a row that it would cost much",
+        2,
+        512,
+        [
+            request([[7, 40], [90, 60]], 4, keep=True),
+            request([[150, 9]], 3, arrives=10, keep=True),
+            request([[7, 40], [180, 5]], 3, arrives=20, keep=True),
+        ],
+    ),
+    case(
+        "of rows that share alike the one that was left longest ago",
+        3,
+        512,
+        [request([[7, 60], [100 + n, 2]], 2, arrives=5 * (2 - n), keep=True) for n in (2, 1, 0)]
+        + [request([[7, 60], [170, 2]], 2, arrives=20, keep=True)],
+    ),
+    case(
+        "a row is emptied when idle rows have cost as much as copying it",
+        4,
+        512,
+        [request([[n, 400 if n in (1, 2) else 5]], 60 if n in (0, 3) else 2 + n, keep=n in (1, 2)) for n in range(4)],
+    ),
+    case(
+        "a row outside the span is emptied, and one inside moves there",
+        5,
+        512,
+        [request([[n, 5]], 90 if n in (1, 4) else 2 + n, keep=True) for n in range(5)],
+    ),
+    case(
+        "a beginning that comes at once is computed once",
+        4,
+        512,
+        [request([[7, 300], [90 + 20 * n, 9]], 3, keep=True) for n in range(3)],
+    ),
+    case(
+        "who follows a prompt leaves rows to others, but for one of its own",
+        3,
+        64,
+        [request([[7, 200]], 3, keep=True), request([[7, 200], [50, 3]], 3, keep=True)]
+        + [request([[20 * n, 4]], 3) for n in range(3)],
+    ),
+    case(
+        "a prompt that is followed is cancelled",
+        2,
+        64,
+        [request([[7, 300]], 3, keep=True, cancelled=2), request([[7, 300], [50, 3]], 3, keep=True)],
+    ),
+    case(
+        "nobody follows where it gives less than a chunk, in another scope, or for who keeps nothing",
+        6,
+        64,
+        [
+            request([[7, 63], [0, 200]], 3, keep=True),
+            request([[7, 63], [50, 90]], 3, keep=True),
+            request([[7, 63], [0, 200]], 3, keep=True, cache_scope=1),
+            request([[7, 63], [0, 200]], 3),
+            request([[7, 63], [0, 20]], 3, keep=True, prompt_logprobs=0),
+        ],
+    ),
+    case(
+        "who follows ends when it is cancelled",
+        2,
+        64,
+        [request([[7, 300]], 3, keep=True), request([[7, 300], [50, 3]], 3, keep=True, cancelled=2)],
+    ),
+    case(
+        "the prompt that is followed isn't the first whose beginning is alike",
+        4,
+        64,
+        [
+            request([[7, 150], [150, 5]], 20, arrives=2, keep=True, prompt_logprobs=0),
+            request([[7, 70], [150, 60]], 30, arrives=2, keep=True),
+            request([[7, 100], [150, 150]], 13, arrives=3, keep=True),
+            request([[7, 70], [90, 5]], 1, arrives=4, keep=True),
+            request([[7, 150], [150, 5]], 9, arrives=4, keep=True),
+            request([[7, 150], [150, 150]], 26, arrives=6, keep=True, prompt_logprobs=0),
+        ],
+    ),
+    case(
+        "choices of a request that follows",
+        3,
+        64,
+        [request([[7, 150]], 9, keep=True), request([[7, 150], [50, 3]], 3, keep=True, n=3)],
     ),
     case("two rows end in one step", 3, 64, [request([[n, 70]], 5, arrives=n) for n in (0, 1, 1, 2, 2)]),
     # choices of one prompt
@@ -434,7 +574,7 @@ CASES = [
     case("a move fails", 4, 512, [request([[n, 5]], 20 if n in (0, 3) else 2) for n in range(4)], fault("copy", 0)),
     case(
         "the move of a conversation fails",
-        4,
+        5,
         512,
         [request([[n, 5]], {0: 40, 3: 40}.get(n, 2), keep=n == 1) for n in range(3)]
         + [request([[3, 5]], 40), request([[80, 30]], 2, arrives=6, keep=True)],

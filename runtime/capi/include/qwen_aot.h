@@ -383,6 +383,11 @@ QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_request_set_config(
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_request_set_keep_cache(
     qwen_aot_request* request, int32_t is_kept, qwen_aot_error** error);
 
+/** Any number (default 0): of requests with KEEP_CACHE, only those of the same one start from each other's tokens. Give each
+ *  party that is served its own: the time that a first token takes tells what the cache held. Chats have 0. */
+QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_request_set_cache_scope(
+    qwen_aot_request* request, uint64_t scope, qwen_aot_error** error);
+
 /** Makes a generator and its cache: on the CPU addresses only, which take memory as rows fill. */
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_generator_create(
     qwen_aot_model* model, qwen_aot_generator** generator, qwen_aot_error** error);

@@ -355,6 +355,11 @@ public:
         detail::call(qwen_aot_request_set_keep_cache, get(), is_kept ? 1 : 0);
         return *this;
     }
+    Request& cache_scope(uint64_t scope)
+    {
+        detail::call(qwen_aot_request_set_cache_scope, get(), scope);
+        return *this;
+    }
 
 private:
     Request()

@@ -53,7 +53,8 @@ _HELD = frozenset(
         "type",
     }
 )
-# What says nothing about which values are valid.
+# What says nothing about which values are valid. OpenAPI's discriminator, which Pydantic writes for a union that one
+# field tells, only says where to look: which schema of oneOf a value is their own `const`s decide.
 _NOTES = frozenset(
     {
         "$anchor",
@@ -63,11 +64,14 @@ _NOTES = frozenset(
         "default",
         "deprecated",
         "description",
+        "discriminator",
         "example",
         "examples",
+        "externalDocs",
         "readOnly",
         "title",
         "writeOnly",
+        "xml",
     }
 )
 _KEYWORDS = _SCHEMA | _SCHEMA_LISTS | _SCHEMA_OBJECTS | _HELD | _NOTES
@@ -158,9 +162,22 @@ def _check_keywords(schema: Mapping[str, Any], where: str) -> None:
             near = difflib.get_close_matches(name[:100], _KEYWORDS - _NOTES, n=2, cutoff=0.7)
             remedy = f"did you mean {' or '.join(near)}?" if near else "leave it out, or say it in a message"
             raise _unsupported(f"{where}.{name}", f"answers can't be held to this keyword; {remedy}")
+    if "discriminator" in schema:
+        _check_discriminator(schema, f"{where}.discriminator")
     reference = schema.get("$ref", "#")
     if not isinstance(reference, str) or not reference.startswith("#"):
         wrong(reference, f"{where}.$ref", "a place in the same schema, such as #/$defs/name; nothing is ever fetched")
+
+
+def _check_discriminator(schema: Mapping[str, Any], where: str) -> None:
+    """It is left alone, but what stands there has to be one: a name beside schemas to choose from."""
+    value = schema["discriminator"]
+    mapping = value.get("mapping", {}) if isinstance(value, dict) else None
+    is_one = isinstance(mapping, dict) and all(isinstance(each, str) for each in mapping.values())
+    if not is_one or not isinstance(value.get("propertyName"), str) or set(value) - {"mapping", "propertyName"}:
+        wrong(value, where, "an object with a propertyName and, if you like, a mapping of values to schemas' names")
+    if not {"anyOf", "oneOf"} & set(schema):
+        raise _unsupported(where, "it says which schema of oneOf or anyOf a value is, and there is neither beside it")
 
 
 def _remainders(value: Any, where: str) -> int:

@@ -240,7 +240,12 @@ class Generator:
         self.close()
 
     def submit(
-        self, prompt: str | Sequence[int] | Sequence[tuple[str, str]], *, keep_cache: bool = False, **settings: Any
+        self,
+        prompt: str | Sequence[int] | Sequence[tuple[str, str]],
+        *,
+        keep_cache: bool = False,
+        cache_scope: int = 0,
+        **settings: Any,
     ) -> int:
         """Queues a prompt: text, ids, or messages; settings by the names of the config's setters."""
         lib = self.library
@@ -262,6 +267,7 @@ class Generator:
                 set_config(lib, config, settings)
                 lib.request_set_config(request, config)
             lib.request_set_keep_cache(request, int(keep_cache))
+            lib.request_set_cache_scope(request, ctypes.c_uint64(cache_scope))
             number = ctypes.c_uint64()
             lib.generator_submit(self.handle, request, ctypes.byref(number))
             return number.value

@@ -34,6 +34,7 @@ def described(
                 "arrives": each.arrives,
                 "cancelled": each.cancelled,
                 "keep_cache": each.keep_cache,
+                "cache_scope": each.cache_scope,
                 "settings": {
                     "max_new_tokens": each.max_new_tokens,
                     "n": each.n,

@@ -107,6 +107,15 @@ def test_many_at_once_are_as_alone(generator: Generator) -> None:
     assert numbers == sorted(set(numbers))
 
 
+def test_requests_start_from_what_others_of_their_scope_left(generator: Generator) -> None:
+    prompt = list(range(60))
+    cached = []
+    for scope in (0, 2**64 - 1, 0, 2**64 - 1):
+        number = generator.submit(prompt, keep_cache=True, cache_scope=scope, max_new_tokens=2, ignore_eos=True)
+        cached.append(generator.run()[number, 0].cached_tokens)
+    assert cached == [0, 0, 58, 58]
+
+
 def test_log_probabilities(generator: Generator, python: PythonGenerator) -> None:
     settings = {"max_new_tokens": 6, "ignore_eos": True, "logprobs": 3, "prompt_logprobs": 2}
     found, expected = generator.generate("Log", **settings), python.generate("Log", **settings)

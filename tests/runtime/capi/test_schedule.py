@@ -36,6 +36,7 @@ def plan_of(case: dict[str, Any]) -> list[Planned]:
             each["keep_cache"],
             each["n"],
             each["prompt_logprobs"],
+            each["cache_scope"],
         )
         for each in case["requests"]
     ]
@@ -67,7 +68,7 @@ def test_a_change_of_the_schedule_is_seen(program: Path) -> None:
 
 def random_plan(random: Random) -> dict[str, Any]:
     """A plan and the faults of its engine, as `run` takes them."""
-    beginnings = [(), tuple(range(30)), tuple(range(1, 31))]  # few, so that conversations share them
+    beginnings = [(), tuple(range(30)), tuple(range(1, 131))]  # few, so that conversations share them
     found = []
     for _ in range(random.randint(1, 8)):
         start, length = random.randint(0, 100), random.choice([random.randint(1, 20), random.randint(60, 300)])
@@ -78,9 +79,10 @@ def random_plan(random: Random) -> dict[str, Any]:
                 random.randint(1, 12),
                 arrives,
                 random.choice([None, None, random.randint(arrives, arrives + 20)]),
-                random.random() < 0.5,
+                random.random() < 0.7,
                 random.choice([1, 1, 1, 2, 5]),
                 random.choice([None, None, None, 0, 3]),
+                random.choice([0, 0, 0, 1]),
             )
         )
     return {
@@ -155,12 +157,12 @@ def test_it_does_what_the_python_one_does(program: Path, plans: int) -> None:
         )
 
 
-def test_of_a_prompt_that_another_row_has_whole_a_token_is_computed(program: Path) -> None:
+def test_of_a_prompt_that_another_row_has_whole_two_tokens_are_computed(program: Path) -> None:
     prompt = tuple(range(40))
     plan = [Planned(prompt, 9, keep_cache=True), Planned(prompt, 3, arrives=2, keep_cache=True)]
     (answer,) = ask(program, [described(plan, rows=2, events=True)])
     calls = [call for step in answer["steps"] for call in step["calls"]]
-    assert ["copy", 0, 1, 39] in calls and ["prefill", 1, 1, 39, 1] in calls
+    assert ["copy", 0, 1, 38] in calls and ["prefill", 1, 1, 38, 2] in calls
     steps = [step | {"events": [without_message(event) for event in step["events"]]} for step in answer["steps"]]
     assert json.loads(json.dumps(expected_steps(run(plan, rows=2)))) == steps
 

@@ -154,6 +154,16 @@ def test_an_answer_as_an_object(client: openai.OpenAI) -> None:
     assert text.startswith("{") and (plain.choices[0].finish_reason == "length" or isinstance(json.loads(text), dict))
 
 
+def test_the_same_question_again_is_cached(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "A question of its own, asked twice", "max_tokens": 5}
+    first, again = (client.completions.create(**asked) for _ in range(2))
+    assert first.choices[0].text == again.choices[0].text
+    for answer, is_cached in ((first, False), (again, True)):
+        assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+        cached = answer.usage.prompt_tokens_details.cached_tokens
+        assert cached is not None and (cached > answer.usage.prompt_tokens // 2) is is_cached
+
+
 def test_errors(client: openai.OpenAI, server: Server) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt", messages=MESSAGES)
@@ -239,6 +249,14 @@ def test_tls(bundle: Path, tmp_path: Path) -> None:
         context = ssl.create_default_context(cafile=str(certificate))
         assert httpx.get(server.url + "/health", verify=context).status_code == 200
         assert server.end(signal.SIGTERM)[0] == 0
+
+
+def test_without_the_prefix_cache(bundle: Path) -> None:
+    body = {"model": "tiny", "prompt": "A question of its own, asked twice", "max_tokens": 2}
+    with serving(bundle, "--no-prefix-cache", "--model-name", "tiny", "--threads", 1) as server:
+        for _ in range(2):
+            usage = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] == 0
 
 
 def test_a_key_file(bundle: Path, tmp_path: Path) -> None:

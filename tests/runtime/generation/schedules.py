@@ -31,6 +31,7 @@ class Planned:
     keep_cache: bool = False
     n: int = 1
     prompt_logprobs: int | None = None
+    cache_scope: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,9 @@ def run(
                 config = GenerationConfig(
                     max_new_tokens=each.max_new_tokens, n=each.n, prompt_logprobs=each.prompt_logprobs
                 )
-                batch.add(Request(each.prompt, config, cancel, keep_cache=each.keep_cache))
+                batch.add(
+                    Request(each.prompt, config, cancel, keep_cache=each.keep_cache, cache_scope=each.cache_scope)
+                )
         engine.step = Step()
         engine.step.events = batch.step()
         engine.step.prefilling = {row.index for row in batch._rows if row is not None and not row.is_running}
@@ -158,7 +161,7 @@ def check_rows(batch: Batch, engine: FakeEngine) -> None:
     """Each row's cache is what the batch believes it to be."""
     for row, (occupant, held) in enumerate(zip(batch._rows, batch._held, strict=True)):
         if occupant is None:
-            assert engine.rows[row] == held
+            assert engine.rows[row] == held.tokens
         elif occupant.is_prefilled:
             assert engine.rows[row] == (occupant.prompt_ids + occupant.token_ids)[:-1]
         else:

@@ -35,6 +35,7 @@ def test_golden(case: dict) -> None:  # type: ignore[type-arg]
             each["keep_cache"],
             each["n"],
             each["prompt_logprobs"],
+            each["cache_scope"],
         )
         for each in case["requests"]
     ]
@@ -76,7 +77,7 @@ def continuation(prompt: tuple[int, ...], count: int) -> list[int]:
 @st.composite
 def plans(draw: st.DrawFn) -> list[Planned]:
     # Few beginnings, so that conversations share them.
-    beginnings = [tuple(range(n, n + 30)) for n in range(2)]
+    beginnings = [tuple(range(n, n + 30 + 70 * n)) for n in range(2)]
     lengths = st.integers(1, 20) | st.integers(60, 300)
     found = []
     for _ in range(draw(st.integers(1, 8))):
@@ -87,7 +88,14 @@ def plans(draw: st.DrawFn) -> list[Planned]:
         keep, n = draw(st.booleans()), draw(st.sampled_from([1, 1, 2, 5]))
         found.append(
             Planned(
-                prompt, draw(st.integers(1, 12)), arrives, cancelled, keep, n, draw(st.sampled_from([None, None, 0]))
+                prompt,
+                draw(st.integers(1, 12)),
+                arrives,
+                cancelled,
+                keep,
+                n,
+                draw(st.sampled_from([None, None, 0])),
+                draw(st.sampled_from([0, 0, 1])),
             )
         )
     return sorted(found, key=lambda each: each.arrives)
@@ -113,6 +121,18 @@ def check_events(
                 tokens[unit].append(event.token_id)
     assert sorted(end_of) == units
     return tokens, end_of
+
+
+def may_follow(plan: list[Planned], index: int) -> bool:
+    """Whether an earlier request's prompt begins as one's does, such that it may wait for that."""
+    one = plan[index]
+
+    def is_begun_alike(other: Planned) -> bool:
+        length = CHUNK_BESIDE_DECODE
+        is_shared = other.cache_scope == one.cache_scope and other.keep_cache and other.prompt_logprobs is None
+        return is_shared and len(one.prompt) > length and other.prompt[:length] == one.prompt[:length]
+
+    return one.keep_cache and one.prompt_logprobs is None and any(map(is_begun_alike, plan[:index]))
 
 
 @settings(max_examples=100, deadline=None)
@@ -152,10 +172,11 @@ def test_what_holds_of_every_schedule(plan: list[Planned], rows: int, prefill_ch
         for _, ids in step.decodes:
             assert ids[0] >= 0 and ids[-1] >= 0  # the span ends with rows that run
 
-    # Rows are given in the order of arrival, and each running choice has a token in every step.
+    # Rows are given in the order of arrival, but to who waits for another's prompt, and each running choice has a token
+    # in every step.
     chunks = [(number, call[2]) for number, step in enumerate(steps) for call in step.calls if call[0] == "prefill"]
-    first = list(dict.fromkeys(index for _, index in chunks))
-    assert first == sorted(first)  # type: ignore[type-var]
+    first = [index for index in dict.fromkeys(int(str(index)) for _, index in chunks) if not may_follow(plan, index)]
+    assert first == sorted(first)
     for (index, choice), made in tokens.items():
         given_out = [
             number
@@ -294,16 +315,16 @@ def test_a_decode_step_that_fails_ends_those_in_it_and_no_other(monkeypatch: pyt
 def test_a_beginning_that_another_conversation_holds_is_copied() -> None:
     batch, engine = make_batch(3)
     system = list(range(40))
-    for question in ([100], [101, 102], [103]):
+    for question in ([100, 100], [101, 102, 102], [103, 103]):
         batch.add(Request([*system, *question], GenerationConfig(max_new_tokens=30), keep_cache=True))
         while not batch.is_idle:
             events = batch.step()
         end = events[-1]
         assert isinstance(end, Completion)
-        assert end.cached_tokens == (0 if question == [100] else 40)
+        assert end.cached_tokens == (0 if question == [100, 100] else 40)
         assert list(end.token_ids) == continuation((*system, *question), 30)
     assert engine.copies == [(0, 1, 40), (0, 2, 40)]
-    assert [len(ids) for _, ids in engine.prefills] == [41, 2, 1]
+    assert [len(ids) for _, ids in engine.prefills] == [42, 3, 2]
 
 
 def test_dropping_everything_in_the_middle_of_prompts() -> None:

@@ -324,9 +324,9 @@ def test_a_closed_stream_leaves_the_rows_that_keep_their_cache(close_after: int)
     held = list(engine.rows[0])
     stream.close()
     assert engine.rows == [held, []]
-    again = list(generator.stream([Request([*held, 9], FOUR, keep_cache=True)]))[-1]
+    again = list(generator.stream([Request([*held, 9, 9], FOUR, keep_cache=True)]))[-1]
     assert isinstance(again, Completion)
-    assert (again.cached_tokens, list(again.token_ids)) == (len(held), continuation([*held, 9], 4))
+    assert (again.cached_tokens, list(again.token_ids)) == (len(held), continuation([*held, 9, 9], 4))
 
 
 def test_a_stop_string_that_the_prompt_began_ends_nothing() -> None:

@@ -211,6 +211,27 @@ def test_hundreds_of_requests_with_random_cancellations(seed: int) -> None:
     service.close()
 
 
+def test_what_the_rows_hold_is_told_between_steps() -> None:
+    service, engine = make(rows=3)
+    with service:
+        assert service.cached_sequences() == []
+        kept = service.submit(Request([1, 2, 3], GenerationConfig(max_new_tokens=3), keep_cache=True, cache_scope=7))
+        made = kept.result(30).token_ids
+        service.submit([4, 5, 6], max_new_tokens=3).result(30)  # keeps nothing
+        assert service.cached_sequences(30) == [(7, [1, 2, 3, *made[:-1]])]
+        engine.gate.clear()
+        running = service.submit(Request([9, 9], GenerationConfig(max_new_tokens=LONG), keep_cache=True))
+        assert engine.is_waiting.wait(30)
+        with pytest.raises(TimeoutError):
+            service.cached_sequences(0.01)
+        engine.gate.set()
+        (scope, tokens), *_ = sorted(service.cached_sequences(30))
+        assert (scope, tokens[:2]) == (0, [9, 9])
+        running.cancel()
+    with pytest.raises(ServiceClosedError):
+        service.cached_sequences()
+
+
 def test_choices() -> None:
     service, _ = make(rows=2)
     with service:

@@ -160,17 +160,6 @@ def test_a_step_that_fails_ends_its_request_and_nothing_else() -> None:
         assert app.chat({}).json()["choices"][0]["message"]["content"] == letters(HI, 5)
 
 
-def test_the_second_turn_uses_the_cache_and_with_several_keys_none_does() -> None:
-    turn = [{"role": "user", "content": "Hi"}]
-    keys = ("first-key-0123456789", "second-key-0123456789")
-    for given, cached in ((keys[:1], len(HI) - 1), (keys, 0)):
-        headers = {"authorization": f"Bearer {keys[0]}"}
-        with App(keys=given) as app:
-            app.chat({"messages": turn}, headers=headers)
-            usage = app.chat({"messages": turn}, headers=headers).json()["usage"]
-            assert usage["prompt_tokens_details"]["cached_tokens"] == cached
-
-
 def test_sixteen_clients_at_once_get_what_each_gets_alone() -> None:
     async def ask_all(app: App) -> list[str]:
         def body(number: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.runtime.server.servers import App, Running, letters, rendered, running
@@ -133,6 +134,17 @@ def test_schemathesis(server: Running, examples: int, monkeypatch: pytest.Monkey
     """What comes back is what a description of the API, written apart from the server, says."""
     monkeypatch.setattr(server.engine, "_poison", frozenset())  # or its one bad token would be a fault of the server
     done = schemathesis(server, SCRIPTS / "openapi.json", examples)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.tools
+def test_schemathesis_with_the_servers_own_description(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is served: all fields and their whole ranges, streams too; texts end early."""
+    with running(keys=(KEY,), max_context=400, end_after=60) as server:
+        monkeypatch.setattr(server.engine, "_poison", frozenset())
+        response = httpx.get(f"{server.url}/openapi.json", headers={"authorization": f"Bearer {KEY}"})
+        (tmp_path / "openapi.json").write_text(response.text)
+        done = schemathesis(server, tmp_path / "openapi.json", 12)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 

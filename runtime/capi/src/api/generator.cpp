@@ -35,6 +35,7 @@ Status submit(qwen_aot_generator& generator, qwen_aot_request const& request, ui
     }
     made.config = request.has_config ? &request.config : nullptr;
     made.keep_cache = request.keep_cache;
+    made.cache_scope = request.cache_scope;
     return generator.batch->add(made, id, error);
 }
 

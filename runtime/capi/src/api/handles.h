@@ -89,6 +89,7 @@ struct qwen_aot_request
     bool has_config = false;
     qwen_aot::GenerationConfig config;
     bool keep_cache = false;
+    uint64_t cache_scope = 0;
 };
 
 /** An engine of its own for a generator or raw rows. In a child of the process that made it, it isn't freed: the threads that

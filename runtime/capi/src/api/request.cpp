@@ -85,3 +85,13 @@ extern "C" qwen_aot_status qwen_aot_request_set_keep_cache(
         return Status::ok;
     });
 }
+
+extern "C" qwen_aot_status qwen_aot_request_set_cache_scope(
+    qwen_aot_request* request, uint64_t scope, qwen_aot_error** error)
+{
+    return api::run(error, [&](Error& failure) {
+        QWEN_AOT_TRY(api::given(request, "request", failure));
+        request->cache_scope = scope;
+        return Status::ok;
+    });
+}

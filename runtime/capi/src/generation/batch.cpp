@@ -16,14 +16,18 @@ constexpr size_t kChunkBesideDecode = 64;
 constexpr size_t kChunkAlone = 256;
 constexpr size_t kTokensPerIdleRow = 192; // an idle row in a decode step costs about as much as copying so many
 constexpr size_t kCopyTokens = 1024;      // a step admits no more once it has copied so many
-constexpr size_t kEventsOfChoice = 3;     // in one step, at most: one token as it begins, one of a decode, its end
+// Of a prompt so many tokens are computed whatever the cache holds. The last one's logits are needed; and a step of one token
+// runs other kernels than a chunk, which round otherwise: two, and an answer is the same as without a cache.
+constexpr size_t kAlwaysComputed = 2;
+constexpr size_t kEventsOfChoice = 3; // in one step, at most: one token as it begins, one of a decode, its end
 constexpr size_t kNone = static_cast<size_t>(-1);
 
-/** How many tokens two lists begin with alike: one, and `length` of a prompt and what follows it. */
-size_t common_prefix(Array<int32_t> const& list, ActiveSequence const& content, size_t length)
+/** How many tokens of a list are among the first `length` of a prompt and what follows it, from their beginning on; but for those
+ *  that are always computed. */
+size_t common_beginning(Array<int32_t> const& list, ActiveSequence const& content, size_t length)
 {
     size_t const prompt = content.prompt().size();
-    size_t const most = std::min(list.size(), length);
+    size_t const most = std::min(list.size() - std::min(list.size(), kAlwaysComputed), length);
     size_t i = 0;
     while (i < most && list[i] == (i < prompt ? content.prompt()[i] : content.tokens()[i - prompt]))
     {
@@ -160,6 +164,7 @@ Status Batch::check(Request const& request, ActiveRequest& active, Error& error)
     QWEN_AOT_TRY(
         defaults_.complete(request.config, request.is_chat, manifest.max_context - length + 1, active.settings, error));
     active.keep_cache = request.keep_cache;
+    active.cache_scope = request.cache_scope;
     if (active.has_prompt_logprobs())
     {
         QWEN_AOT_NEED(active.prompt_logprobs.begin(static_cast<size_t>(active.settings.prompt_logprobs), true), error,
@@ -334,12 +339,13 @@ void Batch::retire_cancelled()
 }
 
 /** Gives free rows to choices that are due, then to waiting requests, in their order. The copy with which a step has copied
- *  enough, or one that fails, is the last thing. */
+ *  enough, or one that fails, is the last thing. For a request that follows a prompt in prefill a row stays free. */
 void Batch::admit()
 {
-    auto const is_free = [](Row const& row) { return row.sequence == nullptr; };
+    SequenceQueue followers;
+    int32_t num_followers = 0;
     size_t copied = 0;
-    while (copied < kCopyTokens && std::any_of(rows_.begin(), rows_.end(), is_free))
+    while (copied < kCopyTokens && num_free() > 0)
     {
         size_t due = 0;
         while (due < pending_.size() && !pending_[due].is_due)
@@ -351,12 +357,18 @@ void Batch::admit()
         Span<float const> logits;
         if (due < pending_.size())
         {
-            row = lowest_row();
+            row = row_to_give();
             donor = row_of(*pending_[due].request);
             logits = begin_choice(row, due);
         }
-        else if (!waiting_.empty())
+        else if (!waiting_.empty() && num_followers < num_free())
         {
+            if (follows(*waiting_.front()))
+            {
+                followers.push(waiting_.pop());
+                ++num_followers;
+                continue;
+            }
             row = begin_prompt(waiting_.pop(), &donor);
         }
         else
@@ -370,7 +382,7 @@ void Batch::admit()
             if (run_copy(donor, row, shared, error) != Status::ok)
             {
                 fail(row, error);
-                return;
+                break;
             }
             copied += shared;
         }
@@ -379,31 +391,42 @@ void Batch::admit()
             advance(row, logits);
         }
     }
+    while (!waiting_.empty()) // behind those that came before them
+    {
+        followers.push(waiting_.pop());
+    }
+    waiting_ = std::move(followers);
 }
 
 /** Seats a request; returns its row. *donor: the one to copy its beginning from (the same: nothing is copied). */
 int32_t Batch::begin_prompt(Box<ActiveSequence> sequence, int32_t* donor)
 {
-    int32_t row;
-    size_t kept;
-    size_t shared;
-    choose_row(*sequence, &row, &kept);
-    find_donor(*sequence, row, donor, &shared);
+    int32_t const row = choose_row(*sequence);
+    size_t most = shared(row, *sequence);
+    *donor = row;
+    for (int32_t each = 0; each < num_rows_; ++each)
+    {
+        size_t const others = shared(each, *sequence);
+        if (others > most)
+        {
+            most = others;
+            *donor = each;
+        }
+    }
     if (at(row).held != nullptr)
     {
         ended_.push(std::move(at(row).held)); // events of this step may be of it
     }
+    at(row).left = 0;
     at(row).sequence = std::move(sequence);
     (void)prefilling_.push(row); // there is room for all rows
-    if (shared <= kept)
+    if (*donor == row)
     {
-        *donor = row;
-        shared = kept;
         Error error;
         // There is such a row, and as much in it.
-        (void)engine_.truncate(row, static_cast<int64_t>(kept), error);
+        (void)engine_.truncate(row, static_cast<int64_t>(most), error);
     }
-    at(row).sequence->begin_cached(shared);
+    at(row).sequence->begin_cached(most);
     return row;
 }
 
@@ -418,6 +441,7 @@ Span<float const> Batch::begin_choice(int32_t row, size_t pending)
     {
         ended_.push(std::move(at(row).held));
     }
+    at(row).left = 0;
     if (at(row).sequence != nullptr)
     {
         end(std::move(at(row).sequence));
@@ -432,7 +456,7 @@ Span<float const> Batch::begin_choice(int32_t row, size_t pending)
     return choices.logits.view();
 }
 
-/** Moves one row, if that shortens the span of running rows and idle ones have cost as much by now. */
+/** Moves or empties one row, if that shortens the span of running rows and idle ones have cost as much by now. */
 void Batch::compact()
 {
     find_running();
@@ -450,6 +474,11 @@ void Batch::compact()
         return;
     }
     idle_cost_ = 0;
+    if (move.source == move.target)
+    {
+        forget(move.source);
+        return;
+    }
     Error error;
     if (run_copy(move.source, move.target, length, error) != Status::ok)
     {
@@ -465,6 +494,7 @@ void Batch::compact()
     }
     at(move.target).sequence = std::move(at(move.source).sequence);
     at(move.target).held = std::move(at(move.source).held);
+    at(move.target).left = at(move.source).left;
     at(move.target).next = at(move.source).next;
     forget(move.source);
 }
@@ -472,7 +502,7 @@ void Batch::compact()
 /** The row to move and where to, so that fewer idle rows lie between running ones; false: nothing helps.
  *
  *  A running row at either end goes into an empty row between them. If there are only rows there that hold a conversation, the
- *  shortest of these goes out of the way first. */
+ *  shortest of these goes out of the way first. If no row is empty, the one that was left longest ago is to be emptied. */
 bool Batch::find_move(Move& move) const
 {
     if (running_.empty())
@@ -510,12 +540,13 @@ bool Batch::find_move(Move& move) const
         move = without_last <= without_first ? Move{last, lowest_hole} : Move{first, highest_hole};
         return true;
     }
-    if (shortest >= 0 && lowest_empty >= 0)
+    if (shortest < 0)
     {
-        move = {shortest, lowest_empty};
-        return true;
+        return false;
     }
-    return false;
+    int32_t const oldest = row_to_give();
+    move = lowest_empty >= 0 ? Move{shortest, lowest_empty} : Move{oldest, oldest};
+    return true;
 }
 
 void Batch::decode()
@@ -663,6 +694,7 @@ void Batch::retire(int32_t row)
     if (sequence->request().keep_cache && length > 0)
     {
         sequence->kept = std::min(length, sequence->prompt().size() + sequence->tokens().size());
+        at(row).left = ++num_left_;
         at(row).held = std::move(sequence);
         --num_open_;
         return;
@@ -713,6 +745,7 @@ void Batch::forget(int32_t row)
         ended_.push(std::move(at(row).held));
     }
     at(row).next = kIdle;
+    at(row).left = 0;
     Error error;
     // There is such a row; an empty one isn't refused.
     (void)engine_.truncate(row, 0, error);
@@ -751,94 +784,99 @@ int32_t Batch::row_of(ActiveRequest const& request) const
     return -1;
 }
 
-/** The lowest empty row, or the lowest free one, whose content is dropped; one is free. */
-int32_t Batch::lowest_row() const
+/** How many rows have no sequence. */
+int32_t Batch::num_free() const
 {
-    int32_t lowest_free = -1;
-    for (int32_t row = 0; row < num_rows_; ++row)
-    {
-        if (at(row).sequence == nullptr && at(row).held == nullptr)
-        {
-            return row;
-        }
-        lowest_free = at(row).sequence == nullptr && lowest_free < 0 ? row : lowest_free;
-    }
-    return lowest_free;
+    auto const is_free = [](Row const& row) { return row.sequence == nullptr; };
+    return static_cast<int32_t>(std::count_if(rows_.begin(), rows_.end(), is_free));
 }
 
-/** A free row, and how many of its tokens the request can use; at least one is left to prefill.
- *
- *  A request that keeps its cache takes the row it shares most with, but an empty one where that would cost another conversation
- *  more than it saves: two of them may share a system prompt and nothing else. */
-void Batch::choose_row(ActiveSequence const& sequence, int32_t* row, size_t* kept) const
+/** The lowest empty row, or the free one that was left longest ago, whose content is dropped; one is free. */
+int32_t Batch::row_to_give() const
 {
-    *kept = 0;
-    if (!sequence.request().reuses_cache())
-    {
-        *row = lowest_row();
-        return;
-    }
     int32_t best = -1;
-    int32_t empty = -1;
-    size_t best_shared = 0;
-    for (int32_t each = 0; each < num_rows_; ++each)
-    {
-        if (at(each).sequence != nullptr)
-        {
-            continue;
-        }
-        ActiveSequence const* const held = at(each).held.get();
-        size_t const shared = held == nullptr ? 0 : common_prefix(sequence.prompt(), *held, held->kept);
-        if (best < 0 || shared > best_shared)
-        {
-            best = each;
-            best_shared = shared;
-        }
-        empty = held == nullptr && empty < 0 ? each : empty;
-    }
-    size_t const lost = at(best).held == nullptr ? 0 : at(best).held->kept - best_shared;
-    if (empty >= 0 && 2 * lost > best_shared)
-    {
-        best = empty;
-        best_shared = 0;
-    }
-    *row = best;
-    *kept = std::min(best_shared, sequence.prompt().size() - 1);
-}
-
-/** The other row of a conversation that begins most as the request does, and how many tokens of it are useful.
- *
- *  Only what was, or is being, kept for other requests is looked at, and only for a request that keeps its own. */
-void Batch::find_donor(ActiveSequence const& sequence, int32_t target, int32_t* donor, size_t* shared) const
-{
-    *donor = target;
-    *shared = 0;
-    if (!sequence.request().reuses_cache())
-    {
-        return;
-    }
     for (int32_t row = 0; row < num_rows_; ++row)
     {
-        ActiveSequence const* content = at(row).held.get();
-        size_t length = content == nullptr ? 0 : content->kept;
-        if (at(row).sequence != nullptr && at(row).sequence->request().keep_cache)
+        if (at(row).sequence == nullptr && (best < 0 || at(row).left < at(best).left))
         {
-            content = at(row).sequence.get();
-            length = static_cast<size_t>(engine_.length(row));
-            length = std::min(length, content->prompt().size() + content->tokens().size());
+            best = row;
         }
-        if (row == target || content == nullptr)
+    }
+    return best;
+}
+
+/** The free row for a request: the one that it shares most with, of equals the one that was left longest ago; one is free.
+ *
+ *  But `row_to_give` where that would cost another conversation more than it saves: two of them may share a system prompt and
+ *  nothing else. */
+int32_t Batch::choose_row(ActiveSequence const& sequence) const
+{
+    int32_t best = row_to_give();
+    size_t most = shared(best, sequence);
+    for (int32_t row = 0; row < num_rows_; ++row)
+    {
+        size_t const each = at(row).sequence == nullptr ? shared(row, sequence) : 0;
+        if (each > most || (each == most && each > 0 && at(row).left < at(best).left))
+        {
+            best = row;
+            most = each;
+        }
+    }
+    size_t const lost = at(best).held == nullptr ? 0 : at(best).held->kept - most;
+    return 2 * lost > most ? row_to_give() : best;
+}
+
+/** How many tokens in a row a request can start from; the last of its prompt are left to compute.
+ *
+ *  Only what was, or is being, kept for other requests of its scope counts, and only for a request that keeps its own. */
+size_t Batch::shared(int32_t row, ActiveSequence const& sequence) const
+{
+    ActiveSequence const* content = at(row).held.get();
+    size_t length = content == nullptr ? 0 : content->kept;
+    if (at(row).sequence != nullptr && at(row).sequence->request().keep_cache)
+    {
+        content = at(row).sequence.get();
+        length = static_cast<size_t>(engine_.length(row));
+        length = std::min(length, content->prompt().size() + content->tokens().size());
+    }
+    if (content == nullptr || !sequence.request().reuses_cache()
+        || content->request().cache_scope != sequence.request().cache_scope)
+    {
+        return 0;
+    }
+    return common_beginning(sequence.prompt(), *content, length);
+}
+
+/** Whether a prompt in prefill begins as a request does, goes on so, and no row has more of that by now. */
+bool Batch::follows(ActiveSequence const& sequence) const
+{
+    if (!sequence.request().reuses_cache())
+    {
+        return false;
+    }
+    for (int32_t const row : prefilling_)
+    {
+        ActiveSequence const& other = *at(row).sequence;
+        if (!other.request().reuses_cache() || other.request().cache_scope != sequence.request().cache_scope)
         {
             continue;
         }
-        size_t const common =
-            std::min(common_prefix(sequence.prompt(), *content, length), sequence.prompt().size() - 1);
-        if (common > *shared)
+        size_t const common = common_beginning(sequence.prompt(), other, other.prompt().size());
+        if (common < kChunkBesideDecode || common <= other.prefilled())
         {
-            *donor = row;
-            *shared = common;
+            continue;
+        }
+        size_t most = 0;
+        for (int32_t each = 0; each < num_rows_; ++each)
+        {
+            most = std::max(most, shared(each, sequence));
+        }
+        if (most == other.prefilled())
+        {
+            return true;
         }
     }
+    return false;
 }
 
 /** Whether a call was ended by an interrupt that was meant for another one: it came too late. */

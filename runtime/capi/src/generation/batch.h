@@ -25,8 +25,9 @@ struct Request
     std::string_view text;                    // UTF-8; control tokens that it spells are control tokens
     Span<int32_t const> ids;                  // if empty, the prompt is the model's BOS token (so is an empty text's)
     GenerationConfig const* config = nullptr; // null: the bundle's
-    bool keep_cache = false; // start from what the cache has of an earlier such request, and leave this one's in it
-    bool is_chat = false;    // where nobody says how long an answer may be, it may fill the context
+    bool keep_cache = false;  // start from what the cache has of an earlier such request, and leave this one's in it
+    uint64_t cache_scope = 0; // with `keep_cache`, only requests of the same one start from each other's
+    bool is_chat = false;     // where nobody says how long an answer may be, it may fill the context
 };
 
 /** Schedules requests on an engine, which it alone may drive. One thread at a time, but for `cancel`. */
@@ -71,6 +72,7 @@ private:
     {
         Box<ActiveSequence> sequence;
         Box<ActiveSequence> held; // null: the row is empty, or in use
+        uint64_t left = 0;        // how many rows had been left filled before, and this one; 0 of an empty row
         int32_t next = kIdle;     // the token to feed
     };
 
@@ -83,7 +85,7 @@ private:
         bool is_due = false;
     };
 
-    /** A row to copy, and the empty one that it goes to. */
+    /** A row to copy, and the empty one that it goes to; one that goes to itself is to be emptied. */
     struct Move
     {
         int32_t source;
@@ -119,9 +121,11 @@ private:
     bool find_move(Move& move) const;
     size_t find_pending(ActiveRequest const& request) const;
     int32_t row_of(ActiveRequest const& request) const;
-    int32_t lowest_row() const;
-    void choose_row(ActiveSequence const& sequence, int32_t* row, size_t* kept) const;
-    void find_donor(ActiveSequence const& sequence, int32_t target, int32_t* donor, size_t* shared) const;
+    int32_t row_to_give() const;
+    int32_t choose_row(ActiveSequence const& sequence) const;
+    size_t shared(int32_t row, ActiveSequence const& sequence) const;
+    bool follows(ActiveSequence const& sequence) const;
+    int32_t num_free() const;
 
     Status run_prefill(int32_t row, Span<int32_t const> ids, float const** logits, Error& error);
     Status run_decode(int32_t first_row, Span<int32_t const> ids, float const** logits, Error& error);
@@ -152,6 +156,7 @@ private:
     Array<int32_t> running_;    // rows whose next token is known, ascending
     Array<int32_t> ids_;        // to feed
     Array<int32_t> bad_rows_;
+    uint64_t num_left_ = 0;           // how often a row was left filled
     size_t idle_cost_ = 0;            // of idle rows in decode steps since the last move, in tokens copied
     std::atomic<size_t> num_open_{0}; // choices that haven't ended
     uint64_t count_ = 0;              // of requests so far

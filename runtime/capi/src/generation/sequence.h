@@ -56,6 +56,7 @@ public:
     Array<int32_t> prompt;
     Array<int32_t> ending_ids; // ascending
     bool keep_cache = false;
+    uint64_t cache_scope = 0;
     int32_t num_open = 0; // choices that haven't ended
     double arrived = 0;   // system::seconds
     // What became of the prompt; choices that never begin have it too.

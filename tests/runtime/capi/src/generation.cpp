@@ -226,6 +226,7 @@ std::string schedule(JsonValue request)
                 made.ids = {prompt.data(), prompt.size()};
                 made.config = &config;
                 made.keep_cache = member(each, "keep_cache").boolean();
+                made.cache_scope = static_cast<uint64_t>(member(each, "cache_scope").integer());
                 Status status = settings::set_all(config, member(each, "settings"), error);
                 status = status == Status::ok ? batch->add(made, &ids[i], error) : status;
                 refused += status == Status::ok ? "" : (refused.empty() ? "" : ", ") + answers::failed(error);

@@ -42,6 +42,20 @@ PERSON = {
     "required": ["name"],
     "additionalProperties": False,
 }
+# As Pydantic writes a union that a field tells.
+PETS = {
+    "$defs": {
+        name: {
+            "type": "object",
+            "properties": {"kind": {"const": name.lower()}, **own},
+            "required": ["kind", *own],
+            "additionalProperties": False,
+        }
+        for name, own in (("Cat", {"lives": {"type": "integer"}}), ("Dog", {"name": {"type": "string"}}))
+    },
+    "discriminator": {"mapping": {"cat": "#/$defs/Cat", "dog": "#/$defs/Dog"}, "propertyName": "kind"},
+    "oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}],
+}
 CIRCLE = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}}}}
 
 
@@ -59,6 +73,9 @@ CIRCLE = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "array", "items": {"$ref"
         ({"enum": ["a\u2028é😀", {"a": [1.5]}]}, '"a\u2028é😀"', "whole"),
         ({"const": "\u0000"}, '"\\u0000"', "whole"),
         ({"type": "string", "pattern": "^a/b$"}, '"a/b"', "whole"),
+        (PETS, '{"kind": "dog", "name": "x"}', "whole"),
+        (PETS, '{"kind": "dog", "lives"', "no"),
+        (PETS, '{"kind": "cow"', "no"),
         (CIRCLE, "[[],[[]]]", "whole"),
         ({"type": "integer", "multipleOf": 7}, "21", "enough"),
         ({"type": "integer", "multipleOf": 7}, "20", "begun"),
@@ -82,6 +99,7 @@ def test_what_is_allowed(schema: Any, text: str, found: str) -> None:
         ({"type": "string", "pattern": "(a)\\1"}, "backreferences"),
         ({"type": "string", "format": "idn-email"}, "Unknown format"),
         ({"oneOf": [{"type": "object"}, {"type": "object"}]}, "oneOf"),
+        ({"oneOf": [{"type": "object"}] * 2, "discriminator": {"propertyName": "kind"}}, "oneOf"),
         ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "incompatible types"),
         ({"$ref": "#/$defs/missing"}, "does not exist"),
         ({"$ref": "#"}, "no text fits it"),

@@ -31,6 +31,8 @@ def nested(depth: int) -> Any:
         {"$ref": "#/$defs/a", "$defs": {"a": {"type": "integer"}}},
         {"properties": {"$ref": {"type": "string"}, "x-guidance": {}, "contains": {}}},  # names, and no keywords
         {"enum": [{"contains": 1, "$ref": "http://x"}], "default": {"not": 1}},  # values
+        {"oneOf": [{}], "discriminator": {"propertyName": "kind", "mapping": {"a": "#/$defs/A"}}},
+        {"anyOf": [{}], "discriminator": {"propertyName": "kind"}, "xml": {}, "externalDocs": {"url": "http://x"}},
         {"multipleOf": 1000},
         {"multipleOf": 0.01},
         {"multipleOf": 1e3},
@@ -55,6 +57,15 @@ def test_accepted(schema: Any) -> None:
         ({"x-guidance": {"lenient": True}}, "f.x-guidance", "leave it out"),
         ({"$ref": "http://example.com/x"}, "f.$ref", "nothing is ever fetched"),
         ({"$ref": "file:///etc/passwd"}, "f.$ref", "nothing is ever fetched"),
+        ({"discriminator": {"propertyName": "a"}}, "f.discriminator", "neither beside it"),
+        ({"oneOf": [{}], "discriminator": "a"}, "f.discriminator", "an object with a propertyName"),
+        ({"oneOf": [{}], "discriminator": {}}, "f.discriminator", "an object with a propertyName"),
+        ({"oneOf": [{}], "discriminator": {"propertyName": "a", "x": 1}}, "f.discriminator", "with a propertyName"),
+        (
+            {"oneOf": [{}], "discriminator": {"propertyName": "a", "mapping": {"b": {}}}},
+            "f.discriminator",
+            "with a propertyName",
+        ),
         ({"$ref": 5}, "f.$ref", "a place in the same schema"),
         ({"properties": {"a": 5}}, "f.properties.a", "an object, true or false"),
         ({"items": [{}]}, "f.items", "an object, true or false"),
