@@ -95,7 +95,8 @@ class Compilation:
         """
         spec, config = self._spec, self._lowered.config
         capacity = cache_capacity(spec.context_for(config.max_position_embeddings), spec.prefill_chunk)
-        contract = io_spec(config, ir.DataType[spec.cache_type], capacity)
+        cache_type = ir.DataType[spec.cache_type]
+        contract = io_spec(config, cache_type, capacity, speculates=spec.speculate is not None)
         builder = self._make_builder()
         if self._plugin_library is not None:
             self._load_plugins(builder, self._plugin_library)
@@ -107,7 +108,7 @@ class Compilation:
         build_config = make_config(self._trt, builder, spec, self._plugin_library)
         build_config.progress_monitor = self._monitor
         timing_cache.load(build_config, self._logger, self._title)
-        for profile in profiles(spec.prefill_chunk):
+        for profile in profiles(spec.prefill_chunk, spec.speculate):
             self._add_profile(builder, build_config, network, contract, profile, capacity)
         # Beside TensorRT, in the time that it leaves a core idle: on Linux a niceness is the thread's own.
         with ThreadPoolExecutor(1, "hash", initializer=os.nice, initargs=(19,)) as pool:
