@@ -172,13 +172,17 @@ class TextEngine(EngineEntry):
         if len(capacities) > 1:
             raise BundleError(f"the cache inputs have the capacities {capacities}; accepted: one for all")
 
-    def check_logits(self, vocab_size: int) -> None:
+    def check_logits(self, vocab_size: int, prefill_chunk: int) -> None:
         """The output `last_logits` and its input are there exactly if `logits_rows` is, with their shapes.
 
+        A row of the cache has room for a prefill chunk more than its context: so many tokens may be checked at once.
+
         Raises:
-            BundleError: names the one that isn't, and shows it.
+            BundleError: names the one that isn't, and shows it; or more rows than that.
         """
         rows = self.logits_rows
+        if rows is not None and not 2 <= rows <= prefill_chunk:
+            raise BundleError(f"logits_rows is {rows}; accepted: 2 to prefill_chunk = {prefill_chunk}")
         for kind, tensors, wanted in (
             ("output", self.outputs, IoTensor(LAST_LOGITS, "float32", ("B", "T", vocab_size))),
             ("input", self.inputs, IoTensor(LOGITS_POSITIONS, "int64", ("T",))),

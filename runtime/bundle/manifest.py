@@ -155,7 +155,7 @@ class Manifest:
         require_counts(self, "max_context", "max_batch", "prefill_chunk", "default_max_new_tokens")
         text = self.engines.text
         text.check_cache(self.max_context + self.prefill_chunk)
-        text.check_logits(self.model.vocab_size)
+        text.check_logits(self.model.vocab_size, self.prefill_chunk)
         text.check_layers(self.model.num_hidden_layers)
         self._check_files()
 

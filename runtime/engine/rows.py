@@ -142,9 +142,9 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
                 raise GenerationError(
                     "the bundle gives the logits of a row's last token only; rebuild it with --speculate"
                 )
-            if not 1 <= token_ids.shape[1] <= most:
+            if not 2 <= token_ids.shape[1] <= most:
                 raise GenerationError(
-                    f"{token_ids.shape[1]} tokens of a row were to be verified; accepted: 1 to {most} (--speculate of "
+                    f"{token_ids.shape[1]} tokens of a row were to be verified; accepted: 2 to {most} (--speculate of "
                     "the build)"
                 )
             return self._step_rows(self._verify, first_row, token_ids)

@@ -127,6 +127,7 @@ def rich() -> dict[str, Any]:
     text["logits_rows"] = 8
     text["inputs"] = [
         *golden.INPUTS,
+        golden.POSITIONS,
         {"name": "past_key_values.0.value", "dtype": "float16", "shape": ["B", 16, "C", 64]},
         {"name": "past_key_values.0.key_scale", "dtype": "float32", "shape": ["B", 16, "C"]},
     ]
@@ -374,12 +375,12 @@ def test_file_names(program: Path) -> None:
         (
             ("engines", "text", "inputs", 0, "shape", 1),
             "X",
-            "inputs[0]: shape[1] is 'X'; accepted: one of B, S, C, W, I",
+            "inputs[0]: shape[1] is 'X'; accepted: one of B, S, C, W, T, I",
         ),
         (
             ("engines", "text", "inputs", 0, "shape", 1),
             0,
-            "[1] is 0; accepted: 1 to 2147483647 or one of B, S, C, W, I",
+            "[1] is 0; accepted: 1 to 2147483647 or one of B, S, C, W, T, I",
         ),
         (("engines", "text", "quantization", "a"), None, "quantization['a'] is null; accepted: an integer, a string"),
         (("files", "../x"), {"bytes": 1}, "files has the key '../x'; accepted: a relative path with '/' inside"),
@@ -391,7 +392,7 @@ def test_file_names(program: Path) -> None:
         (
             ("engines", "text", "logits_rows"),
             None,
-            "logits_rows is -1 (-1: null), and the output last_logits is float32[B, 8",
+            "logits_rows is -1 (-1: null), and the output last_logits is float32[B, T, 151936]; accepted: float32[B, T, ",
         ),
         (("engines", "text", "outputs", 1, "name"), "logits", "engines: text: the output 'logits' is listed twice"),
     ],

@@ -121,8 +121,8 @@ Status TensorRtEngine::open(Log const& log, Error& error)
     {
         reinterpret_cast<int64_t*>(host)[i] = static_cast<int64_t>(i);
     }
-    QWEN_AOT_TRY(stream_.allocate(capacity * sizeof(int64_t), parts_.key_positions, error));
-    QWEN_AOT_TRY(stream_.copy_to_device(parts_.key_positions, host, capacity * sizeof(int64_t), error));
+    QWEN_AOT_TRY(stream_.allocate(capacity * sizeof(int64_t), parts_.positions, error));
+    QWEN_AOT_TRY(stream_.copy_to_device(parts_.positions, host, capacity * sizeof(int64_t), error));
     QWEN_AOT_TRY(prefill_.open(profile_index(facts, "prefill"), 1, facts.prefill_chunk, false, error));
     QWEN_AOT_TRY(decode_.open(profile_index(facts, "decode"), facts.max_batch, 1, !kFlavour.captures_graphs, error));
     return stream_.synchronize(error);
@@ -218,10 +218,12 @@ Status TensorRtBackend::check_facts(Error& error) const
             "refit it with TensorRT's Refitter and the checkpoint's weights, or rebuild the bundle without "
             "--strip-weights");
     }
-    if (engine.profiles.size() != 2 || profile_index(manifest, "prefill") < 0 || profile_index(manifest, "decode") < 0)
+    bool const verifies = engine.logits_rows > 0;
+    if (engine.profiles.size() != (verifies ? 3 : 2) || profile_index(manifest, "prefill") < 0
+        || profile_index(manifest, "decode") < 0 || (profile_index(manifest, kVerify) < 0) == verifies)
     {
-        return error.fail(Status::engine_mismatch,
-            "the engine has %zu profiles; accepted: prefill and decode. Rebuild the bundle", engine.profiles.size());
+        return error.fail(Status::engine_mismatch, "the engine has %zu profiles; accepted: %s. Rebuild the bundle",
+            engine.profiles.size(), verifies ? "prefill, decode and verify" : "prefill and decode");
     }
     if (fixed_capacity(engine) == 0)
     {
@@ -448,6 +450,7 @@ Status TensorRtBackend::check_profile(IoTensor const& tensor, int32_t profile, L
         {
         case 'B': high = limits.rows; break;
         case 'S': high = limits.tokens; break;
+        case 'T': high = 1; break;
         case 'W':
             low = TensorRtStep::window_of(1, capacity);
             high = capacity;
