@@ -37,9 +37,7 @@ class CachedExport:
         self._folder = folder
         self._export = export
 
-    def __call__(
-        self, config: object, dtype: object, templates: object, positions: int, speculates: bool
-    ) -> ir.Graph:
+    def __call__(self, config: object, dtype: object, templates: object, positions: int, speculates: bool) -> ir.Graph:
         arguments = (config, dtype, templates, speculates)
         key = hashlib.sha256(repr(arguments).encode()).hexdigest()[:32]
 

@@ -264,5 +264,5 @@ class Decoder(nn.Module):
         head = self.embed_tokens if self.lm_head is None else self.lm_head.weight
         if logits_positions is None:
             return linear(hidden.squeeze(1), head).float(), present
-        logits = linear(hidden.flatten(0, 1), head).float().unflatten(0, hidden.shape[:2])
+        logits = linear(hidden.flatten(0, 1), head).float().reshape(*hidden.shape[:2], -1)
         return (logits.select(1, -1), logits), present

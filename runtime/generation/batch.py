@@ -282,9 +282,7 @@ class Batch:
             events += self._advance_draft(row, told, drafted, seconds)
         return events
 
-    def _verify(
-        self, first: int, end: int, drafts: Mapping[int, tuple[int, ...]]
-    ) -> NDArray[np.float32] | None:
+    def _verify(self, first: int, end: int, drafts: Mapping[int, tuple[int, ...]]) -> NDArray[np.float32] | None:
         """A step that feeds rows their next token and what was drafted behind it; gives logits [B, S, V].
 
         None: the logits of some row aren't finite, which may be a wrong token's fault; nothing has moved.

@@ -1,10 +1,10 @@
-"""Speculation: which rows of a decode step check drafted tokens, and how many, so that a step gives most tokens a second.
+"""Speculation: which rows of a decode step check drafted tokens, and how many, for the most tokens a second.
 
 A draft is accepted token by token, as long as the token that plain decoding chooses from the same logits, with the same
-random number, is the drafted one. So an output is distributed as without drafts, and with a seed it is the same: a token
-x is accepted with its probability p(x), and another is chosen with its own, which is exact rejection sampling for
-drafts that are certain of themselves (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding"
-(2022), https://arxiv.org/abs/2211.17192). docs/scheduling.md has the rules.
+random number, is the drafted one. So an output is distributed as without drafts, and with a seed it is the same: the
+drafted x is accepted with its probability p(x), and another y chosen with its own p(y), which is exact rejection
+sampling for drafts that are certain of themselves (Leviathan et al., "Fast Inference from Transformers via Speculative
+Decoding" (2022), https://arxiv.org/abs/2211.17192). docs/scheduling.md has the rules.
 """
 
 from __future__ import annotations

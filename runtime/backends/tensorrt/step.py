@@ -85,9 +85,7 @@ class TensorRtStep:
         np.add(lengths[:, None], self._offsets[:tokens], out=buffers.position_ids[:count].reshape(rows, tokens))
         buffers.cache_length[:rows] = lengths
         verifies = buffers.told_tokens > 1
-        shape = StepShape(
-            first_row, rows, tokens, self._window(int(lengths.max()) + tokens), tokens if verifies else 1
-        )
+        shape = StepShape(first_row, rows, tokens, self._window(int(lengths.max()) + tokens), tokens if verifies else 1)
         started = time.perf_counter()
         try:
             self._submit(shape)

@@ -392,7 +392,7 @@ def test_file_names(program: Path) -> None:
         (
             ("engines", "text", "logits_rows"),
             None,
-            "logits_rows is -1 (-1: null), and the output last_logits is float32[B, T, 151936]; accepted: float32[B, T, ",
+            "logits_rows is -1 (-1: null), and the output last_logits is float32[B, T, 151936]; accepted: float32[B, ",
         ),
         (("engines", "text", "outputs", 1, "name"), "logits", "engines: text: the output 'logits' is listed twice"),
     ],
