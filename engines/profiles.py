@@ -25,7 +25,7 @@ def profile_shapes(
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
     """Smallest, typical and largest shape of every input that has a letter among its dimensions.
 
-    The runtime prefills one row at a time, decodes all of them at once, and checks guessed tokens of all of them. Only
+    The runtime prefills one row at a time, decodes all of them at once, and checks drafted tokens of all of them. Only
     that last step asks for the logits of more than one token a row: of all that it has.
     """
     rows = 1 if profile.name == _PREFILL else max_batch

@@ -12,10 +12,10 @@ from qwen_aot.runtime.bundle.manifest import cache_capacity
 def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
     """The largest tensors that live at once in a step, in bytes: an estimate.
 
-    The largest of a prefill step, one row of a whole chunk, of a decode step, one token of every row, and, where drafted
-    tokens are checked, of a step of so many tokens of every row. Derived from the graph, with T = B·S tokens, R rows of
-    logits (B; T where drafted tokens are checked), the window W at the capacity, and c bytes an element of the compute
-    type. Always alive: the residual stream [T, M] fp32, logits [R, V] fp32, and, on TensorRT without the attention
+    The largest of a prefill step, one row of a whole chunk, of a decode step, one token of every row, and, with
+    `speculate`, of a verify step, so many tokens of every row. Derived from the graph, with T = B·S tokens, R rows of
+    logits (B, in a verify step T), the window W at the capacity, and c bytes an element of the compute type. Always
+    alive: the residual stream [T, M] fp32, logits [R, V] fp32, and, on TensorRT without the attention
     plugin, the causal mask [B, S, W] of two bytes. On top comes the largest of
 
     - attention: its input [T, M], q, k and v as projected and as rotated, 2 x [T, (H + 2·Hkv)·D], and the result

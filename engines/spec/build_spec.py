@@ -16,7 +16,7 @@ from qwen_aot.runtime.bundle.flavours import FLAVOURS
 
 __all__ = ["LOGITS_ROWS", "BuildSpec"]
 
-# What a step may check at once, in tokens of a row. One token more costs about a third of a step, and few guesses are
+# What a step may check at once, in tokens of a row. One token more costs about a third of a step, and few drafts are
 # right so far ahead; `exporter.lowering.ort.prefill` computes otherwise from 32 tokens on.
 LOGITS_ROWS = range(2, 17)
 
@@ -45,7 +45,7 @@ class BuildSpec:
     prefill_chunk: int = None  # type: ignore[assignment]  # tokens; None: the target's default; never None once made
     kv_precision: str = DEFAULT_KV_PRECISION  # of the KV cache, one of KV_PRECISIONS; auto: the compute type
     tensorrt: TensorRtOptions = DEFAULT_OPTIONS
-    speculate: int | None = None  # tokens of a row that a step checks: one known, the others guessed; None: one token
+    speculate: int | None = None  # tokens of a row that a step checks: one known, the others drafted; None: one token
     own_codes: bool = False  # weights keep the codes that the checkpoint stores (`engines.spec.own_codes`)
     asked: frozenset[str] = field(
         init=False, compare=False, repr=False
@@ -198,8 +198,8 @@ class BuildSpec:
         return "native" if flavour is None else form_of(flavour, asked)
 
     def _check_speculate(self, rows: int) -> None:
-        if not self.facts.checks_guesses:
-            able = ", ".join(target for target, facts in TARGETS.items() if facts.checks_guesses)
+        if not self.facts.checks_drafts:
+            able = ", ".join(target for target, facts in TARGETS.items() if facts.checks_drafts)
             raise BuildError(
                 f"speculate doesn't exist for target {self.target}, whose kernels take one token a row or one row; it "
                 f"exists for: {able}; leave it out"

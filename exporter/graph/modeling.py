@@ -4,7 +4,7 @@ Parameters have the names and shapes of `exporter.model.tensors`; a module has a
 that table does. Projections that read the same input are one `Linear` (q, k, v; gate and up). The residual stream and
 the norms' statistics are fp32 whatever the compute type, because Qwen's residual overflows fp16. The last layer's
 output projection and MLP run for the tokens only whose logits are wanted, since nothing else reaches them: each row's
-last one, or its last few where guessed tokens are checked.
+last one, or its last few where drafted tokens are checked.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def io_spec(
         config: the model.
         cache_dtype: element type of past and present.
         capacity: C in tokens where the target fixes it at build time; None leaves it dynamic.
-        speculates: a step can give the logits of each row's last tokens, so that guessed tokens are checked at once.
+        speculates: a step can give the logits of each row's last tokens, so that drafted tokens are checked at once.
 
     Returns:
         input_ids [B, S] int64 (right-padded); position_ids [B, S] int64 (`cache_length[b] + s`, padding included);

@@ -86,7 +86,7 @@ def _kv_precisions() -> str:
     "--speculate",
     type=int,
     metavar="K",
-    help="Tokens that a step can check: up to K - 1 are guessed from the text itself, which makes answers that repeat "
+    help="Tokens that a step can check: up to K - 1 are drafted from the text itself, which makes answers that repeat "
     "parts of their prompt faster; 4 suits most CPUs.",
     group="Capacity",
 )

@@ -94,7 +94,7 @@ no_speculate_option: Decorator = option(
     "speculate",
     flag_value=False,
     default=True,
-    help="Guess no tokens, though the bundle was built with --speculate.",
+    help="Draft no tokens, though the bundle was built with --speculate.",
     group="Machine",
 )
 

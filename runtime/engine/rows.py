@@ -50,11 +50,11 @@ class Step(Protocol):
     run_seconds: float
 
     def run(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """One step of token ids [B, S], right-padded, on rows `first_row` on; the cache's lengths are read, not changed.
+        """One step of token ids [B, S], right-padded, on rows `first_row` on; lengths are read, not changed.
 
         Returns:
-            Logits [B, V]; of a step that verifies [B, S, V], those of each row's last S tokens. Its memory is valid until
-            the next run.
+            Logits [B, V]; of a step that verifies [B, S, V], those of each row's last S tokens. The memory is valid
+            until the next run.
 
         Raises:
             GenerationError: the library failed.

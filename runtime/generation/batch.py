@@ -382,6 +382,7 @@ class Batch:
                 self._retire(row, events[-1])
                 return events
             self._engine.truncate(row, len(sequence.prompt_ids))
+            fed = None
             logits = self._begin_choice(row, sequence)
             sequence = self._occupant(row)
             events += sequence.advance(logits)

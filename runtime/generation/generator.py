@@ -84,7 +84,7 @@ class Generator:
             allow_bundle_code: let the bundle run native code that isn't this machine's own; for bundles of people whose
                 programs you would run. Also: the variable QWEN_AOT_ALLOW_BUNDLE_CODE=1.
             rows: use no more of the bundle's rows than so many, for less memory; None: all of them.
-            speculate: guess tokens from the text itself and check several in a step, where the bundle can
+            speculate: draft tokens from the text itself and check several in a step, where the bundle can
                 (`build-engine --speculate`) and measurements say that it pays. Answers are the same.
 
         Raises:
@@ -122,7 +122,7 @@ class Generator:
 
     @property
     def speculation(self) -> SpeculationStatistics | None:
-        """What became of guessed tokens since the bundle was opened; None: none are guessed."""
+        """What became of drafted tokens since the bundle was opened; None: none are drafted."""
         return self._driver.batch.speculation
 
     @property

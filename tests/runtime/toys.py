@@ -57,8 +57,14 @@ def make_manifest(
     vocab_size: int = VOCAB_SIZE,
     bos_token_id: int | None = None,
     eos_token_ids: tuple[int, ...] = (),
+    logits_rows: int | None = None,
 ) -> Manifest:
-    """A manifest around a toy."""
+    """A manifest around a toy; with `logits_rows`, what goes with it stands behind the given inputs and outputs."""
+    profiles = [Profile("prefill", 1, prefill_chunk), Profile("decode", 1, 1)]
+    if logits_rows is not None:
+        inputs = (*inputs, IoTensor("logits_positions", "int64", ("T",)))
+        outputs = (*outputs, IoTensor("last_logits", "float32", ("B", "T", vocab_size)))
+        profiles.append(Profile("verify", 2, logits_rows))
     return Manifest(
         format_version=FORMAT_VERSION,
         model=ModelFacts(
@@ -88,9 +94,9 @@ def make_manifest(
                 outputs=outputs,
                 tensorrt=None,
                 plan=None,
-                profiles=(Profile("prefill", 1, prefill_chunk), Profile("decode", 1, 1)),
+                profiles=tuple(profiles),
                 cache_dtype=cache_dtype,
-                logits_rows=None,
+                logits_rows=logits_rows,
             ),
             vision=None,
         ),

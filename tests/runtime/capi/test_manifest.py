@@ -127,9 +127,9 @@ def rich() -> dict[str, Any]:
     text["logits_rows"] = 8
     text["inputs"] = [
         *golden.INPUTS,
-        golden.POSITIONS,
         {"name": "past_key_values.0.value", "dtype": "float16", "shape": ["B", 16, "C", 64]},
         {"name": "past_key_values.0.key_scale", "dtype": "float32", "shape": ["B", 16, "C"]},
+        golden.POSITIONS,
     ]
     text["outputs"] = [golden.LOGITS, golden.LAST_LOGITS]
     document["engines"]["vision"] = golden.VISION | {
@@ -144,14 +144,14 @@ def rich() -> dict[str, Any]:
 
 def fixed_capacity() -> dict[str, Any]:
     document = rich()
-    for tensor in document["engines"]["text"]["inputs"][1:]:
+    for tensor in document["engines"]["text"]["inputs"][1:4]:
         tensor["shape"][2] = 33280
     return document
 
 
 def without_cache() -> dict[str, Any]:
     document = rich()
-    del document["engines"]["text"]["inputs"][1:]
+    del document["engines"]["text"]["inputs"][1:4]
     return document
 
 
@@ -293,6 +293,11 @@ def test_rules_between_keys(program: Path) -> None:
         ((*text, "inputs", 3, "dtype"), "float16", True),
         ((*text, "inputs", 3, "dtype"), "int64", False),
         ((*text, "inputs", 1, "shape", 2), 33280, False),
+        ((*text, "inputs", 4, "shape", 0), "B", False),
+        ((*text, "outputs", 1, "shape", 1), 8, False),
+        ((*text, "logits_rows"), 512, True),
+        ((*text, "logits_rows"), 513, False),
+        ((*text, "logits_rows"), 1, False),
         ((*text, "quantization", "fast_prefill"), "", True),
         (("engines", "vision", "file"), "none", False),
         (("engines", "vision", "inputs", 0, "shape"), ["B"], True),
