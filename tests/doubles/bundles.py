@@ -169,6 +169,7 @@ def export_tensorrt_bundle(
             max_batch=max_batch,
             prefill_chunk=prefill_chunk,
             logits_rows=logits_rows,
+            vocab_size=config.vocab_size,
             cache_dtype=next(t.dtype for t in inputs if t.name.startswith(CACHE_PREFIX)),
         ),
         model=ModelFacts(

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.runtime.backends.cuda.stream import CudaStream
-from qwen_aot.runtime.bundle.manifest import LAST_LOGITS
+from qwen_aot.runtime.bundle.manifest import LAST_LOGITS, LOGITS_POSITIONS
 
 __all__ = ["StepBuffers"]
 
@@ -50,11 +50,13 @@ class StepBuffers:
             GenerationError: there is no memory.
         """
         self._stream = stream
+        self.told_tokens = max_tokens if verifies else 1
         counts = {
             "input_ids": max_rows * max_tokens,
             "position_ids": max_rows * max_tokens,
             "cache_length": max_rows,
             "new_tokens": max_rows,
+            LOGITS_POSITIONS: self.told_tokens,
         }
         offsets, end = {}, 0
         for name, count in counts.items():
@@ -69,7 +71,7 @@ class StepBuffers:
         self.position_ids: NDArray[np.int64] = views["position_ids"]
         self.cache_length: NDArray[np.int64] = views["cache_length"]
         self.new_tokens: NDArray[np.int64] = views["new_tokens"]
-        self.told_tokens = max_tokens if verifies else 1
+        views[LOGITS_POSITIONS][:] = np.arange(self.told_tokens)  # a step of fewer reads the first of them
         logits_bytes = max_rows * vocab_size * 4
         last_bytes = logits_bytes * self.told_tokens
         self.logits: NDArray[np.float32] = (

@@ -21,7 +21,7 @@ from qwen_aot.runtime.backends.tensorrt.loaded_engine import LoadedEngine
 from qwen_aot.runtime.backends.tensorrt.runtime_cache import RuntimeCache, cache_file
 from qwen_aot.runtime.backends.tensorrt.step import WINDOW_STEP, TensorRtStep
 from qwen_aot.runtime.bundle.load import Bundle
-from qwen_aot.runtime.bundle.manifest import LOGITS_POSITIONS, VERIFY, Manifest
+from qwen_aot.runtime.bundle.manifest import VERIFY, Manifest
 from qwen_aot.runtime.engine.io_table import check_table
 from qwen_aot.runtime.engine.rows import RowEngine
 
@@ -71,7 +71,7 @@ class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
             engine.check_signature(manifest, limits)
             cache = DeviceCache(cuda, stream, manifest)
             engine.allocate_activations()
-            positions = _upload_positions(stream, cache.capacity)
+            key_positions = _upload_positions(stream, cache.capacity)
             captures_graphs = library.flavour.captures_graphs
             graphs = None if captures_graphs else DecodeGraphs(engine, stream, profiles["decode"])
             steps = {}
@@ -90,7 +90,7 @@ class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
                     stream,
                     cache,
                     buffers,
-                    _bindings(manifest, buffers, positions, cache),
+                    _bindings(manifest, buffers, key_positions, cache),
                     engine.make_context(profile, captures_graphs=captures_graphs and name == "decode"),
                     graphs if name == "decode" else None,
                 )
@@ -131,7 +131,7 @@ def _limits(manifest: Manifest, capacity: int) -> list[dict[str, tuple[int, int]
 
 
 def _upload_positions(stream: CudaStream, capacity: int) -> int:
-    """The address of 0 … C-1 in device memory: the inputs key_positions of every W and logits_positions of every T."""
+    """The address of 0 … C-1 in device memory: the input key_positions of every W."""
     host = stream.allocate_pinned(capacity * 8).view(np.int64)
     host[:] = np.arange(capacity)
     address = stream.allocate(host.nbytes)
@@ -139,7 +139,7 @@ def _upload_positions(stream: CudaStream, capacity: int) -> int:
     return address
 
 
-def _bindings(manifest: Manifest, buffers: StepBuffers, positions: int, cache: DeviceCache) -> Bindings:
-    places = buffers.addresses | {"key_positions": positions, LOGITS_POSITIONS: positions}
+def _bindings(manifest: Manifest, buffers: StepBuffers, key_positions: int, cache: DeviceCache) -> Bindings:
+    places = buffers.addresses | {"key_positions": key_positions}
     names = {tensor.name for tensor in (*manifest.engines.text.inputs, *manifest.engines.text.outputs)}
     return Bindings({name: place for name, place in places.items() if name in names}, cache.tensors)

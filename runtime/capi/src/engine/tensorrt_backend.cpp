@@ -121,8 +121,8 @@ Status TensorRtEngine::open(Log const& log, Error& error)
     {
         reinterpret_cast<int64_t*>(host)[i] = static_cast<int64_t>(i);
     }
-    QWEN_AOT_TRY(stream_.allocate(capacity * sizeof(int64_t), parts_.positions, error));
-    QWEN_AOT_TRY(stream_.copy_to_device(parts_.positions, host, capacity * sizeof(int64_t), error));
+    QWEN_AOT_TRY(stream_.allocate(capacity * sizeof(int64_t), parts_.key_positions, error));
+    QWEN_AOT_TRY(stream_.copy_to_device(parts_.key_positions, host, capacity * sizeof(int64_t), error));
     QWEN_AOT_TRY(prefill_.open(profile_index(facts, "prefill"), 1, facts.prefill_chunk, false, error));
     QWEN_AOT_TRY(decode_.open(profile_index(facts, "decode"), facts.max_batch, 1, !kFlavour.captures_graphs, error));
     return stream_.synchronize(error);

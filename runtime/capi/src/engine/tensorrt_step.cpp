@@ -78,9 +78,9 @@ Status Context::bind(StepShape const& shape, StepBuffers const& buffers, Error& 
             auto const input = static_cast<StepInput>(i);
             if (has_input(engine, input))
             {
-                bool const is_positions = input == StepInput::key_positions || input == StepInput::logits_positions;
-                cuda::Address const address =
-                    is_positions ? parts_.positions : buffers.device_block + buffers.offsets[i];
+                cuda::Address const address = input == StepInput::key_positions
+                    ? parts_.key_positions
+                    : buffers.device_block + buffers.offsets[i];
                 QWEN_AOT_TRY(set_address(step_input_name(input), address, error));
             }
         }
@@ -178,7 +178,7 @@ Status TensorRtStep::open(int32_t profile, int64_t max_rows, int64_t max_tokens,
     {
         return error.no_memory("the inputs and logits of a step");
     }
-    size_t const counts[kStepInputs] = {count, count, rows, rows, 0, 0};
+    size_t const counts[kStepInputs] = {count, count, rows, rows, 0, 1};
     for (size_t i = 0; i < kStepInputs; ++i)
     {
         buffers_.offsets[i] = buffers_.bytes;
@@ -186,6 +186,7 @@ Status TensorRtStep::open(int32_t profile, int64_t max_rows, int64_t max_tokens,
     }
     cuda::StreamMemory& stream = parts_.stream;
     QWEN_AOT_TRY(stream.allocate_pinned(buffers_.bytes, &buffers_.block, error));
+    buffers_.input(StepInput::logits_positions)[0] = 0;
     QWEN_AOT_TRY(stream.allocate(buffers_.bytes, buffers_.device_block, error));
     uint8_t* logits = nullptr;
     QWEN_AOT_TRY(stream.allocate_pinned(logits_bytes, &logits, error));

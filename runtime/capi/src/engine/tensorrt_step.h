@@ -22,7 +22,7 @@ struct EngineParts
     Array<Text> const& present_names; // in the order of the cache's arrays
     cuda::Address activations;        // scratch memory of all contexts: one step runs at a time
     int64_t activation_bytes;
-    cuda::Address positions; // int64 [C] on the device: 0, 1, 2, ...
+    cuda::Address key_positions; // int64 [C] on the device: 0, 1, 2, ...
 };
 
 /** All that two steps must share to be the same work on other content: a CUDA graph's key. */
@@ -46,7 +46,7 @@ struct StepBuffers
     uint8_t* block = nullptr; // page-locked
     size_t bytes = 0;
     cuda::Address device_block = 0;
-    size_t offsets[kStepInputs] = {}; // in the block; the inputs of positions lie elsewhere
+    size_t offsets[kStepInputs] = {}; // in the block; key_positions lies elsewhere
     float* logits = nullptr;          // [max_rows, V], page-locked
     cuda::Address device_logits = 0;
     cuda::Address device_last_logits = 0; // an engine that has this output writes it too; nobody reads it
