@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import dataclasses
 import itertools
 import json
 import resource
@@ -136,6 +137,26 @@ def test_every_kind_is_built_and_says_what_it_is(
     assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in manifest.engines.text.inputs] == expected
     assert {path.name for path in bundle.iterdir()} == {*manifest.files, "manifest.json"}
     assert "model.onnx" not in manifest.files
+
+
+@pytest.mark.parametrize("kind", [MHA, "gqa-tied-moe"])
+def test_a_third_profile_checks_drafts(checkpoints: Path, tmp_path: Path, kind: str) -> None:
+    """Compiled, for GPUs of which none is here: tests/gpu runs it."""
+    spec = dataclasses.replace(spec_of(), max_batch=2, speculate=4)
+    manifest, _ = build(checkpoints / kind, tmp_path / "bundle", spec)
+    text = manifest.engines.text
+    assert text.logits_rows == 4
+    assert [(profile.name, profile.min_tokens, profile.max_tokens) for profile in text.profiles] == [
+        ("prefill", 1, 64),
+        ("decode", 1, 1),
+        ("verify", 2, 4),
+    ]
+    assert {"logits_positions": ("T",), "new_tokens": ("B",)}.items() <= {t.name: t.shape for t in text.inputs}.items()
+    vocab_size = manifest.model.vocab_size
+    assert [(tensor.name, tensor.shape) for tensor in text.outputs[:2]] == [
+        ("logits", ("B", vocab_size)),
+        ("last_logits", ("B", "T", vocab_size)),
+    ]
 
 
 @pytest.mark.parametrize("precision", [*QUANTIZED, Precision.FP8])
