@@ -21,7 +21,7 @@ __all__ = ["Drafter", "Speculation", "SpeculationStatistics", "StepCosts"]
 
 # How likely a drafted token is right if those before it are, by the least match that a class has; before anything is
 # known of the output. Over the prompts of tests/bench/speculation.
-_PRIORS: tuple[tuple[int, float], ...] = ((2, 0.4), (3, 0.5), (5, 0.7), (9, 0.85))
+_PRIORS: tuple[tuple[int, float], ...] = ((2, 0.55), (3, 0.65), (5, 0.8), (9, 0.95))
 _PRIOR_WEIGHT = 3.0  # in drafted tokens
 _MEMORY = 0.95  # what an earlier token weighs less than the next
 

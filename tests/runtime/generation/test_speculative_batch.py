@@ -23,6 +23,7 @@ from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefau
 from qwen_aot.runtime.generation.request import Completion, FinishReason, Request, TokenEvent
 from qwen_aot.runtime.generation.sampling import Sampler
 from tests.runtime.fakes import FakeEngine
+from tests.runtime.generation.test_constraint import Words
 from tests.runtime.toys import make_manifest
 
 V = 7
@@ -272,6 +273,24 @@ def test_rows_that_draft_and_rows_that_do_not_share_a_step() -> None:
     assert found == plain
     shapes = [{sum(id_ >= 0 for id_ in row) for row in rows} for _, rows in engine.verifies]
     assert any({1, 4} <= shape for shape in shapes)
+
+
+@given(
+    words=st.sets(st.lists(st.integers(0, 5), max_size=8).map(tuple), min_size=1, max_size=8),
+    temperature=st.sampled_from([0.0, 1.0, 20.0]),
+    seed=st.integers(0, 9),
+)
+def test_a_constraint_holds_through_drafts(words: set[tuple[int, ...]], temperature: float, seed: int) -> None:
+    """The prompt has every word in it, so that drafts go on where the constraint lets nothing come."""
+    prompt = tuple(id_ for word in sorted(words) for id_ in (*word, *word, 1, 2))
+    config = GenerationConfig(max_new_tokens=12, temperature=temperature, seed=seed)
+    request = Request(prompt, config, constraint=Words(words, V))
+    drafting, plain = make_engine(), make_engine(logits_rows=None)
+    found = run(make_batch(drafting), [request])
+    assert found == run(make_batch(plain), [request])
+    token_ids, reason = found[0, 0][-1][:2]
+    assert token_ids in words
+    assert reason is FinishReason.STOP
 
 
 class OddsEngine(FakeEngine):
