@@ -26,6 +26,7 @@ _PRIOR_WEIGHT = 3.0  # in drafted tokens
 _MEMORY = 0.95  # what an earlier token weighs less than the next
 
 _COST_SAMPLES = 8  # of each shape of a step; the lowest counts, because other work on the machine only adds
+_COST_TRIALS = 3  # before so many steps of a shape nothing speaks against it: the first of them allocates
 _COST_STEPS = 256  # after so many steps in which a shape wasn't run it is as if it never had been, and may be tried
 _TOKEN_COST = 0.25  # of a step with one token a row: what each further token adds where nothing was measured
 _MARGIN = 1.05  # a draft must promise so many times the tokens a second
@@ -114,11 +115,13 @@ class StepCosts:
         if not self._seconds[1]:
             return [1 + _TOKEN_COST * (tokens - 1) for tokens in range(len(self._seconds))]
         single = min(self._seconds[1])
-        ratios = [
-            min(samples) / single if samples else 1 + _TOKEN_COST * (tokens - 1)
-            for tokens, samples in enumerate(self._seconds)
-        ]
-        ratios[:2] = 0.0, 1.0
+        ratios = [0.0, 1.0]
+        for tokens, samples in enumerate(self._seconds[2:], start=2):
+            ratio = 1 + _TOKEN_COST * (tokens - 1)
+            if samples:
+                measured = min(samples) / single
+                ratio = measured if len(samples) >= _COST_TRIALS else min(ratio, measured)
+            ratios.append(ratio)
         least = math.inf
         for tokens in range(len(ratios) - 1, 1, -1):
             if self._seconds[tokens]:

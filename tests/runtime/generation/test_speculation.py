@@ -16,8 +16,9 @@ DRAFT = (5, 6, 7, 8, 9)
 def speculation(*costs: float, rows: int = 1) -> Speculation:
     """One that has seen steps of 1, 2, ... tokens a row cost this."""
     made = Speculation(6)
-    for tokens, seconds in enumerate(costs, start=1):
-        made.note_step(rows, tokens, seconds)
+    for _ in range(3):
+        for tokens, seconds in enumerate(costs, start=1):
+            made.note_step(rows, tokens, seconds)
     return made
 
 
@@ -29,16 +30,31 @@ def test_the_lowest_of_the_last_eight_steps_counts() -> None:
     costs = StepCosts(2)
     for seconds in (0.1, *[1.0] * 8, 5.0):
         costs.note(1, seconds)
-    costs.note(2, 3.0)
+    for _ in range(3):
+        costs.note(2, 3.0)
     assert costs.ratios()[2] == 3.0  # 0.1 is forgotten, 5.0 was other work's
+
+
+def test_the_first_steps_of_a_shape_do_not_speak_against_it() -> None:
+    """They allocate, and may fall into other work; what speaks for it counts at once."""
+    costs = StepCosts(2)
+    costs.note(1, 1.0)
+    for _ in range(2):
+        costs.note(2, 9.0)
+        assert costs.ratios()[2] == 1.25
+    costs.note(2, 9.0)
+    assert costs.ratios()[2] == 9.0
+    costs.note(2, 1.1)
+    assert costs.ratios()[2] == 1.1
 
 
 def test_a_step_costs_no_less_than_a_smaller_one_and_no_more_than_a_larger_one() -> None:
     costs = StepCosts(5)
-    for tokens, seconds in ((1, 1.0), (3, 1.8), (5, 1.2)):
+    for tokens, seconds in ((1, 1.0), (3, 1.8), (5, 1.2)) * 3:
         costs.note(tokens, seconds)
     assert costs.ratios()[1:] == [1.0, 1.2, 1.2, 1.2, 1.2]
-    costs.note(2, 1.9)
+    for _ in range(3):
+        costs.note(2, 1.9)
     assert costs.ratios()[1:] == [1.0, 1.2, 1.2, 1.2, 1.2]
 
 
@@ -47,7 +63,7 @@ def test_what_was_long_ago_is_forgotten_and_tried_again() -> None:
     made = speculation(1.0, 9.0, 9.0, 9.0, 9.0, 9.0)
     sure = {0: (DRAFT, 0.99)}
     assert made.choose(1, sure) == {}
-    for _ in range(250):  # the first of the larger steps is 5 steps old
+    for _ in range(250):  # the first of the larger shapes was last run 5 steps ago
         made.note_step(1, 1, 1.0)
         assert made.choose(1, sure) == {}
     for _ in range(6):
@@ -59,7 +75,7 @@ def test_what_a_plain_step_costs_is_never_forgotten() -> None:
     costs = StepCosts(3)
     costs.note(1, 1.0)
     for _ in range(1000):
-        costs.note(3, 5.0)
+        costs.note(3, 5.0)  # its own steps don't count for it
     assert costs.ratios()[3] == 5.0
 
 

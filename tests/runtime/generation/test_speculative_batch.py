@@ -276,7 +276,7 @@ def test_rows_that_draft_and_rows_that_do_not_share_a_step() -> None:
 
 
 @given(
-    words=st.sets(st.lists(st.integers(0, 5), max_size=8).map(tuple), min_size=1, max_size=8),
+    words=st.sets(st.lists(st.integers(1, V - 1), max_size=8).map(tuple), min_size=1, max_size=8),
     temperature=st.sampled_from([0.0, 1.0, 20.0]),
     seed=st.integers(0, 9),
 )

@@ -83,23 +83,23 @@ def test_counts() -> None:
 
 
 def test_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Letters come in their order, and so come again: what is drafted is right."""
+    """Of an answer that repeats itself, so that what is drafted is right."""
     monkeypatch.setattr(speculation.StepCosts, "ratios", lambda costs: [1.0] * len(costs._seconds))
-    prompt = "abcdefghijklmnopqrstuvwxyz" * 2
-    with App(logits_rows=4) as app:
+    script, body = "round and round ", {"max_tokens": 40}
+    with App(logits_rows=4, script=script * 3) as app:
         families = {family.name for family in text_string_to_metric_families(app.ask("GET", "/metrics").text)}
         assert families == VLLM | DRAFTS | {"http_requests", "qwen_aot:ready"}
-        text = app.complete({"prompt": prompt, "max_tokens": 20}).json()["choices"][0]["text"]
+        text = app.chat(body).json()["choices"][0]["message"]["content"]
         found = samples(app)
-    with App() as plain:
-        assert text == plain.complete({"prompt": prompt, "max_tokens": 20}).json()["choices"][0]["text"]
+    with App(script=script * 3) as plain:
+        assert text == plain.chat(body).json()["choices"][0]["message"]["content"] == (script * 3)[:40]
     name = "vllm:spec_decode_num"
     assert found[f"{name}_drafts_total"] >= 4
     assert found[f"{name}_draft_tokens_total"] >= found[f"{name}_accepted_tokens_total"] >= 12
     places = [found[f"{name}_accepted_tokens_per_pos_total {place}"] for place in range(3)]
     assert sum(places) == found[f"{name}_accepted_tokens_total"]
     assert places == sorted(places, reverse=True)
-    assert found["vllm:generation_tokens_total"] == 20
+    assert found["vllm:generation_tokens_total"] == 40
 
 
 def test_before_the_model_is_there() -> None:
