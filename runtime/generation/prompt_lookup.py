@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 __all__ = ["SHORTEST_MATCH", "Draft", "PromptLookup"]
 
 SHORTEST_MATCH = 2  # tokens: after one alone, what follows is right too seldom
-_LONGEST_MATCH = 16  # beyond, a longer one says nothing more
+_LONGEST_MATCH = 8  # of longer ones 98 % of drafted tokens are right, whatever their length
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class PromptLookup:
     def draft(self, most: int) -> Draft | None:
         """What followed the place where most of the last tokens stood before, the latest of equals.
 
-        Costs a few passes over the text in numpy: 7 µs for 500 tokens, 12 for 4,000.
+        A few passes over the text in numpy: 9 to 22 µs for 500 tokens, 16 to 30 for 32,000.
 
         Args:
             most: tokens, at least 1. A draft is shorter only if the text is.

@@ -21,7 +21,7 @@ __all__ = ["Drafter", "Speculation", "SpeculationStatistics", "StepCosts"]
 
 # How likely a drafted token is right if those before it are, by the least match that a class has; before anything is
 # known of the output. Over the prompts of tests/bench/speculation.
-_PRIORS: tuple[tuple[int, float], ...] = ((2, 0.55), (3, 0.65), (5, 0.8), (9, 0.95))
+_PRIORS: tuple[tuple[int, float], ...] = ((2, 0.55), (3, 0.65), (5, 0.8), (8, 0.95))
 _PRIOR_WEIGHT = 3.0  # in drafted tokens
 _MEMORY = 0.95  # what an earlier token weighs less than the next
 
@@ -167,11 +167,9 @@ class Speculation:
         ratios = self._costs_of(rows).ratios()
         best, best_speed = 1, len(drafts) * _MARGIN
         for tokens in range(2, self.most + 1):
-            speed = sum(
-                _expected(chance, min(len(token_ids), tokens - 1)) for token_ids, chance in drafts.values()
-            ) / ratios[tokens]  # fmt: skip
-            if speed > best_speed:
-                best, best_speed = tokens, speed
+            expected = sum(_expected(chance, min(len(token_ids), tokens - 1)) for token_ids, chance in drafts.values())
+            if expected / ratios[tokens] > best_speed:
+                best, best_speed = tokens, expected / ratios[tokens]
         return {row: token_ids[: best - 1] for row, (token_ids, _) in drafts.items() if token_ids[: best - 1]}
 
     def note_step(self, rows: int, tokens: int, seconds: float) -> None:

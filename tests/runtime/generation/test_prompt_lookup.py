@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from qwen_aot.runtime.generation.prompt_lookup import SHORTEST_MATCH, Draft, PromptLookup
 
-LONGEST = 16
+LONGEST = 8
 
 
 def looked_up(text: list[int], most: int) -> Draft | None:
-    """Place by place: the longest match (16 tokens at most), of equals the latest, repeated beyond the end."""
+    """Place by place: the longest match (8 tokens at most), of equals the latest, repeated beyond the end."""
 
     def match(end: int) -> int:
         length = 0
@@ -65,7 +65,7 @@ def test_examples(text: list[int], draft: Draft | None) -> None:
 
 
 def test_long_matches_count_alike() -> None:
-    """Beyond 16 tokens the latest place goes first, though an earlier one matches further."""
+    """Beyond 8 tokens the latest place goes first, though an earlier one matches further."""
     shared = list(range(100, 120))
-    text = [1, *shared, 7, 2, *shared[4:], 8, 1, *shared]
+    text = [1, *shared, 7, 2, *shared[12:], 8, 1, *shared]
     assert PromptLookup(text).draft(1) == Draft((8,), LONGEST)
