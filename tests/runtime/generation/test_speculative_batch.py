@@ -263,6 +263,21 @@ def test_a_cancelled_request_ends_at_the_next_step() -> None:
     assert completion.finish_reason is FinishReason.CANCELLED
 
 
+def test_a_choice_that_ends_at_once_in_a_row_that_a_draft_was_taken_from() -> None:
+    """The row is cut to the prompt for it; what the choice before it was fed is no length of its own."""
+    prompt = tuple(np.random.default_rng(1).integers(1, V, 80))  # nearly any two tokens stand in it
+    found: dict[bool, list[Any]] = {}
+    for speculate in (False, True):
+        batch = make_batch(make_engine(rows=1), speculate=speculate)
+        found[speculate] = []
+        for seed in range(100):
+            config = GenerationConfig(max_new_tokens=12, temperature=3.0, seed=seed, n=2, logit_bias={END: 5.0})
+            found[speculate].append(run(batch, [Request(prompt, config)]))
+            batch.restart()
+    assert found[True] == found[False]
+    assert sum(len(events[0, 1]) == 1 for events in found[True]) > 3
+
+
 def test_rows_that_draft_and_rows_that_do_not_share_a_step() -> None:
     engine = make_engine(rows=3)
     batch = make_batch(engine)
