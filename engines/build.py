@@ -241,7 +241,11 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, storage: Storage, stages: Sta
     dtype = ir.DataType[spec.combination.compute_type]
     positions = cache_capacity(max_context, spec.prefill_chunk)
     capacity = positions if spec.facts.has_fixed_capacity else None
-    traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions, capacity=capacity))
+    speculates = spec.speculate is not None
+    traced = stages.run(
+        "trace",
+        lambda _: trace(config, dtype, positions=positions, capacity=capacity, speculates=speculates),
+    )
     traced.store_as(storage)
     lowered = stages.run("lower", lambda _: builder.lower(traced, spec))
     warnings += warn_of_rounding(lowered)
@@ -322,9 +326,9 @@ def _manifest_maker(
                 outputs=graph_outputs if facts is None else facts.outputs,
                 tensorrt=None if facts is None else facts.tensorrt,
                 plan=None if facts is None else facts.plan,
-                profiles=profiles(spec.prefill_chunk),
+                profiles=profiles(spec.prefill_chunk, spec.speculate),
                 cache_dtype=cache_dtype,
-                logits_rows=None,
+                logits_rows=spec.speculate,
             ),
             vision=None,
         ),

@@ -104,6 +104,7 @@ def export_graph(
     symmetric: bool = True,
     own_codes: bool = False,
     max_context: int | None = None,
+    speculates: bool = False,
     threads: int | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Exported:
@@ -119,6 +120,7 @@ def export_graph(
         symmetric: see `BuildSpec`.
         own_codes: see `BuildSpec`; needs a checkpoint that has some.
         max_context: rows of the rotary tables in tokens; None: the model's.
+        speculates: see `exporter.graph.trace.trace`.
         threads: see `engines.build.build_bundle`.
         on_progress: told about each step.
 
@@ -137,7 +139,7 @@ def export_graph(
     names = ("trace", "lower", "write weights", "write graph")
     stages = Stages(names if checkpoint is not None else (*names[:2], names[3]), on_progress)
     with FolderWriter(out, _refuse_unless_export) as writer:
-        traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions))
+        traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions, speculates=speculates))
         traced.store_as(storage)
         lowered = stages.run("lower", lambda _: _LOWER[lowering](traced, form))
         warn_of_rounding(lowered)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qwen_aot.exporter.model.io_spec import IoSpec, TensorSpec
-from qwen_aot.runtime.bundle.manifest import Profile
+from qwen_aot.runtime.bundle.manifest import VERIFY, Profile
 
-_DECODE = "decode"
+_PREFILL = "prefill"
 _TYPICAL_WINDOW = 1024  # tokens that kernels are chosen for, if the cache has as many
 
 
-def profiles(prefill_chunk: int) -> tuple[Profile, ...]:
-    """Prefill takes a chunk or less of one row; decode one token of each row."""
-    return (
-        Profile(name="prefill", min_tokens=1, max_tokens=prefill_chunk),
-        Profile(name=_DECODE, min_tokens=1, max_tokens=1),
+def profiles(prefill_chunk: int, logits_rows: int | None = None) -> tuple[Profile, ...]:
+    """Prefill takes a chunk or less of one row; decode one token of each row; verify up to `logits_rows` of each."""
+    steps = (
+        Profile(name=_PREFILL, min_tokens=1, max_tokens=prefill_chunk),
+        Profile(name="decode", min_tokens=1, max_tokens=1),
     )
+    return steps if logits_rows is None else (*steps, Profile(VERIFY, min_tokens=2, max_tokens=logits_rows))
 
 
 def profile_shapes(
@@ -24,14 +25,16 @@ def profile_shapes(
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
     """Smallest, typical and largest shape of every input that has a letter among its dimensions.
 
-    The runtime prefills one row at a time and decodes all of them at once.
+    The runtime prefills one row at a time, decodes all of them at once, and checks drafted tokens of all of them. Only
+    that last step asks for the logits of more than one token a row: of all that it has.
     """
-    rows = max_batch if profile.name == _DECODE else 1
+    rows = 1 if profile.name == _PREFILL else max_batch
+    least, most = (profile.min_tokens, profile.max_tokens) if profile.name == VERIFY else (1, 1)
     window = min(_TYPICAL_WINDOW, capacity)
     sizes = (
-        {"B": 1, "S": profile.min_tokens, "W": 1},
-        {"B": rows, "S": profile.max_tokens, "W": max(window, profile.max_tokens)},
-        {"B": rows, "S": profile.max_tokens, "W": capacity},
+        {"B": 1, "S": profile.min_tokens, "W": 1, "T": least},
+        {"B": rows, "S": profile.max_tokens, "W": max(window, profile.max_tokens), "T": most},
+        {"B": rows, "S": profile.max_tokens, "W": capacity, "T": most},
     )
     return {
         spec.name: (_shape(spec, sizes[0]), _shape(spec, sizes[1]), _shape(spec, sizes[2]))

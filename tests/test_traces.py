@@ -30,10 +30,11 @@ CALLS = [
     (DENSE, ir.DataType.FLOAT16, {"positions": 40, "capacity": 40}),
     (DENSE, ir.DataType.FLOAT16, {"positions": 3000}),
     (MOE, ir.DataType.BFLOAT16, {"gather_up_to_tokens": 3}),
+    (DENSE, ir.DataType.FLOAT, {"speculates": True}),
 ]
 
 
-@pytest.mark.parametrize(("config", "dtype", "options"), CALLS, ids=["dense", "fixed", "long", "moe"])
+@pytest.mark.parametrize(("config", "dtype", "options"), CALLS, ids=["dense", "fixed", "long", "moe", "speculates"])
 def test_a_trace_by_way_of_the_cache_is_the_fresh_one(config, dtype, options, tmp_path, monkeypatch):
     def traced(export):
         monkeypatch.setattr(tracing, "_export", export)
@@ -60,17 +61,18 @@ def test_whatever_torch_is_given_but_positions_is_a_trace_of_its_own(
         return ir.Graph([], [], nodes=[], initializers=tables, name=str(len(asked)))
 
     cached = CachedExport(tmp_path, export)
-    base = (DENSE, ir.DataType.FLOAT, tracing._templates(DENSE), POSITIONS)
+    base = (DENSE, ir.DataType.FLOAT, tracing._templates(DENSE), POSITIONS, False)
     others = [
         (dataclasses.replace(DENSE, rope_theta=DENSE.rope_theta + 1), *base[1:]),
         (dataclasses.replace(DENSE, tie_word_embeddings=not DENSE.tie_word_embeddings), *base[1:]),
         (base[0], ir.DataType.FLOAT16, *base[2:]),
-        (*base[:2], tracing._templates(MOE), POSITIONS),
+        (*base[:2], tracing._templates(MOE), *base[3:]),
+        (*base[:4], True),
     ]
     names = [cached(*arguments).name for arguments in [base, *others, base, *others]]
     assert asked == [base, *others]
     assert names == [str(number + 1) for number in range(len(asked))] * 2
-    longer = cached(*base[:3], 65)
+    longer = cached(*base[:3], 65, False)
     assert longer.name == "1" and [value.shape for value in longer.initializers.values()] == [(65, 4)] * 2
 
 

@@ -37,14 +37,14 @@ class CachedExport:
         self._folder = folder
         self._export = export
 
-    def __call__(self, config: object, dtype: object, templates: object, positions: int) -> ir.Graph:
-        arguments = (config, dtype, templates)
+    def __call__(self, config: object, dtype: object, templates: object, positions: int, speculates: bool) -> ir.Graph:
+        arguments = (config, dtype, templates, speculates)
         key = hashlib.sha256(repr(arguments).encode()).hexdigest()[:32]
 
         def make(_: Path) -> ir.Graph:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_torchlib))
-                graph = self._export(*arguments, POSITIONS)
+                graph = self._export(config, dtype, templates, POSITIONS, speculates)
             graph = graph.clone()  # of plain values, in place of torch's own kinds
             for value in graph.initializers.values():
                 value.const_value = None  # a fake tensor, which holds no numbers

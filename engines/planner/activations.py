@@ -12,10 +12,11 @@ from qwen_aot.runtime.bundle.manifest import cache_capacity
 def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
     """The largest tensors that live at once in a step, in bytes: an estimate.
 
-    The larger of a prefill step, one row of a whole chunk, and of a decode step, one token of every row. Derived from
-    the graph, with T = B·S tokens, the window W at the capacity, and c bytes an element of the compute type. Always
-    alive: the residual stream [T, M] fp32, logits [B, V] fp32, and, on TensorRT without the attention plugin, the
-    causal mask [B, S, W] of two bytes. On top comes the largest of
+    The largest of a prefill step, one row of a whole chunk, of a decode step, one token of every row, and, with
+    `speculate`, of a verify step, so many tokens of every row. Derived from the graph, with T = B·S tokens, R rows of
+    logits (B, in a verify step T), the window W at the capacity, and c bytes an element of the compute type. Always
+    alive: the residual stream [T, M] fp32, logits [R, V] fp32, and, on TensorRT without the attention
+    plugin, the causal mask [B, S, W] of two bytes. On top comes the largest of
 
     - attention: its input [T, M], q, k and v as projected and as rotated, 2 x [T, (H + 2·Hkv)·D], and the result
       [T, H·D], in c. Scores aren't kept: ONNX Runtime's kernel fuses attention (512 tokens of 16 heads took 15 MiB of
@@ -27,7 +28,7 @@ def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
       tokens gathers, n·k x 3·M·F for the most tokens n that it is done for; ONNX Runtime's kernel runs each token's
       own experts, k x [T, 3F]; so does the plugin, k x [T, F] in c and k x [T, M] fp32
       (`plugins.launch.moe_workspace`);
-    - the head: [B, V] in c.
+    - the head: [R, V] in c.
 
     In all of these phases TensorRT has half a window's copy and its workspace for matrix products as well, and in
     attention at least that much. Found by varying one size at a time in 24 graphs: a decode step of one row takes
@@ -37,24 +38,26 @@ def activation_bytes(config: ModelConfig, spec: BuildSpec) -> int:
     widths of 0.5B, 7B and MoE-A2.7B. TensorRT-RTX 1.7's builder says what it will need ("Total Activation
     Memory"): this is 0.98 to 1.34 times as much in 24 dense graphs and 5 with experts (docs/planner.md).
     """
-    steps = (1, spec.prefill_chunk), (spec.max_batch, 1)
+    steps = [(1, spec.prefill_chunk, 1), (spec.max_batch, 1, spec.max_batch)]
+    if spec.speculate is not None:
+        steps.append((spec.max_batch, spec.speculate, spec.max_batch * spec.speculate))
     return max(_step_activation_bytes(config, spec, *step) for step in steps) * spec.facts.memory.arena_factor
 
 
-def _step_activation_bytes(config: ModelConfig, spec: BuildSpec, B: int, S: int) -> int:
+def _step_activation_bytes(config: ModelConfig, spec: BuildSpec, B: int, S: int, R: int) -> int:
     """The largest tensors that live at once in a step of B rows and S tokens each; see `activation_bytes`."""
     T, c = B * S, COMPUTE_BYTES[spec.combination.compute_type]
     W = cache_capacity(spec.context_for(config.max_position_embeddings), spec.prefill_chunk)
     M, V = config.hidden_size, config.vocab_size
     memory = spec.facts.memory
     is_windowed = memory.copies_window and spec.attention == "native"
-    always = 4 * T * M + 4 * B * V + (2 * B * S * W if is_windowed else 0)
+    always = 4 * T * M + 4 * R * V + (2 * B * S * W if is_windowed else 0)
     projected = config.query_size + 2 * config.key_value_size
     window = 2 * c * B * W * config.key_value_size if is_windowed else 0
     aside = window // 2 + memory.workspace_bytes
     sparse = len(config.moe.sparse_layers) if config.moe is not None else 0
     attention = c * T * (M + 2 * projected + config.query_size)
-    phases = [attention + max(window - aside, 0), c * B * V]
+    phases = [attention + max(window - aside, 0), c * R * V]
     if sparse < config.num_hidden_layers:
         phases.append(c * T * (M + 3 * config.intermediate_size))
     if config.moe is not None and sparse:

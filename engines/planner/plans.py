@@ -97,6 +97,7 @@ def plans(
     max_context: int | None = None,
     max_batch: int = 1,
     kv_precision: str = DEFAULT_KV_PRECISION,
+    speculate: int | None = None,
     storages: Mapping[str, Storage] | None = None,
 ) -> Iterator[Plan]:
     """Plans every model at every precision on every device.
@@ -109,6 +110,7 @@ def plans(
         max_context: tokens; None: the target's default.
         max_batch: rows.
         kv_precision: of the cache (`engines.spec.kv_precision.KV_PRECISIONS`).
+        speculate: tokens of a row that a step checks; None: one.
         storages: of the models that have a checkpoint, by name.
 
     Raises:
@@ -123,6 +125,7 @@ def plans(
                 max_context=max_context,
                 max_batch=max_batch,
                 kv_precision=kv_precision,
+                speculate=speculate,
             )
             for precision in precisions
         ]
@@ -259,6 +262,7 @@ def _smaller(config: ModelConfig, spec: BuildSpec, device: Device, storage: Stor
             max_context=spec.max_context,
             max_batch=spec.max_batch,
             prefill_chunk=spec.prefill_chunk,
+            speculate=spec.speculate,
             kv_precision=_kv_of(spec),
         )
 

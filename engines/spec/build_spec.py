@@ -14,7 +14,11 @@ from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, Form, Tensor
 from qwen_aot.errors import BuildError
 from qwen_aot.runtime.bundle.flavours import FLAVOURS
 
-__all__ = ["BuildSpec"]
+__all__ = ["LOGITS_ROWS", "BuildSpec"]
+
+# What a step may check at once, in tokens of a row. One token more costs about a third of a step, and few drafts are
+# right so far ahead; `exporter.lowering.ort.prefill` computes otherwise from 32 tokens on.
+LOGITS_ROWS = range(2, 17)
 
 # What a checkpoint that fixes its precision decides, unless it was asked for.
 _DEFAULTS_BY_CHECKPOINT = ("precision", "block_size", "symmetric", "sensitive_bits")
@@ -41,6 +45,7 @@ class BuildSpec:
     prefill_chunk: int = None  # type: ignore[assignment]  # tokens; None: the target's default; never None once made
     kv_precision: str = DEFAULT_KV_PRECISION  # of the KV cache, one of KV_PRECISIONS; auto: the compute type
     tensorrt: TensorRtOptions = DEFAULT_OPTIONS
+    speculate: int | None = None  # tokens of a row that a step checks: one known, the others drafted; None: one token
     own_codes: bool = False  # weights keep the codes that the checkpoint stores (`engines.spec.own_codes`)
     asked: frozenset[str] = field(
         init=False, compare=False, repr=False
@@ -106,6 +111,8 @@ class BuildSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BuildError(f"{name} is {value}; it must be at least 1")
+        if self.speculate is not None:
+            self._check_speculate(self.speculate)
 
     @property
     def combination(self) -> Combination:
@@ -189,6 +196,20 @@ class BuildSpec:
     def _form(self, asked: Form | None) -> Form:
         flavour = FLAVOURS.get(self.target)
         return "native" if flavour is None else form_of(flavour, asked)
+
+    def _check_speculate(self, rows: int) -> None:
+        if not self.facts.checks_drafts:
+            able = ", ".join(target for target, facts in TARGETS.items() if facts.checks_drafts)
+            raise BuildError(
+                f"speculate doesn't exist for target {self.target}, whose kernels take one token a row or one row; it "
+                f"exists for: {able}; leave it out"
+            )
+        if rows not in LOGITS_ROWS or rows > self.prefill_chunk:
+            most = min(LOGITS_ROWS[-1], self.prefill_chunk)
+            raise BuildError(
+                f"speculate is {rows}; accepted: {LOGITS_ROWS[0]} to {most} tokens that a step checks, no more than "
+                f"{LOGITS_ROWS[-1]} and the prefill chunk's {self.prefill_chunk}"
+            )
 
     def _check_own_codes(self) -> None:
         if self.precision not in ("int4", "int8"):

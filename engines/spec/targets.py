@@ -66,6 +66,8 @@ class TargetFacts:
         weight_layout: of quantized weights.
         quantized_experts: whether routed experts can be quantized.
         int8_cache: whether it has one, and where its scales come from.
+        checks_drafts: a step may give several rows a few tokens each and tell the logits of all of them, which
+            speculation needs.
         rounds_inputs: it has products of 8-bit integers, for checkpoints whose inputs are rounded too (W8A8).
         always_zero_points: the quantized embedding has zero points even where the format is symmetric.
         layer_provider: ONNX Runtime's provider for comparing layers; the CPU's takes its place where it is absent.
@@ -85,6 +87,7 @@ class TargetFacts:
     weight_layout: WeightLayout
     quantized_experts: QuantizedExperts
     int8_cache: Int8Cache
+    checks_drafts: bool = True
     rounds_inputs: bool = True
     always_zero_points: bool = False
     layer_provider: str = "CPUExecutionProvider"
@@ -147,6 +150,7 @@ TARGETS: Mapping[Target, TargetFacts] = {
         weight_layout="blocks",
         quantized_experts="no",
         int8_cache="no",
+        checks_drafts=False,  # GroupQueryAttention there takes one row, or one token of each (`fuse_attention`)
         rounds_inputs=False,  # MatMulIntegerToFloat has no kernel there
         always_zero_points=True,  # `exporter.lowering.ort.provider`
         layer_provider="CUDAExecutionProvider",

@@ -90,7 +90,8 @@ def check(folder: Path, manifest: Manifest) -> None:
     found = (folder / engine.file).stat().st_size
     plugins = engine.tensorrt.plugins
     library_bytes = manifest.files[plugins.file].bytes if plugins is not None and plugins.in_engine else 0
-    low, high = engine_size_bounds(engine.tensorrt, manifest.model.num_hidden_layers, library_bytes)
+    layers, num_profiles = manifest.model.num_hidden_layers, len(engine.profiles)
+    low, high = engine_size_bounds(engine.tensorrt, layers, library_bytes, num_profiles)
     if not low <= found <= high:
         raise BuildError(
             f"{engine.file} has {found:,} bytes where {low:,} to {high:,} are expected for "

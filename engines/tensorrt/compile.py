@@ -99,7 +99,8 @@ class Compilation:
         """
         spec, config = self._spec, self._lowered.config
         capacity = cache_capacity(spec.context_for(config.max_position_embeddings), spec.prefill_chunk)
-        contract = io_spec(config, ir.DataType[spec.cache_type], capacity)
+        cache_type = ir.DataType[spec.cache_type]
+        contract = io_spec(config, cache_type, capacity, speculates=spec.speculate is not None)
         builder = self._make_builder()
         if self._plugin_library is not None:
             self._load_plugins(builder, self._plugin_library)
@@ -113,7 +114,7 @@ class Compilation:
         timing_cache.load(build_config, self._logger, self._title)
         largest = {
             profile.name: self._add_profile(builder, build_config, network, contract, profile, capacity)
-            for profile in profiles(spec.prefill_chunk)
+            for profile in profiles(spec.prefill_chunk, spec.speculate)
         }
         # Beside TensorRT, in the time that it leaves a core idle: on Linux a niceness is the thread's own.
         with ThreadPoolExecutor(1, "hash", initializer=os.nice, initargs=(19,)) as pool:

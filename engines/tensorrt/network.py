@@ -23,6 +23,10 @@ _DTYPES: Mapping[str, str] = {
 }
 
 
+# Beside the cache: what no network can do without. Others are missing where nothing reads them.
+_NEEDED = ("input_ids", "logits", "logits_positions", "last_logits")
+
+
 def parse(trt: Any, builder: Any, logger: Any, graph: Path, title: str) -> Any:
     """Reads the graph and maps its weights into a new, strongly typed network.
 
@@ -70,7 +74,7 @@ def _table(tensors: Sequence[Any], contract: Sequence[TensorSpec], title: str) -
     found = [tensor.name for tensor in tensors]
     if found != [spec.name for spec in contract if spec.name in found]:
         raise BuildError(f"{title} has the inputs or outputs in another order: {', '.join(found)}; please report it")
-    needed = [spec.name for spec in contract if "." in spec.name or spec.name in ("input_ids", "logits")]
+    needed = [spec.name for spec in contract if "." in spec.name or spec.name in _NEEDED]
     if missing := [name for name in needed if name not in found]:
         raise BuildError(f"{title} lacks the inputs or outputs {', '.join(missing)}; please report it")
     return tuple(table)

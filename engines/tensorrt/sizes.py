@@ -13,7 +13,7 @@ _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 # An engine is its weights, kernels and tables. Within 10 % of the weights, and these bytes more. TensorRT-RTX 1.7.1
 # adds 5 to 7 MB to a dense network of 2 layers, 12 MB to one with experts, 28 MB to one of 24 layers, 34 of 30, 46 of
-# 40, whatever their width, precision and number of compute capabilities.
+# 40, whatever their width, precision and number of compute capabilities; a third profile adds half as much again.
 _TOLERANCE = 0.1
 _KERNEL_BYTES = 12_000_000
 _KERNEL_BYTES_PER_LAYER = 1_200_000
@@ -38,16 +38,19 @@ def cache_bytes(inputs: Sequence[IoTensor], max_batch: int) -> int:
     )
 
 
-def engine_size_bounds(facts: TensorRtFacts, num_hidden_layers: int, library_bytes: int = 0) -> tuple[int, int]:
+def engine_size_bounds(
+    facts: TensorRtFacts, num_hidden_layers: int, library_bytes: int = 0, num_profiles: int = 2
+) -> tuple[int, int]:
     """The least and the most bytes that the engine's file may have.
 
     Args:
         facts: of the manifest.
         num_hidden_layers: of the model.
         library_bytes: of the plugin library, where the engine holds it.
+        num_profiles: each has kernels of its own.
     """
     stored = facts.weight_bytes if facts.has_weights else 0
-    kernels = _KERNEL_BYTES + num_hidden_layers * _KERNEL_BYTES_PER_LAYER
+    kernels = (_KERNEL_BYTES + num_hidden_layers * _KERNEL_BYTES_PER_LAYER) * num_profiles // 2
     return int(stored * (1 - _TOLERANCE)), int(stored * (1 + _TOLERANCE)) + kernels + library_bytes
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.model.tensors import Role
-from qwen_aot.runtime.bundle.manifest import CAPACITY_STEP
+from qwen_aot.runtime.bundle.manifest import CAPACITY_STEP, LAST_LOGITS
 
 LAYER = "layer.{}"  # name of the marked output
 
@@ -137,6 +137,7 @@ def step_feeds(
         "cache_length": np.zeros(1, np.int64),
         "new_tokens": np.full(1, count, np.int64),
         "key_positions": np.arange(count, dtype=np.int64),
+        "logits_positions": np.zeros(1, np.int64),
     }
     for layer in range(num_layers):
         for part in ("key", "value"):
@@ -212,10 +213,10 @@ def onnxruntime_runner(graph: MarkedGraph, providers: Sequence[str], name: str) 
 
 
 def _keep_marked(results: Any) -> None:
-    """Drops present keys and values, whose unused slots aren't the same."""
+    """Drops present keys and values, whose unused slots aren't the same, and logits that only one graph may give."""
     for _, iterations in results:
         for outputs in iterations:
-            for name in [name for name in outputs if name.startswith("present.")]:
+            for name in [name for name in outputs if name.startswith("present.") or name == LAST_LOGITS]:
                 outputs.dct.pop(name)
 
 

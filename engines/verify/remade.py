@@ -38,6 +38,7 @@ def spec_of(folder: Path, manifest: Manifest) -> BuildSpec:
         max_context=manifest.max_context,
         prefill_chunk=manifest.prefill_chunk,
         kv_precision="int8" if engine.cache_dtype == "int8" else "auto",
+        speculate=engine.logits_rows,
         tensorrt=_tensorrt_options(folder, manifest),
     )
 
@@ -52,7 +53,8 @@ def lower_again(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Tra
     positions = cache_capacity(manifest.max_context, manifest.prefill_chunk)
     capacity = positions if spec.facts.has_fixed_capacity else None
     dtype = ir.DataType[spec.combination.compute_type]
-    traced = trace(checkpoint.config, dtype, positions=positions, capacity=capacity)
+    speculates = spec.speculate is not None
+    traced = trace(checkpoint.config, dtype, positions=positions, capacity=capacity, speculates=speculates)
     traced.store_as(storage_of(checkpoint))
     return builder_for(spec.target).lower(traced, spec)
 

@@ -3,7 +3,8 @@
 Parameters have the names and shapes of `exporter.model.tensors`; a module has a bias, experts or a shared expert where
 that table does. Projections that read the same input are one `Linear` (q, k, v; gate and up). The residual stream and
 the norms' statistics are fp32 whatever the compute type, because Qwen's residual overflows fp16. The last layer's
-output projection and MLP run for each row's last token only, since nothing else reaches the logits.
+output projection and MLP run for the tokens only whose logits are wanted, since nothing else reaches them: each row's
+last one, or its last few where drafted tokens are checked.
 """
 
 from __future__ import annotations
@@ -167,28 +168,41 @@ class DecoderLayer(nn.Module):
         self.mlp: nn.Module = SparseMLP(config, shapes, dtype) if is_sparse else MLP(shapes, "mlp", dtype)
 
     def forward(
-        self, residual: Tensor, past: Cache, step: Sequence[Tensor], last_token: Tensor | None
+        self, residual: Tensor, past: Cache, step: Sequence[Tensor], last_tokens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`last_token` [B, 1, 1]: the only token of each row to carry on from here; None: all of them."""
+        """`last_tokens` [B, T, 1]: the only tokens of each row to carry on from here; None: all of them."""
         attention, key, value = self.self_attn(self.input_layernorm(residual).to(self.dtype), past, step)
-        if last_token is not None:
-            residual, attention = pick_token(residual, last_token), pick_token(attention, last_token)
+        if last_tokens is not None:
+            residual, attention = pick_tokens(residual, last_tokens), pick_tokens(attention, last_tokens)
         residual = residual + self.self_attn.o_proj(attention).float()
         residual = residual + self.mlp(self.post_attention_layernorm(residual).to(self.dtype)).float()
         return residual, key, value
 
 
-def pick_token(x: Tensor, token: Tensor) -> Tensor:
-    """One token of each row: x [B, S, N], token [B, 1, 1] (its index) -> [B, 1, N]."""
+def pick_tokens(x: Tensor, tokens: Tensor) -> Tensor:
+    """Some tokens of each row: x [B, S, N], tokens [B, T, 1] (their indices) -> [B, T, N]."""
     result: Tensor = torch.onnx.ops.symbolic(
         "GatherND",
-        [x, token],
+        [x, tokens],
         {"batch_dims": 1},
         dtype=x.dtype,
-        shape=[x.shape[0], 1, x.shape[2]],
+        shape=[*tokens.shape[:2], x.shape[2]],
         version=13,
     )
     return result
+
+
+def last_tokens(new_tokens: Tensor, positions: Tensor | None) -> Tensor:
+    """Indices [B, T, 1] of each row's last tokens, of `new_tokens` [B] in this step; an idle row's are 0.
+
+    Args:
+        new_tokens: int64 [B].
+        positions: int64 [T], 0 … T-1. A row of fewer tokens has its first one in front of them. None: T is 1.
+    """
+    if positions is None:
+        return (new_tokens - (new_tokens > 0).long()).unsqueeze(-1).unsqueeze(-1)
+    index = new_tokens.unsqueeze(-1) - positions.shape[0] + positions
+    return (index * (index > 0).long()).unsqueeze(-1)
 
 
 class Decoder(nn.Module):
@@ -220,8 +234,14 @@ class Decoder(nn.Module):
         new_tokens: Tensor,
         key_positions: Tensor,
         past: Sequence[Cache],
-    ) -> tuple[Tensor, list[Cache]]:
-        """Shapes and meanings: `exporter.model.io_spec`. Returns logits [B, V] fp32 and present keys and values."""
+        logits_positions: Tensor | None = None,
+    ) -> tuple[Tensor | tuple[Tensor, Tensor], list[Cache]]:
+        """Shapes and meanings: `exporter.model.io_spec`.
+
+        Returns:
+            Logits [B, V] fp32, with `logits_positions` a pair of them and those of the last tokens [B, T, V]; present
+            keys and values.
+        """
         residual: Tensor = torch.onnx.ops.symbolic(
             "Gather",
             [self.embed_tokens, input_ids],
@@ -233,13 +253,16 @@ class Decoder(nn.Module):
         # Not `<=` and clamp, each of which becomes several ops in TensorRT; and TensorRT-RTX 1.7 can't compile `<` with
         # `position_ids + 1` where it computes attention without a fused kernel.
         mask = torch.logical_not(key_positions > position_ids.unsqueeze(1).unsqueeze(-1))  # [B, 1, S, W]
-        last_token = (new_tokens - (new_tokens > 0).long()).unsqueeze(-1).unsqueeze(-1)
+        last = last_tokens(new_tokens, logits_positions)
         step = (self.rotary_cos, self.rotary_sin, position_ids, cache_length, new_tokens, mask)
         present: list[Cache] = []
         for index, layer in enumerate(self.layers):
             is_last = index == len(self.layers) - 1
-            residual, key, value = layer(residual, past[index], step, last_token if is_last else None)
+            residual, key, value = layer(residual, past[index], step, last if is_last else None)
             present.append((key, value))
-        hidden = self.norm(residual).to(self.dtype).squeeze(1)  # [B, M]
+        hidden = self.norm(residual).to(self.dtype)  # [B, T, M]
         head = self.embed_tokens if self.lm_head is None else self.lm_head.weight
-        return linear(hidden, head).float(), present
+        if logits_positions is None:
+            return linear(hidden.squeeze(1), head).float(), present
+        logits = linear(hidden.flatten(0, 1), head).float().reshape(*hidden.shape[:2], -1)
+        return (logits.select(1, -1), logits), present

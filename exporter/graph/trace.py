@@ -21,7 +21,7 @@ from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.graph.modeling import Decoder
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.experts import gather_limit
-from qwen_aot.exporter.model.io_spec import IoSpec, io_spec
+from qwen_aot.exporter.model.io_spec import IoSpec, TensorSpec, io_spec
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.recipes import decoder_recipes
 from qwen_aot.version import __version__
@@ -45,6 +45,7 @@ def trace(
     *,
     positions: int | None = None,
     capacity: int | None = None,
+    speculates: bool = False,
     gather_up_to_tokens: int | None = None,
 ) -> Traced:
     """Traces the decoder that `config` describes.
@@ -54,6 +55,7 @@ def trace(
         dtype: compute type (FLOAT, FLOAT16, BFLOAT16) of projections, attention and cache.
         positions: rows of the rotary tables, at least the cache's capacity; None: `max_position_embeddings`.
         capacity: cache capacity C in tokens where the target fixes it; None leaves it dynamic.
+        speculates: a step can give the logits of each row's last tokens (`io_spec`).
         gather_up_to_tokens: for SparseMoE's definition (see `ops.sparse_moe_definition`); None: by its cost.
 
     Returns:
@@ -66,8 +68,8 @@ def trace(
         raise ExportError(f"compute type {dtype.name} can't be traced; accepted: FLOAT, FLOAT16, BFLOAT16")
     positions = positions or config.max_position_embeddings
     templates = _templates(config)
-    graph = _export(config, dtype, templates, positions)
-    spec = io_spec(config, dtype, capacity)
+    graph = _export(config, dtype, templates, positions, speculates)
+    spec = io_spec(config, dtype, capacity, speculates=speculates)
     full = _Repeater(graph, config, templates, spec).build()
     model = ir.Model(full, ir_version=IR_VERSION, producer_name=PRODUCER, producer_version=__version__)
     model.metadata_props.update(
@@ -97,11 +99,13 @@ def _templates(config: ModelConfig) -> _Templates:
     return _Templates((*inner, kinds[-1]), (*(inner.index(kind) for kind in kinds[:-1]), len(inner)))
 
 
-def _export(config: ModelConfig, dtype: ir.DataType, templates: _Templates, positions: int) -> ir.Graph:
+def _export(
+    config: ModelConfig, dtype: ir.DataType, templates: _Templates, positions: int, speculates: bool
+) -> ir.Graph:
     torch_dtype = _TORCH_DTYPES[dtype]
     count = len(templates.sparse)
-    spec = io_spec(config, dtype)
-    dynamic = (
+    spec = io_spec(config, dtype, speculates=speculates)
+    dynamic: tuple[object, ...] = (
         {0: "B", 1: "S"},
         {0: "B", 1: "S"},
         {0: "B"},
@@ -109,8 +113,10 @@ def _export(config: ModelConfig, dtype: ir.DataType, templates: _Templates, posi
         {0: "W"},
         [({0: "B", 2: "C"},) * 2] * count,
     )
-    B, S, C, W = 3, 7, 64, 23  # any sizes above 1 that differ from each other
-    names = [tensor.name for tensor in spec.step]
+    B, S, C, W, T = 3, 7, 64, 23, 5  # any sizes above 1 that differ from each other
+    names = [tensor.name for tensor in spec.step if tensor.name != "logits_positions"]
+    last = ["logits_positions"] if speculates else []
+    logits_names = [tensor.name for tensor in spec.outputs if "." not in tensor.name]
     cache_names = [f"{{}}.{i}.{part}" for i in range(count) for part in ("key", "value")]
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         # torch warns that axes share a name (they are meant to), of its own deprecations, and without torchvision.
@@ -125,12 +131,13 @@ def _export(config: ModelConfig, dtype: ir.DataType, templates: _Templates, posi
             return torch.zeros(B, config.num_key_value_heads, C, config.head_dim, dtype=torch_dtype)
 
         past = [(cache(), cache()) for _ in range(count)]
+        arguments: tuple[object, ...] = (int64(B, S), int64(B, S), int64(B), int64(B), int64(W), past)
         program = torch.onnx.export(
             decoder,
-            (int64(B, S), int64(B, S), int64(B), int64(B), int64(W), past),
-            input_names=names + [name.format("past_key_values") for name in cache_names],
-            output_names=["logits"] + [name.format("present") for name in cache_names],
-            dynamic_shapes=dynamic,
+            (*arguments, int64(T)) if speculates else arguments,
+            input_names=names + [name.format("past_key_values") for name in cache_names] + last,
+            output_names=logits_names + [name.format("present") for name in cache_names],
+            dynamic_shapes=(*dynamic, {0: "T"}) if speculates else dynamic,
             opset_version=ops.OPSET,
             custom_opsets={ops.DOMAIN: ops.VERSION},
             dynamo=True,
@@ -161,6 +168,7 @@ class _Repeater:
         self._config = config
         self._templates = templates
         self._spec = spec
+        self._logits = spec.outputs[: len(spec.outputs) - 2 * len(spec.present)]
         self._values: dict[ir.Value, ir.Value] = {}  # prologue, inputs and shared initializers, then the running layer
         self._initializers: dict[str, ir.Value] = {}
         self._inputs: dict[str, ir.Value] = {}
@@ -183,12 +191,10 @@ class _Repeater:
             if template + 1 < len(stream_in):
                 stream = self._values[stream_in[template + 1]]  # what this template gives is what the next one took
         self._copy(after, "")
-        logits = self._values[self._traced.outputs[0]]
-        logits.name = self._spec.logits.name
-        logits.shape = ir.Shape(self._spec.logits.dims)
+        logits = [self._name_output(index, spec) for index, spec in enumerate(self._logits)]
         return ir.Graph(
             list(self._inputs.values()),
-            [logits, *present],
+            [*logits, *present],
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
             opset_imports={"": ops.OPSET, ops.DOMAIN: ops.VERSION},
@@ -234,14 +240,13 @@ class _Repeater:
             ]
 
     def _name_present(self, layer: int, template: int) -> list[ir.Value]:
-        present = []
-        for output, spec in zip(
-            self._traced.outputs[1 + 2 * template : 3 + 2 * template], self._spec.present[layer], strict=True
-        ):
-            value = self._values[output]
-            value.name, value.shape = spec.name, ir.Shape(spec.dims)
-            present.append(value)
-        return present
+        first = len(self._logits) + 2 * template
+        return [self._name_output(first + part, spec) for part, spec in enumerate(self._spec.present[layer])]
+
+    def _name_output(self, index: int, spec: TensorSpec) -> ir.Value:
+        value = self._values[self._traced.outputs[index]]
+        value.name, value.shape = spec.name, ir.Shape(spec.dims)
+        return value
 
     def _copy(self, nodes: list[ir.Node], prefix: str, layer: int | None = None) -> None:
         """Appends copies of `nodes`; their results are remembered under the traced values."""

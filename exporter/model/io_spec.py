@@ -1,6 +1,7 @@
 """Engine inputs and outputs: the one place for their names, dimensions and dtypes.
 
-Dimensions are sizes or letters: B rows, S new tokens in this step, C cache capacity in tokens, W attention window.
+Dimensions are sizes or letters: B rows, S new tokens in this step, C cache capacity in tokens, W attention window,
+T last tokens of a row that a step gives the logits of.
 Every row, padded and idle ones too, has `cache_length + S <= C`, and W is at least the largest `cache_length + S`.
 """
 
@@ -31,11 +32,13 @@ class IoSpec:
     """All inputs and outputs in graph order.
 
     `past[i]` and `present[i]` are layer i's (key, value), or (key, value, key_scale, value_scale) of an int8 cache.
+    `last_logits` is None where a step gives the logits of each row's last token only.
     """
 
     step: tuple[TensorSpec, ...]
     past: tuple[tuple[TensorSpec, ...], ...]
     logits: TensorSpec
+    last_logits: TensorSpec | None
     present: tuple[tuple[TensorSpec, ...], ...]
 
     @property
@@ -45,24 +48,30 @@ class IoSpec:
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """Logits, then present keys and values, layer by layer."""
-        return (self.logits, *(spec for parts in self.present for spec in parts))
+        """Logits, those of the last tokens if there are any, then present keys and values, layer by layer."""
+        logits = (self.logits,) if self.last_logits is None else (self.logits, self.last_logits)
+        return logits + tuple(spec for parts in self.present for spec in parts)
 
 
-def io_spec(config: ModelConfig, cache_dtype: ir.DataType, capacity: int | None = None) -> IoSpec:
+def io_spec(
+    config: ModelConfig, cache_dtype: ir.DataType, capacity: int | None = None, *, speculates: bool = False
+) -> IoSpec:
     """The contract between exporter, engines and runtime.
 
     Args:
         config: the model.
         cache_dtype: element type of past and present.
         capacity: C in tokens where the target fixes it at build time; None leaves it dynamic.
+        speculates: a step can give the logits of each row's last tokens, so that drafted tokens are checked at once.
 
     Returns:
         input_ids [B, S] int64 (right-padded); position_ids [B, S] int64 (`cache_length[b] + s`, padding included);
         cache_length [B] int64 (valid tokens already cached); new_tokens [B] int64 (valid tokens among S; 0 = idle
         row); key_positions [W] int64 (0 … W-1); past_key_values.{i}.key/.value and present.{i}.key/.value
         [B, Hkv, C, D], of an int8 cache also past_key_values.{i}.key_scale/.value_scale and present.{i}.… [B, Hkv, C]
-        float16; logits [B, V] float32 of each row's last valid token.
+        float16; logits [B, V] float32 of each row's last valid token. With `speculates` also logits_positions [T]
+        int64 (0 … T-1; only as many rows of the head are computed as it is long) and last_logits [B, T, V] float32 of
+        each row's last T valid tokens, the newest last; a row of n < T new tokens has its own in the last n.
     """
     int64 = ir.DataType.INT64
     cache_dims: tuple[Dim, ...] = ("B", config.num_key_value_heads, capacity or "C", config.head_dim)
@@ -74,6 +83,7 @@ def io_spec(config: ModelConfig, cache_dtype: ir.DataType, capacity: int | None 
         return tuple(specs)
 
     layers = range(config.num_hidden_layers)
+    positions = (TensorSpec("logits_positions", int64, ("T",)),) if speculates else ()
     return IoSpec(
         step=(
             TensorSpec("input_ids", int64, ("B", "S")),
@@ -81,8 +91,12 @@ def io_spec(config: ModelConfig, cache_dtype: ir.DataType, capacity: int | None 
             TensorSpec("cache_length", int64, ("B",)),
             TensorSpec("new_tokens", int64, ("B",)),
             TensorSpec("key_positions", int64, ("W",)),
+            *positions,
         ),
         past=tuple(cache("past_key_values", layer) for layer in layers),
         logits=TensorSpec("logits", ir.DataType.FLOAT, ("B", config.vocab_size)),
+        last_logits=(
+            TensorSpec("last_logits", ir.DataType.FLOAT, ("B", "T", config.vocab_size)) if speculates else None
+        ),
         present=tuple(cache("present", layer) for layer in layers),
     )

@@ -16,6 +16,8 @@ __all__ = [
     "DIMENSIONS",
     "DTYPES",
     "LAST_LOGITS",
+    "LOGITS_POSITIONS",
+    "VERIFY",
     "EngineEntry",
     "Engines",
     "IoTensor",
@@ -27,15 +29,17 @@ __all__ = [
 
 DTYPES = ("int64", "int32", "float32", "float16", "bfloat16", "int8")
 CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8")
-DIMENSIONS = ("B", "S", "C", "W", "I")
+DIMENSIONS = ("B", "S", "C", "W", "T", "I")
 CACHE_PREFIX = "past_key_values."  # of the cache inputs' names
-LAST_LOGITS = "last_logits"  # the output that `logits_rows` counts the rows of
+LAST_LOGITS = "last_logits"  # the output that `logits_rows` bounds
+LOGITS_POSITIONS = "logits_positions"  # the input that says of how many tokens it is
+VERIFY = "verify"  # the profile of the steps that want it
 VISION_STEP = "encode"  # the one step of a vision engine
 
 
 @dataclass(frozen=True, slots=True)
 class IoTensor:
-    """One engine input or output. A dimension is a size or a letter (B, S, C, W, I)."""
+    """One engine input or output. A dimension is a size or a letter (B, S, C, W, T, I)."""
 
     name: str
     dtype: str  # one of DTYPES
@@ -133,7 +137,7 @@ class TextEngine(EngineEntry):
     Attributes:
         profiles: new tokens of the steps it takes, by name.
         cache_dtype: element type of keys and values in the cache.
-        logits_rows: K of the output `last_logits` [B, K, V]; None: it has none.
+        logits_rows: the largest T of the output `last_logits` [B, T, V]; None: it has none.
     """
 
     profiles: tuple[Profile, ...]
@@ -168,21 +172,28 @@ class TextEngine(EngineEntry):
         if len(capacities) > 1:
             raise BundleError(f"the cache inputs have the capacities {capacities}; accepted: one for all")
 
-    def check_logits(self, vocab_size: int) -> None:
-        """The output `last_logits` is there exactly if `logits_rows` is, and has its shape.
+    def check_logits(self, vocab_size: int, prefill_chunk: int) -> None:
+        """The output `last_logits` and its input are there exactly if `logits_rows` is, with their shapes.
+
+        A row of the cache has room for a prefill chunk more than its context: so many tokens may be checked at once.
 
         Raises:
-            BundleError: shows both.
+            BundleError: names the one that isn't, and shows it; or more rows than that.
         """
-        found = [tensor for tensor in self.outputs if tensor.name == LAST_LOGITS]
         rows = self.logits_rows
-        expected = [] if rows is None else [IoTensor(LAST_LOGITS, "float32", ("B", rows, vocab_size))]
-        if found != expected:
-            shown = [f"{tensor.dtype} {list(tensor.shape)}" for tensor in found] or ["absent"]
-            raise BundleError(
-                f"logits_rows is {rows}, and the output {LAST_LOGITS!r} is {shown[0]}; accepted: float32 [B, "
-                f"logits_rows, {vocab_size}], or neither"
-            )
+        if rows is not None and not 2 <= rows <= prefill_chunk:
+            raise BundleError(f"logits_rows is {rows}; accepted: 2 to prefill_chunk = {prefill_chunk}")
+        for kind, tensors, wanted in (
+            ("output", self.outputs, IoTensor(LAST_LOGITS, "float32", ("B", "T", vocab_size))),
+            ("input", self.inputs, IoTensor(LOGITS_POSITIONS, "int64", ("T",))),
+        ):
+            found = [tensor for tensor in tensors if tensor.name == wanted.name]
+            if found != ([] if rows is None else [wanted]):
+                shown = [_shown(tensor) for tensor in found] or ["absent"]
+                raise BundleError(
+                    f"logits_rows is {rows}, and the {kind} {wanted.name!r} is {shown[0]}; accepted: {_shown(wanted)} "
+                    "with logits_rows, or neither"
+                )
 
     def check_layers(self, num_hidden_layers: int) -> None:
         """A plan that counts kernels by layer counts those of all layers.
@@ -230,6 +241,10 @@ class Engines:
     def all(self) -> tuple[EngineEntry, ...]:
         """Those that there are."""
         return (self.text,) if self.vision is None else (self.text, self.vision)
+
+
+def _shown(tensor: IoTensor) -> str:
+    return f"{tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
 
 
 def _is_cache_shape(shape: tuple[int | str, ...], slots: int) -> bool:

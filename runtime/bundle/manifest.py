@@ -17,6 +17,8 @@ from qwen_aot.runtime.bundle.engine_entry import (
     CACHE_PREFIX,
     DTYPES,
     LAST_LOGITS,
+    LOGITS_POSITIONS,
+    VERIFY,
     EngineEntry,
     Engines,
     IoTensor,
@@ -36,8 +38,10 @@ __all__ = [
     "DTYPES",
     "FORMAT_VERSION",
     "LAST_LOGITS",
+    "LOGITS_POSITIONS",
     "MANIFEST_NAME",
     "MAX_COUNT",
+    "VERIFY",
     "EngineEntry",
     "Engines",
     "FileEntry",
@@ -151,7 +155,7 @@ class Manifest:
         require_counts(self, "max_context", "max_batch", "prefill_chunk", "default_max_new_tokens")
         text = self.engines.text
         text.check_cache(self.max_context + self.prefill_chunk)
-        text.check_logits(self.model.vocab_size)
+        text.check_logits(self.model.vocab_size, self.prefill_chunk)
         text.check_layers(self.model.num_hidden_layers)
         self._check_files()
 

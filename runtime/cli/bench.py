@@ -20,6 +20,7 @@ from qwen_aot.runtime.cli.options import (
     PlotPath,
     allow_bundle_code_option,
     json_option,
+    no_speculate_option,
     threads_option,
 )
 
@@ -100,6 +101,7 @@ def _seconds(ctx: click.Context, param: click.Parameter, value: float | None) ->
 @json_option
 @threads_option
 @allow_bundle_code_option
+@no_speculate_option
 def command(
     bundle: Path | None,
     prompt_tokens: int,
@@ -116,6 +118,7 @@ def command(
     as_json: bool,
     threads: int | None,
     allow_bundle_code: bool,
+    speculate: bool,
 ) -> int:
     """Measure a bundle's speed and memory, or a server's under load.
 
@@ -143,20 +146,32 @@ def command(
     _refuse(not is_load and requests is not None, "--requests", "--concurrency or --rate")
     _refuse(not is_load and plot is not None, "--plot", "--concurrency or --rate")
     of_server = {"--model": model, "--api-key-file": api_key_file, "--timeout": timeout}
-    of_bundle = {"--threads": threads, "--allow-bundle-code": allow_bundle_code or None}
+    of_bundle = {
+        "--threads": threads,
+        "--allow-bundle-code": allow_bundle_code or None,
+        "--no-speculate": None if speculate else True,
+    }
     for name, value in (of_server if bundle is not None else of_bundle).items():
         _refuse(value is not None, name, "--url" if bundle is not None else "BUNDLE")
     if not is_load:
         assert bundle is not None
         asked = rounds or ROUNDS
-        result = measure_bundle(bundle, prompt_tokens, gen_tokens, asked, threads, allow_bundle_code=allow_bundle_code)
+        result = measure_bundle(
+            bundle,
+            prompt_tokens,
+            gen_tokens,
+            asked,
+            threads,
+            allow_bundle_code=allow_bundle_code,
+            speculate=speculate,
+        )
         print_json(result) if as_json else show_rounds(result)
         return EXIT_OK
     if plot is not None:
         importlib.import_module("matplotlib")  # what is missing is said before the work
     shape = LoadShape.of(concurrency, rate, requests, prompt_tokens, gen_tokens)
     if bundle is not None:
-        report = measure_rows(bundle, shape, threads, allow_bundle_code=allow_bundle_code)
+        report = measure_rows(bundle, shape, threads, allow_bundle_code=allow_bundle_code, speculate=speculate)
     else:
         assert url is not None
         report = measure_server(url, shape, model, api_key_file, timeout or TIMEOUT_SECONDS)

@@ -7,7 +7,7 @@ import random
 import time
 import urllib.parse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,12 @@ class BenchReport:
 
 
 def measure_rows(
-    bundle: Path, shape: LoadShape, threads: int | None = None, *, allow_bundle_code: bool = False
+    bundle: Path,
+    shape: LoadShape,
+    threads: int | None = None,
+    *,
+    allow_bundle_code: bool = False,
+    speculate: bool = True,
 ) -> BenchReport:
     """Loads of a bundle in this process.
 
@@ -115,7 +120,7 @@ def measure_rows(
     """
     from qwen_aot.machine import peak_memory_bytes, reset_peak, usable_cores
     from qwen_aot.runtime.bundle.load import load_bundle
-    from qwen_aot.runtime.cli.bench_rounds import require_room
+    from qwen_aot.runtime.cli.bench_rounds import drafts_line, require_room
     from qwen_aot.runtime.cli.doctor import cpu
     from qwen_aot.runtime.measure.drive import ClosedLoop
 
@@ -129,10 +134,12 @@ def measure_rows(
         )
     reset_peak()
     start = time.perf_counter()
-    with open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
+    opening = open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code, speculate=speculate)
+    with opening as generator:
         generator.engine.reserve(manifest.max_context)
         load_seconds = time.perf_counter() - start
         loads = asyncio.run(_drive_rows(generator, shape, most))
+        drafted = None if generator.speculation is None else asdict(generator.speculation)
     facts = {
         "bundle": str(bundle),
         "model": manifest.model.name,
@@ -146,10 +153,12 @@ def measure_rows(
         "gen_tokens": shape.gen_tokens,
         "load_seconds": load_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
+        "speculation": drafted,
     }
     title = f"{manifest.model.name}, {manifest.target} {facts['precision']}: {_lengths(shape)}"
-    notes = f"load {duration(load_seconds)}, peak memory {size(facts['peak_memory_bytes'])}"
-    return BenchReport(title, facts, loads, (notes,))
+    notes = [f"load {duration(load_seconds)}, peak memory {size(facts['peak_memory_bytes'])}"]
+    notes += [] if drafted is None else [drafts_line(drafted)]
+    return BenchReport(title, facts, loads, tuple(notes))
 
 
 async def _drive_rows(

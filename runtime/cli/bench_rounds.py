@@ -27,6 +27,7 @@ def measure_bundle(
     threads: int | None = None,
     *,
     allow_bundle_code: bool = False,
+    speculate: bool = True,
 ) -> dict[str, Any]:
     """What `bench` reports, as plain JSON values.
 
@@ -42,9 +43,11 @@ def measure_bundle(
     require_room(manifest, prompt_tokens, gen_tokens)
     reset_peak()
     start = time.perf_counter()
-    with open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
+    opening = open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code, speculate=speculate)
+    with opening as generator:
         load_seconds = time.perf_counter() - start
         greedy, sampled = measure_rounds(generator, prompt_tokens, gen_tokens, rounds)
+        drafted = generator.speculation
     return {
         "bundle": str(bundle),
         "model": manifest.model.name,
@@ -65,6 +68,7 @@ def measure_bundle(
         "own_share_of_step": asdict(Spread.of([(r.decode - r.run) / r.decode for r in greedy])),
         "sampled_own_seconds_per_token": asdict(Spread.of([(r.decode - r.run) / (gen_tokens - 1) for r in sampled])),
         "sampled_own_share_of_step": asdict(Spread.of([(r.decode - r.run) / r.decode for r in sampled])),
+        "speculation": None if drafted is None else asdict(drafted),
         "peak_memory_bytes": peak_memory_bytes(),
     }
 
@@ -104,3 +108,12 @@ def show_rounds(result: dict[str, Any]) -> None:
     console = stdout()
     print_table(console, ("measure", *_FIGURES), figures, numbers=_FIGURES, title=title)
     say(console, f"load {duration(result['load_seconds'])}, peak memory {size(result['peak_memory_bytes'])}")
+    if result["speculation"] is not None:
+        say(console, drafts_line(result["speculation"]))
+
+
+def drafts_line(speculation: dict[str, Any]) -> str:
+    """What became of drafted tokens, warm-up included."""
+    drafted, accepted = speculation["draft_tokens"], speculation["accepted_tokens"]
+    share = f" ({accepted / drafted:.0%})" if drafted else ""
+    return f"speculation: {count(drafted, 'token')} drafted, {accepted} accepted{share}; --no-speculate decodes plainly"

@@ -87,6 +87,14 @@ def _kv_precisions() -> str:
 @option("--max-batch", type=int, help=_max_batch, group="Capacity")
 @option("--prefill-chunk", type=int, help="Prompt tokens in one step.  [default: the target's]", group="Capacity")
 @option(
+    "--speculate",
+    type=int,
+    metavar="K",
+    help="Tokens that a step can check: up to K - 1 are drafted from the text itself, which makes answers that repeat "
+    "parts of their prompt faster; 4 suits most CPUs.",
+    group="Capacity",
+)
+@option(
     "--block-size",
     type=int,
     help="Weights that share a scale.  [default: the precision's measured best]",

@@ -31,6 +31,7 @@ from qwen_aot.runtime.cli.options import (
     bundle_argument,
     generation_config,
     generation_options,
+    no_speculate_option,
     require_generation,
     threads_option,
 )
@@ -70,12 +71,14 @@ MULTILINE_MARK = '"""'
 @generation_options
 @threads_option
 @allow_bundle_code_option
+@no_speculate_option
 def command(
     bundle: Path,
     system: str | None,
     allow_special_tokens: bool,
     threads: int | None,
     allow_bundle_code: bool,
+    speculate: bool,
     **settings: Any,
 ) -> None:
     """Talk with a bundle in the terminal.
@@ -91,7 +94,8 @@ def command(
     show_logs()
     require_generation(settings)
     console = stdout()
-    with open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
+    opening = open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code, speculate=speculate)
+    with opening as generator:
         config = generation_config(generator.defaults, settings)
         conversation = Conversation(generator, config, system, console, allow_special_tokens=allow_special_tokens)
         name = visible_line(generator.engine.manifest.model.name)

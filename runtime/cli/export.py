@@ -40,6 +40,12 @@ def _precisions() -> str:
     group="Main",
 )
 @option("--max-context", type=int, help="Rows of the rotary tables.  [default: the model's context]", group="Main")
+@option(
+    "--speculates",
+    is_flag=True,
+    help="Add what `build-engine --speculate` does: the logits of each row's last few tokens.",
+    group="Main",
+)
 @option("--block-size", type=int, help="Weights that share a scale (int8, int4).", group="Quantization")
 @option("--symmetric/--asymmetric", default=True, help="Without or with zero points.", group="Quantization")
 @option("--own-codes", is_flag=True, help="Keep the numbers of a .gguf file's codes.", group="Quantization")
@@ -51,6 +57,7 @@ def command(
     lowering: str,
     precision: str | None,
     max_context: int | None,
+    speculates: bool,
     block_size: int | None,
     symmetric: bool,
     own_codes: bool,
@@ -91,6 +98,7 @@ def command(
                     symmetric=symmetric,
                     own_codes=own_codes,
                     max_context=max_context,
+                    speculates=speculates,
                     threads=threads,
                     on_progress=show,
                 )
@@ -104,6 +112,7 @@ def command(
                 symmetric=symmetric,
                 own_codes=own_codes,
                 max_context=max_context,
+                speculates=speculates,
                 on_progress=show,
             )
     peak = max(cost.peak_memory_bytes for cost in done.stages)

@@ -20,6 +20,7 @@ from qwen_aot.runtime.cli.options import (
     generation_config,
     generation_options,
     json_option,
+    no_speculate_option,
     require_generation,
     threads_option,
 )
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 @json_option
 @threads_option
 @allow_bundle_code_option
+@no_speculate_option
 def command(
     bundle: Path,
     prompt: str | None,
@@ -49,6 +51,7 @@ def command(
     as_json: bool,
     threads: int | None,
     allow_bundle_code: bool,
+    speculate: bool,
     **settings: Any,
 ) -> None:
     """Continue a prompt with a bundle.
@@ -75,7 +78,8 @@ def command(
     from qwen_aot.runtime.generation.request import Completion, Request
 
     start = time.perf_counter()
-    with open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code) as generator:
+    opening = open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code, speculate=speculate)
+    with opening as generator:
         load_seconds = time.perf_counter() - start
         config = generation_config(generator.defaults, settings)
         has_text = generator.tokenizer is not None

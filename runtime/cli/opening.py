@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from qwen_aot.runtime.generation.generator import Generator
 
 
-def open_generator(bundle: Path, *, threads: int | None, allow_bundle_code: bool = False) -> Generator:
+def open_generator(
+    bundle: Path, *, threads: int | None, allow_bundle_code: bool = False, speculate: bool = True
+) -> Generator:
     """A bundle's generator: every verb that runs one gets it here.
 
     Raises:
@@ -21,4 +23,4 @@ def open_generator(bundle: Path, *, threads: int | None, allow_bundle_code: bool
     from qwen_aot.runtime.generation.generator import Generator
 
     with busy(f"loading {bundle}"):  # it redraws itself over whatever is typed, so it ends before a conversation
-        return Generator.open(bundle, threads=threads, allow_bundle_code=allow_bundle_code)
+        return Generator.open(bundle, threads=threads, allow_bundle_code=allow_bundle_code, speculate=speculate)

@@ -89,6 +89,15 @@ allow_bundle_code_option: Decorator = option(
     group="Machine",
 )
 
+no_speculate_option: Decorator = option(
+    "--no-speculate",
+    "speculate",
+    flag_value=False,
+    default=True,
+    help="Draft no tokens, though the bundle was built with --speculate.",
+    group="Machine",
+)
+
 _GENERATION = "Generation (defaults: the bundle's generation_config.json)"
 _generation_options = (
     option(

@@ -59,6 +59,7 @@ def _kv_precisions() -> str:
     help=_kv_precisions,
     group="What",
 )
+@option("--speculate", type=int, metavar="K", help="Tokens that a step can check, as of build-engine.", group="What")
 @json_option
 def command(
     models: tuple[str, ...],
@@ -68,6 +69,7 @@ def command(
     context: int | None,
     batch: int,
     kv_precision: str | None,
+    speculate: int | None,
     as_json: bool,
 ) -> None:
     """Show which models fit which devices, and how fast at most.
@@ -100,6 +102,7 @@ def command(
                 max_context=context,
                 max_batch=batch,
                 kv_precision=DEFAULT_KV_PRECISION if kv_precision is None else kv_precision,
+                speculate=speculate,
                 storages=storages,
             )
         )
@@ -164,6 +167,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "context": plan.context,
         "batch": plan.spec.max_batch,
         "prefill_chunk": plan.spec.prefill_chunk,
+        "speculate": plan.spec.speculate,
         "weight_bytes": needed.weight_bytes,
         "cache_bytes": needed.cache_bytes,
         "activation_bytes_estimated": needed.activation_bytes_estimated,

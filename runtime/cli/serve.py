@@ -18,6 +18,7 @@ from qwen_aot.runtime.cli.options import (
     GivenPath,
     allow_bundle_code_option,
     bundle_argument,
+    no_speculate_option,
     threads_option,
 )
 from qwen_aot.runtime.server.settings import TOOL_FORMATS
@@ -108,6 +109,7 @@ _LISTENING, _WHO, _MODEL, _HOW_MUCH = "Address", "Who may ask", "Model", "Limits
 )
 @threads_option
 @allow_bundle_code_option
+@no_speculate_option
 def command(
     bundle: Path,
     host: str,
@@ -128,6 +130,7 @@ def command(
     log_format: str,
     threads: int | None,
     allow_bundle_code: bool,
+    speculate: bool,
 ) -> int:
     """Serve a bundle over HTTP, as OpenAI's API.
 
@@ -171,7 +174,9 @@ def command(
     def load() -> Generator:
         from qwen_aot.runtime.generation.generator import Generator
 
-        generator = Generator.open(bundle, threads=threads, allow_bundle_code=allow_bundle_code, rows=rows)
+        generator = Generator.open(
+            bundle, threads=threads, allow_bundle_code=allow_bundle_code, rows=rows, speculate=speculate
+        )
         if generator.tokenizer is None:
             generator.close()
             raise BundleError(

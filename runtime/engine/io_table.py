@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from qwen_aot.errors import EngineMismatchError
-from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, IoTensor, Manifest
+from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, LAST_LOGITS, LOGITS_POSITIONS, IoTensor, Manifest
 
 __all__ = ["STEP_INPUTS", "cache_inputs", "check_table", "present_name"]
 
-STEP_INPUTS = ("input_ids", "position_ids", "cache_length", "new_tokens", "key_positions")  # int64, all of them
+# int64, all of them
+STEP_INPUTS = ("input_ids", "position_ids", "cache_length", "new_tokens", "key_positions", LOGITS_POSITIONS)
 
 
 def cache_inputs(manifest: Manifest) -> list[IoTensor]:
@@ -35,6 +36,8 @@ def check_table(manifest: Manifest) -> None:
             )
     logits = IoTensor("logits", "float32", ("B", manifest.model.vocab_size))
     outputs = {"logits", *(present_name(tensor.name) for tensor in past)}
+    if engine.logits_rows is not None:
+        outputs.add(LAST_LOGITS)
     found = {tensor.name for tensor in engine.outputs}
     if outputs != found or logits not in engine.outputs:
         raise EngineMismatchError(

@@ -73,6 +73,27 @@ class Engine(Protocol):
             GenerationError: the step failed.
         """
 
+    def verify(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Appends a few tokens to each of B contiguous rows, and tells what follows each of them.
+
+        Tokens that turn out to be wrong are taken back with `truncate`. Only a bundle whose manifest has `logits_rows`
+        can do it.
+
+        Args:
+            first_row: of the range.
+            token_ids: int64 [B, S], S from 2 to the manifest's `logits_rows`; a row of n < S tokens has negative ids
+                behind them, one of none is idle.
+
+        Returns:
+            Logits [B, S, V]. Those of a row's n tokens are its last n, in their order; what stands before them, and all
+            of an idle row, is meaningless. The returned memory is valid until the next `verify` or `close`.
+
+        Raises:
+            ContextFullError: the tokens of a row don't fit.
+            NonFiniteLogitsError: as for `decode`.
+            GenerationError: the bundle can't do it, there are too many tokens, or the step failed.
+        """
+
     def truncate(self, row: int, length: int) -> None:
         """Forgets a row's tokens from `length` on (0 empties the row)."""
 
@@ -120,16 +141,22 @@ def check_room(row: int, held: int, new: int, max_context: int) -> None:
         )
 
 
-def check_finite(logits: NDArray[np.float32], first_row: int, is_idle: NDArray[np.bool_] | None = None) -> None:
-    """Refuses logits [B, V] with NaN or Inf in a row that isn't idle.
+def check_finite(logits: NDArray[np.float32], first_row: int, counts: NDArray[np.int64] | None = None) -> None:
+    """Refuses NaN and Inf in logits that mean something.
+
+    Args:
+        logits: [B, V], or [B, S, V], of which each row's last ones mean something.
+        first_row: of the engine, for the message.
+        counts: int64 [B], each row's tokens in the step, 0 of an idle one; None: no row is idle.
 
     Raises:
         NonFiniteLogitsError: names the rows and the remedy.
     """
-    rows = [
-        first_row + offset
-        for offset, row in enumerate(logits)
-        if not np.isfinite(row).all() and (is_idle is None or not is_idle[offset])
-    ]
+    rows = []
+    for offset, row in enumerate(logits):
+        count = 1 if counts is None else int(counts[offset])
+        told = row if row.ndim == 1 else row[len(row) - count :]
+        if count and not np.isfinite(told).all():
+            rows.append(first_row + offset)
     if rows:
         raise NonFiniteLogitsError(rows)

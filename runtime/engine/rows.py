@@ -50,9 +50,11 @@ class Step(Protocol):
     run_seconds: float
 
     def run(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """One step of token ids [B, S], right-padded, on rows `first_row` on; returns logits [B, V].
+        """One step of token ids [B, S], right-padded, on rows `first_row` on; lengths are read, not changed.
 
-        The cache's lengths are read, not changed. The returned memory is valid until the next run.
+        Returns:
+            Logits [B, V]; of a step that verifies [B, S, V], those of each row's last S tokens. The memory is valid
+            until the next run.
 
         Raises:
             GenerationError: the library failed.
@@ -64,21 +66,32 @@ CacheT = TypeVar("CacheT", bound=Cache)
 
 
 class RowEngine(ABC, Generic[StepT, CacheT]):
-    """`runtime.engine.protocol.Engine` over a backend's two steps and its cache; a backend adds opening and `close`.
+    """`runtime.engine.protocol.Engine` over a backend's steps and its cache; a backend adds opening and `close`.
 
-    Prefill runs one row a step, so a prompt is never padded; decode runs a contiguous range of rows. An idle
+    Prefill runs one row a step, so a prompt is never padded; decode and verify run a contiguous range of rows. An idle
     row whose cache is empty is run with one token that is then forgotten: the graph never sees an empty row,
     and what it wrote lies beyond the row's length, where slots are scratch.
 
     One lock is held by every call that reads or changes the cache, and by `close`, which therefore waits for a step.
     """
 
-    def __init__(self, manifest: Manifest, cache: CacheT, prefill: StepT, decode: StepT) -> None:
-        """Takes a backend's parts; `prefill` has one row of a chunk's tokens, `decode` all rows of one token."""
+    def __init__(
+        self, manifest: Manifest, cache: CacheT, prefill: StepT, decode: StepT, verify: StepT | None = None
+    ) -> None:
+        """Takes a backend's parts.
+
+        Args:
+            manifest: the bundle's.
+            cache: the KV cache.
+            prefill: has one row of a chunk's tokens.
+            decode: has all rows of one token.
+            verify: has all rows of `logits_rows` tokens; None: the bundle can't do it.
+        """
         self._manifest = manifest
         self._cache = cache
         self._prefill: StepT | None = prefill
         self._decode: StepT | None = decode
+        self._verify: StepT | None = verify
         self._lock = Exclusive()
         hold_at_exit(self._lock)
         self._is_closing = False  # set without the lock, so that a long prompt sees it between two chunks
@@ -101,7 +114,7 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
     @property
     def run_seconds(self) -> float:
         """Spent in the library's run call so far; 0 once closed."""
-        return sum(step.run_seconds for step in (self._prefill, self._decode) if step is not None)
+        return sum(step.run_seconds for step in (self._prefill, self._decode, self._verify) if step is not None)
 
     def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends tokens [n], n >= 1, to a row, in chunks; returns the logits [V] of the last one.
@@ -117,7 +130,26 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
         See `runtime.engine.protocol.Engine.decode`.
         """
         with self._lock:
-            return self._decode_rows(first_row, token_ids)
+            return self._step_rows(_opened(self._decode), first_row, token_ids[:, None])
+
+    def verify(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Appends tokens [B, S] to B contiguous rows; returns logits [B, S, V].
+
+        See `runtime.engine.protocol.Engine.verify`.
+        """
+        with self._lock:
+            _opened(self._decode)
+            most = self._manifest.engines.text.logits_rows
+            if self._verify is None or most is None:
+                raise GenerationError(
+                    "the bundle gives the logits of a row's last token only; rebuild it with --speculate"
+                )
+            if not 2 <= token_ids.shape[1] <= most:
+                raise GenerationError(
+                    f"{token_ids.shape[1]} tokens of a row were to be verified; accepted: 2 to {most} (--speculate of "
+                    "the build)"
+                )
+            return self._step_rows(self._verify, first_row, token_ids)
 
     def truncate(self, row: int, length: int) -> None:
         """Forgets a row's tokens from `length` on (0 empties the row)."""
@@ -161,6 +193,7 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
     def _end(self) -> None:
         self._prefill = None
         self._decode = None
+        self._verify = None
         self._free_resources()
 
     @abstractmethod
@@ -195,32 +228,33 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
                 self._cache.scrub(row, start + count)
         return logits.reshape(-1)
 
-    def _decode_rows(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        step = _opened(self._decode)
-        rows = len(token_ids)
+    def _step_rows(self, step: StepT, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """One step of token ids [B, S] on contiguous rows, padded with negative ids; a row of nothing else is idle."""
+        rows, tokens = token_ids.shape
         self._check_rows(first_row, rows)
         lengths = self._cache.lengths[first_row : first_row + rows]
-        is_idle = token_ids < 0
+        is_padding = token_ids < 0
         self._check_ids(token_ids)
-        longest = int(lengths.max())
-        if longest >= self._manifest.max_context:
-            for row in np.flatnonzero(~is_idle):
-                check_room(first_row + int(row), int(lengths[row]), 1, self._manifest.max_context)
-        self._cache.reserve(longest + 1)
-        if is_idle.any():
-            step.new_tokens[:rows] = ~is_idle | (lengths == 0)
-            token_ids = np.where(is_idle, 0, token_ids)
+        longest, room = int(lengths.max()), self._manifest.max_context
+        counts = tokens - is_padding.sum(axis=1)
+        if longest + tokens > room:
+            for row in np.flatnonzero(counts):
+                check_room(first_row + int(row), int(lengths[row]), int(counts[row]), room)
+        self._cache.reserve(longest + tokens)
+        if is_padding.any():
+            step.new_tokens[:rows] = np.where((counts == 0) & (lengths == 0), 1, counts)
+            token_ids = np.where(is_padding, 0, token_ids)
         else:
-            step.new_tokens[:rows] = 1
+            step.new_tokens[:rows] = tokens
         try:
-            logits = step.run(first_row, token_ids[:, None])
-            check_finite(logits, first_row, is_idle)
+            logits = step.run(first_row, token_ids)
+            check_finite(logits, first_row, counts)
         except GenerationError as error:
             stepped = range(first_row, first_row + rows)
             for failed in error.rows if isinstance(error, NonFiniteLogitsError) else stepped:
-                self._cache.scrub(failed, int(self._cache.lengths[failed]) + 1)
+                self._cache.scrub(failed, int(self._cache.lengths[failed]) + tokens)
             raise
-        lengths += ~is_idle
+        lengths += counts
         return logits
 
     def __enter__(self) -> Self:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefau
 from qwen_aot.runtime.generation.prompt import prompt_ids
 from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request
 from qwen_aot.runtime.generation.sequence import ActiveSequence, PromptWork
+from qwen_aot.runtime.generation.speculation import Speculation, SpeculationStatistics
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -69,13 +71,21 @@ _NOTHING = _Held([], 0, 0)
 class Batch:
     """Schedules requests on an engine, which it alone may drive. One thread at a time."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, defaults: GenerationDefaults | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        defaults: GenerationDefaults | None = None,
+        *,
+        speculate: bool = True,
+    ) -> None:
         """Starts with every row free.
 
         Args:
             engine: nothing else may drive it meanwhile.
             tokenizer: None: prompts are token ids and there is no text.
             defaults: for what a request leaves open; None: what the manifest says.
+            speculate: check drafted tokens, where the bundle can and it pays.
         """
         self._engine = engine
         self._tokenizer = tokenizer
@@ -90,6 +100,13 @@ class Batch:
         self._prefilling: deque[int] = deque()  # rows, the next to take a chunk first
         self._idle_cost = 0  # of idle rows in decode steps since the last move, in tokens copied
         self._count = 0
+        logits_rows = engine.manifest.engines.text.logits_rows
+        self._speculation = Speculation(logits_rows) if speculate and logits_rows is not None else None
+
+    @property
+    def speculation(self) -> SpeculationStatistics | None:
+        """What became of drafts; None: nothing is drafted."""
+        return None if self._speculation is None else self._speculation.statistics
 
     @property
     def is_idle(self) -> bool:
@@ -296,21 +313,77 @@ class Batch:
         running = self._running()
         if not running:
             return []
-        first = running[0]
+        first, end = running[0], running[-1] + 1
+        drafts = self._choose_drafts(running)
         started = time.perf_counter()
         try:
-            logits = self._engine.decode(first, self._next[first : running[-1] + 1])
+            logits = self._verify(first, end, drafts) if drafts else None
+            if logits is None:
+                drafts = {}
+                logits = self._engine.decode(first, self._next[first:end])[:, None]
         except NonFiniteLogitsError as error:
             return [event for row in error.rows for event in self._fail(row, error)]
         except GenerationError as error:
             return [event for row in running for event in self._fail(row, error)]
         seconds = time.perf_counter() - started
+        if self._speculation is not None:
+            self._speculation.note_step(end - first, logits.shape[1], seconds)
         events: list[Event] = []
         for row in running:
-            sequence = self._occupant(row)
+            drafted = drafts.get(row, ())
+            told = logits[row - first, -1 - len(drafted) :]
+            events += self._advance_draft(row, told, drafted, seconds)
+        return events
+
+    def _verify(self, first: int, end: int, drafts: Mapping[int, tuple[int, ...]]) -> NDArray[np.float32] | None:
+        """A step that feeds rows their next token and what was drafted behind it; gives logits [B, S, V].
+
+        None: the logits of some row aren't finite, which may be a wrong token's fault; nothing has moved.
+        """
+        token_ids = np.full((end - first, 1 + max(map(len, drafts.values()))), _IDLE, np.int64)
+        token_ids[:, 0] = self._next[first:end]
+        for row, drafted in drafts.items():
+            token_ids[row - first, 1 : 1 + len(drafted)] = drafted
+        try:
+            return self._engine.verify(first, token_ids)
+        except NonFiniteLogitsError:
+            return None
+
+    def _choose_drafts(self, running: list[int]) -> dict[int, tuple[int, ...]]:
+        """Tokens to check behind the next one of each row that has some."""
+        if self._speculation is None:
+            return {}
+        most = self._speculation.most - 1
+        drafts = {row: self._occupant(row).draft(most) for row in running}
+        return self._speculation.choose(running[-1] + 1 - running[0], drafts)
+
+    def _advance_draft(
+        self, row: int, logits: NDArray[np.float32], drafted: tuple[int, ...], seconds: float
+    ) -> list[Event]:
+        """Chooses a row's next tokens from logits [n, V], as long as each was drafted; takes the others back.
+
+        Args:
+            row: one that was in a step of `seconds`.
+            logits: of its next token and of each drafted one.
+            drafted: n - 1 tokens.
+            seconds: that the step took.
+        """
+        sequence = self._occupant(row)
+        fed = int(self._engine.cache_length[row]) - len(drafted) if drafted else None
+        is_prompt, before = not sequence.is_prefilled, len(sequence.token_ids)
+        events: list[Event] = []
+        for place, told in enumerate(logits):
             if not sequence.is_prefilled:
-                sequence.note_fed(1, seconds)
-            events += self._advance(row, logits[row - first])
+                sequence.note_fed(1, seconds if place == 0 else 0.0)
+            events += self._advance(row, told, None if fed is None else fed + place)
+            if place == len(drafted) or self._rows[row] is not sequence or self._next[row] != drafted[place]:
+                break
+        if fed is not None and self._rows[row] is sequence:
+            self._engine.truncate(row, fed + place)
+        if self._speculation is not None and not is_prompt:
+            sequence.learn(before)
+            if drafted:
+                self._speculation.note_draft(len(drafted), place)
         return events
 
     def _prefill(self) -> list[Event]:
@@ -340,8 +413,14 @@ class Batch:
         """Rows whose next token is known, ascending."""
         return [row for row, sequence in enumerate(self._rows) if sequence is not None and sequence.is_running]
 
-    def _advance(self, row: int, logits: NDArray[np.float32]) -> list[Event]:
-        """Chooses a row's next token from logits [V]; if that ends it, the row goes to a choice that is due."""
+    def _advance(self, row: int, logits: NDArray[np.float32], fed: int | None = None) -> list[Event]:
+        """Chooses a row's next token from logits [V]; if that ends it, the row goes to a choice that is due.
+
+        Args:
+            row: of the token.
+            logits: behind its last token.
+            fed: tokens of the row up to that one, where drafted ones stand behind it; None: none do.
+        """
         sequence = self._occupant(row)
         if not sequence.is_prefilled:
             self._next[row] = sequence.read_prompt(logits)
@@ -351,9 +430,12 @@ class Batch:
         events = sequence.advance(logits)
         while isinstance(events[-1], Completion):
             if sequence.index not in self._pending:
+                if fed is not None:
+                    self._engine.truncate(row, fed)
                 self._retire(row, events[-1])
                 return events
             self._engine.truncate(row, len(sequence.prompt_ids))
+            fed = None
             logits = self._begin_choice(row, sequence)
             sequence = self._occupant(row)
             events += sequence.advance(logits)

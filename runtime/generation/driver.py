@@ -19,10 +19,12 @@ __all__ = ["Driver"]
 class Driver:
     """Steps a batch for whoever has borrowed it; `close` may come from any thread, or from a signal handler."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, defaults: GenerationDefaults) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer | None, defaults: GenerationDefaults, *, speculate: bool = True
+    ) -> None:
         """Takes over the engine; see `Batch`."""
         self._engine = engine
-        self._batch = Batch(engine, tokenizer, defaults)
+        self._batch = Batch(engine, tokenizer, defaults, speculate=speculate)
         self._lent = threading.Lock()
         self._borrower = ""
         self._stepping = Exclusive()  # held during a step: logits lie in the engine's memory until it ends

@@ -19,6 +19,7 @@ from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefau
 from qwen_aot.runtime.generation.driver import Driver
 from qwen_aot.runtime.generation.options import OPTION_NAMES, GenerationOptions, check_names, resolve_each
 from qwen_aot.runtime.generation.request import Completion, Event, Request
+from qwen_aot.runtime.generation.speculation import SpeculationStatistics
 from qwen_aot.runtime.text.chat_encoder import ChatEncoder
 from qwen_aot.runtime.text.chat_template import Message
 from qwen_aot.runtime.text.tokenizer import Tokenizer, load_tokenizer
@@ -42,7 +43,12 @@ class Generator:
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer | None = None, defaults: GenerationDefaults | None = None
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None = None,
+        defaults: GenerationDefaults | None = None,
+        *,
+        speculate: bool = True,
     ) -> None:
         """Takes over an engine; `close` closes it.
 
@@ -50,11 +56,12 @@ class Generator:
             engine: nothing else may drive it meanwhile.
             tokenizer: None: prompts are token ids and there is no text.
             defaults: None: greedy, with the manifest's ends and length.
+            speculate: see `open`.
         """
         self._engine = engine
         self._tokenizer = tokenizer
         self._defaults = defaults or GenerationDefaults.from_manifest(engine.manifest)
-        self._driver = Driver(engine, tokenizer, self._defaults)
+        self._driver = Driver(engine, tokenizer, self._defaults, speculate=speculate)
         self._chat_encoder: ChatEncoder | None = None
 
     @classmethod
@@ -66,6 +73,7 @@ class Generator:
         skip_hash_above: int | None = None,
         allow_bundle_code: bool = False,
         rows: int | None = None,
+        speculate: bool = True,
     ) -> Generator:
         """Opens a bundle.
 
@@ -76,6 +84,8 @@ class Generator:
             allow_bundle_code: let the bundle run native code that isn't this machine's own; for bundles of people whose
                 programs you would run. Also: the variable QWEN_AOT_ALLOW_BUNDLE_CODE=1.
             rows: use no more of the bundle's rows than so many, for less memory; None: all of them.
+            speculate: draft tokens from the text itself and check several in a step, where the bundle can
+                (`build-engine --speculate`) and measurements say that it pays. Answers are the same.
 
         Raises:
             BundleError: the bundle is damaged.
@@ -88,7 +98,7 @@ class Generator:
         tokenizer = load_tokenizer(bundle)
         defaults = GenerationDefaults.from_bundle(bundle)
         engine = open_engine(bundle, threads=threads, allow_bundle_code=allow_bundle_code)
-        return cls(engine, tokenizer, defaults)
+        return cls(engine, tokenizer, defaults, speculate=speculate)
 
     @property
     def engine(self) -> Engine:
@@ -109,6 +119,11 @@ class Generator:
     def driver(self) -> Driver:
         """What steps the engine; to be borrowed."""
         return self._driver
+
+    @property
+    def speculation(self) -> SpeculationStatistics | None:
+        """What became of drafted tokens since the bundle was opened; None: none are drafted."""
+        return self._driver.batch.speculation
 
     @property
     def chat_encoder(self) -> ChatEncoder:

@@ -14,6 +14,7 @@ from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.constraint import HeldOutput
 from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request, Timings, TokenEvent
 from qwen_aot.runtime.generation.sampling import Sampler, TokenLogprobs, log_probabilities
+from qwen_aot.runtime.generation.speculation import Drafter
 from qwen_aot.runtime.generation.stopping import StopMatcher, ending_ids
 from qwen_aot.runtime.text.detokenizer import make_detokenizer
 from qwen_aot.runtime.text.tokenizer import Tokenizer
@@ -79,6 +80,7 @@ class ActiveSequence:
         self._logprobs: list[TokenLogprobs] = []
         self._arrived = time.perf_counter()
         self._first_token: float | None = None
+        self._drafter: Drafter | None = None  # once it is asked for a draft
 
     @property
     def is_cancelled(self) -> bool:
@@ -120,6 +122,24 @@ class ActiveSequence:
         token_id = self.prompt_ids[self.prefilled_tokens]
         self._prompt.logprobs.append(log_probabilities(logits, token_id, self.config.prompt_logprobs))
         return token_id
+
+    def draft(self, most: int) -> tuple[tuple[int, ...], float]:
+        """Up to `most` tokens that may come behind the next one to feed, and the chance of each to be right.
+
+        There are no more than the output may still have and the context holds. Of a prompt that is fed token by token
+        they are known.
+        """
+        if not self.is_prefilled:
+            start = self.prefilled_tokens + 1
+            return tuple(self.prompt_ids[start : start + most]), 1.0
+        if self._drafter is None:
+            self._drafter = Drafter(self.prompt_ids)
+        return self._drafter.draft(self.token_ids, min(most, self._limit - len(self.token_ids) - 1))
+
+    def learn(self, first: int) -> None:
+        """Notes which of the last draft were right, from the output's tokens from `first` on."""
+        if self._drafter is not None:
+            self._drafter.learn(self.token_ids[first:])
 
     def share_prompt(self) -> None:
         """Starts behind the prompt, which another choice of the request has computed."""

@@ -24,6 +24,7 @@ from qwen_aot.runtime.generation.generator import Generator
 from qwen_aot.runtime.generation.handle import Channel, RequestHandle, settle
 from qwen_aot.runtime.generation.options import check_names
 from qwen_aot.runtime.generation.request import Completion, Event, Request
+from qwen_aot.runtime.generation.speculation import SpeculationStatistics
 from qwen_aot.runtime.text.chat_template import Message
 
 __all__ = ["GenerationService", "ServiceStatistics"]
@@ -45,6 +46,7 @@ class ServiceStatistics:
         cached_tokens: those of them that the cache held.
         generated_tokens: given out so far.
         is_accepting: whether `submit` takes requests.
+        speculation: what became of drafted tokens; None: nothing is drafted.
     """
 
     waiting: int
@@ -55,6 +57,7 @@ class ServiceStatistics:
     cached_tokens: int
     generated_tokens: int
     is_accepting: bool
+    speculation: SpeculationStatistics | None = None
 
 
 class GenerationService:
@@ -274,7 +277,7 @@ class _Worker:
     """
 
     def __init__(self, driver: Driver) -> None:
-        self.statistics = ServiceStatistics(0, 0, 0, 0, 0, 0, 0, True)
+        self.statistics = ServiceStatistics(0, 0, 0, 0, 0, 0, 0, True, driver.batch.speculation)
         self.submitted = 0
         self.submitted_choices = 0
         self.ended_choices = 0
@@ -407,6 +410,7 @@ class _Worker:
             prompt_tokens=now.prompt_tokens + prompt,
             cached_tokens=now.cached_tokens + cached,
             generated_tokens=now.generated_tokens + generated,
+            speculation=self._driver.batch.speculation,
         )
         for channel, completion in over:  # once they are counted: whoever waits for one may look
             channel.put(completion)

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from qwen_aot.runtime.generation.handle import RequestHandle
 from qwen_aot.runtime.generation.request import Completion, FinishReason
+from qwen_aot.runtime.generation.speculation import SpeculationStatistics
 from qwen_aot.runtime.server.state import Model, Phase, ServerState
 
 __all__ = ["METHODS", "Metrics"]
@@ -134,6 +135,8 @@ class Metrics(Collector):
         asked = now.prompt_tokens if self._state.settings.has_prefix_cache else 0
         yield self._counter("vllm:prefix_cache_queries", "Tokens looked for in the cache.", asked)
         yield self._counter("vllm:prefix_cache_hits", "Tokens found there.", now.cached_tokens)
+        if now.speculation is not None:
+            yield from self._of_drafts(now.speculation)
         ended = CounterMetricFamily(
             "vllm:request_success", "Answers by how they ended.", labels=(*_LABELS, "finished_reason")
         )
@@ -144,6 +147,19 @@ class Metrics(Collector):
             family = HistogramMetricFamily(name, meaning, labels=_LABELS)
             family.add_metric(self._label_values(), *histogram.buckets())
             yield family
+
+    def _of_drafts(self, found: SpeculationStatistics) -> Iterator[Metric]:
+        yield self._counter("vllm:spec_decode_num_drafts", "Drafts that were checked.", found.drafts)
+        yield self._counter("vllm:spec_decode_num_draft_tokens", "Tokens in them.", found.draft_tokens)
+        yield self._counter("vllm:spec_decode_num_accepted_tokens", "Those that were right.", found.accepted_tokens)
+        places = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Those that were right, by their place in the draft.",
+            labels=(*_LABELS, "position"),
+        )
+        for place, count in enumerate(found.accepted_by_place):
+            places.add_metric((*self._label_values(), str(place)), count)
+        yield places
 
     def _observe_answer(self, completion: Completion) -> None:
         timings, tokens = completion.timings, len(completion.token_ids)

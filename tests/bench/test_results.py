@@ -3,14 +3,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import compare, plugin_kernels
+from tests.bench import compare, plugin_kernels, speculation
 from tests.bench.results import write_new
 
 
 @pytest.mark.parametrize(
     ("parse", "needed"),
-    [(compare.parse, ["--bundle", "a"]), (plugin_kernels.parse, ["--model", "qwen1.5-0.5b"])],
-    ids=["compare", "plugin_kernels"],
+    [
+        (compare.parse, ["--bundle", "a"]),
+        (plugin_kernels.parse, ["--model", "qwen1.5-0.5b"]),
+        (speculation.parse, ["bundle"]),
+    ],
+    ids=["compare", "plugin_kernels", "speculation"],
 )
 def test_results_that_stand_there_are_kept(
     parse: Callable[[list[str]], object], needed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

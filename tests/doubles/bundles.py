@@ -93,9 +93,11 @@ def write_tensorrt_bundle(
     """
     folder.mkdir(parents=True)
     capacity = next(int(t.shape[2]) for t in manifest.engines.text.inputs if t.name.startswith(CACHE_PREFIX))
+    window, rows, logits_rows = (1, capacity), (1, manifest.max_batch), manifest.engines.text.logits_rows
     ranges = {
-        "prefill": {"B": (1, 1), "S": (1, manifest.prefill_chunk), "W": (1, capacity)},
-        "decode": {"B": (1, manifest.max_batch), "S": (1, decode_tokens), "W": (1, capacity)},
+        "prefill": {"B": (1, 1), "S": (1, manifest.prefill_chunk), "W": window, "T": (1, 1)},
+        "decode": {"B": rows, "S": (1, decode_tokens), "W": window, "T": (1, 1)},
+        "verify": {"B": rows, "S": (2, logits_rows or 2), "W": window, "T": (2, logits_rows or 2)},
     }
     profiles = [
         {t.name: [_sizes(t, ranges[p.name], end) for end in (0, 1, 1)] for t in manifest.engines.text.inputs}
@@ -140,6 +142,7 @@ def export_tensorrt_bundle(
     max_context: int = 600,
     max_batch: int = 4,
     prefill_chunk: int = 16,
+    logits_rows: int | None = None,
     lower: Callable[[Traced], Traced] = standard.lower,
 ) -> Path:
     """A checkpoint's standard lowering, or one with plugins, as a bundle for the double.
@@ -151,7 +154,8 @@ def export_tensorrt_bundle(
     scratch.mkdir(parents=True)
     with open_checkpoint(checkpoint) as source:
         config, texts = source.config, dict(source.tokenizer.files)
-        traced = lower(trace(config, dtype, positions=capacity, capacity=capacity))
+        speculates = logits_rows is not None
+        traced = lower(trace(config, dtype, positions=capacity, capacity=capacity, speculates=speculates))
         stitch(traced, source, scratch / DATA_FILE)
         model = onnx.load(save_graph(traced, scratch))
         if "generation_config.json" in texts or (checkpoint / "generation_config.json").is_file():
@@ -164,6 +168,8 @@ def export_tensorrt_bundle(
             max_context=max_context,
             max_batch=max_batch,
             prefill_chunk=prefill_chunk,
+            logits_rows=logits_rows,
+            vocab_size=config.vocab_size,
             cache_dtype=next(t.dtype for t in inputs if t.name.startswith(CACHE_PREFIX)),
         ),
         model=ModelFacts(

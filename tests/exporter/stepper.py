@@ -49,6 +49,13 @@ class Stepper:
 
     def step(self, tokens: Sequence[Sequence[int]], pad: int = 0) -> NDArray[np.float32]:
         """Appends tokens (one list a row, [] for an idle row), right-padded; returns logits [B, V]."""
+        return self._step(tokens, pad, 1, "logits")
+
+    def step_last(self, tokens: Sequence[Sequence[int]], told: int, pad: int = 0) -> NDArray[np.float32]:
+        """The same; returns the logits of each row's last tokens [B, told, V]."""
+        return self._step(tokens, pad, told, "last_logits")
+
+    def _step(self, tokens: Sequence[Sequence[int]], pad: int, told: int, output: str) -> NDArray[np.float32]:
         B, S = len(tokens), max(1, max(map(len, tokens)) + pad)
         ids = np.zeros((B, S), np.int64)
         for row, new in enumerate(tokens):
@@ -62,9 +69,10 @@ class Stepper:
             "cache_length": self.lengths,
             "new_tokens": new_tokens,
             "key_positions": np.arange(window),
+            "logits_positions": np.arange(told),
         }
         binding = self.session.io_binding()
-        binding.bind_output("logits")
+        binding.bind_output(output)
         for name, value in feeds.items():
             if name in self.names:
                 binding.bind_cpu_input(name, value)

@@ -101,7 +101,8 @@ VISION: dict[str, Any] = {
     "plan": None,
     "max_batch": 4,
 }
-LAST_LOGITS = {"name": "last_logits", "dtype": "float32", "shape": ["B", 8, 151936]}
+LAST_LOGITS = {"name": "last_logits", "dtype": "float32", "shape": ["B", "T", 151936]}
+POSITIONS = {"name": "logits_positions", "dtype": "int64", "shape": ["T"]}
 REMOVED = object()
 
 KeyPath = list[str | int]
@@ -109,9 +110,16 @@ TEXT: KeyPath = ["engines", "text"]
 VISION_KEY: KeyPath = ["engines", "vision"]
 
 
-def speculative(rows: Any, last_logits: list[dict[str, Any]]) -> dict[str, Any]:
-    """The base's text engine with these rows of logits and these outputs more."""
-    return BASE["engines"]["text"] | {"logits_rows": rows, "outputs": [LOGITS, *last_logits]}
+def speculative(
+    rows: Any, last_logits: list[dict[str, Any]], positions: tuple[dict[str, Any], ...] = (POSITIONS,)
+) -> dict[str, Any]:
+    """The base's text engine with these rows of logits, and these outputs and inputs more."""
+    text = BASE["engines"]["text"]
+    return text | {
+        "logits_rows": rows,
+        "inputs": [*text["inputs"], *positions],
+        "outputs": [LOGITS, *last_logits],
+    }
 
 
 # (what, path, value, accepted)
@@ -195,9 +203,19 @@ EDITS: list[tuple[str, KeyPath, Any, bool]] = [
     ("the logits of eight tokens", TEXT, speculative(8, [LAST_LOGITS]), True),
     ("no logits of the last tokens under a number of rows", TEXT, speculative(8, []), False),
     ("the logits of the last tokens without a number of rows", TEXT, speculative(None, [LAST_LOGITS]), False),
-    ("another number of rows", TEXT, speculative(7, [LAST_LOGITS]), False),
+    ("only the input of these logits, without a number of rows", TEXT, speculative(None, []), False),
+    ("only the output, without a number of rows", TEXT, speculative(None, [LAST_LOGITS], ()), False),
+    ("the logits of the last tokens without their input", TEXT, speculative(8, [LAST_LOGITS], ()), False),
+    ("the logits of as many tokens as a prefill chunk", TEXT, speculative(512, [LAST_LOGITS]), True),
+    ("the logits of more tokens than a prefill chunk", TEXT, speculative(513, [LAST_LOGITS]), False),
+    ("the logits of one token", TEXT, speculative(1, [LAST_LOGITS]), False),
     ("no row of logits", TEXT, speculative(0, [LAST_LOGITS]), False),
     ("logits of the last tokens of another type", TEXT, speculative(8, [LAST_LOGITS | {"dtype": "float16"}]), False),
+    ("a number of last tokens", TEXT, speculative(8, [LAST_LOGITS | {"shape": ["B", 8, 151936]}]), False),
+    ("last tokens by another letter", TEXT, speculative(8, [LAST_LOGITS | {"shape": ["B", "S", 151936]}]), False),
+    ("last tokens of another vocabulary", TEXT, speculative(8, [LAST_LOGITS | {"shape": ["B", "T", 7]}]), False),
+    ("positions of another type", TEXT, speculative(8, [LAST_LOGITS], (POSITIONS | {"dtype": "int32"},)), False),
+    ("positions of another shape", TEXT, speculative(8, [LAST_LOGITS], (POSITIONS | {"shape": ["B"]},)), False),
     ("no key for the rows of logits", [*TEXT, "logits_rows"], REMOVED, False),
     # Plans.
     ("a plan", [*TEXT, "plan"], {"prefill": STEP}, True),

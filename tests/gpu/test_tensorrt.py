@@ -67,7 +67,7 @@ def engine(model: tuple[torch.nn.Module, Path]) -> Iterator[TensorRtEngine]:
         yield engine
 
 
-def build(checkpoint: Path, out: Path, target: str, device: Device) -> None:
+def build(checkpoint: Path, out: Path, target: str, device: Device, speculate: int | None = None) -> None:
     # TensorRT proper builds for the GPU that it runs on.
     capabilities = (device.compute_capability,) if target == "tensorrt-rtx" else ()
     spec = BuildSpec(
@@ -75,6 +75,7 @@ def build(checkpoint: Path, out: Path, target: str, device: Device) -> None:
         max_context=CONTEXT,
         max_batch=ROWS,
         prefill_chunk=CHUNK,
+        speculate=speculate,
         tensorrt=TensorRtOptions(compute_capabilities=capabilities, attention="native", moe="native"),
     )
     build_bundle(checkpoint, spec, out)
@@ -106,6 +107,31 @@ def test_logits_are_those_of_transformers(
     sequence = prompt_of(prefilled + 40)
     logits = teacher_forced(engine, 1, sequence, prefilled)
     np.testing.assert_allclose(logits, expected(model[0], sequence, prefilled), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["gqa", "moe"])
+def test_drafts_are_checked_as_they_are_decoded(kind: str, target: str, device: Device, tmp_path: Path) -> None:
+    """A third profile: a few tokens of each row, and the logits behind all of them; rows may differ in number."""
+    moe = {} if kind == "moe" else None
+    saved = save_tiny(tmp_path / "checkpoint", kv_heads=2, max_position_embeddings=CONTEXT, moe=moe)
+    build(tmp_path / "checkpoint", tmp_path / "bundle", target, device, speculate=4)
+    reference = rounded_model(saved, "fp16")
+    texts = [prompt_of(40, seed) for seed in range(3)]
+    with TensorRtEngine(load_bundle(tmp_path / "bundle")) as engine:
+        for counts in ((4, 1, 0), (2, 4, 3), (4, 4, 4)):
+            fed = np.full((3, 4), -1, np.int64)
+            for row, count in enumerate(counts):
+                engine.truncate(row, 0)
+                engine.prefill(row, ids(*texts[row][: 30 - count]))
+                fed[row, :count] = texts[row][30 - count : 30]
+            logits = engine.verify(0, fed)
+            for row, count in enumerate(counts):
+                if count:
+                    wanted = expected(reference, texts[row][:30], 31 - count)
+                    np.testing.assert_allclose(logits[row, 4 - count :], wanted, atol=TOLERANCE)
+            engine.truncate(0, 28)
+            again = engine.decode(0, ids(texts[0][28]))[0]
+            np.testing.assert_allclose(again, expected(reference, texts[0][:29], 29)[-1], atol=TOLERANCE)
 
 
 def test_windows_are_crossed(model: tuple[torch.nn.Module, Path], engine: TensorRtEngine) -> None:

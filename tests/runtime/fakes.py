@@ -32,6 +32,7 @@ class FakeEngine:
         self.rows: list[list[int]] = [[] for _ in range(manifest.max_batch)]
         self.prefills: list[tuple[int, list[int]]] = []
         self.decodes: list[tuple[int, list[int]]] = []
+        self.verifies: list[tuple[int, list[list[int]]]] = []
         self.copies: list[tuple[int, int, int]] = []
         self.is_closed = False
         self._given: NDArray[np.float32] = np.empty(0, np.float32)
@@ -69,6 +70,24 @@ class FakeEngine:
             if token_id >= 0:
                 self._append(first_row + offset, [token_id])
                 logits[offset] = self._logits(first_row + offset)
+        self._given = logits
+        return logits
+
+    def verify(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        logits_rows = self._manifest.engines.text.logits_rows
+        assert logits_rows is not None and 2 <= token_ids.shape[1] <= logits_rows
+        self._given.fill(np.nan)
+        self.verifies.append((first_row, token_ids.tolist()))
+        fed = [[id_ for id_ in row if id_ >= 0] for row in token_ids.tolist()]
+        assert all(row[: len(ids)] == ids for row, ids in zip(token_ids.tolist(), fed, strict=True)), "padding in front"
+        poisoned = [first_row + offset for offset, ids in enumerate(fed) if not self._poison.isdisjoint(ids)]
+        if poisoned:
+            raise NonFiniteLogitsError(poisoned)
+        logits = np.full((*token_ids.shape, self._manifest.model.vocab_size), np.nan, np.float32)
+        for offset, ids in enumerate(fed):
+            for place, token_id in enumerate(ids, start=-len(ids)):
+                self._append(first_row + offset, [token_id])
+                logits[offset, place] = self._logits(first_row + offset)
         self._given = logits
         return logits
 

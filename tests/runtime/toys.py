@@ -57,8 +57,15 @@ def make_manifest(
     vocab_size: int = VOCAB_SIZE,
     bos_token_id: int | None = None,
     eos_token_ids: tuple[int, ...] = (),
+    logits_rows: int | None = None,
 ) -> Manifest:
-    """A manifest around a toy."""
+    """A manifest around a toy; with `logits_rows`, what goes with it stands behind the given inputs and outputs."""
+    profiles = [Profile("prefill", 1, prefill_chunk), Profile("decode", 1, 1)]
+    if logits_rows is not None:
+        profiles.append(Profile("verify", 2, logits_rows))
+        if not any(tensor.name == "logits_positions" for tensor in inputs):
+            inputs = (*inputs, IoTensor("logits_positions", "int64", ("T",)))
+            outputs = (*outputs, IoTensor("last_logits", "float32", ("B", "T", vocab_size)))
     return Manifest(
         format_version=FORMAT_VERSION,
         model=ModelFacts(
@@ -88,9 +95,9 @@ def make_manifest(
                 outputs=outputs,
                 tensorrt=None,
                 plan=None,
-                profiles=(Profile("prefill", 1, prefill_chunk), Profile("decode", 1, 1)),
+                profiles=tuple(profiles),
                 cache_dtype=cache_dtype,
-                logits_rows=None,
+                logits_rows=logits_rows,
             ),
             vision=None,
         ),
@@ -124,11 +131,14 @@ def io_tables(
         "cache_length": ("B",),
         "new_tokens": ("B",),
         "key_positions": ("W",),
+        "logits_positions": ("T",),
     }
     cache: tuple[int | str, ...] = ("B", HEADS, capacity, HEAD_DIM)
     inputs = [IoTensor(name, "int64", shapes[name]) for name in names]
     inputs += [IoTensor(f"past_key_values.0.{part}", cache_dtype, cache) for part in ("key", "value")]
     outputs = [IoTensor("logits", "float32", ("B", vocab_size))]
+    if "logits_positions" in names:
+        outputs.append(IoTensor("last_logits", "float32", ("B", "T", vocab_size)))
     outputs += [IoTensor(f"present.0.{part}", cache_dtype, cache) for part in ("key", "value")]
     return tuple(inputs), tuple(outputs)
 
@@ -156,9 +166,12 @@ def checksum_model(
 
     The key cache holds the ids, the value cache position + 1, both in all heads and dimensions. The graph
     keeps section 3 of the design: TensorScatter refuses writes past the capacity, a window that is too short
-    or a wrong length changes the sum, and an idle row with an empty cache turns all logits into NaN.
+    or a wrong length changes the sum, and an idle row with an empty cache turns all logits into NaN. With the input
+    logits_positions there are those of the last tokens too.
     """
     b = _GraphBuilder()
+    has_positions = any(tensor.name == "logits_positions" for tensor in inputs)
+    positions = "logits_positions" if has_positions else b.ints([0])
     shape = b.node(
         "Concat",
         [
@@ -182,20 +195,24 @@ def checksum_model(
         )
         window = b.node("Slice", [present, b.ints([0]), b.node("Shape", ["key_positions"]), b.ints([2])])
         parts[part] = b.node("Cast", [window], to=TensorProto.DOUBLE)  # sums pass 2^24
-    last = b.node("Add", ["cache_length", b.node("Max", [b.node("Sub", ["new_tokens", one]), b.ints([0])])])
-    mask = b.node("LessOrEqual", ["key_positions", b.node("Unsqueeze", [last, one])])  # [B, W]
-    mask = b.node("Cast", [b.node("Unsqueeze", [mask, b.ints([1, 3])])], to=TensorProto.DOUBLE)
-    products = b.node("Mul", [mask, b.node("Mul", [parts["key"], parts["value"]])])
-    total = b.node("ReduceSum", [products, b.ints([2])], keepdims=0)  # [B, HEADS, HEAD_DIM]
-    total = b.node("Cast", [b.node("ReduceMean", [total, b.ints([1, 2])], keepdims=0)], to=TensorProto.INT64)
-    target = b.node("Mod", [total, b.ints([VOCAB_SIZE])])  # [B]
-    distance = b.node("Sub", [b.ints(list(range(vocab_size))), b.node("Unsqueeze", [target, one])])
+    offset = b.node("Sub", [positions, b.node("Shape", [positions])])  # [T]: -T ... -1
+    place = b.node("Add", [b.node("Unsqueeze", ["new_tokens", one]), offset])
+    place = b.node("Max", [place, b.ints([0])])  # [B, T]
+    last = b.node("Add", [b.node("Unsqueeze", ["cache_length", one]), place])
+    mask = b.node("LessOrEqual", ["key_positions", b.node("Unsqueeze", [last, b.ints([2])])])
+    mask = b.node("Cast", [mask], to=TensorProto.DOUBLE)  # [B, T, W]
+    products = b.node("Mul", [parts["key"], parts["value"]])
+    products = b.node("ReduceMean", [products, b.ints([1, 3])], keepdims=0)  # [B, W]
+    total = b.node("MatMul", [mask, b.node("Unsqueeze", [products, b.ints([2])])])  # [B, T, 1]
+    target = b.node("Mod", [b.node("Cast", [total], to=TensorProto.INT64), b.ints([VOCAB_SIZE])])
+    distance = b.node("Sub", [b.ints(list(range(vocab_size))), target])  # [B, T, V]
     distance = b.node("Cast", [b.node("Abs", [distance])], to=TensorProto.FLOAT)
     is_empty = b.node("Equal", [b.node("Add", ["cache_length", "new_tokens"]), b.ints([0])])
     is_any_empty = b.node("ReduceMax", [b.node("Cast", [is_empty], to=TensorProto.INT64)], keepdims=0)
     is_any_empty = b.node("Cast", [is_any_empty], to=TensorProto.BOOL)
     nan_or_zero = b.node("Where", [is_any_empty, b.floats([float("nan")]), b.floats([0.0])])
-    b.node("Sub", [nan_or_zero, distance], output="logits")
+    told = b.node("Sub", [nan_or_zero, distance], output="last_logits" if has_positions else None)
+    b.node("Gather", [told, b.constant(np.array(-1))], output="logits", axis=1)
     return b.model("checksum", inputs, outputs)
 
 

@@ -77,9 +77,9 @@ def _use_channels(graph: ir.Graph, weights: QuantizedWeights) -> int:
 
 
 def _sees_many_tokens(node: ir.Node) -> bool:
-    """False behind the gather of each row's last token: the last layer's output projection and MLP, and the head."""
+    """False behind the gather of each row's last tokens: the last layer's output projection and MLP, and the head."""
     x = node.inputs[0]
-    return x is not None and x.shape is not None and len(x.shape) == 3 and x.shape[1] != 1
+    return x is not None and x.shape is not None and len(x.shape) == 3 and x.shape[1] not in (1, "T")
 
 
 class _RowQuantizer:

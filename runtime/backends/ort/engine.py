@@ -83,13 +83,15 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
             max_capacity=manifest.max_capacity,
             memory=device.make_memory(),
         )
-        # Two bindings, because prefill and decode alternate between shapes that each keep for long.
+        # A binding for each kind, because they alternate between shapes that each keep for long.
         make_step = functools.partial(Step, session, manifest, cache, copies_inputs=device.is_gpu)
+        rows, logits_rows = manifest.max_batch, manifest.engines.text.logits_rows
         super().__init__(
             manifest,
             cache,
             prefill=make_step(max_rows=1, max_tokens=manifest.prefill_chunk),
-            decode=make_step(max_rows=manifest.max_batch, max_tokens=1),
+            decode=make_step(max_rows=rows, max_tokens=1),
+            verify=make_step(max_rows=rows, max_tokens=logits_rows, verifies=True) if logits_rows else None,
         )
 
     @property

@@ -1,4 +1,4 @@
-"""One kind of step (prefill or decode) over an ONNX Runtime session: its binding and the memory behind it."""
+"""One kind of step (prefill, decode or verify) over an ONNX Runtime session: its binding and the memory behind it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.errors import EngineMismatchError, GenerationError, onnxruntime_errors
-from qwen_aot.runtime.bundle.manifest import Manifest
+from qwen_aot.runtime.bundle.manifest import LAST_LOGITS, LOGITS_POSITIONS, Manifest
 from qwen_aot.runtime.engine.io_table import cache_inputs, check_table, present_name
 from qwen_aot.runtime.engine.kv_cache import KvCache
 
@@ -51,6 +51,7 @@ class Step:
         *,
         max_rows: int,
         max_tokens: int,
+        verifies: bool = False,
         copies_inputs: bool = False,
     ) -> None:
         """Makes the binding and its input and output memory.
@@ -61,6 +62,7 @@ class Step:
             cache: bound as past and as present.
             max_rows: the largest B.
             max_tokens: the largest S.
+            verifies: each step tells the logits of all its tokens, and not of each row's last one.
             copies_inputs: the graph runs on another device than the CPU.
 
         Raises:
@@ -81,7 +83,8 @@ class Step:
         self._position_ids: NDArray[np.int64] = np.zeros(max_rows * max_tokens, np.int64)
         self._steps: NDArray[np.int64] = np.arange(max_tokens, dtype=np.int64)
         self._key_positions: NDArray[np.int64] = np.zeros(0, np.int64)
-        self._logits = _make_logits(max_rows, manifest.model.vocab_size)
+        self._verifies = verifies
+        self._logits = _make_logits(max_rows * (max_tokens if verifies else 1), manifest.model.vocab_size)
         self._rows_key: tuple[int, int, int] | None = None  # first row, rows, capacity
         self._shape: tuple[int, int] | None = None  # rows, tokens
         self._window = 0
@@ -98,7 +101,7 @@ class Step:
             token_ids: int64 [B, S], right-padded.
 
         Returns:
-            Logits [B, V], memory of this object: valid until its next run.
+            Logits [B, V], of a step that verifies [B, S, V]; memory of this object: valid until its next run.
 
         Raises:
             GenerationError: ONNX Runtime failed.
@@ -130,7 +133,7 @@ class Step:
                 "shorter text, or rebuild the bundle with a smaller --prefill-chunk or --max-batch"
             ) from error
         self.run_seconds += time.perf_counter() - started
-        return self._logits[:rows]
+        return self._logits_view
 
     def _bind_rows(self, first_row: int, rows: int) -> None:
         """Binds what depends on the range of rows and on where the cache lies."""
@@ -141,8 +144,6 @@ class Step:
             self._binding.bind_output(present_name(tensor.name), device, 0, element_type, shape, region.pointer)
         self._bind_input("cache_length", self._cache.lengths[first_row : first_row + rows])
         self._bind_input("new_tokens", self.new_tokens[:rows])
-        logits = self._logits[:rows]
-        self._binding.bind_output("logits", "cpu", 0, np.float32, list(logits.shape), logits.ctypes.data)
         self._rows_key = (first_row, rows, self._cache.capacity)
         self._window = 0  # the capacity bounds it
 
@@ -151,6 +152,13 @@ class Step:
         self._position_view = self._position_ids[: rows * tokens].reshape(rows, tokens)
         self._bind_input("input_ids", self._input_view)
         self._bind_input("position_ids", self._position_view)
+        told = tokens if self._verifies else 1  # of each row
+        self._bind_input(LOGITS_POSITIONS, self._steps[:told])
+        self._logits_view = self._logits[: rows * told]
+        if self._verifies:
+            self._logits_view = self._logits_view.reshape(rows, tokens, -1)
+        name, shape = LAST_LOGITS if self._verifies else "logits", list(self._logits_view.shape)
+        self._binding.bind_output(name, "cpu", 0, np.float32, shape, self._logits_view.ctypes.data)
         self._shape = (rows, tokens)
 
     def _bind_window(self, longest: int) -> None:

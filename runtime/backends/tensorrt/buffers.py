@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.runtime.backends.cuda.stream import CudaStream
+from qwen_aot.runtime.bundle.manifest import LAST_LOGITS, LOGITS_POSITIONS
 
 __all__ = ["StepBuffers"]
 
@@ -20,22 +21,42 @@ class StepBuffers:
         position_ids: the same.
         cache_length: int64 [max_rows], pinned.
         new_tokens: int64 [max_rows], pinned.
-        logits: float32 [max_rows, V], pinned.
-        addresses: of the inputs and of `logits` in device memory, by name.
+        logits: float32 [max_rows, V], of a step that verifies [max_rows * max_tokens, V]; pinned.
+        told_tokens: most tokens of a row whose logits a step tells.
+        addresses: of the inputs and of the logits, `last_logits` too, in device memory, by name.
     """
 
-    def __init__(self, stream: CudaStream, *, max_rows: int, max_tokens: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        stream: CudaStream,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        vocab_size: int,
+        has_last_logits: bool = False,
+        verifies: bool = False,
+    ) -> None:
         """Allocates on the stream, which frees them.
+
+        Args:
+            stream: that copies run on.
+            max_rows: the largest B.
+            max_tokens: the largest S.
+            vocab_size: V.
+            has_last_logits: the engine has that output.
+            verifies: steps tell the logits of all their tokens, and not of each row's last one.
 
         Raises:
             GenerationError: there is no memory.
         """
         self._stream = stream
+        self.told_tokens = max_tokens if verifies else 1
         counts = {
             "input_ids": max_rows * max_tokens,
             "position_ids": max_rows * max_tokens,
             "cache_length": max_rows,
             "new_tokens": max_rows,
+            LOGITS_POSITIONS: self.told_tokens,
         }
         offsets, end = {}, 0
         for name, count in counts.items():
@@ -50,17 +71,23 @@ class StepBuffers:
         self.position_ids: NDArray[np.int64] = views["position_ids"]
         self.cache_length: NDArray[np.int64] = views["cache_length"]
         self.new_tokens: NDArray[np.int64] = views["new_tokens"]
+        views[LOGITS_POSITIONS][:] = np.arange(self.told_tokens)  # a step of fewer reads the first of them
         logits_bytes = max_rows * vocab_size * 4
+        last_bytes = logits_bytes * self.told_tokens
         self.logits: NDArray[np.float32] = (
-            stream.allocate_pinned(logits_bytes).view(np.float32).reshape(max_rows, vocab_size)
+            stream.allocate_pinned(last_bytes).view(np.float32).reshape(max_rows * self.told_tokens, vocab_size)
         )
         self.addresses = {name: self._block_address + offset for name, offset in offsets.items()}
+        # An engine writes all its outputs, whichever is read.
         self.addresses["logits"] = stream.allocate(logits_bytes)
+        if has_last_logits:
+            self.addresses[LAST_LOGITS] = stream.allocate(last_bytes)
+        self._read = LAST_LOGITS if verifies else "logits"
 
     def upload(self) -> None:
         """Copies all inputs to the device: a copy of one size, whatever the step."""
         self._stream.copy_to_device(self._block_address, self._block)
 
-    def download(self, rows: int) -> None:
-        """Copies the logits of the first rows back."""
-        self._stream.copy_to_host(self.logits[:rows], self.addresses["logits"])
+    def download(self, count: int) -> None:
+        """Copies the first `count` rows of `logits` back."""
+        self._stream.copy_to_host(self.logits[:count], self.addresses[self._read])

@@ -10,6 +10,7 @@ from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.backends.cuda.stream import CudaStream
 from qwen_aot.runtime.backends.tensorrt.cache import CacheTensor
 from qwen_aot.runtime.backends.tensorrt.library import Library
+from qwen_aot.runtime.bundle.manifest import LOGITS_POSITIONS
 from qwen_aot.runtime.engine.io_table import present_name
 
 __all__ = ["Bindings", "Context", "StepShape"]
@@ -23,6 +24,7 @@ class StepShape:
     rows: int  # B
     tokens: int  # S
     window: int  # W
+    told: int = 1  # T
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Bindings:
     """Where one kind of step finds its inputs and outputs.
 
     Attributes:
-        addresses: of `logits` and of the inputs but the cache, by name; exactly those that the engine has.
+        addresses: of the logits and of the inputs but the cache, by name; exactly those that the engine has.
         cache: bound as past and as present.
     """
 
@@ -92,6 +94,7 @@ class Context:
             "cache_length": (shape.rows,),
             "new_tokens": (shape.rows,),
             "key_positions": (shape.window,),
+            LOGITS_POSITIONS: (shape.told,),
         }
         for name, size in sizes.items():
             if name in bindings.addresses:

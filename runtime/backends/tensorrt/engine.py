@@ -21,7 +21,7 @@ from qwen_aot.runtime.backends.tensorrt.loaded_engine import LoadedEngine
 from qwen_aot.runtime.backends.tensorrt.runtime_cache import RuntimeCache, cache_file
 from qwen_aot.runtime.backends.tensorrt.step import WINDOW_STEP, TensorRtStep
 from qwen_aot.runtime.bundle.load import Bundle
-from qwen_aot.runtime.bundle.manifest import Manifest
+from qwen_aot.runtime.bundle.manifest import VERIFY, Manifest
 from qwen_aot.runtime.engine.io_table import check_table
 from qwen_aot.runtime.engine.rows import RowEngine
 
@@ -50,7 +50,7 @@ class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
         manifest = bundle.manifest
         facts = tensorrt_facts(manifest)
         check_table(manifest)
-        prefill, decode = (_profile(manifest, name) for name in ("prefill", "decode"))
+        profiles = _profiles(manifest)
         limits = _limits(manifest, fixed_capacity(manifest))
         code = bundle_code(bundle, facts, is_allowed=allow_bundle_code)
         library = load_library(manifest, facts)
@@ -73,55 +73,60 @@ class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
             engine.allocate_activations()
             key_positions = _upload_positions(stream, cache.capacity)
             captures_graphs = library.flavour.captures_graphs
-            graphs = None if captures_graphs else DecodeGraphs(engine, stream, decode)
-            steps = []
-            for profile, max_rows, max_tokens in (
-                (prefill, 1, manifest.prefill_chunk),
-                (decode, manifest.max_batch, 1),
-            ):
-                is_decode = profile == decode
+            graphs = None if captures_graphs else DecodeGraphs(engine, stream, profiles["decode"])
+            steps = {}
+            for name, profile in profiles.items():
+                sizes = limits[profile]
                 buffers = StepBuffers(
-                    stream, max_rows=max_rows, max_tokens=max_tokens, vocab_size=manifest.model.vocab_size
+                    stream,
+                    max_rows=sizes["B"][1],
+                    max_tokens=sizes["S"][1],
+                    vocab_size=manifest.model.vocab_size,
+                    has_last_logits=VERIFY in profiles,
+                    verifies=name == VERIFY,
                 )
-                steps.append(
-                    TensorRtStep(
-                        cuda,
-                        stream,
-                        cache,
-                        buffers,
-                        _bindings(manifest, buffers, key_positions, cache),
-                        engine.make_context(profile, captures_graphs=captures_graphs and is_decode),
-                        graphs if is_decode else None,
-                    )
+                steps[name] = TensorRtStep(
+                    cuda,
+                    stream,
+                    cache,
+                    buffers,
+                    _bindings(manifest, buffers, key_positions, cache),
+                    engine.make_context(profile, captures_graphs=captures_graphs and name == "decode"),
+                    graphs if name == "decode" else None,
                 )
             stream.synchronize()
             self._free = weakref.finalize(self, resources.pop_all().close)
         # The driver may have ended before Python runs what is left; the GPU's memory goes with the process.
         self._free.atexit = False
-        super().__init__(manifest, cache, *steps)
+        super().__init__(manifest, cache, steps["prefill"], steps["decode"], steps.get(VERIFY))
 
     def _free_resources(self) -> None:
         self._free()
 
 
-def _profile(manifest: Manifest, name: str) -> int:
-    """The index of a profile: the engine has them in the manifest's order."""
-    names = [profile.name for profile in manifest.engines.text.profiles]
-    if sorted(names) != ["decode", "prefill"]:
+def _profiles(manifest: Manifest) -> dict[str, int]:
+    """The index of each profile by its name: the engine has them in the manifest's order."""
+    engine = manifest.engines.text
+    names = [profile.name for profile in engine.profiles]
+    needed = ["prefill", "decode"] if engine.logits_rows is None else ["prefill", "decode", VERIFY]
+    if sorted(names) != sorted(needed):
         raise EngineMismatchError(
-            f"the engine has the profiles {', '.join(names) or 'none'}; accepted: prefill and decode. Rebuild "
+            f"the engine has the profiles {', '.join(names) or 'none'}; accepted: {' and '.join(needed)}. Rebuild "
             "the bundle"
         )
-    return names.index(name)
+    return {name: names.index(name) for name in needed}
 
 
 def _limits(manifest: Manifest, capacity: int) -> list[dict[str, tuple[int, int]]]:
     """For each profile, the smallest and largest sizes that steps will have."""
     window = (min(WINDOW_STEP, capacity), capacity)
+    rows, logits_rows = (1, manifest.max_batch), manifest.engines.text.logits_rows
     sizes = {
-        "prefill": {"B": (1, 1), "S": (1, manifest.prefill_chunk), "W": window},
-        "decode": {"B": (1, manifest.max_batch), "S": (1, 1), "W": window},
+        "prefill": {"B": (1, 1), "S": (1, manifest.prefill_chunk), "W": window, "T": (1, 1)},
+        "decode": {"B": rows, "S": (1, 1), "W": window, "T": (1, 1)},
     }
+    if logits_rows is not None:
+        sizes[VERIFY] = {"B": rows, "S": (2, logits_rows), "W": window, "T": (2, logits_rows)}
     return [sizes[profile.name] for profile in manifest.engines.text.profiles]
 
 
@@ -136,5 +141,5 @@ def _upload_positions(stream: CudaStream, capacity: int) -> int:
 
 def _bindings(manifest: Manifest, buffers: StepBuffers, key_positions: int, cache: DeviceCache) -> Bindings:
     places = buffers.addresses | {"key_positions": key_positions}
-    names = {tensor.name for tensor in manifest.engines.text.inputs} | {"logits"}
+    names = {tensor.name for tensor in (*manifest.engines.text.inputs, *manifest.engines.text.outputs)}
     return Bindings({name: place for name, place in places.items() if name in names}, cache.tensors)

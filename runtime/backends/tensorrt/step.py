@@ -1,4 +1,4 @@
-"""One kind of step (prefill or decode) over a TensorRT engine."""
+"""One kind of step (prefill, decode or verify) over a TensorRT engine."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ class TensorRtStep:
             token_ids: int64 [B, S], right-padded.
 
         Returns:
-            Logits [B, V], pinned memory: valid until the next run, and gone once the engine is closed.
+            Logits [B, V], of a step that verifies [B, S, V]; pinned memory: valid until the next run, and gone once the
+            engine is closed.
 
         Raises:
             GenerationError: the GPU or TensorRT failed.
@@ -83,7 +84,8 @@ class TensorRtStep:
         buffers.input_ids[:count].reshape(rows, tokens)[...] = token_ids
         np.add(lengths[:, None], self._offsets[:tokens], out=buffers.position_ids[:count].reshape(rows, tokens))
         buffers.cache_length[:rows] = lengths
-        shape = StepShape(first_row, rows, tokens, self._window(int(lengths.max()) + tokens))
+        verifies = buffers.told_tokens > 1
+        shape = StepShape(first_row, rows, tokens, self._window(int(lengths.max()) + tokens), tokens if verifies else 1)
         started = time.perf_counter()
         try:
             self._submit(shape)
@@ -92,7 +94,8 @@ class TensorRtStep:
             raise
         finally:
             self.run_seconds += time.perf_counter() - started
-        return buffers.logits[:rows]
+        logits = buffers.logits[: rows * shape.told]
+        return logits.reshape(rows, tokens, -1) if verifies else logits
 
     def _window(self, longest: int) -> int:
         """W of a step; the same for all where the engine has none, because a plugin follows the rows' lengths."""
@@ -127,4 +130,4 @@ class TensorRtStep:
         context.bind(shape, self._bindings)
         self._buffers.upload()
         context.enqueue()
-        self._buffers.download(shape.rows)
+        self._buffers.download(shape.rows * shape.told)

@@ -367,6 +367,18 @@ def test_more_rows_take_room_in_decode_steps_alone() -> None:
     assert most == 1024 * (row + 2 * (64 + 2 * 128 + 64) + keys)
 
 
+def test_checking_drafts_takes_room_for_the_logits_of_all_their_tokens() -> None:
+    """64 rows of 3 tokens, whose logits are many: the head is the largest phase of such a step."""
+    options = {"max_context": 192, "prefill_chunk": 64, "max_batch": 64}
+    plain, checking = (
+        activation_bytes(tiny(), dataclasses.replace(tensorrt_spec("fp16", **options), speculate=speculate))
+        for speculate in (None, 3)
+    )
+    keys = 2 * 256 * 2 * 16
+    assert plain == WORKSPACE + 64 * (4 * 64 + 4 * 1000 + 2 * 256 + keys + 2 * 1000)
+    assert checking == WORKSPACE + 64 * (3 * 4 * 64 + 3 * 4 * 1000 + 3 * 2 * 256 + keys + 3 * 2 * 1000)
+
+
 def test_experts_count_with_all_tokens_where_all_of_them_run() -> None:
     every = tensorrt_spec("fp16", max_context=64, prefill_chunk=64)
     more = activation_bytes(tiny_moe(64), every) - activation_bytes(tiny_moe(32), every)

@@ -42,6 +42,13 @@ def test_strings_become_members() -> None:
         ({"max_batch": 0}, r"max_batch is 0; it must be at least 1"),
         ({"prefill_chunk": -1}, r"prefill_chunk is -1"),
         ({"max_context": 0}, r"max_context is 0"),
+        ({"speculate": 1}, r"speculate is 1; accepted: 2 to 16 tokens that a step checks, no more than 16"),
+        ({"speculate": 17}, r"speculate is 17; accepted: 2 to 16 "),
+        ({"speculate": 9, "prefill_chunk": 8}, r"speculate is 9; accepted: 2 to 8 .* the prefill chunk's 8"),
+        (
+            {"speculate": 4, "target": "cuda"},
+            r"doesn't exist for target cuda, .* exists for: cpu, tensorrt-rtx, tensorrt",
+        ),
     ],
 )
 def test_refuses_by_name(request_, message: str) -> None:  # type: ignore[no-untyped-def]

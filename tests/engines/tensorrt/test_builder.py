@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import dataclasses
 import itertools
 import json
 import resource
@@ -196,6 +197,26 @@ def test_a_plan_that_cannot_be_read_costs_no_build(
     manifest, _ = build(checkpoints / MHA, tmp_path / "b", spec_of())
     assert manifest.engines.text.plan is None
     assert "what TensorRT-RTX 1.7.1.116 compiled can't be told: engine.rtx holds a program" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [MHA, "gqa-tied-moe"])
+def test_a_third_profile_checks_drafts(checkpoints: Path, tmp_path: Path, kind: str) -> None:
+    """Compiled, for GPUs of which none is here: tests/gpu runs it."""
+    spec = dataclasses.replace(spec_of(), max_batch=2, speculate=4)
+    manifest, _ = build(checkpoints / kind, tmp_path / "bundle", spec)
+    text = manifest.engines.text
+    assert text.logits_rows == 4
+    assert [(profile.name, profile.min_tokens, profile.max_tokens) for profile in text.profiles] == [
+        ("prefill", 1, 64),
+        ("decode", 1, 1),
+        ("verify", 2, 4),
+    ]
+    assert {"logits_positions": ("T",), "new_tokens": ("B",)}.items() <= {t.name: t.shape for t in text.inputs}.items()
+    vocab_size = manifest.model.vocab_size
+    assert [(tensor.name, tensor.shape) for tensor in text.outputs[:2]] == [
+        ("logits", ("B", vocab_size)),
+        ("last_logits", ("B", "T", vocab_size)),
+    ]
 
 
 @pytest.mark.parametrize("precision", [*QUANTIZED, Precision.FP8])

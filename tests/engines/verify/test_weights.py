@@ -35,6 +35,7 @@ BUILDS: dict[str, dict[str, Any]] = {
     "int4": {"precision": "int4"},
     "int4-asymmetric": {"precision": "int4", "symmetric": False, "block_size": 32, "sensitive_bits": 4},
     "int8-fast-prefill": {"precision": "int8", "fast_prefill": True},
+    "int8-speculating": {"precision": "int8", "speculate": 4},
     "cuda-fp16": {"target": "cuda", "precision": "fp16"},
     "cuda-int4": {"target": "cuda", "precision": "int4"},
 }

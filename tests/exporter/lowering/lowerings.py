@@ -24,11 +24,18 @@ LOWERINGS: dict[str, Callable[[Traced], Traced]] = {
 }
 
 
-def export(checkpoint: Path, folder: Path, lowering: str, dtype: ir.DataType = ir.DataType.FLOAT) -> Path:
+def export(
+    checkpoint: Path,
+    folder: Path,
+    lowering: str,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    *,
+    speculates: bool = False,
+) -> Path:
     """Traces in `dtype`, lowers, writes weights and graph; returns the path of model.onnx."""
     folder.mkdir(exist_ok=True, parents=True)
     with open_checkpoint(checkpoint) as source:
-        traced = trace(source.config, dtype)
+        traced = trace(source.config, dtype, speculates=speculates)
         traced.encodings = encodings_of(source)
         traced = LOWERINGS[lowering](traced)
         stitch(traced, source, folder / DATA_FILE)

@@ -108,7 +108,7 @@ file_lists = st.dictionaries(safe_names, entries, min_size=1, max_size=4)
 
 
 @st.composite
-def texts(draw: st.DrawFn, files: Mapping[str, FileEntry], vocab_size: int) -> TextEngine:
+def texts(draw: st.DrawFn, files: Mapping[str, FileEntry], vocab_size: int, prefill_chunk: int) -> TextEngine:
     """Without a cache: what its inputs must be has tests of its own."""
     file = draw(st.sampled_from(sorted(files)))
     facts = draw(st.none() | tensorrt_facts)
@@ -116,15 +116,16 @@ def texts(draw: st.DrawFn, files: Mapping[str, FileEntry], vocab_size: int) -> T
         facts = replace(facts, plugins=PluginFacts(file, files[file].sha256, draw(st.booleans()), ("QwenGQA",)))
     profile_list = draw(st.lists(profiles, max_size=3, unique_by=lambda profile: profile.name).map(tuple))
     plan = {profile.name: draw(step_plans) for profile in profile_list[:1]}
-    rows = draw(st.none() | positive)
-    last_logits = () if rows is None else (IoTensor("last_logits", "float32", ("B", rows, vocab_size)),)
+    rows = draw(st.none() | st.integers(2, prefill_chunk)) if prefill_chunk > 1 else None
+    last_logits = () if rows is None else (IoTensor("last_logits", "float32", ("B", "T", vocab_size)),)
+    positions = () if rows is None else (IoTensor("logits_positions", "int64", ("T",)),)
     return TextEngine(
         file=file,
         precision=draw(words),
         quantization=draw(quantizations),
         weight_encodings=draw(weight_encodings),
         weight_hashes=draw(weight_hashes),
-        inputs=draw(tables),
+        inputs=(*draw(tables), *positions),
         outputs=(*draw(tables), *last_logits),
         tensorrt=facts,
         plan=draw(st.sampled_from([None, plan])),
@@ -151,14 +152,15 @@ def manifests(draw: st.DrawFn) -> Manifest:
         plan=draw(st.none() | step_plans.map(lambda step: {"encode": step})),
         max_batch=draw(positive),
     )
+    chunk = draw(positive)
     return Manifest(
         format_version=FORMAT_VERSION,
         model=model,
         target=draw(words),
-        engines=Engines(draw(texts(files, model.vocab_size)), draw(st.sampled_from([None, vision]))),
+        engines=Engines(draw(texts(files, model.vocab_size, chunk)), draw(st.sampled_from([None, vision]))),
         max_context=draw(positive),
         max_batch=draw(positive),
-        prefill_chunk=draw(positive),
+        prefill_chunk=chunk,
         text=TextFiles(draw(listed), draw(listed), draw(listed)),
         default_max_new_tokens=draw(st.none() | positive),
         tool_versions=draw(st.dictionaries(words, words, max_size=3)),
@@ -267,7 +269,7 @@ Edit = Callable[[dict[str, Any]], Any]
         ),
         (
             lambda d: text(d).update(logits_rows=8),
-            r"logits_rows is 8, and the output 'last_logits' is absent; accepted: float32 \[B, logits_rows, 211\]",
+            r"logits_rows is 8, and the output 'last_logits' is absent; accepted: float32 \[B, T, 211\] with",
         ),
         (lambda d: text(d).update(logits_rows=0), "logits_rows is 0; accepted: 1 to 2147483647"),
         (lambda d: text(d).update(plan=[]), r"text: plan is \[\]; accepted: an object or null"),

@@ -129,6 +129,7 @@ def rich() -> dict[str, Any]:
         *golden.INPUTS,
         {"name": "past_key_values.0.value", "dtype": "float16", "shape": ["B", 16, "C", 64]},
         {"name": "past_key_values.0.key_scale", "dtype": "float32", "shape": ["B", 16, "C"]},
+        golden.POSITIONS,
     ]
     text["outputs"] = [golden.LOGITS, golden.LAST_LOGITS]
     document["engines"]["vision"] = golden.VISION | {
@@ -143,14 +144,14 @@ def rich() -> dict[str, Any]:
 
 def fixed_capacity() -> dict[str, Any]:
     document = rich()
-    for tensor in document["engines"]["text"]["inputs"][1:]:
+    for tensor in document["engines"]["text"]["inputs"][1:4]:
         tensor["shape"][2] = 33280
     return document
 
 
 def without_cache() -> dict[str, Any]:
     document = rich()
-    del document["engines"]["text"]["inputs"][1:]
+    del document["engines"]["text"]["inputs"][1:4]
     return document
 
 
@@ -292,6 +293,11 @@ def test_rules_between_keys(program: Path) -> None:
         ((*text, "inputs", 3, "dtype"), "float16", True),
         ((*text, "inputs", 3, "dtype"), "int64", False),
         ((*text, "inputs", 1, "shape", 2), 33280, False),
+        ((*text, "inputs", 4, "shape", 0), "B", False),
+        ((*text, "outputs", 1, "shape", 1), 8, False),
+        ((*text, "logits_rows"), 512, True),
+        ((*text, "logits_rows"), 513, False),
+        ((*text, "logits_rows"), 1, False),
         ((*text, "quantization", "fast_prefill"), "", True),
         (("engines", "vision", "file"), "none", False),
         (("engines", "vision", "inputs", 0, "shape"), ["B"], True),
@@ -374,12 +380,12 @@ def test_file_names(program: Path) -> None:
         (
             ("engines", "text", "inputs", 0, "shape", 1),
             "X",
-            "inputs[0]: shape[1] is 'X'; accepted: one of B, S, C, W, I",
+            "inputs[0]: shape[1] is 'X'; accepted: one of B, S, C, W, T, I",
         ),
         (
             ("engines", "text", "inputs", 0, "shape", 1),
             0,
-            "[1] is 0; accepted: 1 to 2147483647 or one of B, S, C, W, I",
+            "[1] is 0; accepted: 1 to 2147483647 or one of B, S, C, W, T, I",
         ),
         (("engines", "text", "quantization", "a"), None, "quantization['a'] is null; accepted: an integer, a string"),
         (("files", "../x"), {"bytes": 1}, "files has the key '../x'; accepted: a relative path with '/' inside"),
@@ -391,7 +397,7 @@ def test_file_names(program: Path) -> None:
         (
             ("engines", "text", "logits_rows"),
             None,
-            "logits_rows is -1 (-1: null), and the output last_logits is float32[B, 8",
+            "logits_rows is -1 (-1: null), and the output last_logits is float32[B, T, 151936]; accepted: float32[B, ",
         ),
         (("engines", "text", "outputs", 1, "name"), "logits", "engines: text: the output 'logits' is listed twice"),
     ],

@@ -48,9 +48,12 @@ ROWS = 4
 
 
 def toy(folder: Path, kind: str, **fields: Any) -> Path:
-    """A bundle of the checksum model, or of attention over a cache of the dtype that `kind` names."""
-    is_checksum = kind == "checksum"
-    inputs, outputs = io_tables(ALL_INPUTS if is_checksum else cases.FEW_INPUTS, "float32" if is_checksum else kind)
+    """A bundle of the checksum model, also one that could check drafts, or of attention over a cache of a dtype."""
+    is_checksum = kind in ("checksum", "speculating")
+    names = ALL_INPUTS if is_checksum else cases.FEW_INPUTS
+    if kind == "speculating":
+        names, fields["logits_rows"] = (*names, "logits_positions"), 4
+    inputs, outputs = io_tables(names, "float32" if is_checksum else kind)
     table = cases.TABLE.copy()
     table[13] = np.inf if fields.pop("is_damaged", False) else table[13]
     model = checksum_model(inputs, outputs) if is_checksum else attention_model(inputs, outputs, table, cases.HEAD)
@@ -61,7 +64,7 @@ def toy(folder: Path, kind: str, **fields: Any) -> Path:
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("toys")
-    return {kind: toy(root / kind, kind) for kind in ("checksum", "float32", "float16", "int8")}
+    return {kind: toy(root / kind, kind) for kind in ("checksum", "speculating", "float32", "float16", "int8")}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +121,7 @@ def test_attention_is_that_of_the_python_engine(dialog: Dialog, bundles: dict[st
     cases.test_a_row_does_not_depend_on_the_others(attention)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["checksum", "float32", "float16", "int8"])
+@pytest.mark.parametrize("kind", ["checksum", "speculating", "float32", "float16", "int8"])
 def test_logits_are_the_python_engines_to_the_bit(dialog: Dialog, bundles: dict[str, Path], kind: str) -> None:
     """The same calls on both, at random; both run one library, so no bit may differ."""
     native = open_bundle(dialog, bundles[kind])

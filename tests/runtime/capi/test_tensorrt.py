@@ -39,9 +39,14 @@ from tests.runtime.toys import ALL_INPUTS, VOCAB_SIZE, checksum, io_tables, make
 ROWS, CONTEXT, CHUNK, POISON = 4, 1000, 8, 207
 CAPACITY = cache_capacity(CONTEXT, CHUNK)
 VERSION = "10.14.1.48"
-INPUTS = {"all": ALL_INPUTS, "few": ("input_ids", "cache_length", "new_tokens")}  # few: a plugin follows the lengths
+INPUTS = {
+    "all": ALL_INPUTS,
+    "few": ("input_ids", "cache_length", "new_tokens"),  # a plugin follows the lengths
+    "speculating": (*ALL_INPUTS, "logits_positions"),  # which this library decodes plainly
+}
 # Cache (2), scratch, positions, and inputs and logits of both kinds of step; the same without scratch page-locked.
-HELD = "contexts 1 current 0 device 8 pinned 5 streams 1 graphs 0 executables {}"
+HELD = "contexts 1 current 0 device {} pinned 5 streams 1 graphs 0 executables {}"
+DEVICE = {"all": 8, "few": 8, "speculating": 10}  # last_logits of both
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +92,9 @@ def plan_of(manifest: Manifest, lines: Sequence[str] = (), **sizes: tuple[int, i
     """An engine of the double for a manifest's tables."""
     engine = manifest.engines.text
     ranges = {
-        "prefill": {"B": (1, 1), "S": (1, manifest.prefill_chunk), "W": (1, CAPACITY), **sizes},
-        "decode": {"B": (1, manifest.max_batch), "S": (1, 1), "W": (1, CAPACITY), **sizes},
+        "prefill": {"B": (1, 1), "S": (1, manifest.prefill_chunk), "W": (1, CAPACITY), "T": (1, 1), **sizes},
+        "decode": {"B": (1, manifest.max_batch), "S": (1, 1), "W": (1, CAPACITY), "T": (1, 1), **sizes},
+        "verify": {"B": (1, manifest.max_batch), "S": (2, 4), "W": (1, CAPACITY), "T": (2, 4), **sizes},
     }
 
     def shape(tensor: IoTensor) -> str:
@@ -121,7 +127,10 @@ def make_bundle(
 ) -> Path:
     """Writes a bundle: `plan` changes the engine, `change` and `facts` what the manifest says of it."""
     tables = io_tables(INPUTS[inputs], "float32", CAPACITY)
-    toy = make_manifest(inputs=tables[0], outputs=tables[1], max_context=CONTEXT, prefill_chunk=CHUNK)
+    logits_rows = 4 if inputs == "speculating" else None
+    toy = make_manifest(
+        inputs=tables[0], outputs=tables[1], max_context=CONTEXT, prefill_chunk=CHUNK, logits_rows=logits_rows
+    )
     contents = {"engine.plan": plan(plan_of(toy, lines, **(sizes or {}))).encode(), **(files or {})}
     folder.mkdir(parents=True)
     for name, content in contents.items():
@@ -183,7 +192,7 @@ def test_the_cases_of_the_python_engine(
     dialog: GpuDialog, bundles: dict[str, Path], library: Path, inputs: str, case: Callable[[Any], None]
 ) -> None:
     engine = open_engine(dialog, bundles[inputs], library)
-    assert dialog.held() == HELD.format(0)
+    assert dialog.held() == HELD.format(DEVICE[inputs], 0)
     case(engine)
 
 
@@ -243,7 +252,7 @@ def test_repeated_decode_steps_become_graphs_and_the_oldest_makes_room(
         for first, rows in shapes:
             engine.decode(first, ids(*[5] * rows))
             engine.decode(first, ids(*[6] * rows))
-    assert dialog.held() == HELD.format(16)
+    assert dialog.held() == HELD.format(8, 16)
     assert engine.decode(0, ids(7))[0].argmax() == checksum([1] * 300 + [5, 6] * 4 + [7])
 
 
@@ -261,7 +270,7 @@ def test_a_capture_that_fails_leaves_steps_without_graphs(
     dialog.fail(function, nth=2 if function.startswith("cuMemcpy") else 1, result=900)
     for count in (1, 2, 3):
         assert engine.decode(0, ids(3))[0].argmax() == checksum([1, 2, *[3] * count])
-    assert dialog.held() == HELD.format(0)
+    assert dialog.held() == HELD.format(8, 0)
     warnings = [text for level, text in dialog.want("log")["messages"] if level == 30]
     assert len(warnings) == 1 and "decode steps run without CUDA graphs, which is slower" in warnings[0]
 

@@ -58,6 +58,7 @@ class KnownGenerator:
     our own code. The first token's run counts nowhere: it comes with the prefill.
     """
 
+    speculation = None
     PREFILL, FIRST = 2.0, 2.5
     DECODE, RUN = {"greedy": 0.10, "sampled": 0.15}, {"greedy": 0.08, "sampled": 0.09}
 

@@ -69,6 +69,9 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--max-context", "0", "max_context is 0; it must be at least 1"),
         ("--max-batch", "-3", "max_batch is -3; it must be at least 1"),
         ("--prefill-chunk", "0", "prefill_chunk is 0; it must be at least 1"),
+        ("--speculate", "1", "speculate is 1; accepted: 2 to 16 tokens that a step checks"),
+        ("--speculate", "4", "speculate doesn't exist for target cuda", ("--target", "cuda")),
+        ("--speculate", "few", "'few' is not a valid integer"),
         ("--block-size", "7", "block_size 7 doesn't exist for cpu int4"),
         ("--sensitive-bits", "5", "sensitive_bits 5 doesn't exist for cpu int4"),
         ("--compute-capability", "8.9", "target cpu takes no TensorRT options"),
@@ -210,6 +213,7 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--context", "0", "max_context is 0; it must be at least 1"),
         ("--batch", "0", "max_batch is 0; it must be at least 1"),
         ("--kv-precision", "int2", "kv_precision 'int2' doesn't exist"),
+        ("--speculate", "99", "speculate is 99; accepted: 2 to 16"),
     ],
     "gpu-check": [("--output", "", "it is empty")],
     "capi": [

@@ -61,13 +61,22 @@ def rendered(*messages: tuple[str, str]) -> list[int]:
 class SpellingEngine(FakeEngine):
     """Spells letters, or a script behind `[assistant]`, while its gate is open; a token 1 makes its row fail."""
 
-    def __init__(self, *, rows: int, max_context: int, end_after: int | None = None, script: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        rows: int,
+        max_context: int,
+        end_after: int | None = None,
+        script: str | None = None,
+        logits_rows: int | None = None,
+    ) -> None:
         manifest = make_manifest(
             max_batch=rows,
             max_context=max_context,
             prefill_chunk=64,
             vocab_size=VOCABULARY,
             eos_token_ids=(END,),
+            logits_rows=logits_rows,
         )
 
         said = [*(script or "").encode(), END]
@@ -113,9 +122,12 @@ def make_generator(
     end_after: int | None = None,
     script: str | None = None,
     template: str | None = TEMPLATE,
+    logits_rows: int | None = None,
 ) -> tuple[Generator, SpellingEngine]:
     """A generator on the engine above."""
-    engine = SpellingEngine(rows=rows, max_context=max_context, end_after=end_after, script=script)
+    engine = SpellingEngine(
+        rows=rows, max_context=max_context, end_after=end_after, script=script, logits_rows=logits_rows
+    )
     return Generator(engine, make_tokenizer(template), GenerationDefaults(eos_token_ids=(END,))), engine
 
 
@@ -130,11 +142,17 @@ class App:
         end_after: int | None = None,
         script: str | None = None,
         template: str | None = TEMPLATE,
+        logits_rows: int | None = None,
         is_loaded: bool = True,
         **settings: Any,
     ) -> None:
         self.generator, self.engine = make_generator(
-            rows=rows, max_context=max_context, end_after=end_after, script=script, template=template
+            rows=rows,
+            max_context=max_context,
+            end_after=end_after,
+            script=script,
+            template=template,
+            logits_rows=logits_rows,
         )
         self.state = ServerState(ServerSettings(**settings))
         self.asgi: ASGIApp = make_app(self.state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from qwen_aot.runtime.generation import speculation
 from qwen_aot.runtime.server.metrics import _Histogram
 from tests.runtime.server.servers import App
 
@@ -26,6 +27,15 @@ VLLM = {
     "vllm:request_decode_time_seconds",
     "vllm:request_prompt_tokens",
     "vllm:request_generation_tokens",
+}
+
+
+# Of bundles that can check drafts.
+DRAFTS = {
+    "vllm:spec_decode_num_drafts",
+    "vllm:spec_decode_num_draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens",
+    "vllm:spec_decode_num_accepted_tokens_per_pos",
 }
 
 
@@ -70,6 +80,26 @@ def test_counts() -> None:
     assert found["http_requests_total other other 404"] == 1
     assert found["http_requests_total /v1/models/{model} GET 200"] == 1
     assert not any("secret" in name or "coffee" in name for name in found)
+
+
+def test_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an answer that repeats itself, so that what is drafted is right."""
+    monkeypatch.setattr(speculation.StepCosts, "ratios", lambda costs: [1.0] * len(costs._seconds))
+    script, body = "round and round ", {"max_tokens": 40}
+    with App(logits_rows=4, script=script * 3) as app:
+        families = {family.name for family in text_string_to_metric_families(app.ask("GET", "/metrics").text)}
+        assert families == VLLM | DRAFTS | {"http_requests", "qwen_aot:ready"}
+        text = app.chat(body).json()["choices"][0]["message"]["content"]
+        found = samples(app)
+    with App(script=script * 3) as plain:
+        assert text == plain.chat(body).json()["choices"][0]["message"]["content"] == (script * 3)[:40]
+    name = "vllm:spec_decode_num"
+    assert found[f"{name}_drafts_total"] >= 4
+    assert found[f"{name}_draft_tokens_total"] >= found[f"{name}_accepted_tokens_total"] >= 12
+    places = [found[f"{name}_accepted_tokens_per_pos_total {place}"] for place in range(3)]
+    assert sum(places) == found[f"{name}_accepted_tokens_total"]
+    assert places == sorted(places, reverse=True)
+    assert found["vllm:generation_tokens_total"] == 40
 
 
 def test_before_the_model_is_there() -> None:

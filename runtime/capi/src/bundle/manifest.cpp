@@ -42,7 +42,7 @@ bool is_dtype(std::string_view text)
 
 bool is_dimension(std::string_view text)
 {
-    return text.size() == 1 && std::string_view("BSCWI").find(text[0]) != std::string_view::npos;
+    return text.size() == 1 && std::string_view("BSCWTI").find(text[0]) != std::string_view::npos;
 }
 
 bool is_product_dtype(std::string_view text)
@@ -156,7 +156,7 @@ constexpr SchemaType dimension()
     type.least = 1;
     type.most = kMaxCount;
     type.accepts = is_dimension;
-    type.accepted = "one of B, S, C, W, I";
+    type.accepted = "one of B, S, C, W, T, I";
     return type;
 }
 constexpr SchemaType kDimension = dimension();
@@ -603,30 +603,49 @@ private:
             && (shape[2] == -'C' || shape[2] >= slots) && (shape.size() == 3 || shape[3] > 0);
     }
 
-    /** The output `last_logits` is there exactly if `logits_rows` is, and has its shape. */
+    /** The output `last_logits` and its input are there exactly if `logits_rows` is, with their shapes. */
     Status check_logits()
+    {
+        TextEngine const& engine = manifest_.text_engine;
+        // A row of the cache has room for a prefill chunk more than its context.
+        if (engine.logits_rows > 0 && (engine.logits_rows < 2 || engine.logits_rows > manifest_.prefill_chunk))
+        {
+            return error_.fail(Status::bundle,
+                "%s: logits_rows is %" PRId64 "; accepted: 2 to prefill_chunk = %" PRId64, where_, engine.logits_rows,
+                manifest_.prefill_chunk);
+        }
+        int64_t const last[] = {-'B', -'T', manifest_.vocab_size};
+        int64_t const positions[] = {-'T'};
+        QWEN_AOT_TRY(check_with_rows("output", engine.outputs, kLastLogits, DType::float32, {last, 3}));
+        return check_with_rows("input", engine.inputs, kLogitsPositions, DType::int64, {positions, 1});
+    }
+
+    /** A tensor is there exactly if `logits_rows` is, and is of this type and shape. */
+    Status check_with_rows(
+        char const* kind, Array<IoTensor> const& tensors, char const* name, DType dtype, Span<int64_t const> shape)
     {
         int64_t const rows = manifest_.text_engine.logits_rows;
         IoTensor const* found = nullptr;
-        for (IoTensor const& tensor : manifest_.text_engine.outputs)
+        for (IoTensor const& tensor : tensors)
         {
-            found = tensor.name.view() == kLastLogits ? &tensor : found;
+            found = tensor.name.view() == name ? &tensor : found;
         }
-        if (found == nullptr && rows < 0)
+        bool fits = (found != nullptr) == (rows > 0);
+        if (found != nullptr)
         {
-            return Status::ok;
+            fits = fits && found->dtype == dtype && found->shape.size() == shape.size()
+                && std::equal(shape.begin(), shape.end(), found->shape.begin());
         }
-        bool const fits = found != nullptr && rows > 0 && found->dtype == DType::float32 && found->shape.size() == 3
-            && found->shape[0] == -'B' && found->shape[1] == rows && found->shape[2] == manifest_.vocab_size;
         if (fits)
         {
             return Status::ok;
         }
         return error_.fail(Status::bundle,
             "%s: logits_rows is %" PRId64
-            " (-1: null), and the output %s is %s%s; accepted: float32 [B, logits_rows, %" PRId64 "], or neither",
-            where_, rows, kLastLogits, found == nullptr ? "absent" : dtype_name(found->dtype),
-            found == nullptr ? "" : ShownShape(found->shape.view()).c_str(), manifest_.vocab_size);
+            " (-1: null), and the %s %s is %s%s; accepted: %s%s with logits_rows, or neither",
+            where_, rows, kind, name, found == nullptr ? "absent" : dtype_name(found->dtype),
+            found == nullptr ? "" : ShownShape(found->shape.view()).c_str(), dtype_name(dtype),
+            ShownShape(shape).c_str());
     }
 
     /** steps: names that there are, sorted. num_layers: how many a step must count, if it counts any; -1: any number. */

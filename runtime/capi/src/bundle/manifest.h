@@ -28,8 +28,10 @@ char const* dtype_name(DType type);
 bool find_dtype(std::string_view name, DType& type);
 
 constexpr char kManifestName[] = "manifest.json";
-constexpr char kCachePrefix[] = "past_key_values."; // of the cache inputs' names
-constexpr char kLastLogits[] = "last_logits";       // the output that `logits_rows` counts the rows of
+constexpr char kCachePrefix[] = "past_key_values.";     // of the cache inputs' names
+constexpr char kLastLogits[] = "last_logits";           // the output that `logits_rows` bounds
+constexpr char kLogitsPositions[] = "logits_positions"; // the input that says of how many tokens it is
+constexpr char kVerify[] = "verify";                    // the profile of the steps that want it
 
 /** One input or output: a dimension is a size, or the negative of a letter (-'B'). */
 struct IoTensor
@@ -72,7 +74,7 @@ struct TextEngine
     Array<IoTensor> inputs;
     Array<IoTensor> outputs;
     Array<Profile> profiles;
-    int64_t logits_rows; // K of the output `last_logits` [B, K, V]; -1: there is none
+    int64_t logits_rows; // the largest T of the output `last_logits` [B, T, V]; -1: there is none
     DType cache_dtype;   // without meaning where no input is of the cache
     bool has_tensorrt;
     TensorRtFacts tensorrt;

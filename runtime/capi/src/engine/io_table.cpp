@@ -10,7 +10,7 @@ namespace
 
 constexpr std::string_view kPresentPrefix = "present.";
 constexpr char const* kStepInputNames[kStepInputs] = {
-    "input_ids", "position_ids", "cache_length", "new_tokens", "key_positions"};
+    "input_ids", "position_ids", "cache_length", "new_tokens", "key_positions", "logits_positions"};
 
 std::string_view after(std::string_view text, size_t count)
 {
@@ -113,13 +113,16 @@ Status check_table(Manifest const& manifest, Error& error)
         {
             return error.fail(Status::engine_mismatch,
                 "the bundle's graph has the input %s of dtype %s, which this runtime can't feed; accepted: "
-                "past_key_values.* and cache_length, input_ids, key_positions, new_tokens, position_ids (int64)",
+                "past_key_values.* and cache_length, input_ids, key_positions, logits_positions, new_tokens, "
+                "position_ids "
+                "(int64)",
                 Quoted(tensor.name.view()).c_str(), dtype_name(tensor.dtype));
         }
     }
     IoTensor const* const logits = find(engine.outputs, "logits");
     bool is_as_expected = logits != nullptr && logits->dtype == DType::float32 && logits->shape.size() == 2
-        && logits->shape[0] == -'B' && logits->shape[1] == manifest.vocab_size && engine.outputs.size() == num_past + 1;
+        && logits->shape[0] == -'B' && logits->shape[1] == manifest.vocab_size
+        && engine.outputs.size() == num_past + (engine.logits_rows < 0 ? 1 : 2);
     for (IoTensor const& tensor : engine.inputs)
     {
         if (!is_cache_input(tensor))

@@ -12,13 +12,14 @@ namespace qwen_aot
 /** What a step feeds besides the cache: int64, all of them. */
 enum class StepInput
 {
-    input_ids,     // [B, S]
-    position_ids,  // [B, S]
-    cache_length,  // [B]
-    new_tokens,    // [B]
-    key_positions, // [W]
+    input_ids,        // [B, S]
+    position_ids,     // [B, S]
+    cache_length,     // [B]
+    new_tokens,       // [B]
+    key_positions,    // [W]
+    logits_positions, // [T]; this library asks for each row's last token only: T is 1
 };
-constexpr size_t kStepInputs = 5;
+constexpr size_t kStepInputs = 6;
 
 /** The name of a step's input in graphs. */
 char const* step_input_name(StepInput input);

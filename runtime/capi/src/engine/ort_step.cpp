@@ -116,6 +116,8 @@ Status OrtStep::run(
         int64_t const shape[] = {rows, tokens};
         QWEN_AOT_TRY(bind_step_input(StepInput::input_ids, input_ids_.data(), {shape, 2}, error));
         QWEN_AOT_TRY(bind_step_input(StepInput::position_ids, position_ids_.data(), {shape, 2}, error));
+        int64_t const told[] = {1};
+        QWEN_AOT_TRY(bind_step_input(StepInput::logits_positions, &logits_position_, {told, 1}, error));
     }
     if (wanted.window != bound.window)
     {

@@ -84,6 +84,7 @@ private:
     Array<int64_t> input_ids_;
     Array<int64_t> position_ids_;
     Array<int64_t> key_positions_; // 0, 1, 2, ...
+    int64_t logits_position_ = 0;  // of each row's last token
     void* logits_memory_ = nullptr;
     float* logits_ = nullptr; // [max_rows, V]
     Bound bound_;

@@ -218,10 +218,12 @@ Status TensorRtBackend::check_facts(Error& error) const
             "refit it with TensorRT's Refitter and the checkpoint's weights, or rebuild the bundle without "
             "--strip-weights");
     }
-    if (engine.profiles.size() != 2 || profile_index(manifest, "prefill") < 0 || profile_index(manifest, "decode") < 0)
+    bool const verifies = engine.logits_rows > 0;
+    if (engine.profiles.size() != (verifies ? 3 : 2) || profile_index(manifest, "prefill") < 0
+        || profile_index(manifest, "decode") < 0 || (profile_index(manifest, kVerify) < 0) == verifies)
     {
-        return error.fail(Status::engine_mismatch,
-            "the engine has %zu profiles; accepted: prefill and decode. Rebuild the bundle", engine.profiles.size());
+        return error.fail(Status::engine_mismatch, "the engine has %zu profiles; accepted: %s. Rebuild the bundle",
+            engine.profiles.size(), verifies ? "prefill, decode and verify" : "prefill and decode");
     }
     if (fixed_capacity(engine) == 0)
     {
@@ -448,6 +450,7 @@ Status TensorRtBackend::check_profile(IoTensor const& tensor, int32_t profile, L
         {
         case 'B': high = limits.rows; break;
         case 'S': high = limits.tokens; break;
+        case 'T': high = 1; break;
         case 'W':
             low = TensorRtStep::window_of(1, capacity);
             high = capacity;

@@ -85,6 +85,10 @@ Status Context::bind(StepShape const& shape, StepBuffers const& buffers, Error& 
             }
         }
         QWEN_AOT_TRY(set_address("logits", buffers.device_logits, error));
+        if (engine.logits_rows > 0)
+        {
+            QWEN_AOT_TRY(set_address(kLastLogits, buffers.device_last_logits, error));
+        }
     }
     if (bound.first_row != shape.first_row || bound.rows != shape.rows)
     {
@@ -102,7 +106,9 @@ Status Context::bind(StepShape const& shape, StepBuffers const& buffers, Error& 
     int64_t const tokens[] = {shape.rows, shape.tokens};
     int64_t const rows[] = {shape.rows};
     int64_t const window[] = {shape.window};
-    Span<int64_t const> const sizes[kStepInputs] = {{tokens, 2}, {tokens, 2}, {rows, 1}, {rows, 1}, {window, 1}};
+    int64_t const told[] = {1};
+    Span<int64_t const> const sizes[kStepInputs] = {
+        {tokens, 2}, {tokens, 2}, {rows, 1}, {rows, 1}, {window, 1}, {told, 1}};
     for (size_t i = 0; i < kStepInputs; ++i)
     {
         auto const input = static_cast<StepInput>(i);
@@ -172,7 +178,7 @@ Status TensorRtStep::open(int32_t profile, int64_t max_rows, int64_t max_tokens,
     {
         return error.no_memory("the inputs and logits of a step");
     }
-    size_t const counts[kStepInputs] = {count, count, rows, rows, 0};
+    size_t const counts[kStepInputs] = {count, count, rows, rows, 0, 1};
     for (size_t i = 0; i < kStepInputs; ++i)
     {
         buffers_.offsets[i] = buffers_.bytes;
@@ -180,11 +186,16 @@ Status TensorRtStep::open(int32_t profile, int64_t max_rows, int64_t max_tokens,
     }
     cuda::StreamMemory& stream = parts_.stream;
     QWEN_AOT_TRY(stream.allocate_pinned(buffers_.bytes, &buffers_.block, error));
+    buffers_.input(StepInput::logits_positions)[0] = 0;
     QWEN_AOT_TRY(stream.allocate(buffers_.bytes, buffers_.device_block, error));
     uint8_t* logits = nullptr;
     QWEN_AOT_TRY(stream.allocate_pinned(logits_bytes, &logits, error));
     buffers_.logits = reinterpret_cast<float*>(logits);
     QWEN_AOT_TRY(stream.allocate(logits_bytes, buffers_.device_logits, error));
+    if (parts_.manifest.text_engine.logits_rows > 0)
+    {
+        QWEN_AOT_TRY(stream.allocate(logits_bytes, buffers_.device_last_logits, error));
+    }
     return context_.open(profile, error);
 }
 

@@ -49,6 +49,7 @@ struct StepBuffers
     size_t offsets[kStepInputs] = {}; // in the block; key_positions lies elsewhere
     float* logits = nullptr;          // [max_rows, V], page-locked
     cuda::Address device_logits = 0;
+    cuda::Address device_last_logits = 0; // an engine that has this output writes it too; nobody reads it
 
     int64_t* input(StepInput input) const
     {

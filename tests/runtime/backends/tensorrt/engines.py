@@ -25,11 +25,16 @@ def ids(*token_ids: int) -> np.ndarray:
 
 
 def write_checksum_bundle(
-    folder: Path, flavour: str = "tensorrt", *, names: tuple[str, ...] = ALL_INPUTS, **options: Any
+    folder: Path,
+    flavour: str = "tensorrt",
+    *,
+    names: tuple[str, ...] = ALL_INPUTS,
+    logits_rows: int | None = None,
+    **options: Any,
 ) -> Path:
     """The checksum toy of 4 rows and 1000 tokens; options: see `write_tensorrt_bundle`."""
     inputs, outputs = io_tables(names, "float32", capacity=1024)
-    manifest = make_manifest(inputs=inputs, outputs=outputs)
+    manifest = make_manifest(inputs=inputs, outputs=outputs, logits_rows=logits_rows)
     return write_tensorrt_bundle(folder, checksum_model(inputs, outputs), manifest, flavour, **options)
 
 

@@ -250,9 +250,17 @@ def test_an_input_that_the_runtime_cannot_feed(tmp_path: Path, tensor: IoTensor)
 def test_an_output_that_the_runtime_cannot_take(tmp_path: Path) -> None:
     path = write_checksum_bundle(tmp_path / "bundle")
     manifest = load_bundle(path).manifest
-    last_logits = IoTensor("last_logits", "float32", ("B", 8, manifest.model.vocab_size))
-    bundle = changed(path, outputs=(*manifest.engines.text.outputs, last_logits), logits_rows=8)
-    refused(bundle, r"has the outputs \['last_logits', 'logits', .*; accepted: logits \(")
+    hidden = IoTensor("hidden_states", "float32", ("B", "S", 16))
+    bundle = changed(path, outputs=(*manifest.engines.text.outputs, hidden))
+    refused(bundle, r"has the outputs \['hidden_states', 'logits', .*; accepted: logits \(")
+
+
+@pytest.mark.parametrize("missing", ["verify", "decode"])
+def test_a_profile_that_is_missing(tmp_path: Path, missing: str) -> None:
+    path = write_checksum_bundle(tmp_path / "bundle", names=(*ALL_INPUTS, "logits_positions"), logits_rows=3)
+    profiles = load_bundle(path).manifest.engines.text.profiles
+    bundle = changed(path, profiles=tuple(profile for profile in profiles if profile.name != missing))
+    refused(bundle, "accepted: prefill and decode and verify. Rebuild the bundle")
 
 
 class TestAnEngineThatIsNotTheManifests:
@@ -289,6 +297,11 @@ class TestAnEngineThatIsNotTheManifests:
         path = write_checksum_bundle(tmp_path / "bundle")
         bundle = Bundle(path, replace(load_bundle(path).manifest, max_batch=8))
         self.refused(bundle, r"profile 1 of the engine takes B of 1 to 4 in 'input_ids'; needed: 1 to 8")
+
+    def test_a_verify_profile_of_too_few_tokens(self, tmp_path: Path) -> None:
+        path = write_checksum_bundle(tmp_path / "bundle", names=(*ALL_INPUTS, "logits_positions"), logits_rows=3)
+        message = "profile 2 of the engine takes S of 2 to 3 in 'input_ids'; needed: 2 to 4"
+        self.refused(changed(path, logits_rows=4), message)
 
 
 def test_rows_that_do_not_begin_where_kernels_need(tmp_path: Path) -> None:

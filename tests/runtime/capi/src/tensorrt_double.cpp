@@ -197,6 +197,16 @@ struct StepWork
         int64_t const head_size = caches[0][3];
         int64_t const window = shapes.count("key_positions") != 0 ? shapes.at("key_positions")[0] : capacity;
         auto* const logits = static_cast<float*>(addresses.at("logits"));
+        int64_t told = 1;
+        if (addresses.count("logits_positions") != 0)
+        {
+            told = shapes.at("logits_positions")[0];
+            for (int64_t i = 0; i < told; ++i)
+            {
+                require(integers("logits_positions")[i] == i, "logits_positions that aren't 0, 1, 2, ...");
+            }
+            require(told == 1, "more logits than this library reads");
+        }
         for (int64_t row = 0; row < rows; ++row)
         {
             int64_t const length = integers("cache_length")[row];
@@ -235,6 +245,11 @@ struct StepWork
             {
                 logits[row * plan->vocab_size + i] = static_cast<float>(-std::fabs(static_cast<double>(i) - peak));
             }
+        }
+        if (addresses.count("last_logits") != 0)
+        {
+            std::memcpy(addresses.at("last_logits"), logits,
+                static_cast<size_t>(rows * told * plan->vocab_size) * sizeof(float));
         }
     }
 };
@@ -318,6 +333,7 @@ public:
             if (!tensor.is_input)
             {
                 shape[0] = shapes_.at("input_ids")[0];
+                shape[1] = shape[1] < 0 ? shapes_.at("logits_positions")[0] : shape[1];
             }
             for (int64_t const size : shape)
             {
@@ -325,7 +341,8 @@ public:
             }
             require(driver().is_device(reinterpret_cast<uintptr_t>(addresses_.at(name)), bytes) != 0,
                 "a tensor that passes its memory");
-            require(shape[0] == shapes_.at("input_ids")[0] || name == "key_positions", "inputs of unequal rows");
+            bool const has_rows = name != "key_positions" && name != "logits_positions";
+            require(shape[0] == shapes_.at("input_ids")[0] || !has_rows, "inputs of unequal rows");
             if (name.compare(0, 15, "past_key_values") == 0)
             {
                 require(addresses_.at("present" + name.substr(15)) == addresses_.at(name),
