@@ -23,7 +23,7 @@ from qwen_aot.engines.bundle.text_facts import TextFacts, text_facts
 from qwen_aot.engines.bundle.versions import tool_versions
 from qwen_aot.engines.bundle.writer import BundleWriter, refuse_unless_replaceable
 from qwen_aot.engines.calibrate import calibration_bytes, calibration_windows, set_cache_scales
-from qwen_aot.engines.profiles import profiles
+from qwen_aot.engines.profiles import most_gathered_tokens, profiles
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.own_codes import settled
 from qwen_aot.errors import BuildError
@@ -244,7 +244,14 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, storage: Storage, stages: Sta
     speculates = spec.speculate is not None
     traced = stages.run(
         "trace",
-        lambda _: trace(config, dtype, positions=positions, capacity=capacity, speculates=speculates),
+        lambda _: trace(
+            config,
+            dtype,
+            positions=positions,
+            capacity=capacity,
+            speculates=speculates,
+            gather_up_to_tokens=most_gathered_tokens(config, spec),
+        ),
     )
     traced.store_as(storage)
     lowered = stages.run("lower", lambda _: builder.lower(traced, spec))

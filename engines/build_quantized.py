@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from qwen_aot.engines.bundle.writer import refuse_unless_replaceable
 from qwen_aot.engines.quantize import quantize_checkpoint
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.own_codes import no_rounded_inputs
+from qwen_aot.engines.spec.precisions import QUANTIZED_PRECISIONS
 from qwen_aot.engines.spec.quantize_spec import QuantizeSpec
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.base import Checkpoint
@@ -22,8 +22,6 @@ from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.rounding.algorithms import ALGORITHMS
 from qwen_aot.whole_folder import explained
 
-# Names of precisions that no rounding of weights alone gives: what a user asks for -> the algorithm that makes it.
-QUANTIZED_PRECISIONS: Mapping[str, str] = {"int8-sq": "smoothquant"}
 _TABLE_BITS = 8  # of embedding and head, which the folder has as plain numbers
 
 

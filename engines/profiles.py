@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.experts import gather_limit
 from qwen_aot.exporter.model.io_spec import IoSpec, TensorSpec
 from qwen_aot.runtime.bundle.manifest import VERIFY, Profile
 
@@ -41,6 +44,22 @@ def profile_shapes(
         for spec in contract.inputs
         if any(isinstance(dim, str) for dim in spec.dims)
     }
+
+
+def most_gathered_tokens(config: ModelConfig, spec: BuildSpec) -> int | None:
+    """Up to how many tokens a compiled engine's step gathers its experts' weights; None: by their cost alone.
+
+    `gather_limit`, but less than the most tokens of any profile in which their number varies: TensorRT-RTX 1.7.1 fails
+    on a branch that a profile always takes although its condition is computed ("producer does not dominate the use").
+    """
+    if config.moe is None or not spec.facts.compiles:
+        return None
+    limit = gather_limit(config.moe)
+    for step in profiles(spec.prefill_chunk, spec.speculate):
+        most = step.max_tokens * (1 if step.name == _PREFILL else spec.max_batch)
+        if step.min_tokens < most <= limit:
+            limit = most - 1
+    return max(1, limit)
 
 
 def _shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:

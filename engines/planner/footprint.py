@@ -28,7 +28,7 @@ _CACHE_SCALE_BYTES = 2  # fp16: one for each key and each value of a head and to
 _FORMS: Mapping[WeightClass, Callable[[Forms], Form]] = {
     WeightClass.NORM: lambda _: Form(32),
     WeightClass.BIAS: lambda forms: forms.plain,
-    WeightClass.DECIDING: lambda forms: forms.plain,
+    WeightClass.DECIDING: lambda forms: forms.deciding,
     WeightClass.EMBEDDING: lambda forms: forms.embedding,
     WeightClass.HEAD: lambda forms: forms.head,
     WeightClass.PROJECTION: lambda forms: forms.projection,

@@ -58,7 +58,8 @@ class Forms:
     """How one target and precision stores each kind of weight.
 
     Attributes:
-        plain: routers, gates and biases: the compute type.
+        plain: biases: the compute type.
+        deciding: routers and gates.
         rotary: the rotary tables.
         embedding, head, down, projection, expert: the matrices of these names; `down` are the down projections of
             dense MLPs and shared experts.
@@ -67,6 +68,7 @@ class Forms:
     """
 
     plain: Form
+    deciding: Form
     rotary: Form
     embedding: Form
     head: Form
@@ -82,6 +84,12 @@ def is_blockwise(spec: BuildSpec) -> bool:
     return spec.precision.row.is_quantized and spec.facts.weight_layout == "blocks"
 
 
+def deciding_bits(spec: BuildSpec) -> int:
+    """Of a number of routers and gates: TensorRT's standard lowering has them in fp32."""
+    is_standard = spec.facts.weight_layout == "dequantized" and spec.attention == "native" and spec.moe != "plugin"
+    return 32 if is_standard else 8 * COMPUTE_BYTES[spec.combination.compute_type]
+
+
 def weight_forms(spec: BuildSpec) -> Forms:
     """How a build of `spec` stores each kind of weight."""
     plain = Form(8 * COMPUTE_BYTES[spec.combination.compute_type])
@@ -90,7 +98,7 @@ def weight_forms(spec: BuildSpec) -> Forms:
     # RotaryEmbedding wants its tables in the type of its input, so they are cast when they are written; the plugin
     # reads fp32.
     rotary = Form(32) if spec.attention == "plugin" else plain
-    forms = Forms(plain, rotary, plain, plain, plain, plain, plain)
+    forms = Forms(plain, Form(deciding_bits(spec)), rotary, plain, plain, plain, plain, plain)
     if spec.precision.row.is_quantized:
         weights = Form(spec.precision.row.bits, plain.bits // 8, spec.effective_block_size)
         forms = dataclasses.replace(forms, down=weights, projection=weights, expert=weights)
@@ -113,6 +121,7 @@ def _block_forms(spec: BuildSpec, plain: Form) -> Forms:
     assert sensitive is not None
     return Forms(
         plain=plain,
+        deciding=plain,
         rotary=plain,
         embedding=blocks(sensitive, 8, always=spec.facts.always_zero_points),
         head=blocks(sensitive, sensitive),

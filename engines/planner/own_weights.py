@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import DTypeLike
 
-from qwen_aot.engines.planner.forms import COMPUTE_BYTES, Form, Part
+from qwen_aot.engines.planner.forms import COMPUTE_BYTES, Form, Part, deciding_bits
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.model.config import ModelConfig
@@ -46,6 +46,7 @@ class OwnChoices:
         int8_head: the head is int8 with a scale a channel, beside the embedding if tied.
         fast_prefill: projections have a second form.
         rows: that decode at once.
+        deciding_bits: of routers and gates.
     """
 
     compute_bytes: int
@@ -56,6 +57,7 @@ class OwnChoices:
     int8_head: bool
     fast_prefill: bool
     rows: int
+    deciding_bits: int
 
     @property
     def scale_dtype(self) -> DTypeLike:
@@ -74,6 +76,7 @@ def own_choices(spec: BuildSpec) -> OwnChoices:
         spec.tensorrt.quantize_head,
         spec.fast_prefill,
         spec.max_batch,
+        deciding_bits(spec),
     )
 
 
@@ -102,7 +105,7 @@ def _parts(
         case WeightClass.BIAS:
             yield Part.whole(plain.bytes_of(1, parameter.shape[0]))
         case WeightClass.DECIDING:
-            yield Part.whole(plain.bytes_of(*parameter.shape))
+            yield Part.whole(Form(choices.deciding_bits).bytes_of(*parameter.shape))
         case WeightClass.EMBEDDING | WeightClass.HEAD:
             yield _table(tensors[0], choices, storage)
         case WeightClass.EXPERT:

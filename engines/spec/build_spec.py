@@ -8,7 +8,15 @@ from typing import TypeVar
 
 from qwen_aot.engines.spec.flavours import capabilities_of, check_options, form_of
 from qwen_aot.engines.spec.kv_precision import DEFAULT_KV_PRECISION, check_kv_precision
-from qwen_aot.engines.spec.precisions import Choices, Combination, Precision, combinations, plain_name, quantized
+from qwen_aot.engines.spec.precisions import (
+    QUANTIZED_PRECISIONS,
+    Choices,
+    Combination,
+    Precision,
+    combinations,
+    plain_name,
+    quantized,
+)
 from qwen_aot.engines.spec.targets import TARGETS, Target, TargetFacts
 from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, Form, TensorRtOptions
 from qwen_aot.errors import BuildError
@@ -243,6 +251,10 @@ def _member(kind: Callable[[str], _Name], field: str, value: str) -> _Name:
     try:
         return kind(value)
     except ValueError:
+        if value in QUANTIZED_PRECISIONS:
+            raise BuildError(
+                f"{field} {value} is made by `build-engine --precision {value}` alone; elsewhere it counts as int8"
+            ) from None
         raise BuildError(f"{field} {value!r} doesn't exist; what exists: {_listing()}") from None
 
 

@@ -297,6 +297,10 @@ def combinations() -> list[Combination]:
     return found
 
 
+# Names that no rounding of weights alone gives: what a user asks for -> the algorithm that makes it.
+QUANTIZED_PRECISIONS: Mapping[str, str] = {"int8-sq": "smoothquant"}
+
+
 def quantized() -> list[str]:
     """Names of the precisions whose weights are stored as codes."""
     return [row.name for row in PRECISIONS.values() if row.is_quantized]

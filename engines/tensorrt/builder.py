@@ -82,7 +82,7 @@ def finish(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> 
 def check(folder: Path, manifest: Manifest) -> None:
     """Compares the engine's size with its weights': without a GPU an engine can't be opened.
 
-    How large it may be counts only where it didn't tell its constants, which were compared when it was compiled.
+    Not that of one that told its constants: these were compared when it was compiled.
 
     Raises:
         BuildError: it is so much larger or smaller that the weights can't be stored as asked for.
@@ -94,7 +94,7 @@ def check(folder: Path, manifest: Manifest) -> None:
     library_bytes = manifest.files[plugins.file].bytes if plugins is not None and plugins.in_engine else 0
     layers, num_profiles = manifest.model.num_hidden_layers, len(engine.profiles)
     low, high = engine_size_bounds(engine.tensorrt, layers, library_bytes, num_profiles)
-    if found < low or (engine.plan is None and found > high):
+    if engine.plan is None and not low <= found <= high:
         raise BuildError(
             f"{engine.file} has {found:,} bytes where {low:,} to {high:,} are expected for "
             f"{engine.tensorrt.weight_bytes:,} bytes of {engine.precision} weights: TensorRT stored them in "

@@ -24,6 +24,8 @@ def make_config(trt: Any, builder: Any, spec: BuildSpec, plugin_library: Path | 
     """
     options = spec.tensorrt
     config = builder.create_builder_config()
+    # What is fp32 in the graph is small and decides or corrects: routers, and offsets of codes with their inputs' sums.
+    config.clear_flag(trt.BuilderFlag.TF32)
     if spec.compute_capabilities:
         config.num_compute_capabilities = len(spec.compute_capabilities)
         for index, name in enumerate(spec.compute_capabilities):

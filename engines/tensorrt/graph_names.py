@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -26,7 +25,11 @@ class GraphNames:
         self._layers = _layers(graph)
         self._weights: dict[str, tuple[str, ...]] = {}
         self._products: dict[str, tuple[str, ...]] = {}
-        self._elements = {_matrix_name(value): _elements(value) for value in graph.initializers.values()}
+        self._shapes = {
+            _matrix_name(value): value.shape.numpy()
+            for value in graph.initializers.values()
+            if value.shape is not None and _is_matrix(value)
+        }
         for node in graph.all_nodes():
             found = tuple(dict.fromkeys(weight for value in node.inputs for weight in _behind_views(value)))
             self._weights[str(node.name)] = found
@@ -45,18 +48,13 @@ class GraphNames:
         """Names of the matrices that a product among those nodes multiplies by."""
         return tuple(dict.fromkeys(name for node in nodes for name in self._products.get(node, ())))
 
-    def elements(self, weight: str) -> int:
-        """How many numbers a matrix has."""
-        return self._elements[weight]
+    def shape(self, weight: str) -> tuple[int, ...]:
+        """Of a matrix, [N, K], or of an expert each [E, ., .]."""
+        return self._shapes[weight]
 
 
 def _is_matrix(value: ir.Value) -> bool:
     return value.shape is not None and len(value.shape) > 1 and not str(value.name).endswith("_scales")
-
-
-def _elements(value: ir.Value) -> int:
-    assert value.shape is not None
-    return math.prod(value.shape.numpy())
 
 
 def _matrix_name(value: ir.Value) -> str:

@@ -8,19 +8,20 @@ the format exists: this is what TensorRT-RTX 1.7.1 writes, and whoever reads som
 
 from __future__ import annotations
 
-import mmap
+import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 from qwen_aot.errors import BuildError
 
 _MAGIC = b"NLYM"
 _FIRST_WORDS = b"header {\n"
 _LENGTH_AT, _TEXT_AT = 8, 16
+_PIECE = 16 << 20  # bytes
 _HOST = "100"  # `mem_prop` of the numbers that shapes are computed with
 _SECTION = re.compile(r"^(\w+) \{\n(.*?)^\}$", re.MULTILINE | re.DOTALL)
 _ENTRY = re.compile(r"^\s+(\w+)=(\{.*\})\s*$")
@@ -101,18 +102,31 @@ def read_programs(engine: Path) -> list[Program]:
     Raises:
         BuildError: there is one that doesn't read as TensorRT-RTX 1.7.1 writes it.
     """
-    with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return [_parse(text, engine.name) for text in _texts(data)]
+    with engine.open("rb") as file:
+        return [_parse(text, engine.name) for text in _texts(file)]
 
 
-def _texts(data: mmap.mmap) -> Iterator[str]:
-    at = data.find(_MAGIC)
-    while at >= 0:
-        begin = at + _TEXT_AT
-        if data[begin : begin + len(_FIRST_WORDS)] == _FIRST_WORDS:
-            (length,) = struct.unpack_from("<Q", data, at + _LENGTH_AT)
-            yield data[begin : begin + length].decode("utf-8", errors="replace")
-        at = data.find(_MAGIC, at + len(_MAGIC))
+def _texts(file: BinaryIO) -> Iterator[str]:
+    for place in list(_places(file)):
+        file.seek(place + _LENGTH_AT)
+        (length,) = struct.unpack("<Q", file.read(_TEXT_AT - _LENGTH_AT))
+        left = os.fstat(file.fileno()).st_size - file.tell()
+        yield file.read(min(length, left)).decode("utf-8", errors="replace")
+
+
+def _places(file: BinaryIO) -> Iterator[int]:
+    """Where texts begin. The file is read a piece after the other: an engine may be larger than the memory."""
+    whole = _TEXT_AT + len(_FIRST_WORDS)
+    kept, start = b"", 0  # the end of the piece before, too short to hold a whole beginning; where it lies
+    while piece := file.read(_PIECE):
+        data = kept + piece
+        at = data.find(_MAGIC)
+        while at >= 0:
+            if data[at + _TEXT_AT : at + whole] == _FIRST_WORDS:
+                yield start + at
+            at = data.find(_MAGIC, at + 1)
+        kept = data[-(whole - 1) :]
+        start += len(data) - len(kept)
 
 
 def _parse(text: str, name: str) -> Program:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from qwen_aot.engines.tensorrt.graph_names import GraphNames
 from qwen_aot.engines.tensorrt.program_text import Call, Program, Tensor
@@ -25,7 +24,7 @@ DTYPES: Mapping[str, str] = {
 }
 _BITS = {"int4": 4, "int8": 8, "fp8_e4m3": 8, "bool": 8, "half": 16, "bf16": 16, "float": 32, "int32": 32, "int64": 64}
 _FLOATS = frozenset({"float", "half", "bf16", "fp8_e4m3", "int8"})  # of activations
-_LAUNCHES = frozenset({"function", "fully_connected", "runtime_fusion", "copy", "memset"})
+_LAUNCHES = frozenset({"function", "fully_connected", "runtime_fusion"})  # not what moves a condition to the host
 _PRODUCT = "fully_connected"
 _ATTENTION = re.compile(r"^_ge(?:mm|mv)_mha")  # both products of attention and what is between them
 # Of a kernel's name, which says all that it computes: what changes no value, and the scale that attention's keys get.
@@ -34,7 +33,7 @@ _MOVES = frozenset({"Slic", "Resh", "Move", "Tran", "Gath", "Conc", "Repl", "Spl
 _SCALES = frozenset({"Mul"})
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _PlanTensor: TypeAlias = tuple[str, str, "int | None"]  # name, op, bytes
-_Fact = TypeVar("_Fact", bound=Hashable)
+_Fact = TypeVar("_Fact", bound="tuple[Any, ...]")  # its first is the name
 _SUFFIX = re.compile(r"( \[profile \d+\])?(\.\d+)?$")
 
 
@@ -103,7 +102,7 @@ class _Step:
             layer_kernels=tuple(layers.count(index) for index in range(num_hidden_layers)),
             matrix_products=self._products(),
             copies=self._tensors(self._copy),
-            weight_scratch=self._tensors(self._scratch),
+            weight_scratch=self._scratch(),
         )
 
     def _products(self) -> tuple[MatrixProduct, ...]:
@@ -112,11 +111,23 @@ class _Step:
             operands = self._operands(call)
             if operands is None:
                 continue
-            left, right = (DTYPES[tensor.dtype] for tensor in operands)
-            output = DTYPES[self._tensor(call.outputs[0]).dtype]
-            name = "+".join(self._names.multiplied(call.layers)) or call.name
-            found.append((_starred(name), left, right, output))
+            weights = self._names.multiplied(call.layers)
+            output = self._product_of(call, weights)
+            if output is None:
+                continue
+            left, right, written = (DTYPES[tensor.dtype] for tensor in (*operands, output))
+            found.append(("+".join(weights) or call.name, left, right, written))
         return tuple(MatrixProduct(*product, count) for product, count in _alike(found))
+
+    def _product_of(self, call: Call, weights: Sequence[str]) -> Tensor | None:
+        """The output that holds the products; None: of several, none has as many columns as the weights have rows."""
+        outputs = [self._tensor(name) for name in call.outputs]
+        if len(outputs) == 1:
+            return outputs[0]
+        rows = [self._names.shape(weight)[0] for weight in weights]
+        return next(
+            (tensor for tensor in outputs if _fixed(tensor)[-1:] in ([sum(rows)], *([row] for row in rows))), None
+        )
 
     def _operands(self, call: Call) -> tuple[Tensor, Tensor] | None:
         """What the kernel of a product reads: activations, weight. None: it is of none."""
@@ -137,7 +148,7 @@ class _Step:
 
     def _operands_of_function(self, call: Call) -> tuple[Tensor, Tensor] | None:
         """The same of a generated kernel, which multiplies by a vector beside other work: of one token a row."""
-        sizes = {self._names.elements(weight) for weight in self._names.multiplied(call.layers)}
+        sizes = {math.prod(self._names.shape(weight)) for weight in self._names.multiplied(call.layers)}
         read = [self._tensor(name) for name in call.inputs]
         activations = [tensor for tensor in read if tensor.constant_bytes is None and tensor.dtype in _FLOATS]
         matrices = [tensor for tensor in read if tensor.constant_bytes is not None and _elements(tensor) in sizes]
@@ -163,21 +174,28 @@ class _Step:
         if not name.startswith("present."):
             layer = self._names.layer(call.layers)
             name = "activations" if layer is None else f"layers.{layer}.activations"
-        return _starred(name), "".join(_WORD.findall(call.name)), self._bytes(output)
+        return name, "".join(_WORD.findall(call.name)), self._bytes(output)
 
-    def _scratch(self, call: Call) -> _PlanTensor | None:
-        """Of a kernel that makes a matrix of constants anew: the largest that it writes."""
+    def _scratch(self) -> tuple[PlanTensor, ...]:
+        found = [tensor for call in self._program.calls for tensor in self._scratch_of(call)]
+        return tuple(PlanTensor(*tensor, count) for tensor, count in _alike(found))
+
+    def _scratch_of(self, call: Call) -> Iterator[_PlanTensor]:
+        """Of a kernel that makes matrices of constants anew: those that it writes."""
         if call.op != "function" or _ATTENTION.match(call.name):
-            return None
+            return
         read = [self._tensor(name) for name in call.inputs]
         if any(tensor.constant_bytes is None and tensor.dtype not in ("int32", "int64") for tensor in read):
-            return None
+            return
         matrices = [math.prod(_fixed(tensor)[-2:]) for tensor in read if tensor.constant_bytes and _is_matrix(tensor)]
-        written = max(map(self._tensor, call.outputs), key=_elements)
-        if not matrices or _elements(written) < max(matrices):
-            return None
-        name = "+".join(self._names.weights(call.layers)) or "weights"
-        return _starred(name), "".join(_WORD.findall(call.name)), self._bytes(written)
+        if not matrices:
+            return
+        op, weights = "".join(_WORD.findall(call.name)), self._names.weights(call.layers)
+        for written in map(self._tensor, call.outputs):
+            size = math.prod(_fixed(written)[-2:])
+            own = [weight for weight in weights if math.prod(self._names.shape(weight)[-2:]) == size]
+            if size >= min(matrices):
+                yield "+".join(own or weights) or "weights", op, self._bytes(written)
 
     def _tensor(self, name: str) -> Tensor:
         return self._program.tensors[name]
@@ -243,10 +261,13 @@ def _words(call: Call) -> frozenset[str]:
     return frozenset(_WORD.findall(call.name)) if call.op == "function" else frozenset()
 
 
-def _starred(name: str) -> str:
-    return _NUMBER.sub("*", name)
-
-
 def _alike(found: Iterable[_Fact]) -> Iterator[tuple[_Fact, int]]:
-    """Each of those that are equal once, with their number, in the order in which each came first."""
-    yield from Counter(found).items()
+    """Each of those that differ in the layer's number of their name alone once, with their number, as each came first.
+
+    What is of one layer keeps its number.
+    """
+    groups: dict[Any, list[_Fact]] = {}
+    for fact in found:
+        groups.setdefault((_NUMBER.sub("*", str(fact[0])), *fact[1:]), []).append(fact)
+    for starred, facts in groups.items():
+        yield (facts[0] if len(set(facts)) == 1 else starred), len(facts)

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qwen_aot.engines.builders import builder_for
+from qwen_aot.engines.profiles import most_gathered_tokens
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, TensorRtOptions
 from qwen_aot.exporter.checkpoint.base import Checkpoint
@@ -54,7 +55,14 @@ def lower_again(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Tra
     capacity = positions if spec.facts.has_fixed_capacity else None
     dtype = ir.DataType[spec.combination.compute_type]
     speculates = spec.speculate is not None
-    traced = trace(checkpoint.config, dtype, positions=positions, capacity=capacity, speculates=speculates)
+    traced = trace(
+        checkpoint.config,
+        dtype,
+        positions=positions,
+        capacity=capacity,
+        speculates=speculates,
+        gather_up_to_tokens=most_gathered_tokens(checkpoint.config, spec),
+    )
     traced.store_as(storage_of(checkpoint))
     return builder_for(spec.target).lower(traced, spec)
 

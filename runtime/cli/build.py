@@ -35,8 +35,7 @@ def _targets() -> str:
 
 def _precisions() -> str:
     """How each precision stores the weights, those together that do it alike."""
-    from qwen_aot.engines.build_quantized import QUANTIZED_PRECISIONS
-    from qwen_aot.engines.spec.precisions import PRECISIONS
+    from qwen_aot.engines.spec.precisions import PRECISIONS, QUANTIZED_PRECISIONS
 
     names: dict[str, list[str]] = {}
     for name, row in PRECISIONS.items():
@@ -230,7 +229,10 @@ def command(
     if keep_quantized is not None and algorithm is None:
         raise click.UsageError("--keep-quantized goes with --algorithm")
     if dry_run and algorithm is not None:
-        raise click.UsageError("--dry-run plans no --algorithm: its bundle is as large as without")
+        raise click.UsageError(
+            f"--dry-run doesn't plan what algorithm {algorithm} makes; plan the precision of its codes (int4, int8) "
+            "without it: the bundle is about as large"
+        )
     try:
         options = TensorRtOptions(
             compute_capabilities=tuple(compute_capability.split(",")) if compute_capability is not None else (),

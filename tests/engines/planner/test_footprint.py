@@ -214,12 +214,12 @@ def test_published_parameters_at_two_bytes_are_a_variants_weights() -> None:
 def quantized_bytes(config: ModelConfig, bits: int, block_size: int | None) -> int:
     """Of the checkpoint's tensors as a TensorRT engine stores them, one by one, without the rotary tables.
 
-    fp16, but codes with fp16 scales in the projections, and fp32 norms.
+    fp16, but codes with fp16 scales in the projections, and fp32 norms, routers and gates.
     """
     total = 0
     for name, shape in tensor_shapes(config).items():
         elements = math.prod(shape)
-        if name.endswith(("norm.weight", "layernorm.weight")):
+        if name.endswith(("norm.weight", "layernorm.weight", "mlp.gate.weight", "shared_expert_gate.weight")):
             total += 4 * elements
         elif name.endswith("_proj.weight"):
             total += elements * bits // 8 + 2 * shape[0] * (shape[1] // (block_size or shape[1]))
@@ -329,7 +329,7 @@ def test_a_decode_step_reads_the_chosen_experts_alone(batch: int, experts_read: 
 
     expert = 2 * 3 * 64 * 32
     without = read(8, 2, batch) - 2 * experts_read * expert
-    assert without == read(1, 1, batch) - 2 * expert + 2 * 7 * 64 * 2  # whose router is 7 rows smaller
+    assert without == read(1, 1, batch) - 2 * expert + 2 * 7 * 64 * 4  # whose router is 7 rows smaller
 
 
 def test_prefill_alone_reads_the_second_form_of_its_projections() -> None:

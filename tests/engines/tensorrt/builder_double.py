@@ -76,13 +76,16 @@ class Config(Strict):
 
     def __init__(self, logger: ILogger) -> None:
         self._logger = logger
-        self._flags: set[str] = set()
+        self._flags: set[str] = {"TF32"}  # as the library begins
         self._pools: dict[str, int] = {}
         self._profiles: list[Profile] = []
         self._cache: TimingCache | None = None
 
     def set_flag(self, flag: str) -> None:
         self._flags.add(flag)
+
+    def clear_flag(self, flag: str) -> None:
+        self._flags.discard(flag)
 
     def set_memory_pool_limit(self, pool: str, size: int) -> None:
         self._pools[pool] = size
@@ -260,6 +263,6 @@ def make_module(**changes: Any) -> ModuleType:
     module.MemoryPoolType = SimpleNamespace(WORKSPACE="WORKSPACE")  # type: ignore[attr-defined]
     module.HardwareCompatibilityLevel = SimpleNamespace(AMPERE_PLUS="AMPERE_PLUS")  # type: ignore[attr-defined]
     module.BuilderFlag = SimpleNamespace(  # type: ignore[attr-defined]
-        VERSION_COMPATIBLE="VERSION_COMPATIBLE", STRIP_PLAN="STRIP_PLAN"
+        VERSION_COMPATIBLE="VERSION_COMPATIBLE", STRIP_PLAN="STRIP_PLAN", TF32="TF32"
     )
     return module

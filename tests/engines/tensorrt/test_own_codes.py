@@ -55,8 +55,8 @@ def test_every_form_is_compiled(tmp_path: Path) -> None:
     assert text.quantization == {"own_codes": True, "quantize_head": False}
     assert text.plan is not None
     for step in text.plan.values():
-        right = {product.name.removeprefix("model.layers.*."): product.right for product in step.matrix_products}
-        assert right["self_attn.o_proj.weight"] == right["mlp.down_proj.weight"] == "int4"  # of 8 bits: two halves
+        for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):  # that of 8 bits is two halves
+            assert {product.right for product in step.matrix_products if product.name.endswith(name)} == {"int4"}
         assert step.weight_scratch == ()
     assert sum(text.weight_encodings.kept.values()) == len(source.coded)
     found = check_weights(tmp_path / "b", manifest, source)

@@ -26,6 +26,8 @@ TENSORS = [
     tensor("odd", '{ 1 "unknown" 64 }', "half"),
     tensor("ids", "{ 1 }", "int32"),
     tensor("wide", "{ 64 64 }", "half"),
+    tensor("tall", "{ 64 64 }", "half"),
+    tensor("exact", '{ 1 "s" 64 }', "float"),
     constant("w", "{ 64 64 }", "int8", 4096, place=0),
     constant("w_again", "{ 64 64 }", "int8", 4096, place=0),
     constant("v", "{ 64 64 }", "half", 8192, place=1),
@@ -116,7 +118,7 @@ def test_products_have_the_types_that_their_kernel_reads(tmp_path: Path) -> None
     down = "model.layers.*.mlp.down_proj.weight"
     assert plan_of(tmp_path, lines, inner).matrix_products == (
         MatrixProduct(down, "float16", "int8", "float16", 3),
-        MatrixProduct(down, "float16", "float16", "float16", 1),
+        MatrixProduct(down.replace("*", "1"), "float16", "float16", "float16", 1),
         MatrixProduct("_gemm_mha_v2", "float16", "float16", "float16", 1),
     )
 
@@ -135,8 +137,8 @@ def test_copies_are_what_only_moves_one_tensor(tmp_path: Path) -> None:
         function("__myl_ReshTran", ["x"], ["odd"], onnx("node_last")),
     ]
     assert plan_of(tmp_path, lines).copies == (
-        PlanTensor("present.*.key", "SlicMul", 4 * 96 * 16 * 2, 1),
-        PlanTensor("layers.*.activations", "TranGath", 32 * 64 * 2, 1),
+        PlanTensor("present.0.key", "SlicMul", 4 * 96 * 16 * 2, 1),
+        PlanTensor("layers.1.activations", "TranGath", 32 * 64 * 2, 1),
         PlanTensor("activations", "ReshTran", None, 1),
     )
 
@@ -160,7 +162,7 @@ def test_weights_that_are_made_anew_are_scratch(tmp_path: Path) -> None:
     lines = [" label bb1:", function("__myl_CastMul", ["w", "scale"], ["wide"], onnx("layers.1.dequantize"))]
     lines += [function("__myl_CastGath", ["w", "ids"], ["wide"], onnx("node_last"))]
     assert plan_of(tmp_path, lines).weight_scratch == (
-        PlanTensor("model.layers.*.mlp.down_proj.weight", "CastMul", 8192, 1),
+        PlanTensor("model.layers.1.mlp.down_proj.weight", "CastMul", 8192, 1),
         PlanTensor("weights", "CastGath", 8192, 1),
     )
 
@@ -176,6 +178,23 @@ def test_weights_that_are_made_anew_are_scratch(tmp_path: Path) -> None:
 )
 def test_what_is_no_scratch(tmp_path: Path, kernel: str) -> None:
     assert plan_of(tmp_path, [" label bb1:", kernel]).weight_scratch == ()
+
+
+def test_each_matrix_that_a_kernel_writes_is_scratch(tmp_path: Path) -> None:
+    line = function("__myl_CastTran", ["w", "v"], ["wide", "tall"], onnx("layers.0.dequantize"))
+    assert plan_of(tmp_path, [" label bb1:", line]).weight_scratch == (
+        PlanTensor("model.layers.0.mlp.down_proj.weight", "CastTran", 8192, 2),
+    )
+
+
+def test_of_several_outputs_the_product_is_the_one_of_its_width(tmp_path: Path) -> None:
+    def written(*outputs: str) -> tuple[MatrixProduct, ...]:
+        kernel = function("__myl_CastMulReshMulSum", ["w", "x"], outputs, onnx("node_01"))
+        return plan_of(tmp_path, [" label bb1:", kernel]).matrix_products
+
+    down = "model.layers.0.mlp.down_proj.weight"
+    assert written("window", "exact") == (MatrixProduct(down, "float16", "int8", "float32", 1),)
+    assert written("window", "ids") == ()  # none is as wide
 
 
 def test_a_constant_that_two_names_have_is_stored_once(tmp_path: Path) -> None:
