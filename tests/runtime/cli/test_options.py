@@ -210,6 +210,7 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--device", "rtx-4091", "device 'rtx-4091' isn't known; accepted: orin-nano-8gb"),
         ("--target", "npu", "target 'npu' doesn't exist"),
         ("--precision", "fp7", "precision 'fp7' doesn't exist"),
+        ("--precision", "int8-sq", "made by `build-engine --precision int8-sq` alone"),
         ("--context", "0", "max_context is 0; it must be at least 1"),
         ("--batch", "0", "max_batch is 0; it must be at least 1"),
         ("--kv-precision", "int2", "kv_precision 'int2' doesn't exist"),
