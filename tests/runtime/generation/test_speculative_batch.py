@@ -92,7 +92,7 @@ def check_rows(batch: Batch) -> None:
     engine: Any = batch._engine
     for row, occupant in enumerate(batch._rows):
         if occupant is None:
-            assert engine.rows[row] == batch._held[row]
+            assert engine.rows[row] == batch._held[row].tokens
         elif occupant.is_prefilled:
             assert engine.rows[row] == (occupant.prompt_ids + occupant.token_ids)[:-1]
         else:
