@@ -153,7 +153,8 @@ def test_every_kind_is_built_and_says_what_it_is(
 def test_the_plan_of_every_kind(compiled: Callable[..., tuple[Path, Manifest]], case: Mapping[str, Any]) -> None:
     """No product falls back to another type, no dense weight is written anew, and the cache's window is copied."""
     kind, precision = f"{case['attention']}-{case['head']}-{case['layer']}", case["precision"]
-    _, manifest = compiled(kind, precision)
+    bundle, manifest = compiled(kind, precision)
+    assert b"tf32=0" in (bundle / "engine.rtx").read_bytes()  # what the graph has in fp32 is multiplied so
     plan, layers = manifest.engines.text.plan, manifest.model.num_hidden_layers
     assert plan is not None and list(plan) == ["prefill", "decode"]
     floats = "bfloat16" if precision is Precision.BF16 else "float16"

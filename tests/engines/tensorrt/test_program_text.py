@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_aot.engines.tensorrt import program_text
 from qwen_aot.engines.tensorrt.program_text import Call, Program, Tensor, read_programs
 from qwen_aot.errors import BuildError
 from tests.engines.tensorrt.programs import constant, function, packed, program, tensor
@@ -78,6 +79,15 @@ def test_another_grammar_is_an_error(tmp_path: Path, damage, said: str) -> None:
     assert damaged != STEP
     with pytest.raises(BuildError, match=rf"engine\.rtx holds a program that this version can't read: {said}"):
         read_programs(written(tmp_path / "engine.rtx", damaged))
+
+
+@pytest.mark.parametrize("piece", [1, 7, 24, 25, 26, 1000])
+def test_pieces_of_any_size_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    engine = written(tmp_path / "engine.rtx", STEP, STEP, noise=b"NLYMNLYM" + b"\x00" * 11)
+    whole = read_programs(engine)
+    assert len(whole) == 2
+    monkeypatch.setattr(program_text, "_PIECE", piece)
+    assert read_programs(engine) == whole
 
 
 def test_a_length_beyond_the_file_reads_what_is_there(tmp_path: Path) -> None:
