@@ -39,8 +39,8 @@ def mixed_forms(
     by_place = {(tensor.layer, tensor.role, tensor.expert): tensor for tensor in tensors}
 
     def forms(place: Place, layer: int) -> list[CodeForm]:
-        tensor = by_place[(layer, *place)]
-        return [spec.form_of(tensor, bits, size) for bits, size in CANDIDATES]
+        key = (layer, *place)
+        return [spec.form_of(by_place[key], bits, size) for bits, size in CANDIDATES]
 
     losses: dict[Unit, list[float]] = defaultdict(lambda: [0.0] * len(CANDIDATES))
     units: dict[str, Unit] = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from qwen_aot.extras import install_command
 from qwen_aot.machine import usable_cores
 from qwen_aot.plugins import aot, kernel_table
 from qwen_aot.plugins.variants import SMS
+from qwen_aot.whole_file import file_sha256
 
 FILE_NAME = "libqwen_aot_plugins.so"
 SOURCES = Path(__file__).parent / "src"
@@ -44,12 +44,6 @@ _SDK_FOLDERS = (
     "/usr/local/tensorrt/include",  # NVIDIA's containers
     "/usr/include",
 )
-
-
-def library_hash(path: Path) -> str:
-    """SHA-256 of a built library, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cuda_headers() -> Path:
@@ -76,7 +70,7 @@ def _download_headers(folder: Path) -> None:
             " NvInferRuntime.h with --tensorrt-include",
         )
         (wheel,) = Path(download).glob("*.whl")
-        found = library_hash(wheel)
+        found = file_sha256(wheel)
         if found != HEADERS_SHA256:
             raise BuildError(f"{wheel.name} has SHA-256 {found}, not {HEADERS_SHA256}; its headers aren't used")
         part = Path(download) / "headers"
@@ -257,7 +251,7 @@ def main() -> int:
         print("interrupted", file=sys.stderr)
         return 130
     seconds = time.monotonic() - started
-    size, digest = library.stat().st_size, library_hash(library)
+    size, digest = library.stat().st_size, file_sha256(library)
     facts = {"library": str(library), "bytes": size, "sha256": digest, "build_seconds": seconds}
     if arguments.json:
         print(json.dumps(facts))

@@ -56,6 +56,7 @@ ARROWS = (
     Arrow("", "extras", "one answer to which extra brings a package"),
     Arrow("", "figures", "one look of every plot"),
     Arrow("", "machine", "one answer to what the process may use"),
+    Arrow("", "str_enum", "a class of newer Pythons"),
     Arrow("", "version", "one version"),
     Arrow("", "whole_file", "one way to write a file that may replace another"),
     Arrow("", "whole_folder", "one way to write a folder that may replace another"),
@@ -134,7 +135,17 @@ def test_every_folder_has_its_place_in_the_order() -> None:
     files = (path.relative_to(TREE).with_suffix("") for path in _modules(TREE) if path.stem != "__init__")
     inside = {".".join(file.parts) for file in files}
     outside = {module for module in inside if not any(is_within(module, folder) for folder in FOLDERS)}
-    assert outside == {"__main__", "errors", "extras", "figures", "machine", "version", "whole_file", "whole_folder"}
+    assert outside == {
+        "__main__",
+        "errors",
+        "extras",
+        "figures",
+        "machine",
+        "str_enum",
+        "version",
+        "whole_file",
+        "whole_folder",
+    }
 
 
 @pytest.mark.parametrize(
@@ -165,7 +176,8 @@ def write(root: Path, files: dict[str, str]) -> Path:
 
 ALL = {  # one module for each place of the table, so that imports of it resolve
     **{
-        f"{name}.py": "" for name in ("errors", "extras", "figures", "machine", "version", "whole_file", "whole_folder")
+        f"{name}.py": ""
+        for name in ("errors", "extras", "figures", "machine", "str_enum", "version", "whole_file", "whole_folder")
     },
     **{f"{folder.replace('.', '/')}/it.py": "" for folder in FOLDERS},
     **{f"runtime/cli/{verb}.py": "" for verb in ("build", "doctor", "bench", "generate", "chat", "inspect")},

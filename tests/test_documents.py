@@ -6,12 +6,12 @@ import importlib.util
 import re
 import shlex
 import subprocess
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+import tomllib
 
 from qwen_aot.runtime.cli.main import VERBS, qwen_aot
 from qwen_aot.version import __version__

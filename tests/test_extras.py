@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from qwen_aot import extras
 from qwen_aot.extras import EXTRA_OF, install_command, missing_package

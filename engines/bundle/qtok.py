@@ -96,4 +96,5 @@ def first_slots(left: Ids, right: Ids, slots: int) -> Ids:
     Source: multiplicative hashing by the golden ratio (Knuth, The Art of Computer Programming 3, 6.4).
     """
     products = (left << np.uint64(32) | right) * np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64
-    return products >> np.uint64(65 - slots.bit_length())
+    first: Ids = products >> np.uint64(65 - slots.bit_length())
+    return first

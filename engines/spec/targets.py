@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Literal
 
 from qwen_aot.engines.spec.kv_precision import Int8Cache
 from qwen_aot.errors import BuildError
+from qwen_aot.str_enum import StrEnum
 
 
 class Target(StrEnum):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import StrEnum
+
+from qwen_aot.str_enum import StrEnum
 
 
 class Verdict(StrEnum):

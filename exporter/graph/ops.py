@@ -15,11 +15,11 @@ so that a graph that still holds one runs on any ONNX runtime. Definitions are w
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 import onnx
 import onnx.parser
 import onnx_ir as ir
+
+from qwen_aot.str_enum import StrEnum
 
 DOMAIN = "qwen_aot"
 VERSION = 1

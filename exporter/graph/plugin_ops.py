@@ -13,13 +13,12 @@ compute type where a kernel rounds. It takes fp32 tensors in the place of fp16 o
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 import onnx
 import onnx.parser
 import onnx_ir as ir
 
 from qwen_aot.exporter.graph.ops import DOMAIN, VERSION
+from qwen_aot.str_enum import StrEnum
 
 OPSET = 20  # the newest of the definitions' ops
 EXPERT_BLOCK = 128  # elements along K that share a scale of 4-bit experts

@@ -230,7 +230,7 @@ def _asymmetric(
 def reciprocal(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """1 / x, and 0 where x is 0 or so small that 1 / x overflows."""
     with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.float32(1) / x
+        inverse: NDArray[np.float32] = np.float32(1) / x
     inverse[~np.isfinite(inverse)] = 0
     return inverse
 

@@ -7,11 +7,11 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from qwen_aot.errors import BuildError
+from qwen_aot.str_enum import StrEnum
 from qwen_aot.whole_file import write_whole
 
 _TITLE = "# qwen-aot gpu-check"  # of the report as text

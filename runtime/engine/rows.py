@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,9 @@ from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.bundle.manifest import Manifest
 from qwen_aot.runtime.engine.exclusive import Exclusive, hold_at_exit
 from qwen_aot.runtime.engine.protocol import NonFiniteLogitsError, check_finite, check_room
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Cache", "RowEngine", "Step"]
 
@@ -109,7 +112,8 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
     @property
     def cache_length(self) -> NDArray[np.int64]:
         """[max_batch] valid tokens in each row's cache (a copy)."""
-        return self._cache.lengths.copy()
+        lengths: NDArray[np.int64] = self._cache.lengths.copy()
+        return lengths
 
     @property
     def run_seconds(self) -> float:

@@ -8,7 +8,7 @@ from collections import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeAlias, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from qwen_aot.errors import ContextFullError, GenerationError
 from qwen_aot.runtime.backends.open import open_engine
@@ -23,6 +23,9 @@ from qwen_aot.runtime.generation.speculation import SpeculationStatistics
 from qwen_aot.runtime.text.chat_encoder import ChatEncoder
 from qwen_aot.runtime.text.chat_template import Message
 from qwen_aot.runtime.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["EventStream", "Generator"]
 

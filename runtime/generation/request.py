@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.constraint import ConstraintSource
 from qwen_aot.runtime.generation.sampling import TokenLogprobs
+from qwen_aot.str_enum import StrEnum
 
 __all__ = ["Completion", "Event", "FinishReason", "Request", "Timings", "TokenEvent"]
 

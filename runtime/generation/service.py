@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import contextlib
 import queue
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from types import TracebackType
@@ -266,7 +266,7 @@ class _Ask(Enum):
 class _Look:
     """Somebody waits for what the rows hold."""
 
-    found: Future[list[tuple[int, list[int]]]]
+    found: concurrent.futures.Future[list[tuple[int, list[int]]]]
 
 
 class _Worker:
@@ -319,11 +319,14 @@ class _Worker:
         return replace(now, waiting=now.waiting + unseen, submitted=submitted, is_accepting=self.is_accepting)
 
     def look(self, timeout: float | None) -> list[tuple[int, list[int]]]:
-        ask = _Look(Future())
+        ask = _Look(concurrent.futures.Future())
         self._asks.put(ask)
         if self._is_over:  # it may have ended before it saw this
             self._fail_all()
-        return ask.found.result(timeout)
+        try:
+            return ask.found.result(timeout)
+        except concurrent.futures.TimeoutError as error:  # before Python 3.11 not the built-in one
+            raise TimeoutError(f"the step at work takes longer than {timeout} s") from error
 
     def ask(self, wish: _Ask) -> None:
         """Never blocks."""

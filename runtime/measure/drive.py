@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -93,6 +94,22 @@ def arrivals(load: OpenLoop, count: int) -> list[float]:
     return times
 
 
+@contextlib.asynccontextmanager
+async def _ended_together() -> AsyncIterator[list[asyncio.Task[None]]]:
+    """Waits for the tasks that are put into the list; when one fails, or the wait does, the others are cancelled.
+
+    For asyncio's TaskGroup, which Python has from 3.11 on.
+    """
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        yield tasks
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class _Run(Generic[T]):
     def __init__(self, target: Target[T], prompts: Sequence[T]) -> None:
         self.outcomes: dict[int, Outcome] = {}
@@ -102,15 +119,15 @@ class _Run(Generic[T]):
         self._waiting = iter(range(len(prompts)))
 
     async def closed(self, concurrency: int) -> None:
-        async with asyncio.TaskGroup() as clients:
+        async with _ended_together() as clients:
             for _ in range(min(concurrency, len(self._prompts))):
-                clients.create_task(self._client())
+                clients.append(asyncio.create_task(self._client()))
 
     async def open(self, times: Sequence[float], begin: float) -> None:
-        async with asyncio.TaskGroup() as requests:
+        async with _ended_together() as requests:
             for index, at in enumerate(times):
                 await asyncio.sleep(begin + at - time.perf_counter())  # 0 or less: others get their turn
-                requests.create_task(self._ask(index, begin + at))
+                requests.append(asyncio.create_task(self._ask(index, begin + at)))
 
     async def _client(self) -> None:
         for index in self._waiting:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+
+from qwen_aot.str_enum import StrEnum
 
 __all__ = ["Answer", "Failure", "FailureKind", "Outcome"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import random
@@ -13,6 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
 import httpx
 
 from qwen_aot.errors import DeployError
@@ -62,7 +62,7 @@ class ServerTarget:
         """See `drive.Target`."""
         stream = CompletionStream(self.gen_tokens)
         try:
-            async with asyncio.timeout(self.timeout):
+            with anyio.fail_after(self.timeout):
                 return await self._ask(prompt, start, stream)
         except TimeoutError:
             where = f"behind {len(stream.pieces)} pieces of text" if stream.pieces else "before the first text"
@@ -149,8 +149,9 @@ async def _probe(target: ServerTarget) -> Outcome:
 
 async def _only_model(client: httpx.AsyncClient, url: str, timeout: float) -> str:
     try:
-        async with asyncio.timeout(timeout), client.stream("GET", "models") as response:
-            content = await _read(response)
+        with anyio.fail_after(timeout):
+            async with client.stream("GET", "models") as response:
+                content = await _read(response)
     except TimeoutError:
         raise ServerError(f"{url}/models didn't answer in {timeout:g} s; give a server that is ready") from None
     except httpx.HTTPError as error:

@@ -55,7 +55,7 @@ def page_routes() -> list[Route]:
 
 
 def _route(path: str, name: str, kind: str) -> Route:
-    content = resources.files("qwen_aot.runtime.server").joinpath("page", name).read_bytes()
+    content = resources.files("qwen_aot.runtime.server").joinpath("page").joinpath(name).read_bytes()
 
     async def serve(request: Request) -> Response:
         return Response(content, headers={**_HEADERS, "content-type": kind})

@@ -95,7 +95,7 @@ class HttpProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Refuses what isn't HTTP, in the API's form."""
         self._stop_timer()
-        error = sys.exception()
+        error = sys.exc_info()[1]
         hint = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         status = hint if hint in (431, 501) else 400
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # within a response already

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import anyio
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive
@@ -61,7 +62,7 @@ class BodyReader:
             raise await self._refuse(request, _too_large())
         body = bytearray()
         try:
-            async with asyncio.timeout(BODY_SECONDS):
+            with anyio.fail_after(BODY_SECONDS):
                 await self._fill(request, body)
             if len(body) <= INLINE_BYTES:
                 return make(_parse(bytes(body)))
@@ -106,7 +107,7 @@ def _too_large() -> ApiError:
 async def _discard(receive: Receive) -> None:
     left, end = DISCARD_BYTES, time.monotonic() + DISCARD_SECONDS
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(DISCARD_SECONDS):
+        with anyio.fail_after(DISCARD_SECONDS):
             while left > 0 and time.monotonic() < end:
                 message = await receive()
                 if message["type"] != "http.request" or not message.get("more_body", False):

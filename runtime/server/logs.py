@@ -70,7 +70,7 @@ def show_server_logs(form: str) -> None:
 
 
 def _time(record: logging.LogRecord) -> str:
-    moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+    moment = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

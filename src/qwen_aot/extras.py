@@ -8,6 +8,7 @@ from pathlib import Path
 
 # Import name of a package that only an extra brings -> that extra.
 EXTRA_OF = {
+    "anyio": "serve",
     "cuda": "cuda",
     "gguf": "build",
     "h11": "serve",

@@ -9,6 +9,8 @@ from pathlib import Path
 
 __all__ = ["file_sha256", "write_whole"]
 
+_BLOCK_BYTES = 1 << 20
+
 
 def write_whole(path: Path, content: bytes, *, mode: int = 0o666, is_synced: bool = False) -> None:
     """Writes a file beside and renames it into place: what stood there before stands until then.
@@ -41,5 +43,8 @@ def write_whole(path: Path, content: bytes, *, mode: int = 0o666, is_synced: boo
 
 def file_sha256(path: Path) -> str:
     """Of a file's content, in lower-case hex digits."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

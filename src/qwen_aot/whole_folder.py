@@ -22,10 +22,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING
 
 from qwen_aot.errors import BuildError
 from qwen_aot.whole_file import file_sha256
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["FolderWriter", "explained", "refuse_unless_as_written", "sync"]
 

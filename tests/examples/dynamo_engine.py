@@ -80,7 +80,9 @@ async def main(bundle):
     found["full"] = await collect(engine, 20, plain)
     for n in range(4):
         await engine.abort(Context(10 + n))
-    ends = [[chunk async for chunk in stream][-1] for stream in streams]
+    ends = []
+    for stream in streams:
+        ends.append([chunk async for chunk in stream][-1])  # no such comprehension before 3.11
     found["aborted"] = [[end["finish_reason"], end["completion_usage"]["completion_tokens"] < 460] for end in ends]
     found["free"] = engine._service.statistics().running
     stream = engine.generate(long, Context(30))

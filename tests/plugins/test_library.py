@@ -15,8 +15,9 @@ import pytest
 from qwen_aot.errors import BuildError
 from qwen_aot.extras import install_command
 from qwen_aot.plugins import kernel_table, launch, library
-from qwen_aot.plugins.library import build_library, library_hash, tensorrt_headers
+from qwen_aot.plugins.library import build_library, tensorrt_headers
 from qwen_aot.plugins.variants import variants
+from qwen_aot.whole_file import file_sha256
 from tests.plugins.builds import CPP_TESTS, SELECTION_SOURCES, compile_cpp_test, cpp_test_names
 from tests.shared import once
 from tests.tools import require_package
@@ -174,14 +175,14 @@ def test_every_cubin_is_embedded_and_aligned(plugin_build, plugin_library):
 
 
 def test_hash(plugin_library):
-    assert library_hash(plugin_library) == hashlib.sha256(plugin_library.read_bytes()).hexdigest()
+    assert file_sha256(plugin_library) == hashlib.sha256(plugin_library.read_bytes()).hexdigest()
 
 
 # ---- Building ----
 
 
 def test_command_line_builds_what_the_function_does(plugin_build, plugin_library):
-    before = library_hash(plugin_library)
+    before = file_sha256(plugin_library)
     command = [sys.executable, "-m", "qwen_aot.plugins.library", "-o", plugin_build, "--sm", "8.9", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     assert done.returncode == 0, done.stderr
@@ -339,16 +340,16 @@ def test_only_headers_are_taken_out_of_the_package(tmp_path, monkeypatch):
     with pytest.raises(BuildError, match=r"package\.whl has SHA-256 [0-9a-f]{64}, not [0-9a-f]{64}"):
         tensorrt_headers(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(library, "HEADERS_SHA256", library_hash_of_download(tmp_path, download))
+    monkeypatch.setattr(library, "HEADERS_SHA256", hash_of_download(tmp_path, download))
     folder = tensorrt_headers(tmp_path)
     assert [path.name for path in folder.iterdir()] == ["NvInferRuntime.h"]
 
 
-def library_hash_of_download(folder: Path, download) -> str:
+def hash_of_download(folder: Path, download) -> str:
     scratch = folder / "scratch"
     scratch.mkdir()
     download(["--dest", scratch], "")
-    digest = library_hash(scratch / "package.whl")
+    digest = file_sha256(scratch / "package.whl")
     shutil.rmtree(scratch)
     return digest
 

@@ -134,7 +134,8 @@ def _six_bit_scales(blocks: _Blocks) -> tuple[NDArray[np.float32], NDArray[np.fl
 
 def _with_fifth_bit(blocks: _Blocks, offset: int) -> NDArray[np.uint8]:
     fifth = np.unpackbits(blocks[..., offset : offset + 4], axis=-1, bitorder="little")
-    return _nibbles(blocks[..., offset + 4 :]) | (fifth << np.uint8(4))
+    codes: NDArray[np.uint8] = _nibbles(blocks[..., offset + 4 :]) | (fifth << np.uint8(4))
+    return codes
 
 
 def _nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 
 import onnx_ir as ir
+
+from qwen_aot.str_enum import StrEnum
 
 MS_DOMAIN, MS_VERSION = "com.microsoft", 1  # of the contrib ops
 

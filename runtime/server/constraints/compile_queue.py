@@ -7,6 +7,8 @@ import contextlib
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import anyio
+
 from qwen_aot.runtime.server.constraints.compiler import CompiledGrammar, GrammarCompiler, GrammarError
 from qwen_aot.runtime.server.constraints.grammar import Grammar
 from qwen_aot.runtime.server.errors import ApiError, queue_full
@@ -55,13 +57,13 @@ class CompileQueue:
         future = self._threads.submit(work)
         future.add_done_callback(self._ended)
         try:
-            async with asyncio.timeout(WAIT_SECONDS):
+            with anyio.fail_after(WAIT_SECONDS):
                 await begun.wait()
         except TimeoutError:
             future.cancel()
             raise queue_full("too many JSON schemas are being compiled") from None
         try:
-            async with asyncio.timeout(COMPILE_SECONDS):
+            with anyio.fail_after(COMPILE_SECONDS):
                 return await asyncio.shield(asyncio.wrap_future(future))
         except TimeoutError:
             message = (

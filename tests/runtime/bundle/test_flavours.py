@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.targets import Target

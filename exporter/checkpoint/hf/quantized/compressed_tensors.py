@@ -82,7 +82,8 @@ class IntegerLinear:
         """Rows `start` to `stop`; with 128 added to codes and zero points, which their difference lacks."""
 
         def unsigned(suffix: str) -> NDArray[np.uint8]:
-            return self.stored.array(suffix)[start:stop].view(np.uint8) ^ np.uint8(128)
+            shifted: NDArray[np.uint8] = self.stored.array(suffix)[start:stop].view(np.uint8) ^ np.uint8(128)
+            return shifted
 
         zeros = unsigned("weight_zero_point") if self.form.has_zero_points else None
         scales = self.stored.array("weight_scale")[start:stop]

@@ -114,4 +114,5 @@ def _refuse_ambiguous(zeros: StoredZeros) -> None:
 
 def _all_but_highest(bits: int) -> np.uint32:
     """The lowest bit of each field of a word but the highest field."""
-    return repeated(1, bits) & np.uint32((1 << (WORD_BITS - bits)) - 1)
+    mask: np.uint32 = repeated(1, bits) & np.uint32((1 << (WORD_BITS - bits)) - 1)
+    return mask

@@ -23,7 +23,8 @@ def unpack(words: Words, bits: int) -> NDArray[np.uint8]:
 
 def repeated(field: int, bits: int) -> np.uint32:
     """A word whose fields are all this one."""
-    return np.uint32(sum(field << shift for shift in range(0, WORD_BITS, bits)))
+    word: np.uint32 = np.uint32(sum(field << shift for shift in range(0, WORD_BITS, bits)))
+    return word
 
 
 def words_of(start: int, stop: int, bits: int) -> slice:

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,6 +40,9 @@ from qwen_aot.machine import free_disk_bytes
 from qwen_aot.version import __version__
 from qwen_aot.whole_file import file_sha256, write_whole
 from qwen_aot.whole_folder import FolderWriter, explained, refuse_unless_as_written
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SEAL_NAME = "qwen_aot_quantization.json"
 QUANTIZER = f"qwen-aot:{__version__}"
