@@ -1,6 +1,7 @@
 """One compilation: model.onnx in, the engine's file and its facts out.
 
-TensorRT maps the graph's weights itself and hands the engine over in pieces, so that no step of ours holds a copy.
+TensorRT maps the graph's weights itself and, from 10.13 on, hands the engine over in pieces, so that no step of ours
+holds a copy.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import onnx_ir as ir
 
 from qwen_aot.engines.builders import EngineFacts
@@ -29,7 +31,7 @@ from qwen_aot.engines.tensorrt.network import (
     parse,
 )
 from qwen_aot.engines.tensorrt.onnx_files import onnx_entries
-from qwen_aot.engines.tensorrt.plugin_library import is_serialized, sha256_of
+from qwen_aot.engines.tensorrt.plugin_library import is_serialized
 from qwen_aot.engines.tensorrt.program_text import read_programs
 from qwen_aot.engines.tensorrt.progress import make_monitor
 from qwen_aot.engines.tensorrt.sizes import cache_bytes, require_stored_once, weight_bytes
@@ -41,12 +43,14 @@ from qwen_aot.exporter.model.io_spec import IoSpec, io_spec
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.flavours import Flavour
 from qwen_aot.runtime.bundle.manifest import PluginFacts, Profile, StepPlan, TensorRtFacts, cache_capacity
+from qwen_aot.whole_file import file_sha256
 from qwen_aot.whole_folder import explained
 
 logger = logging.getLogger(__name__)
 
 # What reading a text that nobody documents may end in.
 _UNREADABLE = (DeployError, LookupError, ValueError, TypeError, AssertionError, RecursionError, OSError)
+_PIECE_BYTES = 16 << 20  # of an engine that is in memory as a whole
 _COMPILE_PERCENT = 80  # of the time; the rest is writing (0.5B fp16 on 2 cores: 20 of 24 s)
 
 
@@ -164,7 +168,7 @@ class Compilation:
             return None
         return PluginFacts(
             file=self._plugin_library.name,
-            sha256=sha256_of(self._plugin_library),
+            sha256=file_sha256(self._plugin_library),
             in_engine=is_serialized(self._spec),
             ops=tuple(sorted({node.op_type for node in self._lowered.model.graph if is_plugin(node)})),
         )
@@ -206,7 +210,7 @@ class Compilation:
         path = self._folder / self._spec.facts.engine_file
         with explained(path), path.open("wb") as file:
             self._writer = _make_writer(self._trt, file)
-            is_built = builder.build_serialized_network_to_stream(network, config, self._writer)
+            is_built = _build(builder, network, config, self._writer)
             if self._writer.error is not None:
                 raise self._writer.error
         if not is_built:
@@ -215,10 +219,23 @@ class Compilation:
             logger.info("%s: %s", self._title, text)
 
 
+def _build(builder: Any, network: Any, config: Any, writer: Any) -> bool:
+    """Compiles the network and gives the engine to the writer; in pieces, where TensorRT can (from 10.13 on)."""
+    if hasattr(builder, "build_serialized_network_to_stream"):
+        return bool(builder.build_serialized_network_to_stream(network, config, writer))
+    engine = builder.build_serialized_network(network, config)  # in host memory, as large as the engine
+    if engine is None:
+        return False
+    content = np.frombuffer(engine, np.uint8)  # not a memoryview: the bindings call the bytes floats
+    for start in range(0, len(content), _PIECE_BYTES):
+        writer.write(content[start : start + _PIECE_BYTES].data)
+    return True
+
+
 def _make_writer(trt: Any, file: BinaryIO) -> Any:
     """An `IStreamWriter` into a file. TensorRT takes no notice of a failed write, so `error` must be looked at."""
 
-    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+    class Writer(getattr(trt, "IStreamWriter", object)):  # type: ignore[misc]  # the class is of 10.13
         def __init__(self) -> None:
             super().__init__()
             self.written = 0

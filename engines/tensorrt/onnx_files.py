@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_aot.engines.bundle.versions import tool_versions
-from qwen_aot.engines.tensorrt.plugin_library import sha256_of
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE
 from qwen_aot.runtime.bundle.manifest import FileEntry, Manifest
+from qwen_aot.whole_file import file_sha256
 
 
 def onnx_entries(folder: Path) -> dict[str, FileEntry]:
     """Size and SHA-256 of the graph and of its weights in a folder."""
     paths = [folder / name for name in (MODEL_FILE, DATA_FILE)]
-    return {path.name: FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path)) for path in paths}
+    return {path.name: FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path)) for path in paths}
 
 
 def require_same_onnx(manifest: Manifest, made_again: Mapping[str, FileEntry]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -21,12 +20,6 @@ def copy_plugin_library(library: Path, folder: Path) -> Path:
     with explained(copy):
         shutil.copyfile(library, copy)
     return copy
-
-
-def sha256_of(library: Path) -> str:
-    """Of the file's content, in lower-case hex digits."""
-    with library.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_serialized(spec: BuildSpec) -> bool:

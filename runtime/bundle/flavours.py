@@ -59,7 +59,7 @@ class Flavour:
 
     @property
     def oldest(self) -> str:
-        """`at_least` as a version is written, "10.13" for example."""
+        """`at_least` as a version is written, "10.3" for example."""
         return ".".join(map(str, self.at_least))
 
 
@@ -96,7 +96,7 @@ FLAVOURS: Mapping[str, Flavour] = {
             package="tensorrt",
             suffix=".plan",
             install_version="pip install tensorrt=={version} (on a Jetson: apt install python3-libnvinfer)",
-            at_least=(10, 13),
+            at_least=(10, 3),  # of JetPack 6; with the plugins, which need no layer of a later one
             default_capabilities=(),
             builds_for_others=False,
             captures_graphs=False,

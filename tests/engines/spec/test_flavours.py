@@ -105,8 +105,8 @@ def test_a_library_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, target
 
 
 def test_a_library_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    import_as(monkeypatch, make_module(version="10.9.0"))
-    with pytest.raises(BuildError, match=r"needs TensorRT 10.13 or later, and 10.9.0 is installed"):
+    import_as(monkeypatch, make_module(version="10.2.0"))
+    with pytest.raises(BuildError, match=r"needs TensorRT 10.3 or later, and 10.2.0 is installed"):
         load(FLAVOURS["tensorrt"])
     import_as(monkeypatch, module := make_module(version="11.1.0"))
     assert load(FLAVOURS["tensorrt"]) is module

@@ -1,11 +1,15 @@
 """A strict double of the `tensorrt` module, which can't run without a GPU.
 
 It has what our builder uses of the API and nothing else: any other attribute is an AttributeError, wrong argument types
-are refused as the bindings refuse them, and every setting is recorded. "Building" writes the graph's weights.
+are refused as the bindings refuse them, and every setting is recorded. "Building" writes the graph's weights. A module
+of an older version lacks what came later, calls and the parser's operators, as tests/golden/tensorrt_calls.json says.
 """
 
 from __future__ import annotations
 
+import ctypes
+import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -24,6 +28,20 @@ LIBRARY_HEADER = Path(sys.executable).read_bytes()[:20]  # of an ELF file for th
 VERSION = "10.15.1"
 LAYERS = ("ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING")
 CACHE_HEADER = f"cache {VERSION}|".encode()
+API = json.loads((Path(__file__).parents[2] / "golden/tensorrt_calls.json").read_text())
+# What the parser takes beside the operators of its oldest table, and from which release on. Source: the changelog of
+# NVIDIA/TensorRT, "Parser changes".
+LATER_OPERATORS = {
+    "Attention": "10.14",
+    "RotaryEmbedding": "10.15",
+    "RMSNormalization": "10.15",
+    "TensorScatter": "10.15",
+}
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Of a release: major and minor."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 class Strict:
@@ -157,9 +175,15 @@ def _tensor(info: onnx.ValueInfoProto) -> SimpleNamespace:
 class OnnxParser:
     """Takes no local function: the real one would take a node apart that has one, and not look for a plugin."""
 
+    version: ClassVar[str] = VERSION
+
     def __init__(self, network: Network, logger: ILogger) -> None:
         self._network = network
         self._errors: list[SimpleNamespace] = []
+
+    def _takes(self, operator: str) -> bool:
+        since = LATER_OPERATORS.get(operator)
+        return operator in API["operators"] if since is None else numbers(self.version) >= numbers(since)
 
     num_errors = property(lambda self: len(self._errors))
 
@@ -174,6 +198,8 @@ class OnnxParser:
             fields = {attribute.name: attribute for attribute in node.attribute}
             asked = [fields[name].s.decode() for name in ("plugin_namespace", "plugin_version") if name in fields]
             if node.domain == PLUGIN_DOMAIN and (asked != [PLUGIN_DOMAIN, "1"] or not self._network.registry.libraries):
+                self._errors.append(_parser_error(node))
+            if not node.domain and not self._takes(node.op_type):
                 self._errors.append(_parser_error(node))
         self._network.graph = model.graph
         return not self._errors
@@ -217,17 +243,31 @@ class Builder:
         return Profile()
 
     def build_serialized_network_to_stream(self, network: Network, config: Config, writer: Any) -> bool:
+        content = self._compile(network, config)
+        for part in content or ():
+            writer.write(part)
+        return content is not None
+
+    def build_serialized_network(self, network: Network, config: Config) -> Any:
+        """An `IHostMemory`, whose buffer is the engine."""
+        content = self._compile(network, config)
+        if content is None:
+            return None
+        whole = b"".join(content)
+        return (ctypes.c_ubyte * len(whole)).from_buffer_copy(whole)
+
+    def _compile(self, network: Network, config: Config) -> list[bytes] | None:
         monitor = config.progress_monitor
         monitor.phase_start("Computing profile costs", None, 2)
         for step in range(2):
             if not monitor.step_complete("Computing profile costs", step):
                 self._logger.log(ILogger.ERROR, "BuildCanceled")
-                return False
+                return None
         monitor.phase_finish("Computing profile costs")
         for error in self.errors:
             self._logger.log(ILogger.ERROR, error)
         if self.errors:
-            return False
+            return None
         for told in self.activation_bytes:
             message = f"Total Activation Memory: {told} bytes"
             self._logger.log(ILogger.VERBOSE, message)
@@ -241,10 +281,7 @@ class Builder:
                 if entry.key == "length"
             )
         )
-        writer.write(b"\0" * size)
-        for library in config.plugins_to_serialize:
-            writer.write(Path(library).read_bytes())
-        return True
+        return [b"\0" * size, *(Path(library).read_bytes() for library in config.plugins_to_serialize)]
 
 
 class NetworkDefinitionCreationFlag:
@@ -254,15 +291,45 @@ class NetworkDefinitionCreationFlag:
 def make_module(**changes: Any) -> ModuleType:
     """A fresh module; `changes` replace attributes of Builder, or `version` the module's."""
     module = ModuleType("tensorrt")
-    module.__version__ = changes.pop("version", VERSION)  # type: ignore[attr-defined]
+    version = changes.pop("version", VERSION)
+    module.__version__ = version  # type: ignore[attr-defined]
     builder = type("Builder", (Builder,), {"configs": [], **changes})
-    for item in (ILogger, IProgressMonitor, IStreamWriter, OnnxParser, NetworkDefinitionCreationFlag):
+    parser = type("OnnxParser", (OnnxParser,), {"version": version})
+    for item in (ILogger, IProgressMonitor, IStreamWriter, builder, parser, NetworkDefinitionCreationFlag):
         setattr(module, item.__name__, item)
-    module.Builder = builder  # type: ignore[attr-defined]
     module.LayerType = SimpleNamespace(**{name: name for name in LAYERS})  # type: ignore[attr-defined]
     module.MemoryPoolType = SimpleNamespace(WORKSPACE="WORKSPACE")  # type: ignore[attr-defined]
     module.HardwareCompatibilityLevel = SimpleNamespace(AMPERE_PLUS="AMPERE_PLUS")  # type: ignore[attr-defined]
     module.BuilderFlag = SimpleNamespace(  # type: ignore[attr-defined]
         VERSION_COMPATIBLE="VERSION_COMPATIBLE", STRIP_PLAN="STRIP_PLAN", TF32="TF32"
     )
+    _take_away_what_came_later(module, version)
     return module
+
+
+def _take_away_what_came_later(module: ModuleType, version: str) -> None:
+    for name, since in API["calls"].items():
+        if numbers(since) <= numbers(version):
+            continue
+        owner, _, member = name.partition(".")
+        if not hasattr(module, owner):
+            continue
+        if not member:
+            delattr(module, owner)
+        elif member in dir(getattr(module, owner)):
+            _hide(getattr(module, owner), member)
+
+
+def _hide(owner: Any, member: str) -> None:
+    if member in vars(owner):
+        delattr(owner, member)
+    else:  # inherited by a class of this module's own
+        setattr(owner, member, _Hidden(member))
+
+
+class _Hidden:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        raise AttributeError(f"{owner.__name__} has no attribute {self._name}")
