@@ -5,6 +5,7 @@ No such Python is needed: vermin reads the sources, and mypy checks them as 3.10
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,9 @@ OLDEST = (3, 10)
 BEHIND_A_VERSION = ("src/qwen_aot/str_enum.py",)
 
 
+SUBSCRIPTED_LATER = ("StreamHandler", "LoggerAdapter")  # `logging.StreamHandler[...]`: vermin and mypy let it pass
+
+
 def too_new(source: str) -> list[str]:
     """What of a module needs a newer Python than OLDEST: a line each."""
     config = vermin.Config()
@@ -28,6 +32,10 @@ def too_new(source: str) -> list[str]:
     if isinstance(found, list):  # of a source that this Python can't parse either
         return [f"syntax of Python {found}"]
     lines = [line for line in found.output_text().splitlines() if line]
+    subscripted = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Subscript)]
+    lines += [
+        f"3.11 {ast.unparse(value)}[]" for value in subscripted if ast.unparse(value).endswith(SUBSCRIPTED_LATER)
+    ]
     return [line for line in lines if any(newer(version) for version in re.findall(r"\b3\.\d+", line))]
 
 
@@ -57,6 +65,7 @@ def test_nothing_needs_a_newer_python() -> None:
         "try:\n    pass\nexcept* ValueError:\n    pass",
         "import tomllib",
         "import sys\nsys.exception()",
+        "import logging\nclass It(logging.StreamHandler[str]):\n    pass",
     ],
 )
 def test_what_is_newer_is_noticed(source: str) -> None:

@@ -41,14 +41,18 @@ class _Json(logging.Formatter):
         return json.dumps(entry)
 
 
-class _Handler(logging.StreamHandler[Any]):
+class _Handler(logging.Handler):
     """Writes to what is standard error now; nobody stops because nobody reads it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one record."""
-        self.stream = sys.stderr
-        if self.stream is not None:
-            super().emit(record)
+        if sys.stderr is None:
+            return
+        try:
+            sys.stderr.write(f"{self.format(record)}\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  as logging has it
         """Loses it."""
