@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_aot.errors import BuildError
-from qwen_aot.extras import install_command
+from qwen_aot.extras import how_to_install
 from qwen_aot.machine import usable_cores
 from qwen_aot.plugins.signatures import KERNELS
 from qwen_aot.plugins.variants import FAMILIES, SHARED_BYTES, SMS, Variant, variants
@@ -327,9 +327,7 @@ def build(
     """
     work = [(sm, variant) for sm in sms for variant in variants(sm) if fnmatch.fnmatch(variant.name, only)]
     if importlib.util.find_spec("triton") is None:
-        raise BuildError(
-            f"triton, which compiles kernels, isn't installed: `{install_command('plugins')}` (Linux only)"
-        )
+        raise BuildError(f"triton, which compiles kernels, isn't installed; {how_to_install('plugins')} (Linux only)")
     if not work:
         raise BuildError(f"no variant of SM {', '.join(sms)} has a name like {only!r}")
     targets = [folder / f"sm_{_arch(sm)}" for sm in sms] + ([folder / "ptx"] if PTX_SM in sms else [])

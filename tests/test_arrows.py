@@ -55,6 +55,7 @@ ARROWS = (
     Arrow("", "errors", "one error tree"),
     Arrow("", "extras", "one answer to which extra brings a package"),
     Arrow("", "figures", "one look of every plot"),
+    Arrow("", "jetson", "one answer to which board this is"),
     Arrow("", "machine", "one answer to what the process may use"),
     Arrow("", "str_enum", "a class of newer Pythons"),
     Arrow("", "version", "one version"),
@@ -140,6 +141,7 @@ def test_every_folder_has_its_place_in_the_order() -> None:
         "errors",
         "extras",
         "figures",
+        "jetson",
         "machine",
         "str_enum",
         "version",
@@ -177,7 +179,17 @@ def write(root: Path, files: dict[str, str]) -> Path:
 ALL = {  # one module for each place of the table, so that imports of it resolve
     **{
         f"{name}.py": ""
-        for name in ("errors", "extras", "figures", "machine", "str_enum", "version", "whole_file", "whole_folder")
+        for name in (
+            "errors",
+            "extras",
+            "figures",
+            "jetson",
+            "machine",
+            "str_enum",
+            "version",
+            "whole_file",
+            "whole_folder",
+        )
     },
     **{f"{folder.replace('.', '/')}/it.py": "" for folder in FOLDERS},
     **{f"runtime/cli/{verb}.py": "" for verb in ("build", "doctor", "bench", "generate", "chat", "inspect")},

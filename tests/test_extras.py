@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import tomllib
+from packaging.requirements import Requirement
 
 from qwen_aot import extras
-from qwen_aot.extras import EXTRA_OF, install_command, missing_package
+from qwen_aot.extras import EXTRA_OF, how_to_install, install_command, missing_package, obstacle
+from qwen_aot.jetson import Jetson
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,5 +76,81 @@ def test_the_command_names_extras_that_exist() -> None:
     named = set()
     for folder in ("exporter", "engines", "runtime", "plugins"):
         for path in (ROOT / folder).rglob("*.py"):
-            named |= set(re.findall(r"install_command\([\"'](\w+)[\"']", path.read_text(encoding="utf-8")))
+            named |= set(
+                re.findall(r"(?:install_command|how_to_install)\([\"'](\w+)[\"']", path.read_text(encoding="utf-8"))
+            )
     assert {"cpu", "cuda", "plugins"} <= named <= set(known)
+
+
+ORIN = Jetson("NVIDIA Jetson Orin Nano Developer Kit", "tegra234", (36, 4, 3))
+THOR = Jetson("NVIDIA Jetson AGX Thor Developer Kit", "tegra264", (38, 2, 1))
+UNTOLD = Jetson("NVIDIA Jetson Orin Nano Developer Kit", "tegra234", None)
+OLD = Jetson("NVIDIA Jetson AGX Orin Developer Kit", "tegra234", (36, 3, 0))
+
+
+@pytest.mark.parametrize(
+    ("jetson", "extra", "said"),
+    [
+        (
+            ORIN,
+            "tensorrt",
+            "JetPack's, for Python 3.10: `sudo apt install python3-libnvinfer`, .*--system-site-packages",
+        ),
+        (THOR, "tensorrt", "JetPack's, for Python 3.12: "),
+        (UNTOLD, "tensorrt", "JetPack's, for the system's Python: "),
+        (
+            OLD,
+            "tensorrt",
+            "JetPack 6.0 of this Jetson has TensorRT 8.6, and 10.3 or later is needed: update it to JetPack 6.1",
+        ),
+        (ORIN, "tensorrt-rtx", "no TensorRT-RTX for Jetsons: take target tensorrt"),
+        (ORIN, "cuda", "no onnxruntime-gpu for Jetsons"),
+    ],
+)
+def test_what_pip_cannot_bring_to_a_jetson(
+    monkeypatch: pytest.MonkeyPatch, jetson: Jetson, extra: str, said: str
+) -> None:
+    monkeypatch.setattr(extras, "find_jetson", lambda: jetson)
+    found = how_to_install(extra)
+    assert re.search(said, found) and "pip install" not in found
+    assert obstacle("serve") is None and "pip install" in how_to_install("serve")
+
+
+def test_what_has_no_wheel_for_an_older_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 10, 12, "final", 0))
+    assert obstacle("cpu") == (
+        "onnxruntime 1.32 has no wheel for Python 3.10: take Python 3.11 or later, the C library, or target tensorrt"
+    )
+    assert "no wheel for Python 3.10: compile plugins elsewhere" in how_to_install("plugins")
+    assert missing_package("it", ModuleNotFoundError("no", name="onnxruntime")).endswith(str(obstacle("cpu")))
+    assert obstacle("build") is obstacle("tensorrt") is None
+    monkeypatch.setattr(sys, "version_info", (3, 11, 0, "final", 0))
+    assert obstacle("cpu") is obstacle("plugins") is None
+
+
+def brought(extra: str, **environment: str) -> dict[str, str]:
+    """What an extra brings there: package -> versions."""
+    stated = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][extra]
+    found = [Requirement(text) for text in stated]
+    return {
+        item.name: str(item.specifier) for item in found if item.marker is None or item.marker.evaluate(environment)
+    }
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        ("5.15.148-tegra", {"cuda-bindings": "<13,>=12.6"}),  # JetPack 6
+        ("6.8.12-tegra", {"cuda-bindings": ">=12.6"}),  # JetPack 7
+        ("5.15.0-119-generic", {"cuda-bindings": ">=12.6", "tensorrt": ">=10.3"}),
+        ("6.6.87.2-microsoft-standard-WSL2", {"cuda-bindings": ">=12.6", "tensorrt": ">=10.3"}),
+    ],
+)
+def test_what_the_extra_tensorrt_brings(kernel: str, expected: dict[str, str]) -> None:
+    assert brought("tensorrt", platform_release=kernel) == expected
+
+
+def test_extras_that_an_older_python_cannot_have() -> None:
+    assert brought("cpu", python_version="3.10") == {}
+    assert brought("cpu", python_version="3.11") == {"onnxruntime": ">=1.32"}
+    assert "triton" not in brought("plugins", python_version="3.10", platform_system="Linux")

@@ -33,9 +33,7 @@ def too_new(source: str) -> list[str]:
         return [f"syntax of Python {found}"]
     lines = [line for line in found.output_text().splitlines() if line]
     subscripted = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Subscript)]
-    lines += [
-        f"3.11 {ast.unparse(value)}[]" for value in subscripted if ast.unparse(value).endswith(SUBSCRIPTED_LATER)
-    ]
+    lines += [f"3.11 {ast.unparse(value)}[]" for value in subscripted if ast.unparse(value).endswith(SUBSCRIPTED_LATER)]
     return [line for line in lines if any(newer(version) for version in re.findall(r"\b3\.\d+", line))]
 
 

@@ -13,7 +13,7 @@ from qwen_aot.exporter.lowering.ort.contrib import OrtOptions
 from qwen_aot.exporter.quantize.blockwise import BlockFormat
 from qwen_aot.exporter.quantize.own_codes import TABLE_BLOCK
 from qwen_aot.exporter.weights.recipe import Traced
-from qwen_aot.extras import install_command
+from qwen_aot.extras import how_to_install
 from qwen_aot.runtime.bundle.manifest import Manifest
 
 
@@ -24,10 +24,7 @@ def require(spec: BuildSpec) -> None:
         BuildError: it isn't installed.
     """
     if importlib.util.find_spec("onnxruntime") is None:
-        raise BuildError(
-            "a cpu bundle is checked with onnxruntime, which isn't installed; install it with "
-            f"`{install_command('cpu')}`"
-        )
+        raise BuildError(f"a cpu bundle is checked with onnxruntime, which isn't installed; {how_to_install('cpu')}")
 
 
 def lower(traced: Traced, spec: BuildSpec) -> Traced:

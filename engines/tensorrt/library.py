@@ -8,6 +8,7 @@ from typing import Any
 
 from qwen_aot.engines.spec.flavours import capability
 from qwen_aot.errors import BuildError
+from qwen_aot.extras import how_to_install
 from qwen_aot.runtime.bundle.flavours import Flavour
 
 
@@ -21,14 +22,14 @@ def load(flavour: Flavour) -> Any:
         module = importlib.import_module(flavour.module)
     except (ImportError, OSError) as error:  # OSError: the bindings are there, the libraries aren't
         raise BuildError(
-            f"target {flavour.target} needs {flavour.title}, and it can't be loaded ({error}); install it with "
-            f"`{flavour.install}`"
+            f"target {flavour.target} needs {flavour.title}, and it can't be loaded ({error}); "
+            f"{how_to_install(flavour.target)}"
         ) from error
     found = tuple(int(number) for number in re.findall(r"\d+", module.__version__)[: len(flavour.at_least)])
     if found < flavour.at_least:
         raise BuildError(
             f"target {flavour.target} needs {flavour.title} {flavour.oldest} or later, and {module.__version__} is "
-            f"installed; upgrade it with `{flavour.install} --upgrade`"
+            f"installed; {how_to_install(flavour.target, upgrade=True)}"
         )
     return module
 
@@ -68,7 +69,7 @@ def require_standard_layers(trt: Any, flavour: Flavour) -> None:
     if lacks := [name for name in _STANDARD_LAYERS if not hasattr(trt.LayerType, name)]:
         raise BuildError(
             f"{flavour.title} {trt.__version__} lacks the layers {', '.join(lacks)} of this graph, which TensorRT has "
-            f"from 10.15 on; upgrade it with `{flavour.install} --upgrade`"
+            f"from 10.15 on; {how_to_install(flavour.target, upgrade=True)}, or leave out --attention native"
         )
 
 

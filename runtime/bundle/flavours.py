@@ -27,6 +27,7 @@ class Flavour:
         suffix: of its engine files.
         install_version: brings one version of it to a device, with the place for that version.
         at_least: the oldest version that has what the builder uses.
+        cuda_at_least: the oldest CUDA whose Python bindings run its engines.
         default_capabilities: the GPUs built for when none are named. Empty: it builds for the GPU it runs on.
         builds_for_others: it builds engines for GPUs that aren't there.
         captures_graphs: the library captures CUDA graphs itself, if asked through its runtime configuration. It
@@ -45,6 +46,7 @@ class Flavour:
     suffix: str
     install_version: str
     at_least: tuple[int, ...]
+    cuda_at_least: tuple[int, ...]
     default_capabilities: tuple[str, ...]
     builds_for_others: bool
     captures_graphs: bool
@@ -54,7 +56,7 @@ class Flavour:
 
     @property
     def install(self) -> str:
-        """The command that brings a version that fits, with what else the target needs."""
+        """The command that brings a version that fits, with what else the target needs; see `extras.obstacle`."""
         return install_command(self.target)
 
     @property
@@ -74,6 +76,7 @@ FLAVOURS: Mapping[str, Flavour] = {
             suffix=".rtx",
             install_version="pip install tensorrt-rtx-cu13=={version}",
             at_least=(1, 7),
+            cuda_at_least=(13,),
             default_capabilities=("8.6", "8.9", "12.0"),  # RTX 30, 40 and 50
             builds_for_others=True,
             captures_graphs=True,
@@ -95,8 +98,9 @@ FLAVOURS: Mapping[str, Flavour] = {
             module="tensorrt",
             package="tensorrt",
             suffix=".plan",
-            install_version="pip install tensorrt=={version} (on a Jetson: apt install python3-libnvinfer)",
+            install_version="pip install tensorrt=={version}",
             at_least=(10, 3),  # of JetPack 6; with the plugins, which need no layer of a later one
+            cuda_at_least=(12, 6),  # of the same
             default_capabilities=(),
             builds_for_others=False,
             captures_graphs=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -17,7 +19,8 @@ import click
 from rich.text import Text
 
 from qwen_aot.errors import BuildError, EngineMismatchError
-from qwen_aot.extras import install_command
+from qwen_aot.extras import install_command, obstacle
+from qwen_aot.jetson import Jetson, find_jetson
 from qwen_aot.machine import available_memory_bytes, free_disk_bytes, physical_memory_bytes, usable_cores
 from qwen_aot.runtime.bundle.flavours import FLAVOURS, Flavour
 from qwen_aot.runtime.bundle.plugin_library import require_plugin_library
@@ -80,7 +83,7 @@ def _needs_of(flavour: Flavour) -> TargetNeeds:
     library = Need(flavour.package, flavour.target, flavour.at_least)
     return TargetNeeds(
         build=(*_EXPORT, library),
-        run=(library, Need("cuda-bindings", flavour.target, (13,))),
+        run=(library, Need("cuda-bindings", flavour.target, flavour.cuda_at_least)),
         build_on_gpu=not flavour.builds_for_others,
         run_on_gpu=True,
     )
@@ -119,7 +122,7 @@ def examine() -> dict[str, Any]:
     """Everything `doctor` reports, as plain JSON values."""
     needs = {need.package: need for row in TARGETS.values() for need in (*row.build, *row.run)}
     needs |= {need.package: need for need in OPTIONAL}
-    found_gpus = gpus()
+    found_gpus, jetson = gpus(), find_jetson()
     return {
         "qwen_aot": __version__,
         "python": platform.python_version(),
@@ -130,6 +133,7 @@ def examine() -> dict[str, Any]:
             "available_bytes": available_memory_bytes(),
         },
         "free_disk_bytes": free_disk_bytes(Path.cwd()),
+        "jetson": None if jetson is None else _jetson_facts(jetson),
         "gpus": found_gpus,
         "packages": {name: version(name) for name in RUNTIME_PACKAGES},
         "extras": {
@@ -147,11 +151,28 @@ def examine() -> dict[str, Any]:
     }
 
 
+def _jetson_facts(jetson: Jetson) -> dict[str, Any]:
+    jetpack = jetson.jetpack
+    return {
+        "model": jetson.model,
+        "chip": jetson.chip or None,
+        "jetson_linux": None if jetson.release is None else ".".join(map(str, jetson.release)),
+        "jetpack": None if jetpack is None else jetpack.name,
+    }
+
+
 def version(package: str) -> str | None:
-    """An installed distribution's version."""
+    """An installed distribution's version; of TensorRT, which JetPack installs without pip's records, the module's."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        return _version_of_module(package) if package == "tensorrt" else None
+
+
+def _version_of_module(name: str) -> str | None:
+    try:
+        return str(importlib.import_module(name).__version__)
+    except (ImportError, OSError, AttributeError):  # OSError: the bindings are there, the libraries aren't
         return None
 
 
@@ -186,15 +207,40 @@ def lack(need: Need) -> Lack | None:
     """What is missing for a need and how to get it; None if it is met."""
     found = version(need.package)
     if found is None:
-        return Lack(need.package, f"{need.package} isn't installed", install_command(need.extra))
+        return Lack(
+            need.package, f"{need.package} isn't installed", obstacle(need.extra) or install_command(need.extra)
+        )
     numbers = tuple(int(number) for number in re.findall(r"\d+", found)[: len(need.at_least)])
     if numbers < need.at_least:
         oldest = ".".join(map(str, need.at_least))
-        remedy = install_command(need.extra, upgrade=True)
+        remedy = obstacle(need.extra) or install_command(need.extra, upgrade=True)
         return Lack(
             f"{need.package} {oldest} or newer", f"{need.package} is {found}, {oldest} or newer is needed", remedy
         )
-    return None
+    return _newer_than_the_driver(found) if need.package == "cuda-bindings" else None
+
+
+def _newer_than_the_driver(bindings: str) -> Lack | None:
+    """CUDA's bindings of a major version that the driver doesn't run; None: it does, or there is no driver."""
+    driver = driver_cuda()
+    major = int(re.match(r"\d*", bindings)[0] or 0)  # type: ignore[index]  # it matches whatever there is
+    if driver is None or major <= driver[0]:
+        return None
+    return Lack(
+        f"cuda-bindings {driver[0]}",
+        f"cuda-bindings is {bindings}, and the driver runs CUDA {driver[0]}.{driver[1]}",
+        f"pip install 'cuda-bindings=={driver[0]}.*'",
+    )
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that the driver runs: (12, 6); None without a driver."""
+    number = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError):
+        return None
+    return None if failed or not number.value else (number.value // 1000, number.value % 1000 // 10)
 
 
 def gpus() -> list[dict[str, str]]:
@@ -259,12 +305,15 @@ def processor() -> dict[str, Any]:
 def _show(facts: Mapping[str, Any], lacking: Mapping[str, Mapping[str, Sequence[Lack]]]) -> None:
     console = stdout()
     processor, memory = facts["cpu"], facts["memory"]
+    jetson = find_jetson()
+    board = [] if jetson is None else [("board", jetson.text)]
     listed = [f"{gpu['name']} (SM {gpu['compute_cap']}, driver {gpu['driver_version']})" for gpu in facts["gpus"]]
     print_facts(
         console,
         [
             ("qwen-aot", f"{facts['qwen_aot']} on Python {facts['python']}"),
             ("system", facts["system"]),
+            *board,
             ("cpu", f"{processor['name']}, {count(processor['logical_cores'], 'logical core')}"),
             ("threads", f"{processor['threads']} by default (physical cores we may use)"),
             ("cpu features", ", ".join(processor["features"]) or "none that matter here"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_aot.errors import EngineMismatchError
-from qwen_aot.extras import install_command
+from qwen_aot.extras import how_to_install, install_command
 from qwen_aot.runtime.backends.cuda.memory import CudaMemory
 from qwen_aot.runtime.engine.kv_memory import HostMemory, Memory
 
@@ -82,9 +82,7 @@ def import_onnxruntime(device: Device) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise EngineMismatchError(
-            f"onnxruntime can't be imported ({error}): install it with {device.install}"
-        ) from error
+        raise EngineMismatchError(f"onnxruntime can't be imported ({error}): {how_to_install(device.extra)}") from error
     found = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
     if found is None or (int(found[1]), int(found[2])) < device.minimum_version:
         wanted = ".".join(map(str, device.minimum_version))

@@ -9,6 +9,7 @@ from collections import deque
 from typing import Any
 
 from qwen_aot.errors import EngineMismatchError
+from qwen_aot.extras import obstacle
 from qwen_aot.runtime.bundle.flavours import Flavour, flavour_of
 from qwen_aot.runtime.bundle.manifest import Manifest, TensorRtFacts
 
@@ -47,7 +48,8 @@ def load_library(manifest: Manifest, facts: TensorRtFacts) -> Library:
     """
     flavour = flavour_of(manifest.engines.text.file)
     assert flavour is not None  # what `open_engine` chose this backend by
-    install = flavour.install_version.format(version=".".join(map(str, _numbers(facts.version))))
+    version = ".".join(map(str, _numbers(facts.version)))
+    install = obstacle(flavour.target) or flavour.install_version.format(version=version)
     try:
         api = importlib.import_module(flavour.module)
     except (ImportError, OSError) as error:  # OSError: the bindings are there, the libraries aren't

@@ -6,10 +6,12 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qwen_aot.extras import install_command
+from qwen_aot.jetson import Jetson
 from qwen_aot.runtime.cli import doctor
 from qwen_aot.runtime.cli.doctor import Need, gpus, lack
 from tests.doubles.gpu import Gpu
@@ -33,18 +35,18 @@ def test_table(run: Run) -> None:
 
 
 def test_what_the_tensorrt_targets_lack(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {"tensorrt-rtx-cu13": "1.7.1.116", "cuda-bindings": "13.0.1", "tensorrt": "10.9.0"}
+    installed = {"tensorrt-rtx-cu13": "1.7.1.116", "cuda-bindings": "13.0.1", "tensorrt": "10.2.0"}
     monkeypatch.setattr(doctor, "version", lambda package: installed.get(package, "99"))
     monkeypatch.setattr(doctor, "gpus", lambda: [])
     monkeypatch.setenv("QWEN_AOT_PLUGIN_LIBRARY", sys.executable)
     targets = json.loads(run("doctor", "--json").stdout)["targets"]
     no_gpu = "no NVIDIA GPU or driver"
     assert targets["tensorrt-rtx"] == {"build_lacks": [], "run_lacks": [no_gpu]}
-    upgrade = f"tensorrt is 10.9.0, 10.13 or newer is needed: {install_command('tensorrt', upgrade=True)}"
+    upgrade = f"tensorrt is 10.2.0, 10.3 or newer is needed: {install_command('tensorrt', upgrade=True)}"
     assert targets["tensorrt"] == {"build_lacks": [upgrade, no_gpu], "run_lacks": [upgrade, no_gpu]}
     text = run("doctor").stdout
     assert text.count(install_command("tensorrt", upgrade=True)) == 1  # each remedy once, whoever lacks it
-    assert re.search(r"^tensorrt build +lacks tensorrt 10.13 or newer, a GPU$", text, re.MULTILINE)
+    assert re.search(r"^tensorrt build +lacks tensorrt 10.3 or newer, a GPU$", text, re.MULTILINE)
     monkeypatch.setattr(doctor, "gpus", lambda: [dict.fromkeys(("name", "compute_cap", "driver_version"), "1")])
     assert json.loads(run("doctor", "--json").stdout)["targets"]["tensorrt-rtx"]["run_lacks"] == []
 
@@ -116,3 +118,65 @@ def test_a_jetsons_gpu_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (found["name"], found["compute_cap"], found["memory.total"]) == ("Orin", "8.7", "8192 MiB")
     with installed(Gpu(driver=0)):
         assert gpus() == []
+
+
+ORIN = Jetson("NVIDIA Jetson Orin Nano Developer Kit", "tegra234", (36, 4, 3))
+
+
+@pytest.fixture
+def orin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An Orin Nano with JetPack 6.2 and nothing of ours but what `doctor` needs."""
+    monkeypatch.setattr(doctor, "find_jetson", lambda: ORIN)
+    monkeypatch.setattr("qwen_aot.extras.find_jetson", lambda: ORIN)
+    monkeypatch.setattr(doctor, "driver_cuda", lambda: (12, 6))
+    installed = {"cuda-bindings": "13.4.4", **dict.fromkeys(("torch", "onnx"), "99")}
+    monkeypatch.setattr(doctor, "version", installed.get)
+
+
+@pytest.mark.usefixtures("orin")
+def test_a_jetson(run: Run) -> None:
+    facts = json.loads(run("doctor", "--json").stdout)
+    assert facts["jetson"] == {
+        "model": "NVIDIA Jetson Orin Nano Developer Kit",
+        "chip": "tegra234",
+        "jetson_linux": "36.4.3",
+        "jetpack": "6.1 or 6.2",
+    }
+    lacking = facts["targets"]["tensorrt"]["run_lacks"]
+    assert lacking[0].startswith("tensorrt isn't installed: on a Jetson it is JetPack's, for Python 3.10: `sudo apt")
+    assert lacking[1] == "cuda-bindings is 13.4.4, and the driver runs CUDA 12.6: pip install 'cuda-bindings==12.*'"
+    assert not any("pip install 'tensorrt" in text for text in lacking)
+    text = run("doctor").stdout
+    assert re.search(r"^board +NVIDIA Jetson Orin Nano Developer Kit, Jetson Linux 36.4.3", text, re.MULTILINE)
+    assert "there is no TensorRT-RTX for Jetsons: take target tensorrt" in " ".join(text.split())
+
+
+def test_elsewhere_no_board_is_shown(run: Run) -> None:
+    assert json.loads(run("doctor", "--json").stdout)["jetson"] is None
+    assert not re.search(r"^board ", run("doctor").stdout, re.MULTILINE)
+
+
+def test_tensorrt_that_pip_knows_nothing_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.importlib.metadata, "version", not_found)
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.3.0"))
+    assert doctor.version("tensorrt") == "10.3.0"
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert doctor.version("tensorrt") is None
+    assert doctor.version("click") is None  # of others only pip is asked
+
+
+def not_found(package: str) -> str:
+    raise doctor.importlib.metadata.PackageNotFoundError(package)
+
+
+@pytest.mark.parametrize(
+    ("driver", "bindings", "is_lacking"),
+    [((12, 6), "13.0.1", True), ((12, 6), "12.9.10", False), ((13, 2), "13.4.4", False), (None, "13.0.1", False)],
+)
+def test_bindings_newer_than_the_driver(
+    monkeypatch: pytest.MonkeyPatch, driver: tuple[int, int] | None, bindings: str, is_lacking: bool
+) -> None:
+    monkeypatch.setattr(doctor, "driver_cuda", lambda: driver)
+    monkeypatch.setattr(doctor, "version", lambda package: bindings)
+    found = lack(Need("cuda-bindings", "tensorrt", (12, 6)))
+    assert (found is not None) == is_lacking

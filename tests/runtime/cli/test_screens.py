@@ -45,6 +45,7 @@ MACHINE: dict[str, Any] = {
     "cpu": {"name": "Some CPU", "features": ["avx2", "avx512_vnni"], "logical_cores": 8, "threads": 4},
     "memory": {"total_bytes": 25_300_000_000, "available_bytes": 21_000_000_000},
     "free_disk_bytes": 82_300_000_000,
+    "jetson": None,
     "gpus": [],
     "packages": {"click": "8.5.1", "rich": None},
     "extras": {
