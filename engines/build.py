@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen_aot.engines.builders import Builder, EngineFacts, builder_for
+from qwen_aot.engines.bundle.build_report import REPORT_NAME, BuildReport
 from qwen_aot.engines.bundle.compiled_text import COMPILED_CHAT_NAME, COMPILED_TOKENIZER_NAME, compile_text
 from qwen_aot.engines.bundle.default_length import default_max_new_tokens
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.resources import Estimate, check_resources, estimate, threads_for
-from qwen_aot.engines.bundle.stages import Advance, StageCost, Stages
+from qwen_aot.engines.bundle.stages import Advance, Stages
 from qwen_aot.engines.bundle.text_facts import TextFacts, text_facts
 from qwen_aot.engines.bundle.versions import tool_versions
 from qwen_aot.engines.bundle.writer import BundleWriter, refuse_unless_replaceable
@@ -30,7 +31,7 @@ from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.checkpoint.storage import Storage, storage_of
-from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
+from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.encodings import encodings_kept, encodings_requantized, warn_of_rounding
 from qwen_aot.exporter.model.config import ModelConfig
@@ -50,11 +51,11 @@ from qwen_aot.runtime.bundle.manifest import (
     WeightEncodings,
     cache_capacity,
 )
-from qwen_aot.whole_folder import explained
+from qwen_aot.whole_folder import FolderWriter, explained
+
+__all__ = ["BuildReport", "Plan", "Verifier", "build_bundle", "make_plan", "plan_build", "write_parts"]
 
 logger = logging.getLogger(__name__)
-
-REPORT_NAME = "report.json"
 
 Verifier = Callable[[Path, Advance], Mapping[str, Any]]
 
@@ -80,39 +81,6 @@ class Plan:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class BuildReport:
-    """What was built and what it took."""
-
-    out: Path
-    manifest: Manifest  # without report.json, which holds this
-    estimate: Estimate
-    stages: tuple[StageCost, ...]
-    warnings: tuple[str, ...] = ()
-    verification: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def seconds(self) -> float:
-        """Of all stages."""
-        return sum(cost.seconds for cost in self.stages)
-
-    @property
-    def peak_memory_bytes(self) -> int:
-        """Resident memory of the building process, the highest of all stages."""
-        return max(cost.peak_memory_bytes for cost in self.stages)
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of report.json, as plain JSON values."""
-        return {
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "stages": [asdict(cost) for cost in self.stages],
-            "estimate": asdict(self.estimate),
-            "warnings": list(self.warnings),
-            "verification": dict(self.verification),
-        }
-
-
 def plan_build(
     checkpoint: Checkpoint,
     spec: BuildSpec,
@@ -130,7 +98,9 @@ def plan_build(
     with explained(out):
         refuse_unless_replaceable(out)
     storage = storage_of(checkpoint)
-    plan = _plan(checkpoint, settled(spec, storage), storage, Stages(("trace", "lower"), on_progress), threads)
+    spec = settled(spec, storage)
+    stages = Stages(("trace", "lower"), on_progress)
+    plan = make_plan(checkpoint, spec, storage, stages, builder_for(spec.target).require, threads)
     check_resources(plan.estimate, out)
     return plan
 
@@ -171,16 +141,10 @@ def build_bundle(
     names = spec.facts.stage_names(with_calibration=spec.has_calibrated_cache, with_verify=verifier is not None)
     stages = Stages(names, on_progress)
     with BundleWriter(Path(out)) as writer:
-        plan = _plan(checkpoint, spec, storage, stages, threads)
-        check_resources(plan.estimate, writer.out)
         builder = builder_for(spec.target)
-        for name, text in plan.texts.items():
-            writer.write_text(name, text)
-        for name, content in plan.compiled_texts:
-            writer.write_bytes(name, content)
-        if spec.has_calibrated_cache:
-            stages.run("calibrate", lambda advance: _calibrate(plan, checkpoint, advance), "layers")
-        hashes = stages.run("write weights", lambda advance: _write_engine(plan, checkpoint, writer, advance))
+        plan = make_plan(checkpoint, spec, storage, stages, builder.require, threads)
+        check_resources(plan.estimate, writer.out)
+        hashes = write_parts(plan, checkpoint, writer, stages)
         facts = _finish(builder, spec, plan.traced, writer.folder, stages)
 
         def manifest_for(files: Mapping[str, FileEntry]) -> Manifest:
@@ -226,7 +190,27 @@ def _finish(builder: Builder, spec: BuildSpec, lowered: Traced, folder: Path, st
     return stages.run("compile", lambda advance: builder.finish(folder, spec, lowered, advance), "%")
 
 
-def _plan(checkpoint: Checkpoint, spec: BuildSpec, storage: Storage, stages: Stages, threads: int | None) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint,
+    spec: BuildSpec,
+    storage: Storage,
+    stages: Stages,
+    require: Callable[[BuildSpec], None],
+    threads: int | None,
+) -> Plan:
+    """The build up to the point where its sizes are known.
+
+    Args:
+        checkpoint: opened.
+        spec: settled.
+        storage: of the checkpoint.
+        stages: "trace" and "lower" are run of it.
+        require: refuses a machine that lacks what comes after.
+        threads: see `build_bundle`.
+
+    Raises:
+        DeployError: it can't be built.
+    """
     threads_for(threads)  # refused before any work, as is what the manifest can't say
     max_new_tokens = default_max_new_tokens(checkpoint.tokenizer.files)
     config = checkpoint.config
@@ -235,7 +219,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, storage: Storage, stages: Sta
     compiled = compile_text(checkpoint.tokenizer.files, vocab_size=config.vocab_size)
     warnings = text.warnings + compiled.warnings
     builder = builder_for(spec.target)
-    builder.require(spec)
+    require(spec)
     windows = calibration_windows(checkpoint) if spec.has_calibrated_cache else None
     check_headers(checkpoint)
     dtype = ir.DataType[spec.combination.compute_type]
@@ -280,10 +264,32 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, storage: Storage, stages: Sta
     )
 
 
-def _write_engine(
-    plan: Plan, checkpoint: Checkpoint, writer: BundleWriter, advance: Callable[[int, int], None]
-) -> Mapping[str, str]:
-    """Writes the graph and its weights; gives the hashes of these."""
+def write_parts(plan: Plan, checkpoint: Checkpoint, writer: FolderWriter, stages: Stages) -> Mapping[str, str]:
+    """Writes texts, the graph and its weights into a folder under construction.
+
+    Args:
+        plan: of the build.
+        checkpoint: opened.
+        writer: entered.
+        stages: "calibrate", where the plan has that, and "write weights" are run of it.
+
+    Returns:
+        Hashes of the weights, by the names of their initializers.
+
+    Raises:
+        DeployError: something can't be read or written.
+    """
+    for name, text in plan.texts.items():
+        writer.write_text(name, text)
+    for name, content in plan.compiled_texts:
+        writer.write_bytes(name, content)
+    if plan.windows is not None:
+        stages.run("calibrate", lambda advance: _calibrate(plan, checkpoint, advance), "layers")
+    return stages.run("write weights", lambda advance: _write_graph(plan, checkpoint, writer, advance))
+
+
+def _write_graph(plan: Plan, checkpoint: Checkpoint, writer: FolderWriter, advance: Advance) -> Mapping[str, str]:
+    """The graph and its weights; gives the hashes of these."""
     with explained(writer.out):
         data_file = writer.folder / DATA_FILE
         hashes = stitch(plan.traced, checkpoint, data_file, on_progress=advance, threads=plan.estimate.threads)
@@ -324,7 +330,7 @@ def _manifest_maker(
         target=str(spec.target),
         engines=Engines(
             text=TextEngine(
-                file=spec.facts.engine_file,
+                file=MODEL_FILE if facts is None and spec.facts.compiles else spec.facts.engine_file,  # until compiled
                 precision=str(spec.precision),
                 quantization=dict(spec.quantization),
                 weight_encodings=WeightEncodings(encodings_kept(traced), encodings_requantized(traced)),

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qwen_aot.engines.build import BuildReport, Verifier, build_bundle
+from qwen_aot.engines.build import Verifier, build_bundle
+from qwen_aot.engines.bundle.build_report import BuildReport
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.writer import refuse_unless_replaceable
 from qwen_aot.engines.quantize import quantize_checkpoint

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.experts import gather_limit
-from qwen_aot.exporter.model.io_spec import IoSpec, TensorSpec
+from qwen_aot.exporter.model.io_spec import TensorSpec
 from qwen_aot.runtime.bundle.manifest import VERIFY, Profile
 
 _PREFILL = "prefill"
@@ -24,7 +24,7 @@ def profiles(prefill_chunk: int, logits_rows: int | None = None) -> tuple[Profil
 
 
 def profile_shapes(
-    contract: IoSpec, profile: Profile, max_batch: int, capacity: int
+    inputs: Sequence[TensorSpec], profile: Profile, max_batch: int, capacity: int
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
     """Smallest, typical and largest shape of every input that has a letter among its dimensions.
 
@@ -41,7 +41,7 @@ def profile_shapes(
     )
     return {
         spec.name: (_shape(spec, sizes[0]), _shape(spec, sizes[1]), _shape(spec, sizes[2]))
-        for spec in contract.inputs
+        for spec in inputs
         if any(isinstance(dim, str) for dim in spec.dims)
     }
 

@@ -31,7 +31,8 @@ ENGINES = (
     ("engines.onnxruntime | engines.tensorrt", "a target's builder"),
     ("engines.mixed_bits | engines.plain_share", "the codes of a quantized folder, chosen by what they lose"),
     ("engines.build | engines.export | engines.quantize", "from checkpoint to folder: a builder, a lowering, or codes"),
-    ("engines.build_quantized", "two of these as one job"),
+    ("engines.prepared_folder", "a build between two machines"),
+    ("engines.build_quantized | engines.prepare | engines.compile_prepared", "builds in several steps"),
     ("engines.verify", "judges what was built, and builds what it compares with"),
 )
 RUNTIME = (
@@ -73,6 +74,8 @@ ARROWS = (
     # The command line's build side, file by file; the device's verbs (generate, chat, bench, inspect of a bundle,
     # doctor) know nothing that builds.
     Arrow("runtime.cli.build", "engines", "the verb builds", in_functions_only=True),
+    Arrow("runtime.cli.build_prepared", "engines", "the same, on the device", in_functions_only=True),
+    Arrow("runtime.cli.build_shown", "engines", "shows what was built", in_functions_only=True),
     Arrow("runtime.cli.export", "engines", "the verb writes graphs", in_functions_only=True),
     Arrow("runtime.cli.export", "exporter", "it opens a checkpoint", in_functions_only=True),
     Arrow("runtime.cli.quantize", "engines", "the verb quantizes", in_functions_only=True),

@@ -107,6 +107,26 @@ def estimate(
     )
 
 
+def estimate_compiling(weight_bytes: int, text_bytes: int, *, bits: int) -> Estimate:
+    """Sizes up what is left of a build that another machine prepared.
+
+    Args:
+        weight_bytes: of all weights, exact.
+        text_bytes: of what the bundle has beside the engine.
+        bits: a weight's; of four, all are counted as a compiler treats these.
+    """
+    is_int4 = bits == 4
+    copies = _COMPILER_COPIES_OF_INT4 if is_int4 else _COMPILER_COPIES
+    rate = _COMPILED_INT4_BYTES_PER_SECOND if is_int4 else _COMPILED_BYTES_PER_SECOND
+    return Estimate(
+        bundle_bytes=weight_bytes + text_bytes,
+        disk_bytes=weight_bytes + text_bytes,
+        peak_memory_bytes=int(copies * weight_bytes) + _COMPILER_BYTES,
+        seconds=weight_bytes / rate,
+        threads=1,
+    )
+
+
 def _bytes_per_second(bits: int) -> float:
     """Of the narrowest weights measured that are at least as wide."""
     return next(rate for measured, rate in _BYTES_PER_SECOND.items() if bits <= measured)

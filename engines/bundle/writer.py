@@ -13,32 +13,33 @@ from qwen_aot.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest
 from qwen_aot.whole_folder import FolderWriter, explained, refuse_unless_as_written, sync
 
 
-class BundleWriter(FolderWriter):
-    """Context manager of one build: fill `folder`, `seal`, `commit`. Leaving without commit undoes all."""
+class HashingWriter(FolderWriter):
+    """A `FolderWriter` that knows the hashes of its files."""
 
-    def __init__(self, out: Path) -> None:
-        super().__init__(out, refuse_unless_replaceable)
-        self._hashed: dict[str, FileEntry] = {}
-
-    def seal(
-        self,
-        manifest_for: Callable[[Mapping[str, FileEntry]], Manifest],
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> Manifest:
-        """Hashes and syncs every file in `folder`, then writes the manifest that lists them.
-
-        May be called again after files were added; those hashed before are not read again.
+    def __init__(self, out: Path, check: Callable[[Path], None], seal_name: str) -> None:
+        """Writes nothing yet.
 
         Args:
-            manifest_for: makes the manifest from the files.
+            out: see `FolderWriter`.
+            check: see `FolderWriter`.
+            seal_name: of the file that will list the others.
+        """
+        super().__init__(out, check)
+        self._seal_name = seal_name
+        self._hashed: dict[str, FileEntry] = {}
+
+    def hash_files(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Mapping[str, FileEntry]:
+        """Hashes and syncs every file in `folder` but the seal; those of an earlier call are not read again.
+
+        Args:
             on_progress: called with bytes done and bytes in all.
 
         Returns:
-            The manifest as written.
+            An entry for each, by name.
         """
         with explained(self.out):
             new = sorted(
-                path for path in self.folder.iterdir() if path.name != MANIFEST_NAME and path.name not in self._hashed
+                path for path in self.folder.iterdir() if path.name != self._seal_name and path.name not in self._hashed
             )
             total = sum(path.stat().st_size for path in new)
             done = 0
@@ -53,7 +54,33 @@ class BundleWriter(FolderWriter):
                     self._hashed[path.name] = FileEntry(bytes=path.stat().st_size, sha256=digest.hexdigest())
                 for future in syncs:
                     future.result()
-            manifest = manifest_for(dict(sorted(self._hashed.items())))
+        return dict(sorted(self._hashed.items()))
+
+
+class BundleWriter(HashingWriter):
+    """Context manager of one build: fill `folder`, `seal`, `commit`. Leaving without commit undoes all."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(out, refuse_unless_replaceable, MANIFEST_NAME)
+
+    def seal(
+        self,
+        manifest_for: Callable[[Mapping[str, FileEntry]], Manifest],
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Manifest:
+        """Hashes every file in `folder` (`hash_files`), then writes the manifest that lists them.
+
+        May be called again after files were added.
+
+        Args:
+            manifest_for: makes the manifest from the files.
+            on_progress: called with bytes done and bytes in all.
+
+        Returns:
+            The manifest as written.
+        """
+        manifest = manifest_for(self.hash_files(on_progress))
+        with explained(self.out):
             (self.folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
 

@@ -7,19 +7,19 @@ from pathlib import Path
 from qwen_aot.engines.builders import EngineFacts
 from qwen_aot.engines.bundle.stages import Advance
 from qwen_aot.engines.spec.build_spec import BuildSpec
-from qwen_aot.engines.tensorrt.compile import Compilation
+from qwen_aot.engines.tensorrt.compile import Compilation, source_of
 from qwen_aot.engines.tensorrt.library import load, require_capabilities, require_standard_layers
 from qwen_aot.engines.tensorrt.plugin_library import copy_plugin_library
 from qwen_aot.engines.tensorrt.progress import run_watched
-from qwen_aot.engines.tensorrt.sizes import engine_size_bounds
-from qwen_aot.errors import BuildError
+from qwen_aot.engines.tensorrt.sizes import check
 from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE, save_graph
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.lowering.tensorrt.standard import StandardOptions
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.flavours import FLAVOURS
-from qwen_aot.runtime.bundle.manifest import Manifest
 from qwen_aot.runtime.bundle.plugin_library import find_plugin_library, require_plugin_library
+
+__all__ = ["check", "finish", "lower", "require"]
 
 
 def require(spec: BuildSpec) -> None:
@@ -72,31 +72,8 @@ def finish(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> 
     if plugin.strip_definitions(lowered):
         save_graph(lowered, folder)
         library = copy_plugin_library(require_plugin_library(spec.tensorrt.plugin_library), folder)
-    compilation = Compilation(load(flavour), flavour, spec, lowered, folder, library)
+    compilation = Compilation(load(flavour), flavour, spec, source_of(lowered, spec, folder), folder, library)
     facts = run_watched(compilation.run, compilation.cancel, lambda: advance(compilation.percent, 100))
     for name in (MODEL_FILE, DATA_FILE):
         (folder / name).unlink()
     return facts
-
-
-def check(folder: Path, manifest: Manifest) -> None:
-    """Compares the engine's size with its weights': without a GPU an engine can't be opened.
-
-    Not that of one that told its constants: these were compared when it was compiled.
-
-    Raises:
-        BuildError: it is so much larger or smaller that the weights can't be stored as asked for.
-    """
-    engine = manifest.engines.text
-    assert engine.tensorrt is not None
-    found = (folder / engine.file).stat().st_size
-    plugins = engine.tensorrt.plugins
-    library_bytes = manifest.files[plugins.file].bytes if plugins is not None and plugins.in_engine else 0
-    layers, num_profiles = manifest.model.num_hidden_layers, len(engine.profiles)
-    low, high = engine_size_bounds(engine.tensorrt, layers, library_bytes, num_profiles)
-    if engine.plan is None and not low <= found <= high:
-        raise BuildError(
-            f"{engine.file} has {found:,} bytes where {low:,} to {high:,} are expected for "
-            f"{engine.tensorrt.weight_bytes:,} bytes of {engine.precision} weights: TensorRT stored them in "
-            "another precision, or more than once; choose another precision, and please report it"
-        )

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +26,7 @@ from qwen_aot.engines.tensorrt.gpu import own_capabilities
 from qwen_aot.engines.tensorrt.graph_names import GraphNames
 from qwen_aot.engines.tensorrt.messages import failure, make_logger
 from qwen_aot.engines.tensorrt.network import (
+    Contract,
     allow_decomposed_attention,
     io_tables,
     layer_counts,
@@ -39,7 +41,7 @@ from qwen_aot.engines.tensorrt.step_plans import step_plans, stored_bytes
 from qwen_aot.errors import BuildError, DeployError
 from qwen_aot.exporter.graph.plugin_ops import is_plugin
 from qwen_aot.exporter.graph.save import MODEL_FILE
-from qwen_aot.exporter.model.io_spec import IoSpec, io_spec
+from qwen_aot.exporter.model.io_spec import io_spec
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.flavours import Flavour
 from qwen_aot.runtime.bundle.manifest import PluginFacts, Profile, StepPlan, TensorRtFacts, cache_capacity
@@ -54,6 +56,45 @@ _PIECE_BYTES = 16 << 20  # of an engine that is in memory as a whole
 _COMPILE_PERCENT = 80  # of the time; the rest is writing (0.5B fp16 on 2 cores: 20 of 24 s)
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is compiled.
+
+    Attributes:
+        folder: that has it, as model.onnx and model.onnx.data.
+        graph: what the first of them holds.
+        contract: what its inputs and outputs must be.
+        num_hidden_layers: of the model.
+        capacity: of the cache, in tokens.
+        weight_bytes: of all weights as they are stored, without the padding of their file.
+        activation_bytes: that a step will take, estimated.
+    """
+
+    folder: Path
+    graph: ir.Graph
+    contract: Contract
+    num_hidden_layers: int
+    capacity: int
+    weight_bytes: int
+    activation_bytes: int
+
+
+def source_of(lowered: Traced, spec: BuildSpec, folder: Path) -> Source:
+    """Of a lowered graph that stands in a folder."""
+    config = lowered.config
+    capacity = cache_capacity(spec.context_for(config.max_position_embeddings), spec.prefill_chunk)
+    contract = io_spec(config, ir.DataType[spec.cache_type], capacity, speculates=spec.speculate is not None)
+    return Source(
+        folder=folder,
+        graph=lowered.model.graph,
+        contract=Contract(contract.inputs, contract.outputs),
+        num_hidden_layers=config.num_hidden_layers,
+        capacity=capacity,
+        weight_bytes=weight_bytes(lowered),
+        activation_bytes=activation_bytes(config, spec),
+    )
+
+
 class Compilation:
     """Runs the builder, in whichever thread; `percent` and `cancel` are for another one.
 
@@ -61,8 +102,8 @@ class Compilation:
         trt: the library's module.
         flavour: its row.
         spec: the request.
-        lowered: the graph that stands as model.onnx in `folder`.
-        folder: where the engine is written too.
+        source: what is compiled.
+        folder: where the engine is written.
         plugin_library: that the graph's plugin nodes need; None: it has none.
     """
 
@@ -71,25 +112,24 @@ class Compilation:
         trt: Any,
         flavour: Flavour,
         spec: BuildSpec,
-        lowered: Traced,
+        source: Source,
         folder: Path,
         plugin_library: Path | None = None,
     ) -> None:
         self._trt = trt
         self._spec = spec
-        self._lowered = lowered
+        self._source = source
         self._folder = folder
         self._plugin_library = plugin_library
         self._title = f"{flavour.title} {trt.__version__}"
         self._logger = make_logger(trt)
         self._monitor = make_monitor(trt)
-        self._weight_bytes = weight_bytes(lowered)
         self._writer: Any = None
 
     @property
     def percent(self) -> int:
         """Of the whole, below 100; never falls."""
-        written = 0.0 if self._writer is None else self._writer.written / (self._weight_bytes + 1)
+        written = 0.0 if self._writer is None else self._writer.written / (self._source.weight_bytes + 1)
         done = _COMPILE_PERCENT * self._monitor.fraction + (100 - _COMPILE_PERCENT) * written
         return min(99, int(done))
 
@@ -103,28 +143,25 @@ class Compilation:
         Raises:
             BuildError: TensorRT refuses, or the file can't be written.
         """
-        spec, config = self._spec, self._lowered.config
-        capacity = cache_capacity(spec.context_for(config.max_position_embeddings), spec.prefill_chunk)
-        cache_type = ir.DataType[spec.cache_type]
-        contract = io_spec(config, cache_type, capacity, speculates=spec.speculate is not None)
+        spec, source = self._spec, self._source
         builder = self._make_builder()
         if self._plugin_library is not None:
             self._load_plugins(builder, self._plugin_library)
-        network = parse(self._trt, builder, self._logger, self._folder / MODEL_FILE, self._title)
+        network = parse(self._trt, builder, self._logger, source.folder / MODEL_FILE, self._title)
         allow_decomposed_attention(self._trt, network)
-        inputs, outputs = io_tables(network, contract, self._title)
+        inputs, outputs = io_tables(network, source.contract, self._title)
         layers = layer_counts(network)  # before the build, which may take the network apart
         timing_cache = TimingCache(spec.tensorrt.timing_cache)
         build_config = make_config(self._trt, builder, spec, self._plugin_library)
         build_config.progress_monitor = self._monitor
         timing_cache.load(build_config, self._logger, self._title)
         largest = {
-            profile.name: self._add_profile(builder, build_config, network, contract, profile, capacity)
+            profile.name: self._add_profile(builder, build_config, network, profile)
             for profile in profiles(spec.prefill_chunk, spec.speculate)
         }
         # Beside TensorRT, in the time that it leaves a core idle: on Linux a niceness is the thread's own.
         with ThreadPoolExecutor(1, "hash", initializer=os.nice, initargs=(19,)) as pool:
-            sources = pool.submit(onnx_entries, self._folder)
+            entries = pool.submit(onnx_entries, source.folder)
             self._write_engine(builder, network, build_config)
         timing_cache.save(build_config)
         return EngineFacts(
@@ -137,11 +174,11 @@ class Compilation:
                 version_compatible=spec.tensorrt.version_compatible,
                 has_weights=not spec.tensorrt.strip_weights,
                 layers=layers,
-                weight_bytes=self._weight_bytes,
+                weight_bytes=source.weight_bytes,
                 cache_bytes=cache_bytes(inputs, spec.max_batch),
-                activation_bytes_estimated=activation_bytes(config, spec),
+                activation_bytes_estimated=source.activation_bytes,
                 builder_activation_bytes=max(self._logger.activation_bytes, default=None),
-                onnx=sources.result(),
+                onnx=entries.result(),
                 plugins=self._plugin_facts(),
             ),
             plan=self._read_plan(largest),
@@ -170,16 +207,15 @@ class Compilation:
             file=self._plugin_library.name,
             sha256=file_sha256(self._plugin_library),
             in_engine=is_serialized(self._spec),
-            ops=tuple(sorted({node.op_type for node in self._lowered.model.graph if is_plugin(node)})),
+            ops=tuple(sorted({node.op_type for node in self._source.graph if is_plugin(node)})),
         )
 
-    def _add_profile(
-        self, builder: Any, config: Any, network: Any, contract: IoSpec, profile: Profile, capacity: int
-    ) -> dict[str, tuple[int, ...]]:
+    def _add_profile(self, builder: Any, config: Any, network: Any, profile: Profile) -> dict[str, tuple[int, ...]]:
         """Gives the largest shape of each input that has no fixed one."""
         present = {network.get_input(index).name for index in range(network.num_inputs)}
         shapes = builder.create_optimization_profile()
-        ranges = profile_shapes(contract, profile, self._spec.max_batch, capacity)
+        inputs, capacity = self._source.contract.inputs, self._source.capacity
+        ranges = profile_shapes(inputs, profile, self._spec.max_batch, capacity)
         for name, (least, typical, most) in ranges.items():
             if name in present:
                 shapes.set_shape(name, least, typical, most)
@@ -197,12 +233,11 @@ class Compilation:
             programs = read_programs(self._folder / self._spec.facts.engine_file)
             if not programs:
                 return None
-            config = self._lowered.config
-            plan = step_plans(programs, GraphNames(self._lowered.model.graph), config.num_hidden_layers, largest)
+            plan = step_plans(programs, GraphNames(self._source.graph), self._source.num_hidden_layers, largest)
         except _UNREADABLE as error:  # nothing at run time depends on it
             logger.warning("what %s compiled can't be told: %s", self._title, error)
             return None
-        require_stored_once(stored_bytes(programs), self._weight_bytes)
+        require_stored_once(stored_bytes(programs), self._source.weight_bytes)
         return plan
 
     def _write_engine(self, builder: Any, network: Any, config: Any) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen_aot.engines.tensorrt.messages import failure
 from qwen_aot.errors import BuildError
-from qwen_aot.exporter.model.io_spec import IoSpec, TensorSpec
+from qwen_aot.exporter.model.io_spec import TensorSpec
 from qwen_aot.runtime.bundle.manifest import IoTensor
 
 # TensorRT's names of element types -> ours.
@@ -21,6 +22,14 @@ _DTYPES: Mapping[str, str] = {
     "INT32": "int32",
     "INT8": "int8",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """What a network may have for inputs and outputs, in this order; an input that nothing reads may be missing."""
+
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
 
 
 # Beside the cache: what no network can do without. Others are missing where nothing reads them.
@@ -47,7 +56,7 @@ def _parser_error(error: Any) -> str:
     return f"{error.code().name}{f' at {node}' if node else ''}: {error.desc()}"
 
 
-def io_tables(network: Any, contract: IoSpec, title: str) -> tuple[tuple[IoTensor, ...], tuple[IoTensor, ...]]:
+def io_tables(network: Any, contract: Contract, title: str) -> tuple[tuple[IoTensor, ...], tuple[IoTensor, ...]]:
     """Inputs and outputs as the network has them, with the contract's letters for its dynamic dimensions.
 
     Raises:

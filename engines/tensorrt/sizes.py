@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.weights.recipe import Traced
-from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, IoTensor, TensorRtFacts
+from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, IoTensor, Manifest, TensorRtFacts
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
@@ -69,4 +70,27 @@ def require_stored_once(stored: int, weights: int) -> None:
         raise BuildError(
             f"the engine stores {stored:,} bytes of constants where the weights have {weights:,}: TensorRT stored some "
             "in a wider type, or more than once; choose another precision or --max-batch 1, and please report it"
+        )
+
+
+def check(folder: Path, manifest: Manifest) -> None:
+    """Compares the engine's size with its weights': without a GPU an engine can't be opened.
+
+    Not that of one that told its constants: these were compared when it was compiled.
+
+    Raises:
+        BuildError: it is so much larger or smaller that the weights can't be stored as asked for.
+    """
+    engine = manifest.engines.text
+    assert engine.tensorrt is not None
+    found = (folder / engine.file).stat().st_size
+    plugins = engine.tensorrt.plugins
+    library_bytes = manifest.files[plugins.file].bytes if plugins is not None and plugins.in_engine else 0
+    layers, num_profiles = manifest.model.num_hidden_layers, len(engine.profiles)
+    low, high = engine_size_bounds(engine.tensorrt, layers, library_bytes, num_profiles)
+    if engine.plan is None and not low <= found <= high:
+        raise BuildError(
+            f"{engine.file} has {found:,} bytes where {low:,} to {high:,} are expected for "
+            f"{engine.tensorrt.weight_bytes:,} bytes of {engine.precision} weights: TensorRT stored them in "
+            "another precision, or more than once; choose another precision, and please report it"
         )

@@ -9,9 +9,10 @@ from pathlib import PurePosixPath
 from qwen_aot.errors import BundleError
 from qwen_aot.runtime.bundle.checks import is_sha256
 
-__all__ = ["MANIFEST_NAME", "FileEntry", "check_file_name"]
+__all__ = ["MANIFEST_NAME", "PREPARED_NAME", "FileEntry", "check_file_name"]
 
 MANIFEST_NAME = "manifest.json"
+PREPARED_NAME = "prepared.json"  # in its place: a build that is still to be compiled (`build-engine --prepare`)
 
 
 @dataclass(frozen=True, slots=True)

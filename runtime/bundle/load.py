@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from qwen_aot.errors import BundleError
+from qwen_aot.runtime.bundle.files import PREPARED_NAME
 from qwen_aot.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest
 from qwen_aot.runtime.bundle.onnx_file import read_onnx_file
 from qwen_aot.runtime.bundle.places import place_of
@@ -152,6 +153,8 @@ def _not_a_bundle(path: Path) -> str:
     build = "a bundle is made from it with `build-engine CHECKPOINT -o BUNDLE`"
     if not path.exists():
         return f"{path} doesn't exist; accepted: a bundle's folder, as `build-engine` writes it"
+    if (path / PREPARED_NAME).is_file():
+        return f"{path} is a build that was prepared, not a bundle: compile it with `build-engine {path} -o BUNDLE`"
     if path.suffix == ".gguf" or (path / "config.json").is_file():
         return f"{path} is a checkpoint, not a bundle: {build}"
     if path.is_file():

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from qwen_aot.machine import available_memory_bytes, free_disk_bytes
+from qwen_aot.runtime.bundle.files import PREPARED_NAME
 from qwen_aot.runtime.bundle.plugin_library import PLUGIN_LIBRARY, PLUGIN_LIBRARY_VARIABLE
+from qwen_aot.runtime.cli.build_prepared import compile_folder
+from qwen_aot.runtime.cli.build_shown import show_estimate, show_report
 from qwen_aot.runtime.cli.command import VerbCommand, option
-from qwen_aot.runtime.cli.console import count, duration, print_json, progress_on_stderr, show_logs, size, stdout
+from qwen_aot.runtime.cli.console import progress_on_stderr, show_logs
 from qwen_aot.runtime.cli.options import CONTEXT, GivenPath, threads_option
-from qwen_aot.runtime.cli.tables import print_facts, print_table, say
-
-if TYPE_CHECKING:
-    from qwen_aot.engines.build import BuildReport, Plan
 
 _TENSORRT = "TensorRT"
 
@@ -169,6 +167,12 @@ def _kv_precisions() -> str:
     help=f"{PLUGIN_LIBRARY}, as `python -m qwen_aot.plugins.library` writes it.  [default: ${PLUGIN_LIBRARY_VARIABLE}]",
     group=_TENSORRT,
 )
+@option(
+    "--prepare",
+    is_flag=True,
+    help="All but the compiling, for a device that compiles: run build-engine there with the folder that this writes.",
+    group=_TENSORRT,
+)
 @option("--random-weights", is_flag=True, help="For a variant's name: weights drawn from --seed.", group="Trial")
 @option("--seed", type=click.IntRange(0), default=0, help="Of the random weights.", group="Trial")
 @option(
@@ -200,6 +204,7 @@ def command(
     attention: Any,  # TensorRtOptions refuses what isn't one of its forms
     moe: Any,
     plugin_library: Path | None,
+    prepare: bool,
     threads: int | None,
     **request: Any,
 ) -> None:
@@ -211,9 +216,13 @@ def command(
       build-engine qwen1.5-7b --random-weights -o ./trial --dry-run \\
         --target tensorrt-rtx --compute-capability 8.9
 
-    CHECKPOINT is a Hugging Face folder, a .gguf file, or a variant's name with --random-weights. What stands
-    at the output stays until the new bundle is whole; a failed or interrupted build changes nothing.
+    CHECKPOINT is a Hugging Face folder, a .gguf file, a variant's name with --random-weights, or a folder that
+    --prepare wrote. What stands at the output stays until the new bundle is whole; a failed or interrupted build
+    changes nothing.
     """
+    if (Path(checkpoint) / PREPARED_NAME).is_file():
+        compile_folder(click.get_current_context(), Path(checkpoint), out, dry_run=dry_run, as_json=as_json)
+        return
     from qwen_aot.engines.build_quantized import settled_algorithm
     from qwen_aot.engines.spec.build_spec import BuildSpec
     from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
@@ -228,6 +237,11 @@ def command(
         raise click.UsageError("--verify compares with the checkpoint's own numbers; use qwen-aot compare afterwards")
     if keep_quantized is not None and algorithm is None:
         raise click.UsageError("--keep-quantized goes with --algorithm")
+    if prepare and (with_verify or algorithm is not None):
+        raise click.UsageError(
+            "--prepare goes without --verify and --algorithm: quantize first (`qwen-aot quantize`), and prepare a "
+            "build of what it writes"
+        )
     if dry_run and algorithm is not None:
         raise click.UsageError(
             f"--dry-run doesn't plan what algorithm {algorithm} makes; plan the precision of its codes (int4, int8) "
@@ -248,6 +262,10 @@ def command(
             plugin_library=plugin_library,
         )
         spec = BuildSpec(tensorrt=options, **{name: value for name, value in request.items() if value is not None})
+        if prepare:
+            from qwen_aot.engines.prepared_folder import require_compiled
+
+            require_compiled(spec)
         if algorithm is not None:
             from qwen_aot.engines.build_quantized import quantize_spec_for
 
@@ -263,7 +281,14 @@ def command(
         open_source(checkpoint, random_weights=random_weights, seed=seed) as source,
         progress_on_stderr() as show,
     ):
-        if dry_run:
+        if prepare:
+            from qwen_aot.engines.prepare import plan_prepared, prepare_build
+
+            if dry_run:
+                plan = plan_prepared(source, spec, out, on_progress=show, threads=threads)
+            else:
+                report = prepare_build(source, spec, out, on_progress=show, threads=threads)
+        elif dry_run:
             plan = plan_build(source, spec, out, on_progress=show, threads=threads)
         elif algorithm is not None:
             from qwen_aot.engines.build_quantized import build_quantized
@@ -275,53 +300,6 @@ def command(
             verifier = verifier_for(source) if with_verify else None
             report = build_bundle(source, spec, out, on_progress=show, verifier=verifier, threads=threads)
     if dry_run:
-        _show_plan(plan, out, as_json)
-    elif as_json:
-        print_json({"bundle": str(report.out), **report.to_json()})
+        show_estimate(plan.estimate, plan.warnings, out, as_json=as_json)
     else:
-        _show_report(report)
-
-
-def _show_plan(plan: Plan, out: Path, as_json: bool) -> None:
-    facts = {
-        "bundle": str(out),
-        "bundle_bytes": plan.estimate.bundle_bytes,
-        "disk_bytes": plan.estimate.disk_bytes,
-        "free_disk_bytes": free_disk_bytes(out),
-        "peak_memory_bytes": plan.estimate.peak_memory_bytes,
-        "available_memory_bytes": available_memory_bytes(),
-        "seconds": plan.estimate.seconds,
-        "threads": plan.estimate.threads,
-        "warnings": list(plan.warnings),
-    }
-    if as_json:
-        print_json(facts)
-        return
-    console = stdout()
-    estimate = plan.estimate
-    print_facts(
-        console,
-        [
-            (
-                "bundle",
-                f"{size(estimate.bundle_bytes)} ({size(estimate.disk_bytes)} on disk meanwhile, "
-                f"{size(free_disk_bytes(out))} free)",
-            ),
-            ("memory", f"about {size(estimate.peak_memory_bytes)} ({size(available_memory_bytes())} available)"),
-            ("time", f"about {duration(estimate.seconds)} from here, {count(estimate.threads, 'thread')}"),
-        ],
-    )
-    say(console, "nothing was written (--dry-run)")
-
-
-def _show_report(report: BuildReport) -> None:
-    console = stdout()
-    costs = [(cost.stage, duration(cost.seconds), size(cost.peak_memory_bytes)) for cost in report.stages]
-    print_table(console, ("stage", "time", "peak memory"), costs, numbers=("time", "peak memory"))
-    manifest = report.manifest
-    say(
-        console,
-        f"{report.out}: {manifest.target} {manifest.engines.text.precision}, "
-        f"{size(sum(entry.bytes for entry in manifest.files.values()))}, built in {duration(report.seconds)}, "
-        f"peak memory {size(report.peak_memory_bytes)}",
-    )
+        show_report(report, "prepared" if prepare else "built", as_json=as_json)

@@ -13,7 +13,7 @@ from tests.installed.environments import run
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 REVEALED = {
     'qwen_aot.load("bundle")': "qwen_aot.runtime.generation.generator.Generator",
-    'qwen_aot.build_bundle("c", qwen_aot.BuildSpec(), "b")': "qwen_aot.engines.build.BuildReport",
+    'qwen_aot.build_bundle("c", qwen_aot.BuildSpec(), "b")': "qwen_aot.engines.bundle.build_report.BuildReport",
     'qwen_aot.open_checkpoint("c")': "qwen_aot.exporter.checkpoint.base.Checkpoint",
     "qwen_aot.GenerationConfig().temperature": "float",
     'qwen_aot.load("bundle").generate("a", max_new_tokens=3)': "qwen_aot.runtime.generation.request.Completion",
