@@ -66,7 +66,7 @@ def estimate_of(prepared: Prepared) -> Estimate:
     """What compiling it needs on the device."""
     files = prepared.manifest.files
     text_bytes = sum(entry.bytes for name, entry in files.items() if name not in (MODEL_FILE, DATA_FILE))
-    return estimate_compiling(prepared.weight_bytes, text_bytes, bits=prepared.spec.precision.row.bits)
+    return estimate_compiling(prepared.weight_bytes, prepared.int4_bytes, text_bytes)
 
 
 def compile_prepared(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx_ir as ir
+
 from qwen_aot.engines.build import Plan, make_plan, write_parts
 from qwen_aot.engines.bundle.build_report import BuildReport
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
@@ -22,6 +24,7 @@ from qwen_aot.engines.tensorrt.sizes import weight_bytes
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.checkpoint.storage import storage_of
 from qwen_aot.exporter.lowering.tensorrt.plugin import strip_definitions
+from qwen_aot.exporter.weights.recipe import output_bytes_of
 from qwen_aot.runtime.bundle.files import PREPARED_NAME
 from qwen_aot.runtime.bundle.flavours import FLAVOURS
 from qwen_aot.runtime.bundle.plugin_library import find_plugin_library
@@ -91,8 +94,13 @@ def prepare_build(
         hashes = write_parts(plan, checkpoint, writer, stages)
         files = stages.run("hash", lambda advance: writer.hash_files(advance))
         manifest = plan.manifest_for(files, hashes, None)
-        activations = activation_bytes(checkpoint.config, spec)
-        prepared = Prepared(spec, weight_bytes(plan.traced), activations, manifest)
+        prepared = Prepared(
+            spec,
+            weight_bytes=weight_bytes(plan.traced),
+            int4_bytes=output_bytes_of(plan.traced, ir.DataType.INT4),
+            activation_bytes=activation_bytes(checkpoint.config, spec),
+            manifest=manifest,
+        )
         writer.write_text(PREPARED_NAME, prepared.to_json())
         writer.commit()
     return BuildReport(

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-_COUNTS = ("weight_bytes", "activation_bytes")
+_COUNTS = ("weight_bytes", "int4_bytes", "activation_bytes")
 _KEYS = ("format_version", "qwen_aot", "spec", *_COUNTS, "manifest")
 _OF_THE_HOST = ("timing_cache", "plugin_library")  # options that name files of the machine that prepared
 _NOT_ASKED = "asked"  # of a BuildSpec: it is derived
@@ -49,12 +49,14 @@ class Prepared:
     Attributes:
         spec: the request, settled by the checkpoint; its options name no files.
         weight_bytes: of all weights as they are stored, without the padding of their file.
+        int4_bytes: what of them is of type INT4.
         activation_bytes: that a step will take, estimated.
         manifest: of the bundle to be; `engines.text.file` is the graph, and `files` are those of the folder.
     """
 
     spec: BuildSpec
     weight_bytes: int
+    int4_bytes: int
     activation_bytes: int
     manifest: Manifest
 
@@ -100,8 +102,8 @@ def read_prepared(folder: Path) -> Prepared:
         for name, value in zip(_COUNTS, counts, strict=True):
             if type(value) is not int or value < 0:
                 raise BundleError(f"{name} is {value!r}; accepted: whole numbers from 0")
-        weight_bytes, activation_bytes = counts
-        return Prepared(_spec_of(document["spec"]), weight_bytes, activation_bytes, manifest)
+        weight_bytes, int4_bytes, activation_bytes = counts
+        return Prepared(_spec_of(document["spec"]), weight_bytes, int4_bytes, activation_bytes, manifest)
     except (OSError, UnicodeDecodeError, BundleError) as error:
         raise BuildError(f"{path} can't be read ({error}): prepare the build again") from error
 

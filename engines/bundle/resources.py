@@ -94,9 +94,8 @@ def estimate(
     stitching_bytes = threads * thread_bytes
     compiling_bytes, seconds = 0, weight_bytes / _bytes_per_second(bits)
     if is_compiled:
-        other_bytes = weight_bytes - int4_bytes
-        compiling_bytes = int(_COMPILER_COPIES * other_bytes + _COMPILER_COPIES_OF_INT4 * int4_bytes) + _COMPILER_BYTES
-        seconds += other_bytes / _COMPILED_BYTES_PER_SECOND + int4_bytes / _COMPILED_INT4_BYTES_PER_SECOND
+        compiling_bytes, compiling_seconds = _compiling(weight_bytes, int4_bytes)
+        seconds += compiling_seconds
     seconds += calibration_products / (threads * _PRODUCTS_PER_SECOND)
     return Estimate(
         bundle_bytes=weight_bytes + text_bytes,
@@ -107,24 +106,24 @@ def estimate(
     )
 
 
-def estimate_compiling(weight_bytes: int, text_bytes: int, *, bits: int) -> Estimate:
+def estimate_compiling(weight_bytes: int, int4_bytes: int, text_bytes: int) -> Estimate:
     """Sizes up what is left of a build that another machine prepared.
 
     Args:
         weight_bytes: of all weights, exact.
+        int4_bytes: what of them is of type INT4.
         text_bytes: of what the bundle has beside the engine.
-        bits: a weight's; of four, all are counted as a compiler treats these.
     """
-    is_int4 = bits == 4
-    copies = _COMPILER_COPIES_OF_INT4 if is_int4 else _COMPILER_COPIES
-    rate = _COMPILED_INT4_BYTES_PER_SECOND if is_int4 else _COMPILED_BYTES_PER_SECOND
-    return Estimate(
-        bundle_bytes=weight_bytes + text_bytes,
-        disk_bytes=weight_bytes + text_bytes,
-        peak_memory_bytes=int(copies * weight_bytes) + _COMPILER_BYTES,
-        seconds=weight_bytes / rate,
-        threads=1,
-    )
+    memory, seconds = _compiling(weight_bytes, int4_bytes)
+    size = weight_bytes + text_bytes
+    return Estimate(bundle_bytes=size, disk_bytes=size, peak_memory_bytes=memory, seconds=seconds, threads=1)
+
+
+def _compiling(weight_bytes: int, int4_bytes: int) -> tuple[int, float]:
+    """Resident memory beside what the process has anyway, and seconds."""
+    other_bytes = weight_bytes - int4_bytes
+    memory = int(_COMPILER_COPIES * other_bytes + _COMPILER_COPIES_OF_INT4 * int4_bytes) + _COMPILER_BYTES
+    return memory, other_bytes / _COMPILED_BYTES_PER_SECOND + int4_bytes / _COMPILED_INT4_BYTES_PER_SECOND
 
 
 def _bytes_per_second(bits: int) -> float:
