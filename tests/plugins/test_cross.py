@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.tools import require_tool
 
 pytestmark = pytest.mark.deep
 
+NEEDED = re.compile(r"\b(GLIBC|GLIBCXX|CXXABI)_(\d[\d.]*)")
 SYSROOT = "/usr/aarch64-linux-gnu"  # Debian's libc6-dev-arm64-cross
 
 
@@ -38,6 +40,19 @@ def test_it_is_a_library_for_aarch64_with_the_same_kernels(library: Path, plugin
     data = library.read_bytes()
     cubins = list((plugin_build / "build" / "kernels" / "sm_89").glob("*.cubin"))
     assert cubins and all(cubin.read_bytes() in data for cubin in cubins)
+
+
+# What Ubuntu 22.04 has, of which JetPack 6 is made.
+JETPACK_6 = {"GLIBC": (2, 35), "GLIBCXX": (3, 4, 30), "CXXABI": (1, 3, 13)}
+
+
+def test_it_needs_no_newer_system_than_jetpack_6(library: Path) -> None:
+    symbols = subprocess.run(
+        ["readelf", "--version-info", "--wide", library], check=True, capture_output=True, text=True
+    )
+    needed = {(name, tuple(map(int, version.split(".")))) for name, version in NEEDED.findall(symbols.stdout)}
+    assert {name for name, _ in needed} == set(JETPACK_6)
+    assert [(name, version) for name, version in sorted(needed) if version > JETPACK_6[name]] == []
 
 
 @pytest.fixture(scope="module")
