@@ -49,7 +49,7 @@ PLUGINS = (
     ("plugins.variants", "the kernels as they are compiled"),
     ("plugins.aot | plugins.launch", "compiles variants, or launches them"),
     ("plugins.kernel_table", "what C++ reads of them"),
-    ("plugins.library | plugins.performance", "the library of them all; a model of their speed"),
+    ("plugins.library | plugins.performance | plugins.wheel", "the library of them all; a model of their speed"),
 )
 
 ARROWS = (
@@ -66,6 +66,7 @@ ARROWS = (
     Arrow("engines", "exporter", "engines are made of exported graphs"),
     Arrow("engines", "runtime.bundle", "bundles are written in the format that the runtime owns"),
     Arrow("engines.bundle", "runtime.text", "a build renders chat templates by the code that will render them"),
+    Arrow("plugins.wheel", "runtime.bundle", "where a runtime looks for the library"),
     Arrow("plugins.performance", "engines.planner", "the GPUs that `plan` knows"),
     Arrow("plugins.performance", "exporter.model", "the shapes of the variants"),
     # A target's row names its builder, which is imported when a build needs it: the target's library may be absent.

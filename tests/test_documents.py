@@ -93,7 +93,9 @@ def check_pip(arguments: list[str]) -> None:
             # A release doesn't exist: the project is named by its clone or by a wheel of it.
             assert place in (".", f"qwen_aot-{__version__}-py3-none-any.whl"), place
             assert set(extras.split(",")) <= EXTRAS, extras
-    assert not [argument for argument in arguments if re.match(r"qwen[-_]aot(?!-[\d.]+\S*\.whl)", argument)]
+    assert not [
+        argument for argument in arguments if re.match(r"qwen[-_]aot(?!(?:_plugins)?-[\d.]+\S*\.whl)", argument)
+    ]
 
 
 def check_pytest(arguments: list[str]) -> None:
