@@ -1,7 +1,8 @@
 """Makes a wheel of a built library, so that a device installs the plugins with pip: no compiler, no Triton.
 
-`python -m qwen_aot.plugins.wheel LIBRARY -o FOLDER`. The wheel installs one package, `qwen_aot_plugins`, with the library
-in it, where `runtime.bundle.plugin_library` finds it. Its tag names the processor and the glibc that the library needs.
+`python -m qwen_aot.plugins.wheel LIBRARY -o FOLDER`. The wheel installs one package, `qwen_aot_plugins`, with the
+library in it, where `runtime.bundle.plugin_library` finds it. Its tag names the processor, and the glibc that the
+library needs.
 """
 
 from __future__ import annotations

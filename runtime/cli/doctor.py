@@ -67,15 +67,21 @@ class Lack:
 
 @dataclass(frozen=True, slots=True)
 class TargetNeeds:
-    """What building for a target and running it need."""
+    """What building for a target and running it need, and compiling there what another machine prepared.
+
+    Attributes:
+        compile: empty where a target's bundles are done without.
+    """
 
     build: tuple[Need, ...]
     run: tuple[Need, ...]
+    compile: tuple[Need, ...] = ()
     build_on_gpu: bool = False
     run_on_gpu: bool = False
 
 
 _EXPORT = tuple(Need(name, "build") for name in ("torch", "onnx", "onnx-ir", "onnxscript", "ml-dtypes"))
+_COMPILE = tuple(Need(name, "compile") for name in ("onnx", "onnx-ir", "ml-dtypes"))
 _ONNXRUNTIME = Need("onnxruntime", "cpu", (1, 32))
 
 
@@ -84,6 +90,7 @@ def _needs_of(flavour: Flavour) -> TargetNeeds:
     return TargetNeeds(
         build=(*_EXPORT, library),
         run=(library, Need("cuda-bindings", flavour.target, flavour.cuda_at_least)),
+        compile=(*_COMPILE, library),
         build_on_gpu=not flavour.builds_for_others,
         run_on_gpu=True,
     )
@@ -177,14 +184,15 @@ def _version_of_module(name: str) -> str | None:
 
 
 def lacks_of_targets(*, has_gpu: bool) -> dict[str, dict[str, list[Lack]]]:
-    """Target -> task (build, run) -> what is missing for it."""
-    return {
-        target: {
-            "build": _lacks(row.build, has_gpu=has_gpu or not row.build_on_gpu) + _lacks_plugins(target),
-            "run": _lacks(row.run, has_gpu=has_gpu or not row.run_on_gpu),
-        }
-        for target, row in TARGETS.items()
-    }
+    """Target -> task (build, compile where there is such a thing, run) -> what is missing for it."""
+    found: dict[str, dict[str, list[Lack]]] = {}
+    for target, row in TARGETS.items():
+        builds = has_gpu or not row.build_on_gpu
+        found[target] = {"build": _lacks(row.build, has_gpu=builds) + _lacks_plugins(target)}
+        if row.compile:
+            found[target]["compile"] = _lacks(row.compile, has_gpu=builds) + _lacks_plugins(target)
+        found[target]["run"] = _lacks(row.run, has_gpu=has_gpu or not row.run_on_gpu)
+    return found
 
 
 def _lacks(needs: tuple[Need, ...], *, has_gpu: bool) -> list[Lack]:

@@ -41,9 +41,10 @@ def test_what_the_tensorrt_targets_lack(run: Run, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("QWEN_AOT_PLUGIN_LIBRARY", sys.executable)
     targets = json.loads(run("doctor", "--json").stdout)["targets"]
     no_gpu = "no NVIDIA GPU or driver"
-    assert targets["tensorrt-rtx"] == {"build_lacks": [], "run_lacks": [no_gpu]}
+    assert targets["tensorrt-rtx"] == {"build_lacks": [], "compile_lacks": [], "run_lacks": [no_gpu]}
     upgrade = f"tensorrt is 10.2.0, 10.3 or newer is needed: {install_command('tensorrt', upgrade=True)}"
-    assert targets["tensorrt"] == {"build_lacks": [upgrade, no_gpu], "run_lacks": [upgrade, no_gpu]}
+    lacking = [upgrade, no_gpu]
+    assert targets["tensorrt"] == {"build_lacks": lacking, "compile_lacks": lacking, "run_lacks": lacking}
     text = run("doctor").stdout
     assert text.count(install_command("tensorrt", upgrade=True)) == 1  # each remedy once, whoever lacks it
     assert re.search(r"^tensorrt build +lacks tensorrt 10.3 or newer, a GPU$", text, re.MULTILINE)
@@ -180,3 +181,14 @@ def test_bindings_newer_than_the_driver(
     monkeypatch.setattr(doctor, "version", lambda package: bindings)
     found = lack(Need("cuda-bindings", "tensorrt", (12, 6)))
     assert (found is not None) == is_lacking
+
+
+def test_a_device_compiles_without_what_reads_checkpoints(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"tensorrt": "10.3.0", "onnx": "1.23.2", "onnx-ir": "1.1.0", "ml-dtypes": "0.6.0"}
+    monkeypatch.setattr(doctor, "version", installed.get)
+    monkeypatch.setattr(doctor, "gpus", lambda: [dict.fromkeys(("name", "compute_cap", "driver_version"), "1")])
+    monkeypatch.setenv("QWEN_AOT_PLUGIN_LIBRARY", sys.executable)
+    targets = json.loads(run("doctor", "--json").stdout)["targets"]
+    assert targets["tensorrt"]["compile_lacks"] == [] != targets["tensorrt"]["build_lacks"]
+    assert "compile_lacks" not in targets["cpu"]
+    assert re.search(r"^tensorrt compile +ready$", run("doctor").stdout, re.MULTILINE)

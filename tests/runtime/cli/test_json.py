@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from tests.coded_checkpoints import MOE
 from tests.quantized_files import gptq, gptq_config, save_quantized
 from tests.runtime.backends.tensorrt.engines import write_checksum_bundle
 from tests.runtime.cli.conftest import Run
+from tests.runtime.cli.test_doctor import ORIN
 from tests.runtime.measure.scripted import scripted
 
 PAGE = Path(__file__).parents[3] / "docs" / "json.md"
@@ -215,6 +217,9 @@ def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for gpus in ([], [row]):
         monkeypatch.setattr(doctor, "gpus", lambda gpus=gpus: gpus)
+        found.append(printed(run("doctor", "--json")))
+    for board in (ORIN, dataclasses.replace(ORIN, chip="", release=None)):
+        monkeypatch.setattr(doctor, "find_jetson", lambda board=board: board)
         found.append(printed(run("doctor", "--json")))
     compare("`doctor`", *found)
 
