@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from qwen_aot.plugins.launch import gqa_workspace, moe_workspace, num_splits
-from tests.plugins.driver.execution import DTYPES, LAUNCH_FAILED, Executor, Gpu, Memory, Recorded, Region
+from tests.plugins.driver.execution import DTYPES, LAUNCH_FAILED, Code, Executor, Gpu, Memory, Recorded, Region
 from tests.plugins.gqa_cases import GqaStep
 from tests.plugins.harness import POISON, Call, Harness, prepare
 from tests.plugins.moe_cases import MoeStep
@@ -26,12 +26,21 @@ GUARD_BYTES = 4096  # after the workspace
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """`driver` and `harness` as `compile_driver` made them; `kernels` is the folder that `plugins.aot` wrote."""
+    """What the other process loads.
+
+    Attributes:
+        driver: As `compile_driver` made it.
+        harness: Likewise.
+        library: The plugins'.
+        kernels: The folder that `plugins.aot` wrote.
+        ptx_interpreter: The library of tests/plugins/ptx, where PTX is to be executed.
+    """
 
     driver: Path
     harness: Path
     library: Path
     kernels: Path
+    ptx_interpreter: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +60,7 @@ class Enqueue:
         batch: B of a MoeStep, whose tokens are [B, S].
         gpu: Which of `run`'s, in whose context it happens.
         is_copied: Present lies elsewhere than past, which the plugin must refuse, but where the builder times it.
-        is_executed: Else the launches are only looked at.
+        code: What of the kernels is executed; None: the launches are only looked at.
         in_new_context: Its context was destroyed before, and another one stands at its address.
     """
 
@@ -60,7 +69,7 @@ class Enqueue:
     fault: Fault | None = None
     gpu: int = 0
     is_copied: bool = False
-    is_executed: bool = True
+    code: Code | None = "source"
     in_new_context: bool = False
 
 
@@ -104,7 +113,7 @@ class _Host:
     """The double, the harness and the library, loaded into this process."""
 
     def __init__(self, paths: Paths) -> None:
-        self.executor = Executor(paths.driver, paths.kernels)
+        self.executor = Executor(paths.driver, paths.kernels, paths.ptx_interpreter)
         self.harness = Harness(paths.harness, paths.library)
 
 
@@ -192,7 +201,7 @@ def _enqueue(
     regions = {name: Region.of(tensor) for name, tensor in call.named.items()}
     memory = Memory(regions, workspace, _buffer_bytes(enqueue.step, gpus[enqueue.gpu]))
     harness.take_log()
-    executor.begin(memory, stream, is_executed=enqueue.is_executed)
+    executor.begin(memory, stream, code=enqueue.code)
     if enqueue.fault is not None:
         executor.driver.double_fail(enqueue.fault.function.encode(), enqueue.fault.nth, enqueue.fault.result)
     status = harness.enqueue(plugin, call, workspace.address, stream)
