@@ -1,9 +1,9 @@
 """Compiles the kernels ahead of time, with no GPU: `python -m qwen_aot.plugins.aot --sm 8.9 -o FOLDER`.
 
-FOLDER then holds, for each SM, a folder `sm_89` with one cubin a variant, the PTX that it was assembled from and a JSON
-record beside it, and `manifest.json`, which lists them all; and with SM 8.0 a folder `ptx` with the PTX of its variants,
-which later GPUs can compile. A record also is the cache: a variant whose sources, constants and compiler are those of
-its record isn't compiled again.
+FOLDER then holds, for each SM, a folder `sm_89` with one cubin a variant, beside it the PTX that it was assembled from
+and a JSON record, and `manifest.json`, which lists them all; and with SM 8.0 a folder `ptx` with the PTX of its
+variants, which later GPUs can compile. A record also is the cache: a variant whose sources, constants and compiler are
+those of its record isn't compiled again.
 
 An entry of a manifest: `name`; `kernel`; `match`, `constants`, `arguments`, `grid` (see plugins/variants.py);
 `symbol`, the entry point, which takes `arguments` in that order and two null pointers; `num_warps` (32 threads each),

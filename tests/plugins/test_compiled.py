@@ -11,7 +11,6 @@ import itertools
 import re
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 

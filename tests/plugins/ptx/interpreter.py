@@ -97,8 +97,13 @@ class Interpreter:
         """Loads what `compile_interpreter` made."""
         self.library = ctypes.CDLL(str(library))
         self.library.ptx_load.restype = ctypes.c_void_p
-        for name in ("ptx_error", "ptx_target", "ptx_unknown"):
+        for name in ("ptx_error", "ptx_forms", "ptx_target", "ptx_unknown"):
             getattr(self.library, name).restype = ctypes.c_char_p
+
+    @property
+    def forms(self) -> list[str]:
+        """The forms of instructions that are known, each with its number of operands: "add.f32 3"."""
+        return list(self.library.ptx_forms().decode().splitlines())
 
     def load(self, text: str) -> Module:
         """A module of PTX text.

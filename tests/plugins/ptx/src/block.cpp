@@ -8,8 +8,8 @@ namespace ptx
 namespace
 {
 
-constexpr uint16_t kMany = UINT16_MAX;                 // threads
-constexpr uint64_t kMostInstructions = 200'000'000ULL; // of a warp: more is a loop without end
+constexpr uint16_t kMany = UINT16_MAX;             // threads
+constexpr uint64_t kMostInstructions = 20'000'000; // of a warp: more is a loop without end
 
 std::string words_of(Instruction const& instruction)
 {
@@ -219,13 +219,7 @@ void Warp::run()
         {
         case Effect::none:
             if (mask_ != 0)
-            {
-                check_initialised(instruction);
-                instruction.form->run(*this, instruction);
-                count_sectors();
-                for (uint32_t index = 0; index < instruction.form->destinations; ++index)
-                    written_[instruction.destinations[index]] |= mask_;
-            }
+                execute(instruction);
             ++at_;
             break;
         case Effect::uniform_branch:
@@ -249,6 +243,22 @@ void Warp::run()
             break;
         }
     }
+}
+
+void Warp::execute(Instruction const& instruction)
+{
+    check_initialised(instruction);
+    try
+    {
+        instruction.form->run(*this, instruction);
+    }
+    catch (Trap const& trap)
+    {
+        fail(trap.what());
+    }
+    count_sectors();
+    for (uint32_t index = 0; index < instruction.form->destinations; ++index)
+        written_[instruction.destinations[index]] |= mask_;
 }
 
 // The lanes of `taken` go to the target, the others on; those that stand at the lower address run first.

@@ -142,6 +142,7 @@ private:
     };
 
     uint32_t guarded(Instruction const& instruction);
+    void execute(Instruction const& instruction);
     void check_initialised(Instruction const& instruction);
     void branch(Instruction const& instruction, uint32_t taken);
     void choose();

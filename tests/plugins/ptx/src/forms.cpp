@@ -168,7 +168,7 @@ uint64_t for_both(Pairs... pairs)
 int32_t divide_integers(int32_t a, int32_t b)
 {
     if (b == 0)
-        throw Error("an integer is divided by zero");
+        throw Trap("an integer is divided by zero");
     return b == -1 ? subtract(0, a) : a / b;
 }
 
@@ -821,6 +821,14 @@ std::vector<Form const*> find_forms(std::string_view name)
     }();
     auto const found = kByName.find(name);
     return found == kByName.end() ? std::vector<Form const*>{} : found->second;
+}
+
+std::vector<Form const*> all_forms()
+{
+    std::vector<Form const*> result;
+    for (Form const& form : kForms)
+        result.push_back(&form);
+    return result;
 }
 
 } // namespace ptx

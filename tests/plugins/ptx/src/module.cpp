@@ -28,8 +28,9 @@ std::string_view trimmed(std::string_view text)
 class Reader
 {
 public:
-    explicit Reader(std::string text)
+    explicit Reader(std::string text, uint32_t first_line = 1)
         : text_(std::move(text))
+        , line_(first_line)
     {
     }
 
@@ -95,7 +96,7 @@ private:
 
     std::string text_;
     size_t at_ = 0;
-    uint32_t line_ = 1;
+    uint32_t line_;
 };
 
 // Spaces where comments were; lines stay.
@@ -206,7 +207,7 @@ private:
         if (reader_.take('@'))
         {
             instruction.is_guard_negated = reader_.take('!');
-            instruction.guard = find(reader_.word());
+            instruction.guard = find(reader_.word(), reader_);
         }
         std::string const name = reader_.word();
         if (name == ".reg")
@@ -261,7 +262,7 @@ private:
     }
 
     // A register's number; those that a block gives its threads, and constants, get one here.
-    uint32_t find(std::string const& name)
+    uint32_t find(std::string const& name, Reader& of)
     {
         for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope)
         {
@@ -280,7 +281,7 @@ private:
             return add(name, 64, Preset::value, symbol->second);
         if (auto const parameter = parameters_.find(name); parameter != parameters_.end())
             return add(name, 64, Preset::value, parameter->second);
-        reader_.fail("there is no '" + name + "'");
+        of.fail("there is no '" + name + "'");
     }
 
     void read_operand(Reader& of, Operands& into, bool is_branch)
@@ -295,13 +296,13 @@ private:
         }
         if (of.take('['))
         {
-            into.registers.push_back(find(of.word()));
-            if (of.take('+'))
+            into.registers.push_back(find(of.word(), of));
+            if (of.take('+') || of.peek() == '-')
             {
                 bool const is_negative = of.take('-');
                 auto const offset = number_of(of.word());
                 if (!offset)
-                    reader_.fail("an address without its offset");
+                    of.fail("an address without its offset");
                 into.offset = static_cast<int64_t>(is_negative ? -*offset : *offset);
             }
             of.expect(']');
@@ -312,14 +313,14 @@ private:
         if (is_branch)
             into.label = word;
         else
-            into.registers.push_back(find(word));
+            into.registers.push_back(find(word, of));
     }
 
     void resolve(Instruction& instruction, std::string_view text, std::vector<Form const*> const& forms)
     {
         bool const is_branch = forms[0]->effect == Effect::branch || forms[0]->effect == Effect::uniform_branch;
         Operands operands;
-        Reader reader{std::string(text)};
+        Reader reader(std::string(text), instruction.line);
         while (!reader.at_end())
         {
             read_operand(reader, operands, is_branch);

@@ -26,6 +26,12 @@ class Error : public std::runtime_error
     using std::runtime_error::runtime_error;
 };
 
+// What a single thread does wrong in an instruction, which makes an Error with its line of it.
+class Trap : public std::runtime_error
+{
+    using std::runtime_error::runtime_error;
+};
+
 // What happens to a warp's course.
 enum class Effect : uint8_t
 {
@@ -50,6 +56,7 @@ struct Form
 
 // The forms of that name, which differ in their number of operands; none where it isn't known.
 std::vector<Form const*> find_forms(std::string_view name);
+std::vector<Form const*> all_forms();
 
 // One instruction. Everything that it reads stands in registers: constants in registers of their own.
 struct Instruction

@@ -68,6 +68,17 @@ void run(ptx::Launch& launch)
 extern "C"
 {
 
+char const* ptx_forms()
+{
+    static std::string const text = [] {
+        std::string lines;
+        for (ptx::Form const* form : ptx::all_forms())
+            lines += std::string(form->name) + " " + std::to_string(form->destinations + form->sources) + "\n";
+        return lines;
+    }();
+    return text.c_str();
+}
+
 ptx_module* ptx_load(char const* text)
 try
 {

@@ -24,6 +24,8 @@ struct ptx_tally
     uint64_t warps, threads, bytes;
 };
 
+// The forms of instructions that are known, a line each: "add.f32 3", with the number of operands.
+char const* ptx_forms();
 // PTX text, read; null where it isn't understood, and then ptx_error says why.
 ptx_module* ptx_load(char const* text);
 void ptx_unload(ptx_module* module);
