@@ -23,7 +23,7 @@ def assemble(text: bytes, target: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_bytes(text)
-        options = ["-lineinfo", "-suppress-debug-info", "--regAllocOptLevel=2"]
+        options = ["-lineinfo", "-suppress-debug-info", "-v", "--regAllocOptLevel=2"]  # a cubin names them
         architecture = f"--gpu-name={sm_arch_from_capability(capability)}"
         command = [get_ptxas(capability).path, *options, architecture, source, "-o", cubin]
         subprocess.run(command, check=True, capture_output=True)

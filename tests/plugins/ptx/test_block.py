@@ -144,13 +144,15 @@ def test_asynchronous_copies(interpreter: Interpreter) -> None:
     shl.b32 b, b, 2;
     cp.async.ca.shared.global [near], [from], 16, b;
     cp.async.commit_group;
-    add.s32 c, near, 1024;
-    cp.async.cg.shared.global [c], [from], 16, 16;
+    add.s32 c, near, 1020;
+    add.s64 from, from, -32;
+    cp.async.cg.shared.global [c+4], [from+32], 16, 16;
     cp.async.commit_group;
     cp.async.wait_group 1;
     ld.shared.b32 a, [near+8];
     cp.async.wait_group 0;
     bar.sync 0;
+    add.s32 c, c, 4;
     xor.b32 c, c, 16;
     ld.shared.b32 b, [c+4];
     mad.lo.s32 a, a, 10000, b;
@@ -256,6 +258,11 @@ REFUSED = {
     "a copy of nothing's": ("cp.async.cg.shared.global [near], [from+0], 16, 17;", "more bytes are copied than"),
     "a copy of odd size": ("cp.async.ca.shared.global [near], [from], 12, 12;", "is of 4, 8 or 16 bytes"),
     "a copy from outside": ("add.s64 from, from, -16;\n" + COPY, "lies in no allocation"),
+    "a copy to behind shared memory": (
+        "cp.async.cg.shared.global [near+2048], [from], 16, 16;",
+        "thread 0 is at 3072 of shared memory, outside",
+    ),
+    "a copy from behind a tensor": ("cp.async.cg.shared.global [near], [from+16384], 16, 16;", "lies in no allocation"),
     "a misaligned copy": ("add.s64 from, from, 8;\n" + COPY, "isn't a multiple of 16"),
     "a loop without end": ("ROUND:\nbra ROUND;", "the kernel doesn't end"),
     "a matrix's row that is misaligned": (

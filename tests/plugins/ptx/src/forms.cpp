@@ -182,7 +182,7 @@ float divide_approximately(float a, float b) // a large divisor is flushed to in
     float const magnitude = std::fabs(b);
     bool const is_large = magnitude > 0x1p126F && !std::isinf(magnitude);
     if (is_large)
-        return std::isinf(a) ? canonical(NAN) : divide(std::copysign(0.0F, a), b);
+        return std::isfinite(a) ? divide(std::copysign(0.0F, a), b) : canonical(NAN);
     return divide(a, b);
 }
 
@@ -433,7 +433,7 @@ void load(Warp& warp, Instruction const& at)
     uint64_t const* const addresses = warp.lanes(at.sources[0]);
     for_each(warp.mask(), [&](uint32_t lane) {
         std::array<T, count> values;
-        uint64_t const address = addresses[lane] + static_cast<uint64_t>(at.offset);
+        uint64_t const address = addresses[lane] + static_cast<uint64_t>(at.offsets[0]);
         if constexpr (space == Space::parameter)
             warp.read_parameter(address, kBytes, values.data());
         else if constexpr (space == Space::global)
@@ -458,7 +458,7 @@ void store(Warp& warp, Instruction const& at)
         std::array<T, count> values;
         for (uint32_t index = 0; index < count; ++index)
             values[index] = static_cast<T>(warp.lanes(at.sources[1 + index])[lane]);
-        uint64_t const address = addresses[lane] + static_cast<uint64_t>(at.offset);
+        uint64_t const address = addresses[lane] + static_cast<uint64_t>(at.offsets[0]);
         if constexpr (space == Space::global)
             warp.write_global(address, kBytes, kBytes, values.data());
         else
@@ -478,18 +478,17 @@ constexpr Form store_form(char const* name)
     return {name, 0, 1 + count, store<space, T, count>};
 }
 
-// Sources: destination and source address, bytes there, bytes here; what is missing becomes zeros. Both addresses may
-// have an offset, but only that of one is kept, so that there mustn't be any.
+// Sources: destination and source address, bytes there, bytes here; what is missing becomes zeros.
 void copy_async(Warp& warp, Instruction const& at)
 {
-    if (at.offset != 0)
-        warp.fail("an asynchronous copy with an offset isn't modelled");
     for_each(warp.mask(), [&](uint32_t lane) {
         auto const value = [&](uint32_t index) { return warp.lanes(at.sources[index])[lane]; };
+        uint64_t const to = value(0) + static_cast<uint64_t>(at.offsets[0]);
+        uint64_t const from = value(1) + static_cast<uint64_t>(at.offsets[1]);
         auto const bytes = static_cast<uint32_t>(value(2));
         if (bytes != 4 && bytes != 8 && bytes != 16)
-            warp.fail("an asynchronous copy is of 4, 8 or 16 bytes");
-        warp.copy_async(lane, static_cast<uint32_t>(value(0)), value(1), bytes, static_cast<uint32_t>(value(3)));
+            throw Trap("an asynchronous copy is of 4, 8 or 16 bytes");
+        warp.copy_async(lane, static_cast<uint32_t>(to), from, bytes, static_cast<uint32_t>(value(3)));
     });
 }
 
@@ -517,7 +516,7 @@ void load_matrices(Warp& warp, Instruction const& at)
         for (uint32_t row = 0; row < 8; ++row)
         {
             uint32_t const lane = 8 * matrix + row;
-            uint64_t const address = warp.lanes(at.sources[0])[lane] + static_cast<uint64_t>(at.offset);
+            uint64_t const address = warp.lanes(at.sources[0])[lane] + static_cast<uint64_t>(at.offsets[0]);
             warp.read_shared(lane, static_cast<uint32_t>(address), 16, 16, element[row].data());
         }
         uint64_t* const result = warp.lanes(at.destinations[matrix]);
@@ -550,7 +549,7 @@ void store_matrices(Warp& warp, Instruction const& at)
         for (uint32_t row = 0; row < 8; ++row)
         {
             uint32_t const lane = 8 * matrix + row;
-            uint64_t const address = warp.lanes(at.sources[0])[lane] + static_cast<uint64_t>(at.offset);
+            uint64_t const address = warp.lanes(at.sources[0])[lane] + static_cast<uint64_t>(at.offsets[0]);
             warp.write_shared(lane, static_cast<uint32_t>(address), 16, 16, element[row].data());
         }
     }

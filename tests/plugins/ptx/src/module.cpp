@@ -159,7 +159,8 @@ std::string form_name(std::string const& name, std::string_view operands)
 struct Operands
 {
     std::vector<uint32_t> registers;
-    int64_t offset = 0;
+    std::array<int64_t, 2> offsets{};
+    size_t num_addresses = 0;
     std::string label;
 };
 
@@ -303,8 +304,11 @@ private:
                 auto const offset = number_of(of.word());
                 if (!offset)
                     of.fail("an address without its offset");
-                into.offset = static_cast<int64_t>(is_negative ? -*offset : *offset);
+                if (into.num_addresses == into.offsets.size())
+                    of.fail("more than two addresses");
+                into.offsets[into.num_addresses] = static_cast<int64_t>(is_negative ? -*offset : *offset);
             }
+            ++into.num_addresses;
             of.expect(']');
             return;
         }
@@ -353,7 +357,7 @@ private:
             uint32_t const bits = kernel_.registers[instruction.destinations[0]].bits;
             instruction.destination_mask = bits == 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1;
         }
-        instruction.offset = operands.offset;
+        instruction.offsets = operands.offsets;
         if (is_branch)
             branches_.emplace_back(kernel_.code.size(), operands.label);
     }

@@ -69,9 +69,9 @@ struct Instruction
     bool is_guard_negated = false;
     std::array<uint32_t, 4> destinations{};
     std::array<uint32_t, 10> sources{};
-    uint64_t destination_mask = 0; // the bits that the first destination has
-    int64_t offset = 0;            // of the address
-    uint32_t target = kNone;       // of a branch
+    uint64_t destination_mask = 0;    // the bits that the first destination has
+    std::array<int64_t, 2> offsets{}; // of the addresses
+    uint32_t target = kNone;          // of a branch
 };
 
 // What a register holds before the first instruction.
