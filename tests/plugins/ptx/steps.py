@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from tests.plugins.gqa_cases import GqaStep
 from tests.plugins.moe_cases import MoeStep
 from tests.plugins.ptx.interpreter import Counts, Interpreter, Range, pointers
+
 
 class CompiledSteps:
     """Executes steps from the PTX of one SM."""

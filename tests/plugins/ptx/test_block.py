@@ -171,7 +171,7 @@ REFUSED = {
         "add.s64 from, from, 16376;\nld.global.v4.b32 {a, b, c, warp}, [from];",
         "16 bytes at 16376 of an allocation of 16384",
     ),
-    "null": ("mov.b64 from, 0;\nld.global.b32 a, [from];", "address 0 lies in no allocation"),
+    "null": ("mov.b64 from, 0;\nld.global.b32 a, [from];", "is at address 0, which lies in no allocation"),
     "a misaligned load": ("ld.global.b32 a, [from+2];", "isn't a multiple of 4"),
     "a misaligned vector": ("ld.global.v4.b32 {a, b, c, warp}, [from+4];", "isn't a multiple of 16"),
     "a store outside": ("mad.wide.u32 at, thread, 8, to;\nst.global.b32 [at], thread;", "lies in no allocation"),
@@ -282,6 +282,62 @@ def test_refused(name: str, interpreter: Interpreter) -> None:
     body, said = REFUSED[name]
     with pytest.raises(PtxError, match=r"(?s)one, block \(0, 0, 0\): .*" + said):
         execute(interpreter, body)
+
+
+BLOCK = ".reg .b32 block;\nmov.u32 block, %ctaid.x;\n"
+GLOBAL_RACES = {
+    "two blocks write": (
+        "setp.eq.b32 p, thread, 0;\n@p st.global.b32 [to], block;",
+        "thread 0 of block number 0 wrote",
+    ),
+    "one writes, another reads": (
+        "setp.eq.b32 p, block, 0;\n@p st.global.b32 [at], thread;\n@!p ld.global.b32 a, [at];",
+        "thread 0 reads what thread 0 of block number 0 wrote",
+    ),
+    "one reads, another writes": (
+        "setp.eq.b32 p, block, 1;\n@p st.global.b32 [at], thread;\n@!p ld.global.b32 a, [at];",
+        "thread 0 writes what thread 0 of block number 0 read",
+    ),
+    "many read, another writes": (
+        "setp.eq.b32 p, block, 1;\n@p st.global.b32 [at], thread;\n@!p ld.global.b32 a, [to];",
+        "thread 0 writes what several threads of block number 0 read",
+    ),
+    "several blocks read": (
+        "setp.eq.b32 p, block, 2;\n@p st.global.b32 [at], thread;\n@!p ld.global.b32 a, [at];",
+        "thread 0 writes what thread 0 of several blocks read",
+    ),
+    "threads of one block write": ("st.global.b32 [to], block;", "thread 1 writes what thread 0 of this block wrote"),
+    "one thread reads what another wrote": (
+        "st.global.b32 [at], block;\nld.global.b32 a, [to];",
+        "thread 1 reads what thread 0 of this block wrote",
+    ),
+    "a thread writes what another read": (
+        "ld.global.b32 a, [to];\nst.global.b32 [at], block;",
+        "thread 0 writes what several threads of this block read",
+    ),
+}
+
+
+def run_blocks(interpreter: Interpreter, body: str, blocks: int) -> None:
+    buffers = {"source": np.zeros(64, np.int32), "target": np.zeros(64, np.int32)}
+    run(
+        interpreter, kernel(["source", "target"], START + BLOCK + body, threads=64), buffers, threads=64, grid=(blocks,)
+    )
+
+
+@pytest.mark.parametrize("name", GLOBAL_RACES)
+def test_races_in_global_memory(name: str, interpreter: Interpreter) -> None:
+    """Between blocks, which nothing orders, and between threads of one."""
+    body, said = GLOBAL_RACES[name]
+    with pytest.raises(PtxError, match=f"a race: .*{said}"):
+        run_blocks(interpreter, body, 3)
+
+
+def test_a_barrier_orders_threads_of_one_block(interpreter: Interpreter) -> None:
+    body = "ld.global.b32 a, [to];\nbar.sync 0;\nst.global.b32 [at], block;\nbar.sync 0;\nld.global.b32 a, [to];"
+    run_blocks(interpreter, body, 1)
+    with pytest.raises(PtxError, match="thread 0 reads what thread 0 of block number 0 wrote"):
+        run_blocks(interpreter, body, 2)
 
 
 ALLOWED = {

@@ -11,134 +11,7 @@ namespace
 constexpr uint16_t kMany = UINT16_MAX;             // threads
 constexpr uint64_t kMostInstructions = 20'000'000; // of a warp: more is a loop without end
 
-std::string words_of(Instruction const& instruction)
-{
-    return "line " + std::to_string(instruction.line) + " (" + instruction.text + ")";
-}
-
-std::string name_of(uint16_t thread)
-{
-    return thread == kMany ? "several threads" : "thread " + std::to_string(thread);
-}
-
 } // namespace
-
-SharedMemory::SharedMemory(Kernel const& kernel, uint32_t bytes)
-    : kernel_(kernel)
-    , data_(bytes)
-    , bytes_(bytes)
-{
-}
-
-void SharedMemory::begin_block()
-{
-    std::fill(bytes_.begin(), bytes_.end(), Byte{});
-    epoch_ = 1;
-}
-
-std::string SharedMemory::words(uint32_t at) const
-{
-    return words_of(kernel_.code[at]);
-}
-
-SharedMemory::Byte* SharedMemory::find(
-    uint32_t thread, uint32_t at, uint64_t address, uint32_t bytes, uint32_t alignment)
-{
-    auto const where = [&] {
-        return words(at) + ": thread " + std::to_string(thread) + " is at " + std::to_string(address)
-            + " of shared memory";
-    };
-    if (address % alignment != 0)
-        throw Error(where() + ", which isn't a multiple of " + std::to_string(alignment));
-    if (address < kSharedBase || address + bytes > kSharedBase + bytes_.size())
-    {
-        throw Error(where() + ", outside of its " + std::to_string(bytes_.size()) + " bytes, which begin at "
-            + std::to_string(kSharedBase));
-    }
-    return &bytes_[address - kSharedBase];
-}
-
-void SharedMemory::read(uint32_t thread, uint32_t at, uint64_t address, uint32_t bytes, uint32_t alignment, void* to)
-{
-    Byte* const first = find(thread, at, address, bytes, alignment);
-    for (Byte* byte = first; byte != first + bytes; ++byte)
-    {
-        if (byte->is_expected)
-        {
-            throw Error(words(at) + ": thread " + std::to_string(thread)
-                + " reads what an asynchronous copy hasn't brought yet, of " + words(byte->copy_at));
-        }
-        if (byte->write_epoch == 0)
-            throw Error(words(at) + ": thread " + std::to_string(thread) + " reads shared memory that nobody wrote");
-        if (byte->write_epoch == epoch_ && byte->writer != thread)
-        {
-            throw Error("a race: at " + words(at) + " thread " + std::to_string(thread) + " reads what "
-                + name_of(byte->writer) + " wrote at " + words(byte->write_at) + ", with no barrier between");
-        }
-        byte->reader = byte->read_epoch == epoch_ && byte->reader != thread ? kMany : static_cast<uint16_t>(thread);
-        byte->read_epoch = epoch_;
-        byte->read_at = at;
-    }
-    std::memcpy(to, &data_[address - kSharedBase], bytes);
-}
-
-void SharedMemory::check_write(Byte const& byte, uint32_t thread, uint32_t at, bool is_repeated) const
-{
-    std::string const who = "thread " + std::to_string(thread);
-    if (byte.is_expected)
-        throw Error(words(at) + ": " + who + " writes where an asynchronous copy will, of " + words(byte.copy_at));
-    if (byte.write_epoch == epoch_ && byte.writer != thread && !is_repeated)
-    {
-        throw Error("a race: at " + words(at) + " " + who + " writes what " + name_of(byte.writer) + " wrote at "
-            + words(byte.write_at) + ", with no barrier between");
-    }
-    if (byte.read_epoch == epoch_ && byte.reader != thread)
-    {
-        throw Error("a race: at " + words(at) + " " + who + " writes what " + name_of(byte.reader) + " read at "
-            + words(byte.read_at) + ", with no barrier between");
-    }
-}
-
-void SharedMemory::write(
-    uint32_t thread, uint32_t at, uint64_t address, uint32_t bytes, uint32_t alignment, void const* from)
-{
-    Byte* const first = find(thread, at, address, bytes, alignment);
-    for (Byte* byte = first; byte != first + bytes; ++byte)
-    {
-        auto const index = static_cast<size_t>(byte - bytes_.data());
-        bool const is_repeated =
-            byte->write_at == at && data_[index] == static_cast<uint8_t const*>(from)[byte - first];
-        check_write(*byte, thread, at, is_repeated);
-        byte->writer = byte->write_epoch == epoch_ && byte->writer != thread ? kMany : static_cast<uint16_t>(thread);
-        byte->write_epoch = epoch_;
-        byte->write_at = at;
-    }
-    std::memcpy(&data_[address - kSharedBase], from, bytes);
-}
-
-void SharedMemory::expect(uint32_t thread, uint32_t at, uint64_t address, uint32_t bytes)
-{
-    Byte* const first = find(thread, at, address, bytes, bytes);
-    for (Byte* byte = first; byte != first + bytes; ++byte)
-    {
-        check_write(*byte, thread, at, false);
-        byte->is_expected = true;
-        byte->copy_at = at;
-    }
-}
-
-void SharedMemory::arrive(uint32_t thread, uint32_t at, uint64_t address, uint32_t bytes, void const* from)
-{
-    Byte* const first = &bytes_[address - kSharedBase];
-    for (Byte* byte = first; byte != first + bytes; ++byte)
-    {
-        byte->is_expected = false;
-        byte->writer = static_cast<uint16_t>(thread);
-        byte->write_epoch = epoch_;
-        byte->write_at = at;
-    }
-    std::memcpy(&data_[address - kSharedBase], from, bytes);
-}
 
 Warp::Warp(Block& block, Launch& launch, uint32_t number)
     : block_(block)
@@ -170,7 +43,7 @@ Warp::Warp(Block& block, Launch& launch, uint32_t number)
 
 void Warp::fail(std::string const& what) const
 {
-    throw Error(words_of(launch_.kernel->code[at_]) + ": " + what);
+    throw Error(words(launch_.kernel->code[at_]) + ": " + what);
 }
 
 uint32_t Warp::guarded(Instruction const& instruction)
@@ -256,7 +129,7 @@ void Warp::execute(Instruction const& instruction)
     {
         fail(trap.what());
     }
-    count_sectors();
+    block_.global.count_sectors();
     for (uint32_t index = 0; index < instruction.form->destinations; ++index)
         written_[instruction.destinations[index]] |= mask_;
 }
@@ -340,51 +213,21 @@ void Warp::read_parameter(uint64_t offset, uint32_t bytes, void* to) const
     std::memcpy(to, launch_.parameters.data() + offset, bytes);
 }
 
-uint8_t* Warp::find_global(uint64_t address, uint32_t bytes, uint32_t alignment, Traffic Region::* traffic)
+Place Warp::place_of(uint32_t lane) const
 {
-    auto const holds = [&](Region const& region) { return address - region.address < region.bytes; };
-    std::vector<Region>& regions = launch_.regions;
-    if (region_ >= regions.size() || !holds(regions[region_]))
-    {
-        auto const found = std::find_if(regions.begin(), regions.end(), holds);
-        if (found == regions.end())
-            fail("address " + std::to_string(address) + " lies in no allocation");
-        region_ = static_cast<size_t>(found - regions.begin());
-    }
-    Region& region = regions[region_];
-    if (uint64_t const offset = address - region.address; bytes > region.bytes - offset)
-    {
-        fail(std::to_string(bytes) + " bytes at " + std::to_string(offset) + " of an allocation of "
-            + std::to_string(region.bytes));
-    }
-    if (address % alignment != 0)
-        fail("address " + std::to_string(address) + " isn't a multiple of " + std::to_string(alignment));
-    (region.*traffic).bytes += bytes;
-    touched_ = &(region.*traffic);
-    sectors_.push_back(address / kSectorBytes);
+    return {block_.number, number_ * kLanes + lane, at_, block_.shared.epoch()};
+}
+
+void Warp::read_global(uint32_t lane, uint64_t address, uint32_t bytes, uint32_t alignment, void* to)
+{
+    std::memcpy(to, block_.global.read(place_of(lane), address, bytes, alignment), bytes);
     launch_.tallies[at_].bytes += bytes;
-    return reinterpret_cast<uint8_t*>(address);
 }
 
-// No access crosses a sector's border: it is aligned, and has at most 16 bytes.
-void Warp::count_sectors()
+void Warp::write_global(uint32_t lane, uint64_t address, uint32_t bytes, uint32_t alignment, void const* from)
 {
-    if (sectors_.empty())
-        return;
-    std::sort(sectors_.begin(), sectors_.end());
-    auto const last = std::unique(sectors_.begin(), sectors_.end());
-    touched_->sectors += static_cast<uint64_t>(last - sectors_.begin());
-    sectors_.clear();
-}
-
-void Warp::read_global(uint64_t address, uint32_t bytes, uint32_t alignment, void* to)
-{
-    std::memcpy(to, find_global(address, bytes, alignment, &Region::read), bytes);
-}
-
-void Warp::write_global(uint64_t address, uint32_t bytes, uint32_t alignment, void const* from)
-{
-    std::memcpy(find_global(address, bytes, alignment, &Region::written), from, bytes);
+    std::memcpy(block_.global.write(place_of(lane), address, bytes, alignment), from, bytes);
+    launch_.tallies[at_].bytes += bytes;
 }
 
 void Warp::read_shared(uint32_t lane, uint64_t address, uint32_t bytes, uint32_t alignment, void* to)
@@ -405,7 +248,7 @@ void Warp::copy_async(uint32_t lane, uint64_t to, uint64_t from, uint32_t bytes,
         fail("more bytes are copied than the destination has");
     Copy copy{number_ * kLanes + lane, at_, to, std::vector<uint8_t>(bytes)};
     if (source_bytes != 0)
-        read_global(from, source_bytes, bytes, copy.data.data());
+        read_global(lane, from, source_bytes, bytes, copy.data.data());
     block_.shared.expect(copy.thread, at_, to, bytes);
     uncommitted_.push_back(std::move(copy));
 }
@@ -428,8 +271,9 @@ void Warp::wait_for_copies(uint64_t groups)
     }
 }
 
-Block::Block(Launch& launch)
-    : shared(*launch.kernel, launch.shared_bytes)
+Block::Block(Launch& launch, GlobalMemory& memory)
+    : global(memory)
+    , shared(*launch.kernel, launch.shared_bytes)
     , launch_(launch)
 {
 }
@@ -437,6 +281,7 @@ Block::Block(Launch& launch)
 void Block::run(uint32_t x, uint32_t y, uint32_t z)
 {
     place = {x, y, z};
+    ++number;
     shared.begin_block();
     std::vector<Warp> warps;
     for (uint32_t number = 0; number * kLanes < launch_.threads; ++number)

@@ -1,8 +1,8 @@
-// Executes one block of threads after another: warps, barriers, memory, and what must not happen between threads.
+// Executes one block of threads after another: warps and barriers.
 
 #pragma once
 
-#include "module.h"
+#include "memory.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -13,22 +13,6 @@ namespace ptx
 {
 
 constexpr uint32_t kAllLanes = UINT32_MAX;
-
-constexpr uint64_t kSectorBytes = 32; // what memory moves at least
-
-// How much was read or written: bytes, once for each thread; and sectors, once for each instruction of a warp, which asks
-// for one sector once, however many of its threads want it.
-struct Traffic
-{
-    uint64_t bytes = 0, sectors = 0;
-};
-
-// Bytes that a kernel may touch, and what it did to them.
-struct Region
-{
-    uint64_t address, bytes;
-    Traffic read, written;
-};
 
 // How often one instruction ran, and the bytes that it moved.
 struct Tally
@@ -45,44 +29,6 @@ struct Launch
     std::vector<uint8_t> parameters;
     std::vector<Region> regions;
     std::vector<Tally> tallies; // an element for each instruction
-};
-
-// Shared memory of a block, which knows who touched each byte since the last barrier.
-//
-// An access is refused outside, where it isn't aligned, where nobody wrote what is read, where an asynchronous copy is
-// on its way, and where another thread wrote, or reads what is written, and no barrier stands between. One write is no
-// race: of the same value by the same instruction, which compilers make of tensors that several threads hold.
-class SharedMemory
-{
-public:
-    SharedMemory(Kernel const& kernel, uint32_t bytes);
-
-    void begin_block();
-    void barrier() { ++epoch_; }
-    // `thread` does it at instruction `at`, an index.
-    void read(uint32_t thread, uint32_t at, uint64_t address, uint32_t bytes, uint32_t alignment, void* to);
-    void write(uint32_t thread, uint32_t at, uint64_t address, uint32_t bytes, uint32_t alignment, void const* from);
-    // An asynchronous copy begins, and ends: its bytes arrive.
-    void expect(uint32_t thread, uint32_t at, uint64_t address, uint32_t bytes);
-    void arrive(uint32_t thread, uint32_t at, uint64_t address, uint32_t bytes, void const* from);
-
-private:
-    struct Byte
-    {
-        uint32_t write_epoch, read_epoch; // 0: never
-        uint32_t write_at, read_at, copy_at;
-        uint16_t writer, reader; // kMany: several
-        bool is_expected;
-    };
-
-    Byte* find(uint32_t thread, uint32_t at, uint64_t address, uint32_t bytes, uint32_t alignment);
-    void check_write(Byte const& byte, uint32_t thread, uint32_t at, bool is_repeated) const;
-    std::string words(uint32_t at) const;
-
-    Kernel const& kernel_;
-    std::vector<uint8_t> data_;
-    std::vector<Byte> bytes_;
-    uint32_t epoch_ = 1;
 };
 
 class Block;
@@ -115,8 +61,8 @@ public:
     // All lanes of a register that must be the same in all.
     uint64_t uniform(uint32_t number);
     void read_parameter(uint64_t offset, uint32_t bytes, void* to) const;
-    void read_global(uint64_t address, uint32_t bytes, uint32_t alignment, void* to);
-    void write_global(uint64_t address, uint32_t bytes, uint32_t alignment, void const* from);
+    void read_global(uint32_t lane, uint64_t address, uint32_t bytes, uint32_t alignment, void* to);
+    void write_global(uint32_t lane, uint64_t address, uint32_t bytes, uint32_t alignment, void const* from);
     void read_shared(uint32_t lane, uint64_t address, uint32_t bytes, uint32_t alignment, void* to);
     void write_shared(uint32_t lane, uint64_t address, uint32_t bytes, uint32_t alignment, void const* from);
     // cp.async: `bytes` to shared memory, the first `source_bytes` of them from global memory, the rest zeros.
@@ -147,8 +93,7 @@ private:
     void branch(Instruction const& instruction, uint32_t taken);
     void choose();
     void exit();
-    uint8_t* find_global(uint64_t address, uint32_t bytes, uint32_t alignment, Traffic Region::* traffic);
-    void count_sectors();
+    Place place_of(uint32_t lane) const;
 
     Block& block_;
     Launch& launch_;
@@ -170,11 +115,13 @@ private:
 class Block
 {
 public:
-    explicit Block(Launch& launch);
+    Block(Launch& launch, GlobalMemory& global);
 
     void run(uint32_t x, uint32_t y, uint32_t z);
 
     std::array<uint32_t, 3> place{};
+    uint32_t number = 0; // of the block, in the order in which they run
+    GlobalMemory& global;
     SharedMemory shared;
 
 private:

@@ -437,7 +437,7 @@ void load(Warp& warp, Instruction const& at)
         if constexpr (space == Space::parameter)
             warp.read_parameter(address, kBytes, values.data());
         else if constexpr (space == Space::global)
-            warp.read_global(address, kBytes, kBytes, values.data());
+            warp.read_global(lane, address, kBytes, kBytes, values.data());
         else
             warp.read_shared(lane, static_cast<uint32_t>(address), kBytes, kBytes, values.data());
         for (uint32_t index = 0; index < count; ++index)
@@ -460,7 +460,7 @@ void store(Warp& warp, Instruction const& at)
             values[index] = static_cast<T>(warp.lanes(at.sources[1 + index])[lane]);
         uint64_t const address = addresses[lane] + static_cast<uint64_t>(at.offsets[0]);
         if constexpr (space == Space::global)
-            warp.write_global(address, kBytes, kBytes, values.data());
+            warp.write_global(lane, address, kBytes, kBytes, values.data());
         else
             warp.write_shared(lane, static_cast<uint32_t>(address), kBytes, kBytes, values.data());
     });

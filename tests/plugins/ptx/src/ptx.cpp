@@ -41,7 +41,8 @@ std::vector<uint8_t> pack(ptx::Kernel const& kernel, void* const* parameters)
 
 void run(ptx::Launch& launch)
 {
-    ptx::Block block(launch);
+    ptx::GlobalMemory global(*launch.kernel, launch.regions);
+    ptx::Block block(launch, global);
     auto const [columns, rows, layers] = launch.grid;
     for (uint32_t z = 0; z < layers; ++z)
     {
