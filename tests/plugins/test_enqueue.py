@@ -24,7 +24,7 @@ from tests.pairs import identifier, swept
 from tests.plugins.bounds import assert_close
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.driver.execution import LAUNCH_FAILED, Gpu, Recorded
-from tests.plugins.enqueue import Enqueue, Fault, Outcome, Paths, compile_driver, run
+from tests.plugins.enqueue import Enqueue, Fault, Outcome, Paths, compile_driver, destroy_during_capture, run
 from tests.plugins.gqa_cases import GqaStep
 from tests.plugins.moe_cases import MoeStep
 
@@ -226,6 +226,52 @@ def test_the_second_enqueue_only_launches(enqueuer):
     assert first.calls.count("cuLaunchKernel") == second.calls.count("cuLaunchKernel") == 3
     assert any(call.startswith("cuModuleLoadData") for call in first.calls)
     assert set(second.calls) <= {"cuCtxGetCurrent", "cuCtxGetId", "cuLaunchKernel"}
+
+
+CAPTURED = {
+    "decode": GqaStep(lengths=[(1000, 1), (7, 1)], steps=1, sm_count=64),
+    "prefill": GqaStep(lengths=[(47, 9), (9, 0)], steps=9, is_int8=True),
+    "few": MoeStep(num_tokens=3, form="4z"),
+    "many": MoeStep(num_tokens=33),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+@pytest.mark.parametrize("phase", ["build", "runtime"])
+def test_the_first_enqueue_of_all_may_be_captured(name, phase, enqueuer):
+    """As TensorRT does when it times tactics: code is loaded without harm to the capture, and the replay is right."""
+    step = CAPTURED[name]
+    gpus = [Gpu(multiprocessors=64)]
+    first, second = enqueuer([Enqueue(step, is_captured=True)] * 2, gpus=gpus, phase=phase)
+    for outcome in (first, second):
+        check_gqa(outcome, step) if isinstance(step, GqaStep) else check_moe(outcome, step)
+    assert first.calls.count("cuThreadExchangeStreamCaptureMode") == 2 * first.calls.count("cuModuleLoadData") > 0
+    assert set(second.calls) <= {"cuCtxGetCurrent", "cuCtxGetId", "cuLaunchKernel"}
+
+
+def test_kernels_of_a_context_that_is_gone_are_replaced_during_a_capture(enqueuer):
+    step = GqaStep(lengths=[(300, 1)], steps=1)
+    enqueues = [Enqueue(step), Enqueue(step, in_new_context=True, is_captured=True)]
+    for outcome in enqueuer(enqueues):
+        check_gqa(outcome, step)
+
+
+def test_a_plugin_goes_during_a_capture(plugin_library, driver_files):
+    """And unloads what nothing else needs, in a process of its own, where no other plugin holds it."""
+    paths = Paths(*driver_files, plugin_library, plugin_library.parent / "build" / "kernels")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        captured, misuses = pool.submit(destroy_during_capture, paths).result()
+    assert captured == 0 and misuses == []
+
+
+def test_what_fails_while_it_is_captured_leaves_no_graph(enqueuer):
+    step = GqaStep(lengths=[(7, 1)], steps=1)
+    faults = [Fault("cuModuleLoadData"), Fault("cuThreadExchangeStreamCaptureMode", 2)]
+    enqueues = [Enqueue(step, fault=fault, is_captured=True) for fault in faults]
+    *failed, last = enqueuer([*enqueues, Enqueue(step)])
+    for outcome in failed:
+        assert outcome.status != 0 and outcome.launches == [] and f"error {LAUNCH_FAILED}" in outcome.log
+    check_gqa(last, step)
 
 
 def test_two_contexts(enqueuer):

@@ -98,7 +98,9 @@ FAULTS = {
     "a copy to further on": Fault(
         DECODE, r"(shared\.global \[ %r\d+) \+ 0", r"\1 + 16", f"{WRONG}|{RACE}|nobody wrote"
     ),
-    "a store to further on": Fault(GATE_UP, r"(st\.global\S* \[ %rd\d+) \+ 0", r"\1 + 16", f"{WRONG}|no allocation|{RACE}"),
+    "a store to further on": Fault(
+        GATE_UP, r"(st\.global\S* \[ %rd\d+) \+ 0", r"\1 + 16", f"{WRONG}|no allocation|{RACE}"
+    ),
     "a store that isn't aligned": Fault(GATE_UP, r"(st\.global\S* \[ %rd\d+) \+ 0", r"\1 + 2", "isn't a multiple of"),
     "a load from further on": Fault(ROTATE_INT8, r"(ld\.global\.v4\S* \{.*\}, \[ %rd\d+) \+ 0", r"\1 + 16", WRONG),
     "a wait missing": Fault(PREFILL, r"\tcp\.async\.wait_group.*\n", "", IN_FLIGHT),
