@@ -1,13 +1,14 @@
 """Compiles the kernels ahead of time, with no GPU: `python -m qwen_aot.plugins.aot --sm 8.9 -o FOLDER`.
 
-FOLDER then holds, for each SM, a folder `sm_89` with one cubin a variant, a JSON record beside it and
-`manifest.json`, which lists them all; and with SM 8.0 a folder `ptx` with the PTX of its variants, which later GPUs
-can compile. A record also is the cache: a variant whose sources, constants and compiler are those of its record isn't
-compiled again.
+FOLDER then holds, for each SM, a folder `sm_89` with one cubin a variant, beside it the PTX that it was assembled from
+and a JSON record, and `manifest.json`, which lists them all; and with SM 8.0 a folder `ptx` with the PTX of its
+variants, which later GPUs can compile. A record also is the cache: a variant whose sources, constants and compiler are
+those of its record isn't compiled again.
 
 An entry of a manifest: `name`; `kernel`; `match`, `constants`, `arguments`, `grid` (see plugins/variants.py);
 `symbol`, the entry point, which takes `arguments` in that order and two null pointers; `num_warps` (32 threads each),
-`shared_bytes` (dynamic shared memory of a launch); `file`, `bytes`, `sha256`; `source_hash`; `resources`.
+`shared_bytes` (dynamic shared memory of a launch); `file`, `bytes`, `sha256`; `ptx_sha256`, of the PTX beside it;
+`source_hash`; `resources`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from qwen_aot.machine import usable_cores
 from qwen_aot.plugins.signatures import KERNELS
 from qwen_aot.plugins.variants import FAMILIES, SHARED_BYTES, SMS, Variant, variants
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PTX_SM = "8.0"  # every later GPU can compile its PTX
 _OPTIONS = {"enable_fp_fusion": True}  # of the compiler, for all variants
 # Variables by which a compiler is told to make other code, which no hash would know of.
@@ -166,6 +167,8 @@ def compile_variant(sm: str, variant: Variant, folder: Path) -> dict[str, Any]:
     target = folder / f"sm_{_arch(sm)}"
     cubin = target / f"{variant.name}.cubin"
     _write(cubin, compiled.asm["cubin"])
+    text = compiled.asm["ptx"].rstrip("\0").encode()
+    _write(cubin.with_suffix(".ptx"), text)
     entry = {
         "name": variant.name,
         "kernel": variant.kernel,
@@ -176,11 +179,11 @@ def compile_variant(sm: str, variant: Variant, folder: Path) -> dict[str, Any]:
         "symbol": metadata.name,
         "num_warps": metadata.num_warps,
         "shared_bytes": metadata.shared,
+        "ptx_sha256": hashlib.sha256(text).hexdigest(),
         "source_hash": source_hash(sm, variant),
         "resources": asdict(measure(cubin)),
     }
     if sm == PTX_SM:
-        text = compiled.asm["ptx"].rstrip("\0").encode()
         _write_entry(folder / "ptx", entry, "ptx", text)
     return _write_entry(target, entry, "cubin", compiled.asm["cubin"])
 
@@ -195,11 +198,11 @@ def _write_entry(folder: Path, entry: dict[str, Any], suffix: str, data: bytes) 
 
 
 def _cached(folder: Path, variant: Variant, expected_hash: str) -> dict[str, Any] | None:
-    """The entry that an earlier build left, if it is of these sources and its file is whole."""
+    """The entry that an earlier build left, if it is of these sources and its files are whole."""
     try:
         entry: dict[str, Any] = json.loads((folder / f"{variant.name}.json").read_bytes())
-        data = (folder / entry["file"]).read_bytes()
-        is_whole = hashlib.sha256(data).hexdigest() == entry["sha256"]
+        files = {entry["file"]: entry["sha256"], f"{variant.name}.ptx": entry["ptx_sha256"]}
+        is_whole = all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == of for name, of in files.items())
         return entry if is_whole and entry["source_hash"] == expected_hash else None
     except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is no record
         return None
@@ -246,7 +249,8 @@ def _write_manifest(folder: Path, target: str, entries: list[dict[str, Any]], su
         part.unlink()
     for record in sorted(folder.glob("*.json")):
         if record.stem not in {*names, "manifest"} and _is_record(record, suffix):
-            record.with_suffix(f".{suffix}").unlink(missing_ok=True)
+            for of in {suffix, "ptx"}:
+                record.with_suffix(f".{of}").unlink(missing_ok=True)
             record.unlink()
 
 

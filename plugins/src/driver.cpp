@@ -81,4 +81,23 @@ void check(CUresult result, char const* what)
     throw Error(text(what, ": ", words, " (CUDA error ", static_cast<int>(result), ")", remedy(result)));
 }
 
+RelaxedCapture::RelaxedCapture()
+{
+    check(driver().exchange_capture_mode(&mode_), "allowing code to be loaded while a stream is captured");
+}
+
+RelaxedCapture::~RelaxedCapture()
+{
+    if (!is_restored_)
+    {
+        driver().exchange_capture_mode(&mode_);
+    }
+}
+
+void RelaxedCapture::restore()
+{
+    check(driver().exchange_capture_mode(&mode_), "restoring what is allowed while a stream is captured");
+    is_restored_ = true;
+}
+
 } // namespace qwen_aot

@@ -16,6 +16,7 @@ namespace qwen_aot
     X(context_get_device, cuCtxGetDevice)                                                                              \
     X(context_push, cuCtxPushCurrent_v2)                                                                               \
     X(context_pop, cuCtxPopCurrent_v2)                                                                                 \
+    X(exchange_capture_mode, cuThreadExchangeStreamCaptureMode)                                                        \
     X(module_load_data, cuModuleLoadData)                                                                              \
     X(module_unload, cuModuleUnload)                                                                                   \
     X(module_get_function, cuModuleGetFunction)                                                                        \
@@ -36,5 +37,27 @@ Driver const& driver();
 
 /** Throws Error with the driver's words for a result that isn't success. what: "loading gqa_decode-…". */
 void check(CUresult result, char const* what);
+
+/** Lets the calling thread load and unload code while a stream is captured into a CUDA graph, by this thread or another.
+ *  Otherwise the driver refuses such calls, and the capture fails: TensorRT captures when it times tactics, and a user may
+ *  capture the first step. Loading isn't captured; it happens at once. One guard at a time in a thread.
+ *  Source: CUDA driver API, cuThreadExchangeStreamCaptureMode. */
+class RelaxedCapture
+{
+public:
+    /** Throws Error. */
+    RelaxedCapture();
+    /** Restores the mode, where `restore` wasn't called; an error is lost. */
+    ~RelaxedCapture();
+    RelaxedCapture(RelaxedCapture const&) = delete;
+    RelaxedCapture& operator=(RelaxedCapture const&) = delete;
+
+    /** The mode is again what it was. Throws Error. */
+    void restore();
+
+private:
+    CUstreamCaptureMode mode_{CU_STREAM_CAPTURE_MODE_RELAXED}; // then, what it was
+    bool is_restored_{false};
+};
 
 } // namespace qwen_aot

@@ -161,9 +161,15 @@ Kernels::~Kernels()
     {
         return;
     }
+    CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED; // as RelaxedCapture, which may throw
+    bool const is_relaxed = driver().exchange_capture_mode(&mode) == CUDA_SUCCESS;
     for (CUmodule const module : modules_)
     {
         driver().module_unload(module);
+    }
+    if (is_relaxed)
+    {
+        driver().exchange_capture_mode(&mode);
     }
     CUcontext popped = nullptr;
     driver().context_pop(&popped);
@@ -176,6 +182,7 @@ Function Kernels::function(Kernel kernel, Request const& request)
     CUfunction& handle = functions_[static_cast<size_t>(&variant - target_->variants)];
     if (handle == nullptr)
     {
+        RelaxedCapture relaxed;
         CUmodule module = nullptr;
         modules_.reserve(modules_.size() + 1); // so that keeping the module below can't fail
         check(driver().module_load_data(&module, variant.image), text("loading ", variant.name).c_str());
@@ -188,6 +195,7 @@ Function Kernels::function(Kernel kernel, Request const& request)
                       loaded, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, variant.shared_bytes),
                 text("giving ", variant.name, ' ', variant.shared_bytes, " bytes of shared memory").c_str());
         }
+        relaxed.restore();
         handle = loaded;
     }
     return {&variant, handle};

@@ -100,7 +100,7 @@ void Plugin::prepare_step(nvinfer1::PluginTensorDesc const* inputs, Extents cons
     std::shared_ptr<Kernels> kernels = Kernels::of_current_context();
     if (kernels != kernels_ || compute != compute_)
     {
-        kernels_ = nullptr;
+        std::shared_ptr<Kernels> const before = std::move(kernels_); // unloaded, if nothing else needs them, after that
         load(*kernels, compute);
         kernels_ = std::move(kernels);
         compute_ = compute;

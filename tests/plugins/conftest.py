@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qwen_aot.plugins.library import FILE_NAME, build_library, cuda_headers, tensorrt_headers
+from tests.plugins.ptx.interpreter import compile_interpreter
 from tests.shared import once
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,6 +43,28 @@ def plugin_library(plugin_build: Path) -> Path:
     return plugin_build / FILE_NAME
 
 
+def kept_library(config: pytest.Config, plugin_build: Path, name: str, sm: str, only: str = "*") -> Path:
+    """A library for one SM in a folder of pytest's cache, of which the next session builds only what changed.
+
+    Args:
+        config: whose cache.
+        plugin_build: the fixture's, which has TensorRT's headers.
+        name: of the folder.
+        sm: as in `plugins.variants.SMS`.
+        only: a pattern of variant names.
+    """
+    folder = Path(config.cache.mkdir(name))
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build_library(folder, [sm], only=only, tensorrt_include=tensorrt_headers(plugin_build / "build"))
+
+
+@pytest.fixture(scope="session")
+def sm80_library(pytestconfig: pytest.Config, plugin_build: Path) -> Path:
+    """The plugins' library for SM 8.0, with PTX, of fp16 attention alone; its tiles take more than 48 KiB."""
+    return kept_library(pytestconfig, plugin_build, "plugin_library_sm80", "8.0", "gqa_*-fp16-[sd]*")
+
+
 @pytest.fixture(scope="session")
 def driver_files(plugin_build: Path, shared_folder: Path) -> tuple[Path, Path]:
     """The double of the CUDA driver, and the harness that calls the library as TensorRT does."""
@@ -49,6 +72,12 @@ def driver_files(plugin_build: Path, shared_folder: Path) -> tuple[Path, Path]:
 
     headers = [tensorrt_headers(plugin_build / "build"), cuda_headers()]
     return once(shared_folder / "driver", lambda folder: compile_driver(folder, headers))
+
+
+@pytest.fixture(scope="session")
+def ptx_interpreter(shared_folder: Path) -> Path:
+    """The interpreter of PTX, a library."""
+    return once(shared_folder / "ptx_interpreter", compile_interpreter)
 
 
 @pytest.fixture(scope="session")

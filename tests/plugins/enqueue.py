@@ -15,23 +15,33 @@ from pathlib import Path
 import torch
 
 from qwen_aot.plugins.launch import gqa_workspace, moe_workspace, num_splits
-from tests.plugins.driver.execution import DTYPES, LAUNCH_FAILED, Executor, Gpu, Memory, Recorded, Region
+from tests.plugins.driver.execution import DTYPES, LAUNCH_FAILED, Code, Executor, Gpu, Memory, Recorded, Region
 from tests.plugins.gqa_cases import GqaStep
 from tests.plugins.harness import POISON, Call, Harness, prepare
 from tests.plugins.moe_cases import MoeStep
 
 DRIVER = Path(__file__).parent / "driver"
 GUARD_BYTES = 4096  # after the workspace
+GLOBAL_CAPTURE = 0  # CU_STREAM_CAPTURE_MODE_GLOBAL, a thread's usual mode
 
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """`driver` and `harness` as `compile_driver` made them; `kernels` is the folder that `plugins.aot` wrote."""
+    """What the other process loads.
+
+    Attributes:
+        driver: As `compile_driver` made it.
+        harness: Likewise.
+        library: The plugins'.
+        kernels: The folder that `plugins.aot` wrote.
+        ptx_interpreter: The library of tests/plugins/ptx, where PTX is to be executed.
+    """
 
     driver: Path
     harness: Path
     library: Path
     kernels: Path
+    ptx_interpreter: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +61,8 @@ class Enqueue:
         batch: B of a MoeStep, whose tokens are [B, S].
         gpu: Which of `run`'s, in whose context it happens.
         is_copied: Present lies elsewhere than past, which the plugin must refuse, but where the builder times it.
-        is_executed: Else the launches are only looked at.
+        code: What of the kernels is executed; None: the launches are only looked at.
+        is_captured: The stream is captured meanwhile, and what was launched is replayed.
         in_new_context: Its context was destroyed before, and another one stands at its address.
     """
 
@@ -60,7 +71,8 @@ class Enqueue:
     fault: Fault | None = None
     gpu: int = 0
     is_copied: bool = False
-    is_executed: bool = True
+    code: Code | None = "source"
+    is_captured: bool = False
     in_new_context: bool = False
 
 
@@ -104,7 +116,7 @@ class _Host:
     """The double, the harness and the library, loaded into this process."""
 
     def __init__(self, paths: Paths) -> None:
-        self.executor = Executor(paths.driver, paths.kernels)
+        self.executor = Executor(paths.driver, paths.kernels, paths.ptx_interpreter)
         self.harness = Harness(paths.harness, paths.library)
 
 
@@ -175,6 +187,28 @@ def run(paths: Paths, pickled: bytes) -> bytes:
     return pickle.dumps(outcomes)
 
 
+def destroy_during_capture(paths: Paths) -> tuple[int, list[str]]:
+    """The last plugin goes while a stream is captured.
+
+    Returns:
+        What `double_end_capture` said, and the misuses.
+    """
+    host, step = _host(paths), GqaStep(lengths=[(7, 1)], steps=1)
+    plugin = host.harness.create(step)
+    call = prepare(step, torch.device("cpu"))
+    workspace = torch.empty(host.harness.configure(plugin, [call]) + 256, dtype=torch.uint8)
+    plugin = host.harness.restore(plugin)
+    _, stream = host.executor.create_context(Gpu())
+    assert host.harness.enqueue(plugin, call, -(-workspace.data_ptr() // 256) * 256, stream) == 0
+    assert host.executor.driver.double_count_modules() > 0
+    host.executor.take_misuses()
+    host.executor.driver.double_begin_capture(stream)
+    host.harness.destroy(plugin)
+    captured = int(host.executor.driver.double_end_capture())
+    assert host.executor.driver.double_count_modules() == 0
+    return captured, host.executor.take_misuses()
+
+
 def _enqueue(
     host: _Host,
     plugin: ctypes.c_void_p,
@@ -192,10 +226,18 @@ def _enqueue(
     regions = {name: Region.of(tensor) for name, tensor in call.named.items()}
     memory = Memory(regions, workspace, _buffer_bytes(enqueue.step, gpus[enqueue.gpu]))
     harness.take_log()
-    executor.begin(memory, stream, is_executed=enqueue.is_executed)
+    executor.begin(memory, stream, code=enqueue.code)
     if enqueue.fault is not None:
         executor.driver.double_fail(enqueue.fault.function.encode(), enqueue.fault.nth, enqueue.fault.result)
+    if enqueue.is_captured:
+        executor.driver.double_begin_capture(stream)
     status = harness.enqueue(plugin, call, workspace.address, stream)
     executor.driver.double_fail(b"", 0, 0)
+    if enqueue.is_captured:
+        assert not executor.end(), "a launch ran while it was captured"
+        captured = executor.driver.double_end_capture()
+        assert captured > 0 if status == 0 else captured <= 0, f"status {status}, {captured} launches captured"
+        executor.driver.double_replay()  # an error is raised below
+    assert executor.driver.double_capture_mode() == GLOBAL_CAPTURE, "the thread may do more than before"
     launches = executor.end()
     return Outcome(status, harness.take_log(), executor.take_calls(), executor.take_misuses(), launches, call.named)

@@ -70,6 +70,7 @@ class MoeStep:
     form: str = "16"
     routing: str = "random"
     expert_ids: torch.Tensor | None = None
+    sm: str = SM
     seed: int = 0
     tensors: dict[str, torch.Tensor] = field(init=False)
 
@@ -109,7 +110,7 @@ class MoeStep:
         )
         workspace = allocate(shapes, device)
         output = torch.full_like(on_device["hidden"], math.nan)
-        launches = moe_launches(SM, **on_device, gate_up=gate_up, down=down, output=output, workspace=workspace)
+        launches = moe_launches(self.sm, **on_device, gate_up=gate_up, down=down, output=output, workspace=workspace)
         tensors = {**on_device, **workspace, "output": output}
         for name, weights in (("gate_up", gate_up), ("down", down)):
             parts = {"": weights.codes, "_scale": weights.scale, "_zero": weights.zero}

@@ -5,7 +5,6 @@ the variant, and that the workspace is as large as was said (tests/plugins/enque
 """
 
 import dataclasses
-import fcntl
 import functools
 import multiprocessing
 import pickle
@@ -19,13 +18,13 @@ import pytest
 import torch
 
 from qwen_aot.plugins.launch import Launch, is_moe_decode
-from qwen_aot.plugins.library import build_library, cuda_headers, tensorrt_headers
+from qwen_aot.plugins.library import cuda_headers, tensorrt_headers
 from qwen_aot.plugins.signatures import KERNELS
 from tests.pairs import identifier, swept
 from tests.plugins.bounds import assert_close
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.driver.execution import LAUNCH_FAILED, Gpu, Recorded
-from tests.plugins.enqueue import Enqueue, Fault, Outcome, Paths, compile_driver, run
+from tests.plugins.enqueue import Enqueue, Fault, Outcome, Paths, compile_driver, destroy_during_capture, run
 from tests.plugins.gqa_cases import GqaStep
 from tests.plugins.moe_cases import MoeStep
 
@@ -34,7 +33,6 @@ if not IS_INTERPRETED:
 
 CPU = torch.device("cpu")
 Enqueuer = Callable[..., list[Outcome]]
-SM80_VARIANTS = "gqa_*-fp16-[sd]*"  # fp16 attention
 
 PREFILL = {
     "dtype": ["fp16", "bf16"],
@@ -63,8 +61,8 @@ MOE = {
 }
 
 
-def make_enqueuer(library: Path, driver_files: tuple[Path, Path], pool: Executor) -> Enqueuer:
-    paths = Paths(*driver_files, library, library.parent / "build" / "kernels")
+def enqueuer_at(paths: Paths, pool: Executor) -> Enqueuer:
+    """Runs enqueues in the other process, which loads `paths`."""
 
     def enqueue(
         enqueues: Sequence[Enqueue], *, gpus: Sequence[Gpu] = (Gpu(),), phase: str = "runtime"
@@ -75,20 +73,21 @@ def make_enqueuer(library: Path, driver_files: tuple[Path, Path], pool: Executor
     return enqueue
 
 
+def make_enqueuer(
+    library: Path, driver_files: tuple[Path, Path], pool: Executor, ptx_interpreter: Path | None = None
+) -> Enqueuer:
+    """Of a library that was built, with its kernels beside it."""
+    return enqueuer_at(Paths(*driver_files, library, library.parent / "build" / "kernels", ptx_interpreter), pool)
+
+
 @pytest.fixture(scope="module")
 def enqueuer(plugin_library, driver_files, other_process) -> Enqueuer:
     return make_enqueuer(plugin_library, driver_files, other_process)
 
 
 @pytest.fixture(scope="module")
-def enqueuer_of_sm80(driver_files, other_process, pytestconfig, plugin_build) -> Enqueuer:
-    """Of a library for SM 8.0, with PTX, whose tiles take more than the 48 KiB that every kernel gets."""
-    folder = Path(pytestconfig.cache.mkdir("plugin_library_sm80"))
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        headers = tensorrt_headers(plugin_build / "build")
-        library = build_library(folder, ["8.0"], only=SM80_VARIANTS, tensorrt_include=headers)
-    return make_enqueuer(library, driver_files, other_process)
+def enqueuer_of_sm80(sm80_library, driver_files, other_process) -> Enqueuer:
+    return make_enqueuer(sm80_library, driver_files, other_process)
 
 
 def assert_clean(outcome: Outcome) -> None:
@@ -194,7 +193,7 @@ def test_workspace_of_any_gpu_and_shape_fits_what_the_profile_gave(is_int8, enqu
         Enqueue(
             make(lengths=[(7, steps)] * batch, steps=steps, sm_count=gpus[gpu].multiprocessors),
             gpu=gpu,
-            is_executed=False,
+            code=None,
         )
         for batch in (1, 2, 5)
         for steps, gpu in ((1, 0), (1, 1), (1, 2), (2, 0), (5, 0))
@@ -207,7 +206,7 @@ def test_workspace_of_any_gpu_and_shape_fits_what_the_profile_gave(is_int8, enqu
 def test_moe_workspace_of_each_shape_fits_what_the_profile_gave(enqueuer):
     for num_experts, k in ((60, 4), (3, 2), (40, 9)):
         steps = [MoeStep(num_tokens=number, num_experts=num_experts, k=k) for number in (1, 16, 17, 64, 65, 300)]
-        for outcome, step in zip(enqueuer([Enqueue(step, is_executed=False) for step in steps]), steps, strict=True):
+        for outcome, step in zip(enqueuer([Enqueue(step, code=None) for step in steps]), steps, strict=True):
             assert_clean(outcome)
             assert_same_as_launch(outcome.launches, *reversed(step.prepare(CPU)))
 
@@ -223,10 +222,56 @@ def test_a_step_without_tokens_launches_nothing(step, phase, enqueuer):
 def test_the_second_enqueue_only_launches(enqueuer):
     """Modules are loaded once a context: a step costs its launches, and a CUDA graph can be captured."""
     step = GqaStep(lengths=[(300, 1)], steps=1)
-    first, second = enqueuer([Enqueue(step, is_executed=False)] * 2)
+    first, second = enqueuer([Enqueue(step, code=None)] * 2)
     assert first.calls.count("cuLaunchKernel") == second.calls.count("cuLaunchKernel") == 3
     assert any(call.startswith("cuModuleLoadData") for call in first.calls)
     assert set(second.calls) <= {"cuCtxGetCurrent", "cuCtxGetId", "cuLaunchKernel"}
+
+
+CAPTURED = {
+    "decode": GqaStep(lengths=[(1000, 1), (7, 1)], steps=1, sm_count=64),
+    "prefill": GqaStep(lengths=[(47, 9), (9, 0)], steps=9, is_int8=True),
+    "few": MoeStep(num_tokens=3, form="4z"),
+    "many": MoeStep(num_tokens=33),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+@pytest.mark.parametrize("phase", ["build", "runtime"])
+def test_the_first_enqueue_of_all_may_be_captured(name, phase, enqueuer):
+    """As TensorRT does when it times tactics: code is loaded without harm to the capture, and the replay is right."""
+    step = CAPTURED[name]
+    gpus = [Gpu(multiprocessors=64)]
+    first, second = enqueuer([Enqueue(step, is_captured=True)] * 2, gpus=gpus, phase=phase)
+    for outcome in (first, second):
+        check_gqa(outcome, step) if isinstance(step, GqaStep) else check_moe(outcome, step)
+    assert first.calls.count("cuThreadExchangeStreamCaptureMode") == 2 * first.calls.count("cuModuleLoadData") > 0
+    assert set(second.calls) <= {"cuCtxGetCurrent", "cuCtxGetId", "cuLaunchKernel"}
+
+
+def test_kernels_of_a_context_that_is_gone_are_replaced_during_a_capture(enqueuer):
+    step = GqaStep(lengths=[(300, 1)], steps=1)
+    enqueues = [Enqueue(step), Enqueue(step, in_new_context=True, is_captured=True)]
+    for outcome in enqueuer(enqueues):
+        check_gqa(outcome, step)
+
+
+def test_a_plugin_goes_during_a_capture(plugin_library, driver_files):
+    """And unloads what nothing else needs, in a process of its own, where no other plugin holds it."""
+    paths = Paths(*driver_files, plugin_library, plugin_library.parent / "build" / "kernels")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        captured, misuses = pool.submit(destroy_during_capture, paths).result()
+    assert captured == 0 and misuses == []
+
+
+def test_what_fails_while_it_is_captured_leaves_no_graph(enqueuer):
+    step = GqaStep(lengths=[(7, 1)], steps=1)
+    faults = [Fault("cuModuleLoadData"), Fault("cuThreadExchangeStreamCaptureMode", 2)]
+    enqueues = [Enqueue(step, fault=fault, is_captured=True) for fault in faults]
+    *failed, last = enqueuer([*enqueues, Enqueue(step)])
+    for outcome in failed:
+        assert outcome.status != 0 and outcome.launches == [] and f"error {LAUNCH_FAILED}" in outcome.log
+    check_gqa(last, step)
 
 
 def test_two_contexts(enqueuer):
@@ -369,13 +414,13 @@ def calls_of(outcome: Outcome) -> list[Fault]:
 )
 def test_a_driver_that_fails_at_any_call(step, enqueuer):
     """The error is logged and returned, nothing is launched after it, and the next enqueue works."""
-    (whole,) = enqueuer([Enqueue(step, is_executed=False)])
+    (whole,) = enqueuer([Enqueue(step, code=None)])
     assert_clean(whole)
     faults = calls_of(whole)
     enqueues, gpus = [], []
     for fault in faults:  # in a context of its own, where the calls are those of a first enqueue
         gpus.append(Gpu())
-        at = {"gpu": len(gpus) - 1, "is_executed": False}
+        at = {"gpu": len(gpus) - 1, "code": None}
         enqueues += [Enqueue(step, fault=fault, **at), Enqueue(step, **at)]
     outcomes = enqueuer(enqueues, gpus=gpus)
     for fault, failed, next_one in zip(faults, outcomes[::2], outcomes[1::2], strict=True):

@@ -4,7 +4,9 @@
 // misuse is recorded as well as refused. What it knows of a kernel (parameters, block, shared memory) it reads from the
 // module's image, as the driver does, and not from anything that the caller says.
 //
-// It has the functions that a plugin may use; refused.cpp has some that it may not.
+// It has the functions that a plugin may use; refused.cpp has some that it may not. While a stream is captured, loading
+// and unloading fail too. So does finding a function: where the driver loads lazily, as it does by default since CUDA
+// 12.2, a kernel's code is loaded then ("Lazy Loading" in the CUDA C++ Programming Guide).
 
 #include <cuda.h>
 #include <elf.h>
@@ -89,6 +91,23 @@ struct Fault
     CUresult result;
 };
 
+// A launch that was captured, with copies of its parameters.
+struct Kept
+{
+    CUfunction function;
+    std::array<uint32_t, 3> grid, block;
+    uint32_t shared_bytes;
+    CUstream stream;
+    std::vector<std::string> parameters;
+};
+
+struct Capture
+{
+    CUstream stream = nullptr; // null: none goes on
+    bool has_failed = false;
+    std::vector<Kept> launches;
+};
+
 struct State
 {
     std::recursive_mutex mutex; // a callback may call the driver
@@ -100,6 +119,7 @@ struct State
     std::set<CUfunction> functions;
     double_callback callback = nullptr;
     Fault fault{};
+    Capture capture;
     std::string calls, misuses, text;
 };
 
@@ -111,6 +131,7 @@ State& state()
 
 thread_local CUcontext current = nullptr;
 thread_local std::vector<CUcontext> pushed; // what was current before
+thread_local CUstreamCaptureMode capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 
 using Lock = std::lock_guard<std::recursive_mutex>;
 
@@ -137,6 +158,21 @@ CUresult called(char const* function)
     Lock const lock(state().mutex);                                                                                    \
     if (CUresult const fault = called(#function); fault != CUDA_SUCCESS)                                               \
     return fault
+
+// An error where the thread may not do this because a stream is captured, which then fails.
+CUresult check_capture(char const* function)
+{
+    Capture& capture = state().capture;
+    if (capture.stream == nullptr || capture_mode == CU_STREAM_CAPTURE_MODE_RELAXED)
+        return CUDA_SUCCESS;
+    capture.has_failed = true;
+    return misuse(std::string(function) + " while a stream is captured", CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+}
+
+#define BEGIN_UNSAFE_CALL(function)                                                                                    \
+    BEGIN_CALL(function);                                                                                              \
+    if (CUresult const unsafe = check_capture(#function); unsafe != CUDA_SUCCESS)                                      \
+    return unsafe
 
 template <typename T>
 T read_at(std::string const& bytes, size_t offset)
@@ -316,6 +352,22 @@ CUresult check_launch(CUfunction function, std::array<uint32_t, 3> grid, std::ar
     return CUDA_SUCCESS;
 }
 
+CUresult run(Kept const& launch)
+{
+    if (state().callback == nullptr)
+        return CUDA_SUCCESS;
+    Image const& image = launch.function->module->image;
+    std::vector<uint32_t> const& sizes = launch.function->kernel.parameter_sizes;
+    std::vector<void const*> parameters;
+    for (std::string const& parameter : launch.parameters)
+        parameters.push_back(parameter.data());
+    double_launch const described = {image.bytes.data(), image.bytes.size(), launch.function->name.c_str(),
+        {launch.grid[0], launch.grid[1], launch.grid[2]}, {launch.block[0], launch.block[1], launch.block[2]},
+        launch.shared_bytes, static_cast<uint32_t>(sizes.size()), launch.stream, sizes.data(),
+        const_cast<void* const*>(parameters.data())};
+    return static_cast<CUresult>(state().callback(&described));
+}
+
 } // namespace
 
 // For the test.
@@ -361,6 +413,36 @@ void double_set_current(CUcontext context)
 void double_set_callback(double_callback callback)
 {
     state().callback = callback;
+}
+
+void double_begin_capture(CUstream stream)
+{
+    Lock const lock(state().mutex);
+    state().capture = {stream, false, {}};
+}
+
+int double_end_capture()
+{
+    Lock const lock(state().mutex);
+    Capture& capture = state().capture;
+    capture.stream = nullptr;
+    return capture.has_failed ? -1 : static_cast<int>(capture.launches.size());
+}
+
+int double_replay()
+{
+    Lock const lock(state().mutex);
+    for (Kept const& launch : state().capture.launches)
+    {
+        if (CUresult const result = run(launch); result != CUDA_SUCCESS)
+            return result;
+    }
+    return CUDA_SUCCESS;
+}
+
+int double_capture_mode()
+{
+    return capture_mode;
 }
 
 void double_fail(char const* function, int nth, int result)
@@ -504,19 +586,19 @@ CUresult CUDAAPI cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, 
 
 CUresult CUDAAPI cuModuleLoadData(CUmodule* module, void const* image)
 {
-    BEGIN_CALL(cuModuleLoadData);
+    BEGIN_UNSAFE_CALL(cuModuleLoadData);
     return load(module, image);
 }
 
 CUresult CUDAAPI cuModuleLoadDataEx(CUmodule* module, void const* image, unsigned, CUjit_option*, void**)
 {
-    BEGIN_CALL(cuModuleLoadDataEx);
+    BEGIN_UNSAFE_CALL(cuModuleLoadDataEx);
     return load(module, image);
 }
 
 CUresult CUDAAPI cuModuleUnload(CUmodule module)
 {
-    BEGIN_CALL(cuModuleUnload);
+    BEGIN_UNSAFE_CALL(cuModuleUnload);
     auto const found = state().modules.find(module);
     if (found == state().modules.end())
         return misuse("unloads no module", CUDA_ERROR_INVALID_HANDLE);
@@ -526,7 +608,7 @@ CUresult CUDAAPI cuModuleUnload(CUmodule module)
 
 CUresult CUDAAPI cuModuleGetFunction(CUfunction* function, CUmodule module, char const* name)
 {
-    BEGIN_CALL(cuModuleGetFunction);
+    BEGIN_UNSAFE_CALL(cuModuleGetFunction);
     if (state().modules.count(module) == 0)
         return misuse("a function of no module", CUDA_ERROR_INVALID_HANDLE);
     auto const found = module->image.kernels.find(name);
@@ -569,14 +651,26 @@ CUresult CUDAAPI cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned g
     BEGIN_CALL(cuLaunchKernel);
     std::array<uint32_t, 3> const grid = {grid_x, grid_y, grid_z}, block = {block_x, block_y, block_z};
     CUresult const result = check_launch(function, grid, block, shared_bytes, stream, parameters, extra);
-    if (result != CUDA_SUCCESS || state().callback == nullptr)
+    if (result != CUDA_SUCCESS)
         return result;
-    Image const& image = function->module->image;
+    Kept launch{function, grid, block, shared_bytes, stream, {}};
     std::vector<uint32_t> const& sizes = function->kernel.parameter_sizes;
-    double_launch const launch = {image.bytes.data(), image.bytes.size(), function->name.c_str(),
-        {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared_bytes, static_cast<uint32_t>(sizes.size()),
-        stream, sizes.data(), parameters};
-    return static_cast<CUresult>(state().callback(&launch));
+    for (size_t index = 0; index < sizes.size(); ++index)
+        launch.parameters.emplace_back(static_cast<char const*>(parameters[index]), sizes[index]);
+    Capture& capture = state().capture;
+    if (capture.stream != stream)
+        return run(launch);
+    if (capture.has_failed)
+        return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+    capture.launches.push_back(std::move(launch));
+    return CUDA_SUCCESS;
+}
+
+CUresult CUDAAPI cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode)
+{
+    BEGIN_CALL(cuThreadExchangeStreamCaptureMode);
+    std::swap(*mode, capture_mode);
+    return CUDA_SUCCESS;
 }
 
 } // extern "C"

@@ -38,6 +38,15 @@ CUstream double_create_stream();
 void double_set_current(CUcontext context);
 // Without one, a launch that is correct does nothing.
 void double_set_callback(double_callback callback);
+// What is launched in this stream from now on is kept instead of run, as cuStreamBeginCapture does in its usual mode
+// (global). What a thread may not do meanwhile fails, unless its mode is relaxed, and takes the capture with it.
+void double_begin_capture(CUstream stream);
+// How many launches were kept; -1 where the capture failed.
+int double_end_capture();
+// Runs what was kept; the result of the first that failed, or CUDA_SUCCESS.
+int double_replay();
+// What the calling thread may do while a stream is captured, a CUstreamCaptureMode.
+int double_capture_mode();
 // The nth call of a function from now on, counted from 1, returns `result`.
 void double_fail(char const* function, int nth, int result);
 // Those that are loaded, in all contexts.

@@ -1,4 +1,4 @@
-"""Executes what is launched under the double of the driver, in Triton's interpreter.
+"""Executes what is launched under the double of the driver: the kernels' source in Triton's interpreter, or their PTX.
 
 A launch is described by what the driver gets: the module's image, whose hash names the variant in the manifest of
 `plugins.aot`, a grid, and pointers to values of the types that the manifest lists. Nothing of it comes from
@@ -15,16 +15,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from qwen_aot.plugins.signatures import KERNELS
 from qwen_aot.plugins.variants import FAMILIES, SHARED_BYTES
 from tests.plugins import interpreter
+from tests.plugins.driver.compiled import CompiledKernels
+from tests.plugins.ptx.interpreter import Counts, Range
 
 LAUNCH_FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED
 _OTHER_SHARED_BYTES = 64 * 1024  # of a GPU that no kernel is for
+
+Code = Literal["source", "ptx"]  # of a kernel: what is executed
 
 # Triton's types, of values and of what pointers point to.
 _VALUES: dict[str, Any] = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
@@ -53,12 +57,14 @@ class Recorded:
     Attributes:
         target: "sm_89", or "ptx".
         arguments: By name; of a pointer, the name of what it points to, or None.
+        counts: What it did, where its PTX was executed.
     """
 
     target: str
     variant: str
     grid: tuple[int, int, int]
     arguments: Mapping[str, int | float | str | None]
+    counts: Counts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +153,18 @@ def _lines(text: bytes) -> list[str]:
 
 
 class Executor:
-    """The double, loaded into this process, with the interpreter behind it."""
+    """The double, loaded into this process, with the interpreters behind it."""
 
-    def __init__(self, library: Path, kernels: Path) -> None:
-        """Loads the double `library`; `kernels` is the folder that `plugins.aot` wrote."""
+    def __init__(self, library: Path, kernels: Path, ptx_interpreter: Path | None = None) -> None:
+        """Loads the double `library`.
+
+        Args:
+            library: The double.
+            kernels: The folder that `plugins.aot` wrote.
+            ptx_interpreter: The library of tests/plugins/ptx, where PTX is to be executed.
+        """
         interpreter.install()
+        self._compiled = CompiledKernels(ptx_interpreter, kernels) if ptx_interpreter is not None else None
         self.driver = ctypes.CDLL(str(library))
         assert ctypes.CDLL("libcuda.so.1")._handle == self.driver._handle, "a driver was loaded before the double"
         self.driver.double_create_context.restype = self.driver.double_create_stream.restype = ctypes.c_void_p
@@ -163,7 +176,7 @@ class Executor:
             self.entries |= {entry["sha256"]: (path.parent.name, entry) for entry in manifest["variants"]}
         self._memory: Memory | None = None
         self._stream: int | None = None
-        self._is_executed = True
+        self._code: Code | None = None
         self._launches: list[Recorded] = []
         self._error: BaseException | None = None
 
@@ -174,10 +187,10 @@ class Executor:
         context = self.driver.double_create_context(major, minor, gpu.multiprocessors, shared_bytes)
         return ctypes.c_void_p(context), ctypes.c_void_p(self.driver.double_create_stream())
 
-    def begin(self, memory: Memory, stream: ctypes.c_void_p, *, is_executed: bool = True) -> None:
-        """What launches may touch from now on, and the stream that they must be in."""
+    def begin(self, memory: Memory, stream: ctypes.c_void_p, *, code: Code | None = "source") -> None:
+        """What launches may touch from now on, the stream that they must be in, and what of them is executed."""
         self.driver.double_set_callback(self._callback)
-        self._memory, self._stream, self._is_executed = memory, stream.value, is_executed
+        self._memory, self._stream, self._code = memory, stream.value, code
         self._launches, self._error = [], None
         self.take_calls()
         self.take_misuses()
@@ -209,7 +222,8 @@ class Executor:
         return 0
 
     def _execute(self, launch: _Launch) -> None:
-        target, entry = self.entries[hashlib.sha256(ctypes.string_at(launch.image, launch.image_bytes)).hexdigest()]
+        image = ctypes.string_at(launch.image, launch.image_bytes)
+        target, entry = self.entries[hashlib.sha256(image).hexdigest()]
         name = entry["name"]
         assert launch.kernel.decode() == entry["symbol"]
         assert tuple(launch.block) == (32 * entry["num_warps"], 1, 1), f"{name}: block {tuple(launch.block)}"
@@ -222,11 +236,25 @@ class Executor:
             key: self._memory.name(key, value.address) if isinstance(value, Region) else value
             for key, value in arguments.items()
         }
-        self._launches.append(Recorded(target, name, (x, y, z), recorded))
-        if self._is_executed:
+        counts = None
+        touched = {**self._memory.tensors, **self._memory.buffers}
+        if self._code == "source":
             kernel = getattr(importlib.import_module(KERNELS[entry["kernel"]].module), entry["kernel"])
-            with interpreter.counting({**self._memory.tensors, **self._memory.buffers}):
+            with interpreter.counting(touched):
                 kernel[x, y, z](**arguments, **entry["constants"])
+        elif self._code == "ptx":
+            assert self._compiled is not None, "this executor was made without an interpreter of PTX"
+            counts = self._compiled.launch(
+                image,
+                target,
+                entry,
+                grid=(x, y, z),
+                threads=launch.block[0],
+                shared_bytes=launch.shared_bytes,
+                parameters=launch.parameters,
+                ranges=[Range(key, region.address, region.bytes) for key, region in touched.items()],
+            )
+        self._launches.append(Recorded(target, name, (x, y, z), recorded, counts))
 
     def _read_arguments(self, launch: _Launch, entry: dict[str, Any]) -> dict[str, int | float | Region]:
         name, listed = entry["name"], entry["arguments"]

@@ -11,6 +11,8 @@ from qwen_aot.plugins import aot
 SHARED_BYTES = 99 * 1024
 SUCCESS, INVALID_VALUE, INVALID_IMAGE, INVALID_CONTEXT = 0, 1, 200, 201
 NO_BINARY, INVALID_HANDLE, NOT_FOUND, NOT_PERMITTED = 209, 400, 500, 800
+CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 900, 901
+RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
 
@@ -32,6 +34,7 @@ class Session:
         for name in ("double_take_calls", "double_take_misuses"):
             getattr(self.driver, name).restype = ctypes.c_char_p
         self.driver.double_set_callback(None)
+        self.driver.double_end_capture()  # that an earlier session began
         self.take()
         self.context = ctypes.c_void_p(self.driver.double_create_context(8, 9, 4, SHARED_BYTES))
         self.stream = ctypes.c_void_p(self.driver.double_create_stream())
@@ -65,6 +68,21 @@ class Session:
     def switch_back(self) -> int:
         self.driver.double_set_current(self.context)
         return SUCCESS
+
+    def capture(self) -> int:
+        self.driver.double_begin_capture(self.stream)
+        return SUCCESS
+
+    def end_capture(self) -> int:
+        return self.driver.double_end_capture()
+
+    def exchange(self, mode: ctypes.c_int) -> int:
+        return self.driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+    def load_relaxed(self) -> int:
+        """As `load` and `get`, in a mode that allows it while a stream is captured."""
+        mode = ctypes.c_int(RELAXED)
+        return self.exchange(mode) or self.load("sm_89") or self.get("moe_count") or self.exchange(mode)
 
     def push(self) -> int:
         return self.driver.cuCtxPushCurrent_v2(self.context)
@@ -153,6 +171,31 @@ MISUSED: dict[str, tuple[Callable[[Session], int], int, str]] = {
         lambda on: on.driver.cuModuleUnload(on.module) or on.launch(),
         INVALID_HANDLE,
         "a launch of no function",
+    ),
+    "loading while a stream is captured": (
+        lambda on: on.capture() or on.load("sm_89"),
+        CAPTURE_UNSUPPORTED,
+        "cuModuleLoadData while a stream is captured",
+    ),
+    "finding a function while a stream is captured": (
+        lambda on: on.capture() or on.get("moe_count"),
+        CAPTURE_UNSUPPORTED,
+        "cuModuleGetFunction while a stream is captured",
+    ),
+    "unloading while a stream is captured": (
+        lambda on: on.capture() or on.driver.cuModuleUnload(on.module),
+        CAPTURE_UNSUPPORTED,
+        "cuModuleUnload while a stream is captured",
+    ),
+    "a launch in a capture that has failed": (
+        lambda on: on.capture() or (on.load("sm_89"), on.launch())[1],
+        CAPTURE_INVALIDATED,
+        "cuModuleLoadData while a stream is captured",
+    ),
+    "allocation while a stream is captured": (
+        lambda on: on.capture() or on.driver.cuMemAllocAsync(None, 16, on.stream),
+        NOT_PERMITTED,
+        "cuMemAllocAsync is nothing that a plugin may call",
     ),
     "allocation": (
         lambda on: on.driver.cuMemAllocAsync(None, 16, on.stream),

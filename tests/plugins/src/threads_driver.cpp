@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace
 {
@@ -82,6 +83,13 @@ CUresult cuCtxPushCurrent_v2(CUcontext)
 
 CUresult cuCtxPopCurrent_v2(CUcontext*)
 {
+    return CUDA_SUCCESS;
+}
+
+CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode)
+{
+    static thread_local CUstreamCaptureMode current_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
+    std::swap(*mode, current_mode);
     return CUDA_SUCCESS;
 }
 

@@ -1,0 +1,77 @@
+// Floating-point numbers as PTX has them: fp16 and bf16, rounding to nearest even, one NaN.
+
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace ptx
+{
+
+template <typename To, typename From>
+To bit_cast(From const& from)
+{
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+// What arithmetic gives for NaN. Source: PTX ISA, "Floating Point Instructions": payloads aren't kept.
+inline float canonical(float value)
+{
+    return std::isnan(value) ? bit_cast<float>(0x7fffffffU) : value;
+}
+
+struct Half
+{
+    uint16_t bits;
+};
+
+struct BFloat
+{
+    uint16_t bits;
+};
+
+// The compiler's own half-precision type does the rounding.
+inline Half to_half(float value)
+{
+    if (std::isnan(value))
+        return {0x7fff};
+    return {bit_cast<uint16_t>(static_cast<_Float16>(value))};
+}
+
+inline float to_float(Half value)
+{
+    static std::array<float, 65536> const kTable = [] {
+        std::array<float, 65536> table{};
+        for (uint32_t bits = 0; bits < table.size(); ++bits)
+            table[bits] = canonical(static_cast<float>(bit_cast<_Float16>(static_cast<uint16_t>(bits))));
+        return table;
+    }();
+    return kTable[value.bits];
+}
+
+inline BFloat to_bfloat(float value)
+{
+    if (std::isnan(value))
+        return {0x7fff};
+    auto const bits = bit_cast<uint32_t>(value);
+    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+inline float to_float(BFloat value)
+{
+    return canonical(bit_cast<float>(static_cast<uint32_t>(value.bits) << 16));
+}
+
+// What `.ftz` makes of subnormal numbers.
+inline float flushed(float value)
+{
+    return std::fabs(value) < std::numeric_limits<float>::min() ? std::copysign(0.0F, value) : value;
+}
+
+} // namespace ptx

@@ -1,0 +1,73 @@
+"""Steps whose launches are executed from PTX, without the library: `plugins.launch` makes the launches.
+
+What a fault in the PTX does is seen this way, since the driver's double executes the PTX of its cubins and no other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.plugins.gqa_cases import GqaStep
+from tests.plugins.moe_cases import MoeStep
+from tests.plugins.ptx.interpreter import Counts, Interpreter, Range, pointers
+
+
+class CompiledSteps:
+    """Executes steps from the PTX of one SM."""
+
+    def __init__(self, interpreter: Interpreter, kernels: Path) -> None:
+        """Takes a folder of one SM, as `plugins.aot` wrote it."""
+        self._interpreter = interpreter
+        self._kernels = kernels
+        listed = json.loads((kernels / "manifest.json").read_bytes())["variants"]
+        self._entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in listed}
+
+    def text(self, variant: str) -> str:
+        """The PTX of a variant."""
+        return (self._kernels / f"{variant}.ptx").read_text()
+
+    def run(
+        self, step: GqaStep | MoeStep, texts: dict[str, str] | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Counts]]:
+        """The tensors after a step, and what each variant's launch did.
+
+        Args:
+            step: What to compute, with the tiles of this SM.
+            texts: PTX by variant, instead of that in the folder.
+
+        Raises:
+            PtxError: What a kernel may not do.
+        """
+        tensors, launches = step.prepare(torch.device("cpu"))
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        ranges = [
+            Range(name, tensor.data_ptr(), tensor.numel() * tensor.element_size()) for name, tensor in present.items()
+        ]
+        counts = {}
+        for launch in launches:
+            variant = launch.variant
+            entry = self._entries[variant.name]
+            values = [_value(argument.type, launch.arguments[argument.name]) for argument in variant.arguments]
+            module = self._interpreter.load((texts or {}).get(variant.name) or self.text(variant.name))
+            counts[variant.name] = module.launch(
+                entry["symbol"],
+                grid=variant.grid(launch.sizes),
+                threads=32 * entry["num_warps"],
+                parameters=pointers([*values, ctypes.c_void_p(), ctypes.c_void_p()]),
+                ranges=ranges,
+                shared_bytes=entry["shared_bytes"],
+            )
+        return present, counts
+
+
+def _value(kind: str, argument: Any) -> Any:
+    if kind == "fp32":
+        return ctypes.c_float(argument)
+    if kind == "i32":
+        return ctypes.c_int32(argument)
+    return ctypes.c_void_p(0 if argument is None else argument.data_ptr())
