@@ -76,7 +76,7 @@ def gqa_definition(
     norm_epsilon: float = 0.0,
     opset: int = OPSET,
 ) -> ir.Function:
-    """Normalise where there are norms, rotate, write the valid new keys and values into the cache, attend to the row's valid slots.
+    """Normalise heads, rotate, write the valid new keys and values into the cache, attend to the row's valid slots.
 
     Of an int8 cache, the scale of a head and token is its largest magnitude / 127, rounded to fp16; codes are made for
     the rounded scale.

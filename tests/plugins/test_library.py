@@ -380,7 +380,14 @@ HALF, FLOAT, INT8, INT32, INT64 = (
 CACHE = [1, 8, 1024, 128]
 GQA = {
     "op": "QwenGQA",
-    "attributes": {"num_heads": 40, "num_kv_heads": 8, "head_dim": 128, "cache_bits": 8, "norm_epsilon": 0.0, "scale": 0.0625},
+    "attributes": {
+        "num_heads": 40,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "cache_bits": 8,
+        "norm_epsilon": 0.0,
+        "scale": 0.0625,
+    },
     "inputs": [
         (HALF, ["B", "S", 7168]),
         *[(INT8, CACHE)] * 2,

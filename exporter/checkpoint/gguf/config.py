@@ -116,7 +116,7 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
         CheckpointError: a key is missing, or a value is not supported (named).
     """
     architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise CheckpointError(f"general.architecture is {architecture!r}; accepted: {', '.join(ARCHITECTURES)}")
     facts = {
         key.removeprefix(f"{architecture}."): value

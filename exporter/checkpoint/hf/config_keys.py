@@ -45,7 +45,7 @@ _QWEN3: Mapping[str, tuple[object, ...]] = {
 # The same of one model type only, where another accepts or reads something else.
 ACCEPTED_OF: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     "qwen3": _QWEN3,
-    "qwen3_moe": _QWEN3 | {"shared_expert_intermediate_size": (0, None)},
+    "qwen3_moe": {**_QWEN3, "shared_expert_intermediate_size": (0, None)},
 }
 
 # Keys that are read below.

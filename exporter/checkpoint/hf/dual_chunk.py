@@ -24,21 +24,25 @@ logger = logging.getLogger(__name__)
 _KEY = "dual_chunk_attention_config"
 
 
-def exact_context(raw: Mapping[str, Any], context: int) -> int:
+def exact_context(raw: Mapping[str, Any], context: int, *, is_scaled: bool = False) -> int:
     """Tokens of context over which the model's attention is plain attention.
 
     Args:
         raw: the parsed config.json.
         context: tokens that it says it has.
+        is_scaled: it has a rotary scaling as well.
 
     Raises:
-        CheckpointError: the key holds something else than such a configuration.
+        CheckpointError: the key holds something else than such a configuration, or both ways to a longer context are
+            asked for: nothing says what they are together.
     """
     facts = raw.get(_KEY)
     if facts is None:
         return context
     if not isinstance(facts, dict):
         raise CheckpointError(f"{_KEY} is {facts!r}; accepted: an object, or null")
+    if is_scaled:
+        raise CheckpointError(f"rope_scaling and {_KEY} are both there; accepted: one of them")
     exact = _positive(facts, "chunk_size")
     if facts.get("original_max_position_embeddings") is not None:
         exact = min(exact, _positive(facts, "original_max_position_embeddings"))

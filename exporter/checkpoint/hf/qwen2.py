@@ -55,7 +55,7 @@ def parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
     heads = count(raw, "num_attention_heads")
     layers = require_layers("num_hidden_layers", count(raw, "num_hidden_layers"))
     rope_theta, rope_scaling, max_positions = read_rope(raw, count(raw, "max_position_embeddings", 32768))
-    max_positions = exact_context(raw, max_positions)
+    max_positions = exact_context(raw, max_positions, is_scaled=rope_scaling is not None)
     check_attention_layers(raw, layers, max_positions)
     vocab_size = count(raw, "vocab_size")
     return ModelConfig(
@@ -95,7 +95,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], model_type: str) -> None:
             "%s, as without trust_remote_code",
             model_type,
         )
-    for key, values in (config_keys.ACCEPTED | config_keys.ACCEPTED_OF.get(model_type, {})).items():
+    for key, values in {**config_keys.ACCEPTED, **config_keys.ACCEPTED_OF.get(model_type, {})}.items():
         value = raw.get(key, values[0])
         if value not in values:
             shown = ", ".join(json.dumps(each) for each in values if each is not None) or "null"
