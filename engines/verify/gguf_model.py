@@ -21,7 +21,7 @@ from qwen_aot.exporter.model.model_types import MODEL_TYPES
 
 # general.architecture -> model type, as transformers calls them
 _MODEL_TYPES = {kind.gguf: name for name, kind in MODEL_TYPES.items()} | {"llama": "llama"}
-# llama.cpp's own rules where a file says nothing, of which transformers has a table too (`GGUF_CONFIG_DEFAULTS_MAPPING`).
+# llama.cpp's own rules where a file says nothing (transformers has them in `GGUF_CONFIG_DEFAULTS_MAPPING`).
 _NORMALISES_SHARES = {"qwen2moe": False, "qwen3moe": True}
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 

@@ -154,7 +154,7 @@ REFUSED: Mapping[str, set[int]] = {
     "pad_token_id": {3},  # beyond the vocabulary
     "use_qk_norm": {0},  # which only Qwen3 has
 }
-# transformers gives the output projection a bias with the first; the others it doesn't read, and they say another model.
+# With the first, transformers gives the output projection a bias; it doesn't read the others, which say another model.
 OF_QWEN3_REFUSED: Mapping[str, set[int]] = {"attention_bias": {0}, "qkv_bias": {0}, "use_qk_norm": {1}}
 REFUSED_OF: Mapping[str, Mapping[str, set[int]]] = {
     "qwen3": OF_QWEN3_REFUSED,

@@ -16,11 +16,13 @@ def rotated(x: NDArray[np.float64], positions: NDArray[np.int64]) -> NDArray[np.
     """RoPE, rotate-half, x [T, D] at positions [T]."""
     angles = positions[:, None] / 50.0 ** (np.arange(D // 2) / (D // 2))
     low, high = np.split(x, 2, axis=1)
-    return np.concatenate((low * np.cos(angles) - high * np.sin(angles), high * np.cos(angles) + low * np.sin(angles)), 1)
+    return np.concatenate(
+        (low * np.cos(angles) - high * np.sin(angles), high * np.cos(angles) + low * np.sin(angles)), 1
+    )
 
 
 def dual_chunk_scores(query: NDArray[np.float64], key: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Scores [T, T] of arXiv 2402.17463: a key's position is that in its chunk; a query's depends on whose chunk it sees.
+    """Scores [T, T] of arXiv 2402.17463: a key has its position in its chunk, a query one for each kind of chunk it sees.
 
     In its own chunk: its position there. In the one before: that plus a chunk, at most CHUNK. Further back: the largest
     of these. Chunks are of CHUNK - LOCAL tokens.

@@ -110,7 +110,14 @@ def test_a_folder_gives_back_every_number(
             assert written.tokenizer.files == checkpoint.tokenizer.files
             known = {"torch_dtype": "float16", "eos_token_ids": checkpoint.config.eos_token_ids}
             assert {key: getattr(written.config, key) for key in known} == known
-            for key in ("model_type", "rope_theta", "moe", "max_position_embeddings", "attention_bias", "tie_word_embeddings"):
+            for key in (
+                "model_type",
+                "rope_theta",
+                "moe",
+                "max_position_embeddings",
+                "attention_bias",
+                "tie_word_embeddings",
+            ):
                 assert getattr(written.config, key) == getattr(checkpoint.config, key), key
     index = json.loads((out / "model.safetensors.index.json").read_text())
     for shard in sorted(out.glob("*.safetensors")):
