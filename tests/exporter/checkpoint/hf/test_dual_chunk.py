@@ -22,7 +22,7 @@ def rotated(x: NDArray[np.float64], positions: NDArray[np.int64]) -> NDArray[np.
 
 
 def dual_chunk_scores(query: NDArray[np.float64], key: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Scores [T, T] of arXiv 2402.17463: a key has its position in its chunk, a query one for each kind of chunk it sees.
+    """Scores [T, T] of arXiv 2402.17463: keys have their place in their chunk, queries one for each chunk they see.
 
     In its own chunk: its position there. In the one before: that plus a chunk, at most CHUNK. Further back: the largest
     of these. Chunks are of CHUNK - LOCAL tokens.
