@@ -90,8 +90,11 @@ def gqa_launches(
     workspace: Mapping[str, torch.Tensor],
     num_heads: int,
     scale: float,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    norm_epsilon: float = 0.0,
 ) -> list[Launch]:
-    """The launches of `QwenGQA`: rotate and write, then prefill, or decode and reduce where S is 1.
+    """The launches of `QwenGQA`: normalise, rotate and write, then prefill, or decode and reduce where S is 1.
 
     Args:
         sm: Whose variants to take.
@@ -111,6 +114,9 @@ def gqa_launches(
         workspace: As `gqa_workspace` describes.
         num_heads: H.
         scale: Of the scores before the softmax.
+        q_norm: [D] fp32, gains of the queries' norms; None: heads have no norms.
+        k_norm: Like q_norm.
+        norm_epsilon: Of these norms, above 0; 0 without them.
 
     Raises:
         BuildError: If no variant serves the request.
@@ -136,6 +142,8 @@ def gqa_launches(
             "qkv_ptr": qkv,
             "cos_ptr": cos,
             "sin_ptr": sin,
+            "q_norm_ptr": q_norm,
+            "k_norm_ptr": k_norm,
             "position_ids_ptr": position_ids,
             **cached,
             "S": steps,
@@ -143,6 +151,7 @@ def gqa_launches(
             "num_heads": num_heads,
             "num_kv_heads": num_kv_heads,
             "head_dim": head_dim,
+            "norm_epsilon": norm_epsilon,
         },
         sizes,
     )

@@ -12,7 +12,18 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.utils import logging as transformers_logging
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -33,6 +44,14 @@ MOE_DEFAULTS: Mapping[str, Any] = {
     "norm_topk_prob": False,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
+}
+
+# (generation, whether it has experts) -> transformers' classes.
+KINDS: Mapping[tuple[str, bool], tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
+    ("qwen2", False): (Qwen2Config, Qwen2ForCausalLM),
+    ("qwen2", True): (Qwen2MoeConfig, Qwen2MoeForCausalLM),
+    ("qwen3", False): (Qwen3Config, Qwen3ForCausalLM),
+    ("qwen3", True): (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
 
 # Qwen2's, as its tokenizer.json has it.
@@ -58,9 +77,10 @@ def tiny_config(
     intermediate: int = 96,
     tied: bool = False,
     moe: Mapping[str, Any] | None = None,
+    generation: str = "qwen2",
     **overrides: Any,
-) -> Qwen2Config | Qwen2MoeConfig:
-    """A small transformers config; `moe={}` makes a mixture of experts with MOE_DEFAULTS."""
+) -> PretrainedConfig:
+    """A small transformers config; `moe={}` makes a mixture of experts with MOE_DEFAULTS (of Qwen3: no shared one)."""
     values: dict[str, Any] = {
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
@@ -74,16 +94,19 @@ def tiny_config(
     }
     if head_dim is not None:
         values["head_dim"] = head_dim
-    if moe is None:
-        return Qwen2Config(**(values | overrides))
-    return Qwen2MoeConfig(**(values | dict(MOE_DEFAULTS) | dict(moe) | overrides))
+    elif generation == "qwen3":
+        values["head_dim"] = hidden // heads  # its default is 128
+    if moe is not None:
+        values |= MOE_DEFAULTS
+        if generation == "qwen3":
+            del values["shared_expert_intermediate_size"]
+    kind, _ = KINDS[generation, moe is not None]
+    return kind(**(values | dict(moe or {}) | overrides))
 
 
-def tiny_model(
-    config: Qwen2Config | Qwen2MoeConfig, *, dtype: str = "float32", seed: int = 0
-) -> Qwen2ForCausalLM | Qwen2MoeForCausalLM:
+def tiny_model(config: PretrainedConfig, *, dtype: str = "float32", seed: int = 0) -> Any:
     """A model in eval mode: every parameter random (biases and norms too), logits with std ~1."""
-    kind = Qwen2ForCausalLM if isinstance(config, Qwen2Config) else Qwen2MoeForCausalLM
+    kind = next(kind for of, kind in KINDS.values() if of is type(config))
     model = kind(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -110,7 +133,7 @@ def save_tiny(
     with_tokenizer: bool = False,
     seed: int = 0,
     **config: Any,
-) -> Qwen2ForCausalLM | Qwen2MoeForCausalLM:
+) -> Any:
     """Saves a random tiny model to a folder and returns it in eval mode.
 
     Args:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 _ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen2moe": gguf.MODEL_ARCH.QWEN2MOE,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "qwen3moe": gguf.MODEL_ARCH.QWEN3MOE,
     "llama": gguf.MODEL_ARCH.LLAMA,
 }
 
@@ -60,7 +62,7 @@ def save_gguf(
     Args:
         path: the file to write.
         model: of `tests.checkpoints.tiny_model`.
-        architecture: qwen2, qwen2moe or llama (whose biases are left out).
+        architecture: one of `_ARCHITECTURES`; of llama, biases are left out.
         kind: of the matrices; vectors stay F32.
         kinds: by the ends of Hugging Face names, of matrices of another type.
         facts: metadata that is added, or replaces what the model says; a value None removes the key.
@@ -80,7 +82,7 @@ def save_gguf(
     head_dim = model.model.layers[0].self_attn.head_dim
     metadata[f"{architecture}.attention.key_length"] = head_dim
     metadata[f"{architecture}.attention.value_length"] = head_dim
-    if architecture == "qwen2moe":
+    if architecture.endswith("moe"):
         metadata[f"{architecture}.expert_count"] = config.num_experts
         metadata[f"{architecture}.expert_used_count"] = config.num_experts_per_tok
     writer = gguf.GGUFWriter(path, architecture)

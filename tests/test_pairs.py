@@ -62,6 +62,7 @@ def test_of_a_large_product_the_rest_lets_every_three_values_meet() -> None:
 SWEEPS = {
     "prefill": (test_gqa.test_prefill, test_gqa.PREFILL, None),
     "decode": (test_gqa.test_decode, test_gqa.DECODE, None),
+    "norms": (test_gqa.test_norms_of_heads, test_gqa.NORMS, None),
     "few": (test_moe.test_few_tokens, test_moe.FEW, None),
     "many": (test_moe.test_many_tokens, test_moe.MANY, None),
     "bytes": (test_bytes.test_decode_attention_reads_each_valid_key_and_value_once, test_bytes.DECODE, None),

@@ -17,8 +17,12 @@ import torch
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.part_names import part_paths
+from qwen_aot.exporter.model.model_types import MODEL_TYPES
 
-_MODEL_TYPES = {"qwen2": "qwen2", "qwen2moe": "qwen2_moe", "llama": "llama"}  # as transformers calls them
+# general.architecture -> model type, as transformers calls them
+_MODEL_TYPES = {kind.gguf: name for name, kind in MODEL_TYPES.items()} | {"llama": "llama"}
+# llama.cpp's own rules where a file says nothing (transformers has them in `GGUF_CONFIG_DEFAULTS_MAPPING`).
+_NORMALISES_SHARES = {"qwen2moe": False, "qwen3moe": True}
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 
 
@@ -29,7 +33,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         path: a file, or any part of a split model, whose metadata stands in the first part.
 
     Raises:
-        CheckpointError: the architecture isn't one of three, or a tensor has no place in it.
+        CheckpointError: the architecture isn't known, or a tensor has no place in it.
     """
     readers = [gguf.GGUFReader(part) for part in part_paths(path) or [path]]
     fields = readers[0].fields
@@ -61,15 +65,16 @@ def _config(architecture: str, metadata: Mapping[str, Any], shapes: Mapping[str,
     if "attention.key_length" in own:
         facts["head_dim"] = own["attention.key_length"]
     facts["rope_parameters"] = {"rope_theta": facts.pop("rope_theta", 10000.0), **_rope_scaling(own)}
-    if architecture == "qwen2moe":
-        shared = shapes.get("blk.0.ffn_gate_shexp.weight")
+    if architecture in _NORMALISES_SHARES:
         facts |= {
             "moe_intermediate_size": int(shapes["blk.0.ffn_gate_exps.weight"][1]),
-            "shared_expert_intermediate_size": int(shared[0]) if shared else 0,
-            "norm_topk_prob": bool(own.get("expert_weights_norm", False)),
+            "norm_topk_prob": bool(own.get("expert_weights_norm", _NORMALISES_SHARES[architecture])),
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
+    if architecture == "qwen2moe":
+        shared = shapes.get("blk.0.ffn_gate_shexp.weight")
+        facts["shared_expert_intermediate_size"] = int(shared[0]) if shared else 0
     return facts
 
 
@@ -101,6 +106,7 @@ def _names(architecture: str, layers: int) -> dict[str, str]:
         prefix = f"model.layers.{layer}"
         wanted += [f"{prefix}.{norm}" for norm in ("input_layernorm", "post_attention_layernorm")]
         wanted += [f"{prefix}.self_attn.{part}_proj" for part in "qkvo"]
+        wanted += [f"{prefix}.self_attn.{part}_norm" for part in "qk"]
         wanted += [f"{prefix}.mlp.{part}_proj" for part in ("gate", "up", "down")]
         wanted += [f"{prefix}.mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")]
         wanted += [f"{prefix}.mlp.gate", f"{prefix}.mlp.shared_expert_gate"]

@@ -14,7 +14,6 @@ order, a base frequency misread) would be on both sides and nothing would show i
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 from collections.abc import Iterable, Mapping
@@ -33,12 +32,13 @@ from qwen_aot.exporter.checkpoint.hf.saving.config_json import config_json
 from qwen_aot.exporter.checkpoint.hf.wrappers import unwrapped
 from qwen_aot.exporter.checkpoint.names import CANONICAL
 from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
+from qwen_aot.exporter.model.model_types import MODEL_TYPES
 from qwen_aot.exporter.model.tensors import WeightClass, checkpoint_tensors
 
 BY_TRANSFORMERS, BY_GGUF, BY_US = "transformers", "the gguf package", "qwen-aot's own reader"
 BY_SECOND = "transformers, and a second reader of quantized linears"
 
-_CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "llama": "LlamaForCausalLM"}
+_CLASSES = {name: kind.transformers_class for name, kind in MODEL_TYPES.items()} | {"llama": "LlamaForCausalLM"}
 _BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 
 
@@ -167,15 +167,13 @@ def _require_whole(path: Path, model: Any, info: Mapping[str, Any], absent: Iter
 
 
 def _state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Every weight as fp32. q, k and v biases that a checkpoint lacks are zeros: Qwen has them."""
+    """Every weight as fp32. Biases that a checkpoint lacks and transformers' class has are zeros."""
     state = {
         name: torch.from_numpy(checkpoint.read(name).astype(np.float32))
         for name in checkpoint.tensors
         if not name.endswith("rotary_emb.inv_freq")
     }
-    config = checkpoint.config
-    if not config.attention_bias:
-        for tensor in checkpoint_tensors(dataclasses.replace(config, attention_bias=True)):
-            if tensor.role.weight_class is WeightClass.BIAS:
-                state[tensor.name] = torch.zeros(tensor.shape)
+    for tensor in checkpoint_tensors(checkpoint.config.as_in_transformers):
+        if tensor.role.weight_class is WeightClass.BIAS and tensor.name not in state:
+            state[tensor.name] = torch.zeros(tensor.shape)
     return state

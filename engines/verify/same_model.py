@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.model.tensors import num_parameters
@@ -13,14 +11,14 @@ from qwen_aot.runtime.bundle.manifest import Manifest
 def require_same_model(manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Compares the vocabulary, the layers and the number of parameters.
 
-    A folder that was quantized here has q, k and v biases of zeros where its model has none (transformers' qwen2 always
-    has them), so that they don't count.
+    A folder that was quantized here has q, k and v biases of zeros where its model has none and transformers' class has
+    them anyway, so that they don't count.
 
     Raises:
         CheckpointError: one of them differs; says both values.
     """
     model, config = manifest.model, checkpoint.config
-    with_biases = num_parameters(dataclasses.replace(config, attention_bias=True))
+    with_biases = num_parameters(config.as_in_transformers)
     for name, ours, theirs in (
         ("vocab_size", model.vocab_size, config.vocab_size),
         ("num_hidden_layers", model.num_hidden_layers, config.num_hidden_layers),

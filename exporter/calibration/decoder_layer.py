@@ -1,7 +1,7 @@
 """One decoder layer in float32 over whole sequences, which shows what its projections read and what a cache would hold.
 
 Written for calibration: no cache, no export, one layer's weights in memory. Source of the formulas: transformers'
-Qwen2DecoderLayer and Qwen2MoeDecoderLayer, with which the tests compare it.
+Qwen2DecoderLayer, Qwen2MoeDecoderLayer and their like of Qwen3, with which the tests compare it.
 """
 
 from __future__ import annotations
@@ -137,12 +137,14 @@ class DecoderLayer:
         config = self._config
         B, T, _ = x.shape
 
-        def heads(role: Role, bias: Role, count: int) -> Tensor:
+        def heads(role: Role, bias: Role, count: int, norm: Role | None = None) -> Tensor:
             y = functional.linear(x, weights[role, None], weights.get((bias, None)))
-            return y.view(B, T, count, config.head_dim).transpose(1, 2)
+            y = y.view(B, T, count, config.head_dim)
+            return (y if norm is None else self._norm(weights[norm, None], y)).transpose(1, 2)
 
-        query = self._rotated(heads(Role.QUERY, Role.QUERY_BIAS, config.num_attention_heads))
-        key = self._rotated(heads(Role.KEY, Role.KEY_BIAS, config.num_key_value_heads))
+        query_norm, key_norm = (Role.QUERY_NORM, Role.KEY_NORM) if config.kind.has_head_norms else (None, None)
+        query = self._rotated(heads(Role.QUERY, Role.QUERY_BIAS, config.num_attention_heads, query_norm))
+        key = self._rotated(heads(Role.KEY, Role.KEY_BIAS, config.num_key_value_heads, key_norm))
         value = heads(Role.VALUE, Role.VALUE_BIAS, config.num_key_value_heads)
         observe_cache(key, value)
         found = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)

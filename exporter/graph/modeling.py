@@ -127,7 +127,10 @@ class SparseMLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """q, k, v in one projection; the cached attention op; the output projection is applied by the layer."""
+    """q, k, v in one projection; the cached attention op; the output projection is applied by the layer.
+
+    Norms of heads are inputs of that op, which knows where each head lies.
+    """
 
     def __init__(self, config: ModelConfig, shapes: Shapes, dtype: torch.dtype) -> None:
         super().__init__()
@@ -140,13 +143,18 @@ class Attention(nn.Module):
             "scale": config.head_dim**-0.5,
         }
         self.width = config.query_size
+        self.has_norms = "self_attn.q_norm.weight" in shapes
+        if self.has_norms:
+            self.q_norm = RMSNorm(shapes, "self_attn.q_norm", config.rms_norm_eps)
+            self.k_norm = RMSNorm(shapes, "self_attn.k_norm", config.rms_norm_eps)
+            self.attributes["norm_epsilon"] = config.rms_norm_eps
 
     def forward(self, x: Tensor, past: Cache, step: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Maps x [B, S, M] to attention before its output projection [B, S, H*D], present key and value."""
         qkv = self.qkv_proj(x)
         attention, key, value = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{Op.CACHED_ATTENTION}",
-            [qkv, *past, *step],
+            [qkv, *past, *step, *([self.q_norm.weight, self.k_norm.weight] if self.has_norms else [])],
             self.attributes,
             dtypes=[qkv.dtype, past[0].dtype, past[1].dtype],
             shapes=[[*x.shape[:-1], self.width], past[0].shape, past[1].shape],

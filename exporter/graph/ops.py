@@ -9,7 +9,7 @@ so that a graph that still holds one runs on any ONNX runtime. Definitions are w
 | --- | --- | --- |
 | Linear | x [..., K], weight [N, K], bias [N] (optional) | y [..., N] = x · weightᵀ + bias |
 | SwiGLU | gate_up [..., 2F] | y [..., F] = silu(first half) · second half |
-| CachedAttention | qkv [B, S, (H+2Hkv)·D] laid q, k, v, past_key and past_value [B, Hkv, C, D], cos and sin [P, D/2] fp32, position_ids [B, S], cache_length [B], new_tokens [B], attention_mask [B, 1, S, W] bool | attention [B, S, H·D], present_key, present_value |
+| CachedAttention | qkv [B, S, (H+2Hkv)·D] laid q, k, v, past_key and past_value [B, Hkv, C, D], cos and sin [P, D/2] fp32, position_ids [B, S], cache_length [B], new_tokens [B], attention_mask [B, 1, S, W] bool, q_norm and k_norm [D] fp32 (optional) | attention [B, S, H·D], present_key, present_value |
 | SparseMoE | hidden [B, S, M], router_logits [B, S, E] fp32, gate_up [E, 2F, M], down [E, M, F] | y [B, S, M] |
 """  # noqa: E501  (a table row can't be wrapped)
 
@@ -40,6 +40,14 @@ def is_op(node: ir.Node, op: Op) -> bool:
     return node.domain == DOMAIN and node.op_type == op
 
 
+def overload_of(op: Op, num_inputs: int) -> str:
+    """Which of an op's definitions a node with so many inputs has.
+
+    A function's body can't vary with its optional inputs, so a form with them is an overload.
+    """
+    return {(Op.LINEAR, 3): "bias", (Op.CACHED_ATTENTION, 11): "head_norms"}.get((op, num_inputs), "")
+
+
 def _function(text: str) -> ir.Function:
     return ir.serde.deserialize_function(onnx.parser.parse_function(text))
 
@@ -54,10 +62,7 @@ def _header(op: Op, attributes: str, inputs: str, outputs: str) -> str:
 
 
 def linear_definition(*, has_bias: bool) -> ir.Function:
-    """The projection x · weightᵀ (+ bias).
-
-    A function's body can't vary with its optional inputs, so the form with a bias is the overload `bias`.
-    """
+    """The projection x · weightᵀ (+ bias), which is the overload `bias`."""
     inputs, tail = ("x, weight, bias", "y = Add (product, bias)") if has_bias else ("x, weight", "")
     product = "product" if has_bias else "y"
     function = _function(
@@ -67,7 +72,7 @@ def linear_definition(*, has_bias: bool) -> ir.Function:
             {tail}
         }}"""
     )
-    function.overload = "bias" if has_bias else ""
+    function.overload = overload_of(Op.LINEAR, len(function.inputs))
     return function
 
 
@@ -84,9 +89,20 @@ def swiglu_definition() -> ir.Function:
 
 
 def cached_attention_definition(
-    *, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: ir.DataType, capacity: int | None = None
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    dtype: ir.DataType,
+    capacity: int | None = None,
+    norm_epsilon: float | None = None,
 ) -> ir.Function:
     """Rotate, write the new keys and values into the cache, attend to its first W slots.
+
+    With `norm_epsilon` (the overload `head_norms`), the queries and keys of each head are normalised before that:
+    x / sqrt(mean(x²) + epsilon) · gain over its D elements, computed in fp32 and rounded to the compute type.
+    Source of that: `Qwen3Attention` in transformers.
 
     W is the last dimension of `attention_mask`, so that cost follows the window and not the capacity. Heads are picked
     with Gather and the window is cut with Split, because TensorRT's parser makes the fewest layers of these: a Split of
@@ -101,6 +117,7 @@ def cached_attention_definition(
         scale: of the scores.
         dtype: compute type of q, k, v and the cache.
         capacity: C where it is fixed, so that nothing works it out in the graph; None: from `past_key`.
+        norm_epsilon: of the heads' norms; None: there are none.
     """
     heads, kv_heads = num_heads, num_kv_heads
     inputs = "qkv, past_key, past_value, cos, sin, position_ids, cache_length, new_tokens, attention_mask"
@@ -111,15 +128,13 @@ def cached_attention_definition(
     else:  # RotaryEmbedding wants its tables in the dtype of its input
         tables = f"cos_cast = Cast <to = {dtype.value}> (cos)\n sin_cast = Cast <to = {dtype.value}> (sin)"
         cos, sin = "cos_cast", "sin_cast"
-    return _function(
-        f"""{
-            _header(
-                Op.CACHED_ATTENTION,
-                "<num_heads, num_kv_heads, head_dim, scale>",
-                inputs,
-                "attention, present_key, present_value",
-            )
-        }
+    attributes, norms, query, key = "num_heads, num_kv_heads, head_dim, scale", "", "query", "key"
+    if norm_epsilon is not None:
+        attributes, inputs = f"{attributes}, norm_epsilon", f"{inputs}, q_norm, k_norm"
+        norms = _head_norm("query", "q_norm", norm_epsilon, dtype) + _head_norm("key", "k_norm", norm_epsilon, dtype)
+        query, key = "query_normed", "key_normed"
+    function = _function(
+        f"""{_header(Op.CACHED_ATTENTION, f"<{attributes}>", inputs, "attention, present_key, present_value")}
         {{
             {tables}
             heads_shape = Constant <value_ints = [0, 0, {heads + 2 * kv_heads}, {head_dim}]> ()
@@ -131,8 +146,9 @@ def cached_attention_definition(
             query = Gather <axis = 1> (by_head, query_heads)
             key = Gather <axis = 1> (by_head, key_heads)
             value = Gather <axis = 1> (by_head, value_heads)
-            query_rotated = RotaryEmbedding (query, {cos}, {sin}, position_ids)
-            key_rotated = RotaryEmbedding (key, {cos}, {sin}, position_ids)
+            {norms}
+            query_rotated = RotaryEmbedding ({query}, {cos}, {sin}, position_ids)
+            key_rotated = RotaryEmbedding ({key}, {cos}, {sin}, position_ids)
             present_key = TensorScatter <axis = 2> (past_key, key_rotated, cache_length)
             present_value = TensorScatter <axis = 2> (past_value, value, cache_length)
             window = Shape <start = 3, end = 4> (attention_mask)
@@ -148,6 +164,19 @@ def cached_attention_definition(
             attention = Reshape (context_by_token, flat_shape)
         }}"""
     )
+    function.overload = overload_of(Op.CACHED_ATTENTION, len(function.inputs))
+    return function
+
+
+def _head_norm(part: str, gain: str, epsilon: float, dtype: ir.DataType) -> str:
+    """`{part}_normed` [B, heads, S, D] in the compute type."""
+    if dtype == ir.DataType.FLOAT:
+        return f"{part}_normed = RMSNormalization <axis = -1, epsilon = {epsilon!r}> ({part}, {gain})\n"
+    return f"""
+            {part}_wide = Cast <to = {ir.DataType.FLOAT.value}> ({part})
+            {part}_exact = RMSNormalization <axis = -1, epsilon = {epsilon!r}> ({part}_wide, {gain})
+            {part}_normed = Cast <to = {dtype.value}> ({part}_exact)
+    """
 
 
 def sparse_moe_definition(

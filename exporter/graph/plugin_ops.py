@@ -2,7 +2,7 @@
 
 | op | inputs | outputs |
 | --- | --- | --- |
-| QwenGQA | qkv [B, S, (H+2Hkv)·D] laid q, k, v, past_key and past_value [B, Hkv, C, D] (qkv's type or int8), cos and sin [P, D/2] fp32, position_ids [B, S], cache_length [B], new_tokens [B] int64; of an int8 cache also key_scale and value_scale [B, Hkv, C] | attention [B, S, H·D], present_key, present_value; of an int8 cache also present_key_scale, present_value_scale |
+| QwenGQA | qkv [B, S, (H+2Hkv)·D] laid q, k, v, past_key and past_value [B, Hkv, C, D] (qkv's type or int8), cos and sin [P, D/2] fp32, position_ids [B, S], cache_length [B], new_tokens [B] int64; of an int8 cache also key_scale and value_scale [B, Hkv, C]; last, of heads with norms, q_norm and k_norm [D] fp32 | attention [B, S, H·D], present_key, present_value; of an int8 cache also present_key_scale, present_value_scale |
 | QwenMoE | hidden [B, S, M], expert_ids [B, S, k] int32, expert_weights [B, S, k] fp32, gate_up [E, 2F, M], down [E, M, F]; of 8 and 4 bits also gate_up_scale, down_scale; with zeros also gate_up_zero, down_zero | y [B, S, M] |
 
 A plugin reads and writes no cache slot, and no token of qkv, at and beyond a row's valid ones; neither do the
@@ -34,10 +34,11 @@ class PluginOp(StrEnum):
     MOE = "QwenMoE"
 
 
-# Attributes of the nodes, which are the plugins' fields: integers, but for the float `scale`.
+# Attributes of the nodes, which are the plugins' fields: integers, but for the floats `norm_epsilon` and `scale`.
 ATTRIBUTES: dict[PluginOp, tuple[str, ...]] = {
     # cache_bits: 16 (the cache is of qkv's type, whatever that is) or 8 (int8); a plugin must know it before its inputs
-    PluginOp.GQA: ("num_heads", "num_kv_heads", "head_dim", "cache_bits", "scale"),
+    # norm_epsilon: of the norms of queries and keys; 0: they have none, and the two inputs are absent
+    PluginOp.GQA: ("num_heads", "num_kv_heads", "head_dim", "cache_bits", "norm_epsilon", "scale"),
     PluginOp.MOE: ("num_experts", "experts_per_token", "weight_bits", "has_zeros"),
 }
 
@@ -65,13 +66,21 @@ _FLOAT, _INT8, _INT32, _INT64, _FLOAT16 = (
 
 
 def gqa_definition(
-    *, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, int8_cache: bool = False, opset: int = OPSET
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    int8_cache: bool = False,
+    norm_epsilon: float = 0.0,
+    opset: int = OPSET,
 ) -> ir.Function:
-    """Rotate, write the valid new keys and values into the cache, attend to the row's valid slots.
+    """Normalise heads, rotate, write the valid new keys and values into the cache, attend to the row's valid slots.
 
     Of an int8 cache, the scale of a head and token is its largest magnitude / 127, rounded to fp16; codes are made for
     the rounded scale.
-    Source of the rotation: RoFormer (arXiv 2104.09864), half-rotated as in Hugging Face.
+    Source of the rotation: RoFormer (arXiv 2104.09864), half-rotated as in Hugging Face; of the norms: transformers'
+    `Qwen3Attention`.
 
     Args:
         num_heads: H.
@@ -79,12 +88,14 @@ def gqa_definition(
         head_dim: D.
         scale: of the scores.
         int8_cache: the cache holds codes and scales.
+        norm_epsilon: of the norms of queries and keys; 0: they have none.
         opset: that the model imports, at least OPSET.
     """
     H, Hkv, D, G = num_heads, num_kv_heads, head_dim, num_heads // num_kv_heads
     parts = ("key", "value")
     scales = [f"{part}_scale" for part in parts] if int8_cache else []
     inputs = ["qkv", "past_key", "past_value", "cos", "sin", "position_ids", "cache_length", "new_tokens", *scales]
+    inputs += ["q_norm", "k_norm"] if norm_epsilon else []
     outputs = ["attention", "present_key", "present_value", *(f"present_{name}" for name in scales)]
     body = f"""
         zero = Constant <value_int = 0> ()
@@ -103,7 +114,8 @@ def gqa_definition(
         by_head_narrow = Transpose <perm = [0, 2, 1, 3]> (by_token)
         by_head = Cast <to = {_FLOAT}> (by_head_narrow)
         turned_and_not = Constant <value_ints = [{H + Hkv}, {Hkv}]> ()
-        unturned, new_value = Split <axis = 1> (by_head, turned_and_not)
+        {"as_projected" if norm_epsilon else "unturned"}, new_value = Split <axis = 1> (by_head, turned_and_not)
+        {_head_norms(H, Hkv, norm_epsilon) if norm_epsilon else ""}
         cos_rows = Gather <axis = 0> (cos, position_ids)
         sin_rows = Gather <axis = 0> (sin, position_ids)
         cos_of_heads = Unsqueeze (cos_rows, axis_1)
@@ -176,6 +188,28 @@ def gqa_definition(
         attention = CastLike (flat, qkv)
     """
     return _definition(PluginOp.GQA, inputs, outputs, body, opset)
+
+
+def _head_norms(num_heads: int, num_kv_heads: int, epsilon: float) -> str:
+    """`unturned` [B, H+Hkv, S, D] fp32: each head over the root of its mean square, times the gains of its kind."""
+    return f"""
+        norm_counts = Constant <value_ints = [{num_heads}, {num_kv_heads}]> ()
+        plain_query, plain_key = Split <axis = 1> (as_projected, norm_counts)
+        norm_epsilon_value = Constant <value_float = {epsilon!r}> ()
+        {"".join(_head_norm(part, gain) for part, gain in (("query", "q_norm"), ("key", "k_norm")))}
+        unturned = Concat <axis = 1> (normed_query, normed_key)
+    """
+
+
+def _head_norm(part: str, gain: str) -> str:
+    return f"""
+        {gain}_square = Mul (plain_{part}, plain_{part})
+        {gain}_mean = ReduceMean <keepdims = 1> ({gain}_square, last)
+        {gain}_raised = Add ({gain}_mean, norm_epsilon_value)
+        {gain}_root = Sqrt ({gain}_raised)
+        {gain}_unit = Div (plain_{part}, {gain}_root)
+        normed_{part} = Mul ({gain}_unit, {gain})
+    """
 
 
 def _cache_part(part: str) -> str:

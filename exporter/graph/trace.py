@@ -264,7 +264,7 @@ class _Repeater:
                     inputs,
                     list(node.attributes.values()),
                     outputs=outputs,
-                    overload="bias" if ops.is_op(node, ops.Op.LINEAR) and len(inputs) == 3 else "",
+                    overload=ops.overload_of(ops.Op(node.op_type), len(inputs)) if node.domain == ops.DOMAIN else "",
                     name=f"{prefix}{node.name}",
                 )
             )
@@ -305,6 +305,7 @@ def _attach_definitions(
             scale=config.head_dim**-0.5,
             dtype=dtype,
             capacity=capacity,
+            norm_epsilon=config.rms_norm_eps if config.kind.has_head_norms else None,
         ),
     ]
     if config.moe is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -15,8 +16,8 @@ from qwen_aot.exporter.model.limits import (
     check_products,
     require_at_most,
 )
+from qwen_aot.exporter.model.model_types import MODEL_TYPES, ModelType
 
-MODEL_TYPES = ("qwen2", "qwen2_moe")
 ROPE_TYPES = ("linear", "yarn", "llama3")  # beside None: those that change frequencies once, not per request
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _MAX_ROPE_NUMBER = 2.0**20  # of factors and rotations: published ones are at most 64; fp32 tables and logs stay finite
@@ -126,13 +127,13 @@ class MoeConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Facts of one Qwen1.5 checkpoint, validated once, spelled as in config.json.
+    """Facts of one checkpoint, validated once, spelled as in config.json.
 
     Raises:
         CheckpointError: a value is out of range; the message names field, value and accepted range.
     """
 
-    model_type: str  # qwen2 | qwen2_moe
+    model_type: str  # a key of MODEL_TYPES
     vocab_size: int
     hidden_size: int
     intermediate_size: int  # of a dense MLP
@@ -144,7 +145,7 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
-    attention_bias: bool = True  # q, k, v have biases (a llama-layout checkpoint: False)
+    attention_bias: bool = True  # q, k, v have biases (a llama-layout checkpoint and qwen3: False)
     rope_scaling: RopeScaling | None = None
     moe: MoeConfig | None = None
     torch_dtype: str = "bfloat16"
@@ -154,9 +155,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
-            raise CheckpointError(
-                f"model_type is {self.model_type!r}; accepted: {', '.join(MODEL_TYPES)} (the Qwen1.5 architectures)"
-            )
+            raise CheckpointError(f"model_type is {self.model_type!r}; accepted: {', '.join(MODEL_TYPES)}")
         if self.torch_dtype not in DTYPES:
             raise CheckpointError(f"torch_dtype is {self.torch_dtype!r}; accepted: {', '.join(DTYPES)}")
         for name, limit in (
@@ -181,7 +180,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim is {self.head_dim}; rotary embedding needs an even number")
-        if (self.moe is not None) != (self.model_type == "qwen2_moe"):
+        if (self.moe is not None) != self.kind.has_experts:
             raise CheckpointError(
                 f"moe is {self.moe}; model_type {self.model_type!r} "
                 f"{'needs expert facts' if self.moe is None else 'has no experts'}"
@@ -213,6 +212,16 @@ class ModelConfig:
             context=self.max_position_embeddings,
             head_dim=self.head_dim,
         )
+
+    @property
+    def kind(self) -> ModelType:
+        """What its model type says."""
+        return MODEL_TYPES[self.model_type]
+
+    @property
+    def as_in_transformers(self) -> ModelConfig:
+        """The same model with the biases that transformers' class always has; where it has none, they are zeros."""
+        return dataclasses.replace(self, attention_bias=True) if self.kind.has_biases else self
 
     @property
     def query_size(self) -> int:

@@ -39,7 +39,7 @@ SENSITIVE = frozenset({WeightClass.EMBEDDING, WeightClass.HEAD, WeightClass.DOWN
 class Role(enum.Enum):
     """What a checkpoint tensor is to the decoder: its class, and the name by which readers give it.
 
-    That name is the one in transformers' Qwen2ForCausalLM and Qwen2MoeForCausalLM; a reader of files with other names
+    That name is the one in transformers' classes of `exporter.model.model_types`; a reader of files with other names
     translates them (`exporter.checkpoint.names`).
     """
 
@@ -54,6 +54,8 @@ class Role(enum.Enum):
     QUERY_BIAS = (WeightClass.BIAS, "model.layers.{layer}.self_attn.q_proj.bias")
     KEY_BIAS = (WeightClass.BIAS, "model.layers.{layer}.self_attn.k_proj.bias")
     VALUE_BIAS = (WeightClass.BIAS, "model.layers.{layer}.self_attn.v_proj.bias")
+    QUERY_NORM = (WeightClass.NORM, "model.layers.{layer}.self_attn.q_norm.weight")
+    KEY_NORM = (WeightClass.NORM, "model.layers.{layer}.self_attn.k_norm.weight")
     OUTPUT = (WeightClass.PROJECTION, "model.layers.{layer}.self_attn.o_proj.weight")
     GATE = (WeightClass.PROJECTION, "model.layers.{layer}.mlp.gate_proj.weight")
     UP = (WeightClass.PROJECTION, "model.layers.{layer}.mlp.up_proj.weight")
@@ -86,6 +88,8 @@ INITIALIZERS: Mapping[str, tuple[Role, ...]] = {
     "model.layers.{layer}.post_attention_layernorm.weight": (Role.POST_ATTENTION_NORM,),
     "model.layers.{layer}.self_attn.qkv_proj.weight": (Role.QUERY, Role.KEY, Role.VALUE),
     "model.layers.{layer}.self_attn.qkv_proj.bias": (Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS),
+    "model.layers.{layer}.self_attn.q_norm.weight": (Role.QUERY_NORM,),
+    "model.layers.{layer}.self_attn.k_norm.weight": (Role.KEY_NORM,),
     "model.layers.{layer}.self_attn.o_proj.weight": (Role.OUTPUT,),
     "model.layers.{layer}.mlp.gate_up_proj.weight": (Role.GATE, Role.UP),
     "model.layers.{layer}.mlp.down_proj.weight": (Role.DOWN,),
@@ -184,6 +188,8 @@ def _shapes(config: ModelConfig, *, is_sparse: bool) -> Mapping[Role, Shape]:
         shapes[Role.HEAD] = (V, M)
     if config.attention_bias:
         shapes |= {Role.QUERY_BIAS: (H,), Role.KEY_BIAS: (Hkv,), Role.VALUE_BIAS: (Hkv,)}
+    if config.kind.has_head_norms:
+        shapes |= {Role.QUERY_NORM: (config.head_dim,), Role.KEY_NORM: (config.head_dim,)}
     if not is_sparse:
         F = config.intermediate_size
         return shapes | {Role.GATE: (F, M), Role.UP: (F, M), Role.DOWN: (M, F)}

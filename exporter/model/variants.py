@@ -1,6 +1,7 @@
 """Every published variant by its name: its facts without a checkpoint.
 
-Source: the config.json of each model as published. A chat model has the shape of its base model.
+Source: the config.json of each model as published. Models of one size share a shape; where the ending of a name says
+another context (`-instruct`), the generation's row does.
 """
 
 from __future__ import annotations
@@ -9,15 +10,26 @@ from collections.abc import Mapping
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.published.generation import Generation
 from qwen_aot.exporter.model.published.qwen1_5 import QWEN1_5
+from qwen_aot.exporter.model.published.qwen2 import QWEN2
+from qwen_aot.exporter.model.published.qwen2_5 import QWEN2_5, QWQ
+from qwen_aot.exporter.model.published.qwen3 import QWEN3, QWEN3_2507
 
-VARIANTS: Mapping[str, ModelConfig] = {**QWEN1_5}
+GENERATIONS: tuple[Generation, ...] = (QWEN1_5, QWEN2, QWEN2_5, QWQ, QWEN3, QWEN3_2507)
+
+# One name of each shape and context; those that differ in nothing (`qwen1.5-7b-chat`) are found by it.
+VARIANTS: Mapping[str, ModelConfig] = {name: config for each in GENERATIONS for name, config in each.models.items()}
+
+_NAMED: Mapping[str, tuple[str, ModelConfig]] = {
+    name: (known, config) for each in GENERATIONS for name, known, config in each.named()
+}
 
 
 def canonical_name(name: str) -> str | None:
-    """The variant's key in VARIANTS for any spelling (`Qwen/Qwen1.5-7B-Chat`, `qwen1.5-7b`), or None."""
-    key = name.lower().removeprefix("qwen/").removesuffix("-chat")
-    return key if key in VARIANTS else None
+    """The one name of a variant's facts for any spelling (`Qwen/Qwen1.5-7B-Chat`, `qwen1.5-7b`), or None."""
+    found = _find(name)
+    return None if found is None else found[0]
 
 
 def variant_config(name: str) -> ModelConfig:
@@ -26,7 +38,21 @@ def variant_config(name: str) -> ModelConfig:
     Raises:
         CheckpointError: there is no such variant; the message lists those there are.
     """
-    key = canonical_name(name)
-    if key is None:
-        raise CheckpointError(f"{name!r} is not a Qwen1.5 variant; accepted: {', '.join(VARIANTS)} (also with -chat)")
-    return VARIANTS[key]
+    found = _find(name)
+    if found is None:
+        raise CheckpointError(f"{name!r} is not a published variant; accepted: {variants_in_words()}")
+    return found[1]
+
+
+def variants_in_words() -> str:
+    """All names, generation by generation, for messages."""
+    return "; ".join(generation.words for generation in GENERATIONS)
+
+
+def find_generation(name: str) -> Generation | None:
+    """The generation of this name in any spelling (`Qwen2.5`), or None."""
+    return next((each for each in GENERATIONS if each.name.lower() == name.lower()), None)
+
+
+def _find(name: str) -> tuple[str, ModelConfig] | None:
+    return _NAMED.get(name.lower().removeprefix("qwen/"))

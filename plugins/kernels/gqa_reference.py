@@ -15,6 +15,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 
 
+def normalise(x: torch.Tensor, gain: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Gives x [..., D] over the root of its mean square, times gain [D]; fp32. Source: transformers' `Qwen3RMSNorm`."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * gain
+
+
 def quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 like x [..., D] and scales [...] fp16, max-abs / 127 over the last axis."""
     scale = (x.float().abs().amax(dim=-1) / 127).clamp(max=torch.finfo(torch.float16).max).half()
@@ -36,8 +42,11 @@ def gqa_reference(
     *,
     num_heads: int,
     scale: float,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    norm_epsilon: float = 0.0,
 ) -> torch.Tensor:
-    """Rotates, writes the cache in place and attends, row by row, in fp32.
+    """Normalises where there are norms, rotates, writes the cache in place and attends, row by row, in fp32.
 
     Args:
         qkv: [B, S, (H + 2·Hkv)·D] fp16 or bf16, laid q|k|v, bias added.
@@ -52,6 +61,9 @@ def gqa_reference(
         new_tokens: [B] int64, at most S.
         num_heads: H.
         scale: Of the scores before the softmax.
+        q_norm: [D] fp32, gains of the queries' norms; None: heads have no norms.
+        k_norm: Like q_norm.
+        norm_epsilon: Of these norms.
 
     Returns:
         [B, S, H·D] in qkv's dtype; zeros at and beyond a row's new_tokens.
@@ -65,6 +77,8 @@ def gqa_reference(
             continue
         heads = qkv[b, :new].view(new, num_heads + 2 * num_kv_heads, head_dim)
         q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        if q_norm is not None and k_norm is not None:
+            q, k = normalise(q, q_norm, norm_epsilon), normalise(k, k_norm, norm_epsilon)
         angles = position_ids[b, :new]
         q = rotate(q, cos[angles], sin[angles]).to(qkv.dtype)
         k = rotate(k, cos[angles], sin[angles])

@@ -1,4 +1,4 @@
-"""Rotates q and k, and writes k and v of this step's valid tokens into the cache."""
+"""Normalises and rotates q and k, and writes k and v of this step's valid tokens into the cache."""
 
 import triton
 import triton.language as tl
@@ -14,6 +14,8 @@ def gqa_rotate(
     qkv_ptr,
     cos_ptr,
     sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
     position_ids_ptr,
     cache_length_ptr,
     new_tokens_ptr,
@@ -27,18 +29,22 @@ def gqa_rotate(
     num_heads,
     num_kv_heads,
     head_dim,
+    norm_epsilon,
     IS_INT8: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
     """Token s of row b goes to cache slot cache_length[b] + s; tokens at and beyond new_tokens[b] write nothing.
 
-    qkv [B, S, (H + 2·Hkv)·D], laid q|k|v; cos, sin [P, D/2] fp32; position_ids [B, S], cache_length [B],
-    new_tokens [B] int64. Written: query [B, S, H, D] in qkv's dtype; key, value [B, Hkv, C, D] in qkv's dtype, or int8
+    qkv [B, S, (H + 2·Hkv)·D], laid q|k|v; cos, sin [P, D/2] fp32; q_norm, k_norm [D] fp32, the gains of the heads'
+    norms, not touched where norm_epsilon is 0: there are none; position_ids [B, S], cache_length [B], new_tokens [B]
+    int64. Written: query [B, S, H, D] in qkv's dtype; key, value [B, Hkv, C, D] in qkv's dtype, or int8
     with key_scale, value_scale [B, Hkv, C] fp16 (max-abs / 127 of that head and token; the pointers are not touched
-    otherwise). Everything is contiguous. Rotation pairs element i with i + D/2 (rotate-half), computed in fp32.
+    otherwise). Everything is contiguous. A norm is x / sqrt(mean(x²) + norm_epsilon) · gain over the D elements of a
+    head; rotation pairs element i with i + D/2 (rotate-half); both are computed in fp32, without rounding in between.
     Requires HALF >= head_dim / 2. Grid: (B·S, cdiv(H + 2·Hkv, HEADS)).
-    Source of the rotation: RoFormer (arXiv 2104.09864), half-rotated as in Hugging Face.
+    Source of the rotation: RoFormer (arXiv 2104.09864), half-rotated as in Hugging Face; of the norms: transformers'
+    `Qwen3Attention`.
     """
     token = tl.program_id(0)
     b = token // S
@@ -59,6 +65,16 @@ def gqa_rotate(
     tile = offs_h[:, None] * head_dim + offs_d[None, :]  # [HEADS, HALF]
     low = tl.load(source + tile, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(source + tile + half, mask=mask, other=0.0).to(tl.float32)
+
+    if norm_epsilon > 0.0:
+        mean = tl.sum(low * low + high * high, axis=1) / head_dim  # [HEADS]
+        unit = (1.0 / tl.sqrt(mean + norm_epsilon))[:, None]
+        query_low = tl.load(q_norm_ptr + offs_d, mask=mask_d, other=0.0)[None, :]  # [1, HALF]
+        query_high = tl.load(q_norm_ptr + half + offs_d, mask=mask_d, other=0.0)[None, :]
+        key_low = tl.load(k_norm_ptr + offs_d, mask=mask_d, other=0.0)[None, :]
+        key_high = tl.load(k_norm_ptr + half + offs_d, mask=mask_d, other=0.0)[None, :]
+        low = tl.where(is_value[:, None], low, low * unit * tl.where(is_query[:, None], query_low, key_low))
+        high = tl.where(is_value[:, None], high, high * unit * tl.where(is_query[:, None], query_high, key_high))
 
     position = tl.load(position_ids_ptr + token)
     cos = tl.load(cos_ptr + position * half + offs_d, mask=mask_d, other=0.0)  # [HALF]

@@ -25,6 +25,12 @@ enum Input
     kValueScale
 };
 
+/** Where the norms of queries, and behind them those of keys, stand among the inputs: the last two. */
+int32_t first_norm(bool is_int8)
+{
+    return is_int8 ? kValueScale + 1 : kKeyScale;
+}
+
 enum Output
 {
     kAttention,
@@ -67,6 +73,11 @@ TensorTable table_of(GqaAttributes const& attributes)
         table.outputs.push_back({"present_key_scale", Type::float16, slot_scales});
         table.outputs.push_back({"present_value_scale", Type::float16, slot_scales});
     }
+    if (attributes.norm_epsilon > 0)
+    {
+        table.inputs.push_back({"q_norm", Type::float32, {L::D}});
+        table.inputs.push_back({"k_norm", Type::float32, {L::D}});
+    }
     int64_t const head_dim = attributes.head_dim;
     table.known.set(L::Hkv, attributes.num_kv_heads)
         .set(L::D, head_dim)
@@ -102,6 +113,10 @@ GqaAttributes const& checked(GqaAttributes const& attributes)
     if (attributes.cache_bits != 8 && attributes.cache_bits != 16)
     {
         refuse("cache_bits", attributes.cache_bits, "it must be 16 (the compute type) or 8 (int8)");
+    }
+    if (!std::isfinite(attributes.norm_epsilon) || attributes.norm_epsilon < 0)
+    {
+        refuse("norm_epsilon", attributes.norm_epsilon, "it must be positive, or 0 where heads have no norms");
     }
     if (!std::isfinite(attributes.scale) || attributes.scale <= 0)
     {
@@ -250,6 +265,8 @@ void GqaPlugin::launch_step(
     arguments.pointer(Argument::qkv_ptr, inputs[kQkv])
         .pointer(Argument::cos_ptr, inputs[kCos])
         .pointer(Argument::sin_ptr, inputs[kSin])
+        .pointer(Argument::q_norm_ptr, has_norms() ? inputs[first_norm(is_int8())] : nullptr)
+        .pointer(Argument::k_norm_ptr, has_norms() ? inputs[first_norm(is_int8()) + 1] : nullptr)
         .pointer(Argument::position_ids_ptr, inputs[kPositionIds])
         .pointer(Argument::cache_length_ptr, inputs[kCacheLength])
         .pointer(Argument::new_tokens_ptr, inputs[kNewTokens])
@@ -262,6 +279,7 @@ void GqaPlugin::launch_step(
         .pointer(Argument::partial_ptr, memory.partial)
         .pointer(Argument::partial_lse_ptr, memory.partial_lse)
         .real(Argument::scale_log2e, static_cast<float>(attributes_.scale * std::log2(std::exp(1.0))))
+        .real(Argument::norm_epsilon, attributes_.norm_epsilon)
         .integer(Argument::S, steps)
         .integer(Argument::C, capacity)
         .integer(Argument::num_heads, attributes_.num_heads)

@@ -1,4 +1,4 @@
-/** QwenGQA: rotates queries and keys, writes the cache, attends. docs/plugins.md lists its tensors and attributes. */
+/** QwenGQA: normalises and rotates queries and keys, writes the cache, attends. docs/plugins.md lists its tensors and attributes. */
 #pragma once
 
 #include "plugin.h"
@@ -12,6 +12,7 @@ struct GqaAttributes
     int32_t num_kv_heads;
     int32_t head_dim;
     int32_t cache_bits; // 16: the cache is of qkv's type; 8: int8 with a scale per head and token
+    float norm_epsilon; // of the norms of queries and keys; 0: they have none
     float scale;        // of the scores before the softmax
 };
 
@@ -20,11 +21,12 @@ class GqaPlugin final : public Plugin
 public:
     using Attributes = GqaAttributes;
     static constexpr char const* kName = "QwenGQA";
-    static constexpr FieldTable<GqaAttributes, 5> kFields{{
+    static constexpr FieldTable<GqaAttributes, 6> kFields{{
         {"num_heads", &GqaAttributes::num_heads},
         {"num_kv_heads", &GqaAttributes::num_kv_heads},
         {"head_dim", &GqaAttributes::head_dim},
         {"cache_bits", &GqaAttributes::cache_bits},
+        {"norm_epsilon", &GqaAttributes::norm_epsilon},
         {"scale", &GqaAttributes::scale},
     }};
 
@@ -40,6 +42,7 @@ private:
         CUstream stream) const final;
 
     bool is_int8() const { return attributes_.cache_bits == 8; }
+    bool has_norms() const { return attributes_.norm_epsilon > 0; }
     int32_t group() const { return attributes_.num_heads / attributes_.num_kv_heads; }
     int64_t min_split() const;
     int64_t num_splits(int64_t batch, int64_t capacity) const;

@@ -42,7 +42,7 @@ def _kv_precisions() -> str:
 
 
 @click.command("plan", cls=VerbCommand, context_settings=CONTEXT)
-@click.argument("models", nargs=-1, metavar="[CHECKPOINT|VARIANT]...")
+@click.argument("models", nargs=-1, metavar="[CHECKPOINT|VARIANT|GENERATION]...")
 @option("--device", "devices", multiple=True, help="One device; may be given again.  [default: all]", group="Where")
 @option("--target", help=_targets, group="Where")
 @option(
@@ -79,10 +79,10 @@ def command(
       qwen-aot plan
       qwen-aot plan qwen1.5-7b --device orin-nano-8gb --precision int4
 
-    Of a Hugging Face folder or a .gguf file only the configuration and headers are read. Without one, every published
-    variant is planned; without --device, for every device. Nothing is built, and no GPU is needed. Weights and cache
-    are exact, activations an estimate. The speed is what the memory's bandwidth allows with full contexts: no engine is
-    faster.
+    Of a Hugging Face folder or a .gguf file only the configuration and headers are read. A generation (qwen1.5, qwen2,
+    qwen2.5, qwq, qwen3, qwen3-2507) stands for all of its variants; without a model, Qwen1.5's are planned; without
+    --device, for every device. Nothing is built, and no GPU is needed. Weights and cache are exact, activations an
+    estimate. The speed is what the memory's bandwidth allows with full contexts: no engine is faster.
     """
     show_logs()
     from qwen_aot.engines.planner.devices import DEVICES, find_device
@@ -122,12 +122,12 @@ def command(
 
 
 def _models(names: Iterable[str]) -> tuple[list[tuple[str, ModelConfig]], dict[str, Storage]]:
-    """Names and facts of what the user named, or of every variant; and how checkpoints among them store tensors."""
-    from qwen_aot.exporter.model.variants import VARIANTS
+    """Names and facts of what the user named, or of Qwen1.5's variants; and how checkpoints store their tensors."""
+    from qwen_aot.exporter.model.variants import find_generation
     from qwen_aot.runtime.cli.source import find_variant
 
     configs, storages = [], {}
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(names or ("qwen1.5",)):
         if Path(name).exists():
             from qwen_aot.exporter.checkpoint.open import open_checkpoint
             from qwen_aot.exporter.checkpoint.storage import storage_of
@@ -135,9 +135,11 @@ def _models(names: Iterable[str]) -> tuple[list[tuple[str, ModelConfig]], dict[s
             with open_checkpoint(name) as checkpoint:
                 configs.append((checkpoint.name, checkpoint.config))
                 storages[checkpoint.name] = storage_of(checkpoint)
-        else:
-            configs.append(find_variant(name))
-    return configs or list(VARIANTS.items()), storages
+        elif (generation := find_generation(name)) is not None:
+            configs += [each for each in generation.models.items() if each not in configs]
+        elif (variant := find_variant(name)) not in configs:
+            configs.append(variant)
+    return configs, storages
 
 
 def _device_facts(key: str) -> dict[str, Any]:

@@ -54,12 +54,12 @@ def find_variant(name: str) -> tuple[str, ModelConfig]:
     Raises:
         click.UsageError: there is no such variant either.
     """
-    from qwen_aot.exporter.model.variants import VARIANTS, canonical_name
+    from qwen_aot.exporter.model.variants import canonical_name, variant_config, variants_in_words
 
     variant = canonical_name(name)
     if variant is None:
         raise click.UsageError(
             f"{name} doesn't exist and isn't a variant's name; accepted: a folder saved by transformers, a .gguf file, "
-            f"or one of {', '.join(VARIANTS)}"
+            f"or one of {variants_in_words()}"
         )
-    return variant, VARIANTS[variant]
+    return variant, variant_config(variant)

@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mixed": {"coding": CODINGS["mixed"]},
     "act-order": {"coding": CODINGS["an order of its own each"], "tied": True},
     "experts": {"coding": CODINGS["4 bits, zero points"], "moe": MOE},
+    "norms of heads": {"coding": CODINGS["mixed"], "generation": "qwen3", "head_dim": 32, "kv_heads": 2},
 }
 
 

@@ -30,6 +30,7 @@ class GqaStep:
     steps: int
     dtype: str = "fp16"
     is_int8: bool = False
+    has_norms: bool = False
     head_dim: int = 64
     num_kv_heads: int = 2
     group: int = 1
@@ -79,11 +80,20 @@ class GqaStep:
             "new_tokens": torch.tensor([new for _, new in self.lengths]),
         }
         self.scale = self.head_dim**-0.5
+        self.norm_epsilon = 0.0
+        if self.has_norms:
+            self.norm_epsilon = 0.05  # of the size of what it is added to, so that it can be seen
+            self.tensors |= {name: 1 + 0.3 * normal(self.head_dim) for name in ("q_norm", "k_norm")}
 
     def expected(self) -> dict[str, torch.Tensor | None]:
         """The reference's `output`, and cache after the step."""
         tensors = {name: None if tensor is None else tensor.clone() for name, tensor in self.tensors.items()}
-        output = gqa_reference(**tensors, num_heads=self.num_heads, scale=self.scale)  # type: ignore[arg-type]
+        output = gqa_reference(
+            **tensors,  # type: ignore[arg-type]
+            num_heads=self.num_heads,
+            scale=self.scale,
+            norm_epsilon=self.norm_epsilon,
+        )
         return {"output": output, **{name: tensors[name] for name in ("key", "value", "key_scale", "value_scale")}}
 
     def prepare(self, device: torch.device) -> tuple[dict[str, torch.Tensor | None], list[Launch]]:
@@ -111,6 +121,7 @@ class GqaStep:
             workspace=workspace,
             num_heads=self.num_heads,
             scale=self.scale,
+            norm_epsilon=self.norm_epsilon,
         )
         return {**on_device, **workspace, "output": output}, launches
 

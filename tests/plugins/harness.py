@@ -70,7 +70,8 @@ def prepare(step: GqaStep | MoeStep, device: torch.device, *, batch: int = 1, is
     if isinstance(step, GqaStep):
         order = ("qkv", "key", "value", "cos", "sin", "position_ids", "cache_length", "new_tokens")
         cache = [name for name in ("key", "value", "key_scale", "value_scale") if name in named]
-        inputs = [named[name] for name in (*order, *cache[2:])]
+        norms = ("q_norm", "k_norm") if step.has_norms else ()
+        inputs = [named[name] for name in (*order, *cache[2:], *norms)]
         rows, steps, _ = named["qkv"].shape
         output = torch.empty(rows, steps, step.num_heads * step.head_dim, dtype=named["qkv"].dtype, device=device)
         present = [named[name].clone() if is_copied else named[name] for name in cache]
@@ -154,7 +155,8 @@ def _plugin(step: GqaStep | MoeStep) -> tuple[str, dict[str, int | float]]:
     """A plugin's name and attributes."""
     if isinstance(step, GqaStep):
         heads = {"num_heads": step.num_heads, "num_kv_heads": step.num_kv_heads, "head_dim": step.head_dim}
-        return "QwenGQA", {**heads, "cache_bits": 8 if step.is_int8 else 16, "scale": float(step.scale)}
+        floats = {"norm_epsilon": float(step.norm_epsilon), "scale": float(step.scale)}
+        return "QwenGQA", {**heads, "cache_bits": 8 if step.is_int8 else 16, **floats}
     sizes = {"num_experts": step.num_experts, "experts_per_token": step.tensors["expert_ids"].shape[1]}
     return "QwenMoE", {**sizes, "weight_bits": step.gate_up.bits, "has_zeros": int(step.gate_up.zero is not None)}
 

@@ -21,7 +21,7 @@ from qwen_aot.plugins.launch import Launch, is_moe_decode
 from qwen_aot.plugins.library import cuda_headers, tensorrt_headers
 from qwen_aot.plugins.signatures import KERNELS
 from tests.pairs import identifier, swept
-from tests.plugins.bounds import assert_close
+from tests.plugins.bounds import assert_close, assert_same_cache
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.driver.execution import LAUNCH_FAILED, Gpu, Recorded
 from tests.plugins.enqueue import Enqueue, Fault, Outcome, Paths, compile_driver, destroy_during_capture, run
@@ -121,7 +121,7 @@ def check_gqa(outcome: Outcome, step: GqaStep) -> None:
     assert_close(outcome.tensors["output"], expected["output"])
     for name in ("key", "value", "key_scale", "value_scale"):
         if expected[name] is not None:
-            torch.testing.assert_close(outcome.tensors[name], expected[name], rtol=0, atol=0, equal_nan=True)
+            assert_same_cache(outcome.tensors[name], expected[name], is_exact=not step.has_norms)
     assert_same_as_launch(outcome.launches, *reversed(step.prepare(CPU)))
 
 
@@ -146,6 +146,15 @@ def test_gqa_decode(case, enqueuer):
     rest = {name: value for name, value in case.items() if name not in ("multiprocessors", "phase")}
     step = GqaStep(steps=1, sm_count=multiprocessors, **rest)
     (outcome,) = enqueuer([Enqueue(step)], gpus=[Gpu(multiprocessors=multiprocessors)], phase=phase)
+    check_gqa(outcome, step)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("is_int8", [False, True], ids=["same", "int8"])
+def test_gqa_with_norms_of_heads(is_int8, steps, enqueuer):
+    """Their gains are the last inputs, whatever stands before them; launches carry the very numbers."""
+    step = GqaStep(lengths=[(7, steps), (3, 0)], steps=steps, is_int8=is_int8, group=2, has_norms=True)
+    (outcome,) = enqueuer([Enqueue(step)])
     check_gqa(outcome, step)
 
 

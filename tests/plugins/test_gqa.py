@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -7,7 +8,7 @@ from qwen_aot.errors import BuildError
 from qwen_aot.plugins.launch import gqa_launches
 from qwen_aot.plugins.variants import CACHES, HEAD_DIMS, SMS, select
 from tests.pairs import identifier, swept
-from tests.plugins.bounds import assert_close
+from tests.plugins.bounds import assert_close, assert_same_cache
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.gqa_cases import SM, GqaStep
 
@@ -46,13 +47,8 @@ def check(step: GqaStep, device: torch.device) -> None:
         cache, reference = actual[name], expected[name]
         if reference is None:
             continue
-        # Nothing but this step's slots changed: NaN and untouched codes are compared too. A product that fuses into a
-        # sum may land on the other side of a rounding, so one step of the dtype is allowed on a GPU.
-        if device.type == "cpu":
-            torch.testing.assert_close(cache, reference, rtol=0, atol=0, equal_nan=True)
-        else:
-            tolerance = {"atol": 1, "rtol": 0} if cache.dtype == torch.int8 else {"atol": 1e-3, "rtol": 2.0**-7}
-            torch.testing.assert_close(cache.cpu(), reference, equal_nan=True, **tolerance)
+        # Nothing but this step's slots changed: NaN and untouched codes are compared too.
+        assert_same_cache(cache.cpu(), reference, is_exact=device.type == "cpu" and not step.has_norms)
 
 
 @pytest.mark.parametrize("case", swept(PREFILL), ids=identifier)
@@ -68,6 +64,34 @@ def test_decode(case, device):
     lengths = [(abs(past), int(past >= 0)) for past in case["pasts"]]
     rest = {name: value for name, value in case.items() if name != "pasts"}
     check(GqaStep(lengths=lengths, steps=1, **rest), device)
+
+
+# One token, a few, and more than a program has; 5 heads and 1 are fewer than it has, 20 are more.
+NORMS = {
+    "dtype": ["fp16", "bf16"],
+    "is_int8": [False, True],
+    "head_dim": [64, 128],
+    "group": [3, 16],
+    "rows": [(1, [(64, 1), (5, 0)]), (5, [(3, 5), (0, 2)])],
+}
+
+
+@pytest.mark.parametrize("case", swept(NORMS), ids=identifier)
+def test_norms_of_heads(case, device):
+    steps, lengths = case["rows"]
+    rest = {name: value for name, value in case.items() if name != "rows"}
+    check(GqaStep(lengths=lengths, steps=steps, has_norms=True, **rest), device)
+
+
+@pytest.mark.parametrize("name", ["q_norm", "k_norm"])
+def test_each_norm_is_of_its_heads(name, device):
+    """The check finds the two gains exchanged, and one that isn't there."""
+    step = GqaStep(lengths=[(3, 2)], steps=2, group=2, has_norms=True)
+    other = dataclasses.replace(step)
+    other.tensors = step.tensors | {name: torch.ones(step.head_dim)}
+    expected, actual = other.expected(), step.run(device)
+    with pytest.raises(AssertionError):
+        assert_close(actual["output"], expected["output"])
 
 
 def tiles_of_other_sms() -> list[tuple[str, str, int]]:

@@ -381,7 +381,14 @@ HALF, FLOAT, INT8, INT32, INT64 = (
 CACHE = [1, 8, 1024, 128]
 GQA = {
     "op": "QwenGQA",
-    "attributes": {"num_heads": 40, "num_kv_heads": 8, "head_dim": 128, "cache_bits": 8, "scale": 0.0625},
+    "attributes": {
+        "num_heads": 40,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "cache_bits": 8,
+        "norm_epsilon": 0.0,
+        "scale": 0.0625,
+    },
     "inputs": [
         (HALF, ["B", "S", 7168]),
         *[(INT8, CACHE)] * 2,
@@ -430,7 +437,7 @@ def test_a_real_registry_finds_both_creators(plugin_library):
             node["op"],
             "qwen_aot",
             "1",
-            [[name, "FLOAT32" if name == "scale" else "INT32"] for name in node["attributes"]],
+            [[name, "FLOAT32" if isinstance(value, float) else "INT32"] for name, value in node["attributes"].items()],
         ]
         for node in (GQA, MOE)
     ]
@@ -441,7 +448,7 @@ def test_a_real_registry_finds_both_creators(plugin_library):
 @pytest.mark.parametrize(
     ("node", "fields"),
     [
-        (GQA, "num_heads=40, num_kv_heads=8, head_dim=128, cache_bits=8, scale=0.0625"),
+        (GQA, "num_heads=40, num_kv_heads=8, head_dim=128, cache_bits=8, norm_epsilon=0, scale=0.0625"),
         (MOE, "num_experts=60, experts_per_token=4, weight_bits=4, has_zeros=1"),
     ],
     ids=["gqa", "moe"],

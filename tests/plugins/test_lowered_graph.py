@@ -46,20 +46,21 @@ trt.OnnxParser(network, logger).parse_from_file(sys.argv[2])
 
 DENSE = {"heads": 6, "kv_heads": 2, "head_dim": 64, "hidden": 128, "layers": 1}
 MOE = DENSE | {"moe": {"moe_intermediate_size": 128}}
-GQA = "QwenGQA: created with num_heads=6, num_kv_heads=2, head_dim=64, cache_bits={}, scale=0.125"
+GQA = "QwenGQA: created with num_heads=6, num_kv_heads=2, head_dim=64, cache_bits={}, norm_epsilon={}, scale=0.125"
 EXPERTS = "QwenMoE: created with num_experts=4, experts_per_token=2, weight_bits={}, has_zeros=0"
 
 
 @pytest.mark.parametrize(
     ("config", "options", "created"),
     [
-        (DENSE, {}, GQA.format(16)),
-        (DENSE, {"int8_cache": True, "weights": "int8"}, GQA.format(8)),
+        (DENSE, {}, GQA.format(16, 0)),
+        (DENSE, {"int8_cache": True, "weights": "int8"}, GQA.format(8, 0)),
+        (DENSE | {"generation": "qwen3"}, {"int8_cache": True}, GQA.format(8, 1e-06)),
         (MOE, {"attention": "native"}, EXPERTS.format(16)),
         (MOE, {"attention": "native", "weights": "int8"}, EXPERTS.format(8)),
         (MOE, {"attention": "native", "weights": "int4"}, EXPERTS.format(4)),
     ],
-    ids=["gqa", "gqa-int8", "moe", "moe-int8", "moe-int4"],
+    ids=["gqa", "gqa-int8", "gqa-norms", "moe", "moe-int8", "moe-int4"],
 )
 def test_the_parser_creates_the_plugins(
     config: dict[str, Any], options: dict[str, Any], created: str, plugin_library: Path, tmp_path: Path

@@ -39,6 +39,34 @@ def test_attention_equals_transformers():
     torch.testing.assert_close(torch.cat(outputs, dim=1), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_attention_with_norms_equals_transformers():
+    from transformers import Qwen3Config
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
+
+    config = Qwen3Config(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-2)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    theirs, length = Qwen3Attention(config, layer_idx=0).eval(), 11
+    hidden, positions = torch.randn(1, length, 96), torch.arange(length).unsqueeze(0)
+    mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
+    with torch.no_grad():
+        for norm in (theirs.q_norm, theirs.k_norm):
+            norm.weight.copy_(1 + 0.3 * torch.randn(16))
+        angles = Qwen3RotaryEmbedding(config)(hidden, positions)
+        theirs.o_proj = torch.nn.Identity()
+        expected = theirs(hidden, position_embeddings=angles, attention_mask=mask)[0]
+        qkv = torch.cat([projection(hidden) for projection in (theirs.q_proj, theirs.k_proj, theirs.v_proj)], dim=-1)
+    key, value = torch.zeros(2, 1, 2, 20, 16)
+    cos, sin = (table[0, :, :8] for table in angles)
+    lengths = {"cache_length": torch.tensor([0]), "new_tokens": torch.tensor([length])}
+    gains = {"q_norm": theirs.q_norm.weight.detach(), "k_norm": theirs.k_norm.weight.detach()}
+    norms = {**gains, "norm_epsilon": config.rms_norm_eps}
+    actual = gqa_reference(
+        qkv, key, value, None, None, cos, sin, positions, **lengths, num_heads=6, scale=0.25, **norms
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_experts_equal_transformers():
     from transformers import Qwen2MoeConfig
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts

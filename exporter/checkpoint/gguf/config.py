@@ -1,6 +1,6 @@
-"""GGUF metadata -> ModelConfig, for the layouts `qwen2`, `qwen2moe` and `llama`.
+"""GGUF metadata -> ModelConfig, for the layouts of `model_types` and for `llama`.
 
-A `llama` decoder is a Qwen1.5 decoder without biases on q, k and v (the reader puts its rotary order back).
+A `llama` decoder is a `qwen2` decoder without biases on q, k and v (the reader puts its rotary order back).
 Source: the GGUF specification's standardized key-value pairs.
 """
 
@@ -12,13 +12,18 @@ from typing import Any
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.model.config import ModelConfig, MoeConfig, RopeScaling, require_layers
+from qwen_aot.exporter.model.model_types import MODEL_TYPES
 from qwen_aot.exporter.model.rope import yarn_attention_factor
 
 logger = logging.getLogger(__name__)
 
 _NO_TOKEN = (-1, 2**32 - 1)  # how files say that there is none; the latter is -1 as an unsigned number
 
-ARCHITECTURES = ("qwen2", "qwen2moe", "llama")
+# general.architecture -> model type
+ARCHITECTURES: Mapping[str, str] = {**{kind.gguf: name for name, kind in MODEL_TYPES.items()}, "llama": "qwen2"}
+
+# Whether chosen experts' shares are made to sum to 1 where a file doesn't say it: llama.cpp's own rule for each.
+_NORMALISES_SHARES: Mapping[str, bool] = {"qwen2moe": False, "qwen3moe": True}
 
 # Keys (behind the architecture's prefix) that change the computation, and what they may say.
 _ACCEPTED: Mapping[str, tuple[object, ...]] = {
@@ -101,7 +106,7 @@ def token_id(metadata: Mapping[str, Any], kind: str) -> int | None:
 
 
 def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
-    """Reads GGUF metadata of architecture `qwen2`, `qwen2moe` or `llama`.
+    """Reads GGUF metadata of one of ARCHITECTURES.
 
     Args:
         metadata: key -> plain Python value (`general.architecture`, `llama.block_count`, ...).
@@ -111,7 +116,7 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
         CheckpointError: a key is missing, or a value is not supported (named).
     """
     architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise CheckpointError(f"general.architecture is {architecture!r}; accepted: {', '.join(ARCHITECTURES)}")
     facts = {
         key.removeprefix(f"{architecture}."): value
@@ -119,6 +124,8 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
         if key.startswith(f"{architecture}.")
     }
     _refuse_unsupported(architecture, facts, tensor_shapes)
+    model_type = ARCHITECTURES[architecture]
+    has_experts = MODEL_TYPES[model_type].has_experts
     hidden_size = _count(architecture, facts, "embedding_length")
     heads = _count(architecture, facts, "attention.head_count")
     layers = require_layers(f"{architecture}.block_count", _count(architecture, facts, "block_count"))
@@ -134,11 +141,11 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
     if "token_embd.weight" not in tensor_shapes:
         raise CheckpointError("the GGUF file has no token_embd.weight; accepted: a whole model, not an adapter")
     return ModelConfig(
-        model_type="qwen2_moe" if architecture == "qwen2moe" else "qwen2",
+        model_type=model_type,
         vocab_size=tensor_shapes["token_embd.weight"][0],
         hidden_size=hidden_size,
         # A mixture of experts may leave out the size of the dense MLP that none of its layers has.
-        intermediate_size=_count(architecture, facts, "feed_forward_length", 1 if architecture == "qwen2moe" else None),
+        intermediate_size=_count(architecture, facts, "feed_forward_length", 1 if has_experts else None),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=_count(architecture, facts, "attention.head_count_kv", heads),
@@ -149,7 +156,7 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
         tie_word_embeddings="output.weight" not in tensor_shapes,
         attention_bias="blk.0.attn_q.bias" in tensor_shapes,
         rope_scaling=rope_scaling,
-        moe=_moe(architecture, facts, layers, tensor_shapes) if architecture == "qwen2moe" else None,
+        moe=_moe(architecture, facts, layers, tensor_shapes) if has_experts else None,
         torch_dtype="float32",  # what reading a quantized tensor gives
         bos_token_id=token_id(metadata, "bos"),
         eos_token_ids=stop_ids(metadata),
@@ -235,7 +242,7 @@ def _moe(
         num_experts_per_tok=_count(architecture, facts, "expert_used_count"),
         moe_intermediate_size=experts[1],
         shared_expert_intermediate_size=shared[0] if shared else 0,
-        norm_topk_prob=bool(facts.get("expert_weights_norm", False)),
+        norm_topk_prob=bool(facts.get("expert_weights_norm", _NORMALISES_SHARES[architecture])),
         sparse_layers=frozenset(range(layers)),
     )
 

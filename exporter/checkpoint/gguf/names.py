@@ -1,4 +1,4 @@
-"""Names of tensors in GGUF files, the same for the layouts `qwen2`, `qwen2moe` and `llama`.
+"""Names of tensors in GGUF files, the same for all layouts that are read.
 
 Source: the GGUF specification's standardized tensor names. All experts of a layer are one tensor.
 """
@@ -21,6 +21,8 @@ NAMES = TensorNames(
         Role.QUERY_BIAS: "blk.{layer}.attn_q.bias",
         Role.KEY_BIAS: "blk.{layer}.attn_k.bias",
         Role.VALUE_BIAS: "blk.{layer}.attn_v.bias",
+        Role.QUERY_NORM: "blk.{layer}.attn_q_norm.weight",
+        Role.KEY_NORM: "blk.{layer}.attn_k_norm.weight",
         Role.OUTPUT: "blk.{layer}.attn_output.weight",
         Role.GATE: "blk.{layer}.ffn_gate.weight",
         Role.UP: "blk.{layer}.ffn_up.weight",

@@ -183,7 +183,7 @@ def _to_hugging_face(
     for name, (file, tensor) in tensors.items():
         place = NAMES.find(name)
         if place is None:
-            raise CheckpointError(f"tensor {name!r} is not one of a Qwen1.5 or llama decoder; not supported")
+            raise CheckpointError(f"tensor {name!r} is not one of a Qwen or llama decoder; not supported")
         if place.role.weight_class is WeightClass.EXPERT:
             yield from _experts(name, place, file, tensor)
         elif place.role is Role.SHARED_EXPERT_GATE and len(tensor.shape) == 1:

@@ -29,4 +29,6 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {  # by `model_type`
     "qwen2": Architecture(qwen2.parse, CANONICAL),
     "qwen2_moe": Architecture(qwen2.parse, CANONICAL),
+    "qwen3": Architecture(qwen2.parse, CANONICAL),
+    "qwen3_moe": Architecture(qwen2.parse, CANONICAL),
 }

@@ -8,7 +8,7 @@ from typing import Any
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.hf.config_values import count, flag
 
-# transformers' defaults (Qwen2Config, Qwen2MoeConfig).
+# transformers' defaults, the same for all model types.
 _SLIDING_WINDOW = 4096
 _MAX_WINDOW_LAYERS = 28
 
@@ -57,7 +57,11 @@ def _sliding_layers(raw: Mapping[str, Any], layers: int) -> list[int]:
     bound = count(raw, "max_window_layers", _MAX_WINDOW_LAYERS)
     if raw["model_type"] == "qwen2_moe":
         return [layer for layer in range(layers) if layer < bound and layer % 2 == 0]
-    return [] if raw.get("sliding_window", 0) is None else [layer for layer in range(layers) if layer >= bound]
+    if raw.get("sliding_window", 0) is None:
+        return []
+    if raw["model_type"] == "qwen3_moe":
+        bound = 0
+    return [layer for layer in range(layers) if layer >= bound]
 
 
 def _named_layers(layer_types: object, layers: int) -> list[int]:

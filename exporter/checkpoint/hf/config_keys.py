@@ -36,6 +36,18 @@ ACCEPTED: Mapping[str, tuple[object, ...]] = {
     "pruned_heads": ({}, None),
 }
 
+_QWEN3: Mapping[str, tuple[object, ...]] = {
+    "attention_bias": (False, None),  # true: the output projection has a bias too, which no published model has
+    "qkv_bias": (False, None),
+    "qk_norm": (True, None),
+    "use_qk_norm": (True, None),
+}
+# The same of one model type only, where another accepts or reads something else.
+ACCEPTED_OF: Mapping[str, Mapping[str, tuple[object, ...]]] = {
+    "qwen3": _QWEN3,
+    "qwen3_moe": {**_QWEN3, "shared_expert_intermediate_size": (0, None)},
+}
+
 # Keys that are read below.
 READ = frozenset(
     {
@@ -68,11 +80,13 @@ READ = frozenset(
         "architectures",
         "auto_map",
         "quantization_config",  # hf/quantized
+        "dual_chunk_attention_config",
     }
 )
 READ_MOE = frozenset(
     {
         "num_experts",
+        "num_local_experts",
         "num_experts_per_tok",
         "moe_intermediate_size",
         "shared_expert_intermediate_size",

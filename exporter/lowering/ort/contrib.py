@@ -1,6 +1,7 @@
 """The `ort` lowering: the graph that ONNX Runtime's CPU or CUDA kernels run fastest, with its contrib ops.
 
-Attention, its rotation and the cache write are one GroupQueryAttention; each residual addition and the norm behind it
+Attention, its rotation and the cache write are one GroupQueryAttention, behind the norms of heads where a model has
+them (`exporter.lowering.ort.head_norms`); each residual addition and the norm behind it
 are one SkipSimplifiedLayerNormalization; quantized weights are read by MatMulNBits, GatherBlockQuantized and QMoE
 (`exporter.lowering.ort.quantized`). docs/performance.md has the measurements behind each choice for the CPU; what the
 CUDA kernels lack is in `exporter.lowering.ort.provider`.
@@ -16,6 +17,7 @@ import onnx_ir as ir
 
 from qwen_aot.errors import ExportError
 from qwen_aot.exporter.graph import ops
+from qwen_aot.exporter.lowering.ort.head_norms import has_norms, normalised
 from qwen_aot.exporter.lowering.ort.int8_cache import store_cache_as_int8
 from qwen_aot.exporter.lowering.ort.narrow import keep_tables_narrow
 from qwen_aot.exporter.lowering.ort.prefill import split_prefill
@@ -184,7 +186,8 @@ def fuse_attention(traced: Traced, facts: ProviderFacts) -> int:
     tables = _rotary_tables(graph, nodes[0])
     for node in nodes:
         qkv, past_key, past_value = node.inputs[:3]
-        inputs = [qkv, None, None, past_key, past_value, lengths.last_key, lengths.total, *tables]
+        parts = normalised(traced, node) if has_norms(node) else [qkv, None, None]
+        inputs = [*parts, past_key, past_value, lengths.last_key, lengths.total, *tables]
         if lengths.new is not None:
             inputs += [None] * 7 + [lengths.new]  # position_ids … k_norm_weight are unused
         new = ir.node(

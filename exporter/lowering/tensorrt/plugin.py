@@ -134,12 +134,15 @@ def plug_attention(traced: Traced, *, int8_cache: bool) -> int:
         inputs = list(node.inputs[:8])
         if int8_cache:
             inputs += [_io_value(graph.inputs, f"{past.name}_scale") for past in inputs[1:3] if past is not None]
+        inputs += node.inputs[9:]  # gains of the heads' norms
+        epsilon = node.attributes.get("norm_epsilon")
         new = ir.node(
             PluginOp.GQA,
             inputs,
             {
                 **{name: node.attributes[name].as_int() for name in ("num_heads", "num_kv_heads", "head_dim")},
                 "cache_bits": 8 if int8_cache else 16,
+                "norm_epsilon": 0.0 if epsilon is None else epsilon.as_float(),
                 "scale": node.attributes["scale"].as_float(),
             },
             domain=ops.DOMAIN,
@@ -244,6 +247,7 @@ def attach_definitions(traced: Traced) -> int:
                 head_dim=attributes["head_dim"].as_int(),
                 scale=attributes["scale"].as_float(),
                 int8_cache=attributes["cache_bits"].as_int() == 8,
+                norm_epsilon=attributes["norm_epsilon"].as_float(),
                 opset=opset,
             )
         else:

@@ -1,1 +1,1 @@
-"""Published models as data, a file for each generation: names as published, in lower case -> facts."""
+"""Published models as data, a file for each generation (`generation.Generation`)."""

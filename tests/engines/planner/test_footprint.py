@@ -34,6 +34,7 @@ from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.stitch import output_bytes
 from qwen_aot.runtime.bundle.manifest import IoTensor, cache_capacity
 from qwen_aot.runtime.engine.kv_cache import KvCache
+from tests.variants import SWEPT
 
 CONTEXT = 2048
 KINDS = ("qwen1.5-0.5b", "qwen1.5-110b", "qwen1.5-moe-a2.7b")  # tied, grouped-query, experts
@@ -159,7 +160,7 @@ def test_quantized_weights_for_cuda(precision: str, options: dict[str, Any]) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["cpu-int4", "cpu-int8-asymmetric", "cpu-fp32", "tensorrt-fp16"])
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in KINDS])
+@pytest.mark.parametrize("name", [name for name in SWEPT if name not in KINDS])
 def test_weights_of_every_variant(name: str, form: str) -> None:
     config, (spec, lower) = cut(VARIANTS[name], 3), FORMS[form]
     assert footprint(config, spec).weight_bytes == pytest.approx(lowered_bytes(config, spec, lower), rel=0.001)
@@ -229,7 +230,7 @@ def quantized_bytes(config: ModelConfig, bits: int, block_size: int | None) -> i
 
 
 @pytest.mark.parametrize(("precision", "bits", "block_size"), [("int8", 8, None), ("fp8", 8, None), ("int4", 4, 128)])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", SWEPT)
 def test_quantized_weights_for_tensorrt(name: str, precision: str, bits: int, block_size: int | None) -> None:
     config, spec = VARIANTS[name], tensorrt_spec(precision, max_context=CONTEXT)
     rotary = 2 * cache_capacity(CONTEXT, spec.prefill_chunk) * config.head_dim
@@ -436,7 +437,7 @@ def test_bytes_grow_by_the_same_with_every_layer(spec: BuildSpec, layers: int) -
     assert one.activation_bytes_estimated == three.activation_bytes_estimated
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", SWEPT)
 def test_a_narrower_precision_takes_fewer_bytes(name: str) -> None:
     sizes = [footprint(VARIANTS[name], tensorrt_spec(precision)).weight_bytes for precision in ("fp16", "int8", "int4")]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3

@@ -71,6 +71,8 @@ FOLDERS: dict[str, Folder] = {
     ),
     "gptq, act-order": (gptq_config(desc_act=True), gptq, {"make": functools.partial(random_codes, shuffled=True)}),
     "gptq, experts": (gptq_config(), gptq, {"zero_biases": True, "moe": MOE}),
+    "gptq, norms of heads": (gptq_config(), gptq, {"zero_biases": True, "generation": "qwen3", "head_dim": 32}),
+    "awq, norms of heads": (awq_config(), awq, {"make": ASYMMETRIC, "generation": "qwen3", "head_dim": 32}),
     "awq": (awq_config(), awq, {"make": ASYMMETRIC}),
     "compressed-tensors": (compressed_tensors_config(), compressed_tensors, {}),
     "compressed-tensors, 8 bits, zeros": (

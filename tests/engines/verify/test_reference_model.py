@@ -29,6 +29,8 @@ GGUF: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"kv_heads": 2, "head_dim": 32}),
     "qwen2-tied": ("qwen2", {"tied": True}),
     "qwen2moe": ("qwen2moe", {"moe": {"norm_topk_prob": True}}),
+    "qwen3": ("qwen3", {"generation": "qwen3", "kv_heads": 2, "head_dim": 32}),
+    "qwen3moe": ("qwen3moe", {"generation": "qwen3", "moe": {"norm_topk_prob": True}}),
     "llama": ("llama", {"kv_heads": 2, "tied": True, "head_dim": 8}),
 }
 

@@ -23,6 +23,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "moe": {"moe": {}},
     "moe-normalised": {"moe": {"norm_topk_prob": True, "num_experts": 6, "num_experts_per_tok": 3}},
     "moe-then-dense": {"moe": {"mlp_only_layers": [1]}},
+    "qwen3": {"generation": "qwen3", "kv_heads": 2, "head_dim": 24},
+    "qwen3-moe": {"generation": "qwen3", "moe": {"norm_topk_prob": True, "num_experts": 6, "num_experts_per_tok": 3}},
 }
 B, T = 2, 19
 TOLERANCE = 2e-5  # of values around 1: float32 sums of at most 100 terms in another order

@@ -89,7 +89,7 @@ def test_every_split_of_a_prompt_into_two_chunks_gives_the_same_logits(case, low
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("case", ["mha", "gqa", "moe", "moe_norm"])
+@pytest.mark.parametrize("case", ["mha", "gqa", "moe", "moe_norm", "qwen3"])
 def test_rows_of_unequal_length_idle_rows_and_mixed_steps(case, lowering, exported):
     """Prefill, decode, padded and idle rows in one step: every active row equals transformers on its own tokens."""
     model, onnx_file = exported(case, lowering)
@@ -164,7 +164,7 @@ FLOAT16 = ir.DataType.FLOAT16
 FP16_BOUND = 2e-2  # activations of 11 bits; seen: 4e-3
 
 
-@pytest.mark.parametrize("case", ["gqa", "moe"])
+@pytest.mark.parametrize("case", ["gqa", "moe", "qwen3"])
 def test_float16_stays_near_fp32(case, tmp_path):
     """bfloat16 can't be run here: ONNX Runtime's CPU provider has no bfloat16 MatMul."""
     model = save_tiny(tmp_path / "checkpoint", **CASES[case])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen2Config, Qwen2MoeConfig
+from transformers import Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.errors import BuildError, CheckpointError
@@ -36,6 +36,8 @@ SPARSE: dict[str, Any] = DENSE | {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 40,
 }
+QWEN3: dict[str, Any] = DENSE | {"model_type": "qwen3"}
+QWEN3_MOE: dict[str, Any] = SPARSE | {"model_type": "qwen3_moe", "shared_expert_intermediate_size": 0}
 
 SHAPES = {
     "mha": {},
@@ -47,6 +49,10 @@ SHAPES = {
     "moe-norm": {"moe": {"norm_topk_prob": True}, "kv_heads": 2},
     "moe-mixed": {"moe": {"decoder_sparse_step": 2, "mlp_only_layers": [1]}, "layers": 6},
     "moe-no-bias": {"moe": {"qkv_bias": False}},
+    "qwen3": {"generation": "qwen3", "kv_heads": 2},
+    "qwen3-head_dim": {"generation": "qwen3", "head_dim": 32, "tied": True},
+    "qwen3-moe": {"generation": "qwen3", "head_dim": 32, "moe": {"norm_topk_prob": True}},
+    "qwen3-moe-mixed": {"generation": "qwen3", "moe": {"decoder_sparse_step": 2, "mlp_only_layers": [1]}, "layers": 6},
 }
 
 
@@ -85,15 +91,20 @@ def test_agrees_with_transformers(shape: dict[str, Any], tmp_path: Path) -> None
         assert num_activated_parameters(config) == num_parameters(config)
 
 
-@pytest.mark.parametrize(("raw", "kind"), [(DENSE, Qwen2Config), (SPARSE, Qwen2MoeConfig)], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    ("raw", "kind"),
+    [(DENSE, Qwen2Config), (SPARSE, Qwen2MoeConfig), (QWEN3, Qwen3Config), (QWEN3_MOE, Qwen3MoeConfig)],
+    ids=["dense", "moe", "qwen3", "qwen3_moe"],
+)
 def test_absent_keys_have_transformers_defaults(raw: dict[str, Any], kind: type) -> None:
     reference = kind(**{key: value for key, value in raw.items() if key != "model_type"})
     config = parse(raw)
     assert config.tie_word_embeddings == reference.tie_word_embeddings
     assert config.rms_norm_eps == reference.rms_norm_eps
     assert config.rope_theta == reference.rope_parameters["rope_theta"]
-    assert config.head_dim == reference.hidden_size // reference.num_attention_heads
-    assert config.attention_bias
+    # Of qwen3 it is a default of its own; of the others it follows from the hidden size.
+    assert config.head_dim == getattr(reference, "head_dim", reference.hidden_size // reference.num_attention_heads)
+    assert config.attention_bias == getattr(reference, "attention_bias", True)
     if config.moe is not None:
         assert config.moe.norm_topk_prob == reference.norm_topk_prob
         assert config.moe.sparse_layers == frozenset(range(4))
@@ -269,7 +280,7 @@ def test_refuses_expert_facts(change: dict[str, Any], message: str) -> None:
 
 
 OUT_OF_RANGE = {
-    "model_type": ({"model_type": "qwen3"}, "model_type is 'qwen3'"),
+    "model_type": ({"model_type": "qwen4"}, "model_type is 'qwen4'; accepted: qwen2, qwen2_moe, qwen3, qwen3_moe"),
     "layers": ({"num_hidden_layers": 0}, "num_hidden_layers is 0; accepted: whole numbers from 1"),
     "kv heads": ({"num_key_value_heads": 3}, "num_key_value_heads is 3; it must divide num_attention_heads"),
     "head_dim": ({"head_dim": 15}, "head_dim is 15; rotary embedding needs an even number"),
@@ -311,6 +322,54 @@ BAD_SCALINGS = {
 def test_validates_rope_scaling(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         replace(RopeScaling("yarn", 4.0, original_max_position_embeddings=128), **change)
+
+
+DUAL_CHUNK = {"chunk_size": 96, "local_size": 16, "original_max_position_embeddings": 100}
+
+
+@pytest.mark.parametrize(
+    ("facts", "context"),
+    [
+        (None, 512),
+        (DUAL_CHUNK, 96),
+        (DUAL_CHUNK | {"original_max_position_embeddings": 80}, 80),
+        ({"chunk_size": 300, "local_size": 16}, 300),
+        (DUAL_CHUNK | {"original_max_position_embeddings": None}, 96),
+        ({"chunk_size": 512, "local_size": 16, "sparse_attention_enabled": True}, 512),
+        ({"chunk_size": 9000, "local_size": 16}, 512),
+    ],
+)
+def test_dual_chunk_attention_is_plain_attention_up_to_a_chunk(
+    facts: Any, context: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "qwen_aot"):
+        assert parse(DENSE | {"dual_chunk_attention_config": facts}).max_position_embeddings == context
+    told = "\n".join(record.getMessage() for record in caplog.records)
+    expected = f"dual_chunk_attention_config: beyond {context} tokens it is another attention"
+    assert expected in told if context < 512 else told == ""
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ([], r"dual_chunk_attention_config is \[\]; accepted: an object, or null"),
+        ({}, "dual_chunk_attention_config.chunk_size is missing; accepted: a whole number"),
+        (DUAL_CHUNK | {"chunk_size": 0}, "dual_chunk_attention_config.chunk_size is 0; accepted: whole numbers from 1"),
+        (
+            DUAL_CHUNK | {"original_max_position_embeddings": "x"},
+            "dual_chunk_attention_config.original_max_position_embeddings is 'x'",
+        ),
+    ],
+)
+def test_refuses_dual_chunk_attention_by_name(facts: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        parse(DENSE | {"dual_chunk_attention_config": facts})
+
+
+def test_refuses_dual_chunk_attention_with_a_rotary_scaling() -> None:
+    both = {"dual_chunk_attention_config": DUAL_CHUNK, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    with pytest.raises(CheckpointError, match="rope_scaling and dual_chunk_attention_config are both there"):
+        parse(DENSE | both)
 
 
 def test_unknown_keys_are_told_and_harmless_ones_are_not(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,14 +7,22 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+import transformers
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.published.generation import Generation
 from qwen_aot.exporter.model.tensors import num_activated_parameters, num_parameters
-from qwen_aot.exporter.model.variants import VARIANTS, canonical_name, variant_config
+from qwen_aot.exporter.model.variants import (
+    GENERATIONS,
+    VARIANTS,
+    canonical_name,
+    find_generation,
+    variant_config,
+)
 
-# As published with each model (safetensors metadata; for 0.5B without the tied head).
+# As published with each model (safetensors metadata; of tied models without the head). Qwen3 up to 14B and Qwen2.5's
+# 0.5B and 3B are Keras Hub's presets' too; the others from Qwen2 on are from memory of the model cards.
 PUBLISHED_PARAMETERS = {
     "qwen1.5-0.5b": 463_987_712,
     "qwen1.5-1.8b": 1_836_828_672,
@@ -25,11 +33,35 @@ PUBLISHED_PARAMETERS = {
     "qwen1.5-72b": 72_287_920_128,
     "qwen1.5-110b": 111_209_914_368,
     "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "qwen2-0.5b": 494_032_768,
+    "qwen2-1.5b": 1_543_714_304,
+    "qwen2-7b": 7_615_616_512,
+    "qwen2-72b": 72_706_203_648,
+    "qwen2-57b-a14b": 57_408_658_944,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwq-32b": 32_763_876_352,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "qwen3-4b-instruct-2507": 4_022_468_096,
+    "qwen3-235b-a22b-instruct-2507": 235_093_634_560,
 }
 
 
 def meta_parameters(config: ModelConfig) -> int:
-    common = {
+    """Of transformers' own model of these facts, written out once more and without storage."""
+    facts = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -38,17 +70,24 @@ def meta_parameters(config: ModelConfig) -> int:
         "num_key_value_heads": config.num_key_value_heads,
         "tie_word_embeddings": config.tie_word_embeddings,
     }
+    if config.model_type.startswith("qwen3"):
+        facts["head_dim"] = config.head_dim
+    if config.moe is not None:
+        facts |= {
+            "num_experts": config.moe.num_experts,
+            "num_experts_per_tok": config.moe.num_experts_per_tok,
+            "moe_intermediate_size": config.moe.moe_intermediate_size,
+        }
+    if config.model_type == "qwen2_moe":
+        facts["shared_expert_intermediate_size"] = config.moe.shared_expert_intermediate_size
+    kind = {
+        "qwen2": transformers.Qwen2ForCausalLM,
+        "qwen2_moe": transformers.Qwen2MoeForCausalLM,
+        "qwen3": transformers.Qwen3ForCausalLM,
+        "qwen3_moe": transformers.Qwen3MoeForCausalLM,
+    }[config.model_type]
     with torch.device("meta"):
-        if config.moe is None:
-            model: torch.nn.Module = Qwen2ForCausalLM(Qwen2Config(**common))
-        else:
-            experts = {
-                "num_experts": config.moe.num_experts,
-                "num_experts_per_tok": config.moe.num_experts_per_tok,
-                "moe_intermediate_size": config.moe.moe_intermediate_size,
-                "shared_expert_intermediate_size": config.moe.shared_expert_intermediate_size,
-            }
-            model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**common, **experts))
+        model: torch.nn.Module = kind(transformers.AutoConfig.for_model(config.model_type, **facts))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -63,26 +102,46 @@ def test_parameter_count(name: str) -> None:
     assert num_parameters(config) == meta_parameters(config)
 
 
-# As published in each model's config.json: rope_theta, tied embeddings, key/value heads.
+# As published in each model's config.json: rope_theta, tied embeddings, key/value heads, context, rms_norm_eps.
 PUBLISHED_FACTS = {
-    "qwen1.5-0.5b": (1e6, True, 16),
-    "qwen1.5-1.8b": (1e6, False, 16),
-    "qwen1.5-4b": (5e6, False, 20),
-    "qwen1.5-7b": (1e6, False, 32),
-    "qwen1.5-14b": (1e6, False, 40),
-    "qwen1.5-32b": (1e6, False, 8),
-    "qwen1.5-72b": (1e6, False, 64),
-    "qwen1.5-110b": (1e6, False, 8),
-    "qwen1.5-moe-a2.7b": (1e6, False, 16),
+    "qwen1.5-0.5b": (1e6, True, 16, 32768, 1e-6),
+    "qwen1.5-1.8b": (1e6, False, 16, 32768, 1e-6),
+    "qwen1.5-4b": (5e6, False, 20, 32768, 1e-6),
+    "qwen1.5-7b": (1e6, False, 32, 32768, 1e-6),
+    "qwen1.5-14b": (1e6, False, 40, 32768, 1e-6),
+    "qwen1.5-32b": (1e6, False, 8, 32768, 1e-6),
+    "qwen1.5-72b": (1e6, False, 64, 32768, 1e-6),
+    "qwen1.5-110b": (1e6, False, 8, 32768, 1e-6),
+    "qwen1.5-moe-a2.7b": (1e6, False, 16, 32768, 1e-6),
+    "qwen2-0.5b": (1e6, True, 2, 131072, 1e-6),
+    "qwen2-57b-a14b": (1e6, False, 4, 131072, 1e-6),
+    "qwen2.5-1.5b-instruct": (1e6, True, 2, 32768, 1e-6),
+    "qwen2.5-3b": (1e6, True, 2, 32768, 1e-6),
+    "qwen2.5-7b": (1e6, False, 4, 131072, 1e-6),
+    "qwen2.5-7b-instruct": (1e6, False, 4, 32768, 1e-6),
+    "qwen2.5-14b": (1e6, False, 8, 131072, 1e-5),
+    "qwen2.5-32b": (1e6, False, 8, 131072, 1e-5),
+    "qwen2.5-72b-instruct": (1e6, False, 8, 32768, 1e-6),
+    "qwq-32b-preview": (1e6, False, 8, 32768, 1e-5),
+    "qwen3-0.6b": (1e6, True, 8, 40960, 1e-6),
+    "qwen3-4b": (1e6, True, 8, 40960, 1e-6),
+    "qwen3-8b": (1e6, False, 8, 40960, 1e-6),
+    "qwen3-14b": (1e6, False, 8, 40960, 1e-6),
+    "qwen3-32b": (1e6, False, 8, 40960, 1e-6),
+    "qwen3-30b-a3b": (1e6, False, 4, 40960, 1e-6),
+    "qwen3-235b-a22b": (1e6, False, 4, 40960, 1e-6),
+    "qwen3-4b-thinking-2507": (5e6, True, 8, 262144, 1e-6),
+    "qwen3-235b-a22b-instruct-2507": (5e6, False, 4, 262144, 1e-6),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED_FACTS)
 def test_facts_that_the_parameter_count_does_not_show(name: str) -> None:
     config = variant_config(name)
-    assert (config.rope_theta, config.tie_word_embeddings, config.num_key_value_heads) == PUBLISHED_FACTS[name]
-    assert (config.max_position_embeddings, config.rms_norm_eps, config.attention_bias) == (32768, 1e-6, True)
-    assert config.head_dim == (64 if name == "qwen1.5-0.5b" else 128)
+    facts = (config.rope_theta, config.tie_word_embeddings, config.num_key_value_heads)
+    assert (*facts, config.max_position_embeddings, config.rms_norm_eps) == PUBLISHED_FACTS[name]
+    assert config.head_dim == (64 if "-0.5b" in name else 128)
+    assert config.attention_bias == (not name.startswith("qwen3"))
     assert config.rope_scaling is None
 
 
@@ -116,10 +175,19 @@ def test_the_largest_variant_exports_in_little_memory(tmp_path: Path) -> None:
     assert (tmp_path / "model.onnx").stat().st_size < 1 << 20
 
 
-def test_activated_parameters_of_the_mixture() -> None:
-    config = variant_config("qwen1.5-moe-a2.7b")
-    assert round(num_parameters(config) / 1e9, 1) == 14.3
-    assert round(num_activated_parameters(config) / 1e9, 1) == 2.7
+@pytest.mark.parametrize(
+    ("name", "total", "activated"),
+    [
+        ("qwen1.5-moe-a2.7b", 14.3, 2.7),
+        ("qwen2-57b-a14b", 57.4, 14.2),
+        ("qwen3-30b-a3b", 30.5, 3.4),  # its card says 3.3
+        ("qwen3-235b-a22b", 235.1, 22.2),  # 235 and 22
+    ],
+)
+def test_activated_parameters_of_the_mixtures(name: str, total: float, activated: float) -> None:
+    config = variant_config(name)
+    assert round(num_parameters(config) / 1e9, 1) == total
+    assert round(num_activated_parameters(config) / 1e9, 1) == activated
 
 
 @pytest.mark.parametrize(
@@ -130,7 +198,33 @@ def test_spellings(spelling: str) -> None:
     assert variant_config(spelling) is VARIANTS["qwen1.5-7b"]
 
 
+def test_an_ending_changes_the_context_and_not_the_shape() -> None:
+    base, instruct = variant_config("qwen2.5-14b"), variant_config("Qwen/Qwen2.5-14B-Instruct")
+    assert canonical_name("Qwen2.5-14B-Instruct") == "qwen2.5-14b-instruct"
+    assert (base.max_position_embeddings, instruct.max_position_embeddings) == (131072, 32768)
+    assert num_parameters(base) == num_parameters(instruct)
+    assert canonical_name("Qwen2.5-3B-Instruct") == "qwen2.5-3b"  # no fact differs
+    assert canonical_name("Qwen3-4B-Thinking-2507") == "qwen3-4b-instruct-2507"
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b-chat", "qwen3-8b-instruct-2507", "qwen3-2507", "qwen2-", "7b", ""])
+def test_an_ending_or_a_size_that_is_not_published_is_unknown(name: str) -> None:
+    assert canonical_name(name) is None
+
+
 def test_unknown_name_lists_the_known() -> None:
-    assert canonical_name("qwen2-7b") is None
-    with pytest.raises(CheckpointError, match=r"'qwen2-7b' is not a Qwen1.5 variant; accepted: qwen1.5-0.5b, .*110b"):
-        variant_config("qwen2-7b")
+    accepted = (
+        r"'qwen2-8b' is not a published variant; accepted: qwen1.5-0.5b, -1.8b, .*, -moe-a2.7b "
+        r"\(each also with -chat\); qwen2-0.5b, .*; qwq-32b \(also with -preview\); .*-235b-a22b-instruct-2507 "
+        r"\(or in its place -thinking-2507\)$"
+    )
+    with pytest.raises(CheckpointError, match=accepted):
+        variant_config("qwen2-8b")
+
+
+@pytest.mark.parametrize("generation", GENERATIONS, ids=lambda each: each.name)
+def test_every_listed_name_is_found_under_itself(generation: Generation) -> None:
+    for name, config in generation.models.items():
+        assert canonical_name(name) == name
+        assert variant_config(name.upper()) is config is VARIANTS[name]
+    assert find_generation(generation.name.upper()) is generation

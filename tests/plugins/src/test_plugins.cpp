@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -71,7 +72,13 @@ bool has(std::string const& words, std::string const& part)
 
 // ---- Plugins from attributes ----
 
-using Attributes = std::vector<std::pair<std::string, double>>; // "scale" is the only float
+using Attributes = std::vector<std::pair<std::string, double>>;
+
+/** The others are integers. */
+bool is_float(std::string const& field)
+{
+    return field == "scale" || field == "norm_epsilon";
+}
 
 std::unique_ptr<nvinfer1::IPluginV3> create(std::string const& name, Attributes const& attributes,
     nvinfer1::TensorRTPhase phase = nvinfer1::TensorRTPhase::kBUILD)
@@ -81,7 +88,7 @@ std::unique_ptr<nvinfer1::IPluginV3> create(std::string const& name, Attributes 
     std::vector<PluginField> fields;
     for (auto const& [field, value] : attributes)
     {
-        if (field == "scale")
+        if (is_float(field))
         {
             floats.push_back(static_cast<float>(value));
             fields.emplace_back(field.c_str(), &floats.back(), PluginFieldType::kFLOAT32, 1);
@@ -113,10 +120,10 @@ nvinfer1::IPluginV3OneRuntime& runtime_of(nvinfer1::IPluginV3& plugin)
     return capability<nvinfer1::IPluginV3OneRuntime>(plugin, nvinfer1::PluginCapabilityType::kRUNTIME);
 }
 
-Attributes gqa_attributes(int cache_bits = 16)
+Attributes gqa_attributes(int cache_bits = 16, double norm_epsilon = 0)
 {
     return {{"num_heads", 40}, {"num_kv_heads", 8}, {"head_dim", 128}, {"cache_bits", double(cache_bits)},
-        {"scale", 0.08838834764831845}};
+        {"norm_epsilon", norm_epsilon}, {"scale", 0.08838834764831845}};
 }
 
 Attributes moe_attributes(int weight_bits = 16, int has_zeros = 0)
@@ -187,7 +194,7 @@ struct Node
 };
 
 /** B = 3 rows, S = 5 tokens, C = 1024 slots of the heads in gqa_attributes; 40 + 2 · 8 heads of 128 are 7168. */
-Node gqa_node(DataType compute = kHalf, bool is_int8 = false)
+Node gqa_node(DataType compute = kHalf, bool is_int8 = false, bool has_norms = false)
 {
     DataType const cache = is_int8 ? kInt8 : compute;
     Node node;
@@ -198,6 +205,10 @@ Node gqa_node(DataType compute = kHalf, bool is_int8 = false)
     {
         node.inputs.insert(node.inputs.end(), 2, {kHalf, {3, 8, 1024}});
         node.outputs.insert(node.outputs.end(), 2, {kHalf, {3, 8, 1024}});
+    }
+    if (has_norms)
+    {
+        node.inputs.insert(node.inputs.end(), 2, {kFloat, {128}});
     }
     return node;
 }
@@ -244,6 +255,8 @@ std::vector<Case> all_cases()
     {
         cases.push_back({"QwenGQA", gqa_attributes(16), gqa_node(compute, false)});
         cases.push_back({"QwenGQA", gqa_attributes(8), gqa_node(compute, true)});
+        cases.push_back({"QwenGQA", gqa_attributes(16, 1e-6), gqa_node(compute, false, true)});
+        cases.push_back({"QwenGQA", gqa_attributes(8, 1e-6), gqa_node(compute, true, true)});
         cases.push_back({"QwenMoE", moe_attributes(16), moe_node(compute, 16)});
         cases.push_back({"QwenMoE", moe_attributes(8), moe_node(compute, 8)});
         cases.push_back({"QwenMoE", moe_attributes(4), moe_node(compute, 4)});
@@ -297,7 +310,7 @@ TEST(creators_are_two_of_version_3_in_the_namespace)
 TEST(field_names_and_types)
 {
     std::map<std::string, std::vector<std::string>> const expected{
-        {"QwenGQA", {"num_heads", "num_kv_heads", "head_dim", "cache_bits", "scale"}},
+        {"QwenGQA", {"num_heads", "num_kv_heads", "head_dim", "cache_bits", "norm_epsilon", "scale"}},
         {"QwenMoE", {"num_experts", "experts_per_token", "weight_bits", "has_zeros"}}};
     for (auto const& [name, fields] : expected)
     {
@@ -307,7 +320,7 @@ TEST(field_names_and_types)
         {
             PluginField const& field = collection->fields[i];
             CHECK(fields[i] == field.name);
-            CHECK(field.type == (fields[i] == "scale" ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32));
+            CHECK(field.type == (is_float(fields[i]) ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32));
             CHECK(field.length == 1);
             CHECK(field.data == nullptr);
         }
@@ -355,8 +368,8 @@ TEST(a_field_of_another_type_or_length_is_refused_by_name)
             integers.push_back(static_cast<int32_t>(value));
             if (field != bad.name)
             {
-                fields.push_back(field == "scale"
-                        ? PluginField("scale", &scale, PluginFieldType::kFLOAT32, 1)
+                fields.push_back(is_float(field)
+                        ? PluginField(field.c_str(), &scale, PluginFieldType::kFLOAT32, 1)
                         : PluginField(field.c_str(), &integers.back(), PluginFieldType::kINT32, 1));
             }
         }
@@ -383,6 +396,8 @@ TEST(a_bad_value_is_refused_by_name)
     CHECK(gqa("num_heads", -8, "field num_heads is -8"));
     CHECK(gqa("cache_bits", 4, "field cache_bits is 4"));
     CHECK(gqa("scale", 0, "field scale is 0"));
+    CHECK(gqa("norm_epsilon", -1e-6, "it must be positive, or 0 where heads have no norms"));
+    CHECK(gqa("norm_epsilon", INFINITY, "field norm_epsilon is inf"));
     // A head size or a group that no variant has prints the request.
     CHECK(gqa("head_dim", 80, "serves dtype=fp16, cache=same, head_dim=80, group=5; there are: gqa_decode-"));
     CHECK(gqa("num_heads", 136, "head_dim=128, group=17; there are: gqa_decode-"));
@@ -425,7 +440,7 @@ TEST(serialized_fields_make_the_same_plugin)
             PluginField const& field = second->fields[i];
             CHECK(name == field.name);
             CHECK(field.data != fields->fields[i].data);
-            if (name == "scale")
+            if (is_float(name))
             {
                 CHECK(field.type == PluginFieldType::kFLOAT32);
                 CHECK(*static_cast<float const*>(field.data) == static_cast<float>(value));
@@ -635,6 +650,14 @@ TEST(a_shape_that_contradicts_is_refused_by_tensor_and_dimension)
         node.inputs[bad.input].largest = bad.shape;
         CHECK(refuses({"QwenGQA", gqa_attributes(), node}, bad.words));
     }
+    for (int const cache_bits : {16, 8})
+    {
+        Node node = gqa_node(kHalf, cache_bits == 8, true);
+        node.inputs.back().largest = {64};
+        CHECK(refuses({"QwenGQA", gqa_attributes(cache_bits, 1e-6), node},
+            "dimension 0 of k_norm is 64; with D 128 it must be D"));
+        CHECK(refuses({"QwenGQA", gqa_attributes(cache_bits), node}, "inputs"));
+    }
     for (Bad const& bad : std::vector<Bad>{
              {1, {3, 5, 2}, "dimension 2 of expert_ids is 2; with k 4"},
              {3, {64, 2816, 1024}, "dimension 0 of gate_up is 64; with E 60"},
@@ -736,7 +759,7 @@ static int print_workspace(std::string const& which, std::vector<int64_t> const&
         int64_t const B = n[0], low = n[1], high = n[2], H = n[3], Hkv = n[4], D = n[5], C = n[7];
         of.name = "QwenGQA";
         of.attributes = {{"num_heads", double(H)}, {"num_kv_heads", double(Hkv)}, {"head_dim", double(D)},
-            {"cache_bits", double(n[6])}, {"scale", 0.125}};
+            {"cache_bits", double(n[6])}, {"norm_epsilon", 0}, {"scale", 0.125}};
         of.node = gqa_node(kHalf, n[6] == 8);
         auto& inputs = of.node.inputs;
         inputs[0] = {kHalf, {B, high, (H + 2 * Hkv) * D}, {1, low, (H + 2 * Hkv) * D}};

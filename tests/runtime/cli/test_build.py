@@ -137,4 +137,4 @@ def test_a_name_that_is_nothing(run: Run, tmp_path: Path) -> None:
     result = run("build", "qwen9-3b", "-o", tmp_path / "bundle")
     assert result.exit_code == 2
     assert "qwen9-3b doesn't exist and isn't a variant's name" in result.stderr
-    assert "qwen1.5-moe-a2.7b" in result.stderr
+    assert "qwen1.5-0.5b, -1.8b" in result.stderr and "-moe-a2.7b (each also with -chat)" in result.stderr

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from qwen_aot.engines.planner.devices import DEVICES
-from qwen_aot.exporter.model.variants import VARIANTS
+from qwen_aot.exporter.model.published.qwen1_5 import QWEN1_5
+from qwen_aot.exporter.model.published.qwen3 import QWEN3
+from qwen_aot.exporter.model.variants import GENERATIONS
 from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine
 from qwen_aot.runtime.bundle.load import load_bundle
 from tests.checkpoints import tiny_config, tiny_model
@@ -28,14 +30,26 @@ def planned(run: Run, *arguments: object) -> list[dict[str, Any]]:
     return plans
 
 
-def test_all_variants_against_all_devices(run: Run) -> None:
+def test_qwen1_5_against_all_devices(run: Run) -> None:
     table = run("plan")
     assert table.exit_code == 0
     for key, device in DEVICES.items():
         assert f"{key}: {device.name}, SM " in table.stdout
-    for name in VARIANTS:
+    for name in QWEN1_5.models:
         assert sum(line.startswith(f"{name}  ") for line in table.stdout.splitlines()) == len(DEVICES)
-    assert [(p["device"], p["model"]) for p in planned(run)] == [(d, name) for d in DEVICES for name in VARIANTS]
+    assert [(p["device"], p["model"]) for p in planned(run)] == [(d, name) for d in DEVICES for name in QWEN1_5.models]
+
+
+def test_a_generation_stands_for_its_variants(run: Run) -> None:
+    names = [p["model"] for p in planned(run, "qwen3-8b", "Qwen3", "qwq", "--device", "l4")]
+    assert names == ["qwen3-8b", *(name for name in QWEN3.models if name != "qwen3-8b"), "qwq-32b"]
+    for generation in GENERATIONS:
+        assert [p["model"] for p in planned(run, generation.name, "--device", "l4")] == list(generation.models)
+
+
+def test_the_help_names_every_generation(run: Run) -> None:
+    text = " ".join(run("plan", "--help").stdout.split())
+    assert f"A generation ({', '.join(each.name.lower() for each in GENERATIONS)}) stands for" in text
 
 
 def test_a_row_says_what_its_json_says(run: Run) -> None:

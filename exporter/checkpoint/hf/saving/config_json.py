@@ -9,9 +9,8 @@ from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.checkpoint.hf.config import read_json
 from qwen_aot.exporter.model.config import ModelConfig
 
-_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
-# Of another quantization, of another dtype, of code that is never run, or about biases: what is written has them all,
-# since transformers' qwen2 does whatever its configuration says.
+# Of another quantization, of another dtype, of code that is never run, or about biases: what is written has those that
+# transformers' class has whatever its configuration says.
 _LEFT_OUT = (
     "quantization_config",
     "compression_config",
@@ -26,7 +25,7 @@ _LEFT_OUT = (
 def saved_config(
     checkpoint: Checkpoint, torch_dtype: str, quantization: Mapping[str, Any], *, tie_word_embeddings: bool
 ) -> dict[str, Any]:
-    """config.json for the tensors of a checkpoint by their canonical names, with biases of q, k and v.
+    """config.json for the tensors of a checkpoint by their canonical names, with the biases of `as_in_transformers`.
 
     Args:
         checkpoint: whose tensors are written.
@@ -43,7 +42,7 @@ def saved_config(
     else:
         facts = config_json(config) | _token_ids(config)
     return facts | {
-        "architectures": [_ARCHITECTURES[config.model_type]],
+        "architectures": [config.kind.transformers_class],
         "tie_word_embeddings": tie_word_embeddings,
         "torch_dtype": torch_dtype,
         "quantization_config": dict(quantization),
@@ -74,11 +73,12 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
             "num_experts": config.moe.num_experts,
             "num_experts_per_tok": config.moe.num_experts_per_tok,
             "moe_intermediate_size": config.moe.moe_intermediate_size,
-            "shared_expert_intermediate_size": config.moe.shared_expert_intermediate_size,
             "norm_topk_prob": config.moe.norm_topk_prob,
             "decoder_sparse_step": 1,
             "mlp_only_layers": sorted(set(range(config.num_hidden_layers)) - config.moe.sparse_layers),
         }
+        if config.model_type == "qwen2_moe":  # Qwen3's experts have no shared one
+            facts["shared_expert_intermediate_size"] = config.moe.shared_expert_intermediate_size
     return facts
 
 

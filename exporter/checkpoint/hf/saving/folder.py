@@ -12,7 +12,6 @@ The finished folder has `qwen_aot_quantization.json` beside what its format has:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import shutil
@@ -96,7 +95,7 @@ class QuantizedFolder(FolderWriter):
         self._job_path = self.aside / "job.json"
         self._matrices: dict[str, Matrix] = {}
         self._of_layer: dict[int | None, list[Tensor]] = {}
-        for tensor in checkpoint_tensors(_with_biases(checkpoint.config)):
+        for tensor in checkpoint_tensors(checkpoint.config.as_in_transformers):
             self._of_layer.setdefault(tensor.layer, []).append(tensor)
 
     def __enter__(self) -> Self:
@@ -331,11 +330,6 @@ class QuantizedFolder(FolderWriter):
             found = {name: info.encoding for name, info in written.tensors.items() if info.encoding is not None}
             forms = {name: encoding.form for name, encoding in found.items()}
         assert forms == {name: matrix.form for name, matrix in self._matrices.items()}
-
-
-def _with_biases(config: ModelConfig) -> ModelConfig:
-    """Transformers' q, k and v have biases whatever a configuration of theirs says; zeros change nothing."""
-    return dataclasses.replace(config, attention_bias=True)
 
 
 def _matrices(config: ModelConfig, forms: Mapping[str, CodeForm]) -> dict[str, Matrix]:

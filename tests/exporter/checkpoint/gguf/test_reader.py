@@ -24,6 +24,8 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("qwen2", {"tied": True}),
     "qwen2-head_dim": ("qwen2", {"head_dim": 32}),
     "qwen2moe": ("qwen2moe", {"moe": {}}),
+    "qwen3": ("qwen3", {"generation": "qwen3", "head_dim": 32, "kv_heads": 2}),
+    "qwen3moe": ("qwen3moe", {"generation": "qwen3", "moe": {"norm_topk_prob": True}, "tied": True}),
     "llama": ("llama", {"kv_heads": 2}),
     "llama-tied-head_dim": ("llama", {"tied": True, "kv_heads": 1, "head_dim": 8}),
 }
@@ -42,7 +44,8 @@ def test_gives_back_the_models_tensors(architecture: str, shape: dict[str, Any],
         expected = hugging_face_state(model)
         for name in checkpoint.tensors:
             np.testing.assert_array_equal(checkpoint.read(name), expected[name])
-        assert config.attention_bias == (architecture != "llama")
+        assert config.attention_bias == architecture.startswith("qwen2")
+        assert config.model_type == {"llama": "qwen2"}.get(architecture, model.config.model_type)
         assert config.tie_word_embeddings == model.config.tie_word_embeddings
         assert config.head_dim == model.model.layers[0].self_attn.head_dim
         assert config.vocab_size == model.config.vocab_size
@@ -50,8 +53,9 @@ def test_gives_back_the_models_tensors(architecture: str, shape: dict[str, Any],
         if config.moe is not None:
             assert config.moe.num_experts == 4
             assert config.moe.num_experts_per_tok == 2
-            assert (config.moe.moe_intermediate_size, config.moe.shared_expert_intermediate_size) == (24, 40)
-            assert not config.moe.norm_topk_prob
+            shared = 40 if architecture == "qwen2moe" else 0
+            assert (config.moe.moe_intermediate_size, config.moe.shared_expert_intermediate_size) == (24, shared)
+            assert config.moe.norm_topk_prob == model.config.norm_topk_prob  # by the architecture: no key says it
             assert config.moe.sparse_layers == {0, 1}
         assert checkpoint.source["format"] == "gguf"
         assert checkpoint.source["path"] == "model.gguf"
@@ -256,6 +260,7 @@ FACTS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "huge depth": ("qwen2moe", {"qwen2moe.block_count": 4_000_000_000}, r"block_count is 4000000000; .*to 1000"),
     "experts": ("qwen2moe", {"qwen2moe.expert_count": 5}, r"expert_count is 5, but the tensors have 4"),
+    "experts' biases": ("qwen3moe", {"qwen3moe.expert_gating_func": 2}, r"expert_gating_func is 2; not supported"),
     "heads": (
         "qwen2",
         {"qwen2.attention.head_count": 3, "qwen2.attention.key_length": None},
@@ -268,7 +273,8 @@ FACTS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("architecture", "facts", "message"), FACTS.values(), ids=FACTS)
 def test_refuses_facts_by_name(architecture: str, facts: dict[str, Any], message: str, tmp_path: Path) -> None:
-    model = tiny_model(tiny_config(layers=1, moe={} if architecture == "qwen2moe" else None))
+    generation = "qwen3" if architecture.startswith("qwen3") else "qwen2"
+    model = tiny_model(tiny_config(layers=1, generation=generation, moe={} if architecture.endswith("moe") else None))
     save_gguf(tmp_path / "m.gguf", model, architecture, facts=facts)
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(tmp_path / "m.gguf")
@@ -353,14 +359,16 @@ def test_refuses_another_architecture(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match=r"general\.architecture is 'gemma'; accepted: qwen2, qwen2moe, llama"):
+    with pytest.raises(
+        CheckpointError, match=r"general\.architecture is 'gemma'; accepted: qwen2, qwen2moe, qwen3, qwen3moe, llama"
+    ):
         open_checkpoint(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("blk.0.attn_sinks.weight", r"tensor 'blk\.0\.attn_sinks\.weight' is not one of a Qwen1\.5 or llama"),
+        ("blk.0.attn_sinks.weight", r"tensor 'blk\.0\.attn_sinks\.weight' is not one of a Qwen or llama"),
         ("rope_freqs.weight", r"rope_freqs\.weight \(Llama 3's rotary factors\) is not supported"),
     ],
 )

@@ -28,7 +28,10 @@ DENSE: dict[str, Any] = {
     "rope_theta": 100.0,  # small, so that a few positions turn every frequency
 }
 SPARSE: dict[str, Any] = DENSE | dict(MOE_DEFAULTS) | {"model_type": "qwen2_moe", "moe_intermediate_size": 8}
-BASES = {"dense": DENSE, "moe": SPARSE}
+QWEN3: dict[str, Any] = DENSE | {"model_type": "qwen3", "head_dim": 8}
+QWEN3_MOE: dict[str, Any] = SPARSE | {"model_type": "qwen3_moe", "head_dim": 8}
+del QWEN3_MOE["shared_expert_intermediate_size"]
+BASES = {"dense": DENSE, "moe": SPARSE, "qwen3": QWEN3, "qwen3_moe": QWEN3_MOE}
 
 _LONGEST = 48  # tokens that are compared
 
@@ -62,7 +65,7 @@ def our_model(config: ModelConfig, like: Any) -> Any:
     raw = config_json(config)
     model = _make(AutoConfig.for_model(raw.pop("model_type"), **copy.deepcopy(raw)))
     state = like.state_dict()
-    if not config.attention_bias:  # a model of this class has them
+    if config.kind.has_biases and not config.attention_bias:  # a model of this class has them
         own = model.state_dict().items()
         state |= {name: torch.zeros_like(own) for name, own in own if name.endswith("_proj.bias")}
     model.load_state_dict(state, strict=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, Qwen2Config, Qwen2MoeConfig
+from transformers import GenerationConfig, LlamaConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.hf import config_keys
@@ -29,6 +29,8 @@ PLACED = config_keys.READ | config_keys.READ_MOE | config_keys.HARMLESS | config
 MODULES = (
     "models.qwen2.modeling_qwen2",
     "models.qwen2_moe.modeling_qwen2_moe",
+    "models.qwen3.modeling_qwen3",
+    "models.qwen3_moe.modeling_qwen3_moe",
     "models.llama.modeling_llama",
     "masking_utils",
     "cache_utils",
@@ -92,7 +94,7 @@ def test_the_walk_sees_every_way_of_asking() -> None:
     assert _unplaced({"vocab_size", "a_key_of_tomorrow"}) == {"a_key_of_tomorrow"}
 
 
-@pytest.mark.parametrize("kind", [Qwen2Config, Qwen2MoeConfig, LlamaConfig])
+@pytest.mark.parametrize("kind", [Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig, LlamaConfig])
 def test_what_the_classes_hold_has_a_place(kind: Any) -> None:
     assert _unplaced({field.name for field in dataclasses.fields(kind)} | set(kind().to_dict())) == set()
 

@@ -17,11 +17,11 @@ MOE = {"moe": {"mlp_only_layers": [0]}, "layers": 2}
 EXPERTS = "model.layers.1.mlp.experts"
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One model twice: experts apart, and fused as transformers 5 holds them."""
     folder = tmp_path_factory.mktemp("moe")
-    model = save_tiny(folder / "apart", dtype="bfloat16", **MOE)
+    model = save_tiny(folder / "apart", dtype="bfloat16", generation=request.param, **MOE)
     model.save_pretrained(folder / "fused", save_original_format=False, max_shard_size=60_000)
     return folder
 

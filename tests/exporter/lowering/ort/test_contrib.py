@@ -75,6 +75,33 @@ def test_attention_needs_neither_positions_nor_a_mask(tmp_path):
     assert op_counts(traced)["GroupQueryAttention"] == 2
 
 
+def test_norms_of_heads_stand_before_the_kernel_that_lacks_them():
+    """Queries and keys are normalised apart from the values, and none of the three is put together again."""
+    traced = ort.lower(trace(QWEN3), OrtOptions())
+    for node in (node for node in traced.model.graph if node.op_type == "GroupQueryAttention"):
+        query, key, value = node.inputs[:3]
+        assert value.producer().op_type == "Split"
+        for part, gain in ((query, "q_norm"), (key, "k_norm")):
+            norm = part.producer().inputs[0].producer()
+            assert (part.producer().op_type, norm.op_type) == ("Reshape", "RMSNormalization")
+            assert norm.inputs[1].name.endswith(f"self_attn.{gain}.weight")
+            assert norm.attributes["epsilon"].as_float() == pytest.approx(QWEN3.rms_norm_eps)
+        assert all(input is None for input in node.inputs[14:16])  # q_norm_weight, k_norm_weight
+    counts = op_counts(traced)
+    assert (counts["GroupQueryAttention"], counts["RMSNormalization"]) == (2, 1 + 2 * 2)
+    assert counts["HeadNorms"] == 0 and not traced.model.functions
+
+
+def test_norms_of_heads_for_cuda_are_fp32():
+    graph = for_cuda(QWEN3).model.graph
+    norms = [node for node in graph if node.op_type == "RMSNormalization" and "norm" in node.inputs[1].name]
+    of_heads = [node for node in norms if ".self_attn." in node.inputs[1].name]
+    assert len(of_heads) == 2 * QWEN3.num_hidden_layers
+    for node in (node for node in graph if node.op_type == "GroupQueryAttention"):
+        assert [value.producer().op_type for value in node.inputs[:3]] == ["Cast", "Cast", "Split"]
+    assert {node.inputs[0].producer().inputs[0].producer().op_type for node in of_heads} == {"Cast"}
+
+
 NORM = """<ir_version: 10, opset_import: ["": 24, "com.microsoft": 1]>
 g (float[B,S,8] a, float[{b}] b, float[8] gain) => (float[B,S,8] y, float[B,S,8] sum) {{
     sum = Add (a, b)
@@ -178,6 +205,7 @@ def test_fast_prefill_is_a_choice_between_two_forms_of_the_same_layers():
 
 FLOAT16 = ir.DataType.FLOAT16
 HEADS_OF_16 = dataclasses.replace(DENSE, head_dim=16)
+QWEN3 = dataclasses.replace(HEADS_OF_16, model_type="qwen3", attention_bias=False, num_hidden_layers=2)
 
 
 def for_cuda(config: Any = HEADS_OF_16, dtype: ir.DataType = FLOAT16, **options: Any) -> Traced:
@@ -295,7 +323,7 @@ def compare(models: Any, case: str, options: OrtOptions, tmp_path: Path) -> floa
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("case", ["gqa", "tied", "odd_vocab"])
+@pytest.mark.parametrize("case", ["gqa", "tied", "odd_vocab", "qwen3"])
 def test_quantized_logits_are_those_of_the_rounded_weights(case, name, models, tmp_path):
     assert compare(models, case, OrtOptions(FORMATS[name], accuracy_level=1), tmp_path) < EXACT_BOUND
 
@@ -308,7 +336,7 @@ def test_models_of_two_formats_are_those_of_the_rounded_weights(case, models, tm
 
 # Eight-bit experts have no fp32 kernel: their activations are int8 at every level, and a router's choice may flip.
 @pytest.mark.parametrize("name", ["int4", "int4_zero_points"])
-@pytest.mark.parametrize("case", ["moe", "moe_norm", "moe_k1", "moe_mixed"])
+@pytest.mark.parametrize("case", ["moe", "moe_norm", "moe_k1", "moe_mixed", "qwen3_moe"])
 def test_quantized_experts_are_those_of_the_rounded_weights(case, name, models, tmp_path):
     assert compare(models, case, OrtOptions(FORMATS[name], accuracy_level=1), tmp_path) < EXACT_BOUND
 

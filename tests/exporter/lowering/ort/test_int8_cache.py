@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gqa": {"heads": 6, "kv_heads": 2, "hidden": 96},
     "mqa": {"heads": 4, "kv_heads": 1},
     "experts": {"moe": {}},
+    "norms of heads": {"generation": "qwen3", "kv_heads": 2, "head_dim": 32},
 }
 
 

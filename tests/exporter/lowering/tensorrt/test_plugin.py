@@ -81,7 +81,7 @@ def stepped(onnx_file: Path, ids: list[int]) -> np.ndarray:
 # --- numbers
 
 
-@pytest.mark.parametrize("case", ["gqa", "head_dim", "moe_norm", "moe_mixed"])
+@pytest.mark.parametrize("case", ["gqa", "head_dim", "moe_norm", "moe_mixed", "qwen3"])
 def test_float16(case, models, tmp_path):
     checkpoint, model = models(case)
     ids = tokens_of(model)
@@ -90,7 +90,7 @@ def test_float16(case, models, tmp_path):
     np.testing.assert_allclose(got, want, atol=FP16_BOUND, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["gqa", "moe"])
+@pytest.mark.parametrize("case", ["gqa", "moe", "qwen3_moe"])
 def test_bfloat16_widened_to_fp32(case, models, tmp_path):
     """The definitions take fp32 tensors, so that weights keep their bfloat16 values and nothing else is rounded."""
     checkpoint, model = models(case)
@@ -118,7 +118,7 @@ def int8_cache_logits(model: Any, ids: list[int]) -> np.ndarray:
     return logits[0].numpy()
 
 
-@pytest.mark.parametrize("case", ["mha", "gqa", "mqa", "head_dim", "moe"])
+@pytest.mark.parametrize("case", ["mha", "gqa", "mqa", "head_dim", "moe", "qwen3"])
 def test_an_int8_cache_equals_transformers_with_one(case, models, tmp_path):
     checkpoint, model = models(case)
     ids = tokens_of(model)

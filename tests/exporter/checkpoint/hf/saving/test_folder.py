@@ -60,7 +60,14 @@ def sources(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     folder = tmp_path_factory.mktemp("sources")
     model = save_tiny(folder / "model", **SIZES)
     save_gguf(folder / "model.gguf", model, "qwen2")
-    return {"dense": dense, "experts": save(folder / "moe", moe=MOE, layers=2), "gguf": folder / "model.gguf"}
+    qwen3_moe = {key: value for key, value in MOE.items() if not key.startswith("shared")}
+    return {
+        "dense": dense,
+        "experts": save(folder / "moe", moe=MOE, layers=2),
+        "gguf": folder / "model.gguf",
+        "qwen3": save(folder / "qwen3", generation="qwen3", head_dim=32),
+        "qwen3-moe": save(folder / "qwen3-moe", generation="qwen3", moe=qwen3_moe, layers=2),
+    }
 
 
 def mixed(format_name: str, zero_points: bool, tensor: Tensor) -> CodeForm:
@@ -81,7 +88,7 @@ def neighbours(out: Path) -> list[str]:
     return sorted(path.name for path in out.parent.iterdir() if path.name.startswith("."))
 
 
-@pytest.mark.parametrize("source", ["dense", "experts", "gguf"])
+@pytest.mark.parametrize("source", ["dense", "experts", "gguf", "qwen3", "qwen3-moe"])
 @pytest.mark.parametrize(("format_name", "zero_points"), FORMATS)
 def test_a_folder_gives_back_every_number(
     source: str, format_name: str, zero_points: bool, sources: dict[str, Path], tmp_path: Path
@@ -103,7 +110,14 @@ def test_a_folder_gives_back_every_number(
             assert written.tokenizer.files == checkpoint.tokenizer.files
             known = {"torch_dtype": "float16", "eos_token_ids": checkpoint.config.eos_token_ids}
             assert {key: getattr(written.config, key) for key in known} == known
-            for key in ("rope_theta", "moe", "max_position_embeddings", "attention_bias", "tie_word_embeddings"):
+            for key in (
+                "model_type",
+                "rope_theta",
+                "moe",
+                "max_position_embeddings",
+                "attention_bias",
+                "tie_word_embeddings",
+            ):
                 assert getattr(written.config, key) == getattr(checkpoint.config, key), key
     index = json.loads((out / "model.safetensors.index.json").read_text())
     for shard in sorted(out.glob("*.safetensors")):
