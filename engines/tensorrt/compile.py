@@ -38,6 +38,7 @@ from qwen_aot.errors import BuildError, DeployError
 from qwen_aot.exporter.graph.plugin_ops import is_plugin
 from qwen_aot.exporter.graph.save import MODEL_FILE
 from qwen_aot.exporter.model.io_spec import IoSpec, io_spec
+from qwen_aot.exporter.model.position_tables import position_tables
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.flavours import Flavour
 from qwen_aot.runtime.bundle.manifest import PluginFacts, Profile, StepPlan, TensorRtFacts, cache_capacity
@@ -100,9 +101,17 @@ class Compilation:
             BuildError: TensorRT refuses, or the file can't be written.
         """
         spec, config = self._spec, self._lowered.config
-        capacity = cache_capacity(spec.context_for(config.max_position_embeddings), spec.prefill_chunk)
+        context = spec.context_for(config.max_position_embeddings)
+        capacity = cache_capacity(context, spec.prefill_chunk)
         cache_type = ir.DataType[spec.cache_type]
-        contract = io_spec(config, cache_type, capacity, speculates=spec.speculate is not None)
+        tables = position_tables(config, context)
+        contract = io_spec(
+            config,
+            cache_type,
+            capacity,
+            speculates=spec.speculate is not None,
+            rotary_length=config.dynamic_ntk_length if tables.rotary_tables > 1 else None,
+        )
         builder = self._make_builder()
         if self._plugin_library is not None:
             self._load_plugins(builder, self._plugin_library)
