@@ -108,9 +108,7 @@ def test_special_tokens_stand_behind_the_ranks(ours: Tokenizer, ranks: Ranks) ->
     assert SPECIAL_TOKENS[-1] == "<|extra_204|>"
     text = "".join(f"{token}the" for token in SPECIAL_TOKENS)
     the = stated(ranks, "the")
-    assert ours.encode(text).ids == [
-        id_ for index in range(len(SPECIAL_TOKENS)) for id_ in (len(ranks) + index, *the)
-    ]
+    assert ours.encode(text).ids == [id_ for index in range(len(SPECIAL_TOKENS)) for id_ in (len(ranks) + index, *the)]
     assert ours.decode([len(ranks)], skip_special_tokens=True) == ""
 
 
