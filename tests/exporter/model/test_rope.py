@@ -10,8 +10,8 @@ from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from qwen_aot.exporter.checkpoint.hf.config import parse
-from qwen_aot.exporter.model.rope import inverse_frequencies, yarn_attention_factor
 from qwen_aot.exporter.model.position_tables import PositionTables
+from qwen_aot.exporter.model.rope import inverse_frequencies, yarn_attention_factor
 from qwen_aot.exporter.weights.recipes import decoder_recipes
 from tests.checkpoints import tiny_config
 

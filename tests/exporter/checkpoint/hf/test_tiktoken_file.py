@@ -31,7 +31,8 @@ PATTERN = (
 )
 TEXT = (
     "It's the model's first words: they'll be joined as often as they're read. aaaa aaa aa abab ababab 2024 1,234.56 "
-    "naïve café Größe übergröße 你好，世界！通义千问是一个大语言模型。 The the THE them then there thesis. \n\n\n  \t\tif x:\n        return x\n"
+    "naïve café Größe übergröße 你好，世界！通义千问是一个大语言模型。 The the THE them then there thesis. \n\n\n  \t\t"
+    "if x:\n        return x\n"
 ) * 3
 # Characters whose normalization every Unicode version since 9.0 (2016) agrees on: libraries know different ones.
 KNOWN = [
@@ -74,7 +75,7 @@ def byte_letters() -> dict[str, int]:
 
 
 def stated(ranks: Ranks, text: str) -> list[int]:
-    """tiktoken's algorithm: pieces of the normalized text, whose neighbours are joined by the lowest rank first."""
+    """Tiktoken's algorithm: pieces of the normalized text, whose neighbours are joined by the lowest rank first."""
     ids: list[int] = []
     for piece in regex.findall(PATTERN, unicodedata.normalize("NFC", text)):
         parts = [bytes([byte]) for byte in piece.encode()]
