@@ -232,6 +232,7 @@ def make_plan(
             config,
             dtype,
             positions=positions,
+            context=max_context,
             capacity=capacity,
             speculates=speculates,
             gather_up_to_tokens=most_gathered_tokens(config, spec),

@@ -42,6 +42,7 @@ from qwen_aot.errors import BuildError, DeployError
 from qwen_aot.exporter.graph.plugin_ops import is_plugin
 from qwen_aot.exporter.graph.save import MODEL_FILE
 from qwen_aot.exporter.model.io_spec import io_spec
+from qwen_aot.exporter.model.position_tables import position_tables
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.flavours import Flavour
 from qwen_aot.runtime.bundle.manifest import PluginFacts, Profile, StepPlan, TensorRtFacts, cache_capacity
@@ -82,8 +83,15 @@ class Source:
 def source_of(lowered: Traced, spec: BuildSpec, folder: Path) -> Source:
     """Of a lowered graph that stands in a folder."""
     config = lowered.config
-    capacity = cache_capacity(spec.context_for(config.max_position_embeddings), spec.prefill_chunk)
-    contract = io_spec(config, ir.DataType[spec.cache_type], capacity, speculates=spec.speculate is not None)
+    context = spec.context_for(config.max_position_embeddings)
+    capacity = cache_capacity(context, spec.prefill_chunk)
+    contract = io_spec(
+        config,
+        ir.DataType[spec.cache_type],
+        capacity,
+        speculates=spec.speculate is not None,
+        rotary_length=config.dynamic_ntk_length if position_tables(config, context).rotary_tables > 1 else None,
+    )
     return Source(
         folder=folder,
         graph=lowered.model.graph,

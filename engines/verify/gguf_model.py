@@ -19,8 +19,10 @@ from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.part_names import part_paths
 from qwen_aot.exporter.model.model_types import MODEL_TYPES
 
-# general.architecture -> model type, as transformers calls them
-_MODEL_TYPES = {kind.gguf: name for name, kind in MODEL_TYPES.items()} | {"llama": "llama"}
+# general.architecture -> model type, as transformers calls them. What a `qwen` file says is Qwen2's decoder: it names
+# neither of the formulas that the first generation has for texts beyond its trained length, and llama.cpp computes
+# without.
+_MODEL_TYPES = {kind.gguf: name for name, kind in MODEL_TYPES.items()} | {"qwen": "qwen2", "llama": "llama"}
 # llama.cpp's own rules where a file says nothing (transformers has them in `GGUF_CONFIG_DEFAULTS_MAPPING`).
 _NORMALISES_SHARES = {"qwen2moe": False, "qwen3moe": True}
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
@@ -59,6 +61,8 @@ def _config(architecture: str, metadata: Mapping[str, Any], shapes: Mapping[str,
     own = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
     facts: dict[str, Any] = {name: own[key] for key, name in known.items() if name is not None and key in own}
     facts["model_type"] = _MODEL_TYPES[architecture]
+    if architecture == "qwen":
+        facts["intermediate_size"] //= 2  # gate and up together
     facts["vocab_size"] = int(shapes["token_embd.weight"][0])
     facts["tie_word_embeddings"] = "output.weight" not in shapes
     facts.setdefault("num_key_value_heads", facts["num_attention_heads"])
@@ -105,7 +109,7 @@ def _names(architecture: str, layers: int) -> dict[str, str]:
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
         wanted += [f"{prefix}.{norm}" for norm in ("input_layernorm", "post_attention_layernorm")]
-        wanted += [f"{prefix}.self_attn.{part}_proj" for part in "qkvo"]
+        wanted += [f"{prefix}.self_attn.{part}_proj" for part in ("q", "k", "v", "qkv", "o")]
         wanted += [f"{prefix}.self_attn.{part}_norm" for part in "qk"]
         wanted += [f"{prefix}.mlp.{part}_proj" for part in ("gate", "up", "down")]
         wanted += [f"{prefix}.mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")]
@@ -131,4 +135,9 @@ def _renamed(
         values = processors["llama"](config=dict(facts)).process(values, name).weights
     if block[-1] == "ffn_gate_inp_shexp" and values.ndim == 1:
         values = values[None]
+    if block[-1] == "attn_qkv":
+        return {
+            f"{names[base].replace('qkv_proj', f'{part}_proj')}.{ending}": torch.from_numpy(np.ascontiguousarray(rows))
+            for part, rows in zip("qkv", np.split(values, 3), strict=True)
+        }
     return {f"{names[base]}.{ending}": torch.from_numpy(np.ascontiguousarray(values))}

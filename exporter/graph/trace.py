@@ -21,7 +21,8 @@ from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.graph.modeling import Decoder
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.experts import gather_limit
-from qwen_aot.exporter.model.io_spec import IoSpec, TensorSpec, io_spec
+from qwen_aot.exporter.model.io_spec import ROTARY_OFFSET, IoSpec, TensorSpec, io_spec
+from qwen_aot.exporter.model.position_tables import PositionTables, position_tables
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.recipes import decoder_recipes
 from qwen_aot.version import __version__
@@ -44,6 +45,7 @@ def trace(
     dtype: ir.DataType = ir.DataType.FLOAT,
     *,
     positions: int | None = None,
+    context: int | None = None,
     capacity: int | None = None,
     speculates: bool = False,
     gather_up_to_tokens: int | None = None,
@@ -53,7 +55,8 @@ def trace(
     Args:
         config: the model's facts.
         dtype: compute type (FLOAT, FLOAT16, BFLOAT16) of projections, attention and cache.
-        positions: rows of the rotary tables, at least the cache's capacity; None: `max_position_embeddings`.
+        positions: rows of the tables of positions, at least the cache's capacity; None: `max_position_embeddings`.
+        context: tokens of the longest sequence; None: `max_position_embeddings`, or `positions` if these are fewer.
         capacity: cache capacity C in tokens where the target fixes it; None leaves it dynamic.
         speculates: a step can give the logits of each row's last tokens (`io_spec`).
         gather_up_to_tokens: for SparseMoE's definition (see `ops.sparse_moe_definition`); None: by its cost.
@@ -67,9 +70,11 @@ def trace(
     if dtype not in _TORCH_DTYPES:
         raise ExportError(f"compute type {dtype.name} can't be traced; accepted: FLOAT, FLOAT16, BFLOAT16")
     positions = positions or config.max_position_embeddings
+    tables = position_tables(config, context or min(positions, config.max_position_embeddings), positions)
     templates = _templates(config)
-    graph = _export(config, dtype, templates, positions, speculates)
-    spec = io_spec(config, dtype, capacity, speculates=speculates)
+    graph = _export(config, dtype, templates, tables, speculates)
+    rotary_length = config.dynamic_ntk_length if tables.rotary_tables > 1 else None
+    spec = io_spec(config, dtype, capacity, speculates=speculates, rotary_length=rotary_length)
     full = _Repeater(graph, config, templates, spec).build()
     model = ir.Model(full, ir_version=IR_VERSION, producer_name=PRODUCER, producer_version=__version__)
     model.metadata_props.update(
@@ -81,7 +86,7 @@ def trace(
         }
     )
     _attach_definitions(model, config, dtype, capacity, gather_up_to_tokens)
-    return Traced(model, config, decoder_recipes(config, dtype, positions))
+    return Traced(model, config, decoder_recipes(config, dtype, tables))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,29 +105,33 @@ def _templates(config: ModelConfig) -> _Templates:
 
 
 def _export(
-    config: ModelConfig, dtype: ir.DataType, templates: _Templates, positions: int, speculates: bool
+    config: ModelConfig, dtype: ir.DataType, templates: _Templates, tables: PositionTables, speculates: bool
 ) -> ir.Graph:
     torch_dtype = _TORCH_DTYPES[dtype]
     count = len(templates.sparse)
     spec = io_spec(config, dtype, speculates=speculates)
-    dynamic: tuple[object, ...] = (
-        {0: "B", 1: "S"},
-        {0: "B", 1: "S"},
-        {0: "B"},
-        {0: "B"},
-        {0: "W"},
-        [({0: "B", 2: "C"},) * 2] * count,
-    )
     B, S, C, W, T = 3, 7, 64, 23, 5  # any sizes above 1 that differ from each other
-    names = [tensor.name for tensor in spec.step if tensor.name != "logits_positions"]
-    last = ["logits_positions"] if speculates else []
+    optional: dict[str, tuple[str, int]] = {}  # the decoder's other arguments
+    if speculates:
+        optional["logits_positions"] = ("T", T)
+    if tables.rotary_tables > 1:
+        optional[ROTARY_OFFSET] = ("B", B)
+    names = [tensor.name for tensor in spec.step if tensor.name not in optional]
+    dynamic: dict[str, object] = {
+        "input_ids": {0: "B", 1: "S"},
+        "position_ids": {0: "B", 1: "S"},
+        "cache_length": {0: "B"},
+        "new_tokens": {0: "B"},
+        "key_positions": {0: "W"},
+        "past": [({0: "B", 2: "C"},) * 2] * count,
+    }
     logits_names = [tensor.name for tensor in spec.outputs if "." not in tensor.name]
     cache_names = [f"{{}}.{i}.{part}" for i in range(count) for part in ("key", "value")]
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         # torch warns that axes share a name (they are meant to), of its own deprecations, and without torchvision.
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        decoder = Decoder(config, torch_dtype, templates.sparse, positions).eval()
+        decoder = Decoder(config, torch_dtype, templates.sparse, tables).eval()
 
         def int64(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.int64)
@@ -131,13 +140,13 @@ def _export(
             return torch.zeros(B, config.num_key_value_heads, C, config.head_dim, dtype=torch_dtype)
 
         past = [(cache(), cache()) for _ in range(count)]
-        arguments: tuple[object, ...] = (int64(B, S), int64(B, S), int64(B), int64(B), int64(W), past)
         program = torch.onnx.export(
             decoder,
-            (*arguments, int64(T)) if speculates else arguments,
-            input_names=names + [name.format("past_key_values") for name in cache_names] + last,
+            (int64(B, S), int64(B, S), int64(B), int64(B), int64(W), past),
+            kwargs={name: int64(size) for name, (_, size) in optional.items()},
+            input_names=names + [name.format("past_key_values") for name in cache_names] + list(optional),
             output_names=logits_names + [name.format("present") for name in cache_names],
-            dynamic_shapes=(*dynamic, {0: "T"}) if speculates else dynamic,
+            dynamic_shapes=dynamic | {name: {0: letter} for name, (letter, _) in optional.items()},
             opset_version=ops.OPSET,
             custom_opsets={ops.DOMAIN: ops.VERSION},
             dynamo=True,
@@ -155,6 +164,7 @@ def _initializer_name(traced_name: str) -> str:
         "embed_tokens": "model.embed_tokens.weight",
         "rotary_cos": "model.rotary.cos",
         "rotary_sin": "model.rotary.sin",
+        "query_scales": "model.query_scales",
         "lm_head.weight": "lm_head.weight",
     }
     return fixed.get(traced_name, f"model.{traced_name}")
@@ -219,19 +229,27 @@ class _Repeater:
         return before, layers, after
 
     def _residual_stream(self, nodes: list[ir.Node]) -> ir.Value:
-        """The value a layer takes from what stands before it: its only floating-point input from another node."""
+        """The value a layer takes from what stands before it: its only input from another node as wide as the model.
+
+        The factors of queries, which every layer takes too, are one element wide.
+        """
         made = {value for node in nodes for value in node.outputs}
         taken = {value for node in nodes for value in node.inputs if value is not None and value not in made}
-        floating = [
-            v for v in taken if v.producer() is not None and v.dtype is not None and v.dtype.is_floating_point()
-        ]
-        if len(floating) != 1:
-            names = sorted(str(value.name) for value in floating)
+        streams = [value for value in taken if value.producer() is not None and self._is_stream(value)]
+        if len(streams) != 1:
+            names = sorted(str(value.name) for value in streams)
             raise ExportError(f"a traced layer should take the residual stream and nothing else, but takes {names}")
-        return floating[0]
+        return streams[0]
+
+    def _is_stream(self, value: ir.Value) -> bool:
+        if value.dtype is None or not value.dtype.is_floating_point():
+            return False
+        return value.shape is not None and value.shape[-1] == self._config.hidden_size
 
     def _traced_input(self, name: str) -> ir.Value:
-        return next(value for value in self._traced.inputs if value.name == name)
+        """By the name of ours; a number behind that of an argument is none of the trace's."""
+        traced = ROTARY_OFFSET if name.startswith(ROTARY_OFFSET) else name
+        return next(value for value in self._traced.inputs if value.name == traced)
 
     def _bind_past(self, layer: int, template: int) -> None:
         for part in ("key", "value"):

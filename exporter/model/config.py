@@ -129,6 +129,12 @@ class MoeConfig:
 class ModelConfig:
     """Facts of one checkpoint, validated once, spelled as in config.json.
 
+    Attributes:
+        logn_attn_length: of `qwen`: a query at position p is multiplied by max(1, log(p + 1) / log(this)); None: it
+            isn't (`use_logn_attn`).
+        dynamic_ntk_length: of `qwen`: tokens of a first step up to which keys are rotated at `rope_theta`; longer ones
+            get larger bases (`exporter.model.position_tables`); None: all have that base (`use_dynamic_ntk`).
+
     Raises:
         CheckpointError: a value is out of range; the message names field, value and accepted range.
     """
@@ -147,6 +153,8 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool = True  # q, k, v have biases (a llama-layout checkpoint and qwen3: False)
     rope_scaling: RopeScaling | None = None
+    logn_attn_length: int | None = None
+    dynamic_ntk_length: int | None = None
     moe: MoeConfig | None = None
     torch_dtype: str = "bfloat16"
     bos_token_id: int | None = None
@@ -180,6 +188,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim is {self.head_dim}; rotary embedding needs an even number")
+        self._check_length_extension()
         if (self.moe is not None) != self.kind.has_experts:
             raise CheckpointError(
                 f"moe is {self.moe}; model_type {self.model_type!r} "
@@ -194,6 +203,21 @@ class ModelConfig:
             if token_id is not None and not 0 <= token_id < self.vocab_size:
                 raise CheckpointError(f"{name} holds {token_id}; accepted: 0 to vocab_size - 1 ({self.vocab_size - 1})")
         self._check_products()
+
+    def _check_length_extension(self) -> None:
+        for name, at_least in (("logn_attn_length", 2), ("dynamic_ntk_length", 1)):
+            value = getattr(self, name)
+            if value is not None:
+                _require_count(name, value, at_least, MAX_CONTEXT)
+        if self.dynamic_ntk_length is None:
+            return
+        if self.head_dim < 4:
+            raise CheckpointError(f"head_dim is {self.head_dim}; dynamic NTK (use_dynamic_ntk) needs at least 4")
+        if self.rope_scaling is not None:
+            raise CheckpointError(
+                f"rope scaling {self.rope_scaling.rope_type!r} doesn't go with dynamic NTK (use_dynamic_ntk); "
+                "accepted: one of them"
+            )
 
     def _check_products(self) -> None:
         moe = self.moe

@@ -15,6 +15,8 @@ from qwen_aot.exporter.model.config import ModelConfig
 
 Dim = int | str
 
+ROTARY_OFFSET = "rotary_offset"  # of graphs with several rotary tables; the name goes on with a number
+
 CACHE_SCALE_DTYPE = ir.DataType.FLOAT16  # of an int8 cache
 
 
@@ -54,7 +56,12 @@ class IoSpec:
 
 
 def io_spec(
-    config: ModelConfig, cache_dtype: ir.DataType, capacity: int | None = None, *, speculates: bool = False
+    config: ModelConfig,
+    cache_dtype: ir.DataType,
+    capacity: int | None = None,
+    *,
+    speculates: bool = False,
+    rotary_length: int | None = None,
 ) -> IoSpec:
     """The contract between exporter, engines and runtime.
 
@@ -63,6 +70,7 @@ def io_spec(
         cache_dtype: element type of past and present.
         capacity: C in tokens where the target fixes it at build time; None leaves it dynamic.
         speculates: a step can give the logits of each row's last tokens, so that drafted tokens are checked at once.
+        rotary_length: `ModelConfig.dynamic_ntk_length` where the graph has several rotary tables; None: it has one.
 
     Returns:
         input_ids [B, S] int64 (right-padded); position_ids [B, S] int64 (`cache_length[b] + s`, padding included);
@@ -71,7 +79,8 @@ def io_spec(
         [B, Hkv, C, D], of an int8 cache also past_key_values.{i}.key_scale/.value_scale and present.{i}.… [B, Hkv, C]
         float16; logits [B, V] float32 of each row's last valid token. With `speculates` also logits_positions [T]
         int64 (0 … T-1; only as many rows of the head are computed as it is long) and last_logits [B, T, V] float32 of
-        each row's last T valid tokens, the newest last; a row of n < T new tokens has its own in the last n.
+        each row's last T valid tokens, the newest last; a row of n < T new tokens has its own in the last n. With
+        `rotary_length` also rotary_offset.{rotary_length} [B] int64: the first row of the rotary table of each row.
     """
     int64 = ir.DataType.INT64
     cache_dims: tuple[Dim, ...] = ("B", config.num_key_value_heads, capacity or "C", config.head_dim)
@@ -84,6 +93,7 @@ def io_spec(
 
     layers = range(config.num_hidden_layers)
     positions = (TensorSpec("logits_positions", int64, ("T",)),) if speculates else ()
+    offset = () if rotary_length is None else (TensorSpec(f"{ROTARY_OFFSET}.{rotary_length}", int64, ("B",)),)
     return IoSpec(
         step=(
             TensorSpec("input_ids", int64, ("B", "S")),
@@ -92,6 +102,7 @@ def io_spec(
             TensorSpec("new_tokens", int64, ("B",)),
             TensorSpec("key_positions", int64, ("W",)),
             *positions,
+            *offset,
         ),
         past=tuple(cache("past_key_values", layer) for layer in layers),
         logits=TensorSpec("logits", ir.DataType.FLOAT, ("B", config.vocab_size)),

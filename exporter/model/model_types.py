@@ -15,7 +15,7 @@ class ModelType:
     """One kind of decoder.
 
     Attributes:
-        transformers_class: the class of transformers that is the same model.
+        transformers_class: the class of transformers that is the same model; of `qwen`, up to its trained length.
         gguf: `general.architecture` of its GGUF files.
         has_experts: some of its layers have routed experts.
         has_head_norms: each head's queries and keys are normalised (RMSNorm over the head) before they are rotated.
@@ -30,6 +30,7 @@ class ModelType:
 
 
 MODEL_TYPES: Mapping[str, ModelType] = {
+    "qwen": ModelType("Qwen2ForCausalLM", "qwen", has_experts=False, has_head_norms=False, has_biases=True),
     "qwen2": ModelType("Qwen2ForCausalLM", "qwen2", has_experts=False, has_head_norms=False, has_biases=True),
     "qwen2_moe": ModelType("Qwen2MoeForCausalLM", "qwen2moe", has_experts=True, has_head_norms=False, has_biases=True),
     "qwen3": ModelType("Qwen3ForCausalLM", "qwen3", has_experts=False, has_head_norms=True, has_biases=False),

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.published.generation import Generation
+from qwen_aot.exporter.model.published.qwen import QWEN
 from qwen_aot.exporter.model.published.qwen1_5 import QWEN1_5
 from qwen_aot.exporter.model.published.qwen2 import QWEN2
 from qwen_aot.exporter.model.published.qwen2_5 import QWEN2_5, QWQ
 from qwen_aot.exporter.model.published.qwen3 import QWEN3, QWEN3_2507
 
-GENERATIONS: tuple[Generation, ...] = (QWEN1_5, QWEN2, QWEN2_5, QWQ, QWEN3, QWEN3_2507)
+GENERATIONS: tuple[Generation, ...] = (QWEN, QWEN1_5, QWEN2, QWEN2_5, QWQ, QWEN3, QWEN3_2507)
 
 # One name of each shape and context; those that differ in nothing (`qwen1.5-7b-chat`) are found by it.
 VARIANTS: Mapping[str, ModelConfig] = {name: config for each in GENERATIONS for name, config in each.models.items()}
@@ -27,7 +28,7 @@ _NAMED: Mapping[str, tuple[str, ModelConfig]] = {
 
 
 def canonical_name(name: str) -> str | None:
-    """The one name of a variant's facts for any spelling (`Qwen/Qwen1.5-7B-Chat`, `qwen1.5-7b`), or None."""
+    """The one name of a variant's facts for any spelling (`Qwen/Qwen1.5-7B-Chat`, `Qwen-1_8B`), or None."""
     found = _find(name)
     return None if found is None else found[0]
 
@@ -55,4 +56,4 @@ def find_generation(name: str) -> Generation | None:
 
 
 def _find(name: str) -> tuple[str, ModelConfig] | None:
-    return _NAMED.get(name.lower().removeprefix("qwen/"))
+    return _NAMED.get(name.lower().replace("_", ".").removeprefix("qwen/"))

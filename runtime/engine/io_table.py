@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from qwen_aot.errors import EngineMismatchError
-from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, LAST_LOGITS, LOGITS_POSITIONS, IoTensor, Manifest
+from qwen_aot.runtime.bundle.manifest import (
+    CACHE_PREFIX,
+    LAST_LOGITS,
+    LOGITS_POSITIONS,
+    ROTARY_OFFSET,
+    IoTensor,
+    Manifest,
+)
 
 __all__ = ["STEP_INPUTS", "cache_inputs", "check_table", "present_name"]
 
@@ -28,11 +35,13 @@ def check_table(manifest: Manifest) -> None:
         EngineMismatchError: names them.
     """
     engine, past = manifest.engines.text, cache_inputs(manifest)
+    rotary = engine.rotary_input
+    known = {*STEP_INPUTS, *(() if rotary is None else (rotary.name,))}
     for tensor in engine.inputs:
-        if tensor not in past and (tensor.name not in STEP_INPUTS or tensor.dtype != "int64"):
+        if tensor not in past and (tensor.name not in known or tensor.dtype != "int64"):
             raise EngineMismatchError(
                 f"the bundle's graph has the input {tensor.name!r} of dtype {tensor.dtype}, which this runtime can't "
-                f"feed; accepted: past_key_values.* and {', '.join(sorted(STEP_INPUTS))} (int64)"
+                f"feed; accepted: past_key_values.* and {', '.join(sorted(STEP_INPUTS))}, {ROTARY_OFFSET}N (int64)"
             )
     logits = IoTensor("logits", "float32", ("B", manifest.model.vocab_size))
     outputs = {"logits", *(present_name(tensor.name) for tensor in past)}

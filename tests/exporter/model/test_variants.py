@@ -24,6 +24,10 @@ from qwen_aot.exporter.model.variants import (
 # As published with each model (safetensors metadata; of tied models without the head). Qwen3 up to 14B and Qwen2.5's
 # 0.5B and 3B are Keras Hub's presets' too; the others from Qwen2 on are from memory of the model cards.
 PUBLISHED_PARAMETERS = {
+    "qwen-1.8b": 1_836_828_672,
+    "qwen-7b": 7_721_324_544,
+    "qwen-14b": 14_167_290_880,
+    "qwen-72b": 72_287_920_128,
     "qwen1.5-0.5b": 463_987_712,
     "qwen1.5-1.8b": 1_836_828_672,
     "qwen1.5-4b": 3_950_369_280,
@@ -59,6 +63,23 @@ PUBLISHED_PARAMETERS = {
 }
 
 
+def first_generation(config: ModelConfig) -> torch.nn.Module:
+    """The modules with parameters of the published modeling_qwen.py, which transformers doesn't have."""
+    M, F, V = config.hidden_size, 2 * config.intermediate_size, config.vocab_size  # F as config.json says it
+    projection = 128 * config.num_attention_heads  # kv_channels
+    layers: list[torch.nn.Module] = []
+    for _ in range(config.num_hidden_layers):
+        attention = torch.nn.ModuleList(
+            [torch.nn.Linear(M, 3 * projection), torch.nn.Linear(M, projection, bias=False)]
+        )
+        mlp = torch.nn.ModuleList([torch.nn.Linear(M, F // 2, bias=False), torch.nn.Linear(M, F // 2, bias=False)])
+        mlp.append(torch.nn.Linear(F // 2, M, bias=False))
+        layers += [torch.nn.RMSNorm(M), attention, torch.nn.RMSNorm(M), mlp]
+    return torch.nn.ModuleList(
+        [torch.nn.Embedding(V, M), *layers, torch.nn.RMSNorm(M), torch.nn.Linear(M, V, bias=False)]
+    )
+
+
 def meta_parameters(config: ModelConfig) -> int:
     """Of transformers' own model of these facts, written out once more and without storage."""
     facts = {
@@ -81,13 +102,17 @@ def meta_parameters(config: ModelConfig) -> int:
     if config.model_type == "qwen2_moe":
         facts["shared_expert_intermediate_size"] = config.moe.shared_expert_intermediate_size
     kind = {
+        "qwen": None,
         "qwen2": transformers.Qwen2ForCausalLM,
         "qwen2_moe": transformers.Qwen2MoeForCausalLM,
         "qwen3": transformers.Qwen3ForCausalLM,
         "qwen3_moe": transformers.Qwen3MoeForCausalLM,
     }[config.model_type]
     with torch.device("meta"):
-        model: torch.nn.Module = kind(transformers.AutoConfig.for_model(config.model_type, **facts))
+        if config.model_type == "qwen":
+            model: torch.nn.Module = first_generation(config)
+        else:
+            model = kind(transformers.AutoConfig.for_model(config.model_type, **facts))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -104,6 +129,10 @@ def test_parameter_count(name: str) -> None:
 
 # As published in each model's config.json: rope_theta, tied embeddings, key/value heads, context, rms_norm_eps.
 PUBLISHED_FACTS = {
+    "qwen-1.8b": (1e4, False, 16, 8192, 1e-6),
+    "qwen-7b": (1e4, False, 32, 32768, 1e-6),
+    "qwen-14b": (1e4, False, 40, 8192, 1e-6),
+    "qwen-72b": (1e6, False, 64, 32768, 1e-6),
     "qwen1.5-0.5b": (1e6, True, 16, 32768, 1e-6),
     "qwen1.5-1.8b": (1e6, False, 16, 32768, 1e-6),
     "qwen1.5-4b": (5e6, False, 20, 32768, 1e-6),
@@ -135,11 +164,17 @@ PUBLISHED_FACTS = {
 }
 
 
+# Of the first generation, where use_logn_attn and use_dynamic_ntk are true: seq_length.
+SEQ_LENGTHS = {"qwen-1.8b": 8192, "qwen-7b": 8192, "qwen-14b": 2048}
+
+
 @pytest.mark.parametrize("name", PUBLISHED_FACTS)
 def test_facts_that_the_parameter_count_does_not_show(name: str) -> None:
     config = variant_config(name)
     facts = (config.rope_theta, config.tie_word_embeddings, config.num_key_value_heads)
     assert (*facts, config.max_position_embeddings, config.rms_norm_eps) == PUBLISHED_FACTS[name]
+    length = SEQ_LENGTHS.get(name)
+    assert (config.logn_attn_length, config.dynamic_ntk_length) == (length, length)
     assert config.head_dim == (64 if "-0.5b" in name else 128)
     assert config.attention_bias == (not name.startswith("qwen3"))
     assert config.rope_scaling is None
@@ -198,6 +233,11 @@ def test_spellings(spelling: str) -> None:
     assert variant_config(spelling) is VARIANTS["qwen1.5-7b"]
 
 
+@pytest.mark.parametrize("spelling", ["qwen-1.8b", "Qwen/Qwen-1_8B", "Qwen-1_8B-Chat", "qwen-1.8b-chat"])
+def test_spellings_of_a_number_with_a_point(spelling: str) -> None:
+    assert canonical_name(spelling) == "qwen-1.8b"
+
+
 def test_an_ending_changes_the_context_and_not_the_shape() -> None:
     base, instruct = variant_config("qwen2.5-14b"), variant_config("Qwen/Qwen2.5-14B-Instruct")
     assert canonical_name("Qwen2.5-14B-Instruct") == "qwen2.5-14b-instruct"
@@ -214,7 +254,7 @@ def test_an_ending_or_a_size_that_is_not_published_is_unknown(name: str) -> None
 
 def test_unknown_name_lists_the_known() -> None:
     accepted = (
-        r"'qwen2-8b' is not a published variant; accepted: qwen1.5-0.5b, -1.8b, .*, -moe-a2.7b "
+        r"'qwen2-8b' is not a published variant; accepted: qwen-1.8b, .*; qwen1.5-0.5b, -1.8b, .*, -moe-a2.7b "
         r"\(each also with -chat\); qwen2-0.5b, .*; qwq-32b \(also with -preview\); .*-235b-a22b-instruct-2507 "
         r"\(or in its place -thinking-2507\)$"
     )
