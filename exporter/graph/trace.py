@@ -231,7 +231,7 @@ class _Repeater:
     def _residual_stream(self, nodes: list[ir.Node]) -> ir.Value:
         """The value a layer takes from what stands before it: its only input from another node as wide as the model.
 
-        The factors of queries, which every layer takes too, are one element wide.
+        The factors of q, k and v, which every layer takes too, are as wide as these.
         """
         made = {value for node in nodes for value in node.outputs}
         taken = {value for node in nodes for value in node.inputs if value is not None and value not in made}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +79,11 @@ def command(
       qwen-aot plan
       qwen-aot plan qwen1.5-7b --device orin-nano-8gb --precision int4
 
-    Of a Hugging Face folder or a .gguf file only the configuration and headers are read. A generation (qwen1.5, qwen2,
-    qwen2.5, qwq, qwen3, qwen3-2507) stands for all of its variants; without a model, Qwen1.5's are planned; without
-    --device, for every device. Nothing is built, and no GPU is needed. Weights and cache are exact, activations an
-    estimate. The speed is what the memory's bandwidth allows with full contexts: no engine is faster.
+    Of a Hugging Face folder or a .gguf file only the configuration and headers are read. A generation (qwen, qwen1.5,
+    qwen2, qwen2.5, qwq, qwen3, qwen3-2507) stands for all of its variants with so much context; without a model,
+    Qwen1.5's are planned; without --device, for every device. Nothing is built, and no GPU is needed. Weights and cache
+    are exact, activations an estimate. The speed is what the memory's bandwidth allows with full contexts: no engine is
+    faster.
     """
     show_logs()
     from qwen_aot.engines.planner.devices import DEVICES, find_device
@@ -92,7 +93,7 @@ def command(
 
     try:
         keys = tuple(dict.fromkeys(map(find_device, devices))) or tuple(DEVICES)
-        configs, storages = _models(models)
+        configs, storages = _models(models, context)
         found = list(
             plans(
                 configs,
@@ -121,8 +122,11 @@ def command(
     )
 
 
-def _models(names: Iterable[str]) -> tuple[list[tuple[str, ModelConfig]], dict[str, Storage]]:
-    """Names and facts of what the user named, or of Qwen1.5's variants; and how checkpoints store their tensors."""
+def _models(names: Iterable[str], context: int | None) -> tuple[list[tuple[str, ModelConfig]], dict[str, Storage]]:
+    """Names and facts of what the user named, or of Qwen1.5's variants; and how checkpoints store their tensors.
+
+    `context`: tokens that are asked for.
+    """
     from qwen_aot.exporter.model.variants import find_generation
     from qwen_aot.runtime.cli.source import find_variant
 
@@ -136,10 +140,18 @@ def _models(names: Iterable[str]) -> tuple[list[tuple[str, ModelConfig]], dict[s
                 configs.append((checkpoint.name, checkpoint.config))
                 storages[checkpoint.name] = storage_of(checkpoint)
         elif (generation := find_generation(name)) is not None:
-            configs += [each for each in generation.models.items() if each not in configs]
+            configs += [each for each in _with_context(generation.models, context) if each not in configs]
         elif (variant := find_variant(name)) not in configs:
             configs.append(variant)
     return configs, storages
+
+
+def _with_context(models: Mapping[str, ModelConfig], context: int | None) -> list[tuple[str, ModelConfig]]:
+    """Those whose context is long enough; where none is, the one with the longest, which says so."""
+    if context is None:
+        return list(models.items())
+    longest = max(models.items(), key=lambda entry: entry[1].max_position_embeddings)
+    return [entry for entry in models.items() if entry[1].max_position_embeddings >= context] or [longest]
 
 
 def _device_facts(key: str) -> dict[str, Any]:

@@ -280,7 +280,10 @@ def test_refuses_expert_facts(change: dict[str, Any], message: str) -> None:
 
 
 OUT_OF_RANGE = {
-    "model_type": ({"model_type": "qwen4"}, "model_type is 'qwen4'; accepted: qwen, qwen2, qwen2_moe, qwen3, qwen3_moe"),
+    "model_type": (
+        {"model_type": "qwen4"},
+        "model_type is 'qwen4'; accepted: qwen, qwen2, qwen2_moe, qwen3, qwen3_moe",
+    ),
     "layers": ({"num_hidden_layers": 0}, "num_hidden_layers is 0; accepted: whole numbers from 1"),
     "kv heads": ({"num_key_value_heads": 3}, "num_key_value_heads is 3; it must divide num_attention_heads"),
     "head_dim": ({"head_dim": 15}, "head_dim is 15; rotary embedding needs an even number"),

@@ -125,6 +125,13 @@ def test_a_gguf_file(run: Run, tmp_path: Path) -> None:
     assert (plan["model"], plan["context"]) == ("tiny.gguf", 512)
 
 
+def test_variants_with_less_context_are_left_out(run: Run) -> None:
+    planned_models = {p["model"] for p in planned(run, "qwen", "--device", "rtx-4090", "--context", "16384")}
+    assert planned_models == {"qwen-7b", "qwen-72b"}
+    result = run("plan", "qwen-14b", "--device", "rtx-4090", "--context", "16384")
+    assert result.exit_code == 2 and "more than the model's 8192 tokens" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
