@@ -15,6 +15,7 @@ from qwen_aot.exporter.model.limits import (
     check_products,
     require_at_most,
 )
+from qwen_aot.exporter.model.vision import VisionConfig
 
 MODEL_TYPES = ("qwen2", "qwen2_moe")
 ROPE_TYPES = ("linear", "yarn", "llama3")  # beside None: those that change frequencies once, not per request
@@ -151,6 +152,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()  # as named: a build leaves out those beyond the vocabulary, with a warning
     pad_token_id: int | None = None
+    vision: VisionConfig | None = None  # the tower whose rows this decoder takes in the place of tokens' embeddings
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
@@ -194,6 +196,10 @@ class ModelConfig:
         for name, token_id in (("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)):
             if token_id is not None and not 0 <= token_id < self.vocab_size:
                 raise CheckpointError(f"{name} holds {token_id}; accepted: 0 to vocab_size - 1 ({self.vocab_size - 1})")
+        if self.vision is not None and self.vision.output_dim != self.hidden_size:
+            raise CheckpointError(
+                f"visual.output_dim is {self.vision.output_dim}; accepted: hidden_size ({self.hidden_size})"
+            )
         self._check_products()
 
     def _check_products(self) -> None:
