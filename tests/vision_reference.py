@@ -51,7 +51,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, P, width]. The projection's rows are those of head 0 (its q, k, v), then those of head 1, …"""
+        """The projection's rows are those of head 0 (its q, k and v), then those of head 1, and so on."""
         parts = []
         for head in self.in_proj(x).chunk(self.heads, dim=-1):
             query, key, value = head.chunk(3, dim=-1)

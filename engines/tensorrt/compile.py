@@ -9,14 +9,12 @@ import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import onnx_ir as ir
-
 from qwen_aot.engines.builders import EngineFacts
-from qwen_aot.engines.planner.activations import activation_bytes
-from qwen_aot.engines.profiles import profile_shapes, profiles
+from qwen_aot.engines.profiles import Ranges
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.tensorrt.config import TimingCache, make_config
 from qwen_aot.engines.tensorrt.gpu import own_capabilities
@@ -36,11 +34,10 @@ from qwen_aot.engines.tensorrt.sizes import cache_bytes, require_stored_once, we
 from qwen_aot.engines.tensorrt.step_plans import step_plans, stored_bytes
 from qwen_aot.errors import BuildError, DeployError
 from qwen_aot.exporter.graph.plugin_ops import is_plugin
-from qwen_aot.exporter.graph.save import MODEL_FILE
-from qwen_aot.exporter.model.io_spec import IoSpec, io_spec
+from qwen_aot.exporter.model.io_spec import IoSpec, VisionIoSpec
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.flavours import Flavour
-from qwen_aot.runtime.bundle.manifest import PluginFacts, Profile, StepPlan, TensorRtFacts, cache_capacity
+from qwen_aot.runtime.bundle.manifest import PluginFacts, StepPlan, TensorRtFacts
 from qwen_aot.whole_folder import explained
 
 logger = logging.getLogger(__name__)
@@ -50,6 +47,26 @@ _UNREADABLE = (DeployError, LookupError, ValueError, TypeError, AssertionError, 
 _COMPILE_PERCENT = 80  # of the time; the rest is writing (0.5B fp16 on 2 cores: 20 of 24 s)
 
 
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Which engine of a bundle is compiled.
+
+    Attributes:
+        graph_file, engine_file: names in the bundle's folder, of what is read and of what is written.
+        contract: its inputs and outputs.
+        steps: the ranges of input shapes of each of its optimization profiles, by the step's name.
+        num_layers: of the model, or of the tower.
+        activation_bytes_estimated: the planner's.
+    """
+
+    graph_file: str
+    engine_file: str
+    contract: IoSpec | VisionIoSpec
+    steps: Mapping[str, Ranges]
+    num_layers: int
+    activation_bytes_estimated: int
+
+
 class Compilation:
     """Runs the builder, in whichever thread; `percent` and `cancel` are for another one.
 
@@ -57,7 +74,8 @@ class Compilation:
         trt: the library's module.
         flavour: its row.
         spec: the request.
-        lowered: the graph that stands as model.onnx in `folder`.
+        subject: which engine.
+        lowered: the graph that stands in `folder`.
         folder: where the engine is written too.
         plugin_library: that the graph's plugin nodes need; None: it has none.
     """
@@ -67,12 +85,14 @@ class Compilation:
         trt: Any,
         flavour: Flavour,
         spec: BuildSpec,
+        subject: Subject,
         lowered: Traced,
         folder: Path,
         plugin_library: Path | None = None,
     ) -> None:
         self._trt = trt
         self._spec = spec
+        self._subject = subject
         self._lowered = lowered
         self._folder = folder
         self._plugin_library = plugin_library
@@ -99,28 +119,25 @@ class Compilation:
         Raises:
             BuildError: TensorRT refuses, or the file can't be written.
         """
-        spec, config = self._spec, self._lowered.config
-        capacity = cache_capacity(spec.context_for(config.max_position_embeddings), spec.prefill_chunk)
-        cache_type = ir.DataType[spec.cache_type]
-        contract = io_spec(config, cache_type, capacity, speculates=spec.speculate is not None)
+        spec, subject = self._spec, self._subject
         builder = self._make_builder()
         if self._plugin_library is not None:
             self._load_plugins(builder, self._plugin_library)
-        network = parse(self._trt, builder, self._logger, self._folder / MODEL_FILE, self._title)
+        network = parse(self._trt, builder, self._logger, self._folder / subject.graph_file, self._title)
         allow_decomposed_attention(self._trt, network)
-        inputs, outputs = io_tables(network, contract, self._title)
+        inputs, outputs = io_tables(network, subject.contract, self._title)
         layers = layer_counts(network)  # before the build, which may take the network apart
         timing_cache = TimingCache(spec.tensorrt.timing_cache)
         build_config = make_config(self._trt, builder, spec, self._plugin_library)
         build_config.progress_monitor = self._monitor
         timing_cache.load(build_config, self._logger, self._title)
         largest = {
-            profile.name: self._add_profile(builder, build_config, network, contract, profile, capacity)
-            for profile in profiles(spec.prefill_chunk, spec.speculate)
+            name: self._add_profile(builder, build_config, network, name, ranges)
+            for name, ranges in subject.steps.items()
         }
         # Beside TensorRT, in the time that it leaves a core idle: on Linux a niceness is the thread's own.
         with ThreadPoolExecutor(1, "hash", initializer=os.nice, initargs=(19,)) as pool:
-            sources = pool.submit(onnx_entries, self._folder)
+            sources = pool.submit(onnx_entries, self._folder, subject.graph_file)
             self._write_engine(builder, network, build_config)
         timing_cache.save(build_config)
         return EngineFacts(
@@ -135,7 +152,7 @@ class Compilation:
                 layers=layers,
                 weight_bytes=self._weight_bytes,
                 cache_bytes=cache_bytes(inputs, spec.max_batch),
-                activation_bytes_estimated=activation_bytes(config, spec),
+                activation_bytes_estimated=subject.activation_bytes_estimated,
                 builder_activation_bytes=max(self._logger.activation_bytes, default=None),
                 onnx=sources.result(),
                 plugins=self._plugin_facts(),
@@ -170,17 +187,16 @@ class Compilation:
         )
 
     def _add_profile(
-        self, builder: Any, config: Any, network: Any, contract: IoSpec, profile: Profile, capacity: int
+        self, builder: Any, config: Any, network: Any, step: str, ranges: Ranges
     ) -> dict[str, tuple[int, ...]]:
         """Gives the largest shape of each input that has no fixed one."""
         present = {network.get_input(index).name for index in range(network.num_inputs)}
         shapes = builder.create_optimization_profile()
-        ranges = profile_shapes(contract, profile, self._spec.max_batch, capacity)
         for name, (least, typical, most) in ranges.items():
             if name in present:
                 shapes.set_shape(name, least, typical, most)
         if config.add_optimization_profile(shapes) < 0:
-            raise failure(self._title, f"take the {profile.name} profile", self._logger.errors)
+            raise failure(self._title, f"take the {step} profile", self._logger.errors)
         return {name: most for name, (_, _, most) in ranges.items()}
 
     def _read_plan(self, largest: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Mapping[str, StepPlan] | None:
@@ -190,11 +206,11 @@ class Compilation:
             BuildError: it stores weights more than once.
         """
         try:
-            programs = read_programs(self._folder / self._spec.facts.engine_file)
+            programs = read_programs(self._folder / self._subject.engine_file)
             if not programs:
                 return None
-            config = self._lowered.config
-            plan = step_plans(programs, GraphNames(self._lowered.model.graph), config.num_hidden_layers, largest)
+            names = GraphNames(self._lowered.model.graph)
+            plan = step_plans(programs, names, self._subject.num_layers, largest)
         except _UNREADABLE as error:  # nothing at run time depends on it
             logger.warning("what %s compiled can't be told: %s", self._title, error)
             return None
@@ -203,7 +219,7 @@ class Compilation:
 
     def _write_engine(self, builder: Any, network: Any, config: Any) -> None:
         self._logger.clear()
-        path = self._folder / self._spec.facts.engine_file
+        path = self._folder / self._subject.engine_file
         with explained(path), path.open("wb") as file:
             self._writer = _make_writer(self._trt, file)
             is_built = builder.build_serialized_network_to_stream(network, config, self._writer)

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen_aot.engines.tensorrt.messages import failure
 from qwen_aot.errors import BuildError
-from qwen_aot.exporter.model.io_spec import IoSpec, TensorSpec
+from qwen_aot.exporter.model.io_spec import IoSpec, TensorSpec, VisionIoSpec
 from qwen_aot.runtime.bundle.manifest import IoTensor
 
 # TensorRT's names of element types -> ours.
@@ -24,7 +24,10 @@ _DTYPES: Mapping[str, str] = {
 
 
 # Beside the cache: what no network can do without. Others are missing where nothing reads them.
-_NEEDED = ("input_ids", "logits", "logits_positions", "last_logits")
+_NEEDED = (
+    *("input_ids", "logits", "logits_positions", "last_logits"),
+    *("image_embeddings", "image_positions", "pixels"),
+)
 
 
 def parse(trt: Any, builder: Any, logger: Any, graph: Path, title: str) -> Any:
@@ -47,7 +50,9 @@ def _parser_error(error: Any) -> str:
     return f"{error.code().name}{f' at {node}' if node else ''}: {error.desc()}"
 
 
-def io_tables(network: Any, contract: IoSpec, title: str) -> tuple[tuple[IoTensor, ...], tuple[IoTensor, ...]]:
+def io_tables(
+    network: Any, contract: IoSpec | VisionIoSpec, title: str
+) -> tuple[tuple[IoTensor, ...], tuple[IoTensor, ...]]:
     """Inputs and outputs as the network has them, with the contract's letters for its dynamic dimensions.
 
     Raises:

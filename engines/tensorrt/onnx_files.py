@@ -8,13 +8,13 @@ from pathlib import Path
 from qwen_aot.engines.bundle.versions import tool_versions
 from qwen_aot.engines.tensorrt.plugin_library import sha256_of
 from qwen_aot.errors import BuildError
-from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE
+from qwen_aot.exporter.graph.save import MODEL_FILE, data_file_of
 from qwen_aot.runtime.bundle.manifest import FileEntry, Manifest
 
 
-def onnx_entries(folder: Path) -> dict[str, FileEntry]:
-    """Size and SHA-256 of the graph and of its weights in a folder."""
-    paths = [folder / name for name in (MODEL_FILE, DATA_FILE)]
+def onnx_entries(folder: Path, graph: str = MODEL_FILE) -> dict[str, FileEntry]:
+    """Size and SHA-256 of a graph's file and of its weights' in a folder."""
+    paths = [folder / name for name in (graph, data_file_of(graph))]
     return {path.name: FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path)) for path in paths}
 
 

@@ -1,7 +1,7 @@
 """The vision tower and the resampler of Qwen-VL, written for export.
 
 Parameters have the names and shapes of `exporter.model.vision_tensors`. As in the decoder, the residual stream, the
-norms and the tables of positions are fp32 whatever the compute type is; projections and attention have the compute type.
+norms and the tables of positions are fp32 whatever the compute type is; projections and attention have that type.
 Source of the architecture: the published model's description (arXiv 2308.12966) and parameters; the tower is OpenCLIP's
 ViT-bigG with its own attention, the resampler one layer of cross-attention from 256 learned queries.
 """
@@ -68,7 +68,7 @@ def thirds(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x times the normal distribution's function at x; exact, by erf."""
+    """GELU: x times the normal distribution's function at x; exact, by erf."""
     result: Tensor = torch.onnx.ops.symbolic(
         "Gelu", [x], {"approximate": "none"}, dtype=x.dtype, shape=x.shape, version=20
     )
@@ -93,7 +93,8 @@ class VisionLayer(nn.Module):
         """Maps the stream [B, P, width] to the same shape."""
         query, key, value = thirds(self.qkv_proj(self.ln_1(residual).to(self.dtype)))
         residual = residual + self.o_proj(attend(query, key, value, self.heads)).float()
-        return residual + self.down_proj(gelu(self.up_proj(self.ln_2(residual).to(self.dtype)))).float()
+        inner: Tensor = self.down_proj(gelu(self.up_proj(self.ln_2(residual).to(self.dtype))))
+        return residual + inner.float()
 
 
 class Resampler(nn.Module):

@@ -88,9 +88,13 @@ def io_spec(
 
     layers = range(config.num_hidden_layers)
     positions = (TensorSpec("logits_positions", int64, ("T",)),) if speculates else ()
-    images = () if config.vision is None else (
-        TensorSpec("image_embeddings", ir.DataType.FLOAT, ("I", config.hidden_size)),
-        TensorSpec("image_positions", int64, ("B", "S")),
+    images = (
+        ()
+        if config.vision is None
+        else (
+            TensorSpec("image_embeddings", ir.DataType.FLOAT, ("I", config.hidden_size)),
+            TensorSpec("image_positions", int64, ("B", "S")),
+        )
     )
     return IoSpec(
         step=(

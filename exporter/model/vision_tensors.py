@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwen_aot.exporter.model.tensors import Shape, WeightClass
+from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.tensors import Shape, WeightClass, num_parameters
 from qwen_aot.exporter.model.vision import CHANNELS, GRID, NUM_QUERIES, VisionConfig
 
 PREFIX = "transformer.visual."  # of the tensors' names in a checkpoint
@@ -216,8 +217,11 @@ def vision_tensors(config: VisionConfig) -> Iterator[VisionTensor]:
             yield VisionTensor(role, shapes[role], layer)
 
 
+def num_model_parameters(config: ModelConfig) -> int:
+    """Parameters of a whole model, those of its tower and resampler among them."""
+    return num_parameters(config) + (0 if config.vision is None else num_vision_parameters(config.vision))
+
+
 def num_vision_parameters(config: VisionConfig) -> int:
     """Parameters of the tower and the resampler, their tables of positions included, as the checkpoint holds them."""
-    return sum(
-        math.prod(shape) * (config.layers if role.is_in_layer else 1) for role, shape in _shapes(config).items()
-    )
+    return sum(math.prod(shape) * (config.layers if role.is_in_layer else 1) for role, shape in _shapes(config).items())

@@ -31,7 +31,7 @@ def vision_recipes(config: VisionConfig, dtype: ir.DataType) -> dict[str, Recipe
 
 
 def deinterleaved(heads: int, width: int) -> NDArray[np.int64]:
-    """The rows [3 * width] of a projection stored as q, k and v of head 0, q, k and v of head 1, …, in the order q, k, v.
+    """The rows [3 * width] of a projection that stores each head's q, k and v together, in the order q, k, v.
 
     Source: the published code views the product as [heads, 3 * head size] and splits the last axis.
     """
@@ -71,7 +71,8 @@ def resized(table: NDArray[np.float32], grid: int) -> NDArray[np.float32]:
     matrix = resize_matrix(grid)
     square = table.astype(np.float64).reshape(GRID, GRID, -1)
     rows = np.einsum("yi,ijn->yjn", matrix, square)
-    return np.einsum("xj,yjn->yxn", matrix, rows).reshape(grid * grid, -1).astype(np.float32)
+    both: NDArray[np.float64] = np.einsum("xj,yjn->yxn", matrix, rows)
+    return both.reshape(grid * grid, -1).astype(np.float32)
 
 
 def _pixel_recipes() -> Iterator[Recipe]:

@@ -18,6 +18,7 @@ __all__ = [
     "LAST_LOGITS",
     "LOGITS_POSITIONS",
     "VERIFY",
+    "VISION_STEP",
     "EngineEntry",
     "Engines",
     "IoTensor",

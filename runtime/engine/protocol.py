@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import ContextFullError, GenerationError
 from qwen_aot.runtime.bundle.manifest import Manifest
+from qwen_aot.runtime.engine.image_rows import ImageRows
 
 __all__ = ["Engine", "NonFiniteLogitsError", "check_finite", "check_room"]
 
@@ -49,9 +50,10 @@ class Engine(Protocol):
     def run_seconds(self) -> float:
         """Spent in the engine library's own run call so far: the rest of a step is our code."""
 
-    def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def prefill(self, row: int, token_ids: NDArray[np.int64], images: ImageRows | None = None) -> NDArray[np.float32]:
         """Appends tokens [n], n >= 1, to a row, in chunks; returns the logits [V] of the last one.
 
+        `images` says which of the tokens stand for rows of images; only a bundle with a vision engine takes them.
         The returned memory is valid until the next `prefill`, `decode` or `close`.
 
         Raises:
