@@ -8,7 +8,7 @@ torch.nn.functional.interpolate, and parameters have the checkpoint's names and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn import functional
 from qwen_aot.exporter.checkpoint.base import TensorInfo, TokenizerFiles
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows, no_codes
 from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.vision import VisionConfig
 
 EPSILON = 1e-6
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
@@ -115,7 +116,7 @@ class Tower(nn.Module):
         self.proj = nn.Parameter(torch.zeros(sizes.output_dim, sizes.output_dim))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        normal = (pixels / 255 - MEAN[:, None, None]) / STD[:, None, None]
+        normal = ((pixels.float() / 255 - MEAN[:, None, None]) / STD[:, None, None]).to(self.proj.dtype)
         x = self.conv1(normal).flatten(2).transpose(1, 2)
         x = self.ln_pre(x + resize(self.positional_embedding, x.shape[1]))
         for block in self.transformer["resblocks"]:
@@ -171,3 +172,22 @@ class ArrayCheckpoint:
 
     def __exit__(self, *exc: object) -> None:
         pass
+
+
+def seeing_config(sizes: Sizes = TINY) -> ModelConfig:
+    """A small decoder's facts beside a tower's."""
+    return ModelConfig(
+        model_type="qwen2",
+        vocab_size=97,
+        hidden_size=sizes.output_dim,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=sizes.output_dim // 2,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+        tie_word_embeddings=False,
+        vision=VisionConfig(**asdict(sizes)),
+    )

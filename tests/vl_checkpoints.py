@@ -1,4 +1,4 @@
-"""Small random models that see: a decoder of transformers, a tower of `tests.vision_reference`, one checkpoint of both."""
+"""Small random models that see: transformers' decoder, the tower of `tests.vision_reference`, a checkpoint of both."""
 
 from __future__ import annotations
 
