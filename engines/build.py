@@ -291,6 +291,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, storage: Storage, stages: Sta
             config,
             dtype,
             positions=positions,
+            context=max_context,
             capacity=capacity,
             speculates=speculates,
             gather_up_to_tokens=most_gathered_tokens(config, spec),

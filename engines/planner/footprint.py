@@ -17,11 +17,13 @@ from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.position_tables import position_tables
 from qwen_aot.exporter.model.tensors import Parameter, Role, WeightClass, layer_kinds, outer_parameters
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES
 from qwen_aot.runtime.bundle.manifest import cache_capacity
 
 _CACHE_BYTES = COMPUTE_BYTES | {"INT8": 1}
+_SCALE_BYTES = 4  # fp32: what queries at a position are multiplied by
 _CACHE_SCALE_BYTES = 2  # fp16: one for each key and each value of a head and token
 
 
@@ -80,7 +82,7 @@ def footprint(config: ModelConfig, spec: BuildSpec, storage: Storage | None = No
     if spec.own_codes:
         if storage is None:
             raise BuildError("own_codes has no size without the checkpoint whose codes these are; give its storage")
-        parts = [own_weights(config, own_choices(spec), storage), _rotary(config, spec, context)]
+        parts = [own_weights(config, own_choices(spec), storage), _position_tables(config, spec, context)]
     else:
         parts = list(_parts(config, spec, context))
     if spec.has_calibrated_cache:
@@ -112,16 +114,21 @@ def _parts(config: ModelConfig, spec: BuildSpec, context: int) -> Iterator[Part]
         yield _part(parameter, config, spec, forms)
     if config.tie_word_embeddings:
         yield _tied_head(config, forms)
-    yield _rotary(config, spec, context)
+    yield _position_tables(config, spec, context)
     for layers, parameters in layer_kinds(config):
         for parameter in parameters:
             yield _part(parameter, config, spec, forms) * len(layers)
     yield from _channels(config, forms)
 
 
-def _rotary(config: ModelConfig, spec: BuildSpec, context: int) -> Part:
-    rotary, positions = weight_forms(spec).rotary, cache_capacity(context, spec.prefill_chunk)
-    return Part(rotary.bytes_of(positions, config.head_dim), rotary.bytes_of(spec.max_batch, config.head_dim))
+def _position_tables(config: ModelConfig, spec: BuildSpec, context: int) -> Part:
+    """The rotary tables, of which a step reads a row a sequence, and the queries' factors."""
+    rotary = weight_forms(spec).rotary
+    tables = position_tables(config, context, cache_capacity(context, spec.prefill_chunk))
+    part = Part(rotary.bytes_of(tables.rotary_rows, config.head_dim), rotary.bytes_of(spec.max_batch, config.head_dim))
+    if not tables.scales_queries:
+        return part
+    return Part(part.stored + _SCALE_BYTES * tables.positions, part.read + _SCALE_BYTES * spec.max_batch)
 
 
 def _part(parameter: Parameter, config: ModelConfig, spec: BuildSpec, forms: Forms) -> Part:

@@ -23,6 +23,7 @@ from qwen_aot.exporter.lowering.tensorrt.standard import StandardOptions
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.io_spec import io_spec, vision_io_spec
 from qwen_aot.exporter.model.limits import MAX_LAYERS
+from qwen_aot.exporter.model.position_tables import position_tables
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.flavours import FLAVOURS
 from qwen_aot.runtime.bundle.manifest import VISION_STEP, EngineEntry, Manifest, cache_capacity
@@ -108,8 +109,15 @@ def finish_vision(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advan
 
 
 def _decoder(spec: BuildSpec, config: ModelConfig) -> Subject:
-    capacity = cache_capacity(spec.context_for(config.max_position_embeddings), spec.prefill_chunk)
-    contract = io_spec(config, ir.DataType[spec.cache_type], capacity, speculates=spec.speculate is not None)
+    context = spec.context_for(config.max_position_embeddings)
+    capacity = cache_capacity(context, spec.prefill_chunk)
+    contract = io_spec(
+        config,
+        ir.DataType[spec.cache_type],
+        capacity,
+        speculates=spec.speculate is not None,
+        rotary_length=config.dynamic_ntk_length if position_tables(config, context).rotary_tables > 1 else None,
+    )
     return Subject(
         graph_file=MODEL_FILE,
         engine_file=spec.facts.engine_file,

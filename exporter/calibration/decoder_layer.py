@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.model.config import ModelConfig
-from qwen_aot.exporter.model.rope import inverse_frequencies
+from qwen_aot.exporter.model.position_tables import query_scales, rotary_rows, rotary_table
 from qwen_aot.exporter.model.tensors import Role, layer_parameters
 
 Place = tuple[Role, int | None]  # a tensor of a layer: its role, and its expert if it is of one
@@ -89,11 +89,12 @@ class DecoderLayer:
 
     def __init__(self, config: ModelConfig, length: int) -> None:
         self._config = config
-        frequencies, factor = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        angles = np.arange(length, dtype=np.float32)[:, None] * frequencies.astype(np.float32)
-        both = np.concatenate((angles, angles), axis=1).astype(np.float64)
-        self._cos = torch.from_numpy((np.cos(both) * factor).astype(np.float32))  # [T, D]
-        self._sin = torch.from_numpy((np.sin(both) * factor).astype(np.float32))
+        table = rotary_table(config, length)  # of a first step of all positions
+        rows = np.arange(table * length, (table + 1) * length)
+        self._cos, self._sin = (
+            torch.from_numpy(np.tile(rotary_rows(config, length, rows, function), 2)) for function in (np.cos, np.sin)
+        )  # [T, D]
+        self._query_scales = torch.from_numpy(query_scales(config, np.arange(length)))[:, None]  # [T, 1]
 
     @torch.no_grad()
     def __call__(
@@ -141,7 +142,7 @@ class DecoderLayer:
             y = functional.linear(x, weights[role, None], weights.get((bias, None)))
             return y.view(B, T, count, config.head_dim).transpose(1, 2)
 
-        query = self._rotated(heads(Role.QUERY, Role.QUERY_BIAS, config.num_attention_heads))
+        query = self._rotated(heads(Role.QUERY, Role.QUERY_BIAS, config.num_attention_heads)) * self._query_scales
         key = self._rotated(heads(Role.KEY, Role.KEY_BIAS, config.num_key_value_heads))
         value = heads(Role.VALUE, Role.VALUE_BIAS, config.num_key_value_heads)
         observe_cache(key, value)

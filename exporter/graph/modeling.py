@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qwen_aot.exporter.graph.ops import DOMAIN, VERSION, Op
 from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.position_tables import PositionTables
 from qwen_aot.exporter.model.tensors import Shape, layer_parameters, outer_parameters
 
 Cache = tuple[Tensor, Tensor]
@@ -141,9 +142,17 @@ class Attention(nn.Module):
         }
         self.width = config.query_size
 
-    def forward(self, x: Tensor, past: Cache, step: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps x [B, S, M] to attention before its output projection [B, S, H*D], present key and value."""
+    def forward(
+        self, x: Tensor, past: Cache, step: Sequence[Tensor], query_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps x [B, S, M] to attention before its output projection [B, S, H*D], present key and value.
+
+        `query_scale` [B, S, 1]: what queries are multiplied by, which is the same before their rotation and behind it.
+        """
         qkv = self.qkv_proj(x)
+        if query_scale is not None:
+            query, rest = split_columns(qkv, (self.width, qkv.shape[-1] - self.width))
+            qkv = torch.cat([query * query_scale, rest], dim=-1)
         attention, key, value = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{Op.CACHED_ATTENTION}",
             [qkv, *past, *step],
@@ -168,15 +177,44 @@ class DecoderLayer(nn.Module):
         self.mlp: nn.Module = SparseMLP(config, shapes, dtype) if is_sparse else MLP(shapes, "mlp", dtype)
 
     def forward(
-        self, residual: Tensor, past: Cache, step: Sequence[Tensor], last_tokens: Tensor | None
+        self,
+        residual: Tensor,
+        past: Cache,
+        step: Sequence[Tensor],
+        query_scale: Tensor | None,
+        last_tokens: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`last_tokens` [B, T, 1]: the only tokens of each row to carry on from here; None: all of them."""
-        attention, key, value = self.self_attn(self.input_layernorm(residual).to(self.dtype), past, step)
+        attention, key, value = self.self_attn(self.input_layernorm(residual).to(self.dtype), past, step, query_scale)
         if last_tokens is not None:
             residual, attention = pick_tokens(residual, last_tokens), pick_tokens(attention, last_tokens)
         residual = residual + self.self_attn.o_proj(attention).float()
         residual = residual + self.mlp(self.post_attention_layernorm(residual).to(self.dtype)).float()
         return residual, key, value
+
+
+def pick_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a table [P, N] by their indices [...] -> [..., N]."""
+    result: Tensor = torch.onnx.ops.symbolic(
+        "Gather", [table, rows], {"axis": 0}, dtype=table.dtype, shape=[*rows.shape, table.shape[1]], version=13
+    )
+    return result
+
+
+def split_columns(x: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
+    """The last axis of x [..., N] in parts; torch itself would make a sequence of it, which TensorRT doesn't take."""
+    sizes = torch.onnx.ops.symbolic(
+        "Constant", [], {"value_ints": list(widths)}, dtype=torch.int64, shape=[len(widths)], version=13
+    )
+    parts: Sequence[Tensor] = torch.onnx.ops.symbolic_multi_out(
+        "Split",
+        [x, sizes],
+        {"axis": -1},
+        dtypes=[x.dtype] * len(widths),
+        shapes=[[*x.shape[:-1], width] for width in widths],
+        version=18,
+    )
+    return parts
 
 
 def pick_tokens(x: Tensor, tokens: Tensor) -> Tensor:
@@ -232,16 +270,17 @@ class Decoder(nn.Module):
         config: the model's facts.
         dtype: compute type of projections and attention; also the cache's.
         sparse: for each layer that is built, whether it has experts.
-        positions: rows of the rotary tables; at least the cache's capacity.
+        tables: of positions, which the graph reads.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, sparse: Sequence[bool], positions: int) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, sparse: Sequence[bool], tables: PositionTables) -> None:
         super().__init__()
         shapes = {parameter.name(): parameter.shape for parameter in outer_parameters(config)}
         self.dtype = dtype
         self.embed_tokens = _parameter(shapes["model.embed_tokens.weight"], dtype)
-        self.rotary_cos = _parameter((positions, config.head_dim // 2), torch.float32)
-        self.rotary_sin = _parameter((positions, config.head_dim // 2), torch.float32)
+        self.rotary_cos = _parameter((tables.rotary_rows, config.head_dim // 2), torch.float32)
+        self.rotary_sin = _parameter((tables.rotary_rows, config.head_dim // 2), torch.float32)
+        self.query_scales = _parameter((tables.positions, 1), torch.float32) if tables.scales_queries else None
         self.layers = nn.ModuleList(DecoderLayer(config, dtype, is_sparse=is_sparse) for is_sparse in sparse)
         self.norm = RMSNorm(shapes, "model.norm", config.rms_norm_eps)
         self.lm_head = Linear(shapes, "lm_head", dtype) if "lm_head.weight" in shapes else None
@@ -255,6 +294,7 @@ class Decoder(nn.Module):
         key_positions: Tensor,
         past: Sequence[Cache],
         logits_positions: Tensor | None = None,
+        rotary_offset: Tensor | None = None,
         image_embeddings: Tensor | None = None,
         image_positions: Tensor | None = None,
     ) -> tuple[Tensor | tuple[Tensor, Tensor], list[Cache]]:
@@ -264,25 +304,20 @@ class Decoder(nn.Module):
             Logits [B, V] fp32, with `logits_positions` a pair of them and those of the last tokens [B, T, V]; present
             keys and values.
         """
-        residual: Tensor = torch.onnx.ops.symbolic(
-            "Gather",
-            [self.embed_tokens, input_ids],
-            {"axis": 0},
-            dtype=self.dtype,
-            shape=[*input_ids.shape, self.embed_tokens.shape[1]],
-            version=13,
-        ).float()
+        residual = pick_rows(self.embed_tokens, input_ids).float()
         if image_embeddings is not None and image_positions is not None:
             residual = with_images(residual, image_embeddings, image_positions)
         # Not `<=` and clamp, each of which becomes several ops in TensorRT; and TensorRT-RTX 1.7 can't compile `<` with
         # `position_ids + 1` where it computes attention without a fused kernel.
         mask = torch.logical_not(key_positions > position_ids.unsqueeze(1).unsqueeze(-1))  # [B, 1, S, W]
         last = last_tokens(new_tokens, logits_positions)
-        step = (self.rotary_cos, self.rotary_sin, position_ids, cache_length, new_tokens, mask)
+        rotary_rows = position_ids if rotary_offset is None else position_ids + rotary_offset.unsqueeze(-1)
+        step = (self.rotary_cos, self.rotary_sin, rotary_rows, cache_length, new_tokens, mask)
+        scale = None if self.query_scales is None else pick_rows(self.query_scales, position_ids).to(self.dtype)
         present: list[Cache] = []
         for index, layer in enumerate(self.layers):
             is_last = index == len(self.layers) - 1
-            residual, key, value = layer(residual, past[index], step, last if is_last else None)
+            residual, key, value = layer(residual, past[index], step, scale, last if is_last else None)
             present.append((key, value))
         hidden = self.norm(residual).to(self.dtype)  # [B, T, M]
         head = self.embed_tokens if self.lm_head is None else self.lm_head.weight

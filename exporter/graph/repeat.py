@@ -65,21 +65,21 @@ class LayerRepeater:
             raise ExportError("torch.onnx.export recorded no module scope for a layer; is this the pinned torch?")
         return before, layers, after
 
-    def residual_stream(self, nodes: list[ir.Node]) -> ir.Value:
-        """The value a layer takes from what stands before it: its only floating-point input from another node.
+    def residual_stream(self, nodes: list[ir.Node], width: int) -> ir.Value:
+        """The value a layer takes from what stands before it: its only input from another node as wide as the model.
+
+        The factors of queries, which every layer of a decoder may take too, are one element wide.
 
         Raises:
             ExportError: it takes more, or nothing.
         """
         made = {value for node in nodes for value in node.outputs}
         taken = {value for node in nodes for value in node.inputs if value is not None and value not in made}
-        floating = [
-            v for v in taken if v.producer() is not None and v.dtype is not None and v.dtype.is_floating_point()
-        ]
-        if len(floating) != 1:
-            names = sorted(str(value.name) for value in floating)
+        streams = [value for value in taken if value.producer() is not None and _is_stream(value, width)]
+        if len(streams) != 1:
+            names = sorted(str(value.name) for value in streams)
             raise ExportError(f"a traced layer should take the residual stream and nothing else, but takes {names}")
-        return floating[0]
+        return streams[0]
 
     def bind(self, traced_input: str, name: str) -> None:
         """Lets an input of the traced graph be one of the new graph."""
@@ -134,6 +134,12 @@ class LayerRepeater:
                 name=name, type=value.type, shape=_copy_shape(value), const_value=value.const_value
             )
         return self._initializers[name]
+
+
+def _is_stream(value: ir.Value, width: int) -> bool:
+    if value.dtype is None or not value.dtype.is_floating_point():
+        return False
+    return value.shape is not None and value.shape[-1] == width
 
 
 def _copy_shape(value: ir.Value) -> ir.Shape | None:

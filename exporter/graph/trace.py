@@ -21,7 +21,8 @@ from qwen_aot.exporter.graph.modeling import Decoder
 from qwen_aot.exporter.graph.repeat import LayerRepeater
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.experts import gather_limit
-from qwen_aot.exporter.model.io_spec import IoSpec, io_spec
+from qwen_aot.exporter.model.io_spec import IMAGE_EMBEDDINGS, IMAGE_POSITIONS, ROTARY_OFFSET, IoSpec, io_spec
+from qwen_aot.exporter.model.position_tables import PositionTables, position_tables
 from qwen_aot.exporter.model.vision_tensors import vision_tensors
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.recipes import decoder_recipes
@@ -42,6 +43,7 @@ def trace(
     dtype: ir.DataType = ir.DataType.FLOAT,
     *,
     positions: int | None = None,
+    context: int | None = None,
     capacity: int | None = None,
     speculates: bool = False,
     gather_up_to_tokens: int | None = None,
@@ -51,7 +53,8 @@ def trace(
     Args:
         config: the model's facts.
         dtype: compute type (FLOAT, FLOAT16, BFLOAT16) of projections, attention and cache.
-        positions: rows of the rotary tables, at least the cache's capacity; None: `max_position_embeddings`.
+        positions: rows of the tables of positions, at least the cache's capacity; None: `max_position_embeddings`.
+        context: tokens of the longest sequence; None: `max_position_embeddings`, or `positions` if these are fewer.
         capacity: cache capacity C in tokens where the target fixes it; None leaves it dynamic.
         speculates: a step can give the logits of each row's last tokens (`io_spec`).
         gather_up_to_tokens: for SparseMoE's definition (see `ops.sparse_moe_definition`); None: by its cost.
@@ -65,9 +68,11 @@ def trace(
     if dtype not in TORCH_DTYPES:
         raise ExportError(f"compute type {dtype.name} can't be traced; accepted: FLOAT, FLOAT16, BFLOAT16")
     positions = positions or config.max_position_embeddings
+    tables = position_tables(config, context or min(positions, config.max_position_embeddings), positions)
     templates = _templates(config)
-    graph = _export(config, dtype, templates, positions, speculates)
-    spec = io_spec(config, dtype, capacity, speculates=speculates)
+    graph = _export(config, dtype, templates, tables, speculates)
+    rotary_length = config.dynamic_ntk_length if tables.rotary_tables > 1 else None
+    spec = io_spec(config, dtype, capacity, speculates=speculates, rotary_length=rotary_length)
     full = _Repeater(graph, config, templates, spec).build()
     model = ir.Model(full, ir_version=IR_VERSION, producer_name=PRODUCER, producer_version=__version__)
     model.metadata_props.update(
@@ -81,7 +86,7 @@ def trace(
     _attach_definitions(model, config, dtype, capacity, gather_up_to_tokens)
     vision = () if config.vision is None else vision_tensors(config.vision)
     elsewhere = frozenset(tensor.name for tensor in vision)
-    return Traced(model, config, decoder_recipes(config, dtype, positions), elsewhere=elsewhere)
+    return Traced(model, config, decoder_recipes(config, dtype, tables), elsewhere=elsewhere)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,30 +105,37 @@ def _templates(config: ModelConfig) -> _Templates:
 
 
 def _export(
-    config: ModelConfig, dtype: ir.DataType, templates: _Templates, positions: int, speculates: bool
+    config: ModelConfig, dtype: ir.DataType, templates: _Templates, tables: PositionTables, speculates: bool
 ) -> ir.Graph:
     torch_dtype = TORCH_DTYPES[dtype]
     count = len(templates.sparse)
     spec = io_spec(config, dtype, speculates=speculates)
-    dynamic: tuple[object, ...] = (
-        {0: "B", 1: "S"},
-        {0: "B", 1: "S"},
-        {0: "B"},
-        {0: "B"},
-        {0: "W"},
-        [({0: "B", 2: "C"},) * 2] * count,
-    )
     B, S, C, W, T, rows = 3, 7, 64, 23, 5, 11  # any sizes above 1 that differ from each other
-    first = ("input_ids", "position_ids", "cache_length", "new_tokens", "key_positions")
-    names = [tensor.name for tensor in spec.step if tensor.name in first]
-    last = [tensor.name for tensor in spec.step if tensor.name not in first]
+    # The decoder's other arguments: the sizes of integers, and the letters of those that vary.
+    optional: dict[str, tuple[tuple[int, ...], dict[int, str]]] = {}
+    if speculates:
+        optional["logits_positions"] = ((T,), {0: "T"})
+    if tables.rotary_tables > 1:
+        optional[ROTARY_OFFSET] = ((B,), {0: "B"})
+    if config.vision is not None:
+        optional[IMAGE_EMBEDDINGS] = ((rows, config.hidden_size), {0: "I"})
+        optional[IMAGE_POSITIONS] = ((B, S), {0: "B", 1: "S"})
+    names = [tensor.name for tensor in spec.step if tensor.name not in optional]
+    dynamic: dict[str, object] = {
+        "input_ids": {0: "B", 1: "S"},
+        "position_ids": {0: "B", 1: "S"},
+        "cache_length": {0: "B"},
+        "new_tokens": {0: "B"},
+        "key_positions": {0: "W"},
+        "past": [({0: "B", 2: "C"},) * 2] * count,
+    }
     logits_names = [tensor.name for tensor in spec.outputs if "." not in tensor.name]
     cache_names = [f"{{}}.{i}.{part}" for i in range(count) for part in ("key", "value")]
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         # torch warns that axes share a name (they are meant to), of its own deprecations, and without torchvision.
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        decoder = Decoder(config, torch_dtype, templates.sparse, positions).eval()
+        decoder = Decoder(config, torch_dtype, templates.sparse, tables).eval()
 
         def int64(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.int64)
@@ -132,19 +144,16 @@ def _export(
             return torch.zeros(B, config.num_key_value_heads, C, config.head_dim, dtype=torch_dtype)
 
         past = [(cache(), cache()) for _ in range(count)]
-        arguments: tuple[object, ...] = (int64(B, S), int64(B, S), int64(B), int64(B), int64(W), past)
-        if speculates or config.vision is not None:
-            arguments = (*arguments, int64(T) if speculates else None)
-            dynamic = (*dynamic, {0: "T"} if speculates else None)
-        if config.vision is not None:
-            arguments = (*arguments, torch.zeros(rows, config.hidden_size), int64(B, S))
-            dynamic = (*dynamic, {0: "I"}, {0: "B", 1: "S"})
+        others = {name: int64(*sizes) for name, (sizes, _) in optional.items()}
+        if IMAGE_EMBEDDINGS in others:
+            others[IMAGE_EMBEDDINGS] = others[IMAGE_EMBEDDINGS].float()
         program = torch.onnx.export(
             decoder,
-            arguments,
-            input_names=names + [name.format("past_key_values") for name in cache_names] + last,
+            (int64(B, S), int64(B, S), int64(B), int64(B), int64(W), past),
+            kwargs=others,
+            input_names=names + [name.format("past_key_values") for name in cache_names] + list(optional),
             output_names=logits_names + [name.format("present") for name in cache_names],
-            dynamic_shapes=dynamic,
+            dynamic_shapes=dynamic | {name: letters for name, (_, letters) in optional.items()},
             opset_version=ops.OPSET,
             custom_opsets={ops.DOMAIN: ops.VERSION},
             dynamo=True,
@@ -162,6 +171,7 @@ def _initializer_name(traced_name: str) -> str:
         "embed_tokens": "model.embed_tokens.weight",
         "rotary_cos": "model.rotary.cos",
         "rotary_sin": "model.rotary.sin",
+        "query_scales": "model.query_scales",
         "lm_head.weight": "lm_head.weight",
     }
     return fixed.get(traced_name, f"model.{traced_name}")
@@ -181,9 +191,10 @@ class _Repeater(LayerRepeater):
         """The graph, with its inputs and outputs named as the specification has them."""
         before, layers, after = self.partition()
         for spec in self._spec.step:
-            self.bind(spec.name, spec.name)
+            # A number behind the name of an argument is none of the trace's.
+            self.bind(ROTARY_OFFSET if spec.name.startswith(ROTARY_OFFSET) else spec.name, spec.name)
         self.copy(before, "")
-        stream_in = [self.residual_stream(nodes) for nodes in layers]
+        stream_in = [self.residual_stream(nodes, self._config.hidden_size) for nodes in layers]
         present: list[ir.Value] = []
         stream = self.values[stream_in[0]]
         for layer, template in enumerate(self._templates.of_layer):

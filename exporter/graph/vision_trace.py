@@ -46,7 +46,7 @@ def trace_vision(config: ModelConfig, dtype: ir.DataType = ir.DataType.FLOAT) ->
     before, (layer,), after = repeater.partition()
     repeater.bind("pixels", "pixels")
     repeater.copy(before, "")
-    stream = repeater.residual_stream(layer)
+    stream = repeater.residual_stream(layer, vision.width)
     result = _result(layer, after)
     for index in range(vision.layers):
         repeater.copy(layer, f"layers.{index}.", index)

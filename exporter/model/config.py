@@ -17,7 +17,7 @@ from qwen_aot.exporter.model.limits import (
 )
 from qwen_aot.exporter.model.vision import VisionConfig
 
-MODEL_TYPES = ("qwen2", "qwen2_moe")
+MODEL_TYPES = ("qwen", "qwen2", "qwen2_moe")
 ROPE_TYPES = ("linear", "yarn", "llama3")  # beside None: those that change frequencies once, not per request
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _MAX_ROPE_NUMBER = 2.0**20  # of factors and rotations: published ones are at most 64; fp32 tables and logs stay finite
@@ -127,13 +127,19 @@ class MoeConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Facts of one Qwen1.5 checkpoint, validated once, spelled as in config.json.
+    """Facts of one checkpoint, validated once, spelled as in config.json.
+
+    Attributes:
+        logn_attn_length: of `qwen`: a query at position p is multiplied by max(1, log(p + 1) / log(this)); None: it
+            isn't (`use_logn_attn`).
+        dynamic_ntk_length: of `qwen`: tokens of a first step up to which keys are rotated at `rope_theta`; longer ones
+            get larger bases (`exporter.model.position_tables`); None: all have that base (`use_dynamic_ntk`).
 
     Raises:
         CheckpointError: a value is out of range; the message names field, value and accepted range.
     """
 
-    model_type: str  # qwen2 | qwen2_moe
+    model_type: str  # one of MODEL_TYPES
     vocab_size: int
     hidden_size: int
     intermediate_size: int  # of a dense MLP
@@ -147,6 +153,8 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool = True  # q, k, v have biases (a llama-layout checkpoint: False)
     rope_scaling: RopeScaling | None = None
+    logn_attn_length: int | None = None
+    dynamic_ntk_length: int | None = None
     moe: MoeConfig | None = None
     torch_dtype: str = "bfloat16"
     bos_token_id: int | None = None
@@ -156,9 +164,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
-            raise CheckpointError(
-                f"model_type is {self.model_type!r}; accepted: {', '.join(MODEL_TYPES)} (the Qwen1.5 architectures)"
-            )
+            raise CheckpointError(f"model_type is {self.model_type!r}; accepted: {', '.join(MODEL_TYPES)}")
         if self.torch_dtype not in DTYPES:
             raise CheckpointError(f"torch_dtype is {self.torch_dtype!r}; accepted: {', '.join(DTYPES)}")
         for name, limit in (
@@ -183,6 +189,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim is {self.head_dim}; rotary embedding needs an even number")
+        self._check_length_extension()
         if (self.moe is not None) != (self.model_type == "qwen2_moe"):
             raise CheckpointError(
                 f"moe is {self.moe}; model_type {self.model_type!r} "
@@ -201,6 +208,21 @@ class ModelConfig:
                 f"visual.output_dim is {self.vision.output_dim}; accepted: hidden_size ({self.hidden_size})"
             )
         self._check_products()
+
+    def _check_length_extension(self) -> None:
+        for name, at_least in (("logn_attn_length", 2), ("dynamic_ntk_length", 1)):
+            value = getattr(self, name)
+            if value is not None:
+                _require_count(name, value, at_least, MAX_CONTEXT)
+        if self.dynamic_ntk_length is None:
+            return
+        if self.head_dim < 4:
+            raise CheckpointError(f"head_dim is {self.head_dim}; dynamic NTK (use_dynamic_ntk) needs at least 4")
+        if self.rope_scaling is not None:
+            raise CheckpointError(
+                f"rope scaling {self.rope_scaling.rope_type!r} doesn't go with dynamic NTK (use_dynamic_ntk); "
+                "accepted: one of them"
+            )
 
     def _check_products(self) -> None:
         moe = self.moe

@@ -16,6 +16,9 @@ from qwen_aot.exporter.model.vision import CHANNELS, NUM_QUERIES, VisionConfig
 
 Dim = int | str
 
+IMAGE_EMBEDDINGS, IMAGE_POSITIONS = "image_embeddings", "image_positions"  # of models with a vision tower
+ROTARY_OFFSET = "rotary_offset"  # of graphs with several rotary tables; the name goes on with a number
+
 CACHE_SCALE_DTYPE = ir.DataType.FLOAT16  # of an int8 cache
 
 
@@ -55,7 +58,12 @@ class IoSpec:
 
 
 def io_spec(
-    config: ModelConfig, cache_dtype: ir.DataType, capacity: int | None = None, *, speculates: bool = False
+    config: ModelConfig,
+    cache_dtype: ir.DataType,
+    capacity: int | None = None,
+    *,
+    speculates: bool = False,
+    rotary_length: int | None = None,
 ) -> IoSpec:
     """The contract between exporter, engines and runtime.
 
@@ -64,6 +72,7 @@ def io_spec(
         cache_dtype: element type of past and present.
         capacity: C in tokens where the target fixes it at build time; None leaves it dynamic.
         speculates: a step can give the logits of each row's last tokens, so that drafted tokens are checked at once.
+        rotary_length: `ModelConfig.dynamic_ntk_length` where the graph has several rotary tables; None: it has one.
 
     Returns:
         input_ids [B, S] int64 (right-padded); position_ids [B, S] int64 (`cache_length[b] + s`, padding included);
@@ -72,9 +81,10 @@ def io_spec(
         [B, Hkv, C, D], of an int8 cache also past_key_values.{i}.key_scale/.value_scale and present.{i}.… [B, Hkv, C]
         float16; logits [B, V] float32 of each row's last valid token. With `speculates` also logits_positions [T]
         int64 (0 … T-1; only as many rows of the head are computed as it is long) and last_logits [B, T, V] float32 of
-        each row's last T valid tokens, the newest last; a row of n < T new tokens has its own in the last n. Of a
-        model with a vision tower also image_embeddings [I, M] float32, of which a step without images has one row that
-        nothing reads, and image_positions [B, S] int64: the row of them that stands in the place of the token's
+        each row's last T valid tokens, the newest last; a row of n < T new tokens has its own in the last n. With
+        `rotary_length` also rotary_offset.{rotary_length} [B] int64: the first row of the rotary table of each row.
+        Of a model with a vision tower also image_embeddings [I, M] float32, of which a step without images has one row
+        that nothing reads, and image_positions [B, S] int64: the row of them that stands in the place of the token's
         embedding, -1: none does.
     """
     int64 = ir.DataType.INT64
@@ -88,12 +98,13 @@ def io_spec(
 
     layers = range(config.num_hidden_layers)
     positions = (TensorSpec("logits_positions", int64, ("T",)),) if speculates else ()
+    offset = () if rotary_length is None else (TensorSpec(f"{ROTARY_OFFSET}.{rotary_length}", int64, ("B",)),)
     images = (
         ()
         if config.vision is None
         else (
-            TensorSpec("image_embeddings", ir.DataType.FLOAT, ("I", config.hidden_size)),
-            TensorSpec("image_positions", int64, ("B", "S")),
+            TensorSpec(IMAGE_EMBEDDINGS, ir.DataType.FLOAT, ("I", config.hidden_size)),
+            TensorSpec(IMAGE_POSITIONS, int64, ("B", "S")),
         )
     )
     return IoSpec(
@@ -104,6 +115,7 @@ def io_spec(
             TensorSpec("new_tokens", int64, ("B",)),
             TensorSpec("key_positions", int64, ("W",)),
             *positions,
+            *offset,
             *images,
         ),
         past=tuple(cache("past_key_values", layer) for layer in layers),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.model.position_tables import PositionTables
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.recipes import decoder_recipes
 from qwen_aot.exporter.weights.stitch import check_sources
@@ -21,7 +22,7 @@ def check_headers(checkpoint: Checkpoint) -> None:
     """
     empty = ir.Model(ir.Graph([], [], nodes=[], opset_imports={}), ir_version=10)
     config = checkpoint.config
-    recipes = decoder_recipes(config, ir.DataType.FLOAT, positions=1)
+    recipes = decoder_recipes(config, ir.DataType.FLOAT, PositionTables(positions=1))
     if config.vision is not None:
         recipes |= vision_recipes(config.vision, ir.DataType.FLOAT)
     check_sources(Traced(empty, config, recipes), checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ __all__ = [
     "DTYPES",
     "LAST_LOGITS",
     "LOGITS_POSITIONS",
+    "ROTARY_OFFSET",
     "VERIFY",
     "VISION_STEP",
     "EngineEntry",
@@ -26,6 +28,7 @@ __all__ = [
     "TextEngine",
     "VisionEngine",
     "WeightEncodings",
+    "rotary_table",
 ]
 
 DTYPES = ("int64", "int32", "float32", "float16", "bfloat16", "int8")
@@ -34,7 +37,9 @@ DIMENSIONS = ("B", "S", "C", "W", "T", "I")
 CACHE_PREFIX = "past_key_values."  # of the cache inputs' names
 LAST_LOGITS = "last_logits"  # the output that `logits_rows` bounds
 LOGITS_POSITIONS = "logits_positions"  # the input that says of how many tokens it is
+ROTARY_OFFSET = "rotary_offset."  # the input of the first row of each row's rotary table; a number of tokens follows
 VERIFY = "verify"  # the profile of the steps that want it
+_COUNT = re.compile("[1-9][0-9]{0,8}")
 VISION_STEP = "encode"  # the one step of a vision engine
 
 
@@ -153,6 +158,30 @@ class TextEngine(EngineEntry):
         self._check_plan(names)
         require_counts(self, "logits_rows")
 
+    @property
+    def rotary_input(self) -> IoTensor | None:
+        """The input `rotary_offset.N`; None: all rows have one rotary table."""
+        return next((tensor for tensor in self.inputs if tensor.name.startswith(ROTARY_OFFSET)), None)
+
+    @property
+    def rotary_length(self) -> int | None:
+        """N of `rotary_input`: the first table is of first steps of up to N tokens, the next of up to 2 N, and on."""
+        tensor = self.rotary_input
+        return None if tensor is None else int(tensor.name.removeprefix(ROTARY_OFFSET))
+
+    def check_rotary(self) -> None:
+        """The name of an input `rotary_offset.N` has a number of tokens.
+
+        Raises:
+            BundleError: it hasn't.
+        """
+        tensor = self.rotary_input
+        if tensor is not None and not _COUNT.fullmatch(tensor.name.removeprefix(ROTARY_OFFSET)):
+            raise BundleError(
+                f"the input {tensor.name!r} names no number of tokens; accepted: {ROTARY_OFFSET}N, N from 1 to "
+                "999999999"
+            )
+
     def check_cache(self, slots: int) -> None:
         """The cache inputs are [B, Hkv, C, D], scales [B, Hkv, C], all with one C of at least `slots`.
 
@@ -242,6 +271,11 @@ class Engines:
     def all(self) -> tuple[EngineEntry, ...]:
         """Those that there are."""
         return (self.text,) if self.vision is None else (self.text, self.vision)
+
+
+def rotary_table(rotary_length: int | None, tokens: int) -> int:
+    """The index of the rotary table of a row whose first step has so many tokens (`TextEngine.rotary_length`)."""
+    return 0 if rotary_length is None else (-(-tokens // rotary_length) - 1).bit_length()
 
 
 def _shown(tensor: IoTensor) -> str:

@@ -18,6 +18,7 @@ from qwen_aot.runtime.bundle.engine_entry import (
     DTYPES,
     LAST_LOGITS,
     LOGITS_POSITIONS,
+    ROTARY_OFFSET,
     VERIFY,
     VISION_STEP,
     EngineEntry,
@@ -27,6 +28,7 @@ from qwen_aot.runtime.bundle.engine_entry import (
     TextEngine,
     VisionEngine,
     WeightEncodings,
+    rotary_table,
 )
 from qwen_aot.runtime.bundle.files import MANIFEST_NAME, FileEntry, check_file_name
 from qwen_aot.runtime.bundle.step_plan import MatrixProduct, PlanTensor, StepPlan
@@ -42,6 +44,7 @@ __all__ = [
     "LOGITS_POSITIONS",
     "MANIFEST_NAME",
     "MAX_COUNT",
+    "ROTARY_OFFSET",
     "VERIFY",
     "VISION_STEP",
     "EngineEntry",
@@ -61,6 +64,7 @@ __all__ = [
     "VisionEngine",
     "WeightEncodings",
     "cache_capacity",
+    "rotary_table",
 ]
 
 FORMAT_VERSION = 2  # what is written; version 1 is read too
@@ -159,6 +163,7 @@ class Manifest:
         text.check_cache(self.max_context + self.prefill_chunk)
         text.check_logits(self.model.vocab_size, self.prefill_chunk)
         text.check_layers(self.model.num_hidden_layers)
+        text.check_rotary()
         self._check_files()
 
     @property

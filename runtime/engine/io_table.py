@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from qwen_aot.errors import EngineMismatchError
-from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, LAST_LOGITS, LOGITS_POSITIONS, IoTensor, Manifest
+from qwen_aot.runtime.bundle.manifest import (
+    CACHE_PREFIX,
+    LAST_LOGITS,
+    LOGITS_POSITIONS,
+    ROTARY_OFFSET,
+    IoTensor,
+    Manifest,
+)
 
 __all__ = [
     "IMAGE_EMBEDDINGS",
@@ -53,6 +60,8 @@ def check_table(manifest: Manifest) -> None:
         EngineMismatchError: names them.
     """
     engine, past = manifest.engines.text, cache_inputs(manifest)
+    rotary = engine.rotary_input
+    known = {*STEP_INPUTS, *(() if rotary is None else (rotary.name,))}
     images = [tensor for tensor in engine.inputs if tensor.name in (IMAGE_EMBEDDINGS, IMAGE_POSITIONS)]
     if images and (len(images) < 2 or not any(_is_image_rows(tensor) for tensor in images)):
         shown = "; ".join(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}" for tensor in images)
@@ -61,14 +70,10 @@ def check_table(manifest: Manifest) -> None:
             f"{IMAGE_POSITIONS}, or neither"
         )
     for tensor in engine.inputs:
-        if (
-            tensor not in past
-            and not _is_image_rows(tensor)
-            and (tensor.name not in STEP_INPUTS or tensor.dtype != "int64")
-        ):
+        if tensor not in past and not _is_image_rows(tensor) and (tensor.name not in known or tensor.dtype != "int64"):
             raise EngineMismatchError(
                 f"the bundle's graph has the input {tensor.name!r} of dtype {tensor.dtype}, which this runtime can't "
-                f"feed; accepted: past_key_values.* and {', '.join(sorted(STEP_INPUTS))} (int64)"
+                f"feed; accepted: past_key_values.* and {', '.join(sorted(STEP_INPUTS))}, {ROTARY_OFFSET}N (int64)"
             )
     logits = IoTensor("logits", "float32", ("B", manifest.model.vocab_size))
     outputs = {"logits", *(present_name(tensor.name) for tensor in past)}

@@ -49,6 +49,7 @@ class KvCache:
     Attributes:
         memory: where the arrays lie.
         lengths: int64 [max_batch], valid tokens of each row, in host memory. Its memory never moves.
+        rotary_offsets: int64 [max_batch], see `runtime.engine.rows.Cache`.
         capacity: C, in tokens.
     """
 
@@ -73,6 +74,7 @@ class KvCache:
         self._limit = fixed if isinstance(fixed, int) else max_capacity
         self.capacity = fixed if isinstance(fixed, int) else CAPACITY_STEP
         self.lengths: NDArray[np.int64] = np.zeros(max_batch, np.int64)
+        self.rotary_offsets: NDArray[np.int64] = np.zeros(max_batch, np.int64)
         self._blocks: list[Block] = []
         if self.memory.is_lazy and self.capacity < self._limit:
             # Where so much isn't even given as addresses (a limit of the system), what is needed may yet be.

@@ -50,11 +50,27 @@ class Engine(Protocol):
     def run_seconds(self) -> float:
         """Spent in the engine library's own run call so far: the rest of a step is our code."""
 
-    def prefill(self, row: int, token_ids: NDArray[np.int64], images: ImageRows | None = None) -> NDArray[np.float32]:
+    def prefill(
+        self,
+        row: int,
+        token_ids: NDArray[np.int64],
+        prompt_tokens: int | None = None,
+        images: ImageRows | None = None,
+    ) -> NDArray[np.float32]:
         """Appends tokens [n], n >= 1, to a row, in chunks; returns the logits [V] of the last one.
 
-        `images` says which of the tokens stand for rows of images; only a bundle with a vision engine takes them.
-        The returned memory is valid until the next `prefill`, `decode` or `close`.
+        An empty row gets the rotary table of its prompt's length, where the bundle has several
+        (`TextEngine.rotary_length`), and keeps it until it is empty again.
+
+        Args:
+            row: to append to.
+            token_ids: [n].
+            prompt_tokens: of the whole prompt that these begin; None: they are the whole. Of no effect on a row that
+                isn't empty.
+            images: which of the tokens stand for rows of images; only a bundle with a vision engine takes them.
+
+        Returns:
+            Memory that is valid until the next `prefill`, `decode` or `close`.
 
         Raises:
             ContextFullError: they don't fit.

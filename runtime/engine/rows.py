@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.errors import GenerationError
-from qwen_aot.runtime.bundle.manifest import Manifest
+from qwen_aot.runtime.bundle.manifest import Manifest, rotary_table
 from qwen_aot.runtime.engine.exclusive import Exclusive, hold_at_exit
 from qwen_aot.runtime.engine.image_rows import ImageRows
 from qwen_aot.runtime.engine.io_table import image_width
@@ -23,9 +23,12 @@ class Cache(Protocol):
 
     Attributes:
         lengths: int64 [max_batch], valid tokens of each row. Its memory never moves.
+        rotary_offsets: int64 [max_batch], the first row of the rotary table that each row's keys were rotated by; 0
+            where there is one table. Its memory never moves.
     """
 
     lengths: NDArray[np.int64]
+    rotary_offsets: NDArray[np.int64]
 
     def reserve(self, tokens: int) -> bool:
         """Makes room for `tokens` per row, keeping content; returns whether memory moved."""
@@ -92,6 +95,7 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
             verify: has all rows of `logits_rows` tokens; None: the bundle can't do it.
         """
         self._manifest = manifest
+        self._rotary_length = manifest.engines.text.rotary_length
         self._cache = cache
         self._prefill: StepT | None = prefill
         self._decode: StepT | None = decode
@@ -120,13 +124,19 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
         """Spent in the library's run call so far; 0 once closed."""
         return sum(step.run_seconds for step in (self._prefill, self._decode, self._verify) if step is not None)
 
-    def prefill(self, row: int, token_ids: NDArray[np.int64], images: ImageRows | None = None) -> NDArray[np.float32]:
+    def prefill(
+        self,
+        row: int,
+        token_ids: NDArray[np.int64],
+        prompt_tokens: int | None = None,
+        images: ImageRows | None = None,
+    ) -> NDArray[np.float32]:
         """Appends tokens [n], n >= 1, to a row, in chunks; returns the logits [V] of the last one.
 
         See `runtime.engine.protocol.Engine.prefill`.
         """
         with self._lock:
-            return self._prefill_chunks(row, token_ids, images)
+            return self._prefill_chunks(row, token_ids, prompt_tokens or len(token_ids), images)
 
     def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends one token [B] to each of B contiguous rows; returns logits [B, V].
@@ -175,6 +185,7 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
                 raise GenerationError(f"row {source} can't be copied to itself; accepted: two rows")
             self._check_held(source, length, "copied up to")
             self._cache.copy_row(source, target, length)
+            self._cache.rotary_offsets[target] = self._cache.rotary_offsets[source]
 
     def reserve(self, tokens: int) -> None:
         """Allocates now what rows of `tokens` need.
@@ -204,7 +215,9 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
     def _free_resources(self) -> None:
         """Frees what a backend holds; may be called again."""
 
-    def _prefill_chunks(self, row: int, token_ids: NDArray[np.int64], images: ImageRows | None) -> NDArray[np.float32]:
+    def _prefill_chunks(
+        self, row: int, token_ids: NDArray[np.int64], prompt_tokens: int, images: ImageRows | None
+    ) -> NDArray[np.float32]:
         step, lengths = _opened(self._prefill), self._cache.lengths
         self._check_rows(row, 1)
         start, count, chunk = int(lengths[row]), len(token_ids), self._manifest.prefill_chunk
@@ -217,6 +230,7 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
             self._check_images(images, count)
         check_room(row, start, count, self._manifest.max_context)
         self._cache.reserve(start + count)
+        self._choose_rotary_table(row, prompt_tokens)
         end = start  # where the row is left: a call that raises leaves it as it was
         try:
             for offset in range(0, count, chunk):
@@ -247,6 +261,8 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
             for row in np.flatnonzero(counts):
                 check_room(first_row + int(row), int(lengths[row]), int(counts[row]), room)
         self._cache.reserve(longest + tokens)
+        for row in np.flatnonzero(lengths == 0) if self._rotary_length is not None else ():
+            self._choose_rotary_table(first_row + int(row), max(1, int(counts[row])))
         if is_padding.any():
             step.new_tokens[:rows] = np.where((counts == 0) & (lengths == 0), 1, counts)
             token_ids = np.where(is_padding, 0, token_ids)
@@ -262,6 +278,12 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
             raise
         lengths += counts
         return logits
+
+    def _choose_rotary_table(self, row: int, prompt_tokens: int) -> None:
+        """A row that is empty gets the rotary table of the prompt that it is about to hold."""
+        if self._cache.lengths[row] == 0:
+            table = rotary_table(self._rotary_length, prompt_tokens)
+            self._cache.rotary_offsets[row] = table * self._manifest.max_capacity
 
     def __enter__(self) -> Self:
         return self

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.errors import GenerationError
+from qwen_aot.runtime.bundle.manifest import rotary_table
 from qwen_aot.runtime.engine.protocol import Engine, NonFiniteLogitsError
 from qwen_aot.runtime.generation.choices import PendingChoices
 from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
@@ -59,11 +60,13 @@ class _Held:
         tokens: ids, or keys of images (`images.cache_keys`); none: the row is empty.
         scope: of the request that left them.
         left: how many rows had been left filled before, and this one; 0 of an empty row.
+        rotary_table: that its keys were rotated by; a prompt of another one can't start from them.
     """
 
     tokens: list[int]
     scope: int
     left: int
+    rotary_table: int = 0
 
 
 _NOTHING = _Held([], 0, 0)
@@ -101,6 +104,7 @@ class Batch:
         self._prefilling: deque[int] = deque()  # rows, the next to take a chunk first
         self._idle_cost = 0  # of idle rows in decode steps since the last move, in tokens copied
         self._count = 0
+        self._rotary_length = engine.manifest.engines.text.rotary_length
         logits_rows = engine.manifest.engines.text.logits_rows
         self._speculation = Speculation(logits_rows) if speculate and logits_rows is not None else None
 
@@ -411,7 +415,7 @@ class Batch:
         started = time.perf_counter()
         try:
             images = rows_between(sequence.request.images, start, start + len(ids))
-            logits = self._engine.prefill(row, ids) if images is None else self._engine.prefill(row, ids, images)
+            logits = self._engine.prefill(row, ids, len(sequence.prompt_ids), images)
         except GenerationError as error:
             return self._fail(row, error)
         sequence.note_fed(len(ids), time.perf_counter() - started)
@@ -486,12 +490,21 @@ class Batch:
         """How many tokens in a row a request can start from; the last of its prompt are left to compute.
 
         Only what was, or is being, kept for other requests of its scope counts, and only for a request that keeps its
-        own.
+        own; and what was rotated by another rotary table than its prompt's doesn't.
         """
-        if not sequence.reuses_cache:
+        if not sequence.reuses_cache or self._table_in(row) != self._table_of(sequence):
             return 0
         scope, tokens = self._content(row)
         return _common_beginning(tokens, sequence.cache_keys) if scope == sequence.request.cache_scope else 0
+
+    def _table_in(self, row: int) -> int:
+        """The rotary table of what a row holds."""
+        occupant = self._rows[row]
+        return self._held[row].rotary_table if occupant is None else self._table_of(occupant)
+
+    def _table_of(self, sequence: ActiveSequence) -> int:
+        """The rotary table of a request: its prompt's, which the output keeps."""
+        return rotary_table(self._rotary_length, len(sequence.prompt_ids))
 
     def _content(self, row: int) -> tuple[int | None, list[int]]:
         """The scope whose requests may start from a row, and its tokens; None: nobody may."""
@@ -510,6 +523,8 @@ class Batch:
         for row in self._prefilling:
             other = self._occupant(row)
             if not other.reuses_cache or other.request.cache_scope != sequence.request.cache_scope:
+                continue
+            if self._table_of(other) != self._table_of(sequence):
                 continue
             common = _common_beginning(other.cache_keys, sequence.cache_keys)
             done = other.prefilled_tokens
@@ -546,7 +561,8 @@ class Batch:
             length = int(self._engine.cache_length[row])
             tokens = (sequence.cache_keys + sequence.token_ids)[:length]
             self._left += 1
-            self._held[row] = _Held(tokens, sequence.request.cache_scope, self._left) if tokens else _NOTHING
+            scope, table = sequence.request.cache_scope, self._table_of(sequence)
+            self._held[row] = _Held(tokens, scope, self._left, table) if tokens else _NOTHING
         else:
             self._forget(row)
         return completion

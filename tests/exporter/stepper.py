@@ -39,6 +39,7 @@ class Stepper:
         self.names = [value.name for value in inputs]
         self.capacity = capacity
         self.lengths = np.zeros(rows, np.int64)
+        self.rotary_offsets = np.zeros(rows, np.int64)  # of a graph with several rotary tables
         self.cache = {}
         for value in inputs:
             if value.name.startswith("past_key_values."):
@@ -70,6 +71,7 @@ class Stepper:
             "new_tokens": new_tokens,
             "key_positions": np.arange(window),
             "logits_positions": np.arange(told),
+            **{name: self.rotary_offsets for name in self.names if name.startswith("rotary_offset.")},
         }
         binding = self.session.io_binding()
         binding.bind_output(output)

@@ -53,9 +53,7 @@ def architecture_of(raw: Mapping[str, Any]) -> Architecture:
     """
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise CheckpointError(
-            f"model_type is {model_type!r}; accepted: {', '.join(ARCHITECTURES)} (the Qwen1.5 architectures)"
-        )
+        raise CheckpointError(f"model_type is {model_type!r}; accepted: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[model_type]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,17 @@ from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.adapters import refuse_adapter_tensors
 from qwen_aot.exporter.checkpoint.base import TensorInfo, TokenizerFiles
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows, no_codes
+from qwen_aot.exporter.checkpoint.hf.architectures import Architecture
 from qwen_aot.exporter.checkpoint.hf.config import read_folder
-from qwen_aot.exporter.checkpoint.hf.fused_experts import separate
 from qwen_aot.exporter.checkpoint.hf.quantized.collect import WEIGHT, Parts, collect, placeholder_biases, stored_linear
 from qwen_aot.exporter.checkpoint.hf.quantized.linear import QuantizedLinear, read_codes, read_values
+from qwen_aot.exporter.checkpoint.hf.quantized.row_span import separate_rows, stored_bytes
 from qwen_aot.exporter.checkpoint.hf.quantized.settings import Quantization, read_quantization
 from qwen_aot.exporter.checkpoint.hf.safetensors import SafetensorsShards
 from qwen_aot.exporter.checkpoint.hf.tokenizer import read_tokenizer_files
 from qwen_aot.exporter.checkpoint.hf.wrappers import unwrapped
 from qwen_aot.exporter.checkpoint.model_name import folder_name, located, origin
-from qwen_aot.exporter.checkpoint.names import CANONICAL, TensorNames
+from qwen_aot.exporter.checkpoint.names import CANONICAL
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import Role, WeightClass, tensor_shapes
 
@@ -50,7 +51,7 @@ class HfFolderCheckpoint:
             stored = self._shards.tensors
             refuse_adapter_tensors(self.path, stored)
             modules = {} if quantization is None else collect(stored, quantization)
-            tensors, given = _by_role(self.path, _with_weights(stored, modules), architecture.names, self.config)
+            tensors, given = _by_role(self.path, _with_weights(stored, modules), architecture, self.config)
             self.config = _with_stored_biases(self.config, tensors)
             linears = [] if quantization is None else self._open_linears(quantization, modules, tensors, given)
         except CheckpointError:
@@ -63,7 +64,7 @@ class HfFolderCheckpoint:
                 linear.stored.shape,
                 _FLOAT32,
                 encoding=linear.encoding,
-                encoded_bytes=sum(part.stored_bytes for part in linear.stored.parts.values()),
+                encoded_bytes=stored_bytes(linear),
             )
             for weight, linear in self._linears.items()
         }
@@ -109,7 +110,7 @@ class HfFolderCheckpoint:
         quantization: Quantization,
         modules: Mapping[str, Parts],
         tensors: dict[str, TensorInfo],
-        given: Mapping[str, str],
+        given: Mapping[str, Sequence[str]],
     ) -> list[QuantizedLinear]:
         """Checks all quantized linears, and takes placeholder biases out of `tensors`."""
         view, stored = self._shards.view, self._shards.tensors
@@ -122,10 +123,15 @@ class HfFolderCheckpoint:
                 stored_linear(module, given[module + WEIGHT], parts, linear_shapes, view)
                 for module, parts in modules.items()
             ]
-            of_model = {old: name for old, name in given.items() if name in shapes}
+            of_model = {old for old, names in given.items() if names[0] in shapes}
             for name in placeholder_biases(linears, stored, of_model, view):
-                del tensors[given[name]]
-            return quantization.format.open_linears(linears, quantization.settings)
+                del tensors[given[name][0]]
+            opened = quantization.format.open_linears(linears, quantization.settings)
+            return [
+                part
+                for linear in opened
+                for part in separate_rows(linear, given[linear.stored.name + WEIGHT], linear_shapes)
+            ]
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
 
@@ -156,22 +162,22 @@ def _with_weights(stored: Mapping[str, TensorInfo], modules: Mapping[str, Parts]
 
 
 def _by_role(
-    path: Path, stored: Mapping[str, TensorInfo], names: TensorNames, config: ModelConfig
-) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    path: Path, stored: Mapping[str, TensorInfo], architecture: Architecture, config: ModelConfig
+) -> tuple[dict[str, TensorInfo], dict[str, list[str]]]:
     """Each tensor by the name by which it is given: its role's; a tensor of no role keeps its own.
 
     Returns:
-        The tensors, and each stored name's given one (of experts stacked in one tensor, the last).
+        The tensors, and the given names of what each stored one holds.
 
     Raises:
         CheckpointError: two are one, or the names are another architecture's.
     """
     result: dict[str, TensorInfo] = {}
     first: dict[str, str] = {}
-    given: dict[str, str] = {}
-    for old, plain in unwrapped(path, stored, names).items():
-        for each, info in separate(path, plain, stored[old], config):
-            place = names.find(each)
+    given: dict[str, list[str]] = {}
+    for old, plain in unwrapped(path, stored, architecture.names).items():
+        for each, info in architecture.separate(path, plain, stored[old], config):
+            place = architecture.names.find(each)
             if place is None and CANONICAL.find(each) is not None:
                 # Given under its own name it would be taken for what transformers means by it.
                 raise CheckpointError(
@@ -182,7 +188,7 @@ def _by_role(
             if first.setdefault(name, old) != old or name in result:
                 raise CheckpointError(f"{path} has {name} twice, as {first[name]} and as {old}; accepted: one of them")
             result[name] = dataclasses.replace(info, name=name)
-            given[old] = name
+            given.setdefault(old, []).append(name)
     return _with_embedding(result, config), given
 
 

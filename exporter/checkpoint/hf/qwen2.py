@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.hf import config_keys
 from qwen_aot.exporter.checkpoint.hf.attention_layers import check_attention_layers
-from qwen_aot.exporter.checkpoint.hf.config_values import count, flag, number
+from qwen_aot.exporter.checkpoint.hf.config_values import (
+    bos_token_id,
+    count,
+    dtype_name,
+    eos_token_ids,
+    flag,
+    number,
+    require_accepted,
+    token_id,
+    warn_of_code,
+    warn_of_unknown,
+)
 from qwen_aot.exporter.checkpoint.hf.rope import read_rope
-from qwen_aot.exporter.model.config import DTYPES, ModelConfig, MoeConfig, require_layers
-
-logger = logging.getLogger(__name__)
-
-_NO_TOKEN = -1  # how many files say that there is none
+from qwen_aot.exporter.model.config import ModelConfig, MoeConfig, require_layers
 
 
 def parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
@@ -63,10 +68,10 @@ def parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
         attention_bias=_attention_bias(raw, model_type),
         rope_scaling=rope_scaling,
         moe=_moe(raw, layers) if model_type == "qwen2_moe" else None,
-        torch_dtype=_dtype(raw),
-        bos_token_id=_bos_token_id(raw, generation, vocab_size),
-        eos_token_ids=_eos_token_ids(raw, generation),
-        pad_token_id=_token_id(raw, generation, "pad_token_id"),
+        torch_dtype=dtype_name(raw),
+        bos_token_id=bos_token_id(raw, generation, vocab_size),
+        eos_token_ids=eos_token_ids(raw, generation),
+        pad_token_id=token_id(raw, generation, "pad_token_id"),
     )
 
 
@@ -79,26 +84,15 @@ def _refuse_unsupported(raw: Mapping[str, Any], model_type: str) -> None:
             raise CheckpointError(
                 f"architectures names {architecture!r}; accepted: Qwen2ForCausalLM, Qwen2MoeForCausalLM"
             )
-    if raw.get("auto_map"):
-        logger.warning(
-            "config.json names code of its own (auto_map), which is never run: the model is built as transformers' own "
-            "%s, as without trust_remote_code",
-            model_type,
-        )
-    for key, accepted in config_keys.ACCEPTED.items():
-        value = raw.get(key, accepted[0])
-        if value not in accepted:
-            values = ", ".join(json.dumps(each) for each in accepted if each is not None) or "null"
-            raise CheckpointError(f"{key} is {json.dumps(value)}; not supported; accepted: {values}")
+    warn_of_code(raw, f"the model is built as transformers' own {model_type}, as without trust_remote_code")
+    require_accepted(raw, config_keys.ACCEPTED)
     known = (
         config_keys.READ
         | config_keys.HARMLESS
         | config_keys.ACCEPTED.keys()
         | (config_keys.READ_MOE if model_type == "qwen2_moe" else frozenset())
     )
-    unknown = sorted(key for key in raw if key not in known)
-    if unknown:
-        logger.warning("config.json has keys that are not known here and are ignored: %s", ", ".join(unknown))
+    warn_of_unknown(raw, known)
 
 
 def _attention_bias(raw: Mapping[str, Any], model_type: str) -> bool:
@@ -126,39 +120,3 @@ def _moe(raw: Mapping[str, Any], layers: int) -> MoeConfig:
         norm_topk_prob=flag(raw, "norm_topk_prob", False),
         sparse_layers=frozenset(layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0),
     )
-
-
-def _dtype(raw: Mapping[str, Any]) -> str:
-    """What the weights were saved in; only a hint, since each tensor says its own."""
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise CheckpointError(f"torch_dtype is {dtype!r}; accepted: {', '.join(DTYPES)}")
-    return name
-
-
-def _token_id(raw: Mapping[str, Any], generation: Mapping[str, Any], key: str) -> int | None:
-    for source in (raw, generation):
-        if source.get(key) not in (None, _NO_TOKEN):
-            return count(source, key)
-    return None
-
-
-def _bos_token_id(raw: Mapping[str, Any], generation: Mapping[str, Any], vocab_size: int) -> int | None:
-    """One that the model has: a model whose vocabulary was cut often keeps the id of the whole one's."""
-    token_id = _token_id(raw, generation, "bos_token_id")
-    if token_id is None or 0 <= token_id < vocab_size:
-        return token_id
-    logger.warning("bos_token_id is %d, beyond the vocabulary of %d: left out", token_id, vocab_size)
-    return None
-
-
-def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """Stop ids of both files, each once: a chat model's generation_config.json names more of them."""
-    ids: dict[int, None] = {}
-    for source in (generation, raw):
-        value = source.get("eos_token_id")
-        for each in value if isinstance(value, list) else [value]:
-            if each not in (None, _NO_TOKEN):
-                ids[count({"eos_token_id": each}, "eos_token_id")] = None
-    return tuple(ids)

@@ -10,6 +10,7 @@ import tokenizers
 from qwen_aot.errors import CheckpointError, is_panic
 from qwen_aot.exporter.checkpoint.base import TokenizerFiles
 from qwen_aot.exporter.checkpoint.bpe import byte_level_bpe
+from qwen_aot.exporter.checkpoint.hf import chat_format, tiktoken_file
 from qwen_aot.exporter.checkpoint.hf.config import read_json
 from qwen_aot.exporter.checkpoint.hf.special_tokens import end_tokens, folded, special_tokens, with_added
 from qwen_aot.exporter.checkpoint.hf.template_files import read_templates
@@ -27,8 +28,9 @@ def read_tokenizer_files(folder: Path, *, vocab_size: int) -> TokenizerFiles:
     """tokenizer.json, tokenizer_config.json, generation_config.json.
 
     Into tokenizer_config.json go the chat template and the special tokens that transformers takes from other files,
-    into tokenizer.json the added tokens that only another file has. A folder with only vocab.json and merges.txt gets a
-    tokenizer.json made of them, cut as Qwen cuts text. Without either, the result has no tokenizer.json.
+    into tokenizer.json the added tokens that only another file has. A folder with only vocab.json and merges.txt, or
+    with only qwen.tiktoken, gets a tokenizer.json made of them, cut as Qwen cuts text. Without any, the result has no
+    tokenizer.json. Where no file has a template, `chat_format` of generation_config.json says which it is.
 
     Args:
         folder: of the checkpoint.
@@ -49,20 +51,27 @@ def read_tokenizer_files(folder: Path, *, vocab_size: int) -> TokenizerFiles:
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         tokenizer = _from_vocab_and_merges(folder, _added_tokens(folder, config, special_map), vocab_size)
         files[TOKENIZER_NAME] = tokenizer.to_str()
+    elif (folder / tiktoken_file.NAME).is_file():
+        tokenizer = tiktoken_file.read_tiktoken(folder / tiktoken_file.NAME)
+        check_ids(tokenizer, vocab_size, str(folder / tiktoken_file.NAME))
+        files[TOKENIZER_NAME] = tokenizer.to_str()
+    generation_path = folder / GENERATION_CONFIG_NAME
+    generation = _read_optional(generation_path)
+    chat = chat_format.read(generation, str(generation_path))
     template = read_templates(folder, config.get("chat_template"))
+    if template is None:
+        template = chat.template
     if template is not None:
         config["chat_template"] = template
     ends: tuple[str, ...] = ()
     if tokenizer is not None:
         named = folded(config, special_map, tokenizer.get_vocab(with_added_tokens=True))
-        ends = end_tokens(named, config, special_map)
+        ends = (*end_tokens(named, config, special_map), *chat.end_tokens)
         config = named
     if config:
         check_template(config.get("chat_template"), str(config_path))
         files[TOKENIZER_CONFIG_NAME] = json_text(config, str(config_path))
-    generation_path = folder / GENERATION_CONFIG_NAME
     if generation_path.is_file():
-        generation = read_json(generation_path)
         check_generation(generation, str(generation_path))
         files[GENERATION_CONFIG_NAME] = json_text(generation, str(generation_path))
     return TokenizerFiles(files, ends)

@@ -31,6 +31,7 @@ from qwen_aot.exporter.lowering.passes import (
     remove_unused_inputs,
     transpose_recipe,
 )
+from qwen_aot.exporter.model.io_spec import ROTARY_OFFSET
 from qwen_aot.exporter.quantize.blockwise import BlockFormat
 from qwen_aot.exporter.quantize.formats import ByClass, ByCodes, Formats
 from qwen_aot.exporter.quantize.store import QuantizedWeights
@@ -105,6 +106,12 @@ def lower(traced: Traced, options: OrtOptions | None = None) -> Traced:
             f"quantized experts don't exist for {options.provider}: ONNX Runtime's QMoE kernel there takes another "
             "layout of weights than the one that can be checked without a GPU; store this model in fp16"
         )
+    if _has_rotary_offset(traced) and not facts.has_positions:
+        raise ExportError(
+            f"a context beyond {traced.config.dynamic_ntk_length} tokens needs several rotary tables for this model "
+            f"(use_dynamic_ntk), and positions of one's own aren't known to work in the kernels of {options.provider}; "
+            f"accepted: --max-context up to {traced.config.dynamic_ntk_length}"
+        )
     traced.model.opset_imports[MS_DOMAIN] = MS_VERSION
     for name, step in passes(traced, options):
         count = step(traced)
@@ -113,6 +120,8 @@ def lower(traced: Traced, options: OrtOptions | None = None) -> Traced:
     traced.model.metadata_props["qwen_aot.lowering"] = "ort"
     return traced
 
+
+_QUERY_SEQLENS = 16  # its place among GroupQueryAttention's inputs
 
 _COMMON_NAMES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16"}
 
@@ -169,10 +178,10 @@ def fuse_attention(traced: Traced, facts: ProviderFacts) -> int:
     """CachedAttention -> GroupQueryAttention. Returns the number of nodes replaced.
 
     The kernel takes each row's cached and new tokens as `seqlens_k` (their sum less one) and `query_seqlens`, so it
-    needs neither positions nor a mask; `total_sequence_length`, an upper bound, is the capacity C. A kernel without
-    `query_seqlens` is told that all S tokens of a row are new: what it writes for padding and for an idle row lies at
-    and beyond `cache_length + new_tokens`, which is scratch, and no valid token attends to it. Such a step is of one
-    row, or of one token a row (the kernel's rule).
+    needs no mask, and positions only where there are several rotary tables; `total_sequence_length`, an upper bound, is
+    the capacity C. A kernel without `query_seqlens` is told that all S tokens of a row are new: what it writes for
+    padding and for an idle row lies at and beyond `cache_length + new_tokens`, which is scratch, and no valid token
+    attends to it. Such a step is of one row, or of one token a row (the kernel's rule).
     Requires: head_dim a multiple of 16 (the kernel's rule); other nodes keep their definition.
     """
     graph = traced.model.graph
@@ -182,11 +191,14 @@ def fuse_attention(traced: Traced, facts: ProviderFacts) -> int:
         return 0
     lengths = _attention_lengths(graph, nodes[0], has_query_lengths=facts.has_query_lengths)
     tables = _rotary_tables(graph, nodes[0])
+    positions = nodes[0].inputs[5] if _has_rotary_offset(traced) else None
     for node in nodes:
         qkv, past_key, past_value = node.inputs[:3]
         inputs = [qkv, None, None, past_key, past_value, lengths.last_key, lengths.total, *tables]
+        if positions is not None:
+            inputs.append(positions)
         if lengths.new is not None:
-            inputs += [None] * 7 + [lengths.new]  # position_ids … k_norm_weight are unused
+            inputs += [None] * (_QUERY_SEQLENS - len(inputs)) + [lengths.new]
         new = ir.node(
             "GroupQueryAttention",
             inputs,
@@ -202,6 +214,11 @@ def fuse_attention(traced: Traced, facts: ProviderFacts) -> int:
         )
         ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
     return len(nodes)
+
+
+def _has_rotary_offset(traced: Traced) -> bool:
+    """Whether rows of a step are rotated by tables of their own."""
+    return any((value.name or "").startswith(ROTARY_OFFSET) for value in traced.model.graph.inputs)
 
 
 @dataclass(frozen=True, slots=True)

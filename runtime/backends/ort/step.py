@@ -86,6 +86,7 @@ class Step:
         self._past = cache_inputs(manifest)
         check_table(manifest)
         self._names = {tensor.name for tensor in manifest.engines.text.inputs}
+        self._rotary_input = manifest.engines.text.rotary_input
         self.new_tokens: NDArray[np.int64] = np.zeros(max_rows, np.int64)
         self._input_ids: NDArray[np.int64] = np.zeros(max_rows * max_tokens, np.int64)
         self._position_ids: NDArray[np.int64] = np.zeros(max_rows * max_tokens, np.int64)
@@ -160,6 +161,8 @@ class Step:
             self._binding.bind_output(present_name(tensor.name), device, 0, element_type, shape, region.pointer)
         self._bind_input("cache_length", self._cache.lengths[first_row : first_row + rows])
         self._bind_input("new_tokens", self.new_tokens[:rows])
+        if self._rotary_input is not None:
+            self._bind_input(self._rotary_input.name, self._cache.rotary_offsets[first_row : first_row + rows])
         self._rows_key = (first_row, rows, self._cache.capacity)
         self._window = 0  # the capacity bounds it
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.runtime.backends.cuda.stream import CudaStream
-from qwen_aot.runtime.bundle.manifest import LAST_LOGITS, LOGITS_POSITIONS
+from qwen_aot.runtime.bundle.manifest import LAST_LOGITS, LOGITS_POSITIONS, ROTARY_OFFSET
 
 __all__ = ["StepBuffers"]
 
@@ -21,9 +21,11 @@ class StepBuffers:
         position_ids: the same.
         cache_length: int64 [max_rows], pinned.
         new_tokens: int64 [max_rows], pinned.
+        rotary_offset: int64 [max_rows], pinned.
         logits: float32 [max_rows, V], of a step that verifies [max_rows * max_tokens, V]; pinned.
         told_tokens: most tokens of a row whose logits a step tells.
-        addresses: of the inputs and of the logits, `last_logits` too, in device memory, by name.
+        addresses: of the inputs and of the logits, `last_logits` too, in device memory, by name; `rotary_offset`'s
+            without the number that follows in the engine.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class StepBuffers:
             "position_ids": max_rows * max_tokens,
             "cache_length": max_rows,
             "new_tokens": max_rows,
+            ROTARY_OFFSET: max_rows,
             LOGITS_POSITIONS: self.told_tokens,
         }
         offsets, end = {}, 0
@@ -71,6 +74,7 @@ class StepBuffers:
         self.position_ids: NDArray[np.int64] = views["position_ids"]
         self.cache_length: NDArray[np.int64] = views["cache_length"]
         self.new_tokens: NDArray[np.int64] = views["new_tokens"]
+        self.rotary_offset: NDArray[np.int64] = views[ROTARY_OFFSET]
         views[LOGITS_POSITIONS][:] = np.arange(self.told_tokens)  # a step of fewer reads the first of them
         logits_bytes = max_rows * vocab_size * 4
         last_bytes = logits_bytes * self.told_tokens

@@ -56,6 +56,7 @@ class DeviceCache:
 
     Attributes:
         lengths: int64 [max_batch], valid tokens of each row. Its memory never moves.
+        rotary_offsets: int64 [max_batch], see `runtime.engine.rows.Cache`.
         capacity: C, in tokens.
         tensors: in the order of the manifest's inputs.
     """
@@ -71,6 +72,7 @@ class DeviceCache:
         self._stream = stream
         self.capacity = fixed_capacity(manifest)
         self.lengths: NDArray[np.int64] = np.zeros(manifest.max_batch, np.int64)
+        self.rotary_offsets: NDArray[np.int64] = np.zeros(manifest.max_batch, np.int64)
         self.tensors = tuple(self._allocate(tensor, manifest.max_batch) for tensor in cache_inputs(manifest))
 
     def reserve(self, tokens: int) -> bool:

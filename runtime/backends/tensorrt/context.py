@@ -34,10 +34,12 @@ class Bindings:
     Attributes:
         addresses: of the logits and of the inputs but the cache, by name; exactly those that the engine has.
         cache: bound as past and as present.
+        rotary_input: the name of the input `rotary_offset.N`; None: the engine has none.
     """
 
     addresses: Mapping[str, int]
     cache: Sequence[CacheTensor]
+    rotary_input: str | None = None
 
 
 class Context:
@@ -99,6 +101,8 @@ class Context:
         for name, size in sizes.items():
             if name in bindings.addresses:
                 self._set("set_input_shape", name, size)
+        if bindings.rotary_input is not None:
+            self._set("set_input_shape", bindings.rotary_input, (shape.rows,))
         self._shape = shape
 
     def enqueue(self) -> None:

@@ -21,7 +21,7 @@ from qwen_aot.runtime.backends.tensorrt.loaded_engine import LoadedEngine
 from qwen_aot.runtime.backends.tensorrt.runtime_cache import RuntimeCache, cache_file
 from qwen_aot.runtime.backends.tensorrt.step import WINDOW_STEP, TensorRtStep
 from qwen_aot.runtime.bundle.load import Bundle
-from qwen_aot.runtime.bundle.manifest import VERIFY, Manifest
+from qwen_aot.runtime.bundle.manifest import ROTARY_OFFSET, VERIFY, Manifest
 from qwen_aot.runtime.engine.io_table import check_table
 from qwen_aot.runtime.engine.rows import RowEngine
 
@@ -140,6 +140,10 @@ def _upload_positions(stream: CudaStream, capacity: int) -> int:
 
 
 def _bindings(manifest: Manifest, buffers: StepBuffers, key_positions: int, cache: DeviceCache) -> Bindings:
+    engine = manifest.engines.text
     places = buffers.addresses | {"key_positions": key_positions}
-    names = {tensor.name for tensor in (*manifest.engines.text.inputs, *manifest.engines.text.outputs)}
-    return Bindings({name: place for name, place in places.items() if name in names}, cache.tensors)
+    rotary_input = None if engine.rotary_input is None else engine.rotary_input.name
+    if rotary_input is not None:
+        places[rotary_input] = places[ROTARY_OFFSET]
+    names = {tensor.name for tensor in (*engine.inputs, *engine.outputs)}
+    return Bindings({name: place for name, place in places.items() if name in names}, cache.tensors, rotary_input)

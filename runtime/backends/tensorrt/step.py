@@ -84,6 +84,7 @@ class TensorRtStep:
         buffers.input_ids[:count].reshape(rows, tokens)[...] = token_ids
         np.add(lengths[:, None], self._offsets[:tokens], out=buffers.position_ids[:count].reshape(rows, tokens))
         buffers.cache_length[:rows] = lengths
+        buffers.rotary_offset[:rows] = self._cache.rotary_offsets[first_row : first_row + rows]
         verifies = buffers.told_tokens > 1
         shape = StepShape(first_row, rows, tokens, self._window(int(lengths.max()) + tokens), tokens if verifies else 1)
         started = time.perf_counter()

@@ -77,12 +77,12 @@ class RecordedEngine(FakeEngine):
     faults: Sequence[Fault] = ()
     counts: Counter[object]
 
-    def prefill(self, row, token_ids):  # type: ignore[no-untyped-def]
+    def prefill(self, row, token_ids, prompt_tokens=None):  # type: ignore[no-untyped-def]
         self.step.prefills.append((row, token_ids.tolist()))
         occupant = self._occupant(row)
         assert occupant.choice == 0
         self._record(["prefill", row, occupant.index, len(self.rows[row]), len(token_ids)])
-        return super().prefill(row, token_ids)
+        return super().prefill(row, token_ids, prompt_tokens)
 
     def decode(self, first_row, token_ids):  # type: ignore[no-untyped-def]
         self.step.decodes.append((first_row, token_ids.tolist()))

@@ -253,9 +253,9 @@ def test_cancelling_during_a_long_prefill() -> None:
     cancel = threading.Event()
     prefill = engine.prefill
 
-    def prefill_then_cancel(row: int, token_ids: np.ndarray) -> np.ndarray:
+    def prefill_then_cancel(row: int, token_ids: np.ndarray, prompt_tokens: int | None = None) -> np.ndarray:
         cancel.set()
-        return prefill(row, token_ids)
+        return prefill(row, token_ids, prompt_tokens)
 
     engine.prefill = prefill_then_cancel  # type: ignore[method-assign]
     (completion,) = generator.generate([list(range(30))], FOUR, cancel=cancel)

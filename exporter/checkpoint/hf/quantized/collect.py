@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -54,13 +54,13 @@ def collect(stored: Mapping[str, TensorInfo], quantization: Quantization) -> Map
 
 
 def stored_linear(
-    module: str, weight: str, parts: Parts, shapes: Mapping[str, tuple[int, ...]], view: View
+    module: str, weights: Sequence[str], parts: Parts, shapes: Mapping[str, tuple[int, ...]], view: View
 ) -> StoredLinear:
     """One module's tensors with the shape that the model's configuration gives its weight.
 
     Args:
         module: its name in the files.
-        weight: the name by which its weight is given.
+        weights: the names by which what its weight holds is given, rows behind each other.
         parts: its tensors.
         shapes: of the model's linears that may be quantized, by that name.
         view: maps a tensor.
@@ -68,24 +68,24 @@ def stored_linear(
     Raises:
         CheckpointError: the model has no such linear.
     """
-    shape = shapes.get(weight)
-    if shape is None or len(shape) != 2:
+    found = [shapes.get(weight, ()) for weight in weights]
+    if any(len(shape) != 2 or shape[1] != found[0][1] for shape in found):
         raise CheckpointError(
             f"{module} is quantized ({', '.join(sorted(parts))}), and no linear of this model; accepted: its "
             "projections, experts, and a head that isn't the embedding"
         )
-    return StoredLinear(module, weight, (shape[0], shape[1]), parts, view)
+    return StoredLinear(module, weights[0], (sum(shape[0] for shape in found), found[0][1]), parts, view)
 
 
 def placeholder_biases(
-    linears: Collection[StoredLinear], stored: Mapping[str, TensorInfo], given: Mapping[str, str], view: View
+    linears: Collection[StoredLinear], stored: Mapping[str, TensorInfo], of_model: Collection[str], view: View
 ) -> set[str]:
     """Names of biases that the model lacks and that hold zeros: GPTQ packers give every linear one.
 
     Args:
         linears: all that are quantized.
         stored: the tensors by their names in the files.
-        given: those names -> the ones under which tensors are given, of tensors that the model has.
+        of_model: the names in the files of tensors that the model has.
         view: maps a tensor.
 
     Returns:
@@ -97,7 +97,7 @@ def placeholder_biases(
     found = set()
     for linear in linears:
         name = linear.name + BIAS
-        if name not in stored or name in given:
+        if name not in stored or name in of_model:
             continue
         if stored[name].shape != linear.shape[:1]:
             raise linear.error("bias", f"has shape {list(stored[name].shape)}; accepted: {[linear.shape[0]]}")
