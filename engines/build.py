@@ -27,7 +27,7 @@ from qwen_aot.engines.calibrate import calibration_bytes, calibration_windows, s
 from qwen_aot.engines.profiles import most_gathered_tokens, profiles
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.own_codes import settled
-from qwen_aot.engines.vision import Vision, lower_vision, require_vision
+from qwen_aot.engines.vision import Vision, image_token_warnings, lower_vision, require_vision
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
@@ -279,6 +279,7 @@ def _plan(checkpoint: Checkpoint, spec: BuildSpec, storage: Storage, stages: Sta
     builder.require(spec)
     if config.vision is not None:
         require_vision(spec)
+        warnings += image_token_warnings(checkpoint)
     windows = calibration_windows(checkpoint) if spec.has_calibrated_cache else None
     check_headers(checkpoint)
     dtype = ir.DataType[spec.combination.compute_type]

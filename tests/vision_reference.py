@@ -39,9 +39,10 @@ class Sizes:
     heads: int = 16
     mlp_ratio: float = 4.9231
     output_dim: int = 4096
+    image_start_id: int = 151857
 
 
-TINY = Sizes(image_size=112, width=48, layers=3, heads=4, output_dim=256)
+TINY = Sizes(image_size=112, width=48, layers=3, heads=4, output_dim=256, image_start_id=90)
 
 
 class Attention(nn.Module):

@@ -1,104 +1,143 @@
-"""Small random models that see: transformers' decoder, the tower of `tests.vision_reference`, a checkpoint of both."""
+"""Small random Qwen-VL folders, and what the published architecture says of them: two statements put together.
+
+The decoder is `tests.first_qwen.Statement`, the tower `tests.vision_reference.Tower`. Rows of images are further rows of
+the decoder's table of embeddings, so that a text with images is a list of ids like any other.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer
-from transformers import Qwen2ForCausalLM, Qwen2MoeForCausalLM
 
-from qwen_aot.exporter.checkpoint.base import TokenizerFiles
-from qwen_aot.exporter.checkpoint.hf.config import read_folder
-from qwen_aot.exporter.model.vision import VisionConfig
-from tests.checkpoints import save_tiny
-from tests.vision_reference import TINY, ArrayCheckpoint, Sizes, Tower, make_tower, tensors_of
+from tests.first_qwen import CONFIG, Statement, save_folder
+from tests.vision_reference import TINY, Sizes, Tower, make_tower, tensors_of
 
-IMAGE_TOKENS = ("<img>", "</img>", "<imgpad>")
-BOX_TOKENS = ("<ref>", "</ref>", "<box>", "</box>")
-VOCABULARY = 340
+LAYERS, HEADS, WIDTH, VOCAB = 2, 4, 96, 512
+SEQ_LENGTH = 256  # an image alone is longer: log-n scaling and dynamic NTK matter at once
+ROWS = 256
+MERGES = (b"th", b"the", b" c", b"at")
+FIRST_SPECIAL = 256 + len(MERGES)
+IM_START, IM_END = FIRST_SPECIAL + 1, FIRST_SPECIAL + 2
+IMAGE_START = FIRST_SPECIAL + 208 + 6
+
+SMALL = Sizes(
+    image_size=TINY.image_size, width=48, layers=2, heads=4, mlp_ratio=3.0, output_dim=128, image_start_id=IMAGE_START
+)
+Placed = tuple[int, NDArray[np.uint8]]  # the first token of an image's rows, and its pixels [size, size, 3]
 
 
-@dataclasses.dataclass(frozen=True)
+def ranks_file() -> str:
+    """A qwen.tiktoken of single bytes and a few words."""
+    tokens = [bytes([byte]) for byte in range(256)] + list(MERGES)
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+
+
+def make_config(sizes: Sizes = SMALL) -> dict[str, Any]:
+    return {
+        **CONFIG,
+        "hidden_size": sizes.output_dim,
+        "intermediate_size": 2 * WIDTH,
+        "kv_channels": sizes.output_dim // HEADS,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS,
+        "seq_length": SEQ_LENGTH,
+        "torch_dtype": "float32",
+        "visual": asdict(sizes),
+        "vocab_size": VOCAB,
+    }
+
+
+def make_decoder(size: int, seed: int) -> dict[str, NDArray[np.float32]]:
+    """Weights by their names in files, of a model whose answers depend on all that it has read."""
+    random = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> NDArray[np.float32]:
+        return (1.5 * shape[-1] ** -0.5 * random.standard_normal(shape)).astype(np.float32)
+
+    def vector(count: int, middle: float = 0.0) -> NDArray[np.float32]:
+        return (middle + 0.2 * random.standard_normal(count)).astype(np.float32)
+
+    weights = {
+        "transformer.wte.weight": random.standard_normal((VOCAB, size)).astype(np.float32),
+        "transformer.ln_f.weight": vector(size, 1),
+        "lm_head.weight": normal(VOCAB, size),
+    }
+    for layer in range(LAYERS):
+        weights |= {
+            f"transformer.h.{layer}.{name}": value
+            for name, value in {
+                "ln_1.weight": vector(size, 1),
+                "attn.c_attn.weight": normal(3 * size, size),
+                "attn.c_attn.bias": vector(3 * size),
+                "attn.c_proj.weight": normal(size, size),
+                "ln_2.weight": vector(size, 1),
+                "mlp.w1.weight": normal(WIDTH, size),
+                "mlp.w2.weight": normal(WIDTH, size),
+                "mlp.c_proj.weight": normal(size, WIDTH),
+            }.items()
+        }
+    return weights
+
+
+@dataclass(frozen=True)
 class SeeingModel:
-    """A checkpoint, and the two models that it was made of."""
+    """A folder, and what its weights say."""
 
-    checkpoint: ArrayCheckpoint
-    decoder: Qwen2ForCausalLM | Qwen2MoeForCausalLM
-    tower: Tower
+    folder: Path
+    weights: Mapping[str, NDArray[np.float32]]
+    config: Mapping[str, Any]
+    tower: Tower = field(repr=False)
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_str(self.checkpoint.tokenizer.files["tokenizer.json"])
-
-    def rows(self, pixels: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
-        """[B, 256, M] of images [size, size, 3]."""
+    def rows(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """[B, 256, M]."""
         with torch.no_grad():
-            rows: torch.Tensor = self.tower(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float())
+            rows: NDArray[np.float32] = self.tower(
+                torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float()
+            ).numpy()
         return rows
 
-    def greedy(self, ids: list[int], images: Sequence[tuple[int, NDArray[np.uint8]]], count: int) -> list[int]:
-        """What the models say greedily, without a cache; an image's rows stand from its place on."""
-        rows = self.rows([pixels for _, pixels in images]) if images else None
-        said: list[int] = []
-        for _ in range(count):
-            with torch.no_grad():
-                embeddings = self.decoder.get_input_embeddings()(torch.tensor([ids + said]))
-                for index, (start, _) in enumerate(images):
-                    assert rows is not None
-                    embeddings[0, start : start + 256] = rows[index]
-                logits = self.decoder(inputs_embeds=embeddings).logits
-            said.append(int(logits[0, -1].argmax()))
-        return said
+    def _as_text(self, ids: Sequence[int], images: Sequence[Placed]) -> tuple[Statement, list[int]]:
+        rows = self.rows([pixels for _, pixels in images]) if images else np.zeros((0, ROWS, 1), np.float32)
+        table = self.weights["transformer.wte.weight"]
+        text = list(ids)
+        for index, (start, _) in enumerate(images):
+            first = VOCAB + index * ROWS
+            text[start : start + ROWS] = range(first, first + ROWS)
+        if images:
+            table = np.concatenate([table, rows.reshape(-1, table.shape[1])])
+        return Statement({**self.weights, "transformer.wte.weight": table}, self.config), text
+
+    def logits(self, ids: Sequence[int], images: Sequence[Placed] = ()) -> NDArray[np.float64]:
+        """[V] behind a prompt."""
+        statement, text = self._as_text(ids, images)
+        result: NDArray[np.float64] = statement.logits(text)[-1]
+        return result
+
+    def greedy(self, ids: Sequence[int], images: Sequence[Placed], count: int) -> list[int]:
+        """The likeliest tokens one after the other."""
+        statement, text = self._as_text(ids, images)
+        return statement.greedy(text, count)
 
 
-def make_seeing_model(folder: Path, sizes: Sizes = TINY, *, seed: int = 0, tied: bool = False) -> SeeingModel:
-    """A model whose decoder reads rows of its tower; rows are scaled to the size of its embeddings."""
-    size = sizes.output_dim
-    decoder = save_tiny(
-        folder,
-        with_tokenizer=True,
-        vocab=VOCABULARY - len(IMAGE_TOKENS) - len(BOX_TOKENS),
-        hidden=size,
-        heads=4,
-        kv_heads=4,
-        head_dim=size // 4,
-        tied=tied,
-        seed=seed,
-        max_position_embeddings=1024,
-    )
-    decoder.resize_token_embeddings(VOCABULARY)
-    with torch.no_grad():
-        for table in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
-            generator = torch.Generator().manual_seed(seed + 1)
-            table[-len(IMAGE_TOKENS) - len(BOX_TOKENS) :] = (
-                torch.randn(len(IMAGE_TOKENS) + len(BOX_TOKENS), size, generator=generator) * size**-0.5
-            )
+def make_seeing_model(
+    folder: Path, sizes: Sizes = SMALL, *, seed: int = 0, generation: Mapping[str, Any] | None = None
+) -> SeeingModel:
+    """Saves a folder as Qwen-VL-Chat's is: config.json, weights, qwen.tiktoken, generation_config.json."""
     tower = make_tower(sizes, seed)
-    with torch.no_grad():
-        tower.proj *= 0.1
-    config, _ = read_folder(folder)
-    config = dataclasses.replace(config, vocab_size=VOCABULARY, vision=VisionConfig(**dataclasses.asdict(sizes)))
-    arrays = {name: value.detach().numpy() for name, value in decoder.state_dict().items()}
-    if tied:
-        arrays.pop("lm_head.weight", None)
-    checkpoint = ArrayCheckpoint(config, arrays | tensors_of(tower))
-    checkpoint.tokenizer = TokenizerFiles(_tokenizer_files(folder), ("<|im_end|>",))
-    return SeeingModel(checkpoint, decoder, tower)
-
-
-def _tokenizer_files(folder: Path) -> dict[str, str]:
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_special_tokens(list(IMAGE_TOKENS))
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in BOX_TOKENS])
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    return {
-        "tokenizer.json": tokenizer.to_str(),
-        "tokenizer_config.json": json.dumps(config),
-        "generation_config.json": json.dumps({"eos_token_id": tokenizer.token_to_id("<|im_end|>")}),
+    config = make_config(sizes)
+    decoder = make_decoder(sizes.output_dim, seed)
+    files = {
+        "qwen.tiktoken": ranks_file(),
+        "generation_config.json": json.dumps({"chat_format": "chatml", **(generation or {})}),
     }
+    save_folder(folder, decoder | tensors_of(tower), config=config, files=files)
+    return SeeingModel(folder, decoder, config, tower)

@@ -207,6 +207,11 @@ class ModelConfig:
             raise CheckpointError(
                 f"visual.output_dim is {self.vision.output_dim}; accepted: hidden_size ({self.hidden_size})"
             )
+        if self.vision is not None and self.vision.image_start_id + 2 >= self.vocab_size:
+            raise CheckpointError(
+                f"visual.image_start_id is {self.vision.image_start_id}; accepted: 1 to vocab_size - 3 "
+                f"({self.vocab_size - 3})"
+            )
         self._check_products()
 
     def _check_length_extension(self) -> None:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from qwen_aot.errors import CheckpointError
-from qwen_aot.exporter.model.limits import MAX_LAYERS, MAX_WIDTH, require_at_most
+from qwen_aot.exporter.model.limits import MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH, require_at_most
 
 NUM_QUERIES = 256  # of the resampler: rows that an image becomes
 GRID = 16  # both tables of positions in a checkpoint are of 16 x 16, whatever the image's size
@@ -35,6 +35,8 @@ class VisionConfig:
         heads: of the tower; the resampler has one for each 128 of `output_dim`.
         mlp_ratio: the width of the tower's MLP over `width`.
         output_dim: the decoder's hidden size.
+        image_start_id: the token that begins an image in a prompt; behind it follow those that end one and that stand
+            for its rows.
 
     Raises:
         CheckpointError: a value is out of range; the message names field, value and accepted range.
@@ -47,6 +49,7 @@ class VisionConfig:
     heads: int
     mlp_ratio: float
     output_dim: int
+    image_start_id: int
 
     def __post_init__(self) -> None:
         for name, limit in (
@@ -56,6 +59,7 @@ class VisionConfig:
             ("layers", MAX_LAYERS),
             ("heads", MAX_WIDTH),
             ("output_dim", MAX_WIDTH),
+            ("image_start_id", MAX_VOCABULARY),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:

@@ -415,7 +415,11 @@ class Batch:
         started = time.perf_counter()
         try:
             images = rows_between(sequence.request.images, start, start + len(ids))
-            logits = self._engine.prefill(row, ids, len(sequence.prompt_ids), images)
+            whole = len(sequence.prompt_ids)
+            if images is None:
+                logits = self._engine.prefill(row, ids, whole)
+            else:
+                logits = self._engine.prefill(row, ids, whole, images)
         except GenerationError as error:
             return self._fail(row, error)
         sequence.note_fed(len(ids), time.perf_counter() - started)
