@@ -1,12 +1,13 @@
 """Small random Qwen-VL folders, and what the published architecture says of them: two statements put together.
 
-The decoder is `tests.first_qwen.Statement`, the tower `tests.vision_reference.Tower`. Rows of images are further rows of
-the decoder's table of embeddings, so that a text with images is a list of ids like any other.
+The decoder is `tests.first_qwen.Statement`, the tower `tests.vision_reference.Tower`. Rows of images are further rows
+of the decoder's table of embeddings, so that a text with images is a list of ids like any other.
 """
 
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from tests.first_qwen import CONFIG, Statement, save_folder
 from tests.vision_reference import TINY, Sizes, Tower, make_tower, tensors_of
@@ -132,12 +134,27 @@ def make_seeing_model(
     folder: Path, sizes: Sizes = SMALL, *, seed: int = 0, generation: Mapping[str, Any] | None = None
 ) -> SeeingModel:
     """Saves a folder as Qwen-VL-Chat's is: config.json, weights, qwen.tiktoken, generation_config.json."""
-    tower = make_tower(sizes, seed)
-    config = make_config(sizes)
-    decoder = make_decoder(sizes.output_dim, seed)
+    decoder, tower = make_decoder(sizes.output_dim, seed), make_tower(sizes, seed)
     files = {
         "qwen.tiktoken": ranks_file(),
         "generation_config.json": json.dumps({"chat_format": "chatml", **(generation or {})}),
     }
-    save_folder(folder, decoder | tensors_of(tower), config=config, files=files)
-    return SeeingModel(folder, decoder, config, tower)
+    save_folder(folder, decoder | tensors_of(tower), config=make_config(sizes), files=files)
+    return SeeingModel(folder, decoder, make_config(sizes), tower)
+
+
+def read_seeing_model(folder: Path, sizes: Sizes = SMALL, *, seed: int = 0) -> SeeingModel:
+    """One that `make_seeing_model` has saved with these arguments."""
+    return SeeingModel(folder, make_decoder(sizes.output_dim, seed), make_config(sizes), make_tower(sizes, seed))
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    """An image file of pixels [height, width, 3]."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def noise(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Pixels [height, width, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

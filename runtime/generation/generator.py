@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 from collections import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias, Unpack, overload
@@ -445,7 +445,7 @@ class Generator:
                 "conversation (/clear in the terminal), say less at once, or rebuild the bundle with a larger "
                 "--max-context"
             )
-        images = self._place(encoded.image_starts, pictures)
+        images = self._place(encoded.image_starts, (open_one() for open_one in pictures))
         return Request(ids, settings, cancel, keep_cache=True, is_chat=True, images=images)
 
     def picture_request(
@@ -493,8 +493,8 @@ class Generator:
         images = self._place(starts, opened)
         return Request(ids, settings, cancel, images=images)
 
-    def _place(self, starts: Sequence[int], pictures: Sequence[Picture]) -> tuple[PlacedImage, ...]:
-        if not pictures:
+    def _place(self, starts: Sequence[int], pictures: Iterable[Picture]) -> tuple[PlacedImage, ...]:
+        if not starts:
             return ()
         encoded = self.image_encoder.encode(pictures)
         return tuple(PlacedImage(start, image.rows, image.digest) for start, image in zip(starts, encoded, strict=True))

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from qwen_aot.runtime.server.chat import MESSAGE_LIST, TEMPLATE_FIELDS, template_variables
+from qwen_aot.runtime.server.image_parts import refuse_images
 from qwen_aot.runtime.server.completions import is_token_ids
 from qwen_aot.runtime.server.conversation import make_conversation
 from qwen_aot.runtime.server.errors import ApiError
@@ -92,6 +93,7 @@ def _tokens_response(fields: Mapping[str, Any], model: Model) -> Response:
 
 
 def _encode(fields: Mapping[str, Any], model: Model) -> list[int]:
+    refuse_images(fields.get("messages", ()))
     check_length(fields, model)
     if "messages" in fields:
         conversation = make_conversation(fields["messages"], read_offer(fields), model)

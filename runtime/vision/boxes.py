@@ -18,7 +18,7 @@ SCALE = 1000  # corners are in so many parts of a side
 
 _NUMBER = r"\s*(\d{1,4})\s*"
 _CORNER = rf"\({_NUMBER},{_NUMBER}\)"
-_PIECE = re.compile(rf"<ref>(?P<label>.*?)</ref>|<box>\s*{_CORNER}\s*,\s*{_CORNER}\s*</box>", re.DOTALL)
+_PIECE = re.compile(rf"<ref>(?P<label>(?:(?!</?ref>).)*)</ref>|<box>\s*{_CORNER}\s*,\s*{_CORNER}\s*</box>", re.DOTALL)
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
 
 

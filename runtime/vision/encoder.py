@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,8 +52,8 @@ class ImageEncoder:
         """That an image becomes."""
         return self._runner.rows
 
-    def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
-        """Each picture's rows.
+    def encode(self, pictures: Iterable[Picture]) -> list[EncodedImage]:
+        """Each picture's rows. The pictures are taken one after the other, and none is kept.
 
         Raises:
             GenerationError: see `VisionRunner.encode`.

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.vision.pictures import Picture, open_data_url, open_picture
 
-__all__ = ["IMAGE_PART", "take_pictures"]
+__all__ = ["IMAGE_PART", "OpenPicture", "take_pictures"]
+
+OpenPicture = Callable[[], Picture]  # see `open_picture` and `open_data_url` for what it raises
 
 IMAGE_PART: Mapping[str, str] = {"type": "image"}  # what is left of a part
 
 
-def take_pictures(messages: Sequence[Any]) -> tuple[list[Any], list[Picture]]:
-    """The messages with IMAGE_PART in the place of each image, and the images in order.
+def take_pictures(messages: Sequence[Any]) -> tuple[list[Any], list[OpenPicture]]:
+    """The messages with IMAGE_PART in the place of each image, and what opens each of these, in order.
+
+    Nothing is decoded yet, so that who reads pictures one after the other never holds two of somebody else's.
 
     A part is `{"type": "image", "image": ...}` with a Picture, a pathlib.Path or the bytes of a file, or
     `{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}`. A text is never taken for a path, so
     that messages which somebody else wrote can't name a file of this machine, and no address is followed.
 
     Raises:
-        GenerationError: an image part is of another form, or see `open_picture`.
+        GenerationError: an image part is of another form.
     """
     taken: list[Any] = []
-    pictures: list[Picture] = []
+    pictures: list[OpenPicture] = []
     for number, message in enumerate(messages):
         content = message.get("content") if isinstance(message, Mapping) else None
         if not isinstance(content, list | tuple) or not any(map(_is_image, content)):
@@ -49,11 +54,12 @@ def _is_image(part: object) -> bool:
     return isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
 
 
-def _picture(part: Mapping[str, Any], where: str) -> Picture:
+def _picture(part: Mapping[str, Any], where: str) -> OpenPicture:
     if part["type"] == "image":
         source = part.get("image")
         if isinstance(source, Picture | Path | bytes):
-            return open_picture(source, None if isinstance(source, Picture | Path) else f"the image of {where}")
+            name = None if isinstance(source, Picture | Path) else f"the image of {where}"
+            return functools.partial(open_picture, source, name)
         raise GenerationError(
             f"{where} has as its image a {type(source).__name__}; accepted: a qwen_aot.Picture, a pathlib.Path, or the "
             "bytes of a file (a text is never taken for a path)"
@@ -62,4 +68,4 @@ def _picture(part: Mapping[str, Any], where: str) -> Picture:
     url = address.get("url") if isinstance(address, Mapping) else address
     if not isinstance(url, str):
         raise GenerationError(f'{where} has no address; accepted: {{"url": "data:image/png;base64,..."}} as image_url')
-    return open_data_url(url, f"the image of {where}")
+    return functools.partial(open_data_url, url, f"the image of {where}")

@@ -74,7 +74,7 @@ def byte_letters() -> dict[str, int]:
 
 
 def stated(ranks: Ranks, text: str) -> list[int]:
-    """tiktoken's algorithm: pieces of the normalized text, whose neighbours are joined by the lowest rank first."""
+    """Tiktoken's algorithm: pieces of the normalized text, whose neighbours are joined by the lowest rank first."""
     ids: list[int] = []
     for piece in regex.findall(PATTERN, unicodedata.normalize("NFC", text)):
         parts = [bytes([byte]) for byte in piece.encode()]
