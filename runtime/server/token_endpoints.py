@@ -9,12 +9,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from qwen_aot.runtime.server.chat import MESSAGE_LIST, TEMPLATE_FIELDS, template_variables
-from qwen_aot.runtime.server.image_parts import refuse_images
 from qwen_aot.runtime.server.completions import is_token_ids
 from qwen_aot.runtime.server.conversation import make_conversation
 from qwen_aot.runtime.server.errors import ApiError
 from qwen_aot.runtime.server.fields import Reader, Schema, boolean, object_of, text, wrong
 from qwen_aot.runtime.server.generation_fields import MAX_TOKENS
+from qwen_aot.runtime.server.image_parts import refuse_images
 from qwen_aot.runtime.server.json_body import BodyReader, json_in_pieces
 from qwen_aot.runtime.server.requested import check_length, check_model
 from qwen_aot.runtime.server.state import Model, ServerState
