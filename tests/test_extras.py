@@ -33,7 +33,7 @@ def test_what_no_extra_brings_is_our_bug(module: str | None) -> None:
     assert raised.value is error
 
 
-DISTRIBUTIONS = {"cuda": "cuda-bindings", "tensorrt_rtx": "tensorrt-rtx-cu13"}  # where the import has another name
+DISTRIBUTIONS = {"PIL": "pillow", "cuda": "cuda-bindings", "tensorrt_rtx": "tensorrt-rtx-cu13"}  # where the import has another name
 
 
 @pytest.mark.parametrize("package", EXTRA_OF)

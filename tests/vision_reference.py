@@ -179,7 +179,7 @@ def seeing_config(sizes: Sizes = TINY) -> ModelConfig:
     """A small decoder's facts beside a tower's."""
     return ModelConfig(
         model_type="qwen2",
-        vocab_size=97,
+        vocab_size=max(97, sizes.image_start_id + 3),
         hidden_size=sizes.output_dim,
         intermediate_size=24,
         num_hidden_layers=1,

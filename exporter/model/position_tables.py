@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.exporter.model.config import ModelConfig
-from qwen_aot.exporter.model.limits import MAX_ROTARY_ELEMENTS, require_at_most
+from qwen_aot.exporter.model.limits import require_at_most
 from qwen_aot.exporter.model.rope import inverse_frequencies
 
 _ROWS = 4096  # computed at once, in float64
+_MAX_STACKED_ROWS = 2**24  # recipes count rows in float32; 98,304 positions of three tables are the most published
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,7 @@ def position_tables(config: ModelConfig, context: int, positions: int | None = N
         scales_queries=config.logn_attn_length is not None and config.logn_attn_length < context,
     )
     if tables.rotary_tables > 1:
-        elements = tables.rotary_rows * config.head_dim
-        require_at_most("positions x head_dim of all rotary tables", elements, MAX_ROTARY_ELEMENTS)
+        require_at_most("the number of rows of all rotary tables", tables.rotary_rows, _MAX_STACKED_ROWS)
     return tables
 
 

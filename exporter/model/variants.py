@@ -9,15 +9,16 @@ from collections.abc import Mapping
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.published.qwen import QWEN
 from qwen_aot.exporter.model.published.qwen1_5 import QWEN1_5
 from qwen_aot.exporter.model.published.qwen_vl import QWEN_VL, WITHOUT_OPEN_WEIGHTS
 
-VARIANTS: Mapping[str, ModelConfig] = {**QWEN1_5, **QWEN_VL}
+VARIANTS: Mapping[str, ModelConfig] = {**QWEN, **QWEN_VL, **QWEN1_5}
 
 
 def canonical_name(name: str) -> str | None:
-    """The variant's key in VARIANTS for any spelling (`Qwen/Qwen1.5-7B-Chat`, `qwen1.5-7b`), or None."""
-    key = name.lower().removeprefix("qwen/").removesuffix("-chat")
+    """The variant's key in VARIANTS for any spelling (`Qwen/Qwen1.5-7B-Chat`, `qwen1.5-7b`, `Qwen-1_8B`), or None."""
+    key = name.lower().replace("_", ".").removeprefix("qwen/").removesuffix("-chat")
     return key if key in VARIANTS else None
 
 

@@ -103,6 +103,7 @@ VISION: dict[str, Any] = {
 }
 LAST_LOGITS = {"name": "last_logits", "dtype": "float32", "shape": ["B", "T", 151936]}
 POSITIONS = {"name": "logits_positions", "dtype": "int64", "shape": ["T"]}
+ROTARY = {"dtype": "int64", "shape": ["B"]}
 REMOVED = object()
 
 KeyPath = list[str | int]
@@ -170,6 +171,13 @@ EDITS: list[tuple[str, KeyPath, Any, bool]] = [
     ("a cache whose heads are a letter", [*TEXT, "inputs", 1, "shape", 1], "S", False),
     ("a cache without rows", [*TEXT, "inputs", 1, "shape", 0], 1, False),
     ("an input of image rows", [*TEXT, "inputs", 0, "shape"], ["I", 1024], True),
+    ("several rotary tables", [*TEXT, "inputs", 0], ROTARY | {"name": "rotary_offset.8192"}, True),
+    ("rotary tables of the most tokens", [*TEXT, "inputs", 0], ROTARY | {"name": "rotary_offset.999999999"}, True),
+    ("rotary tables of no number", [*TEXT, "inputs", 0], ROTARY | {"name": "rotary_offset."}, False),
+    ("rotary tables of no tokens", [*TEXT, "inputs", 0], ROTARY | {"name": "rotary_offset.0"}, False),
+    ("rotary tables of a number with a 0 first", [*TEXT, "inputs", 0], ROTARY | {"name": "rotary_offset.08"}, False),
+    ("rotary tables of more tokens", [*TEXT, "inputs", 0], ROTARY | {"name": "rotary_offset.1000000000"}, False),
+    ("rotary tables of a text", [*TEXT, "inputs", 0], ROTARY | {"name": "rotary_offset.8k"}, False),
     ("an unknown dtype", [*TEXT, "inputs", 0, "dtype"], "int4", False),
     ("an unknown dimension", [*TEXT, "inputs", 0, "shape", 0], "X", False),
     ("a dimension of 0", [*TEXT, "outputs", 0, "shape", 1], 0, False),

@@ -49,9 +49,7 @@ class FakeEngine:
     def run_seconds(self) -> float:
         return 0.0
 
-    def prefill(
-        self, row: int, token_ids: NDArray[np.int64], prompt_tokens: int | None = None
-    ) -> NDArray[np.float32]:
+    def prefill(self, row: int, token_ids: NDArray[np.int64], prompt_tokens: int | None = None) -> NDArray[np.float32]:
         assert len(token_ids) > 0
         self._given.fill(np.nan)
         self.prefills.append((row, token_ids.tolist()))

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from qwen_aot.runtime.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    ROTARY_OFFSET,
     Engines,
     FileEntry,
     IoTensor,
@@ -40,9 +41,9 @@ _ONNX_TYPES = {
 }
 
 
-def checksum(token_ids: list[int]) -> int:
-    """The next token of the checksum model: every id and its place count."""
-    return sum((place + 1) * token_id for place, token_id in enumerate(token_ids)) % VOCAB_SIZE
+def checksum(token_ids: list[int], rotary_offset: int = 0) -> int:
+    """The next token of the checksum model: every id and its place count, and where its rotary table begins."""
+    return sum((place + 1 + rotary_offset) * token_id for place, token_id in enumerate(token_ids)) % VOCAB_SIZE
 
 
 def make_manifest(
@@ -134,7 +135,7 @@ def io_tables(
         "logits_positions": ("T",),
     }
     cache: tuple[int | str, ...] = ("B", HEADS, capacity, HEAD_DIM)
-    inputs = [IoTensor(name, "int64", shapes[name]) for name in names]
+    inputs = [IoTensor(name, "int64", ("B",) if name.startswith(ROTARY_OFFSET) else shapes[name]) for name in names]
     inputs += [IoTensor(f"past_key_values.0.{part}", cache_dtype, cache) for part in ("key", "value")]
     outputs = [IoTensor("logits", "float32", ("B", vocab_size))]
     if "logits_positions" in names:
@@ -164,7 +165,8 @@ def checksum_model(
 ) -> onnx.ModelProto:
     """Logits peak at `checksum` of the row's tokens, read back from the cache.
 
-    The key cache holds the ids, the value cache position + 1, both in all heads and dimensions. The graph
+    The key cache holds the ids, the value cache position + 1 (and the row's rotary offset, where the graph has that
+    input), both in all heads and dimensions. The graph
     keeps section 3 of the design: TensorScatter refuses writes past the capacity, a window that is too short
     or a wrong length changes the sum, and an idle row with an empty cache turns all logits into NaN. With the input
     logits_positions there are those of the last tokens too.
@@ -184,7 +186,10 @@ def checksum_model(
     )
     parts = {}
     one = b.ints([1])
-    for part, source in (("key", "input_ids"), ("value", b.node("Add", ["position_ids", one]))):
+    places = b.node("Add", ["position_ids", one])
+    for offset in (tensor.name for tensor in inputs if tensor.name.startswith(ROTARY_OFFSET)):
+        places = b.node("Add", [places, b.node("Unsqueeze", [offset, one])])
+    for part, source in (("key", "input_ids"), ("value", places)):
         update = b.node("Cast", [source], to=TensorProto.FLOAT)
         update = b.node("Expand", [b.node("Unsqueeze", [update, b.ints([1, 3])]), shape])
         present = b.node(

@@ -534,6 +534,7 @@ QWEN_AOT_API void qwen_aot_rows_free(qwen_aot_rows* rows);
 
 /** Appends ids[count], count at least 1, to a row, in chunks. *logits: float32 [FACT_VOCAB_SIZE], of the last one;
  *  the handle's, valid until the next call on it.
+ *  A first-generation Qwen rotates a row by its first prompt's length: give an empty row the whole prompt at once.
  *  CONTEXT_FULL, CANCELLED, ENGINE_FAILED, NOT_FINITE: the row is as it was. */
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_rows_prefill(
     qwen_aot_rows* rows, int32_t row, int32_t const* ids, size_t count, float const** logits, qwen_aot_error** error);

@@ -138,7 +138,7 @@ def test_generation_config_is_read_from_the_folder(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "model_type": ({"model_type": "llama"}, r"model_type is 'llama'; accepted: qwen2, qwen2_moe"),
+    "model_type": ({"model_type": "llama"}, r"model_type is 'llama'; accepted: qwen, qwen2, qwen2_moe"),
     "no model_type": ({"model_type": None}, "model_type is None"),
     "activation": ({"hidden_act": "gelu"}, 'hidden_act is "gelu"; not supported; accepted: "silu"'),
     "window": (

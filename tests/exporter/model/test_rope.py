@@ -10,6 +10,7 @@ from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from qwen_aot.exporter.checkpoint.hf.config import parse
+from qwen_aot.exporter.model.position_tables import PositionTables
 from qwen_aot.exporter.model.rope import inverse_frequencies, yarn_attention_factor
 from qwen_aot.exporter.weights.recipes import decoder_recipes
 from tests.checkpoints import tiny_config
@@ -74,7 +75,7 @@ def test_published_yarn_at_the_end_of_its_context(spelling: str) -> None:
     positions = np.array([0, 1, 32767, 32768, 100_003, 131_071], np.float32)
     rotary = Qwen2RotaryEmbedding(Qwen2Config(**raw))
     expected = rotary(torch.zeros(1), torch.from_numpy(positions)[None].long())
-    recipes = decoder_recipes(config, ir.DataType.FLOAT, config.max_position_embeddings)
+    recipes = decoder_recipes(config, ir.DataType.FLOAT, PositionTables(config.max_position_embeddings))
     for name, theirs in zip(("model.rotary.cos", "model.rotary.sin"), expected, strict=True):
         assert recipes[name].rows == 131072
         (ours,) = recipes[name].transform(positions)

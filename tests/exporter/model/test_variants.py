@@ -16,6 +16,10 @@ from qwen_aot.exporter.model.variants import VARIANTS, canonical_name, variant_c
 
 # As published with each model (safetensors metadata; for 0.5B without the tied head).
 PUBLISHED_PARAMETERS = {
+    "qwen-1.8b": 1_836_828_672,
+    "qwen-7b": 7_721_324_544,
+    "qwen-14b": 14_167_290_880,
+    "qwen-72b": 72_287_920_128,
     "qwen1.5-0.5b": 463_987_712,
     "qwen1.5-1.8b": 1_836_828_672,
     "qwen1.5-4b": 3_950_369_280,
@@ -26,6 +30,23 @@ PUBLISHED_PARAMETERS = {
     "qwen1.5-110b": 111_209_914_368,
     "qwen1.5-moe-a2.7b": 14_315_784_192,
 }
+
+
+def first_generation(config: ModelConfig) -> torch.nn.Module:
+    """The modules with parameters of the published modeling_qwen.py, which transformers doesn't have."""
+    M, F, V = config.hidden_size, 2 * config.intermediate_size, config.vocab_size  # F as config.json says it
+    projection = 128 * config.num_attention_heads  # kv_channels
+    layers: list[torch.nn.Module] = []
+    for _ in range(config.num_hidden_layers):
+        attention = torch.nn.ModuleList(
+            [torch.nn.Linear(M, 3 * projection), torch.nn.Linear(M, projection, bias=False)]
+        )
+        mlp = torch.nn.ModuleList([torch.nn.Linear(M, F // 2, bias=False), torch.nn.Linear(M, F // 2, bias=False)])
+        mlp.append(torch.nn.Linear(F // 2, M, bias=False))
+        layers += [torch.nn.RMSNorm(M), attention, torch.nn.RMSNorm(M), mlp]
+    return torch.nn.ModuleList(
+        [torch.nn.Embedding(V, M), *layers, torch.nn.RMSNorm(M), torch.nn.Linear(M, V, bias=False)]
+    )
 
 
 def meta_parameters(config: ModelConfig) -> int:
@@ -39,8 +60,10 @@ def meta_parameters(config: ModelConfig) -> int:
         "tie_word_embeddings": config.tie_word_embeddings,
     }
     with torch.device("meta"):
-        if config.moe is None:
-            model: torch.nn.Module = Qwen2ForCausalLM(Qwen2Config(**common))
+        if config.model_type == "qwen":
+            model: torch.nn.Module = first_generation(config)
+        elif config.moe is None:
+            model = Qwen2ForCausalLM(Qwen2Config(**common))
         else:
             experts = {
                 "num_experts": config.moe.num_experts,
@@ -65,6 +88,10 @@ def test_parameter_count(name: str) -> None:
 
 # As published in each model's config.json: rope_theta, tied embeddings, key/value heads.
 PUBLISHED_FACTS = {
+    "qwen-1.8b": (1e4, False, 16),
+    "qwen-7b": (1e4, False, 32),
+    "qwen-14b": (1e4, False, 40),
+    "qwen-72b": (1e6, False, 64),
     "qwen1.5-0.5b": (1e6, True, 16),
     "qwen1.5-1.8b": (1e6, False, 16),
     "qwen1.5-4b": (5e6, False, 20),
@@ -77,11 +104,17 @@ PUBLISHED_FACTS = {
 }
 
 
+# Of the first generation, where use_logn_attn and use_dynamic_ntk are true: seq_length, max_position_embeddings.
+SEQ_LENGTHS = {"qwen-1.8b": (8192, 8192), "qwen-7b": (8192, 32768), "qwen-14b": (2048, 8192)}
+
+
 @pytest.mark.parametrize("name", PUBLISHED_FACTS)
 def test_facts_that_the_parameter_count_does_not_show(name: str) -> None:
     config = variant_config(name)
     assert (config.rope_theta, config.tie_word_embeddings, config.num_key_value_heads) == PUBLISHED_FACTS[name]
-    assert (config.max_position_embeddings, config.rms_norm_eps, config.attention_bias) == (32768, 1e-6, True)
+    length, context = SEQ_LENGTHS.get(name, (None, 32768))
+    assert (config.max_position_embeddings, config.rms_norm_eps, config.attention_bias) == (context, 1e-6, True)
+    assert (config.logn_attn_length, config.dynamic_ntk_length) == (length, length)
     assert config.head_dim == (64 if name == "qwen1.5-0.5b" else 128)
     assert config.rope_scaling is None
 
@@ -130,7 +163,14 @@ def test_spellings(spelling: str) -> None:
     assert variant_config(spelling) is VARIANTS["qwen1.5-7b"]
 
 
+@pytest.mark.parametrize("spelling", ["qwen-1.8b", "Qwen/Qwen-1_8B", "Qwen-1_8B-Chat", "qwen-1.8b-chat"])
+def test_spellings_of_a_number_with_a_point(spelling: str) -> None:
+    assert canonical_name(spelling) == "qwen-1.8b"
+
+
 def test_unknown_name_lists_the_known() -> None:
     assert canonical_name("qwen2-7b") is None
-    with pytest.raises(CheckpointError, match=r"'qwen2-7b' is not a Qwen1.5 variant; accepted: qwen1.5-0.5b, .*110b"):
+    with pytest.raises(
+        CheckpointError, match=r"'qwen2-7b' is not a Qwen1.5 variant; accepted: qwen-1.8b, .*qwen1.5-0.5b, .*110b"
+    ):
         variant_config("qwen2-7b")

@@ -30,6 +30,7 @@ from qwen_aot.runtime.bundle.manifest import (
 )
 from qwen_aot.runtime.engine.protocol import NonFiniteLogitsError
 from tests.doubles.bundles import facts_for
+from tests.runtime.backends import test_rotary_tables as rotary
 from tests.runtime.backends.ort import test_engine as cases
 from tests.runtime.capi.engines import BUNDLE, ENGINE_FAILED, ENGINE_MISMATCH, NO_TYPES, UNSUPPORTED, NativeEngine
 from tests.runtime.capi.gpu_doubles import NOTHING, GpuDialog, build_double, tensorrt_stubs
@@ -43,10 +44,11 @@ INPUTS = {
     "all": ALL_INPUTS,
     "few": ("input_ids", "cache_length", "new_tokens"),  # a plugin follows the lengths
     "speculating": (*ALL_INPUTS, "logits_positions"),  # which this library decodes plainly
+    "rotary": rotary.NAMES,
 }
 # Cache (2), scratch, positions, and inputs and logits of both kinds of step; the same without scratch page-locked.
 HELD = "contexts 1 current 0 device {} pinned 5 streams 1 graphs 0 executables {}"
-DEVICE = {"all": 8, "few": 8, "speculating": 10}  # last_logits of both
+DEVICE = {"all": 8, "few": 8, "speculating": 10, "rotary": 8}  # last_logits of both
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +176,26 @@ def ids(*token_ids: int) -> np.ndarray:
     return np.array(token_ids, np.int64)
 
 
-@pytest.mark.parametrize("inputs", list(INPUTS))
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(
+            lambda engine, first=first: rotary.test_a_prompts_length_chooses_its_table(engine, first)
+            for first in (20, 21)
+        ),
+        rotary.test_a_part_of_a_prompt_is_told_of_the_rest,
+        rotary.test_rows_keep_theirs_through_steps_of_others,
+        rotary.test_what_is_left_of_a_row_keeps_its_table_and_an_empty_row_has_none,
+        rotary.test_a_copy_has_its_sources_table,
+    ],
+)
+def test_rows_have_rotary_tables_of_their_own(
+    dialog: GpuDialog, bundles: dict[str, Path], library: Path, case: Callable[[Any], None]
+) -> None:
+    case(open_engine(dialog, bundles["rotary"], library))
+
+
+@pytest.mark.parametrize("inputs", [name for name in INPUTS if name != "rotary"])
 @pytest.mark.parametrize(
     "case",
     [

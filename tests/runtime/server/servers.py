@@ -104,9 +104,7 @@ class SpellingEngine(FakeEngine):
             raise self.failure
         return super().decode(first_row, token_ids)
 
-    def prefill(
-        self, row: int, token_ids: NDArray[np.int64], prompt_tokens: int | None = None
-    ) -> NDArray[np.float32]:
+    def prefill(self, row: int, token_ids: NDArray[np.int64], prompt_tokens: int | None = None) -> NDArray[np.float32]:
         assert self.gate.wait(60)
         return super().prefill(row, token_ids, prompt_tokens)
 

@@ -89,7 +89,7 @@ extern "C" qwen_aot_status qwen_aot_rows_prefill(
     clear(logits);
     return with_engine(rows, error, [&](Engine& engine, Error& failure) {
         QWEN_AOT_TRY(check_ids(ids, count, logits, failure));
-        return engine.prefill(row, {ids, count}, logits, failure);
+        return engine.prefill(row, {ids, count}, count, logits, failure);
     });
 }
 

@@ -448,6 +448,7 @@ private:
         QWEN_AOT_TRY(read_tensors(member(entry, "outputs"), "output", engine.outputs));
         QWEN_AOT_TRY(read_profiles(member(entry, "profiles")));
         QWEN_AOT_TRY(check_cache(member(entry, "cache_dtype").string()));
+        QWEN_AOT_TRY(read_rotary_length());
         JsonValue const tensorrt = member(entry, "tensorrt");
         engine.has_tensorrt = !tensorrt.is_null();
         return engine.has_tensorrt ? read_tensorrt(tensorrt, engine.tensorrt) : Status::ok;
@@ -554,6 +555,38 @@ private:
                 "%s: the plugin library %s with SHA-256 %s is not among the bundle's files; accepted: one that `files` "
                 "lists so",
                 where_, Quoted(facts.plugin_file.view()).c_str(), Quoted(facts.plugin_sha256.view()).c_str());
+        }
+        return Status::ok;
+    }
+
+    /** The name of an input rotary_offset.N has a number of tokens, of at most nine digits. */
+    Status read_rotary_length()
+    {
+        TextEngine& engine = manifest_.text_engine;
+        engine.rotary_length = -1;
+        for (IoTensor const& tensor : engine.inputs)
+        {
+            std::string_view const name = tensor.name.view();
+            if (!starts_with(name, kRotaryOffset))
+            {
+                continue;
+            }
+            int64_t length = 0;
+            size_t const first = sizeof kRotaryOffset - 1;
+            bool is_number = name.size() > first && name.size() <= first + 9 && name[first] != '0';
+            for (size_t i = first; is_number && i < name.size(); ++i)
+            {
+                is_number = name[i] >= '0' && name[i] <= '9';
+                length = 10 * length + (name[i] - '0');
+            }
+            if (!is_number)
+            {
+                return error_.fail(Status::bundle,
+                    "%s: the input %s names no number of tokens; accepted: rotary_offset.N, N from 1 to 999999999",
+                    where_, Quoted(name).c_str());
+            }
+            engine.rotary_length = length;
+            return Status::ok;
         }
         return Status::ok;
     }
@@ -743,6 +776,16 @@ bool find_dtype(std::string_view name, DType& type)
         }
     }
     return false;
+}
+
+int64_t TextEngine::rotary_table(int64_t tokens) const
+{
+    int64_t table = 0;
+    for (int64_t last = rotary_length; last > 0 && last < tokens; last *= 2)
+    {
+        ++table;
+    }
+    return table;
 }
 
 int64_t Manifest::max_capacity() const

@@ -31,6 +31,7 @@ constexpr char kManifestName[] = "manifest.json";
 constexpr char kCachePrefix[] = "past_key_values.";     // of the cache inputs' names
 constexpr char kLastLogits[] = "last_logits";           // the output that `logits_rows` bounds
 constexpr char kLogitsPositions[] = "logits_positions"; // the input that says of how many tokens it is
+constexpr char kRotaryOffset[] = "rotary_offset.";      // of the name of an input; a number of tokens follows
 constexpr char kVerify[] = "verify";                    // the profile of the steps that want it
 
 /** One input or output: a dimension is a size, or the negative of a letter (-'B'). */
@@ -75,9 +76,15 @@ struct TextEngine
     Array<IoTensor> outputs;
     Array<Profile> profiles;
     int64_t logits_rows; // the largest T of the output `last_logits` [B, T, V]; -1: there is none
-    DType cache_dtype;   // without meaning where no input is of the cache
+    // N of the input rotary_offset.N: the first rotary table is of first steps of up to N tokens, the next of up to 2 N, and so
+    // on; -1: there is one table.
+    int64_t rotary_length;
+    DType cache_dtype; // without meaning where no input is of the cache
     bool has_tensorrt;
     TensorRtFacts tensorrt;
+
+    /** The index of the rotary table of a row whose first step has so many tokens, 1 on. */
+    int64_t rotary_table(int64_t tokens) const;
 };
 
 struct FileEntry

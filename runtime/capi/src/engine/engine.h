@@ -24,8 +24,11 @@ public:
     virtual int64_t length(int32_t row) const = 0;
 
     /** Appends ids [n], n >= 1, to a row, in chunks. *logits: [V], of the last one; valid until the next call.
+     *  prompt_tokens: of the whole prompt that these begin, at least n: an empty row gets the rotary table of that length, where
+     *  the bundle has several, and keeps it until it is empty again. Of no effect on a row that isn't empty.
      *  CONTEXT_FULL, CANCELLED, NOT_FINITE, ENGINE_FAILED. */
-    virtual Status prefill(int32_t row, Span<int32_t const> ids, float const** logits, Error& error) = 0;
+    virtual Status prefill(
+        int32_t row, Span<int32_t const> ids, size_t prompt_tokens, float const** logits, Error& error) = 0;
 
     /** Appends one id to each of contiguous rows, kIdle to none. *logits: [B, V]; valid until the next call.
      *  NOT_FINITE: of the rows in `bad_rows`, absolute and ascending (set, not appended to; may be null). */

@@ -9,8 +9,9 @@ namespace
 {
 
 constexpr std::string_view kPresentPrefix = "present.";
+// In the order of StepInput; the last goes on with a number.
 constexpr char const* kStepInputNames[kStepInputs] = {
-    "input_ids", "position_ids", "cache_length", "new_tokens", "key_positions", "logits_positions"};
+    "input_ids", "position_ids", "cache_length", "new_tokens", "key_positions", "logits_positions", kRotaryOffset};
 
 std::string_view after(std::string_view text, size_t count)
 {
@@ -27,6 +28,12 @@ IoTensor const* find(Array<IoTensor> const& tensors, std::string_view name)
         }
     }
     return nullptr;
+}
+
+bool is_step_input(IoTensor const& tensor, StepInput input)
+{
+    std::string_view const name = kStepInputNames[static_cast<size_t>(input)];
+    return input == StepInput::rotary_offset ? starts_with(tensor.name.view(), name) : tensor.name.view() == name;
 }
 
 /** Whether a cache input is of a shape that a cache can have. */
@@ -48,19 +55,21 @@ bool is_cache_shape(IoTensor const& tensor)
 
 } // namespace
 
-char const* step_input_name(StepInput input)
+char const* find_step_input(TextEngine const& engine, StepInput input)
 {
-    return kStepInputNames[static_cast<size_t>(input)];
+    for (IoTensor const& tensor : engine.inputs)
+    {
+        if (is_step_input(tensor, input))
+        {
+            return tensor.name.c_str();
+        }
+    }
+    return nullptr;
 }
 
 bool is_cache_input(IoTensor const& tensor)
 {
     return starts_with(tensor.name.view(), kCachePrefix);
-}
-
-bool has_input(TextEngine const& engine, StepInput input)
-{
-    return find(engine.inputs, step_input_name(input)) != nullptr;
 }
 
 Status present_name(std::string_view past, Text& name, Error& error)
@@ -105,16 +114,16 @@ Status check_table(Manifest const& manifest, Error& error)
             continue;
         }
         bool is_known = false;
-        for (char const* name : kStepInputNames)
+        for (size_t i = 0; i < kStepInputs; ++i)
         {
-            is_known = is_known || tensor.name.view() == name;
+            is_known = is_known || is_step_input(tensor, static_cast<StepInput>(i));
         }
         if (!is_known || tensor.dtype != DType::int64)
         {
             return error.fail(Status::engine_mismatch,
                 "the bundle's graph has the input %s of dtype %s, which this runtime can't feed; accepted: "
                 "past_key_values.* and cache_length, input_ids, key_positions, logits_positions, new_tokens, "
-                "position_ids "
+                "position_ids, rotary_offset.N "
                 "(int64)",
                 Quoted(tensor.name.view()).c_str(), dtype_name(tensor.dtype));
         }

@@ -18,17 +18,15 @@ enum class StepInput
     new_tokens,       // [B]
     key_positions,    // [W]
     logits_positions, // [T]; this library asks for each row's last token only: T is 1
+    rotary_offset,    // [B]; the first row of the rotary table of each row
 };
-constexpr size_t kStepInputs = 6;
+constexpr size_t kStepInputs = 7;
 
-/** The name of a step's input in graphs. */
-char const* step_input_name(StepInput input);
+/** The name of a step's input in the graph; null: the graph hasn't that input. */
+char const* find_step_input(TextEngine const& engine, StepInput input);
 
 /** Whether an input is a part of the cache: past_key_values.*, [B, Hkv, C, D], or [B, Hkv, C] of scales. */
 bool is_cache_input(IoTensor const& tensor);
-
-/** Whether the table has an input. */
-bool has_input(TextEngine const& engine, StepInput input);
 
 /** The output that shares a cache input's memory: present.*. */
 Status present_name(std::string_view past, Text& name, Error& error);

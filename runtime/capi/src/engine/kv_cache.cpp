@@ -18,7 +18,8 @@ KvCache::~KvCache()
 Status KvCache::open(Manifest const& manifest, int64_t max_capacity, Log const& log, Error& error)
 {
     max_batch_ = static_cast<size_t>(manifest.max_batch);
-    QWEN_AOT_NEED(lengths_.resize(max_batch_), error, "the rows' lengths");
+    QWEN_AOT_NEED(lengths_.resize(max_batch_) && rotary_offsets_.resize(max_batch_), error,
+        "the rows' lengths and rotary tables");
     Array<CacheArray> arrays;
     for (IoTensor const& tensor : manifest.text_engine.inputs)
     {
@@ -149,6 +150,7 @@ Status KvCache::scrub(int32_t row, int64_t end, Error& error)
 Status KvCache::copy_row(int32_t source, int32_t target, int64_t length, Error& error)
 {
     lengths_[static_cast<size_t>(target)] = 0;
+    rotary_offsets_[static_cast<size_t>(target)] = rotary_offsets_[static_cast<size_t>(source)];
     if (length == 0)
     {
         return Status::ok;

@@ -40,6 +40,11 @@ public:
     int64_t* lengths() { return lengths_.data(); }
     int64_t const* lengths() const { return lengths_.data(); }
 
+    /** int64 [max_batch]: the first row of the rotary table that each row's keys were rotated by, 0 where there is one table;
+     *  in host memory that never moves. */
+    int64_t* rotary_offsets() { return rotary_offsets_.data(); }
+    int64_t const* rotary_offsets() const { return rotary_offsets_.data(); }
+
     /** C, in tokens. */
     int64_t capacity() const { return capacity_; }
 
@@ -81,6 +86,7 @@ private:
     Memory& memory_;
     Array<CacheArray> arrays_;
     Array<int64_t> lengths_;
+    Array<int64_t> rotary_offsets_;
     int64_t capacity_ = 0;
     int64_t limit_ = 0;
     size_t max_batch_ = 0;

@@ -42,7 +42,7 @@ Status OrtStep::open(int64_t max_rows, int64_t max_tokens, Error& error)
 {
     for (size_t i = 0; i < kStepInputs; ++i)
     {
-        has_input_[i] = has_input(manifest_.text_engine, static_cast<StepInput>(i));
+        input_names_[i] = find_step_input(manifest_.text_engine, static_cast<StepInput>(i));
     }
     for (size_t i = 0; i < cache_.size(); ++i)
     {
@@ -92,7 +92,7 @@ Status OrtStep::run(
         }
     }
     Bound wanted{first_row, rows, tokens, cache_.capacity(), 0};
-    if (has_input_[static_cast<size_t>(StepInput::key_positions)])
+    if (input_names_[static_cast<size_t>(StepInput::key_positions)] != nullptr)
     {
         int64_t const rounded = (longest + tokens + kWindowStep - 1) / kWindowStep * kWindowStep;
         wanted.window = rounded < wanted.capacity ? rounded : wanted.capacity;
@@ -110,6 +110,7 @@ Status OrtStep::run(
         int64_t const shape[] = {rows};
         QWEN_AOT_TRY(bind_step_input(StepInput::cache_length, cache_.lengths() + first_row, {shape, 1}, error));
         QWEN_AOT_TRY(bind_step_input(StepInput::new_tokens, new_tokens_.data(), {shape, 1}, error));
+        QWEN_AOT_TRY(bind_step_input(StepInput::rotary_offset, cache_.rotary_offsets() + first_row, {shape, 1}, error));
     }
     if (wanted.rows != bound.rows || wanted.tokens != bound.tokens || shared_.is_gpu)
     {
@@ -180,7 +181,8 @@ Status OrtStep::bind_window(int64_t window, Error& error)
 /** Binds an input if the graph has it. */
 Status OrtStep::bind_step_input(StepInput input, int64_t* data, Span<int64_t const> shape, Error& error)
 {
-    if (!has_input_[static_cast<size_t>(input)])
+    char const* const name = input_names_[static_cast<size_t>(input)];
+    if (name == nullptr)
     {
         return Status::ok;
     }
@@ -189,8 +191,7 @@ Status OrtStep::bind_step_input(StepInput input, int64_t* data, Span<int64_t con
     {
         count *= static_cast<size_t>(size);
     }
-    return bind(shared_.host_memory.get(), data, count * sizeof(int64_t), shape, kInt64, step_input_name(input),
-        nullptr, error);
+    return bind(shared_.host_memory.get(), data, count * sizeof(int64_t), shape, kInt64, name, nullptr, error);
 }
 
 Status OrtStep::bind(MemoryInfo const* memory, void* data, size_t bytes, Span<int64_t const> shape, ElementType type,

@@ -78,8 +78,8 @@ private:
     KvCache& cache_;
     Owned<RunOptions> const& run_options_;
     Owned<IoBinding> binding_;
-    Array<CacheNames> cache_names_; // in the order of the cache's arrays
-    bool has_input_[kStepInputs] = {};
+    Array<CacheNames> cache_names_;             // in the order of the cache's arrays
+    char const* input_names_[kStepInputs] = {}; // in the graph; null: it hasn't the input
     Array<int64_t> new_tokens_;
     Array<int64_t> input_ids_;
     Array<int64_t> position_ids_;

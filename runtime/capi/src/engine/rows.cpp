@@ -36,7 +36,8 @@ void Interruption::interrupt(Stop stop, void* context)
     }
 }
 
-Status RowEngine::prefill(int32_t row, Span<int32_t const> ids, float const** logits, Error& error)
+Status RowEngine::prefill(
+    int32_t row, Span<int32_t const> ids, size_t prompt_tokens, float const** logits, Error& error)
 {
     QWEN_AOT_TRY(check_usable(error));
     QWEN_AOT_TRY(check_rows(row, 1, error));
@@ -56,6 +57,7 @@ Status RowEngine::prefill(int32_t row, Span<int32_t const> ids, float const** lo
     auto const count = static_cast<int64_t>(ids.size());
     QWEN_AOT_TRY(check_room(row, count, error));
     QWEN_AOT_TRY(cache_.reserve(start + count, error));
+    choose_rotary_table(row, static_cast<int64_t>(prompt_tokens));
     interruption_.begin();
     Status const status = end_call(prefill_chunks(row, ids, logits, error), error);
     if (status != Status::ok)
@@ -90,6 +92,7 @@ Status RowEngine::decode(
     QWEN_AOT_TRY(cache_.reserve(longest + 1, error));
     for (size_t i = 0; i < ids.size(); ++i)
     {
+        choose_rotary_table(first_row + static_cast<int32_t>(i), 1);
         bool const is_fed = ids[i] >= 0 || length(first_row + static_cast<int32_t>(i)) == 0;
         decode_.new_tokens()[i] = is_fed ? 1 : 0;
     }
@@ -145,6 +148,16 @@ Status RowEngine::copy_row(int32_t source, int32_t target, int64_t length, Error
 void RowEngine::interrupt()
 {
     interruption_.interrupt([](void* engine) { static_cast<RowEngine*>(engine)->stop(); }, this);
+}
+
+/** A row that is empty gets the rotary table of the prompt that it is about to hold. */
+void RowEngine::choose_rotary_table(int32_t row, int64_t prompt_tokens)
+{
+    if (length(row) == 0)
+    {
+        int64_t const table = manifest_.text_engine.rotary_table(prompt_tokens);
+        cache_.rotary_offsets()[row] = table * manifest_.max_capacity();
+    }
 }
 
 Status RowEngine::prefill_chunks(int32_t row, Span<int32_t const> ids, float const** logits, Error& error)

@@ -66,7 +66,8 @@ class RowEngine : public Engine
 public:
     Manifest const& manifest() const final { return manifest_; }
     int64_t length(int32_t row) const final { return cache_.lengths()[row]; }
-    Status prefill(int32_t row, Span<int32_t const> ids, float const** logits, Error& error) final;
+    Status prefill(
+        int32_t row, Span<int32_t const> ids, size_t prompt_tokens, float const** logits, Error& error) final;
     Status decode(
         int32_t first_row, Span<int32_t const> ids, float const** logits, Array<int32_t>* bad_rows, Error& error) final;
     Status truncate(int32_t row, int64_t length, Error& error) final;
@@ -90,6 +91,7 @@ protected:
     virtual void unstop() = 0;
 
 private:
+    void choose_rotary_table(int32_t row, int64_t prompt_tokens);
     Status prefill_chunks(int32_t row, Span<int32_t const> ids, float const** logits, Error& error);
     Status step_rows(
         int32_t first_row, Span<int32_t const> ids, float const** logits, Array<int32_t>* bad_rows, Error& error);

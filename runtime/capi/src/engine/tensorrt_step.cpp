@@ -76,12 +76,12 @@ Status Context::bind(StepShape const& shape, StepBuffers const& buffers, Error& 
         for (size_t i = 0; i < kStepInputs; ++i)
         {
             auto const input = static_cast<StepInput>(i);
-            if (has_input(engine, input))
+            if (char const* const name = find_step_input(engine, input); name != nullptr)
             {
                 cuda::Address const address = input == StepInput::key_positions
                     ? parts_.key_positions
                     : buffers.device_block + buffers.offsets[i];
-                QWEN_AOT_TRY(set_address(step_input_name(input), address, error));
+                QWEN_AOT_TRY(set_address(name, address, error));
             }
         }
         QWEN_AOT_TRY(set_address("logits", buffers.device_logits, error));
@@ -108,13 +108,12 @@ Status Context::bind(StepShape const& shape, StepBuffers const& buffers, Error& 
     int64_t const window[] = {shape.window};
     int64_t const told[] = {1};
     Span<int64_t const> const sizes[kStepInputs] = {
-        {tokens, 2}, {tokens, 2}, {rows, 1}, {rows, 1}, {window, 1}, {told, 1}};
+        {tokens, 2}, {tokens, 2}, {rows, 1}, {rows, 1}, {window, 1}, {told, 1}, {rows, 1}};
     for (size_t i = 0; i < kStepInputs; ++i)
     {
-        auto const input = static_cast<StepInput>(i);
-        if (has_input(engine, input))
+        if (char const* const name = find_step_input(engine, static_cast<StepInput>(i)); name != nullptr)
         {
-            QWEN_AOT_TRY(set_shape(step_input_name(input), sizes[i], error));
+            QWEN_AOT_TRY(set_shape(name, sizes[i], error));
         }
     }
     bound_ = shape;
@@ -178,7 +177,7 @@ Status TensorRtStep::open(int32_t profile, int64_t max_rows, int64_t max_tokens,
     {
         return error.no_memory("the inputs and logits of a step");
     }
-    size_t const counts[kStepInputs] = {count, count, rows, rows, 0, 1};
+    size_t const counts[kStepInputs] = {count, count, rows, rows, 0, 1, rows};
     for (size_t i = 0; i < kStepInputs; ++i)
     {
         buffers_.offsets[i] = buffers_.bytes;
@@ -211,6 +210,7 @@ Status TensorRtStep::run(
     {
         longest = lengths[row] > longest ? lengths[row] : longest;
         buffers_.input(StepInput::cache_length)[row] = lengths[row];
+        buffers_.input(StepInput::rotary_offset)[row] = parts_.cache.rotary_offsets()[first_row + row];
         for (int32_t token = 0; token < tokens; ++token, ++next)
         {
             buffers_.input(StepInput::input_ids)[next] = ids[next] < 0 ? 0 : ids[next];
@@ -220,7 +220,7 @@ Status TensorRtStep::run(
     // The same for all where the engine has none, because a plugin follows the rows' lengths.
     int64_t const capacity = parts_.cache.capacity();
     int64_t window = capacity;
-    if (has_input(parts_.manifest.text_engine, StepInput::key_positions))
+    if (find_step_input(parts_.manifest.text_engine, StepInput::key_positions) != nullptr)
     {
         window = window_of(longest + tokens, capacity);
     }

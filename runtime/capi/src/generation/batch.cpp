@@ -840,11 +840,18 @@ size_t Batch::shared(int32_t row, ActiveSequence const& sequence) const
         length = std::min(length, content->prompt().size() + content->tokens().size());
     }
     if (content == nullptr || !sequence.request().reuses_cache()
-        || content->request().cache_scope != sequence.request().cache_scope)
+        || content->request().cache_scope != sequence.request().cache_scope
+        || rotary_table(*content) != rotary_table(sequence))
     {
         return 0;
     }
     return common_beginning(sequence.prompt(), *content, length);
+}
+
+/** The rotary table of a request: its prompt's, which the output keeps. */
+int64_t Batch::rotary_table(ActiveSequence const& sequence) const
+{
+    return engine_.manifest().text_engine.rotary_table(static_cast<int64_t>(sequence.prompt().size()));
 }
 
 /** Whether a prompt in prefill begins as a request does, goes on so, and no row has more of that by now. */
@@ -857,7 +864,8 @@ bool Batch::follows(ActiveSequence const& sequence) const
     for (int32_t const row : prefilling_)
     {
         ActiveSequence const& other = *at(row).sequence;
-        if (!other.request().reuses_cache() || other.request().cache_scope != sequence.request().cache_scope)
+        if (!other.request().reuses_cache() || other.request().cache_scope != sequence.request().cache_scope
+            || rotary_table(other) != rotary_table(sequence))
         {
             continue;
         }
@@ -898,7 +906,8 @@ Status Batch::run_prefill(int32_t row, Span<int32_t const> ids, float const** lo
     Status status;
     do
     {
-        status = request.is_cancelled() ? Status::cancelled : engine_.prefill(row, ids, logits, error);
+        status = request.is_cancelled() ? Status::cancelled
+                                        : engine_.prefill(row, ids, at(row).sequence->prompt().size(), logits, error);
     } while (!request.is_cancelled() && is_somebody_elses(status));
     prefilling_id_.store(0, std::memory_order_seq_cst);
     return status;

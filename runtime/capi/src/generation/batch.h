@@ -124,6 +124,7 @@ private:
     int32_t row_to_give() const;
     int32_t choose_row(ActiveSequence const& sequence) const;
     size_t shared(int32_t row, ActiveSequence const& sequence) const;
+    int64_t rotary_table(ActiveSequence const& sequence) const;
     bool follows(ActiveSequence const& sequence) const;
     int32_t num_free() const;
 

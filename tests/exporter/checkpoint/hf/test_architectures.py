@@ -120,7 +120,7 @@ def test_a_row_that_swaps_two_roles_gives_other_logits(tmp_path: Path, register:
 def test_without_its_row_it_is_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path / "qwen2")
     save_blocks(tmp_path / "blocks", tmp_path / "qwen2")
-    with pytest.raises(CheckpointError, match=r"model_type is 'blocks'; accepted: qwen2, qwen2_moe"):
+    with pytest.raises(CheckpointError, match=r"model_type is 'blocks'; accepted: qwen, qwen2, qwen2_moe"):
         open_checkpoint(tmp_path / "blocks")
 
 

@@ -31,7 +31,8 @@ PATTERN = (
 )
 TEXT = (
     "It's the model's first words: they'll be joined as often as they're read. aaaa aaa aa abab ababab 2024 1,234.56 "
-    "naïve café Größe übergröße 你好，世界！通义千问是一个大语言模型。 The the THE them then there thesis. \n\n\n  \t\tif x:\n        return x\n"
+    "naïve café Größe übergröße 你好，世界！通义千问是一个大语言模型。 The the THE them then there thesis. \n\n\n  \t\t"
+    "if x:\n        return x\n"
 ) * 3
 # Characters whose normalization every Unicode version since 9.0 (2016) agrees on: libraries know different ones.
 KNOWN = [
@@ -108,9 +109,7 @@ def test_special_tokens_stand_behind_the_ranks(ours: Tokenizer, ranks: Ranks) ->
     assert SPECIAL_TOKENS[-1] == "<|extra_204|>"
     text = "".join(f"{token}the" for token in SPECIAL_TOKENS)
     the = stated(ranks, "the")
-    assert ours.encode(text).ids == [
-        id_ for index in range(len(SPECIAL_TOKENS)) for id_ in (len(ranks) + index, *the)
-    ]
+    assert ours.encode(text).ids == [id_ for index in range(len(SPECIAL_TOKENS)) for id_ in (len(ranks) + index, *the)]
     assert ours.decode([len(ranks)], skip_special_tokens=True) == ""
 
 

@@ -98,7 +98,7 @@ std::string race(JsonValue request)
             Status status = Status::cancelled;
             while (status == Status::cancelled)
             {
-                status = engine.prefill(0, {ids.data(), ids.size()}, &logits, error);
+                status = engine.prefill(0, {ids.data(), ids.size()}, ids.size(), &logits, error);
             }
             is_well = is_well && status == Status::ok;
             all += is_well ? requests::hex(logits, vocab_size) : "";
@@ -161,7 +161,7 @@ std::string interrupt(JsonValue request)
     });
     Error error;
     float const* logits = nullptr;
-    Status const status = engine.prefill(0, {ids.data(), ids.size()}, &logits, error);
+    Status const status = engine.prefill(0, {ids.data(), ids.size()}, ids.size(), &logits, error);
     double const answered = qwen_aot::system::seconds();
     interrupter.join();
     return "{\"status\": 0, \"found\": " + std::to_string(static_cast<int32_t>(status)) + ", \"seconds\": "

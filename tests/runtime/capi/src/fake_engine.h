@@ -43,9 +43,10 @@ public:
     qwen_aot::Manifest const& manifest() const override { return manifest_; }
     int64_t length(int32_t row) const override { return static_cast<int64_t>(rows[static_cast<size_t>(row)].size()); }
 
-    qwen_aot::Status prefill(
-        int32_t row, qwen_aot::Span<int32_t const> ids, float const** logits, qwen_aot::Error& error) override
+    qwen_aot::Status prefill(int32_t row, qwen_aot::Span<int32_t const> ids, size_t prompt_tokens, float const** logits,
+        qwen_aot::Error& error) override
     {
+        require(prompt_tokens >= ids.size());
         spoil();
         require(!ids.empty());
         if (qwen_aot::Status const status = on_call("prefill", row, ids, error); status != qwen_aot::Status::ok)

@@ -120,7 +120,9 @@ inline std::string serve(qwen_aot::Engine& engine, qwen_aot::JsonValue request)
     {
         std::vector<int32_t> const tokens = ids(request);
         float const* logits = nullptr;
-        if (engine.prefill(row, {tokens.data(), tokens.size()}, &logits, error) != Status::ok)
+        auto const prompt =
+            has(request, "prompt_tokens") ? static_cast<size_t>(integer(request, "prompt_tokens")) : tokens.size();
+        if (engine.prefill(row, {tokens.data(), tokens.size()}, prompt, &logits, error) != Status::ok)
         {
             return logits == nullptr ? answers::failed(error) : "{\"status\": -1}";
         }

@@ -204,7 +204,7 @@ std::string race(int64_t rounds)
     {
         int64_t const before = held->engine->length(0);
         int32_t const ids[] = {1, 2, 3};
-        Status const status = i % 2 == 0 ? held->engine->prefill(0, {ids, 3}, &logits, error)
+        Status const status = i % 2 == 0 ? held->engine->prefill(0, {ids, 3}, 3, &logits, error)
                                          : held->engine->decode(0, {ids, 1}, &logits, nullptr, error);
         int64_t const added = held->engine->length(0) - before;
         if ((status != Status::ok && status != Status::cancelled)

@@ -214,6 +214,14 @@ struct StepWork
             require(length >= 0 && valid >= 0 && valid <= tokens && length + valid >= 1 && length + tokens <= capacity,
                 "a row that is empty, or passes the capacity");
             require(length + tokens <= window, "a row that passes the window");
+            int64_t rotary_offset = 0;
+            for (auto const& [name, address] : addresses)
+            {
+                if (name.compare(0, 14, "rotary_offset.") == 0)
+                {
+                    rotary_offset = static_cast<int64_t const*>(address)[row];
+                }
+            }
             for (int64_t i = 0; i < tokens; ++i)
             {
                 int64_t const id = integers("input_ids")[row * tokens + i];
@@ -226,7 +234,7 @@ struct StepWork
                     {
                         int64_t const place = ((row * heads + head) * capacity + length + i) * head_size + k;
                         cache_places[0][place] = id == plan->poison ? NAN : static_cast<float>(id);
-                        cache_places[1][place] = static_cast<float>(position + 1);
+                        cache_places[1][place] = static_cast<float>(position + 1 + rotary_offset);
                     }
                 }
             }
