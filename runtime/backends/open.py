@@ -59,7 +59,12 @@ def open_vision_engine(bundle: Bundle, *, threads: int | None = None, allow_bund
 
         check_data_files(bundle.path, file, bundle.manifest)
         return OnnxRuntimeVision(bundle, OrtOptions(threads=threads))
+    if flavour_of(file) is not None:
+        from qwen_aot.runtime.backends.tensorrt.vision import TensorRtVision
+
+        return TensorRtVision(bundle, allow_bundle_code=allow_bundle_code)
+    accepted = [".onnx", *(flavour.suffix for flavour in FLAVOURS.values())]
     raise EngineMismatchError(
         f"the bundle's vision engine is {file!r} for target {bundle.manifest.target!r}, which this version of the "
-        "runtime can't run; accepted: .onnx files"
+        f"runtime can't run; accepted: {', '.join(accepted)} files"
     )
