@@ -166,7 +166,7 @@ def refusal_of(config: ModelConfig, spec: BuildSpec, device: Device) -> str | No
 
 
 def refusal_of_parts(config: ModelConfig, spec: BuildSpec) -> str | None:
-    """Why a model's tower or routed experts don't exist in a target and precision, on any device; None where they do."""
+    """Why a model's tower or routed experts don't exist in a target and precision; None where they do."""
     if config.vision is not None and spec.facts.vision_file is None:
         return f"target {spec.target} builds no model that takes images"
     return refusal_of_experts(config, spec)

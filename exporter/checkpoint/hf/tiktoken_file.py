@@ -27,8 +27,8 @@ NAME = "qwen.tiktoken"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{index}|>" for index in range(205)))
 
 
-# Behind those, of Qwen-VL: 151851 to 151859. The first six stand in texts, of users as of answers, so that they are read
-# and shown wherever they are spelled; an image's are written by the program alone.
+# Behind those, of Qwen-VL: 151851 to 151859. The first six stand in texts, of users as of answers, so that they are
+# read and shown wherever they are spelled; an image's are written by the program alone.
 REGION_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 IMAGE_TOKENS = ("<img>", "</img>", "<imgpad>")
 
