@@ -10,6 +10,7 @@ import torch
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.model.io_spec import io_spec, vision_io_spec
+from qwen_aot.exporter.model.variants import variant_config
 from qwen_aot.exporter.model.vision import VisionConfig
 from qwen_aot.exporter.model.vision_tensors import (
     PREFIX,
@@ -83,3 +84,15 @@ def test_refused(changes: dict[str, Any], message: str) -> None:
 def test_a_tower_of_another_width_than_the_decoder() -> None:
     with pytest.raises(CheckpointError, match=r"visual.output_dim is 4096; accepted: hidden_size \(256\)"):
         dataclasses.replace(seeing_config(), vision=PUBLISHED)
+
+
+def test_the_published_model_has_the_published_parameters() -> None:
+    """9.6 B in the paper's table."""
+    config = variant_config("qwen-vl")
+    assert num_model_parameters(config) == 7_721_324_544 + PUBLISHED_PARAMETERS == 9_656_935_168
+
+
+@pytest.mark.parametrize("name", ["qwen-vl-plus", "Qwen/Qwen-VL-Max", "qwen-vl-max-latest"])
+def test_models_without_open_weights(name: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"{name} has no open weights: .*; accepted of its kind: qwen-vl"):
+        variant_config(name)
