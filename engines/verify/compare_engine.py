@@ -199,6 +199,7 @@ def _feeds(manifest: Manifest, token_ids: Sequence[int]) -> dict[str, Any]:
         int(heads),
         int(head_dim),
         capacity if isinstance(capacity, int) else None,
+        manifest.engines.text.rotary_length,
     )
 
 

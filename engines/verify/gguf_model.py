@@ -18,7 +18,9 @@ import torch
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.part_names import part_paths
 
-_MODEL_TYPES = {"qwen2": "qwen2", "qwen2moe": "qwen2_moe", "llama": "llama"}  # as transformers calls them
+# As transformers calls them. What a `qwen` file says is Qwen2's decoder: it names neither of the formulas that the
+# first generation has for texts beyond its trained length, and llama.cpp computes without.
+_MODEL_TYPES = {"qwen": "qwen2", "qwen2": "qwen2", "qwen2moe": "qwen2_moe", "llama": "llama"}
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 
 
@@ -29,7 +31,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         path: a file, or any part of a split model, whose metadata stands in the first part.
 
     Raises:
-        CheckpointError: the architecture isn't one of three, or a tensor has no place in it.
+        CheckpointError: the architecture isn't one of four, or a tensor has no place in it.
     """
     readers = [gguf.GGUFReader(part) for part in part_paths(path) or [path]]
     fields = readers[0].fields
@@ -55,6 +57,8 @@ def _config(architecture: str, metadata: Mapping[str, Any], shapes: Mapping[str,
     own = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
     facts: dict[str, Any] = {name: own[key] for key, name in known.items() if name is not None and key in own}
     facts["model_type"] = _MODEL_TYPES[architecture]
+    if architecture == "qwen":
+        facts["intermediate_size"] //= 2  # gate and up together
     facts["vocab_size"] = int(shapes["token_embd.weight"][0])
     facts["tie_word_embeddings"] = "output.weight" not in shapes
     facts.setdefault("num_key_value_heads", facts["num_attention_heads"])
@@ -100,7 +104,7 @@ def _names(architecture: str, layers: int) -> dict[str, str]:
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
         wanted += [f"{prefix}.{norm}" for norm in ("input_layernorm", "post_attention_layernorm")]
-        wanted += [f"{prefix}.self_attn.{part}_proj" for part in "qkvo"]
+        wanted += [f"{prefix}.self_attn.{part}_proj" for part in ("q", "k", "v", "qkv", "o")]
         wanted += [f"{prefix}.mlp.{part}_proj" for part in ("gate", "up", "down")]
         wanted += [f"{prefix}.mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")]
         wanted += [f"{prefix}.mlp.gate", f"{prefix}.mlp.shared_expert_gate"]
@@ -125,4 +129,9 @@ def _renamed(
         values = processors["llama"](config=dict(facts)).process(values, name).weights
     if block[-1] == "ffn_gate_inp_shexp" and values.ndim == 1:
         values = values[None]
+    if block[-1] == "attn_qkv":
+        return {
+            f"{names[base].replace('qkv_proj', f'{part}_proj')}.{ending}": torch.from_numpy(np.ascontiguousarray(rows))
+            for part, rows in zip("qkv", np.split(values, 3), strict=True)
+        }
     return {f"{names[base]}.{ending}": torch.from_numpy(np.ascontiguousarray(values))}

@@ -85,6 +85,7 @@ def compare_bundle_layers(
                 config.num_key_value_heads,
                 config.head_dim,
                 capacity if isinstance(capacity, int) else None,
+                engine.rotary_length,
             )
             for capacity in capacities
         ]

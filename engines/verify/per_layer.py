@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.model.tensors import Role
-from qwen_aot.runtime.bundle.manifest import CAPACITY_STEP, LAST_LOGITS
+from qwen_aot.runtime.bundle.manifest import CAPACITY_STEP, LAST_LOGITS, ROTARY_OFFSET
 
 LAYER = "layer.{}"  # name of the marked output
 
@@ -118,7 +118,12 @@ def _normalised(norm: ir.Node) -> ir.Value:
 
 
 def step_feeds(
-    token_ids: Sequence[int], num_layers: int, num_kv_heads: int, head_dim: int, capacity: int | None
+    token_ids: Sequence[int],
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    capacity: int | None,
+    rotary_length: int | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Every input that a graph of ours may have, for one prompt of one row on an empty cache.
 
@@ -128,7 +133,16 @@ def step_feeds(
         num_kv_heads: of the model.
         head_dim: of the model.
         capacity: C where the graph fixes it; None: room for the prompt.
+        rotary_length: tokens of the longest prompt of the first of several rotary tables; None: there is one.
+
+    Raises:
+        BuildError: the prompt has another rotary table than the first.
     """
+    if rotary_length is not None and len(token_ids) > rotary_length:
+        raise BuildError(
+            f"{len(token_ids)} tokens are rotated by another table than the first, whose prompts have at most "
+            f"{rotary_length}: take a shorter text"
+        )
     count = len(token_ids)
     slots = capacity or -(-count // CAPACITY_STEP) * CAPACITY_STEP
     feeds: dict[str, NDArray[Any]] = {
@@ -139,6 +153,8 @@ def step_feeds(
         "key_positions": np.arange(count, dtype=np.int64),
         "logits_positions": np.zeros(1, np.int64),
     }
+    if rotary_length is not None:
+        feeds[f"{ROTARY_OFFSET}{rotary_length}"] = np.zeros(1, np.int64)
     for layer in range(num_layers):
         for part in ("key", "value"):
             # Polygraphy casts it to each graph's own type.

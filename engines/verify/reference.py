@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from qwen_aot.engines.verify.reference_model import load_model
+from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 
 
@@ -27,10 +28,12 @@ class Reference:
             CheckpointError: transformers and the checkpoint's own reader disagree on what it holds.
         """
         self._model, self.read_by = load_model(checkpoint)
+        self._lengths = (checkpoint.config.logn_attn_length, checkpoint.config.dynamic_ntk_length)
 
     @torch.inference_mode()
     def logits(self, token_ids: NDArray[np.int64], first: int) -> NDArray[np.float32]:
         """Logits [T - first, V] of positions `first` … T-1 of one sequence [T]."""
+        self._require_length(len(token_ids))
         output = self._model(torch.from_numpy(token_ids)[None], logits_to_keep=len(token_ids) - first)
         logits: NDArray[np.float32] = output.logits[0].numpy()
         return logits
@@ -38,6 +41,7 @@ class Reference:
     @torch.inference_mode()
     def greedy(self, prompt: NDArray[np.int64], count: int) -> list[int]:
         """The `count` likeliest tokens one after the other, end-of-text included."""
+        self._require_length(len(prompt) + count)
         tokens: list[int] = []
         new, cache = torch.from_numpy(prompt)[None], None
         for _ in range(count):
@@ -45,6 +49,19 @@ class Reference:
             new = logits[:, -1:].argmax(-1)
             tokens.append(int(new))
         return tokens
+
+    def _require_length(self, tokens: int) -> None:
+        """Refuses texts of which transformers' model, without log-n scaling and dynamic NTK, says something else.
+
+        Raises:
+            CheckpointError: there are more than the trained length.
+        """
+        longest = min((length for length in self._lengths if length is not None), default=tokens)
+        if tokens > longest:
+            raise CheckpointError(
+                f"a text has {tokens} tokens, and beyond {longest} (seq_length) this model is none that transformers "
+                f"has: it is compared with Qwen2's, which is the same up to there; take windows of at most {longest}"
+            )
 
 
 def step(model: Any, token_ids: torch.Tensor, cache: Any = None, **options: Any) -> tuple[torch.Tensor, Any]:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from qwen_aot.engines.verify import first_generation
 from qwen_aot.engines.verify.gguf_model import read_gguf
 from qwen_aot.engines.verify.quantized_model import dequantized, round_inputs, weight_files
 from qwen_aot.errors import CheckpointError
@@ -61,6 +62,8 @@ def load_model(checkpoint: Checkpoint) -> tuple[Any, str]:
             if is_quantized:
                 return _quantized(transformers, checkpoint), BY_SECOND
             return _from_folder(transformers, checkpoint, _unwrapped_state(checkpoint)), BY_TRANSFORMERS
+        if _model_type(checkpoint.path) == first_generation.MODEL_TYPE:
+            return _first_generation(transformers, checkpoint)
         if checkpoint.path.is_file() and checkpoint.path.suffix.lower() == ".gguf":
             facts, state = read_gguf(checkpoint.path)
             return _from_state(transformers, checkpoint.path, facts, state), BY_GGUF
@@ -73,8 +76,24 @@ def load_model(checkpoint: Checkpoint) -> tuple[Any, str]:
 
 def _is_known(path: Path) -> bool:
     """Whether this is a folder of an architecture that transformers reads as it is."""
+    return _model_type(path) in _CLASSES
+
+
+def _model_type(path: Path) -> str | None:
+    """What a folder's config.json says; None: this is something else."""
     file = path / "config.json"
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") in _CLASSES
+    return json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
+
+
+def _first_generation(transformers: Any, checkpoint: Checkpoint) -> tuple[Any, str]:
+    """A folder whose architecture transformers has under another name, up to a length."""
+    is_quantized = any(each.fixes_precision for each in encodings_of(checkpoint).values())
+    stored = _stored(weight_files(checkpoint.path))
+    if is_quantized:
+        stored = dequantized(checkpoint.path, stored)
+    state = first_generation.qwen2_state(checkpoint.path, stored)
+    model = _from_state(transformers, checkpoint.path, first_generation.qwen2_config(checkpoint.path), state)
+    return model, BY_SECOND if is_quantized else BY_TRANSFORMERS
 
 
 def _from_folder(transformers: Any, checkpoint: Checkpoint, state: Mapping[str, torch.Tensor] | None) -> Any:

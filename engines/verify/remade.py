@@ -60,6 +60,7 @@ def lower_again(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Tra
         checkpoint.config,
         dtype,
         positions=positions,
+        context=manifest.max_context,
         capacity=capacity,
         speculates=speculates,
         gather_up_to_tokens=most_gathered_tokens(checkpoint.config, spec),

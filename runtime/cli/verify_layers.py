@@ -22,7 +22,7 @@ def compare(
     from qwen_aot.engines.verify.layer_graphs import bound_for, compare_bundle_layers
 
     manifest, engine = bundle.manifest, bundle.manifest.engines.text
-    limit = min(window, manifest.max_context, manifest.prefill_chunk)
+    limit = min(window, manifest.max_context, manifest.prefill_chunk, engine.rotary_length or window)
     token_ids = _token_ids(bundle, text)[:limit]
     return compare_bundle_layers(
         bundle.path,

@@ -1,6 +1,8 @@
-"""GGUF metadata -> ModelConfig, for the layouts `qwen2`, `qwen2moe` and `llama`.
+"""GGUF metadata -> ModelConfig, for the layouts `qwen`, `qwen2`, `qwen2moe` and `llama`.
 
-A `llama` decoder is a Qwen1.5 decoder without biases on q, k and v (the reader puts its rotary order back).
+A `llama` decoder is a Qwen1.5 decoder without biases on q, k and v (the reader puts its rotary order back). `qwen`, of
+the first generation, counts gate and up in its feed_forward_length, and doesn't say how the model goes beyond the
+length that it was trained at.
 Source: the GGUF specification's standardized key-value pairs.
 """
 
@@ -18,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 _NO_TOKEN = (-1, 2**32 - 1)  # how files say that there is none; the latter is -1 as an unsigned number
 
-ARCHITECTURES = ("qwen2", "qwen2moe", "llama")
+ARCHITECTURES = ("qwen", "qwen2", "qwen2moe", "llama")
+_MODEL_TYPES = {"qwen": "qwen", "qwen2moe": "qwen2_moe"}  # of others: qwen2
 
 # Keys (behind the architecture's prefix) that change the computation, and what they may say.
 _ACCEPTED: Mapping[str, tuple[object, ...]] = {
@@ -101,7 +104,7 @@ def token_id(metadata: Mapping[str, Any], kind: str) -> int | None:
 
 
 def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
-    """Reads GGUF metadata of architecture `qwen2`, `qwen2moe` or `llama`.
+    """Reads GGUF metadata of an architecture in ARCHITECTURES.
 
     Args:
         metadata: key -> plain Python value (`general.architecture`, `llama.block_count`, ...).
@@ -131,14 +134,20 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
             f"{architecture}.attention.sliding_window is {window}, fewer tokens than the context of {context}; not "
             f"supported; accepted: 0, or from {context}"
         )
+    if architecture == "qwen":
+        logger.warning(
+            "a GGUF file of architecture qwen says a context of %d tokens, and neither how many of them the model was "
+            "trained at nor how it goes beyond (use_logn_attn, use_dynamic_ntk): longer texts get what llama.cpp makes "
+            "of them, not what the published model does; build from its folder for these",
+            context,
+        )
     if "token_embd.weight" not in tensor_shapes:
         raise CheckpointError("the GGUF file has no token_embd.weight; accepted: a whole model, not an adapter")
     return ModelConfig(
-        model_type="qwen2_moe" if architecture == "qwen2moe" else "qwen2",
+        model_type=_MODEL_TYPES.get(architecture, "qwen2"),
         vocab_size=tensor_shapes["token_embd.weight"][0],
         hidden_size=hidden_size,
-        # A mixture of experts may leave out the size of the dense MLP that none of its layers has.
-        intermediate_size=_count(architecture, facts, "feed_forward_length", 1 if architecture == "qwen2moe" else None),
+        intermediate_size=_intermediate_size(architecture, facts),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=_count(architecture, facts, "attention.head_count_kv", heads),
@@ -147,7 +156,7 @@ def parse(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ..
         rms_norm_eps=_number(facts, "attention.layer_norm_rms_epsilon", 1e-6),
         rope_theta=_number(facts, "rope.freq_base", 10000.0),
         tie_word_embeddings="output.weight" not in tensor_shapes,
-        attention_bias="blk.0.attn_q.bias" in tensor_shapes,
+        attention_bias=any(f"blk.0.{name}.bias" in tensor_shapes for name in ("attn_q", "attn_qkv")),
         rope_scaling=rope_scaling,
         moe=_moe(architecture, facts, layers, tensor_shapes) if architecture == "qwen2moe" else None,
         torch_dtype="float32",  # what reading a quantized tensor gives
@@ -175,6 +184,16 @@ def _refuse_unsupported(
         raise CheckpointError(
             "rope_freqs.weight (Llama 3's rotary factors) is not supported; accepted: files without it"
         )
+
+
+def _intermediate_size(architecture: str, facts: Mapping[str, Any]) -> int:
+    """Of a dense MLP; a mixture of experts may leave out what none of its layers has."""
+    size = _count(architecture, facts, "feed_forward_length", 1 if architecture == "qwen2moe" else None)
+    if architecture != "qwen":
+        return size
+    if size % 2:
+        raise CheckpointError(f"qwen.feed_forward_length is {size}; accepted: even numbers, twice the MLP's width")
+    return size // 2
 
 
 def _head_dim(architecture: str, facts: Mapping[str, Any], hidden_size: int, heads: int) -> int:

@@ -1,12 +1,15 @@
-"""Names of tensors in GGUF files, the same for the layouts `qwen2`, `qwen2moe` and `llama`.
+"""Names of tensors in GGUF files, the same for the layouts `qwen`, `qwen2`, `qwen2moe` and `llama`.
 
-Source: the GGUF specification's standardized tensor names. All experts of a layer are one tensor.
+Source: the GGUF specification's standardized tensor names. All experts of a layer are one tensor, and so are in `qwen`
+its queries, keys and values.
 """
 
 from __future__ import annotations
 
 from qwen_aot.exporter.checkpoint.names import TensorNames
 from qwen_aot.exporter.model.tensors import Role
+
+FUSED_ATTENTION = ("attn_qkv", ("attn_q", "attn_k", "attn_v"))  # one tensor, and what its rows are, in order
 
 NAMES = TensorNames(
     {

@@ -23,7 +23,7 @@ from qwen_aot.exporter.checkpoint.encoding import EncodedRows, no_codes
 from qwen_aot.exporter.checkpoint.gguf.codes import QUANTIZED, decode, encoding_of
 from qwen_aot.exporter.checkpoint.gguf.config import parse
 from qwen_aot.exporter.checkpoint.gguf.header import GgufTensor
-from qwen_aot.exporter.checkpoint.gguf.names import NAMES
+from qwen_aot.exporter.checkpoint.gguf.names import FUSED_ATTENTION, NAMES
 from qwen_aot.exporter.checkpoint.gguf.parts import GgufFiles, open_files
 from qwen_aot.exporter.checkpoint.gguf.tokenizer import tokenizer_files
 from qwen_aot.exporter.checkpoint.mapped import MappedFile
@@ -170,11 +170,35 @@ def _interpret(path: Path, files: GgufFiles) -> tuple[ModelConfig, Mapping[str, 
         rotary = config.head_dim if files.metadata["general.architecture"] == "llama" else 0
         return (
             config,
-            dict(_to_hugging_face(files.tensors, rotary)),
+            dict(_to_hugging_face(_apart(files.tensors, config), rotary)),
             tokenizer_files(files.metadata, vocab_size=config.vocab_size),
         )
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _apart(
+    tensors: Mapping[str, tuple[MappedFile, GgufTensor]], config: ModelConfig
+) -> dict[str, tuple[MappedFile, GgufTensor]]:
+    """The tensors, those that hold queries, keys and values as each of these."""
+    fused, parts = FUSED_ATTENTION
+    rows = (config.query_size, config.key_value_size, config.key_value_size)
+    result: dict[str, tuple[MappedFile, GgufTensor]] = {}
+    for name, (file, tensor) in tensors.items():
+        if f".{fused}." not in name:
+            result[name] = (file, tensor)
+            continue
+        if tensor.shape[0] != sum(rows):
+            raise CheckpointError(
+                f"tensor {name!r} has shape {list(tensor.shape)}; accepted: {sum(rows)} rows, which are queries, keys "
+                "and values"
+            )
+        # A vector's elements are its rows, whose bytes a plain type alone has apart.
+        offset = tensor.offset
+        for part, count in zip(parts, rows, strict=True):
+            result[name.replace(fused, part)] = (file, GgufTensor(offset, (count, *tensor.shape[1:]), tensor.type))
+            offset += count * tensor.row_bytes
+    return result
 
 
 def _to_hugging_face(
@@ -183,7 +207,7 @@ def _to_hugging_face(
     for name, (file, tensor) in tensors.items():
         place = NAMES.find(name)
         if place is None:
-            raise CheckpointError(f"tensor {name!r} is not one of a Qwen1.5 or llama decoder; not supported")
+            raise CheckpointError(f"tensor {name!r} is not one of a Qwen or llama decoder; not supported")
         if place.role.weight_class is WeightClass.EXPERT:
             yield from _experts(name, place, file, tensor)
         elif place.role is Role.SHARED_EXPERT_GATE and len(tensor.shape) == 1:

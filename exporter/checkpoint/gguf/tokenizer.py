@@ -106,8 +106,8 @@ def _templates(metadata: Mapping[str, Any]) -> Any:
 def _pre_type(metadata: Mapping[str, Any]) -> str:
     """How text is cut before merging; files older than the key are Qwen's when the architecture is."""
     pre = metadata.get("tokenizer.ggml.pre")
-    if pre is None and str(metadata.get("general.architecture", "")).startswith("qwen2"):
-        logger.info("the GGUF file doesn't name its pre-tokenizer; using qwen2, as every Qwen1.5 model does")
+    if pre is None and str(metadata.get("general.architecture", "")).startswith("qwen"):
+        logger.info("the GGUF file doesn't name its pre-tokenizer; using qwen2, as every Qwen model does")
         return "qwen2"
     if pre not in PRE_TYPES:
         raise CheckpointError(f"tokenizer.ggml.pre is {pre!r}; not supported; accepted: {', '.join(PRE_TYPES)}")

@@ -140,7 +140,11 @@ def _gathered_offsets(node: ir.Node, rows: ir.Node, offsets: ir.Value, dtype: ir
 
 
 def _is_matrix_of_recipe(traced: Traced, value: ir.Value | None) -> bool:
-    return value is not None and value.name in traced.recipes and value.shape is not None and len(value.shape) == 2
+    """Whether a value is a matrix that comes from the checkpoint; one that is computed is looked up by positions."""
+    recipe = None if value is None else traced.recipes.get(str(value.name))
+    if recipe is None or not recipe.sources:
+        return False
+    return value is not None and value.shape is not None and len(value.shape) == 2
 
 
 def _reshape(value: ir.Value, dims: list[int], name: str) -> list[ir.Node]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.checkpoint.hf.config import read_json
 from qwen_aot.exporter.model.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
 # Of another quantization, of another dtype, of code that is never run, or about biases: what is written has them all,
@@ -38,7 +42,15 @@ def saved_config(
         CheckpointError: its own can't be read any more.
     """
     config, path = checkpoint.config, checkpoint.path / "config.json"
-    if path.is_file():
+    if config.model_type == "qwen":
+        config = _as_qwen2(config)
+        if config.max_position_embeddings < checkpoint.config.max_position_embeddings:
+            logger.warning(
+                "the folder is of model_type qwen2, with a context of %d tokens (seq_length): beyond them the model is "
+                "none that transformers has",
+                config.max_position_embeddings,
+            )
+    if path.is_file() and config is checkpoint.config:
         facts = {key: value for key, value in read_json(path).items() if key not in _LEFT_OUT}
     else:
         facts = config_json(config) | _token_ids(config)
@@ -52,6 +64,7 @@ def saved_config(
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
     """A ModelConfig spelled as transformers' config.json (its own keys; what we add to them is derived)."""
+    config = _as_qwen2(config) if config.model_type == "qwen" else config
     facts: dict[str, Any] = {
         name: getattr(config, name)
         for name in (
@@ -80,6 +93,15 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
             "mlp_only_layers": sorted(set(range(config.num_hidden_layers)) - config.moe.sparse_layers),
         }
     return facts
+
+
+def _as_qwen2(config: ModelConfig) -> ModelConfig:
+    """First-generation Qwen as transformers has it: Qwen2's decoder is the same up to the trained length."""
+    lengths = [each for each in (config.logn_attn_length, config.dynamic_ntk_length) if each is not None]
+    context = min([config.max_position_embeddings, *lengths])
+    return dataclasses.replace(
+        config, model_type="qwen2", max_position_embeddings=context, logn_attn_length=None, dynamic_ntk_length=None
+    )
 
 
 def _rope_scaling(config: ModelConfig) -> Mapping[str, Any]:
