@@ -477,7 +477,8 @@ class Generator:
         """
         check_names(options, "picture_request()")
         (settings,) = resolve_each(self._defaults, config, options, 1)
-        span = ImageTokens.of(self._tokenizer).span(self.image_encoder.rows)
+        rows = self.image_encoder.rows
+        span = ImageTokens.of(self._tokenizer).span(rows)
         tokenizer = self._tokenizer
         assert tokenizer is not None  # it has the images' tokens
         opened = [open_picture(picture) for picture in pictures]

@@ -43,7 +43,7 @@ class Operation(Protocol):
 class MemoryUser(Protocol):
     """What must end before memory that it uses."""
 
-    def uses(self, address: int, size: int) -> bool: ...
+    def _uses(self, address: int, size: int) -> bool: ...
 
 
 @dataclass
@@ -183,7 +183,7 @@ class Gpu:
             raise self.misuse(f"{address:#x} was freed as {kind} memory and is none")
         if any(stream.pending for stream in self.streams.values()):
             raise self.misuse(f"{kind} memory was freed while work is pending")
-        if kind == "device" and any(context.uses(address, found.size) for context in self.contexts):
+        if kind == "device" and any(context._uses(address, found.size) for context in self.contexts):
             raise self.misuse("device memory was freed while an execution context is alive that uses it")
         del self.allocations[address]
 

@@ -365,7 +365,7 @@ class Context(_Counted):
     def end(self) -> None:
         self._core.alive["context"] -= 1
 
-    def uses(self, address: int, size: int) -> bool:
+    def _uses(self, address: int, size: int) -> bool:
         """Whether a range of memory is bound to it, or its scratch memory."""
         places = [*self._state.addresses.values(), self._scratch[0]]
         return any(address <= place < address + size for place in places)

@@ -42,7 +42,9 @@ def test_answers_are_the_generators(run: Run, seeing: Seeing, picture: Path) -> 
         assert report["prompt_tokens"] == completion.prompt_tokens > 512
 
 
-def test_boxes_are_drawn(run: Run, seeing: Seeing, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boxes_are_drawn(
+    run: Run, seeing: Seeing, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The small model names none; what an answer with some gives is shown with the same functions."""
     out = tmp_path / "boxes.png"
     given = ("generate", seeing[1], "--image", picture, "--prompt", "x", *GREEDY, "--draw-boxes", out)
