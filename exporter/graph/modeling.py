@@ -143,16 +143,15 @@ class Attention(nn.Module):
         self.width = config.query_size
 
     def forward(
-        self, x: Tensor, past: Cache, step: Sequence[Tensor], query_scale: Tensor | None
+        self, x: Tensor, past: Cache, step: Sequence[Tensor], scale: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Maps x [B, S, M] to attention before its output projection [B, S, H*D], present key and value.
 
-        `query_scale` [B, S, 1]: what queries are multiplied by, which is the same before their rotation and behind it.
+        `scale` [B, S, (H+2Hkv)*D]: what q, k and v are multiplied by. Of queries it is the same before their rotation.
         """
         qkv = self.qkv_proj(x)
-        if query_scale is not None:
-            query, rest = split_columns(qkv, (self.width, qkv.shape[-1] - self.width))
-            qkv = torch.cat([query * query_scale, rest], dim=-1)
+        if scale is not None:
+            qkv = qkv * scale
         attention, key, value = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{Op.CACHED_ATTENTION}",
             [qkv, *past, *step],
@@ -181,11 +180,11 @@ class DecoderLayer(nn.Module):
         residual: Tensor,
         past: Cache,
         step: Sequence[Tensor],
-        query_scale: Tensor | None,
+        scale: Tensor | None,
         last_tokens: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`last_tokens` [B, T, 1]: the only tokens of each row to carry on from here; None: all of them."""
-        attention, key, value = self.self_attn(self.input_layernorm(residual).to(self.dtype), past, step, query_scale)
+        attention, key, value = self.self_attn(self.input_layernorm(residual).to(self.dtype), past, step, scale)
         if last_tokens is not None:
             residual, attention = pick_tokens(residual, last_tokens), pick_tokens(attention, last_tokens)
         residual = residual + self.self_attn.o_proj(attention).float()
@@ -199,22 +198,6 @@ def pick_rows(table: Tensor, rows: Tensor) -> Tensor:
         "Gather", [table, rows], {"axis": 0}, dtype=table.dtype, shape=[*rows.shape, table.shape[1]], version=13
     )
     return result
-
-
-def split_columns(x: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
-    """The last axis of x [..., N] in parts; torch itself would make a sequence of it, which TensorRT doesn't take."""
-    sizes = torch.onnx.ops.symbolic(
-        "Constant", [], {"value_ints": list(widths)}, dtype=torch.int64, shape=[len(widths)], version=13
-    )
-    parts: Sequence[Tensor] = torch.onnx.ops.symbolic_multi_out(
-        "Split",
-        [x, sizes],
-        {"axis": -1},
-        dtypes=[x.dtype] * len(widths),
-        shapes=[[*x.shape[:-1], width] for width in widths],
-        version=18,
-    )
-    return parts
 
 
 def pick_tokens(x: Tensor, tokens: Tensor) -> Tensor:
@@ -281,6 +264,7 @@ class Decoder(nn.Module):
         self.rotary_cos = _parameter((tables.rotary_rows, config.head_dim // 2), torch.float32)
         self.rotary_sin = _parameter((tables.rotary_rows, config.head_dim // 2), torch.float32)
         self.query_scales = _parameter((tables.positions, 1), torch.float32) if tables.scales_queries else None
+        self.widths = (config.query_size, 2 * config.key_value_size)
         self.layers = nn.ModuleList(DecoderLayer(config, dtype, is_sparse=is_sparse) for is_sparse in sparse)
         self.norm = RMSNorm(shapes, "model.norm", config.rms_norm_eps)
         self.lm_head = Linear(shapes, "lm_head", dtype) if "lm_head.weight" in shapes else None
@@ -313,7 +297,7 @@ class Decoder(nn.Module):
         last = last_tokens(new_tokens, logits_positions)
         rotary_rows = position_ids if rotary_offset is None else position_ids + rotary_offset.unsqueeze(-1)
         step = (self.rotary_cos, self.rotary_sin, rotary_rows, cache_length, new_tokens, mask)
-        scale = None if self.query_scales is None else pick_rows(self.query_scales, position_ids).to(self.dtype)
+        scale = self._scale(position_ids)
         present: list[Cache] = []
         for index, layer in enumerate(self.layers):
             is_last = index == len(self.layers) - 1
@@ -325,3 +309,14 @@ class Decoder(nn.Module):
             return linear(hidden.squeeze(1), head).float(), present
         logits = linear(hidden.flatten(0, 1), head).float().reshape(*hidden.shape[:2], -1)
         return (logits.select(1, -1), logits), present
+
+    def _scale(self, position_ids: Tensor) -> Tensor | None:
+        """Factors of q, k and v [B, S, (H+2Hkv)*D] at positions [B, S]: those of keys and values are 1.
+
+        Whole rows, since queries that are cut off and joined again make TensorRT-RTX 1.7 store the projection twice.
+        """
+        if self.query_scales is None:
+            return None
+        scale = pick_rows(self.query_scales, position_ids).to(self.dtype)
+        query, rest = self.widths
+        return torch.cat([scale.expand(-1, -1, query), torch.ones_like(scale).expand(-1, -1, rest)], dim=-1)

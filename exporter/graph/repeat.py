@@ -68,7 +68,7 @@ class LayerRepeater:
     def residual_stream(self, nodes: list[ir.Node], width: int) -> ir.Value:
         """The value a layer takes from what stands before it: its only input from another node as wide as the model.
 
-        The factors of queries, which every layer of a decoder may take too, are one element wide.
+        The factors of q, k and v, which every layer of a decoder may take too, are as wide as these.
 
         Raises:
             ExportError: it takes more, or nothing.

@@ -80,9 +80,9 @@ def command(
       qwen-aot plan qwen1.5-7b --device orin-nano-8gb --precision int4
 
     Of a Hugging Face folder or a .gguf file only the configuration and headers are read. Without one, every published
-    variant is planned; without --device, for every device. Nothing is built, and no GPU is needed. Weights and cache
-    are exact, activations an estimate. The speed is what the memory's bandwidth allows with full contexts: no engine is
-    faster.
+    variant with so much context is planned; without --device, for every device. Nothing is built, and no GPU is needed.
+    Weights and cache are exact, activations an estimate. The speed is what the memory's bandwidth allows with full
+    contexts: no engine is faster.
     """
     show_logs()
     from qwen_aot.engines.planner.devices import DEVICES, find_device
@@ -92,7 +92,7 @@ def command(
 
     try:
         keys = tuple(dict.fromkeys(map(find_device, devices))) or tuple(DEVICES)
-        configs, storages = _models(models)
+        configs, storages = _models(models, context)
         found = list(
             plans(
                 configs,
@@ -121,9 +121,11 @@ def command(
     )
 
 
-def _models(names: Iterable[str]) -> tuple[list[tuple[str, ModelConfig]], dict[str, Storage]]:
-    """Names and facts of what the user named, or of every variant; and how checkpoints among them store tensors."""
-    from qwen_aot.exporter.model.variants import VARIANTS
+def _models(names: Iterable[str], context: int | None) -> tuple[list[tuple[str, ModelConfig]], dict[str, Storage]]:
+    """Names and facts of what the user named, or of every variant; and how checkpoints among them store tensors.
+
+    `context`: tokens that are asked for.
+    """
     from qwen_aot.runtime.cli.source import find_variant
 
     configs, storages = [], {}
@@ -137,7 +139,18 @@ def _models(names: Iterable[str]) -> tuple[list[tuple[str, ModelConfig]], dict[s
                 storages[checkpoint.name] = storage_of(checkpoint)
         else:
             configs.append(find_variant(name))
-    return configs or list(VARIANTS.items()), storages
+    return configs or _variants(context), storages
+
+
+def _variants(context: int | None) -> list[tuple[str, ModelConfig]]:
+    """Every variant whose context is long enough; where none is, the one with the longest, which says so."""
+    from qwen_aot.exporter.model.variants import VARIANTS
+
+    variants = list(VARIANTS.items())
+    if context is None:
+        return variants
+    longest = max(variants, key=lambda entry: entry[1].max_position_embeddings)
+    return [entry for entry in variants if entry[1].max_position_embeddings >= context] or [longest]
 
 
 def _device_facts(key: str) -> dict[str, Any]:

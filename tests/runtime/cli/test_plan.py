@@ -111,6 +111,14 @@ def test_a_gguf_file(run: Run, tmp_path: Path) -> None:
     assert (plan["model"], plan["context"]) == ("tiny.gguf", 512)
 
 
+def test_variants_with_less_context_are_left_out(run: Run) -> None:
+    planned_models = {p["model"] for p in planned(run, "--device", "rtx-4090", "--context", "16384")}
+    assert planned_models == {name for name, config in VARIANTS.items() if config.max_position_embeddings >= 16384}
+    assert "qwen-14b" not in planned_models and "qwen-7b" in planned_models
+    result = run("plan", "qwen-14b", "--device", "rtx-4090", "--context", "16384")
+    assert result.exit_code == 2 and "more than the model's 8192 tokens" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
