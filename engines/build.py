@@ -17,6 +17,7 @@ from qwen_aot.engines.builders import Builder, EngineFacts, builder_for
 from qwen_aot.engines.bundle.build_report import REPORT_NAME, BuildReport
 from qwen_aot.engines.bundle.compiled_text import COMPILED_CHAT_NAME, COMPILED_TOKENIZER_NAME, compile_text
 from qwen_aot.engines.bundle.default_length import default_max_new_tokens
+from qwen_aot.engines.bundle.io_table import io_tensor
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.resources import Estimate, check_resources, estimate, threads_for
 from qwen_aot.engines.bundle.stages import Advance, Stages
@@ -27,15 +28,18 @@ from qwen_aot.engines.calibrate import calibration_bytes, calibration_windows, s
 from qwen_aot.engines.profiles import most_gathered_tokens, profiles
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.own_codes import settled
+from qwen_aot.engines.vision import Vision, image_token_warnings, lower_vision, require_vision
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.checkpoint.storage import Storage, storage_of
-from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE, save_graph
+from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE, VISION_MODEL_FILE, data_file_of, save_graph
 from qwen_aot.exporter.graph.trace import trace
+from qwen_aot.exporter.graph.vision_trace import trace_vision
 from qwen_aot.exporter.lowering.encodings import encodings_kept, encodings_requantized, warn_of_rounding
 from qwen_aot.exporter.model.config import ModelConfig
-from qwen_aot.exporter.model.tensors import num_activated_parameters, num_parameters
+from qwen_aot.exporter.model.tensors import num_activated_parameters
+from qwen_aot.exporter.model.vision_tensors import num_model_parameters
 from qwen_aot.exporter.weights.recipe import Traced, output_bytes_of
 from qwen_aot.exporter.weights.sources import check_headers
 from qwen_aot.exporter.weights.stitch import chunk_bytes, output_bytes, stitch
@@ -43,7 +47,6 @@ from qwen_aot.runtime.bundle.manifest import (
     FORMAT_VERSION,
     Engines,
     FileEntry,
-    IoTensor,
     Manifest,
     ModelFacts,
     TextEngine,
@@ -53,7 +56,7 @@ from qwen_aot.runtime.bundle.manifest import (
 )
 from qwen_aot.whole_folder import FolderWriter, explained
 
-__all__ = ["BuildReport", "Plan", "Verifier", "build_bundle", "make_plan", "plan_build", "write_parts"]
+__all__ = ["BuildReport", "Made", "Plan", "Verifier", "build_bundle", "make_plan", "plan_build", "write_parts"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,20 +64,29 @@ Verifier = Callable[[Path, Advance], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class Made:
+    """What came of one engine: the hashes of its weights, and what it says about itself if it was compiled."""
+
+    hashes: Mapping[str, str]
+    facts: EngineFacts | None
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A build up to the point where its sizes are known; nothing is written yet.
 
     Attributes:
+        vision: the second engine; None: the model takes no images.
         windows: token ids [sequences, T] that the cache's scales are found by; None: it has none that are found so.
         texts: small files of the bundle, name -> content.
         compiled_texts: those of text compiled ahead of time, (name, content) of each.
-        manifest_for: makes the manifest from the bundle's files, the hashes of the weights, and what a compiled engine
-            says about itself.
+        manifest_for: makes the manifest from the bundle's files and what was made of each engine.
     """
 
     traced: Traced
+    vision: Vision | None
     estimate: Estimate
-    manifest_for: Callable[[Mapping[str, FileEntry], Mapping[str, str], EngineFacts | None], Manifest]
+    manifest_for: Callable[[Mapping[str, FileEntry], Made, Made | None], Manifest]
     windows: NDArray[np.int64] | None
     texts: Mapping[str, str]
     compiled_texts: tuple[tuple[str, bytes], ...]
@@ -138,17 +150,22 @@ def build_bundle(
         )
     storage = storage_of(checkpoint)
     spec = settled(spec, storage)
-    names = spec.facts.stage_names(with_calibration=spec.has_calibrated_cache, with_verify=verifier is not None)
+    names = spec.facts.stage_names(
+        with_calibration=spec.has_calibrated_cache,
+        with_vision=checkpoint.config.vision is not None,
+        with_verify=verifier is not None,
+    )
     stages = Stages(names, on_progress)
     with BundleWriter(Path(out)) as writer:
         builder = builder_for(spec.target)
         plan = make_plan(checkpoint, spec, storage, stages, builder.require, threads)
         check_resources(plan.estimate, writer.out)
         hashes = write_parts(plan, checkpoint, writer, stages)
-        facts = _finish(builder, spec, plan.traced, writer.folder, stages)
+        made = Made(hashes, _finish(builder, spec, plan.traced, writer.folder, stages))
+        vision = _make_vision(plan, builder, spec, checkpoint, writer, stages)
 
         def manifest_for(files: Mapping[str, FileEntry]) -> Manifest:
-            return plan.manifest_for(files, hashes, facts)
+            return plan.manifest_for(files, made, vision)
 
         manifest = stages.run("hash", lambda advance: writer.seal(manifest_for, advance))
         stages.run(spec.facts.check_stage, lambda _: builder.check(writer.folder, manifest))
@@ -190,6 +207,30 @@ def _finish(builder: Builder, spec: BuildSpec, lowered: Traced, folder: Path, st
     return stages.run("compile", lambda advance: builder.finish(folder, spec, lowered, advance), "%")
 
 
+def _make_vision(
+    plan: Plan, builder: Builder, spec: BuildSpec, checkpoint: Checkpoint, writer: BundleWriter, stages: Stages
+) -> Made | None:
+    """Writes the second engine, and compiles it where the target does."""
+    if plan.vision is None:
+        return None
+    lowered = plan.vision.lowered
+
+    def write(advance: Advance) -> Mapping[str, str]:
+        with explained(writer.out):
+            data_file = writer.folder / data_file_of(VISION_MODEL_FILE)
+            hashes = stitch(lowered, checkpoint, data_file, on_progress=advance, threads=plan.estimate.threads)
+            save_graph(lowered, writer.folder, VISION_MODEL_FILE)
+        return hashes
+
+    hashes = stages.run("write vision", write)
+    if not spec.facts.compiles:
+        return Made(hashes, builder.finish_vision(writer.folder, spec, lowered, lambda done, total: None))
+    facts = stages.run(
+        "compile vision", lambda advance: builder.finish_vision(writer.folder, spec, lowered, advance), "%"
+    )
+    return Made(hashes, facts)
+
+
 def make_plan(
     checkpoint: Checkpoint,
     spec: BuildSpec,
@@ -220,15 +261,18 @@ def make_plan(
     warnings = text.warnings + compiled.warnings
     builder = builder_for(spec.target)
     require(spec)
+    if config.vision is not None:
+        require_vision(spec)
+        warnings += image_token_warnings(checkpoint)
     windows = calibration_windows(checkpoint) if spec.has_calibrated_cache else None
     check_headers(checkpoint)
     dtype = ir.DataType[spec.combination.compute_type]
     positions = cache_capacity(max_context, spec.prefill_chunk)
     capacity = positions if spec.facts.has_fixed_capacity else None
     speculates = spec.speculate is not None
-    traced = stages.run(
-        "trace",
-        lambda _: trace(
+
+    def trace_all(_: Advance) -> tuple[Traced, Traced | None]:
+        decoder = trace(
             config,
             dtype,
             positions=positions,
@@ -236,28 +280,36 @@ def make_plan(
             capacity=capacity,
             speculates=speculates,
             gather_up_to_tokens=most_gathered_tokens(config, spec),
-        ),
+        )
+        return decoder, None if config.vision is None else trace_vision(config, dtype)
+
+    traced, tower = stages.run("trace", trace_all)
+    for each in (traced, tower):
+        if each is not None:
+            each.store_as(storage)
+    lowered, vision = stages.run(
+        "lower", lambda _: (builder.lower(traced, spec), None if tower is None else lower_vision(tower, builder, spec))
     )
-    traced.store_as(storage)
-    lowered = stages.run("lower", lambda _: builder.lower(traced, spec))
     warnings += warn_of_rounding(lowered)
     texts = dict(checkpoint.tokenizer.files)
     needed = estimate(
         weight_bytes=output_bytes(lowered),
         text_bytes=sum(len(text.encode()) for text in texts.values())
         + sum(len(content) for _, content in compiled.files),
-        chunk_bytes=chunk_bytes(lowered),
+        chunk_bytes=max(chunk_bytes(lowered), 0 if vision is None else chunk_bytes(vision.lowered)),
         bits=spec.precision.row.bits,
         threads=threads,
         int4_bytes=output_bytes_of(lowered, ir.DataType.INT4),
         is_compiled=spec.facts.compiles,
         calibration_bytes=0 if windows is None else calibration_bytes(config),
         calibration_products=0 if windows is None else windows.size * num_activated_parameters(config),
+        vision_bytes=0 if vision is None else output_bytes(vision.lowered),
     )
     return Plan(
         lowered,
+        vision,
         needed,
-        _manifest_maker(checkpoint, config, spec, max_context, max_new_tokens, text, lowered),
+        _manifest_maker(checkpoint, config, spec, max_context, max_new_tokens, text, lowered, vision),
         windows,
         texts,
         compiled.files,
@@ -306,17 +358,18 @@ def _manifest_maker(
     max_new_tokens: int | None,
     text: TextFacts,
     traced: Traced,
-) -> Callable[[Mapping[str, FileEntry], Mapping[str, str], EngineFacts | None], Manifest]:
+    vision: Vision | None,
+) -> Callable[[Mapping[str, FileEntry], Made, Made | None], Manifest]:
     graph = traced.model.graph
-    graph_inputs = tuple(_io_tensor(value) for value in graph.inputs)
-    graph_outputs = tuple(_io_tensor(value) for value in graph.outputs)
+    graph_inputs = tuple(io_tensor(value) for value in graph.inputs)
+    graph_outputs = tuple(io_tensor(value) for value in graph.outputs)
     cache_dtype = next(tensor.dtype for tensor in graph_inputs if tensor.name == "past_key_values.0.key")
-    return lambda files, hashes, facts: Manifest(
+    return lambda files, made, made_vision: Manifest(
         format_version=FORMAT_VERSION,
         model=ModelFacts(
             name=checkpoint.name,
             model_type=config.model_type,
-            num_parameters=num_parameters(config),
+            num_parameters=num_model_parameters(config),
             vocab_size=config.vocab_size,
             num_hidden_layers=config.num_hidden_layers,
             num_attention_heads=config.num_attention_heads,
@@ -331,20 +384,22 @@ def _manifest_maker(
         target=str(spec.target),
         engines=Engines(
             text=TextEngine(
-                file=MODEL_FILE if facts is None and spec.facts.compiles else spec.facts.engine_file,  # until compiled
+                file=MODEL_FILE if made.facts is None and spec.facts.compiles else spec.facts.engine_file,
                 precision=str(spec.precision),
                 quantization=dict(spec.quantization),
                 weight_encodings=WeightEncodings(encodings_kept(traced), encodings_requantized(traced)),
-                weight_hashes=hashes,
-                inputs=graph_inputs if facts is None else facts.inputs,
-                outputs=graph_outputs if facts is None else facts.outputs,
-                tensorrt=None if facts is None else facts.tensorrt,
-                plan=None if facts is None else facts.plan,
+                weight_hashes=made.hashes,
+                inputs=graph_inputs if made.facts is None else made.facts.inputs,
+                outputs=graph_outputs if made.facts is None else made.facts.outputs,
+                tensorrt=None if made.facts is None else made.facts.tensorrt,
+                plan=None if made.facts is None else made.facts.plan,
                 profiles=profiles(spec.prefill_chunk, spec.speculate),
                 cache_dtype=cache_dtype,
                 logits_rows=spec.speculate,
             ),
-            vision=None,
+            vision=None
+            if vision is None or made_vision is None
+            else vision.entry(made_vision.hashes, made_vision.facts),
         ),
         max_context=max_context,
         max_batch=spec.max_batch,
@@ -358,9 +413,3 @@ def _manifest_maker(
         tool_versions=tool_versions(),
         files=files,
     )
-
-
-def _io_tensor(value: ir.Value) -> IoTensor:
-    assert value.name is not None and value.dtype is not None and value.shape is not None
-    shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-    return IoTensor(name=value.name, dtype=str(value.dtype.numpy()), shape=shape)

@@ -32,7 +32,7 @@ class EngineFacts:
 
 
 class Builder(Protocol):
-    """What a target does its own way. A module with these four functions; `engines.spec.targets` names it."""
+    """What a target does its own way. A module with these functions; `engines.spec.targets` names it."""
 
     def require(self, spec: BuildSpec) -> None:
         """Checks that the target's library is here and can do what is asked for, before any work is done.
@@ -59,6 +59,12 @@ class Builder(Protocol):
         Raises:
             BuildError: the target's library refuses.
         """
+
+    def lower_vision(self, traced: Traced, spec: BuildSpec) -> Traced:
+        """Rewrites the traced graph of the vision tower; of targets with a `vision_file` only."""
+
+    def finish_vision(self, folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> EngineFacts | None:
+        """Turns the stitched vision.onnx in `folder` into the target's engine, as `finish` does with model.onnx."""
 
     def check(self, folder: Path, manifest: Manifest) -> None:
         """Opens the engine, or checks what can be checked of it on this machine.

@@ -20,6 +20,7 @@ from qwen_aot.engines.bundle.resources import Estimate, check_resources, estimat
 from qwen_aot.engines.bundle.stages import Stages
 from qwen_aot.engines.bundle.writer import BundleWriter
 from qwen_aot.engines.prepared_folder import Prepared, read_prepared, require_whole
+from qwen_aot.engines.profiles import decoder_steps
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.tensorrt.compile import Compilation, Source
 from qwen_aot.engines.tensorrt.library import load, require_capabilities, require_standard_layers
@@ -107,7 +108,7 @@ def compile_prepared(
             for name in _texts(prepared.manifest):
                 shutil.copyfile(folder / name, writer.folder / name)
         library = None if plugins is None else copy_plugin_library(plugins, writer.folder)
-        compilation = Compilation(trt, flavour, spec, _source(folder, prepared), writer.folder, library)
+        compilation = Compilation(trt, flavour, spec, _source(folder, prepared, spec), writer.folder, library)
         facts = stages.run(
             "compile",
             lambda advance: run_watched(compilation.run, compilation.cancel, lambda: advance(compilation.percent, 100)),
@@ -147,14 +148,17 @@ def _texts(manifest: Manifest) -> list[str]:
     return [name for name in manifest.files if name not in (MODEL_FILE, DATA_FILE, PLUGIN_LIBRARY)]
 
 
-def _source(folder: Path, prepared: Prepared) -> Source:
+def _source(folder: Path, prepared: Prepared, spec: BuildSpec) -> Source:
     text = prepared.manifest.engines.text
+    inputs = _specs(text.inputs)
     return Source(
         folder=folder,
+        graph_file=MODEL_FILE,
+        engine_file=spec.facts.engine_file,
         graph=ir.load(folder / MODEL_FILE).graph,
-        contract=Contract(_specs(text.inputs), _specs(text.outputs)),
-        num_hidden_layers=prepared.manifest.model.num_hidden_layers,
-        capacity=prepared.manifest.max_capacity,
+        contract=Contract(inputs, _specs(text.outputs)),
+        steps=decoder_steps(inputs, spec, prepared.manifest.max_capacity),
+        num_layers=prepared.manifest.model.num_hidden_layers,
         weight_bytes=prepared.weight_bytes,
         activation_bytes=prepared.activation_bytes,
     )

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.resources import check_resources, estimate, threads_for
-from qwen_aot.engines.bundle.stages import StageCost, Stages
+from qwen_aot.engines.bundle.stages import Advance, StageCost, Stages
 from qwen_aot.engines.onnxruntime import cpu as onnxruntime
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.lowerings import LOWERINGS
@@ -22,9 +22,11 @@ from qwen_aot.engines.spec.targets import Target
 from qwen_aot.errors import BuildError, BundleError
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.checkpoint.storage import Storage, storage_of
-from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE, save_graph
+from qwen_aot.exporter.graph.save import MODEL_FILE, VISION_MODEL_FILE, data_file_of, save_graph
 from qwen_aot.exporter.graph.trace import PRODUCER, trace
+from qwen_aot.exporter.graph.vision_trace import trace_vision
 from qwen_aot.exporter.lowering.encodings import warn_of_rounding
+from qwen_aot.exporter.lowering.ort import contrib as ort
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat
 from qwen_aot.exporter.model.config import ModelConfig
@@ -78,16 +80,26 @@ _LOWER: Mapping[str, Callable[[Traced, _Form], Traced]] = {
 }
 
 
+# Of a vision tower, whose weights stay in the compute type.
+_LOWER_VISION: Mapping[str, Callable[[Traced], Traced]] = {
+    "standard": standard.lower,
+    "plugin": standard.lower,
+    "ort": ort.lower,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Exported:
     """What was written.
 
     Attributes:
-        weight_bytes: of the external data, whether it was written or not.
+        vision_graph: of a model with a vision tower, the tower's; its weights lie beside it, as the other's do.
+        weight_bytes: of the external data of both, whether it was written or not.
         has_weights: False: `model.onnx` names a data file that isn't there.
     """
 
     graph: Path
+    vision_graph: Path | None
     weight_bytes: int
     has_weights: bool
     stages: tuple[StageCost, ...]
@@ -139,40 +151,67 @@ def export_graph(
     names = ("trace", "lower", "write weights", "write graph")
     stages = Stages(names if checkpoint is not None else (*names[:2], names[3]), on_progress)
     with FolderWriter(out, _refuse_unless_export) as writer:
-        traced = stages.run("trace", lambda _: trace(config, dtype, positions=positions, speculates=speculates))
-        traced.store_as(storage)
-        lowered = stages.run("lower", lambda _: _LOWER[lowering](traced, form))
-        warn_of_rounding(lowered)
-        weight_bytes = output_bytes(lowered)
-        data_file = writer.folder / DATA_FILE
+
+        def trace_all(_: Advance) -> dict[str, Traced]:
+            traced = {MODEL_FILE: trace(config, dtype, positions=positions, speculates=speculates)}
+            if config.vision is not None:
+                traced[VISION_MODEL_FILE] = trace_vision(config, dtype)
+            return traced
+
+        def lower_all(_: Advance) -> dict[str, Traced]:
+            lowered = {MODEL_FILE: _LOWER[lowering](traced[MODEL_FILE], form)}
+            if VISION_MODEL_FILE in traced:
+                lowered[VISION_MODEL_FILE] = _LOWER_VISION[lowering](traced[VISION_MODEL_FILE])
+            return lowered
+
+        traced = stages.run("trace", trace_all)
+        for each in traced.values():
+            each.store_as(storage)
+        lowered = stages.run("lower", lower_all)
+        warn_of_rounding(lowered[MODEL_FILE])
+        weight_bytes = sum(map(output_bytes, lowered.values()))
         with explained(writer.out):
             if checkpoint is not None:
-                chunk = chunk_bytes(lowered)
+                chunk = max(map(chunk_bytes, lowered.values()))
                 needed = estimate(
                     weight_bytes=weight_bytes, text_bytes=0, chunk_bytes=chunk, bits=row.bits, threads=threads
                 )
                 check_resources(needed, writer.out)
-                _write_weights(lowered, checkpoint, data_file, needed.threads, stages)
-            # What tells this export, and the data file that belongs to it, from anyone else's.
-            data_bytes = data_file.stat().st_size if checkpoint is not None else 0
-            lowered.model.metadata_props[_DATA_BYTES] = str(data_bytes)
-            stages.run("write graph", lambda _: _write_graph(lowered, writer.folder))
+                _write_weights(lowered, checkpoint, writer.folder, needed.threads, stages)
+            for name, graph in lowered.items():
+                # What tells this export, and the data file that belongs to it, from anyone else's.
+                data_file = writer.folder / data_file_of(name)
+                data_bytes = data_file.stat().st_size if checkpoint is not None else 0
+                graph.model.metadata_props[_DATA_BYTES] = str(data_bytes)
+            stages.run("write graph", lambda _: _write_graphs(lowered, writer.folder))
         writer.commit()
-    return Exported(writer.out / MODEL_FILE, weight_bytes, checkpoint is not None, tuple(stages.meter.costs))
+    vision_graph = writer.out / VISION_MODEL_FILE if VISION_MODEL_FILE in lowered else None
+    has_weights = checkpoint is not None
+    return Exported(writer.out / MODEL_FILE, vision_graph, weight_bytes, has_weights, tuple(stages.meter.costs))
 
 
-def _write_weights(lowered: Traced, checkpoint: Checkpoint, data_file: Path, threads: int, stages: Stages) -> None:
-    """Writes the data file; its time is final then, and the graph's later."""
-    stages.run(
-        "write weights",
-        lambda advance: stitch(lowered, checkpoint, data_file, on_progress=advance, threads=threads),
-    )
-    sync(data_file)
+def _write_weights(
+    lowered: Mapping[str, Traced], checkpoint: Checkpoint, folder: Path, threads: int, stages: Stages
+) -> None:
+    """Writes the data files; their time is final then, and the graphs' later."""
+
+    def write(advance: Advance) -> None:
+        for name, graph in lowered.items():
+            data_file = folder / data_file_of(name)
+            stitch(graph, checkpoint, data_file, on_progress=advance, threads=threads)
+            sync(data_file)
+
+    stages.run("write weights", write)
 
 
-def _write_graph(lowered: Traced, folder: Path) -> None:
+def _write_graphs(lowered: Mapping[str, Traced], folder: Path) -> None:
+    for name, graph in lowered.items():
+        _write_graph(graph, folder, name)
+
+
+def _write_graph(lowered: Traced, folder: Path, name: str) -> None:
     """Writes the graph and, behind it, the property that seals it."""
-    path = save_graph(lowered, folder)
+    path = save_graph(lowered, folder, name)
     seal = _seal(path.read_bytes())
     with path.open("ab") as file:
         file.write(seal)
@@ -253,21 +292,25 @@ def _refuse_unless_export(out: Path) -> None:
         raise BuildError(f"{out} is a file; give a folder for the graph")
     names = {path.name for path in out.iterdir()}
     advice = "give another folder, or move this one away; delete it, if nothing in it is yours"
-    if strangers := sorted(names - {MODEL_FILE, DATA_FILE}):
+    graphs = (MODEL_FILE, VISION_MODEL_FILE)
+    if strangers := sorted(names - {*graphs, *map(data_file_of, graphs)}):
         raise BuildError(f"{out} holds files that an export doesn't write ({', '.join(strangers[:5])}); {advice}")
-    if not names:
-        return
+    for graph in graphs:
+        if names & {graph, data_file_of(graph)}:
+            _refuse_unless_written(out, graph, names, advice)
+
+
+def _refuse_unless_written(out: Path, graph: str, names: set[str], advice: str) -> None:
+    """Checks that a graph and the data file beside it are what an export wrote."""
     try:
-        found = read_onnx_file(out / MODEL_FILE)
+        found = read_onnx_file(out / graph)
     except (BundleError, OSError) as error:
         raise BuildError(f"{out} holds no graph that an export wrote ({error}); {advice}") from error
     if found.producer != PRODUCER or _DATA_BYTES not in found.properties:
-        raise BuildError(
-            f"{out / MODEL_FILE} wasn't written by an export (its producer is {found.producer!r}); {advice}"
-        )
-    if not _is_sealed((out / MODEL_FILE).read_bytes()):
-        raise BuildError(f"{out / MODEL_FILE} was changed since an export wrote it; {advice}")
-    data_file = out / DATA_FILE
+        raise BuildError(f"{out / graph} wasn't written by an export (its producer is {found.producer!r}); {advice}")
+    if not _is_sealed((out / graph).read_bytes()):
+        raise BuildError(f"{out / graph} was changed since an export wrote it; {advice}")
+    data_file = out / data_file_of(graph)
     if data_file.name not in names:
         return
     if not data_file.is_file() or str(data_file.stat().st_size) != found.properties[_DATA_BYTES]:
@@ -275,7 +318,7 @@ def _refuse_unless_export(out: Path) -> None:
             f"{data_file} wasn't written by the export beside it, which wrote {found.properties[_DATA_BYTES]} bytes of "
             f"data; {advice}"
         )
-    if data_file.stat().st_mtime_ns > (out / MODEL_FILE).stat().st_mtime_ns:  # which is written last
+    if data_file.stat().st_mtime_ns > (out / graph).stat().st_mtime_ns:  # which is written last
         raise BuildError(
             f"{data_file} is newer than the graph beside it: changed since the export, or copied; {advice}"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qwen_aot.engines.build import Plan, make_plan, write_parts
+from qwen_aot.engines.build import Made, Plan, make_plan, write_parts
 from qwen_aot.engines.bundle.build_report import BuildReport
 from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.resources import check_resources
@@ -21,6 +21,7 @@ from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.own_codes import settled
 from qwen_aot.engines.tensorrt.plugin_library import copy_plugin_library
 from qwen_aot.engines.tensorrt.sizes import weight_bytes
+from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.checkpoint.storage import storage_of
 from qwen_aot.exporter.lowering.tensorrt.plugin import strip_definitions
@@ -47,6 +48,7 @@ def plan_prepared(
         DeployError: the request, `out`, the disk or the memory won't do.
     """
     require_compiled(spec)
+    _refuse_images(checkpoint)
     out = out.expanduser().resolve()
     with explained(out):
         refuse_unless_prepared(out)
@@ -83,6 +85,7 @@ def prepare_build(
             was.
     """
     require_compiled(spec)
+    _refuse_images(checkpoint)
     storage = storage_of(checkpoint)
     spec = settled(spec, storage)
     stages = Stages(_STAGES, on_progress)
@@ -93,7 +96,7 @@ def prepare_build(
             copy_plugin_library(find_plugin_library(spec.tensorrt.plugin_library), writer.folder)
         hashes = write_parts(plan, checkpoint, writer, stages)
         files = stages.run("hash", lambda advance: writer.hash_files(advance))
-        manifest = plan.manifest_for(files, hashes, None)
+        manifest = plan.manifest_for(files, Made(hashes, None), None)
         prepared = Prepared(
             spec,
             weight_bytes=weight_bytes(plan.traced),
@@ -116,3 +119,11 @@ def _require_plugins(spec: BuildSpec) -> None:
     """In the place of a builder's `require`: the library may be another processor's."""
     if FLAVOURS[spec.target].has_plugins and "plugin" in (spec.attention, spec.moe):
         find_plugin_library(spec.tensorrt.plugin_library)
+
+
+def _refuse_images(checkpoint: Checkpoint) -> None:
+    if checkpoint.config.vision is not None:
+        raise BuildError(
+            f"{checkpoint.name} takes images, and a build of two engines isn't prepared for another machine: build it "
+            "in one step where it is compiled"
+        )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.build_spec import IMAGES_OF_RUN, BuildSpec
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.experts import gather_limit
 from qwen_aot.exporter.model.io_spec import TensorSpec
 from qwen_aot.runtime.bundle.manifest import VERIFY, Profile
+
+Ranges = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # of inputs: least, typical, most
 
 _PREFILL = "prefill"
 _TYPICAL_WINDOW = 1024  # tokens that kernels are chosen for, if the cache has as many
@@ -23,9 +25,7 @@ def profiles(prefill_chunk: int, logits_rows: int | None = None) -> tuple[Profil
     return steps if logits_rows is None else (*steps, Profile(VERIFY, min_tokens=2, max_tokens=logits_rows))
 
 
-def profile_shapes(
-    inputs: Sequence[TensorSpec], profile: Profile, max_batch: int, capacity: int
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+def profile_shapes(inputs: Sequence[TensorSpec], profile: Profile, max_batch: int, capacity: int) -> Ranges:
     """Smallest, typical and largest shape of every input that has a letter among its dimensions.
 
     The runtime prefills one row at a time, decodes all of them at once, and checks drafted tokens of all of them. Only
@@ -34,16 +34,32 @@ def profile_shapes(
     rows = 1 if profile.name == _PREFILL else max_batch
     least, most = (profile.min_tokens, profile.max_tokens) if profile.name == VERIFY else (1, 1)
     window = min(_TYPICAL_WINDOW, capacity)
+    # Only prefill takes rows from images: no more than it has tokens.
+    images = profile.max_tokens if profile.name == _PREFILL else 1
     sizes = (
-        {"B": 1, "S": profile.min_tokens, "W": 1, "T": least},
-        {"B": rows, "S": profile.max_tokens, "W": max(window, profile.max_tokens), "T": most},
-        {"B": rows, "S": profile.max_tokens, "W": capacity, "T": most},
+        {"B": 1, "S": profile.min_tokens, "W": 1, "T": least, "I": 1},
+        {"B": rows, "S": profile.max_tokens, "W": max(window, profile.max_tokens), "T": most, "I": images},
+        {"B": rows, "S": profile.max_tokens, "W": capacity, "T": most, "I": images},
     )
     return {
         spec.name: (_shape(spec, sizes[0]), _shape(spec, sizes[1]), _shape(spec, sizes[2]))
         for spec in inputs
         if any(isinstance(dim, str) for dim in spec.dims)
     }
+
+
+def decoder_steps(inputs: Sequence[TensorSpec], spec: BuildSpec, capacity: int) -> Mapping[str, Ranges]:
+    """`profile_shapes` of each of the decoder's steps, by its name."""
+    return {
+        profile.name: profile_shapes(inputs, profile, spec.max_batch, capacity)
+        for profile in profiles(spec.prefill_chunk, spec.speculate)
+    }
+
+
+def vision_shapes(inputs: Sequence[TensorSpec]) -> Ranges:
+    """Smallest, typical and largest shape of the vision engine's inputs: from one image to IMAGES_OF_RUN."""
+    least, most = {"B": 1}, {"B": IMAGES_OF_RUN}
+    return {spec.name: (_shape(spec, least), _shape(spec, least), _shape(spec, most)) for spec in inputs}
 
 
 def most_gathered_tokens(config: ModelConfig, spec: BuildSpec) -> int | None:

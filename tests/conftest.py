@@ -11,12 +11,16 @@ import gc
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests import budget, tools
 from tests.order import long_first
-from tests.shared import session_folder
+from tests.shared import once, session_folder
+
+if TYPE_CHECKING:
+    from tests.vl_checkpoints import SeeingModel
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 _ROOT = Path(__file__).parents[1]
@@ -79,3 +83,19 @@ def real_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.traces import REAL
 
     monkeypatch.setattr(trace, "_export", REAL)
+
+
+@pytest.fixture(scope="session")
+def seeing(shared_folder: Path) -> tuple[SeeingModel, Path]:
+    """A small random Qwen-VL, and its fp32 bundle of two rows and 1,024 tokens."""
+    from qwen_aot.engines.build import build_bundle
+    from qwen_aot.engines.spec.build_spec import BuildSpec
+    from tests.vl_checkpoints import make_seeing_model, read_seeing_model
+
+    def make(folder: Path) -> str:
+        model = make_seeing_model(folder / "Qwen-VL-tiny")
+        build_bundle(model.folder, BuildSpec(precision="fp32", max_context=1024, max_batch=2), folder / "bundle")  # type: ignore[arg-type]
+        return str(folder)
+
+    folder = Path(once(shared_folder / "seeing", make))
+    return read_seeing_model(folder / "Qwen-VL-tiny"), folder / "bundle"

@@ -30,6 +30,7 @@ ENGINES = (
     ("engines.builders", "the interface of a target's builder"),
     ("engines.onnxruntime | engines.tensorrt", "a target's builder"),
     ("engines.mixed_bits | engines.plain_share", "the codes of a quantized folder, chosen by what they lose"),
+    ("engines.vision", "the second engine of a bundle, by a target's builder"),
     ("engines.build | engines.export | engines.quantize", "from checkpoint to folder: a builder, a lowering, or codes"),
     ("engines.prepared_folder", "a build between two machines"),
     ("engines.build_quantized | engines.prepare | engines.compile_prepared", "builds in several steps"),
@@ -38,6 +39,7 @@ ENGINES = (
 RUNTIME = (
     ("runtime.bundle", "the bundle format"),
     ("runtime.engine | runtime.text", "one step of an engine; text to tokens and back"),
+    ("runtime.vision", "images to what a vision engine takes; boxes of answers"),
     ("runtime.backends", "an engine for each kind of file in a bundle"),
     ("runtime.generation | runtime.capi", "drives any engine; builds the C library, which does the same"),
     ("runtime.measure | runtime.server", "times it under load; lets many clients drive it over HTTP"),

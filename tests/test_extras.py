@@ -35,7 +35,8 @@ def test_what_no_extra_brings_is_our_bug(module: str | None) -> None:
     assert raised.value is error
 
 
-DISTRIBUTIONS = {"cuda": "cuda-bindings", "tensorrt_rtx": "tensorrt-rtx-cu13"}  # where the import has another name
+# Where the import has another name.
+DISTRIBUTIONS = {"PIL": "pillow", "cuda": "cuda-bindings", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 
 
 @pytest.mark.parametrize("package", EXTRA_OF)

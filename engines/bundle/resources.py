@@ -71,6 +71,7 @@ def estimate(
     is_compiled: bool = False,
     calibration_bytes: int = 0,
     calibration_products: int = 0,
+    vision_bytes: int = 0,
 ) -> Estimate:
     """Sizes up a build once the graph is lowered.
 
@@ -85,6 +86,7 @@ def estimate(
         is_compiled: TensorRT makes an engine of the graph, which then stands beside it for a while.
         calibration_bytes: memory that running the model on sample texts takes, before anything is stitched; 0: none.
         calibration_products: multiplications with weights in that run.
+        vision_bytes: of a second engine's weights, which is made when the first one stands.
     """
     if available_bytes is None:
         available_bytes = available_memory_bytes()
@@ -92,14 +94,15 @@ def estimate(
     # A tenth is left: free memory moves, and `check_resources` reads it again.
     threads = max(1, min(threads_for(threads), (available_bytes * 9 // 10 - _BASE_BYTES) // thread_bytes))
     stitching_bytes = threads * thread_bytes
-    compiling_bytes, seconds = 0, weight_bytes / _bytes_per_second(bits)
+    compiling_bytes, seconds = 0, weight_bytes / _bytes_per_second(bits) + vision_bytes / _bytes_per_second(16)
     if is_compiled:
         compiling_bytes, compiling_seconds = _compiling(weight_bytes, int4_bytes)
-        seconds += compiling_seconds
+        compiling_bytes = max(compiling_bytes, _compiling(vision_bytes, 0)[0])
+        seconds += compiling_seconds + vision_bytes / _COMPILED_BYTES_PER_SECOND
     seconds += calibration_products / (threads * _PRODUCTS_PER_SECOND)
     return Estimate(
-        bundle_bytes=weight_bytes + text_bytes,
-        disk_bytes=(2 if is_compiled else 1) * weight_bytes + text_bytes,
+        bundle_bytes=weight_bytes + vision_bytes + text_bytes,
+        disk_bytes=weight_bytes + vision_bytes + (max(weight_bytes, vision_bytes) if is_compiled else 0) + text_bytes,
         peak_memory_bytes=_BASE_BYTES + max(stitching_bytes, compiling_bytes, calibration_bytes),
         seconds=seconds,
         threads=threads,

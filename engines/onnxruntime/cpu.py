@@ -58,8 +58,17 @@ def finish(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> 
     """Nothing: ONNX Runtime runs model.onnx as it is."""
 
 
+def lower_vision(traced: Traced, spec: BuildSpec) -> Traced:
+    """The ort lowering; weights stay in the compute type, whatever those of the decoder are."""
+    return ort.lower(traced)
+
+
+def finish_vision(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> None:
+    """Nothing: ONNX Runtime runs vision.onnx as it is."""
+
+
 def check(folder: Path, manifest: Manifest) -> None:
-    """Opens a session: the graph is valid, every node has a kernel, and every weight lies in its file.
+    """Opens a session of each engine: the graph is valid, every node has a kernel, every weight lies in its file.
 
     Weights stay memory-mapped: packing them as the runtime does would take as much memory again as the model.
 
@@ -71,7 +80,10 @@ def check(folder: Path, manifest: Manifest) -> None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; they are raised as well
     options.add_session_config_entry("session.disable_prepacking", "1")
-    try:
-        onnxruntime.InferenceSession(folder / manifest.engines.text.file, options, providers=["CPUExecutionProvider"])
-    except onnxruntime_errors() as error:
-        raise BuildError(f"onnxruntime {onnxruntime.__version__} can't open the built engine: {error}") from error
+    for engine in manifest.engines.all:
+        try:
+            onnxruntime.InferenceSession(folder / engine.file, options, providers=["CPUExecutionProvider"])
+        except onnxruntime_errors() as error:
+            raise BuildError(
+                f"onnxruntime {onnxruntime.__version__} can't open the built engine {engine.file}: {error}"
+            ) from error

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from qwen_aot.engines.planner.activations import activation_bytes
+from qwen_aot.engines.planner.activations import activation_bytes, vision_activation_bytes
 from qwen_aot.engines.planner.forms import COMPUTE_BYTES, Form, Forms, Part, is_blockwise, weight_forms
 from qwen_aot.engines.planner.own_weights import own_choices, own_weights
 from qwen_aot.engines.spec.build_spec import BuildSpec
@@ -19,6 +19,8 @@ from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.position_tables import position_tables
 from qwen_aot.exporter.model.tensors import Parameter, Role, WeightClass, layer_kinds, outer_parameters
+from qwen_aot.exporter.model.vision import CHANNELS, VisionConfig
+from qwen_aot.exporter.model.vision_tensors import vision_parameters
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES
 from qwen_aot.runtime.bundle.manifest import cache_capacity
 
@@ -44,9 +46,9 @@ class Footprint:
     """Memory of one engine at its full context and batch, in bytes.
 
     Attributes:
-        weight_bytes: exact, each weight once; an engine's own code isn't in it.
+        weight_bytes: exact, each weight once, those of a vision engine too; an engine's own code isn't in it.
         cache_bytes: exact, of the whole capacity.
-        activation_bytes_estimated: see `activation_bytes`.
+        activation_bytes_estimated: see `activation_bytes`; of a vision engine as well, which runs beside the decoder.
         step_bytes: what a decode step of all rows must move, each row at its full context.
     """
 
@@ -85,14 +87,29 @@ def footprint(config: ModelConfig, spec: BuildSpec, storage: Storage | None = No
         parts = [own_weights(config, own_choices(spec), storage), _position_tables(config, spec, context)]
     else:
         parts = list(_parts(config, spec, context))
+    activations = activation_bytes(config, spec)
+    if config.vision is not None:
+        parts.append(Part(vision_weight_bytes(config.vision, spec), 0))
+        activations += vision_activation_bytes(config.vision, spec)
     if spec.has_calibrated_cache:
         parts.append(Part.whole(4 * 2 * config.num_hidden_layers * config.key_value_size))
     return Footprint(
         weight_bytes=sum(part.stored for part in parts),
         cache_bytes=_cache_bytes(config, spec, cache_capacity(context, spec.prefill_chunk)),
-        activation_bytes_estimated=activation_bytes(config, spec),
+        activation_bytes_estimated=activations,
         step_bytes=sum(part.read for part in parts) + _window_passes(spec) * _cache_bytes(config, spec, context),
     )
+
+
+def vision_weight_bytes(config: VisionConfig, spec: BuildSpec) -> int:
+    """Of a vision engine, exact: two tables of positions, one resized, and two vectors are its own."""
+    itemsize = COMPUTE_BYTES[spec.combination.compute_type]
+    widths = {WeightClass.NORM: 4}  # the others are in the compute type
+    stored = sum(
+        math.prod(part.shape) * widths.get(part.tensor.role.weight_class, itemsize)
+        for part in vision_parameters(config)
+    )
+    return stored + 2 * 4 * CHANNELS
 
 
 def _window_passes(spec: BuildSpec) -> int:

@@ -162,6 +162,13 @@ def refusal_of(config: ModelConfig, spec: BuildSpec, device: Device) -> str | No
     instead = "" if row.instead is None else f"; {row.instead} is as small"
     if device.capability < capability(lowest):
         return f"{spec.precision} needs SM {lowest} or later, and this is SM {device.capability_name}{instead}"
+    return refusal_of_parts(config, spec)
+
+
+def refusal_of_parts(config: ModelConfig, spec: BuildSpec) -> str | None:
+    """Why a model's tower or routed experts don't exist in a target and precision; None where they do."""
+    if config.vision is not None and spec.facts.vision_file is None:
+        return f"target {spec.target} builds no model that takes images"
     return refusal_of_experts(config, spec)
 
 

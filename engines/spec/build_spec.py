@@ -22,11 +22,14 @@ from qwen_aot.engines.spec.tensorrt_options import DEFAULT_OPTIONS, Form, Tensor
 from qwen_aot.errors import BuildError
 from qwen_aot.runtime.bundle.flavours import FLAVOURS
 
-__all__ = ["LOGITS_ROWS", "BuildSpec"]
+__all__ = ["IMAGES_OF_RUN", "LOGITS_ROWS", "BuildSpec"]
 
 # What a step may check at once, in tokens of a row. One token more costs about a third of a step, and few drafts are
 # right so far ahead; `exporter.lowering.ort.prefill` computes otherwise from 32 tokens on.
 LOGITS_ROWS = range(2, 17)
+
+# Most images that a vision engine takes in one run. One more takes 50 MB of memory (448 pixels, fp16).
+IMAGES_OF_RUN = 4
 
 # What a checkpoint that fixes its precision decides, unless it was asked for.
 _DEFAULTS_BY_CHECKPOINT = ("precision", "block_size", "symmetric", "sensitive_bits")

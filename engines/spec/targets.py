@@ -54,6 +54,7 @@ class TargetFacts:
     Attributes:
         builder: the module that builds for it, with the functions of `engines.builders.Builder`.
         engine_file: name of the engine in the bundle.
+        vision_file: name of the second engine that a model with a vision tower has; None: such models aren't built.
         default_precision: when none is asked for.
         compute_type: what the graph is traced in where the precision says only how weights are stored; an ONNX name.
         default_prefill_chunk: tokens.
@@ -76,6 +77,7 @@ class TargetFacts:
 
     builder: str
     engine_file: str
+    vision_file: str | None
     default_precision: str
     compute_type: str
     default_prefill_chunk: int
@@ -98,22 +100,28 @@ class TargetFacts:
         """What the stage is called in which the finished engine is checked."""
         return "load check" if self.can_verify_here else "check"
 
-    def stage_names(self, *, with_calibration: bool = False, with_verify: bool = False) -> tuple[str, ...]:
+    def stage_names(
+        self, *, with_calibration: bool = False, with_vision: bool = False, with_verify: bool = False
+    ) -> tuple[str, ...]:
         """The stages of a build in order."""
+        compiling_vision = ("compile vision",) if self.compiles else ()
+        seeing = ("write vision", *compiling_vision) if with_vision else ()
         calibrating = ("calibrate",) if with_calibration else ()
         compiling = ("compile",) if self.compiles else ()
         verifying = ("verify",) if with_verify else ()
-        return ("trace", "lower", *calibrating, "write weights", *compiling, "hash", self.check_stage, *verifying)
+        making = ("trace", "lower", *calibrating, "write weights", *compiling, *seeing)
+        return (*making, "hash", self.check_stage, *verifying)
 
 
 # Twice what lives at once: ONNX Runtime's arena, in steps of 256 tokens of the widths of 0.5B, 7B and MoE-A2.7B.
 _ONNXRUNTIME_MEMORY = MemoryModel(arena_factor=2)
 
 
-def _tensorrt(engine_file: str) -> TargetFacts:
+def _tensorrt(engine_file: str, vision_file: str) -> TargetFacts:
     return TargetFacts(
         builder="qwen_aot.engines.tensorrt.builder",
         engine_file=engine_file,
+        vision_file=vision_file,
         default_precision="fp16",
         compute_type="FLOAT16",
         default_prefill_chunk=512,
@@ -132,6 +140,7 @@ TARGETS: Mapping[Target, TargetFacts] = {
     Target.CPU: TargetFacts(
         builder="qwen_aot.engines.onnxruntime.cpu",
         engine_file="model.onnx",
+        vision_file="vision.onnx",
         default_precision="int4",
         compute_type="FLOAT",
         default_prefill_chunk=256,  # attention of 512 tokens at once computes more masked scores (docs/performance.md)
@@ -144,6 +153,7 @@ TARGETS: Mapping[Target, TargetFacts] = {
     Target.CUDA: TargetFacts(
         builder="qwen_aot.engines.onnxruntime.cuda",
         engine_file="model.onnx",
+        vision_file=None,  # ONNX Runtime's CUDA provider of 1.31 wasn't seen to run opset 23's Attention without a mask
         default_precision="fp16",
         compute_type="FLOAT16",
         default_prefill_chunk=512,
@@ -156,8 +166,8 @@ TARGETS: Mapping[Target, TargetFacts] = {
         layer_provider="CUDAExecutionProvider",
         memory=_ONNXRUNTIME_MEMORY,
     ),
-    Target.TENSORRT_RTX: _tensorrt("engine.rtx"),
-    Target.TENSORRT: _tensorrt("engine.plan"),
+    Target.TENSORRT_RTX: _tensorrt("engine.rtx", "vision.rtx"),
+    Target.TENSORRT: _tensorrt("engine.plan", "vision.plan"),
 }
 
 

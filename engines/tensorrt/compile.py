@@ -18,8 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_aot.engines.builders import EngineFacts
-from qwen_aot.engines.planner.activations import activation_bytes
-from qwen_aot.engines.profiles import profile_shapes, profiles
+from qwen_aot.engines.profiles import Ranges
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.tensorrt.config import TimingCache, make_config
 from qwen_aot.engines.tensorrt.gpu import own_capabilities
@@ -36,16 +35,12 @@ from qwen_aot.engines.tensorrt.onnx_files import onnx_entries
 from qwen_aot.engines.tensorrt.plugin_library import is_serialized
 from qwen_aot.engines.tensorrt.program_text import read_programs
 from qwen_aot.engines.tensorrt.progress import make_monitor
-from qwen_aot.engines.tensorrt.sizes import cache_bytes, require_stored_once, weight_bytes
+from qwen_aot.engines.tensorrt.sizes import cache_bytes, require_stored_once
 from qwen_aot.engines.tensorrt.step_plans import step_plans, stored_bytes
 from qwen_aot.errors import BuildError, DeployError
 from qwen_aot.exporter.graph.plugin_ops import is_plugin
-from qwen_aot.exporter.graph.save import MODEL_FILE
-from qwen_aot.exporter.model.io_spec import io_spec
-from qwen_aot.exporter.model.position_tables import position_tables
-from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.flavours import Flavour
-from qwen_aot.runtime.bundle.manifest import PluginFacts, Profile, StepPlan, TensorRtFacts, cache_capacity
+from qwen_aot.runtime.bundle.manifest import PluginFacts, StepPlan, TensorRtFacts
 from qwen_aot.whole_file import file_sha256
 from qwen_aot.whole_folder import explained
 
@@ -59,48 +54,28 @@ _COMPILE_PERCENT = 80  # of the time; the rest is writing (0.5B fp16 on 2 cores:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is compiled.
+    """What is compiled: one engine of a bundle.
 
     Attributes:
-        folder: that has it, as model.onnx and model.onnx.data.
+        folder: that has the graph's file, and its weights' beside it.
+        graph_file, engine_file: their names, of what is read and of what is written.
         graph: what the first of them holds.
         contract: what its inputs and outputs must be.
-        num_hidden_layers: of the model.
-        capacity: of the cache, in tokens.
+        steps: the ranges of input shapes of each of its optimization profiles, by the step's name.
+        num_layers: of the model, or of the tower.
         weight_bytes: of all weights as they are stored, without the padding of their file.
         activation_bytes: that a step will take, estimated.
     """
 
     folder: Path
+    graph_file: str
+    engine_file: str
     graph: ir.Graph
     contract: Contract
-    num_hidden_layers: int
-    capacity: int
+    steps: Mapping[str, Ranges]
+    num_layers: int
     weight_bytes: int
     activation_bytes: int
-
-
-def source_of(lowered: Traced, spec: BuildSpec, folder: Path) -> Source:
-    """Of a lowered graph that stands in a folder."""
-    config = lowered.config
-    context = spec.context_for(config.max_position_embeddings)
-    capacity = cache_capacity(context, spec.prefill_chunk)
-    contract = io_spec(
-        config,
-        ir.DataType[spec.cache_type],
-        capacity,
-        speculates=spec.speculate is not None,
-        rotary_length=config.dynamic_ntk_length if position_tables(config, context).rotary_tables > 1 else None,
-    )
-    return Source(
-        folder=folder,
-        graph=lowered.model.graph,
-        contract=Contract(contract.inputs, contract.outputs),
-        num_hidden_layers=config.num_hidden_layers,
-        capacity=capacity,
-        weight_bytes=weight_bytes(lowered),
-        activation_bytes=activation_bytes(config, spec),
-    )
 
 
 class Compilation:
@@ -155,7 +130,7 @@ class Compilation:
         builder = self._make_builder()
         if self._plugin_library is not None:
             self._load_plugins(builder, self._plugin_library)
-        network = parse(self._trt, builder, self._logger, source.folder / MODEL_FILE, self._title)
+        network = parse(self._trt, builder, self._logger, source.folder / source.graph_file, self._title)
         allow_decomposed_attention(self._trt, network)
         inputs, outputs = io_tables(network, source.contract, self._title)
         layers = layer_counts(network)  # before the build, which may take the network apart
@@ -164,12 +139,12 @@ class Compilation:
         build_config.progress_monitor = self._monitor
         timing_cache.load(build_config, self._logger, self._title)
         largest = {
-            profile.name: self._add_profile(builder, build_config, network, profile)
-            for profile in profiles(spec.prefill_chunk, spec.speculate)
+            name: self._add_profile(builder, build_config, network, name, ranges)
+            for name, ranges in source.steps.items()
         }
         # Beside TensorRT, in the time that it leaves a core idle: on Linux a niceness is the thread's own.
         with ThreadPoolExecutor(1, "hash", initializer=os.nice, initargs=(19,)) as pool:
-            entries = pool.submit(onnx_entries, source.folder)
+            entries = pool.submit(onnx_entries, source.folder, source.graph_file)
             self._write_engine(builder, network, build_config)
         timing_cache.save(build_config)
         return EngineFacts(
@@ -218,17 +193,17 @@ class Compilation:
             ops=tuple(sorted({node.op_type for node in self._source.graph if is_plugin(node)})),
         )
 
-    def _add_profile(self, builder: Any, config: Any, network: Any, profile: Profile) -> dict[str, tuple[int, ...]]:
+    def _add_profile(
+        self, builder: Any, config: Any, network: Any, step: str, ranges: Ranges
+    ) -> dict[str, tuple[int, ...]]:
         """Gives the largest shape of each input that has no fixed one."""
         present = {network.get_input(index).name for index in range(network.num_inputs)}
         shapes = builder.create_optimization_profile()
-        inputs, capacity = self._source.contract.inputs, self._source.capacity
-        ranges = profile_shapes(inputs, profile, self._spec.max_batch, capacity)
         for name, (least, typical, most) in ranges.items():
             if name in present:
                 shapes.set_shape(name, least, typical, most)
         if config.add_optimization_profile(shapes) < 0:
-            raise failure(self._title, f"take the {profile.name} profile", self._logger.errors)
+            raise failure(self._title, f"take the {step} profile", self._logger.errors)
         return {name: most for name, (_, _, most) in ranges.items()}
 
     def _read_plan(self, largest: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Mapping[str, StepPlan] | None:
@@ -238,10 +213,10 @@ class Compilation:
             BuildError: it stores weights more than once.
         """
         try:
-            programs = read_programs(self._folder / self._spec.facts.engine_file)
+            programs = read_programs(self._folder / self._source.engine_file)
             if not programs:
                 return None
-            plan = step_plans(programs, GraphNames(self._source.graph), self._source.num_hidden_layers, largest)
+            plan = step_plans(programs, GraphNames(self._source.graph), self._source.num_layers, largest)
         except _UNREADABLE as error:  # nothing at run time depends on it
             logger.warning("what %s compiled can't be told: %s", self._title, error)
             return None
@@ -250,7 +225,7 @@ class Compilation:
 
     def _write_engine(self, builder: Any, network: Any, config: Any) -> None:
         self._logger.clear()
-        path = self._folder / self._spec.facts.engine_file
+        path = self._folder / self._source.engine_file
         with explained(path), path.open("wb") as file:
             self._writer = _make_writer(self._trt, file)
             is_built = _build(builder, network, config, self._writer)

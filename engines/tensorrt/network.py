@@ -33,7 +33,10 @@ class Contract:
 
 
 # Beside the cache: what no network can do without. Others are missing where nothing reads them.
-_NEEDED = ("input_ids", "logits", "logits_positions", "last_logits")
+_NEEDED = (
+    *("input_ids", "logits", "logits_positions", "last_logits"),
+    *("image_embeddings", "image_positions", "pixels"),
+)
 
 
 def parse(trt: Any, builder: Any, logger: Any, graph: Path, title: str) -> Any:

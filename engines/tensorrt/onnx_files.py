@@ -7,14 +7,14 @@ from pathlib import Path
 
 from qwen_aot.engines.bundle.versions import tool_versions
 from qwen_aot.errors import BuildError
-from qwen_aot.exporter.graph.save import DATA_FILE, MODEL_FILE
+from qwen_aot.exporter.graph.save import MODEL_FILE, data_file_of
 from qwen_aot.runtime.bundle.manifest import FileEntry, Manifest
 from qwen_aot.whole_file import file_sha256
 
 
-def onnx_entries(folder: Path) -> dict[str, FileEntry]:
-    """Size and SHA-256 of the graph and of its weights in a folder."""
-    paths = [folder / name for name in (MODEL_FILE, DATA_FILE)]
+def onnx_entries(folder: Path, graph: str = MODEL_FILE) -> dict[str, FileEntry]:
+    """Size and SHA-256 of a graph's file and of its weights' in a folder."""
+    paths = [folder / name for name in (graph, data_file_of(graph))]
     return {path.name: FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path)) for path in paths}
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_aot.errors import BuildError
+from qwen_aot.exporter.model.limits import MAX_LAYERS
 from qwen_aot.exporter.weights.recipe import Traced
-from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, IoTensor, Manifest, TensorRtFacts
+from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, EngineEntry, IoTensor, Manifest, TensorRtFacts
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
@@ -74,19 +75,24 @@ def require_stored_once(stored: int, weights: int) -> None:
 
 
 def check(folder: Path, manifest: Manifest) -> None:
-    """Compares the engine's size with its weights': without a GPU an engine can't be opened.
+    """Compares each engine's size with its weights': without a GPU an engine can't be opened.
 
     Not that of one that told its constants: these were compared when it was compiled.
 
     Raises:
         BuildError: it is so much larger or smaller that the weights can't be stored as asked for.
     """
-    engine = manifest.engines.text
+    text, vision = manifest.engines.text, manifest.engines.vision
+    _check_size(folder, manifest, text, manifest.model.num_hidden_layers, len(text.profiles))
+    if vision is not None:
+        _check_size(folder, manifest, vision, MAX_LAYERS, 1)
+
+
+def _check_size(folder: Path, manifest: Manifest, engine: EngineEntry, layers: int, num_profiles: int) -> None:
     assert engine.tensorrt is not None
     found = (folder / engine.file).stat().st_size
     plugins = engine.tensorrt.plugins
     library_bytes = manifest.files[plugins.file].bytes if plugins is not None and plugins.in_engine else 0
-    layers, num_profiles = manifest.model.num_hidden_layers, len(engine.profiles)
     low, high = engine_size_bounds(engine.tensorrt, layers, library_bytes, num_profiles)
     if engine.plan is None and not low <= found <= high:
         raise BuildError(

@@ -15,6 +15,7 @@ from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.checkpoint.storage import storage_of
 from qwen_aot.exporter.graph.plugin_ops import PluginOp
 from qwen_aot.exporter.graph.trace import trace
+from qwen_aot.exporter.graph.vision_trace import trace_vision
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.manifest import Manifest, cache_capacity
 
@@ -66,6 +67,19 @@ def lower_again(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Tra
     )
     traced.store_as(storage_of(checkpoint))
     return builder_for(spec.target).lower(traced, spec)
+
+
+def lower_vision_again(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Traced:
+    """The same of a bundle's vision engine.
+
+    Raises:
+        BuildError: this version can't build such a bundle.
+        ExportError: the checkpoint's model has no vision tower.
+    """
+    spec = spec_of(folder, manifest)
+    traced = trace_vision(checkpoint.config, ir.DataType[spec.combination.compute_type])
+    traced.store_as(storage_of(checkpoint))
+    return builder_for(spec.target).lower_vision(traced, spec)
 
 
 def _tensorrt_options(folder: Path, manifest: Manifest) -> TensorRtOptions:

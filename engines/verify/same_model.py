@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import Checkpoint
-from qwen_aot.exporter.model.tensors import num_parameters
+from qwen_aot.exporter.model.vision_tensors import num_model_parameters
 from qwen_aot.runtime.bundle.manifest import Manifest
 
 
@@ -18,11 +18,11 @@ def require_same_model(manifest: Manifest, checkpoint: Checkpoint) -> None:
         CheckpointError: one of them differs; says both values.
     """
     model, config = manifest.model, checkpoint.config
-    with_biases = num_parameters(config.as_in_transformers)
+    with_biases = num_model_parameters(config.as_in_transformers)
     for name, ours, theirs in (
         ("vocab_size", model.vocab_size, config.vocab_size),
         ("num_hidden_layers", model.num_hidden_layers, config.num_hidden_layers),
-        ("num_parameters", model.num_parameters, num_parameters(config)),
+        ("num_parameters", model.num_parameters, num_model_parameters(config)),
     ):
         if ours != theirs and (name, ours) != ("num_parameters", with_biases):
             raise CheckpointError(

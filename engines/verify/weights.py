@@ -9,6 +9,7 @@ largest of sums in float32, by a share that their initializer states.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen_aot.engines.calibrate import calibration_windows, set_cache_scales
-from qwen_aot.engines.verify.remade import lower_again
+from qwen_aot.engines.verify.remade import lower_again, lower_vision_again
 from qwen_aot.engines.verify.verdict import Verdict
 from qwen_aot.exporter.checkpoint.base import Checkpoint
 from qwen_aot.exporter.checkpoint.mapped import MappedFile
 from qwen_aot.exporter.lowering.ort.int8_cache import has_scales
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.stitch import Part, make_weights
-from qwen_aot.runtime.bundle.manifest import Manifest
+from qwen_aot.runtime.bundle.manifest import EngineEntry, Manifest
 from qwen_aot.version import __version__
 
 BYTES, HASHES = "bytes", "hashes"
@@ -94,14 +95,45 @@ def check_weights(
     if has_scales(lowered):
         windows = calibration_windows(checkpoint)
         set_cache_scales(lowered, checkpoint, windows, on_layer or (lambda *_: None), threads)
-    recorded = manifest.engines.text.weight_hashes
-    if manifest.engines.text.tensorrt is not None:
+    check = functools.partial(
+        _check_engine, folder, manifest, checkpoint=checkpoint, on_progress=on_progress, threads=threads
+    )
+    text, vision = check(manifest.engines.text, lowered), manifest.engines.vision
+    if vision is None:
+        return text
+    return _both(text, check(vision, lower_vision_again(folder, manifest, checkpoint)))
+
+
+def _both(text: WeightCheck, vision: WeightCheck) -> WeightCheck:
+    """Of two engines of a bundle: the worse verdict, and everything that differs."""
+    return WeightCheck(
+        Verdict.of((text.verdict, vision.verdict)),
+        text.compared,
+        text.tensors + vision.tensors,
+        text.bytes + vision.bytes,
+        (*text.differing, *vision.differing),
+        "; ".join(reason for reason in (text.reason, vision.reason) if reason),
+    )
+
+
+def _check_engine(
+    folder: Path,
+    manifest: Manifest,
+    engine: EngineEntry,
+    lowered: Traced,
+    *,
+    checkpoint: Checkpoint,
+    on_progress: Callable[[int, int], None] | None,
+    threads: int | None,
+) -> WeightCheck:
+    recorded = engine.weight_hashes
+    if engine.tensorrt is not None:
         if recorded is None:
             reason = "the bundle records no hashes of the weights in its engine: build it again with this version"
             return WeightCheck(Verdict.INCONCLUSIVE, None, 0, 0, (), reason)
         hashes = make_weights(lowered, checkpoint, lambda _: None, on_progress=on_progress, threads=threads)
         return _judge(manifest, lowered, HASHES, _differing_hashes(hashes, recorded))
-    with _Bundled(folder, manifest) as bundled:
+    with _Bundled(folder, manifest, engine) as bundled:
         hashes = make_weights(lowered, checkpoint, bundled.compare, on_progress=on_progress, threads=threads)
         differing = bundled.differing | bundled.left_over(hashes)
     if recorded is not None:  # of the rotary tables the bytes were compared more closely
@@ -148,9 +180,9 @@ def _judge(manifest: Manifest, lowered: Traced, compared: str, differing: Mappin
 class _Bundled:
     """The weights that a bundle's graph points at; `compare` may be called from several threads."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, engine: EngineEntry) -> None:
         self.differing: dict[str, str] = {}
-        initializers = ir.load(folder / manifest.engines.text.file).graph.initializers
+        initializers = ir.load(folder / engine.file).graph.initializers
         self._tensors: dict[str, ir.ExternalTensor] = {
             name: value.const_value
             for name, value in initializers.items()

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import TensorInfo, TokenizerFiles
 from qwen_aot.exporter.checkpoint.encoding import EncodedRows, no_codes
-from qwen_aot.exporter.checkpoint.names import CANONICAL
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import WeightClass, checkpoint_tensors
+from qwen_aot.exporter.model.vision_tensors import vision_tensors
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _POOL = 1_048_573  # values; a prime, so that no row length repeats in step with it
@@ -35,9 +35,11 @@ class RandomCheckpoint:
         self.name = name
         self.config = config
         self.tokenizer = TokenizerFiles()
+        tensors = [*checkpoint_tensors(config), *(() if config.vision is None else vision_tensors(config.vision))]
         self.tensors: Mapping[str, TensorInfo] = {
-            tensor.name: TensorInfo(tensor.name, tensor.shape, _BFLOAT16) for tensor in checkpoint_tensors(config)
+            tensor.name: TensorInfo(tensor.name, tensor.shape, _BFLOAT16) for tensor in tensors
         }
+        self._classes = {tensor.name: tensor.role.weight_class for tensor in tensors}
         self._seed = seed
         values = np.random.default_rng(seed).standard_normal(_POOL, dtype=np.float32)
         self._weights = (values * _WEIGHT_STD).astype(_BFLOAT16)
@@ -88,9 +90,10 @@ class RandomCheckpoint:
         self.close()
 
     def _pool(self, name: str) -> NDArray[Any]:
-        place = CANONICAL.find(name)
-        assert place is not None
-        return self._pools.get(place.role.weight_class, self._weights)
+        weight_class = self._classes[name]
+        if weight_class is WeightClass.NORM and not name.endswith(".weight"):  # a table of positions, a norm's bias
+            return self._weights
+        return self._pools.get(weight_class, self._weights)
 
 
 def _window(pool: NDArray[Any], first: int, length: int) -> NDArray[Any]:

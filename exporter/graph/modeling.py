@@ -234,6 +234,26 @@ def last_tokens(new_tokens: Tensor, positions: Tensor | None) -> Tensor:
     return (index * (index > 0).long()).unsqueeze(-1)
 
 
+def with_images(embeddings: Tensor, image_embeddings: Tensor, image_positions: Tensor) -> Tensor:
+    """Puts rows that come from images in the places of tokens' embeddings.
+
+    Args:
+        embeddings: fp32 [B, S, M], of tokens.
+        image_embeddings: fp32 [I, M], I at least 1.
+        image_positions: int64 [B, S], the row for each token; -1 keeps the token's own. It picks the last row, which
+            ONNX defines and nothing then reads.
+    """
+    rows: Tensor = torch.onnx.ops.symbolic(
+        "Gather",
+        [image_embeddings, image_positions],
+        {"axis": 0},
+        dtype=torch.float32,
+        shape=embeddings.shape,
+        version=13,
+    )
+    return torch.where((image_positions > -1).unsqueeze(-1), rows, embeddings)
+
+
 class Decoder(nn.Module):
     """The whole model, with as many layers as it is given (the trace gives one of each kind).
 
@@ -267,6 +287,8 @@ class Decoder(nn.Module):
         past: Sequence[Cache],
         logits_positions: Tensor | None = None,
         rotary_offset: Tensor | None = None,
+        image_embeddings: Tensor | None = None,
+        image_positions: Tensor | None = None,
     ) -> tuple[Tensor | tuple[Tensor, Tensor], list[Cache]]:
         """Shapes and meanings: `exporter.model.io_spec`.
 
@@ -275,6 +297,8 @@ class Decoder(nn.Module):
             keys and values.
         """
         residual = pick_rows(self.embed_tokens, input_ids).float()
+        if image_embeddings is not None and image_positions is not None:
+            residual = with_images(residual, image_embeddings, image_positions)
         # Not `<=` and clamp, each of which becomes several ops in TensorRT; and TensorRT-RTX 1.7 can't compile `<` with
         # `position_ids + 1` where it computes attention without a fused kernel.
         mask = torch.logical_not(key_positions > position_ids.unsqueeze(1).unsqueeze(-1))  # [B, 1, S, W]

@@ -13,18 +13,29 @@ from qwen_aot.exporter.weights.stitch import place
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+VISION_MODEL_FILE = "vision.onnx"  # of a bundle's second engine
 
 
-def save_graph(traced: Traced, folder: Path) -> Path:
+def data_file_of(name: str) -> str:
+    """The file beside a graph's in which its initializers lie."""
+    return f"{name}.data"
+
+
+def save_graph(traced: Traced, folder: Path, name: str = MODEL_FILE) -> Path:
     """Writes `model.onnx`, whose initializers lie in `model.onnx.data` beside it (written by `stitch`, or absent).
+
+    Args:
+        traced: the graph.
+        folder: where it is written.
+        name: of the graph's file, where it is another.
 
     Raises:
         ExportError: the ONNX checker refuses the graph.
     """
-    place(traced, folder / DATA_FILE)
+    place(traced, folder / data_file_of(name))
     proto = ir.to_proto(traced.model)
     check(proto)
-    path = folder / MODEL_FILE
+    path = folder / name
     path.write_bytes(proto.SerializeToString())
     return path
 

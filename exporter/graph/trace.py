@@ -7,7 +7,6 @@ tracing takes seconds whatever the depth.
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,10 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qwen_aot.errors import ExportError
 from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.graph.modeling import Decoder
+from qwen_aot.exporter.graph.repeat import LayerRepeater
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.experts import gather_limit
-from qwen_aot.exporter.model.io_spec import ROTARY_OFFSET, IoSpec, TensorSpec, io_spec
+from qwen_aot.exporter.model.io_spec import IMAGE_EMBEDDINGS, IMAGE_POSITIONS, ROTARY_OFFSET, IoSpec, io_spec
 from qwen_aot.exporter.model.position_tables import PositionTables, position_tables
+from qwen_aot.exporter.model.vision_tensors import vision_tensors
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.recipes import decoder_recipes
 from qwen_aot.version import __version__
@@ -30,14 +31,11 @@ from qwen_aot.version import __version__
 PRODUCER = "qwen-aot"  # of every graph of ours, in the file itself
 IR_VERSION = 10  # the lowest with 4-bit integers and function overloads, so that older parsers still read the file
 
-_TORCH_DTYPES = {
+TORCH_DTYPES = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.BFLOAT16: torch.bfloat16,
 }
-_LAYER_SCOPE = re.compile(r"layers\.(\d+)")
-_TEMPLATE_NAME = re.compile(r"^layers\.(\d+)\.")
-_CACHE_NAME = re.compile(r"^(past_key_values|present)\.(\d+)\.(key|value)$")
 
 
 def trace(
@@ -67,7 +65,7 @@ def trace(
     Raises:
         ExportError: the traced graph isn't what this module expects of it.
     """
-    if dtype not in _TORCH_DTYPES:
+    if dtype not in TORCH_DTYPES:
         raise ExportError(f"compute type {dtype.name} can't be traced; accepted: FLOAT, FLOAT16, BFLOAT16")
     positions = positions or config.max_position_embeddings
     tables = position_tables(config, context or min(positions, config.max_position_embeddings), positions)
@@ -86,7 +84,9 @@ def trace(
         }
     )
     _attach_definitions(model, config, dtype, capacity, gather_up_to_tokens)
-    return Traced(model, config, decoder_recipes(config, dtype, tables))
+    vision = () if config.vision is None else vision_tensors(config.vision)
+    elsewhere = frozenset(tensor.name for tensor in vision)
+    return Traced(model, config, decoder_recipes(config, dtype, tables), elsewhere=elsewhere)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +107,19 @@ def _templates(config: ModelConfig) -> _Templates:
 def _export(
     config: ModelConfig, dtype: ir.DataType, templates: _Templates, tables: PositionTables, speculates: bool
 ) -> ir.Graph:
-    torch_dtype = _TORCH_DTYPES[dtype]
+    torch_dtype = TORCH_DTYPES[dtype]
     count = len(templates.sparse)
     spec = io_spec(config, dtype, speculates=speculates)
-    B, S, C, W, T = 3, 7, 64, 23, 5  # any sizes above 1 that differ from each other
-    optional: dict[str, tuple[str, int]] = {}  # the decoder's other arguments
+    B, S, C, W, T, rows = 3, 7, 64, 23, 5, 11  # any sizes above 1 that differ from each other
+    # The decoder's other arguments: the sizes of integers, and the letters of those that vary.
+    optional: dict[str, tuple[tuple[int, ...], dict[int, str]]] = {}
     if speculates:
-        optional["logits_positions"] = ("T", T)
+        optional["logits_positions"] = ((T,), {0: "T"})
     if tables.rotary_tables > 1:
-        optional[ROTARY_OFFSET] = ("B", B)
+        optional[ROTARY_OFFSET] = ((B,), {0: "B"})
+    if config.vision is not None:
+        optional[IMAGE_EMBEDDINGS] = ((rows, config.hidden_size), {0: "I"})
+        optional[IMAGE_POSITIONS] = ((B, S), {0: "B", 1: "S"})
     names = [tensor.name for tensor in spec.step if tensor.name not in optional]
     dynamic: dict[str, object] = {
         "input_ids": {0: "B", 1: "S"},
@@ -140,13 +144,16 @@ def _export(
             return torch.zeros(B, config.num_key_value_heads, C, config.head_dim, dtype=torch_dtype)
 
         past = [(cache(), cache()) for _ in range(count)]
+        others = {name: int64(*sizes) for name, (sizes, _) in optional.items()}
+        if IMAGE_EMBEDDINGS in others:
+            others[IMAGE_EMBEDDINGS] = others[IMAGE_EMBEDDINGS].float()
         program = torch.onnx.export(
             decoder,
             (int64(B, S), int64(B, S), int64(B), int64(B), int64(W), past),
-            kwargs={name: int64(size) for name, (_, size) in optional.items()},
+            kwargs=others,
             input_names=names + [name.format("past_key_values") for name in cache_names] + list(optional),
             output_names=logits_names + [name.format("present") for name in cache_names],
-            dynamic_shapes=dynamic | {name: {0: letter} for name, (letter, _) in optional.items()},
+            dynamic_shapes=dynamic | {name: letters for name, (_, letters) in optional.items()},
             opset_version=ops.OPSET,
             custom_opsets={ops.DOMAIN: ops.VERSION},
             dynamo=True,
@@ -170,142 +177,41 @@ def _initializer_name(traced_name: str) -> str:
     return fixed.get(traced_name, f"model.{traced_name}")
 
 
-class _Repeater:
+class _Repeater(LayerRepeater):
     """Builds the full graph: prologue, a copy of the right template for each layer, epilogue."""
 
     def __init__(self, traced: ir.Graph, config: ModelConfig, templates: _Templates, spec: IoSpec) -> None:
-        self._traced = traced
+        super().__init__(traced, len(templates.sparse), spec.inputs, _initializer_name)
         self._config = config
         self._templates = templates
         self._spec = spec
         self._logits = spec.outputs[: len(spec.outputs) - 2 * len(spec.present)]
-        self._values: dict[ir.Value, ir.Value] = {}  # prologue, inputs and shared initializers, then the running layer
-        self._initializers: dict[str, ir.Value] = {}
-        self._inputs: dict[str, ir.Value] = {}
-        self._nodes: list[ir.Node] = []
 
     def build(self) -> ir.Graph:
-        before, layers, after = self._partition()
-        self._inputs = {spec.name: _value(spec.name, spec.dtype, spec.dims) for spec in self._spec.inputs}
+        """The graph, with its inputs and outputs named as the specification has them."""
+        before, layers, after = self.partition()
         for spec in self._spec.step:
-            self._values[self._traced_input(spec.name)] = self._inputs[spec.name]
-        self._copy(before, "")
-        stream_in = [self._residual_stream(nodes) for nodes in layers]
+            # A number behind the name of an argument is none of the trace's.
+            self.bind(ROTARY_OFFSET if spec.name.startswith(ROTARY_OFFSET) else spec.name, spec.name)
+        self.copy(before, "")
+        stream_in = [self.residual_stream(nodes, self._config.hidden_size) for nodes in layers]
         present: list[ir.Value] = []
-        stream = self._values[stream_in[0]]
+        stream = self.values[stream_in[0]]
         for layer, template in enumerate(self._templates.of_layer):
-            self._values[stream_in[template]] = stream
-            self._bind_past(layer, template)
-            self._copy(layers[template], f"layers.{layer}.", layer)
+            self.values[stream_in[template]] = stream
+            for part in ("key", "value"):
+                self.bind(f"past_key_values.{template}.{part}", f"past_key_values.{layer}.{part}")
+            self.copy(layers[template], f"layers.{layer}.", layer)
             present += self._name_present(layer, template)
             if template + 1 < len(stream_in):
-                stream = self._values[stream_in[template + 1]]  # what this template gives is what the next one took
-        self._copy(after, "")
-        logits = [self._name_output(index, spec) for index, spec in enumerate(self._logits)]
-        return ir.Graph(
-            list(self._inputs.values()),
-            [*logits, *present],
-            nodes=self._nodes,
-            initializers=list(self._initializers.values()),
-            opset_imports={"": ops.OPSET, ops.DOMAIN: ops.VERSION},
-            name=self._config.model_type,
-        )
-
-    def _partition(self) -> tuple[list[ir.Node], list[list[ir.Node]], list[ir.Node]]:
-        """Nodes before, in and after the layers, by the module scope that torch recorded."""
-        before: list[ir.Node] = []
-        after: list[ir.Node] = []
-        layers: list[list[ir.Node]] = [[] for _ in self._templates.sparse]
-        for node in self._traced:
-            match = _LAYER_SCOPE.search(node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
-            if match is not None:
-                layers[int(match[1])].append(node)
-            elif any(layers):
-                after.append(node)
-            else:
-                before.append(node)
-        if not all(layers):
-            raise ExportError("torch.onnx.export recorded no module scope for a layer; is this the pinned torch?")
-        return before, layers, after
-
-    def _residual_stream(self, nodes: list[ir.Node]) -> ir.Value:
-        """The value a layer takes from what stands before it: its only input from another node as wide as the model.
-
-        The factors of q, k and v, which every layer takes too, are as wide as these.
-        """
-        made = {value for node in nodes for value in node.outputs}
-        taken = {value for node in nodes for value in node.inputs if value is not None and value not in made}
-        streams = [value for value in taken if value.producer() is not None and self._is_stream(value)]
-        if len(streams) != 1:
-            names = sorted(str(value.name) for value in streams)
-            raise ExportError(f"a traced layer should take the residual stream and nothing else, but takes {names}")
-        return streams[0]
-
-    def _is_stream(self, value: ir.Value) -> bool:
-        if value.dtype is None or not value.dtype.is_floating_point():
-            return False
-        return value.shape is not None and value.shape[-1] == self._config.hidden_size
-
-    def _traced_input(self, name: str) -> ir.Value:
-        """By the name of ours; a number behind that of an argument is none of the trace's."""
-        traced = ROTARY_OFFSET if name.startswith(ROTARY_OFFSET) else name
-        return next(value for value in self._traced.inputs if value.name == traced)
-
-    def _bind_past(self, layer: int, template: int) -> None:
-        for part in ("key", "value"):
-            self._values[self._traced_input(f"past_key_values.{template}.{part}")] = self._inputs[
-                f"past_key_values.{layer}.{part}"
-            ]
+                stream = self.values[stream_in[template + 1]]  # what this template gives is what the next one took
+        self.copy(after, "")
+        logits = [self.name_output(index, spec) for index, spec in enumerate(self._logits)]
+        return self.graph([*logits, *present], self._config.model_type)
 
     def _name_present(self, layer: int, template: int) -> list[ir.Value]:
         first = len(self._logits) + 2 * template
-        return [self._name_output(first + part, spec) for part, spec in enumerate(self._spec.present[layer])]
-
-    def _name_output(self, index: int, spec: TensorSpec) -> ir.Value:
-        value = self._values[self._traced.outputs[index]]
-        value.name, value.shape = spec.name, ir.Shape(spec.dims)
-        return value
-
-    def _copy(self, nodes: list[ir.Node], prefix: str, layer: int | None = None) -> None:
-        """Appends copies of `nodes`; their results are remembered under the traced values."""
-        for node in nodes:
-            inputs = [None if value is None else self._input(value, layer) for value in node.inputs]
-            outputs = []
-            for value in node.outputs:
-                copy = ir.Value(name=f"{prefix}{value.name}", type=value.type, shape=_copy_shape(value))
-                self._values[value] = copy
-                outputs.append(copy)
-            self._nodes.append(
-                ir.Node(
-                    node.domain,
-                    node.op_type,
-                    inputs,
-                    list(node.attributes.values()),
-                    outputs=outputs,
-                    overload=ops.overload_of(ops.Op(node.op_type), len(inputs)) if node.domain == ops.DOMAIN else "",
-                    name=f"{prefix}{node.name}",
-                )
-            )
-
-    def _input(self, value: ir.Value, layer: int | None) -> ir.Value:
-        if not value.is_initializer():
-            return self._values[value]
-        assert value.name is not None
-        name = _TEMPLATE_NAME.sub(f"layers.{layer}.", value.name)
-        name = _initializer_name(name)
-        if name not in self._initializers:
-            self._initializers[name] = ir.Value(
-                name=name, type=value.type, shape=_copy_shape(value), const_value=value.const_value
-            )
-        return self._initializers[name]
-
-
-def _copy_shape(value: ir.Value) -> ir.Shape | None:
-    return None if value.shape is None else ir.Shape(list(value.shape))
-
-
-def _value(name: str, dtype: ir.DataType, dims: tuple[int | str, ...]) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(dims))
+        return [self.name_output(first + part, spec) for part, spec in enumerate(self._spec.present[layer])]
 
 
 def _attach_definitions(

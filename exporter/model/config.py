@@ -17,6 +17,7 @@ from qwen_aot.exporter.model.limits import (
     require_at_most,
 )
 from qwen_aot.exporter.model.model_types import MODEL_TYPES, ModelType
+from qwen_aot.exporter.model.vision import VisionConfig
 
 ROPE_TYPES = ("linear", "yarn", "llama3")  # beside None: those that change frequencies once, not per request
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -160,6 +161,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()  # as named: a build leaves out those beyond the vocabulary, with a warning
     pad_token_id: int | None = None
+    vision: VisionConfig | None = None  # the tower whose rows this decoder takes in the place of tokens' embeddings
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
@@ -202,6 +204,15 @@ class ModelConfig:
         for name, token_id in (("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)):
             if token_id is not None and not 0 <= token_id < self.vocab_size:
                 raise CheckpointError(f"{name} holds {token_id}; accepted: 0 to vocab_size - 1 ({self.vocab_size - 1})")
+        if self.vision is not None and self.vision.output_dim != self.hidden_size:
+            raise CheckpointError(
+                f"visual.output_dim is {self.vision.output_dim}; accepted: hidden_size ({self.hidden_size})"
+            )
+        if self.vision is not None and self.vision.image_start_id + 2 >= self.vocab_size:
+            raise CheckpointError(
+                f"visual.image_start_id is {self.vision.image_start_id}; accepted: 1 to vocab_size - 3 "
+                f"({self.vocab_size - 3})"
+            )
         self._check_products()
 
     def _check_length_extension(self) -> None:

@@ -1,7 +1,7 @@
 """Engine inputs and outputs: the one place for their names, dimensions and dtypes.
 
 Dimensions are sizes or letters: B rows, S new tokens in this step, C cache capacity in tokens, W attention window,
-T last tokens of a row that a step gives the logits of.
+T last tokens of a row that a step gives the logits of, I rows that a step takes from images.
 Every row, padded and idle ones too, has `cache_length + S <= C`, and W is at least the largest `cache_length + S`.
 """
 
@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.vision import CHANNELS, NUM_QUERIES, VisionConfig
 
 Dim = int | str
 
+IMAGE_EMBEDDINGS, IMAGE_POSITIONS = "image_embeddings", "image_positions"  # of models with a vision tower
 ROTARY_OFFSET = "rotary_offset"  # of graphs with several rotary tables; the name goes on with a number
 
 CACHE_SCALE_DTYPE = ir.DataType.FLOAT16  # of an int8 cache
@@ -81,6 +83,9 @@ def io_spec(
         int64 (0 … T-1; only as many rows of the head are computed as it is long) and last_logits [B, T, V] float32 of
         each row's last T valid tokens, the newest last; a row of n < T new tokens has its own in the last n. With
         `rotary_length` also rotary_offset.{rotary_length} [B] int64: the first row of the rotary table of each row.
+        Of a model with a vision tower also image_embeddings [I, M] float32, of which a step without images has one row
+        that nothing reads, and image_positions [B, S] int64: the row of them that stands in the place of the token's
+        embedding, -1: none does.
     """
     int64 = ir.DataType.INT64
     cache_dims: tuple[Dim, ...] = ("B", config.num_key_value_heads, capacity or "C", config.head_dim)
@@ -94,6 +99,14 @@ def io_spec(
     layers = range(config.num_hidden_layers)
     positions = (TensorSpec("logits_positions", int64, ("T",)),) if speculates else ()
     offset = () if rotary_length is None else (TensorSpec(f"{ROTARY_OFFSET}.{rotary_length}", int64, ("B",)),)
+    images = (
+        ()
+        if config.vision is None
+        else (
+            TensorSpec(IMAGE_EMBEDDINGS, ir.DataType.FLOAT, ("I", config.hidden_size)),
+            TensorSpec(IMAGE_POSITIONS, int64, ("B", "S")),
+        )
+    )
     return IoSpec(
         step=(
             TensorSpec("input_ids", int64, ("B", "S")),
@@ -103,6 +116,7 @@ def io_spec(
             TensorSpec("key_positions", int64, ("W",)),
             *positions,
             *offset,
+            *images,
         ),
         past=tuple(cache("past_key_values", layer) for layer in layers),
         logits=TensorSpec("logits", ir.DataType.FLOAT, ("B", config.vocab_size)),
@@ -110,4 +124,26 @@ def io_spec(
             TensorSpec("last_logits", ir.DataType.FLOAT, ("B", "T", config.vocab_size)) if speculates else None
         ),
         present=tuple(cache("present", layer) for layer in layers),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class VisionIoSpec:
+    """The vision engine's inputs and outputs."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def vision_io_spec(config: VisionConfig) -> VisionIoSpec:
+    """The contract of the vision engine.
+
+    Returns:
+        pixels [B, size, size, 3] float32: B square images, row by row, each pixel red, green, blue of 0 to 255;
+        image_embeddings [B, 256, M] float32: what stands in the place of each image's tokens.
+    """
+    size = config.image_size
+    return VisionIoSpec(
+        inputs=(TensorSpec("pixels", ir.DataType.FLOAT, ("B", size, size, CHANNELS)),),
+        outputs=(TensorSpec("image_embeddings", ir.DataType.FLOAT, ("B", NUM_QUERIES, config.output_dim)),),
     )

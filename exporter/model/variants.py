@@ -16,8 +16,9 @@ from qwen_aot.exporter.model.published.qwen1_5 import QWEN1_5
 from qwen_aot.exporter.model.published.qwen2 import QWEN2
 from qwen_aot.exporter.model.published.qwen2_5 import QWEN2_5, QWQ
 from qwen_aot.exporter.model.published.qwen3 import QWEN3, QWEN3_2507
+from qwen_aot.exporter.model.published.qwen_vl import QWEN_VL, WITHOUT_OPEN_WEIGHTS
 
-GENERATIONS: tuple[Generation, ...] = (QWEN, QWEN1_5, QWEN2, QWEN2_5, QWQ, QWEN3, QWEN3_2507)
+GENERATIONS: tuple[Generation, ...] = (QWEN, QWEN_VL, QWEN1_5, QWEN2, QWEN2_5, QWQ, QWEN3, QWEN3_2507)
 
 # One name of each shape and context; those that differ in nothing (`qwen1.5-7b-chat`) are found by it.
 VARIANTS: Mapping[str, ModelConfig] = {name: config for each in GENERATIONS for name, config in each.models.items()}
@@ -33,6 +34,15 @@ def canonical_name(name: str) -> str | None:
     return None if found is None else found[0]
 
 
+def refusal_of(name: str) -> str | None:
+    """Why a model that is known by its name can't be built; None: it isn't such a one."""
+    key = name.lower().removeprefix("qwen/").removesuffix("-latest")
+    if key not in WITHOUT_OPEN_WEIGHTS:
+        return None
+    accepted = ", ".join(QWEN_VL.models)
+    return f"{name} has no open weights: it is served by its makers alone; accepted of its kind: {accepted}"
+
+
 def variant_config(name: str) -> ModelConfig:
     """The facts of a published variant.
 
@@ -40,6 +50,8 @@ def variant_config(name: str) -> ModelConfig:
         CheckpointError: there is no such variant; the message lists those there are.
     """
     found = _find(name)
+    if found is None and (refusal := refusal_of(name)) is not None:
+        raise CheckpointError(refusal)
     if found is None:
         raise CheckpointError(f"{name!r} is not a published variant; accepted: {variants_in_words()}")
     return found[1]

@@ -32,7 +32,7 @@ class Source:
     """One checkpoint tensor and the shape that it must have.
 
     Attributes:
-        row_order: the recipe gets the tensor's rows in this order [rows]; None: their own.
+        row_order: the recipe gets these of the tensor's rows, in this order; None: all of them, in their own.
         column_order: and its columns in this one [K], which must be that of its codes where these are taken.
     """
 
@@ -40,6 +40,11 @@ class Source:
     shape: tuple[int, ...]
     row_order: NDArray[np.int64] | None = field(default=None, compare=False)
     column_order: NDArray[np.int64] | None = field(default=None, compare=False)
+
+    @property
+    def rows(self) -> int:
+        """That the recipe gets."""
+        return self.shape[0] if self.row_order is None else len(self.row_order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,7 @@ class Recipe:
         """Stacked rows; of a computed initializer, its own."""
         if not self.sources:
             return self.outputs[0].shape[self.outputs[0].row_axis]
-        return sum(source.shape[0] for source in self.sources)
+        return sum(source.rows for source in self.sources)
 
     @property
     def row_bytes(self) -> int:
@@ -119,6 +124,7 @@ class Traced:
             `store_as`): lowerings choose by it.
         refused_codes: tensor -> why a lowering that takes codes doesn't take this one's.
         permutations, dtypes, input_scales: more of how the checkpoint stores tensors; see `Storage`.
+        elsewhere: tensors of the checkpoint that another engine of the same bundle is made of.
     """
 
     model: ir.Model
@@ -129,6 +135,7 @@ class Traced:
     permutations: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     dtypes: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
     input_scales: Mapping[str, float] = field(default_factory=dict)
+    elsewhere: frozenset[str] = frozenset()
 
     @property
     def compute_type(self) -> ir.DataType:

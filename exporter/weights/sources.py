@@ -9,6 +9,7 @@ from qwen_aot.exporter.model.position_tables import PositionTables
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.recipes import decoder_recipes
 from qwen_aot.exporter.weights.stitch import check_sources
+from qwen_aot.exporter.weights.vision_recipes import vision_recipes
 
 
 def check_headers(checkpoint: Checkpoint) -> None:
@@ -22,4 +23,6 @@ def check_headers(checkpoint: Checkpoint) -> None:
     empty = ir.Model(ir.Graph([], [], nodes=[], opset_imports={}), ir_version=10)
     config = checkpoint.config
     recipes = decoder_recipes(config, ir.DataType.FLOAT, PositionTables(positions=1))
+    if config.vision is not None:
+        recipes |= vision_recipes(config.vision, ir.DataType.FLOAT)
     check_sources(Traced(empty, config, recipes), checkpoint)

@@ -84,7 +84,10 @@ def check_sources(traced: Traced, checkpoint: Checkpoint) -> None:
                     f" asks for {list(source.shape)}"
                 )
             used.add(source.name)
-    unused = sorted(name for name in checkpoint.tensors if name not in used and not _may_be_unused(name, traced.config))
+    used_here = used | traced.elsewhere
+    unused = sorted(
+        name for name in checkpoint.tensors if name not in used_here and not _may_be_unused(name, traced.config)
+    )
     if unused:
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         raise CheckpointError(
@@ -285,7 +288,7 @@ def make_weights(
 
 
 def _source_bytes(recipe: Recipe) -> int:
-    return sum(4 * int(np.prod(source.shape, dtype=np.int64)) for source in recipe.sources)
+    return sum(4 * source.rows * math.prod(source.shape[1:]) for source in recipe.sources)
 
 
 def _chunks(recipe: Recipe) -> Iterator[tuple[int, int]]:
@@ -311,7 +314,7 @@ def _read_rows(recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint) ->
             _check_fits_float32(stored, part, name, span.start, checkpoint)
         else:
             _check_finite(part, name, span.start, checkpoint)  # the same numbers, and no second conversion to sum them
-        part = part if source.row_order is None else part[source.row_order[rows]]
+        part = part if source.row_order is None else part[source.row_order[rows] - span.start]
         parts.append(part if source.column_order is None else part[:, source.column_order])
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -324,7 +327,7 @@ def _read_codes(recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint) -
         part = checkpoint.read_encoded(source.name, span)
         _check_finite(part.scales.astype(np.float32, copy=False), f"{source.name} (scales)", span.start, checkpoint)
         if source.row_order is not None:
-            order = source.row_order[rows]
+            order = source.row_order[rows] - span.start
             part = arranged(part, lambda array, _, order=order: array[order])  # type: ignore[misc]
         if source.column_order is not None:
             part = with_columns(part, source.column_order, f"{checkpoint.path}: tensor {source.name}")
@@ -333,18 +336,21 @@ def _read_codes(recipe: Recipe, start: int, stop: int, checkpoint: Checkpoint) -
 
 
 def _span_to_read(source: Source, rows: slice) -> slice:
-    """The rows of a tensor that hold those of its recipe: all of them where the recipe has another order."""
-    return rows if source.row_order is None else slice(0, source.shape[0])
+    """The rows of a tensor that hold those of its recipe: where it has another order, from its first to its last."""
+    if source.row_order is None:
+        return rows
+    order = source.row_order[rows]
+    return slice(int(order.min()), int(order.max()) + 1)
 
 
 def _reached(recipe: Recipe, start: int, stop: int) -> Iterator[tuple[Source, slice]]:
     """The sources that rows start … stop of the stack lie in, and which of their rows these are."""
     first = 0
     for source in recipe.sources:
-        low, high = max(start - first, 0), min(stop - first, source.shape[0])
+        low, high = max(start - first, 0), min(stop - first, source.rows)
         if low < high:
             yield source, slice(low, high)
-        first += source.shape[0]
+        first += source.rows
 
 
 def _check_fits_float32(

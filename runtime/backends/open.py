@@ -6,10 +6,12 @@ from pathlib import PurePosixPath
 
 from qwen_aot.errors import EngineMismatchError, GenerationError
 from qwen_aot.runtime.bundle.flavours import FLAVOURS, flavour_of
-from qwen_aot.runtime.bundle.load import Bundle
+from qwen_aot.runtime.bundle.load import Bundle, check_data_files
 from qwen_aot.runtime.engine.protocol import Engine
+from qwen_aot.runtime.engine.vision import VisionRunner
+from qwen_aot.runtime.engine.vision_table import vision_table
 
-__all__ = ["open_engine"]
+__all__ = ["open_engine", "open_vision_engine"]
 
 
 def open_engine(bundle: Bundle, *, threads: int | None = None, allow_bundle_code: bool = False) -> Engine:
@@ -40,4 +42,29 @@ def open_engine(bundle: Bundle, *, threads: int | None = None, allow_bundle_code
     raise EngineMismatchError(
         f"the bundle's engine is {file!r} for target {bundle.manifest.target!r}, which this version "
         f"of the runtime can't run; accepted: {', '.join(accepted)} files"
+    )
+
+
+def open_vision_engine(bundle: Bundle, *, threads: int | None = None, allow_bundle_code: bool = False) -> VisionRunner:
+    """Opens a bundle's vision engine, as `open_engine` does the other one.
+
+    Raises:
+        BundleError: its graph reads weights from a file that the bundle doesn't list.
+        EngineMismatchError: the bundle has none, or see `open_engine`.
+    """
+    file = vision_table(bundle.manifest).file
+    if PurePosixPath(file).suffix == ".onnx":
+        from qwen_aot.runtime.backends.ort.engine import OrtOptions
+        from qwen_aot.runtime.backends.ort.vision import OnnxRuntimeVision
+
+        check_data_files(bundle.path, file, bundle.manifest)
+        return OnnxRuntimeVision(bundle, OrtOptions(threads=threads))
+    if flavour_of(file) is not None:
+        from qwen_aot.runtime.backends.tensorrt.vision import TensorRtVision
+
+        return TensorRtVision(bundle, allow_bundle_code=allow_bundle_code)
+    accepted = [".onnx", *(flavour.suffix for flavour in FLAVOURS.values())]
+    raise EngineMismatchError(
+        f"the bundle's vision engine is {file!r} for target {bundle.manifest.target!r}, which this version of the "
+        f"runtime can't run; accepted: {', '.join(accepted)} files"
     )

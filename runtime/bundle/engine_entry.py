@@ -20,6 +20,7 @@ __all__ = [
     "LOGITS_POSITIONS",
     "ROTARY_OFFSET",
     "VERIFY",
+    "VISION_STEP",
     "EngineEntry",
     "Engines",
     "IoTensor",

@@ -15,7 +15,7 @@ from qwen_aot.runtime.bundle.onnx_file import read_onnx_file
 from qwen_aot.runtime.bundle.places import place_of
 from qwen_aot.whole_file import file_sha256
 
-__all__ = ["Bundle", "load_bundle", "read_manifest"]
+__all__ = ["Bundle", "check_data_files", "load_bundle", "read_manifest"]
 
 # A build replaces nothing that isn't as a build wrote it: a damaged bundle must go first.
 _REMEDY = "copy it again, or delete the bundle and build it anew"
@@ -74,7 +74,7 @@ def load_bundle(path: str | Path, *, skip_hash_above: int | None = None) -> Bund
         _check_file(folder, name, entry, skip_hash_above)
     engine = manifest.engines.text.file  # nothing here opens the other one
     if PurePosixPath(engine).suffix == ".onnx":
-        _check_data_files(folder, engine, manifest)
+        check_data_files(folder, engine, manifest)
     return Bundle(folder, manifest)
 
 
@@ -119,8 +119,12 @@ def _check_hash(path: Path, found: str, entry: FileEntry) -> None:
         )
 
 
-def _check_data_files(folder: Path, name: str, manifest: Manifest) -> None:
-    """A graph may read its weights from listed files only: whatever opens it follows the names in it."""
+def check_data_files(folder: Path, name: str, manifest: Manifest) -> None:
+    """A graph may read its weights from listed files only: whatever opens it follows the names in it.
+
+    Raises:
+        BundleError: it names another.
+    """
     path = folder / name
     with _explained(path):
         locations = read_onnx_file(place_of(folder, name).path).locations

@@ -43,10 +43,12 @@ if TYPE_CHECKING:
     from qwen_aot.runtime.generation.config import GenerationConfig
     from qwen_aot.runtime.generation.generator import Generator
     from qwen_aot.runtime.generation.request import Completion
+    from qwen_aot.runtime.vision.pictures import Picture
 
 COMMANDS = {
     "/help": "these lines",
     "/clear": "forget the conversation",
+    "/image FILE": "put a picture in front of the next message (again for more)",
     "/system TEXT": "set the system prompt and start anew (without TEXT: the template's own)",
     "/save FILE": "write the conversation as JSON",
     "/exit": "leave (also Ctrl-D)",
@@ -140,6 +142,7 @@ class Conversation:
         self._config = config
         self._console = console
         self._allow_special_tokens = allow_special_tokens
+        self._images: list[Picture] = []  # of the next message
         self._start(system)
 
     def take(self, text: str) -> bool:
@@ -160,12 +163,15 @@ class Conversation:
             return False
         elif word == "/clear":
             self._chat.reset()
+            self._images = []
             self._note("the conversation is forgotten")
         elif word == "/system":
             self._start(rest or None)
             self._note("a new conversation")
         elif word == "/save":
             self._save(rest)
+        elif word == "/image":
+            self._add_image(rest)
         else:
             print_facts(self._console, COMMANDS.items())
         return True
@@ -181,14 +187,33 @@ class Conversation:
         cancel = threading.Event()
         try:
             with _ctrl_c_sets(cancel):
-                for event in self._chat.send(text, cancel=cancel):
+                for event in self._chat.send(text, images=self._images, cancel=cancel):
                     if isinstance(event, Completion):
                         put_answer(f"{event.last_text}\n")
                         self._finish(event)
                     else:
                         put_answer(event.text)
+            self._images = []
         except GenerationError as error:  # the conversation is as it was before
             self._note(str(error))
+
+    def _add_image(self, name: str) -> None:
+        from qwen_aot.runtime.vision.pictures import open_picture
+
+        if not name:
+            self._note("give a file: /image cat.jpg")
+            return
+        try:
+            if not self._generator.takes_images:
+                model = self._generator.engine.manifest.model.name
+                raise GenerationError(f"{model} takes no images (a bundle of Qwen-VL does)")
+            picture = open_picture(Path(name).expanduser())
+        except GenerationError as error:
+            self._note(str(error))
+            return
+        self._images.append(picture)
+        width, height = picture.size
+        self._note(f"picture {len(self._images)} of the next message: {name}, {width} x {height}")
 
     def _finish(self, completion: Completion) -> None:
         _, decode = speeds(completion)
@@ -204,7 +229,8 @@ class Conversation:
             if path.exists() and not (path.is_file() and _is_conversation(path)):
                 self._note(f"{name} is there and is no saved conversation; give another name")
                 return
-            text = json.dumps([dict(message) for message in self._chat.messages], indent=2, ensure_ascii=False)
+            messages = [{**message, "content": _saved(message["content"])} for message in self._chat.messages]
+            text = json.dumps(messages, indent=2, ensure_ascii=False)
             write_whole(path, f"{text}\n".encode())
         except OSError as error:
             self._note(f"{name} can't be written: {error.strerror}")
@@ -213,6 +239,13 @@ class Conversation:
 
     def _note(self, text: str) -> None:
         say(self._console, Text(visible(text), style="dim"))
+
+
+def _saved(content: Any) -> Any:
+    """A message's content as /save writes it: of a picture, where it came from."""
+    if isinstance(content, str):
+        return content
+    return [{**part, "image": part["image"].name} if part["type"] == "image" else part for part in content]
 
 
 def _is_conversation(path: Path) -> bool:

@@ -72,7 +72,8 @@ def command(
       qwen-aot export qwen1.5-110b -o ./graph --precision bf16
 
     A checkpoint (a Hugging Face folder or a .gguf file) gives model.onnx and model.onnx.data. A variant's name gives
-    model.onnx alone: its weights are declared as external data that isn't there.
+    model.onnx alone: its weights are declared as external data that isn't there. A model that takes images has a second
+    graph, vision.onnx.
     """
     show_logs()
     from qwen_aot.engines.export import export_graph, require_options
@@ -121,6 +122,7 @@ def command(
         print_json(
             {
                 "graph": str(done.graph),
+                "vision_graph": None if done.vision_graph is None else str(done.vision_graph),
                 "graph_bytes": done.graph.stat().st_size,
                 "weight_bytes": done.weight_bytes,
                 "has_weights": done.has_weights,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,7 @@ from qwen_aot.runtime.cli.console import count, print_json, put_answer, show_log
 from qwen_aot.runtime.cli.opening import open_generator
 from qwen_aot.runtime.cli.options import (
     CONTEXT,
+    GivenPath,
     allow_bundle_code_option,
     allow_special_tokens_option,
     bundle_argument,
@@ -24,9 +28,11 @@ from qwen_aot.runtime.cli.options import (
     require_generation,
     threads_option,
 )
+from qwen_aot.whole_file import write_whole
 
 if TYPE_CHECKING:
     from qwen_aot.runtime.generation.request import Completion
+    from qwen_aot.runtime.vision.pictures import Picture
 
 
 @click.command("generate", cls=VerbCommand, context_settings=CONTEXT)
@@ -35,6 +41,21 @@ if TYPE_CHECKING:
 @option("--prompt-ids", help="Token ids to continue, such as 1,2,3.", group="Prompt")
 @option("--chat", "as_chat", is_flag=True, help="The prompt is a user's message: answer it.", group="Prompt")
 @option("--system", help="System prompt, with --chat.  [default: the chat template's]", group="Prompt")
+@option(
+    "--image",
+    "images",
+    multiple=True,
+    type=GivenPath(),
+    help="A picture in front of the text; again for more. JPEG, PNG, WebP, GIF or BMP.",
+    group="Prompt",
+)
+@option(
+    "--draw-boxes",
+    type=GivenPath(),
+    metavar="OUT.png",
+    help="Draw the boxes that the answer names onto the last picture.",
+    group="Output",
+)
 @allow_special_tokens_option
 @generation_options
 @json_option
@@ -47,6 +68,8 @@ def command(
     prompt_ids: str | None,
     as_chat: bool,
     system: str | None,
+    images: tuple[Path, ...],
+    draw_boxes: Path | None,
     allow_special_tokens: bool,
     as_json: bool,
     threads: int | None,
@@ -62,7 +85,7 @@ def command(
       cat question.txt | qwen-aot generate ./bundle --chat --temperature 0 --json
 
     Text goes to stdout as it comes, counts and speed to stderr. A bundle without a tokenizer takes --prompt-ids and
-    gives ids.
+    gives ids; one of Qwen-VL takes --image.
     """
     show_logs()
     if system is not None and not as_chat:
@@ -71,11 +94,13 @@ def command(
         raise click.UsageError("--chat takes text; give --prompt or standard input instead of --prompt-ids")
     if allow_special_tokens and not as_chat:
         raise click.UsageError("--allow-special-tokens goes with --chat: without it they are always read")
+    _require_images(images, draw_boxes, prompt_ids)
     require_generation(settings)
     prompt_given = _prompt(prompt, prompt_ids)
-    if not (prompt_given.strip() if as_chat and isinstance(prompt_given, str) else prompt_given):
+    if not images and not (prompt_given.strip() if as_chat and isinstance(prompt_given, str) else prompt_given):
         raise click.UsageError("the prompt is empty; give text with --prompt or on standard input, or --prompt-ids 1,2")
     from qwen_aot.runtime.generation.request import Completion, Request
+    from qwen_aot.runtime.vision.pictures import open_picture
 
     start = time.perf_counter()
     opening = open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code, speculate=speculate)
@@ -83,10 +108,16 @@ def command(
         load_seconds = time.perf_counter() - start
         config = generation_config(generator.defaults, settings)
         has_text = generator.tokenizer is not None
+        pictures = [open_picture(path) for path in images]
         if as_chat:
-            roles = (("system", system), ("user", prompt_given))
-            messages = [{"role": role, "content": text} for role, text in roles if isinstance(text, str)]
+            parts: list[dict[str, object]] = [{"type": "image", "image": picture} for picture in pictures]
+            said: object = [*parts, {"type": "text", "text": prompt_given}] if parts else prompt_given
+            roles = (("system", system), ("user", said))
+            messages = [{"role": role, "content": content} for role, content in roles if content is not None]
             request = generator.chat_request(messages, config, allow_special_tokens=allow_special_tokens)
+        elif pictures:
+            assert isinstance(prompt_given, str)
+            request = generator.picture_request(pictures, prompt_given, config)
         else:
             request = Request(prompt_given, config)
         for event in generator.stream(request):
@@ -95,9 +126,39 @@ def command(
                     put_answer(f"{event.last_text}\n")
                     _show_speed(event)
                 else:
-                    print_json(_result(event, load_seconds))
+                    print_json(_result(event, load_seconds, pictures))
+                if draw_boxes is not None:
+                    _draw(draw_boxes, event.text or "", pictures[-1])
             elif not as_json:
                 put_answer(event.text if has_text else f"{event.token_id} ")
+
+
+def _require_images(images: tuple[Path, ...], draw_boxes: Path | None, prompt_ids: str | None) -> None:
+    if images and prompt_ids is not None:
+        raise click.UsageError("--image takes text behind it; give --prompt or standard input instead of --prompt-ids")
+    if draw_boxes is None:
+        return
+    if not images:
+        raise click.UsageError("--draw-boxes draws onto a picture; give one with --image")
+    if draw_boxes.suffix.lower() != ".png":
+        raise click.UsageError(f"--draw-boxes is {draw_boxes}; accepted: a file that ends in .png")
+
+
+def _draw(out: Path, text: str, picture: Picture) -> None:
+    """Writes the picture with the boxes that a text names; where it names none, nothing is written."""
+    from qwen_aot.runtime.vision.boxes import draw_boxes, find_boxes
+
+    boxes = find_boxes(text)
+    if not boxes:
+        tell(f"[the answer names no boxes, so {out} isn't written]")
+        return
+    buffer = io.BytesIO()
+    draw_boxes(picture, boxes).image.save(buffer, "PNG")
+    try:
+        write_whole(out, buffer.getvalue())
+    except OSError as error:
+        raise click.ClickException(f"{out} can't be written: {error.strerror}") from error
+    tell(f"[boxes drawn onto {out}: {len(boxes)}]")
 
 
 def _prompt(text: str | None, ids: str | None) -> str | list[int]:
@@ -119,10 +180,14 @@ def _prompt(text: str | None, ids: str | None) -> str | list[int]:
     return text
 
 
-def _result(completion: Completion, load_seconds: float) -> dict[str, Any]:
+def _result(completion: Completion, load_seconds: float, pictures: Sequence[Picture]) -> dict[str, Any]:
+    from qwen_aot.runtime.vision.boxes import find_boxes
+
     timings = completion.timings
+    boxes = find_boxes(completion.text or "") if pictures else []
     return {
         "text": completion.text,
+        "boxes": [{**asdict(box), "pixels": list(box.pixels(pictures[-1].size))} for box in boxes],
         "token_ids": list(completion.token_ids),
         "finish_reason": str(completion.finish_reason),
         "prompt_tokens": completion.prompt_tokens,

@@ -25,7 +25,7 @@ def facts(path: Path, *, list_tensors: bool) -> dict[str, Any]:
         CheckpointError: the path isn't a checkpoint.
     """
     from qwen_aot.exporter.checkpoint.open import open_checkpoint
-    from qwen_aot.exporter.model.tensors import num_parameters
+    from qwen_aot.exporter.model.vision_tensors import num_model_parameters
 
     with open_checkpoint(path) as checkpoint:
         config = dataclasses.asdict(checkpoint.config)
@@ -34,7 +34,7 @@ def facts(path: Path, *, list_tensors: bool) -> dict[str, Any]:
         result: dict[str, Any] = {
             "kind": "checkpoint",
             "path": str(path),
-            "num_parameters": num_parameters(checkpoint.config),
+            "num_parameters": num_model_parameters(checkpoint.config),
             **config,
             "source": dict(checkpoint.source),
             "tokenizer_files": sorted(checkpoint.tokenizer.files),

@@ -183,6 +183,8 @@ def command(
                 "the bundle has no tokenizer, so it can't be served: rebuild it from a checkpoint with tokenizer.json"
             )
         generator.engine.reserve(generator.engine.manifest.max_context)
+        if generator.takes_images:
+            _ = generator.image_encoder  # opened now, and not with the first picture
         return generator
 
     def on_ready(model: Model) -> None:

@@ -54,9 +54,11 @@ def find_variant(name: str) -> tuple[str, ModelConfig]:
     Raises:
         click.UsageError: there is no such variant either.
     """
-    from qwen_aot.exporter.model.variants import canonical_name, variant_config, variants_in_words
+    from qwen_aot.exporter.model.variants import canonical_name, refusal_of, variant_config, variants_in_words
 
     variant = canonical_name(name)
+    if variant is None and (refusal := refusal_of(name)) is not None:
+        raise click.UsageError(refusal)
     if variant is None:
         raise click.UsageError(
             f"{name} doesn't exist and isn't a variant's name; accepted: a folder saved by transformers, a .gguf file, "

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import ContextFullError, GenerationError
 from qwen_aot.runtime.bundle.manifest import Manifest
+from qwen_aot.runtime.engine.image_rows import ImageRows
 
 __all__ = ["Engine", "NonFiniteLogitsError", "check_finite", "check_room"]
 
@@ -49,7 +50,13 @@ class Engine(Protocol):
     def run_seconds(self) -> float:
         """Spent in the engine library's own run call so far: the rest of a step is our code."""
 
-    def prefill(self, row: int, token_ids: NDArray[np.int64], prompt_tokens: int | None = None) -> NDArray[np.float32]:
+    def prefill(
+        self,
+        row: int,
+        token_ids: NDArray[np.int64],
+        prompt_tokens: int | None = None,
+        images: ImageRows | None = None,
+    ) -> NDArray[np.float32]:
         """Appends tokens [n], n >= 1, to a row, in chunks; returns the logits [V] of the last one.
 
         An empty row gets the rotary table of its prompt's length, where the bundle has several
@@ -60,6 +67,7 @@ class Engine(Protocol):
             token_ids: [n].
             prompt_tokens: of the whole prompt that these begin; None: they are the whole. Of no effect on a row that
                 isn't empty.
+            images: which of the tokens stand for rows of images; only a bundle with a vision engine takes them.
 
         Returns:
             Memory that is valid until the next `prefill`, `decode` or `close`.

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.bundle.manifest import Manifest, rotary_table
 from qwen_aot.runtime.engine.exclusive import Exclusive, hold_at_exit
+from qwen_aot.runtime.engine.image_rows import ImageRows
+from qwen_aot.runtime.engine.io_table import image_width
 from qwen_aot.runtime.engine.protocol import NonFiniteLogitsError, check_finite, check_room
 
 if TYPE_CHECKING:
@@ -55,8 +57,10 @@ class Step(Protocol):
     new_tokens: NDArray[np.int64]
     run_seconds: float
 
-    def run(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def run(self, first_row: int, token_ids: NDArray[np.int64], images: ImageRows | None = None) -> NDArray[np.float32]:
         """One step of token ids [B, S], right-padded, on rows `first_row` on; lengths are read, not changed.
+
+        `images` are those of a step of one row.
 
         Returns:
             Logits [B, V]; of a step that verifies [B, S, V], those of each row's last S tokens. The memory is valid
@@ -124,13 +128,19 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
         """Spent in the library's run call so far; 0 once closed."""
         return sum(step.run_seconds for step in (self._prefill, self._decode, self._verify) if step is not None)
 
-    def prefill(self, row: int, token_ids: NDArray[np.int64], prompt_tokens: int | None = None) -> NDArray[np.float32]:
+    def prefill(
+        self,
+        row: int,
+        token_ids: NDArray[np.int64],
+        prompt_tokens: int | None = None,
+        images: ImageRows | None = None,
+    ) -> NDArray[np.float32]:
         """Appends tokens [n], n >= 1, to a row, in chunks; returns the logits [V] of the last one.
 
         See `runtime.engine.protocol.Engine.prefill`.
         """
         with self._lock:
-            return self._prefill_chunks(row, token_ids, prompt_tokens or len(token_ids))
+            return self._prefill_chunks(row, token_ids, prompt_tokens or len(token_ids), images)
 
     def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends one token [B] to each of B contiguous rows; returns logits [B, V].
@@ -209,7 +219,9 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
     def _free_resources(self) -> None:
         """Frees what a backend holds; may be called again."""
 
-    def _prefill_chunks(self, row: int, token_ids: NDArray[np.int64], prompt_tokens: int) -> NDArray[np.float32]:
+    def _prefill_chunks(
+        self, row: int, token_ids: NDArray[np.int64], prompt_tokens: int, images: ImageRows | None
+    ) -> NDArray[np.float32]:
         step, lengths = _opened(self._prefill), self._cache.lengths
         self._check_rows(row, 1)
         start, count, chunk = int(lengths[row]), len(token_ids), self._manifest.prefill_chunk
@@ -218,6 +230,8 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
         if int(token_ids.min()) < 0:
             raise GenerationError(f"token id {int(token_ids.min())} can't be prefilled; accepted: 0 or more")
         self._check_ids(token_ids)
+        if images is not None:
+            self._check_images(images, count)
         check_room(row, start, count, self._manifest.max_context)
         self._cache.reserve(start + count)
         self._choose_rotary_table(row, prompt_tokens)
@@ -228,7 +242,7 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
                     raise GenerationError("the engine was closed before the end of a prompt; open the bundle again")
                 piece = token_ids[None, offset : offset + chunk]
                 step.new_tokens[0] = piece.shape[1]
-                logits = step.run(row, piece)
+                logits = step.run(row, piece, images and images.part(offset, offset + chunk))
                 check_finite(logits, row)
                 lengths[row] += piece.shape[1]
             end = start + count
@@ -293,6 +307,16 @@ class RowEngine(ABC, Generic[StepT, CacheT]):
         if not 0 <= length <= held:
             _opened(self._prefill)  # a closed engine holds nothing, which is then the reason
             raise GenerationError(f"row {row} can't be {what} {length} tokens; accepted: 0 to the {held} it holds")
+
+    def _check_images(self, images: ImageRows, tokens: int) -> None:
+        width = image_width(self._manifest)
+        if width is None:
+            raise GenerationError("the bundle takes no images: it has no vision engine (a bundle of Qwen-VL has one)")
+        if images.embeddings.shape[1:] != (width,) or len(images.positions) != tokens:
+            raise GenerationError(
+                f"images are rows of {images.embeddings.shape[1:]} for {len(images.positions)} tokens; accepted: rows "
+                f"of {width} for the {tokens} tokens"
+            )
 
     def _check_ids(self, token_ids: NDArray[np.int64]) -> None:
         largest, vocab_size = int(token_ids.max()), self._manifest.model.vocab_size

@@ -18,6 +18,7 @@ from qwen_aot.runtime.bundle.manifest import rotary_table
 from qwen_aot.runtime.engine.protocol import Engine, NonFiniteLogitsError
 from qwen_aot.runtime.generation.choices import PendingChoices
 from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
+from qwen_aot.runtime.generation.images import check_images, rows_between
 from qwen_aot.runtime.generation.prompt import prompt_ids
 from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request
 from qwen_aot.runtime.generation.sequence import ActiveSequence, PromptWork
@@ -56,7 +57,7 @@ class _Held:
     """What is in the cache of a free row.
 
     Attributes:
-        tokens: none: the row is empty.
+        tokens: ids, or keys of images (`images.cache_keys`); none: the row is empty.
         scope: of the request that left them.
         left: how many rows had been left filled before, and this one; 0 of an empty row.
         rotary_table: that its keys were rotated by; a prompt of another one can't start from them.
@@ -132,7 +133,14 @@ class Batch:
             ContextFullError: the prompt is longer than the context.
         """
         config = self._complete(request, room=1)
-        return prompt_ids(request.prompt, config, self._tokenizer, self._engine.manifest)
+        ids = prompt_ids(request.prompt, config, self._tokenizer, self._engine.manifest)
+        check_images(request.images, len(ids))
+        if request.images and config.prompt_logprobs is not None:
+            raise GenerationError(
+                "prompt_logprobs of a prompt with images don't exist: for them tokens are fed one by one, which images "
+                "aren't; leave one of both out"
+            )
+        return ids
 
     def add(self, request: Request, ids: list[int] | None = None) -> int:
         """Queues a request; returns its index, which its events carry.
@@ -159,7 +167,10 @@ class Batch:
         return index
 
     def cached_sequences(self) -> list[tuple[int, list[int]]]:
-        """What other requests may start from: of each row that has some, the scope and the tokens."""
+        """What other requests may start from: of each row that has some, the scope and the tokens.
+
+        Of tokens that stand for an image, its `images.cache_keys`, below 0.
+        """
         found = []
         for row in range(len(self._rows)):
             scope, tokens = self._content(row)
@@ -403,7 +414,12 @@ class Batch:
         ids = np.asarray(sequence.prompt_ids[start : start + size], np.int64)
         started = time.perf_counter()
         try:
-            logits = self._engine.prefill(row, ids, len(sequence.prompt_ids))
+            images = rows_between(sequence.request.images, start, start + len(ids))
+            whole = len(sequence.prompt_ids)
+            if images is None:
+                logits = self._engine.prefill(row, ids, whole)
+            else:
+                logits = self._engine.prefill(row, ids, whole, images)
         except GenerationError as error:
             return self._fail(row, error)
         sequence.note_fed(len(ids), time.perf_counter() - started)
@@ -483,7 +499,7 @@ class Batch:
         if not sequence.reuses_cache or self._table_in(row) != self._table_of(sequence):
             return 0
         scope, tokens = self._content(row)
-        return _common_beginning(tokens, sequence.prompt_ids) if scope == sequence.request.cache_scope else 0
+        return _common_beginning(tokens, sequence.cache_keys) if scope == sequence.request.cache_scope else 0
 
     def _table_in(self, row: int) -> int:
         """The rotary table of what a row holds."""
@@ -501,7 +517,7 @@ class Batch:
             return self._held[row].scope, self._held[row].tokens
         if not occupant.request.keep_cache:
             return None, []
-        tokens = (occupant.prompt_ids + occupant.token_ids)[: int(self._engine.cache_length[row])]
+        tokens = (occupant.cache_keys + occupant.token_ids)[: int(self._engine.cache_length[row])]
         return occupant.request.cache_scope, tokens
 
     def _follows(self, sequence: ActiveSequence) -> bool:
@@ -514,7 +530,7 @@ class Batch:
                 continue
             if self._table_of(other) != self._table_of(sequence):
                 continue
-            common = _common_beginning(other.prompt_ids, sequence.prompt_ids)
+            common = _common_beginning(other.cache_keys, sequence.cache_keys)
             done = other.prefilled_tokens
             if common < CHUNK_BESIDE_DECODE or common <= done:
                 continue
@@ -525,7 +541,7 @@ class Batch:
     def _shares_more(self, row: int, sequence: ActiveSequence, tokens: int) -> bool:
         """Whether `_shared` is more than so many tokens, which most rows show by one of them."""
         _, content = self._content(row)
-        is_likely = len(content) > tokens and content[tokens] == sequence.prompt_ids[tokens]
+        is_likely = len(content) > tokens and content[tokens] == sequence.cache_keys[tokens]
         return is_likely and self._shared(row, sequence) > tokens
 
     def _retire_cancelled(self) -> list[Event]:
@@ -547,7 +563,7 @@ class Batch:
         self._next[row] = _IDLE
         if sequence.request.keep_cache:
             length = int(self._engine.cache_length[row])
-            tokens = (sequence.prompt_ids + sequence.token_ids)[:length]
+            tokens = (sequence.cache_keys + sequence.token_ids)[:length]
             self._left += 1
             scope, table = sequence.request.cache_scope, self._table_of(sequence)
             self._held[row] = _Held(tokens, scope, self._left, table) if tokens else _NOTHING

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qwen_aot.errors import GenerationError
@@ -14,6 +15,7 @@ from qwen_aot.runtime.generation.generator import EventStream, Generator
 from qwen_aot.runtime.generation.options import check_names
 from qwen_aot.runtime.generation.request import Completion
 from qwen_aot.runtime.text.chat_template import Message
+from qwen_aot.runtime.vision.pictures import Picture, open_picture
 
 __all__ = ["Chat"]
 
@@ -83,17 +85,32 @@ class Chat:
         """Forgets all turns; the system prompt stays."""
         self._messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
-    def send(self, text: str, *, cancel: threading.Event | None = None) -> EventStream:
+    def send(
+        self,
+        text: str,
+        *,
+        images: Sequence[Picture | Path | bytes] = (),
+        cancel: threading.Event | None = None,
+    ) -> EventStream:
         """Says something and streams the answer; the last event is its Completion.
 
         The turn is added to the conversation when the stream ends or is closed (with what was answered by then).
         If it raises, the conversation is as it was before.
 
+        Args:
+            text: of the message.
+            images: in front of the text: decoded ones, files, or the content of files.
+            cancel: set it to end the answer.
+
         Raises:
             ContextFullError: the conversation doesn't fit the context any more.
-            GenerationError: see `Generator.stream`.
+            GenerationError: see `Generator.stream` and `open_picture`.
         """
-        messages = [*self._messages, {"role": "user", "content": text}]
+        content: str | list[dict[str, object]] = text
+        if images:
+            parts = [{"type": "image", "image": open_picture(image)} for image in images]
+            content = [*parts, {"type": "text", "text": text}]
+        messages = [*self._messages, {"role": "user", "content": content}]
         return self._answer(messages, self._generator.stream(self._request(messages=messages, cancel=cancel)))
 
     def _answer(self, messages: list[Message], events: EventStream) -> EventStream:

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from qwen_aot.errors import ContextFullError, GenerationError
-from qwen_aot.runtime.backends.open import open_engine
+from qwen_aot.runtime.backends.open import open_engine, open_vision_engine
 from qwen_aot.runtime.bundle.load import Bundle, load_bundle
 from qwen_aot.runtime.engine.protocol import Engine
+from qwen_aot.runtime.engine.vision import VisionRunner
 from qwen_aot.runtime.generation.arguments import Configs, Prompt, is_one_prompt, make_requests
 from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefaults
 from qwen_aot.runtime.generation.driver import Driver
+from qwen_aot.runtime.generation.images import PlacedImage
 from qwen_aot.runtime.generation.options import OPTION_NAMES, GenerationOptions, check_names, resolve_each
 from qwen_aot.runtime.generation.request import Completion, Event, Request
 from qwen_aot.runtime.generation.speculation import SpeculationStatistics
 from qwen_aot.runtime.text.chat_encoder import ChatEncoder
 from qwen_aot.runtime.text.chat_template import Message
+from qwen_aot.runtime.text.image_tokens import ImageTokens, picture_label
 from qwen_aot.runtime.text.tokenizer import Tokenizer, load_tokenizer
+from qwen_aot.runtime.vision.encoder import ImageEncoder
+from qwen_aot.runtime.vision.message_parts import take_pictures
+from qwen_aot.runtime.vision.pictures import Picture, open_picture
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -52,6 +59,7 @@ class Generator:
         defaults: GenerationDefaults | None = None,
         *,
         speculate: bool = True,
+        open_vision: Callable[[], VisionRunner] | None = None,
     ) -> None:
         """Takes over an engine; `close` closes it.
 
@@ -60,7 +68,11 @@ class Generator:
             tokenizer: None: prompts are token ids and there is no text.
             defaults: None: greedy, with the manifest's ends and length.
             speculate: see `open`.
+            open_vision: opens the bundle's vision engine, once a picture is given; None: there is none.
         """
+        self._open_vision = open_vision
+        self._vision: ImageEncoder | None = None
+        self._vision_lock = threading.Lock()
         self._engine = engine
         self._tokenizer = tokenizer
         self._defaults = defaults or GenerationDefaults.from_manifest(engine.manifest)
@@ -101,7 +113,10 @@ class Generator:
         tokenizer = load_tokenizer(bundle)
         defaults = GenerationDefaults.from_bundle(bundle)
         engine = open_engine(bundle, threads=threads, allow_bundle_code=allow_bundle_code)
-        return cls(engine, tokenizer, defaults, speculate=speculate)
+        open_vision = functools.partial(
+            open_vision_engine, bundle, threads=threads, allow_bundle_code=allow_bundle_code
+        )
+        return cls(engine, tokenizer, defaults, speculate=speculate, open_vision=open_vision)
 
     @property
     def engine(self) -> Engine:
@@ -127,6 +142,29 @@ class Generator:
     def speculation(self) -> SpeculationStatistics | None:
         """What became of drafted tokens since the bundle was opened; None: none are drafted."""
         return self._driver.batch.speculation
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the bundle has a vision engine."""
+        return self._engine.manifest.engines.vision is not None
+
+    @property
+    def image_encoder(self) -> ImageEncoder:
+        """The vision engine, opened when it is first asked for.
+
+        Raises:
+            GenerationError: the bundle takes no images, or the generator was closed.
+            EngineMismatchError: this machine can't run the engine.
+        """
+        with self._vision_lock:
+            if self._vision is None:
+                if not self.takes_images or self._open_vision is None:
+                    name = self._engine.manifest.model.name
+                    raise GenerationError(
+                        f"the bundle takes no images: {name} has no vision engine (a bundle of Qwen-VL has one)"
+                    )
+                self._vision = ImageEncoder(self._open_vision())
+            return self._vision
 
     @property
     def chat_encoder(self) -> ChatEncoder:
@@ -373,8 +411,9 @@ class Generator:
         """The request that answers a conversation, to be streamed or submitted.
 
         Args:
-            messages: as in OpenAI's API: `role`, `content` (a text, or parts of type `text`), and what else the
-                template reads of one (`name`, `tool_calls`, `reasoning_content`, ...).
+            messages: as in OpenAI's API: `role`, `content` (a text, or parts of type `text`, and of a user's message
+                `image` and `image_url`: see `runtime.vision.message_parts.take_pictures`), and what else the template
+                reads of one (`name`, `tool_calls`, `reasoning_content`, ...).
             config: the settings; None: the bundle's defaults.
             tools: JSON schemas of functions, for a template that takes them.
             cancel: set it to end the answer.
@@ -392,12 +431,16 @@ class Generator:
         knobs = {name: value for name, value in options.items() if name in OPTION_NAMES}
         variables = {name: value for name, value in options.items() if name not in OPTION_NAMES}
         (settings,) = resolve_each(self._defaults, config, knobs, 1)
-        ids = encoder.encode(
-            messages,
+        plain, pictures = take_pictures(_listed(messages))
+        encode = functools.partial(
+            encoder.encode_with_images,
+            plain if pictures else messages,
             tools=tools,
             allow_special_tokens=allow_special_tokens,
             variables=variables | dict(template_variables or {}),
         )
+        encoded = encode(image_rows=self.image_encoder.rows) if pictures else encode()
+        ids = encoded.ids
         max_context = self._engine.manifest.max_context
         if len(ids) > max_context:
             raise ContextFullError(
@@ -405,7 +448,60 @@ class Generator:
                 "conversation (/clear in the terminal), say less at once, or rebuild the bundle with a larger "
                 "--max-context"
             )
-        return Request(ids, settings, cancel, keep_cache=True, is_chat=True)
+        images = self._place(encoded.image_starts, (open_one() for open_one in pictures))
+        return Request(ids, settings, cancel, keep_cache=True, is_chat=True, images=images)
+
+    def picture_request(
+        self,
+        pictures: Sequence[Picture | Path | bytes],
+        prompt: str = "",
+        config: GenerationConfig | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        allow_special_tokens: bool = True,
+        **options: Any,
+    ) -> Request:
+        """The request that goes on from pictures and a text behind them, without a chat template.
+
+        The published form: a line "Picture 1: " with the picture's tokens for each, then the text.
+
+        Args:
+            pictures: decoded ones, files, or the content of files.
+            prompt: the text.
+            config: the settings; None: the bundle's defaults.
+            cancel: set it to end the output.
+            allow_special_tokens: see `generate`.
+            options: see `generate`.
+
+        Raises:
+            GenerationError: the bundle takes no images or has no tokenizer, or see `open_picture`.
+            ContextFullError: they don't fit the context.
+            TypeError: there is no such option.
+        """
+        check_names(options, "picture_request()")
+        (settings,) = resolve_each(self._defaults, config, options, 1)
+        rows = self.image_encoder.rows
+        span = ImageTokens.of(self._tokenizer).span(rows)
+        tokenizer = self._tokenizer
+        assert tokenizer is not None  # it has the images' tokens
+        opened = [open_picture(picture) for picture in pictures]
+        ids: list[int] = []
+        starts = []
+        for number in range(1, len(opened) + 1):
+            newline = "\n" if number > 1 else ""
+            ids += tokenizer.encode(f"{newline}{picture_label(number)}", add_special_tokens=number == 1)
+            starts.append(len(ids) + 1)
+            ids += span
+        text = f"\n{prompt}" if opened else prompt
+        ids += tokenizer.encode(text, add_special_tokens=not opened, allow_special_tokens=allow_special_tokens)
+        images = self._place(starts, opened)
+        return Request(ids, settings, cancel, images=images)
+
+    def _place(self, starts: Sequence[int], pictures: Iterable[Picture]) -> tuple[PlacedImage, ...]:
+        if not starts:
+            return ()
+        encoded = self.image_encoder.encode(pictures)
+        return tuple(PlacedImage(start, image.rows, image.digest) for start, image in zip(starts, encoded, strict=True))
 
     def _requests(
         self,
@@ -475,6 +571,10 @@ class Generator:
 
         From a signal handler that interrupted a step, it is done when that step ends.
         """
+        with self._vision_lock:
+            self._open_vision, vision = None, self._vision
+        if vision is not None:
+            vision.close()
         self._driver.close()
 
     def __enter__(self) -> Generator:
@@ -482,6 +582,11 @@ class Generator:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _listed(messages: object) -> Sequence[Any]:
+    """Messages to look for pictures in; what is no list of them has none, and is refused by the encoder."""
+    return messages if isinstance(messages, Sequence) and not isinstance(messages, str | bytes) else ()
 
 
 def _with_rows(bundle: Bundle, rows: int) -> Bundle:

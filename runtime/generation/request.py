@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.constraint import ConstraintSource
+from qwen_aot.runtime.generation.images import PlacedImage
 from qwen_aot.runtime.generation.sampling import TokenLogprobs
 from qwen_aot.str_enum import StrEnum
 
@@ -40,6 +41,7 @@ class Request:
         is_chat: the prompt is a conversation's: where nobody says how long an answer may be, it may fill the context.
         constraint: what the text of each choice may be; None: anything. An output ends only where its constraint lets
             it, at once where nothing may follow (before `min_new_tokens` too), or where there is no more room.
+        images: that stand among the tokens of a prompt that is given as ids, in their order.
     """
 
     prompt: str | Sequence[int]
@@ -49,6 +51,7 @@ class Request:
     cache_scope: int = 0
     is_chat: bool = False
     constraint: ConstraintSource | None = None
+    images: tuple[PlacedImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qwen_aot.errors import ConstraintError, GenerationError
 from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.constraint import HeldOutput
+from qwen_aot.runtime.generation.images import cache_keys
 from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request, Timings, TokenEvent
 from qwen_aot.runtime.generation.sampling import Sampler, TokenLogprobs, log_probabilities
 from qwen_aot.runtime.generation.speculation import Drafter
@@ -46,6 +47,7 @@ class ActiveSequence:
         request: as given.
         config: its settings, complete.
         prompt_ids: the prompt's tokens.
+        cache_keys: what each of them is to the cache (`images.cache_keys`).
         token_ids: generated so far.
         prefilled_tokens: leading tokens of the prompt that are in the row by now.
     """
@@ -67,6 +69,7 @@ class ActiveSequence:
         self.request = request
         self.config = config
         self.prompt_ids = list(prompt_ids)
+        self.cache_keys = cache_keys(self.prompt_ids, request.images)
         self.token_ids: list[int] = []
         self.prefilled_tokens = 0
         self._prompt = prompt

@@ -41,6 +41,7 @@ from qwen_aot.runtime.server.generation_fields import (
     generation_config,
     refuse_stops,
 )
+from qwen_aot.runtime.server.image_parts import check_images, without_images
 from qwen_aot.runtime.server.requested import check_choices, check_length, check_model, check_room, usage
 from qwen_aot.runtime.server.response_format import RESPONSE_FORMAT
 from qwen_aot.runtime.server.state import Model
@@ -56,24 +57,36 @@ _OLD = "use tools, which took its place"
 _THINKING = "enable_thinking"
 
 
-_PART: Mapping[str, Reader] = {"type": only("text"), "text": text()}
+_TEXT_PART: Mapping[str, Reader] = {"type": only("text"), "text": text()}
+_IMAGE_PART: Mapping[str, Reader] = {
+    "type": only("image_url"),
+    "image_url": object_of({"url": text(), "detail": only("auto")}, ("url",)),
+}
+_PARTS = {"text": _TEXT_PART, "image_url": _IMAGE_PART}  # each has the field of its type's name
 
 
-def _content(value: Any, where: str) -> str | list[dict[str, str]]:
+def _content(value: Any, where: str) -> str | list[dict[str, Any]]:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        wrong(value, where, "a text, or a list of parts of type text")
+        wrong(value, where, "a text, or a list of parts of type text or image_url")
     return [_part(part, f"{where}[{number}]") for number, part in enumerate(value)]
 
 
-def _part(value: Any, where: str) -> dict[str, str]:
+def _part(value: Any, where: str) -> dict[str, Any]:
+    kind = "text"
     if isinstance(value, dict) and "type" in value:  # looked at first: it says which fields belong to it
-        only("text")(value["type"], f"{where}.type")
-    return read_object(value, _PART, where=where, required=("type", "text"))
+        kind = only(*_PARTS)(value["type"], f"{where}.type")
+    return read_object(value, _PARTS[kind], where=where, required=("type", kind))
 
 
-_TEXT_OR_PARTS = any_of({"type": "string"}, {"type": "array", "items": object_schema(_PART, ("type", "text"))})
+_TEXT_OR_PARTS = any_of(
+    {"type": "string"},
+    {
+        "type": "array",
+        "items": any_of(*(object_schema(part, ("type", kind)) for kind, part in _PARTS.items())),
+    },
+)
 
 
 def _role(value: Any, where: str) -> str:
@@ -168,6 +181,7 @@ def read_chat(document: Mapping[str, Any], model: Model) -> ChatJob:
         refuse_stops(fields, "response_format")
     if offer is not None and offer.is_required:
         refuse_stops(fields, "tool_choice")
+    check_images(fields["messages"], model, has_tools=offer is not None)
     conversation = make_conversation(fields["messages"], offer, model)
     if conversation.tool_format is not None:
         given = model.generator.defaults.stop if config.stop is None else config.stop
@@ -226,7 +240,7 @@ class ChatJob:
     def requests(self, constraint: ConstraintSource | None) -> list[Request]:
         """See `Job`."""
         conversation = self.conversation
-        check_length([conversation.messages, conversation.tools, conversation.begun], self.model)
+        check_length([without_images(conversation.messages), conversation.tools, conversation.begun], self.model)
         request = self.model.generator.chat_request(
             conversation.messages, self.config, tools=conversation.tools, template_variables=self.variables
         )

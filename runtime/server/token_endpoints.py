@@ -14,6 +14,7 @@ from qwen_aot.runtime.server.conversation import make_conversation
 from qwen_aot.runtime.server.errors import ApiError
 from qwen_aot.runtime.server.fields import Reader, Schema, boolean, object_of, text, wrong
 from qwen_aot.runtime.server.generation_fields import MAX_TOKENS
+from qwen_aot.runtime.server.image_parts import refuse_images
 from qwen_aot.runtime.server.json_body import BodyReader, json_in_pieces
 from qwen_aot.runtime.server.requested import check_length, check_model
 from qwen_aot.runtime.server.state import Model, ServerState
@@ -92,6 +93,7 @@ def _tokens_response(fields: Mapping[str, Any], model: Model) -> Response:
 
 
 def _encode(fields: Mapping[str, Any], model: Model) -> list[int]:
+    refuse_images(fields.get("messages", ()))
     check_length(fields, model)
     if "messages" in fields:
         conversation = make_conversation(fields["messages"], read_offer(fields), model)

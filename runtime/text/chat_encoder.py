@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.text.chat_template import RESERVED, ChatTemplate, Message, template_tokens
-from qwen_aot.runtime.text.control_tokens import ControlTokens, How, Marks
+from qwen_aot.runtime.text.control_tokens import ControlTokens, How, Marks, placeholder_absent_from
+from qwen_aot.runtime.text.image_tokens import ImageTokens, picture_label
 from qwen_aot.runtime.text.tokenizer import Tokenizer, check_unicode
 
-__all__ = ["ChatEncoder"]
+__all__ = ["ChatEncoder", "EncodedConversation"]
 
 _ALLOW = "or allow special tokens in texts (allow_special_tokens=True, --allow-special-tokens)"
 _SCHEMA = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}'
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedConversation:
+    """A conversation as tokens.
+
+    Attributes:
+        ids: up to the opening of the assistant's answer.
+        image_starts: of each image, the index of the first token that stands for it.
+    """
+
+    ids: list[int]
+    image_starts: tuple[int, ...]
 
 
 class ChatEncoder:
@@ -74,19 +89,79 @@ class ChatEncoder:
             GenerationError: a message or tool isn't of this form, the template refuses them or takes no tools, or it
                 acts on a control token that a text spells.
         """
+        return self.encode_with_images(
+            messages, tools=tools, variables=variables, allow_special_tokens=allow_special_tokens
+        ).ids
+
+    def encode_with_images(
+        self,
+        messages: Sequence[Message],
+        *,
+        image_rows: int | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        allow_special_tokens: bool = False,
+    ) -> EncodedConversation:
+        """The same, of messages in which parts of type `image` say where images stand.
+
+        The published form: "Picture 1: ", the image's tokens, a new line; numbers begin anew in each message, and
+        nothing stands between the parts.
+
+        Args:
+            messages: see `encode`.
+            image_rows: tokens that stand for an image; None: there may be none.
+            tools: see `encode`.
+            variables: see `encode`.
+            allow_special_tokens: see `encode`.
+
+        Raises:
+            GenerationError: see `encode`; or the template leaves an image out, or repeats one.
+        """
         variables = variables or {}
         for name in RESERVED.intersection(variables):
             raise GenerationError(f"{name} is no variable of a template: the runtime gives it")
-        given = {
-            "messages": [self._message(message, f"messages[{n}]") for n, message in enumerate(_list(messages))],
+        others = {
             "tools": self._tools(tools),
             "variables": {name: _plain(value, name) for name, value in variables.items()},
+        }
+        place = None
+        if image_rows is not None:
+            place = placeholder_absent_from(_texts({**others, "messages": _plain(list(_list(messages)), "messages")}))
+        given = {
+            "messages": [self._message(message, f"messages[{n}]", place) for n, message in enumerate(_list(messages))],
+            **others,
         }
         now = datetime.datetime.now()
         text = self._render(given, now)
         check_unicode(text)
         own = None if allow_special_tokens else self._own(given, text, now)
-        return self._control.encode(text, own)
+        if place is None or image_rows is None:
+            return EncodedConversation(self._control.encode(text, own), ())
+        return self._encode_pieces(text, own, place, image_rows, sum(each.count(place) for each in _texts(given)))
+
+    def _encode_pieces(
+        self, text: str, own: Sequence[tuple[int, int]] | None, place: str, image_rows: int, images: int
+    ) -> EncodedConversation:
+        """A rendered text, cut where its images stand: their tokens are control tokens, which cut any text."""
+        pieces = text.split(place)
+        if len(pieces) != images + 1:
+            raise GenerationError(
+                f"the chat template wrote {len(pieces) - 1} of {images} images: it acts on what messages say, and "
+                "can't be used with images"
+            )
+        span = ImageTokens.of(self._tokenizer).span(image_rows)
+        ids: list[int] = []
+        starts = []
+        position = 0
+        for number, piece in enumerate(pieces):
+            if number:
+                starts.append(len(ids) + 1)
+                ids += span
+            end = position + len(piece)
+            within = [(a - position, b - position) for a, b in own or () if position <= a and b <= end]
+            ids += self._control.encode(piece, None if own is None else within)
+            position = end + len(place)
+        return EncodedConversation(ids, tuple(starts))
 
     def _render(self, given: Mapping[str, Any], now: datetime.datetime) -> str:
         return self._template.render(given["messages"], tools=given["tools"], variables=given["variables"], now=now)
@@ -120,7 +195,7 @@ class ChatEncoder:
             "variables": {name: mark(value) for name, value in given["variables"].items()},  # the template's own names
         }
 
-    def _message(self, message: Message, where: str) -> dict[str, Any]:
+    def _message(self, message: Message, where: str, place: str | None) -> dict[str, Any]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise GenerationError(
                 f"{where} is {_shown(message)}; accepted: an object with role and content, such as "
@@ -129,22 +204,33 @@ class ChatEncoder:
         plain: dict[str, Any] = _plain(message, where)
         content = plain.get("content")
         if isinstance(content, list):
-            plain["content"] = self._parts(content, where)
+            plain["content"] = self._parts(content, where, place)
         elif content is not None and not isinstance(content, str):
             raise GenerationError(
                 f"{where} has a content that is {_shown(content)}; accepted: a text, or parts of type text"
             )
         return plain
 
-    def _parts(self, parts: list[Any], where: str) -> str | list[Any]:
-        """Parts of a content as the template takes them: as they are, or their texts as lines."""
+    def _parts(self, parts: list[Any], where: str, place: str | None) -> str | list[Any]:
+        """Parts of a content as the template takes them: as they are, or their texts as lines.
+
+        With images among them, one text, in which `place` stands for each.
+        """
+        texts, images = [], 0
         for n, part in enumerate(parts):
             kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "image" and place is not None:
+                images += 1
+                texts.append(f"{picture_label(images)}{place}\n")
+                continue
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise GenerationError(
                     f"{where}: part {n} of the content is {f'of type {kind!r}' if kind else _shown(part)}; accepted: "
-                    '{"type": "text", "text": ...}: this runtime has language models only'
+                    f'{{"type": "text", "text": ...}}{"" if place else ": this bundle takes no images"}'
                 )
+            texts.append(part["text"])
+        if images:
+            return "".join(texts)
         return parts if self._template.takes_parts else "\n".join(part["text"] for part in parts)
 
     def _tools(self, tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:

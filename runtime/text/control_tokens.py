@@ -13,7 +13,7 @@ import enum
 import functools
 import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from qwen_aot.errors import GenerationError
 
-__all__ = ["ControlTokens", "How", "Marks", "Span"]
+__all__ = ["ControlTokens", "How", "Marks", "Span", "placeholder_absent_from"]
 
 Span = tuple[int, int]  # of characters: first, one behind the last
 
@@ -64,6 +64,12 @@ class Marks:
             if mark:
                 places.append((mark, length))
         return "".join(pieces[::2]), places
+
+
+def placeholder_absent_from(texts: Iterable[str]) -> str:
+    """A character that none of these texts has, to hold the place of what isn't text."""
+    (place,) = _unused(list(texts), 1)
+    return place
 
 
 class ControlTokens:

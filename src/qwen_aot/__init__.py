@@ -53,10 +53,13 @@ if TYPE_CHECKING:
     from qwen_aot.runtime.generation.sampling import TokenLogprobs
     from qwen_aot.runtime.generation.service import GenerationService, ServiceStatistics
     from qwen_aot.runtime.text.chat_template import Message
+    from qwen_aot.runtime.vision.boxes import Box, draw_boxes, find_boxes
+    from qwen_aot.runtime.vision.pictures import Picture, open_picture
 
     load = Generator.open
 
 __all__ = [
+    "Box",
     "BuildError",
     "BuildReport",
     "BuildSpec",
@@ -80,6 +83,7 @@ __all__ = [
     "Generator",
     "Manifest",
     "Message",
+    "Picture",
     "Precision",
     "Prompt",
     "QueueFullError",
@@ -93,8 +97,11 @@ __all__ = [
     "TokenLogprobs",
     "__version__",
     "build_bundle",
+    "draw_boxes",
+    "find_boxes",
     "load",
     "open_checkpoint",
+    "open_picture",
 ]
 
 _ERRORS = [name for name in __all__ if name.endswith("Error")]
@@ -115,6 +122,8 @@ _HOMES = {
     "Prompt": "qwen_aot.runtime.generation.arguments",
     "Message": "qwen_aot.runtime.text.chat_template",
     "Manifest": "qwen_aot.runtime.bundle.manifest",
+    **dict.fromkeys(("Box", "draw_boxes", "find_boxes"), "qwen_aot.runtime.vision.boxes"),
+    **dict.fromkeys(("Picture", "open_picture"), "qwen_aot.runtime.vision.pictures"),
     **dict.fromkeys(
         ("Completion", "Event", "FinishReason", "Request", "Timings", "TokenEvent"),
         "qwen_aot.runtime.generation.request",

@@ -23,6 +23,7 @@ EXTRA_OF = {
     "onnx_ir": "build",
     "onnxruntime": "cpu",
     "onnxscript": "build",
+    "PIL": "vision",
     "polygraphy": "verify",
     "prometheus_client": "serve",
     "safetensors": "verify",

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
+from qwen_aot.exporter.graph.vision_trace import trace_vision
 from qwen_aot.exporter.lowering.tensorrt import standard
 from qwen_aot.exporter.model.tensors import num_parameters
 from qwen_aot.exporter.weights.recipe import Traced
@@ -29,6 +30,8 @@ from qwen_aot.runtime.bundle.manifest import (
     ModelFacts,
     PluginFacts,
     TensorRtFacts,
+    VisionEngine,
+    WeightEncodings,
     cache_capacity,
 )
 from tests.doubles.install import VERSIONS
@@ -96,9 +99,10 @@ def write_tensorrt_bundle(
     window, rows, logits_rows = (1, capacity), (1, manifest.max_batch), manifest.engines.text.logits_rows
     ranges = {
         "prefill": {"B": (1, 1), "S": (1, manifest.prefill_chunk), "W": window, "T": (1, 1)},
-        "decode": {"B": rows, "S": (1, decode_tokens), "W": window, "T": (1, 1)},
-        "verify": {"B": rows, "S": (2, logits_rows or 2), "W": window, "T": (2, logits_rows or 2)},
+        "decode": {"B": rows, "S": (1, decode_tokens), "W": window, "T": (1, 1), "I": (1, 1)},
+        "verify": {"B": rows, "S": (2, logits_rows or 2), "W": window, "T": (2, logits_rows or 2), "I": (1, 1)},
     }
+    ranges["prefill"]["I"] = ranges["prefill"]["S"]
     profiles = [
         {t.name: [_sizes(t, ranges[p.name], end) for end in (0, 1, 1)] for t in manifest.engines.text.inputs}
         for p in manifest.engines.text.profiles
@@ -190,6 +194,39 @@ def export_tensorrt_bundle(
     )
     has_plugins = lower is not standard.lower
     return write_tensorrt_bundle(folder, model, manifest, flavour, texts=texts, plugins=has_plugins)
+
+
+def add_vision(bundle: Path, checkpoint: Path, flavour: str, *, max_images: int = 2) -> None:
+    """Gives a bundle for the double the vision engine of its checkpoint, of runs of up to so many images."""
+    scratch = bundle.with_name(f"{bundle.name}-vision")
+    scratch.mkdir()
+    with open_checkpoint(checkpoint) as source:
+        traced = standard.lower(trace_vision(source.config))
+        hashes = stitch(traced, source, scratch / DATA_FILE)
+        model = onnx.load(save_graph(traced, scratch))
+    inputs, outputs = (tuple(map(_io_tensor, values)) for values in (model.graph.input, model.graph.output))
+    profile = {t.name: [_sizes(t, {"B": (1, max_images)}, end) for end in (0, 0, 1)] for t in inputs}
+    metadata = {"profiles": [profile], "weight_bytes": WEIGHT_BYTES, "activation_bytes": ACTIVATION_BYTES}
+    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata)})
+    content = model.SerializeToString()
+    name = f"vision{Path(ENGINE_FILES[flavour]).suffix}"
+    (bundle / name).write_bytes(content)
+    manifest = Manifest.from_json((bundle / MANIFEST_NAME).read_text(encoding="utf-8"))
+    vision = VisionEngine(
+        file=name,
+        precision="fp32",
+        quantization={},
+        weight_encodings=WeightEncodings({}, {}),
+        weight_hashes=hashes,
+        inputs=inputs,
+        outputs=outputs,
+        tensorrt=replace(facts_for(flavour, manifest), cache_bytes=0),
+        plan=None,
+        max_batch=max_images,
+    )
+    entry = FileEntry(len(content), hashlib.sha256(content).hexdigest())
+    written = replace(manifest, engines=replace(manifest.engines, vision=vision), files={**manifest.files, name: entry})
+    (bundle / MANIFEST_NAME).write_text(written.to_json(), encoding="utf-8")
 
 
 def _sizes(tensor: IoTensor, ranges: Mapping[str, tuple[int, int]], end: int) -> list[int]:

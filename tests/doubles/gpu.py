@@ -7,6 +7,7 @@ is allocated (NaN in every float type, -1 in integers), and so is what a pending
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,12 @@ class Operation(Protocol):
     def begin(self) -> None: ...
 
     def execute(self) -> None: ...
+
+
+class MemoryUser(Protocol):
+    """What must end before memory that it uses."""
+
+    def _uses(self, address: int, size: int) -> bool: ...
 
 
 @dataclass
@@ -102,6 +109,7 @@ class Gpu:
         self.graphs: dict[int, Graph] = {}
         self.executables: dict[int, Graph] = {}
         self.objects: Counter[str] = Counter()  # of TensorRT, alive
+        self.contexts: weakref.WeakSet[MemoryUser] = weakref.WeakSet()
         self.calls: Counter[str] = Counter()
         self.log: list[str] = []
         self.libraries: list[Path] = []  # of plugins, in the order in which they were loaded
@@ -175,8 +183,8 @@ class Gpu:
             raise self.misuse(f"{address:#x} was freed as {kind} memory and is none")
         if any(stream.pending for stream in self.streams.values()):
             raise self.misuse(f"{kind} memory was freed while work is pending")
-        if kind == "device" and self.objects["context"]:
-            raise self.misuse("device memory was freed while an execution context is alive")
+        if kind == "device" and any(context._uses(address, found.size) for context in self.contexts):
+            raise self.misuse("device memory was freed while an execution context is alive that uses it")
         del self.allocations[address]
 
     def check_range(self, address: int, size: int, kind: str) -> None:

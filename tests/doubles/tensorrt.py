@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import weakref
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -79,6 +80,7 @@ class Core:
     inputs: dict[str, Any]
     outputs: dict[str, Any]
     logger: ILogger
+    alive: Counter[str] = field(default_factory=Counter)  # of this engine: itself, its contexts
 
     def error(self, message: str) -> None:
         self.logger.log(Severity.ERROR, message)
@@ -145,6 +147,7 @@ class Runtime(_Counted):
         self._version = version
         self._logger = logger
         self.engine_host_code_allowed = False
+        self._cores: list[Core] = []
         self._registry = PluginRegistry(gpu, logger)
 
     def get_plugin_registry(self) -> PluginRegistry:
@@ -186,10 +189,11 @@ class Runtime(_Counted):
             logger=self._logger,
             **facts,
         )
+        self._cores.append(core)
         return (RtxEngine if self._flavour == "tensorrt_rtx" else Engine)(core)
 
     def end(self) -> None:
-        if self.gpu.objects["engine"]:
+        if any(core.alive["engine"] for core in self._cores):
             self.gpu.misuses.append("the runtime ended before its engine")
 
 
@@ -199,6 +203,7 @@ class Engine(_Counted):
     def __init__(self, core: Core) -> None:
         super().__init__(core.gpu)
         self._core = core
+        core.alive["engine"] += 1
         core.gpu.reserved_bytes += core.weight_bytes
 
     @property
@@ -250,7 +255,8 @@ class Engine(_Counted):
 
     def end(self) -> None:
         self.gpu.reserved_bytes -= self._core.weight_bytes
-        if self.gpu.objects["context"]:
+        self._core.alive["engine"] -= 1
+        if self._core.alive["context"]:
             self.gpu.misuses.append("the engine ended before its contexts")
 
 
@@ -261,12 +267,13 @@ class RuntimeCache(_Counted):
 
     def __init__(self, core: Core) -> None:
         super().__init__(core.gpu)
+        self._core = core
         self._logger = core.logger
         self._header = f"double cache {core.version} {core.gpu.capability}\n"
         self.kernels: set[str] = set()
 
     def serialize(self) -> memoryview | None:
-        if self.gpu.objects["engine"] == 0:
+        if self._core.alive["engine"] == 0:
             raise self.gpu.misuse("the runtime cache was asked for its content after the engine had ended")
         if self.gpu.refuses_cache == "serialized":
             return None
@@ -284,7 +291,7 @@ class RuntimeCache(_Counted):
         return True
 
     def end(self) -> None:
-        if self.gpu.objects["context"]:
+        if self._core.alive["context"]:
             self.gpu.misuses.append("the runtime cache ended before the contexts that compile into it")
 
 
@@ -346,12 +353,22 @@ class Context(_Counted):
 
     def __init__(self, core: Core, config: RuntimeConfig | None) -> None:
         super().__init__(core.gpu)
+        core.alive["context"] += 1
+        core.gpu.contexts.add(self)
         self._core = core
         self._config = config
         self._profile = 0
         self._state = State()
         self._scratch = (0, 0)
         self._kernels: set[str] = set()
+
+    def end(self) -> None:
+        self._core.alive["context"] -= 1
+
+    def _uses(self, address: int, size: int) -> bool:
+        """Whether a range of memory is bound to it, or its scratch memory."""
+        places = [*self._state.addresses.values(), self._scratch[0]]
+        return any(address <= place < address + size for place in places)
 
     def set_device_memory(self, memory: int, size: int) -> None:
         if memory % 256 or size < self._core.activation_bytes:
@@ -455,7 +472,7 @@ class Context(_Counted):
             raise StatusError(status)
         tensors = self.resolve(state)
         if self._config is not None:
-            shape = state.shapes["input_ids"]
+            shape = state.shapes["input_ids" if "input_ids" in state.shapes else "pixels"]
             self._config.compile(f"{self._core.digest} {self._profile} {shape}", self._kernels)
         if self._core.activation_bytes:
             self.gpu.check_range(self._scratch[0], self._core.activation_bytes, "device")
@@ -495,7 +512,8 @@ class Enqueue:
 
     def execute(self) -> None:
         context = self._live()
-        self._gpu.log.append(f"step {self._state.shapes['input_ids']}")
+        shapes = self._state.shapes
+        self._gpu.log.append(f"step {shapes['input_ids']}" if "input_ids" in shapes else f"images {shapes['pixels']}")
         context.compute(self._state)
 
     def _live(self) -> Context:

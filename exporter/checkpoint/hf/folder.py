@@ -45,7 +45,9 @@ class HfFolderCheckpoint:
         self.name = folder_name(folder)
         self.config, architecture = read_folder(folder)
         quantization = read_quantization(folder)
-        self.tokenizer: TokenizerFiles = read_tokenizer_files(folder, vocab_size=self.config.vocab_size)
+        self.tokenizer: TokenizerFiles = read_tokenizer_files(
+            folder, vocab_size=self.config.vocab_size, takes_images=self.config.vision is not None
+        )
         self._shards = SafetensorsShards(folder, is_quantized=quantization is not None)
         try:
             stored = self._shards.tensors

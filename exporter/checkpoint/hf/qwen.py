@@ -23,6 +23,7 @@ from qwen_aot.exporter.checkpoint.hf.config_values import (
     warn_of_code,
     warn_of_unknown,
 )
+from qwen_aot.exporter.checkpoint.hf.qwen_vl import read_visual
 from qwen_aot.exporter.checkpoint.names import TensorNames
 from qwen_aot.exporter.model.config import ModelConfig, require_layers
 from qwen_aot.exporter.model.tensors import Role
@@ -93,6 +94,7 @@ def parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
         bos_token_id=bos_token_id(facts, generation, vocab_size),
         eos_token_ids=eos_token_ids(facts, generation),
         pad_token_id=token_id(facts, generation, "pad_token_id"),
+        vision=read_visual(raw),
     )
 
 
@@ -103,11 +105,6 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     for architecture in architectures:
         if architecture not in _ARCHITECTURES:
             raise CheckpointError(f"architectures names {architecture!r}; accepted: {', '.join(_ARCHITECTURES)}")
-    if raw.get("visual") is not None:
-        raise CheckpointError(
-            "config.json has a vision tower (visual): this is Qwen-VL, which isn't supported; accepted: Qwen-1.8B, 7B, "
-            "14B, 72B and their chat models"
-        )
     require_accepted(raw, qwen_keys.ACCEPTED)
     warn_of_code(raw, "the model is built from its tensors by this package's own decoder")
     warn_of_unknown(raw, qwen_keys.READ | qwen_keys.HARMLESS | qwen_keys.ACCEPTED.keys())

@@ -27,8 +27,18 @@ NAME = "qwen.tiktoken"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{index}|>" for index in range(205)))
 
 
-def read_tiktoken(path: Path) -> Tokenizer:
+# Behind those, of Qwen-VL: 151851 to 151859. The first six stand in texts, of users as of answers, so that they are
+# read and shown wherever they are spelled; an image's are written by the program alone.
+REGION_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
+IMAGE_TOKENS = ("<img>", "</img>", "<imgpad>")
+
+
+def read_tiktoken(path: Path, *, takes_images: bool = False) -> Tokenizer:
     """The tokenizer of a file of ranks, with Qwen's cut of text, NFC and special tokens.
+
+    Args:
+        path: of the file.
+        takes_images: the model is Qwen-VL, whose tokenizer has more tokens behind the others.
 
     Raises:
         CheckpointError: the file can't be read, or isn't a vocabulary of such ranks.
@@ -37,9 +47,10 @@ def read_tiktoken(path: Path) -> Tokenizer:
     merges = _recover_merges(path, ranks)
     letters = _letters()
     written = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    tokens = (*SPECIAL_TOKENS, *REGION_TOKENS, *IMAGE_TOKENS) if takes_images else SPECIAL_TOKENS
     added = {
-        len(ranks) + index: AddedToken(token, normalized=False, special=True)
-        for index, token in enumerate(SPECIAL_TOKENS)
+        len(ranks) + index: AddedToken(token, normalized=False, special=token not in REGION_TOKENS)
+        for index, token in enumerate(tokens)
     }
     try:
         return byte_level_bpe(

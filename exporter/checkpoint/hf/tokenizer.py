@@ -24,7 +24,7 @@ SPECIAL_TOKENS_MAP_NAME = "special_tokens_map.json"
 ADDED_TOKENS_NAME = "added_tokens.json"
 
 
-def read_tokenizer_files(folder: Path, *, vocab_size: int) -> TokenizerFiles:
+def read_tokenizer_files(folder: Path, *, vocab_size: int, takes_images: bool = False) -> TokenizerFiles:
     """tokenizer.json, tokenizer_config.json, generation_config.json.
 
     Into tokenizer_config.json go the chat template and the special tokens that transformers takes from other files,
@@ -35,6 +35,7 @@ def read_tokenizer_files(folder: Path, *, vocab_size: int) -> TokenizerFiles:
     Args:
         folder: of the checkpoint.
         vocab_size: the model's; often larger than the tokenizer's, being padded.
+        takes_images: see `tiktoken_file.read_tiktoken`.
 
     Raises:
         CheckpointError: a file is there and a bundle with it wouldn't open: it can't be read, a value is of the
@@ -52,7 +53,7 @@ def read_tokenizer_files(folder: Path, *, vocab_size: int) -> TokenizerFiles:
         tokenizer = _from_vocab_and_merges(folder, _added_tokens(folder, config, special_map), vocab_size)
         files[TOKENIZER_NAME] = tokenizer.to_str()
     elif (folder / tiktoken_file.NAME).is_file():
-        tokenizer = tiktoken_file.read_tiktoken(folder / tiktoken_file.NAME)
+        tokenizer = tiktoken_file.read_tiktoken(folder / tiktoken_file.NAME, takes_images=takes_images)
         check_ids(tokenizer, vocab_size, str(folder / tiktoken_file.NAME))
         files[TOKENIZER_NAME] = tokenizer.to_str()
     generation_path = folder / GENERATION_CONFIG_NAME

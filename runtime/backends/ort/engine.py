@@ -27,7 +27,7 @@ from qwen_aot.runtime.engine.io_table import cache_inputs
 from qwen_aot.runtime.engine.kv_cache import KvCache
 from qwen_aot.runtime.engine.rows import RowEngine
 
-__all__ = ["OnnxRuntimeEngine", "OrtOptions"]
+__all__ = ["OnnxRuntimeEngine", "OrtOptions", "open_session"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
         device = device or _device_of(manifest)
         # The weights that ONNX Runtime packed for the CPU.
         with contextlib.nullcontext() if device.is_gpu else collapse_new_memory():
-            session = _open_session(bundle.engine_path, options or OrtOptions(), device)
+            session = open_session(bundle.engine_path, options or OrtOptions(), device)
         self._session: Any = session
         cache = KvCache(
             cache_inputs(manifest),
@@ -112,7 +112,12 @@ def _device_of(manifest: Manifest) -> Device:
     return DEVICES[manifest.target]
 
 
-def _open_session(path: Path, options: OrtOptions, device: Device) -> Any:
+def open_session(path: Path, options: OrtOptions, device: Device) -> Any:
+    """An onnxruntime.InferenceSession of a graph.
+
+    Raises:
+        EngineMismatchError: ONNX Runtime is missing, too old or another build, or can't load the graph on the device.
+    """
     ort = import_onnxruntime(device)
     session_options = ort.SessionOptions()
     session_options.log_severity_level = 3  # errors; they are raised as well

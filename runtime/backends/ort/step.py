@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import EngineMismatchError, GenerationError, onnxruntime_errors
 from qwen_aot.runtime.bundle.manifest import LAST_LOGITS, LOGITS_POSITIONS, Manifest
-from qwen_aot.runtime.engine.io_table import cache_inputs, check_table, present_name
+from qwen_aot.runtime.engine.image_rows import ImageRows
+from qwen_aot.runtime.engine.io_table import (
+    IMAGE_EMBEDDINGS,
+    IMAGE_POSITIONS,
+    cache_inputs,
+    check_table,
+    image_width,
+    present_name,
+)
 from qwen_aot.runtime.engine.kv_cache import KvCache
 
 __all__ = ["Step"]
@@ -90,16 +98,22 @@ class Step:
         self._shape: tuple[int, int] | None = None  # rows, tokens
         self._window = 0
         self._copies_inputs = copies_inputs
-        self._bound: dict[str, NDArray[np.int64]] = {}
+        self._bound: dict[str, NDArray[Any]] = {}
+        width = image_width(manifest)
+        self._images: ImageRows | None = None  # of the last step
+        self._image_positions: NDArray[np.int64] = np.full(max_rows * max_tokens, -1, np.int64)
+        self._no_image: NDArray[np.float32] = np.zeros((1, width or 1), np.float32)
+        self._bind_input(IMAGE_EMBEDDINGS, self._no_image, np.float32)
         self._run = session.run_with_iobinding
         self.run_seconds = 0.0
 
-    def run(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def run(self, first_row: int, token_ids: NDArray[np.int64], images: ImageRows | None = None) -> NDArray[np.float32]:
         """One step on rows `first_row` on; the cache's lengths are read, not changed.
 
         Args:
             first_row: of the range.
             token_ids: int64 [B, S], right-padded.
+            images: of a step of one row; None: every token has its own embedding.
 
         Returns:
             Logits [B, V], of a step that verifies [B, S, V]; memory of this object: valid until its next run.
@@ -120,9 +134,11 @@ class Step:
         self._input_view[...] = token_ids
         if "position_ids" in self._names:
             np.add(lengths[:, None], self._steps[:tokens], out=self._position_view)
+        if images is not None or self._images is not None:
+            self._set_images(images)
         if self._copies_inputs:
             for name, array in self._bound.items():
-                self._bind_input(name, array)
+                self._bind_input(name, array, array.dtype.type)
         started = time.perf_counter()
         try:
             if self._copies_inputs:
@@ -155,6 +171,8 @@ class Step:
         self._position_view = self._position_ids[: rows * tokens].reshape(rows, tokens)
         self._bind_input("input_ids", self._input_view)
         self._bind_input("position_ids", self._position_view)
+        self._image_view = self._image_positions[: rows * tokens].reshape(rows, tokens)
+        self._bind_input(IMAGE_POSITIONS, self._image_view)
         told = tokens if self._verifies else 1  # of each row
         self._bind_input(LOGITS_POSITIONS, self._steps[:told])
         self._logits_view = self._logits[: rows * told]
@@ -170,11 +188,19 @@ class Step:
             self._key_positions = np.arange(self._cache.capacity, dtype=np.int64)
         self._bind_input("key_positions", self._key_positions[: self._window])
 
-    def _bind_input(self, name: str, array: NDArray[np.int64]) -> None:
+    def _set_images(self, images: ImageRows | None) -> None:
+        """Binds a step's rows of images, or the one that nothing reads; whoever gave them may drop them then."""
+        self._images = images
+        self._image_positions[:] = -1  # in steps of all shapes
+        if images is not None:
+            self._image_view[...] = images.positions
+        self._bind_input(IMAGE_EMBEDDINGS, self._no_image if images is None else images.embeddings, np.float32)
+
+    def _bind_input(self, name: str, array: NDArray[Any], element_type: Any = np.int64) -> None:
         """Binds an input if the graph has it; the array's memory must outlive the binding."""
         if name in self._names:
             self._bound[name] = array
-            self._binding.bind_input(name, "cpu", 0, np.int64, list(array.shape), array.ctypes.data)
+            self._binding.bind_input(name, "cpu", 0, element_type, list(array.shape), array.ctypes.data)
 
 
 def _make_logits(rows: int, vocab_size: int) -> NDArray[np.float32]:

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from qwen_aot.runtime.backends.cuda.stream import CudaStream
 from qwen_aot.runtime.bundle.manifest import LAST_LOGITS, LOGITS_POSITIONS, ROTARY_OFFSET
+from qwen_aot.runtime.engine.image_rows import ImageRows
+from qwen_aot.runtime.engine.io_table import IMAGE_EMBEDDINGS, IMAGE_POSITIONS
 
 __all__ = ["StepBuffers"]
 
@@ -37,6 +39,8 @@ class StepBuffers:
         vocab_size: int,
         has_last_logits: bool = False,
         verifies: bool = False,
+        image_width: int | None = None,
+        image_rows: int = 1,
     ) -> None:
         """Allocates on the stream, which frees them.
 
@@ -47,6 +51,8 @@ class StepBuffers:
             vocab_size: V.
             has_last_logits: the engine has that output.
             verifies: steps tell the logits of all their tokens, and not of each row's last one.
+            image_width: elements of a row that a step takes from images; None: it takes none.
+            image_rows: most of those rows.
 
         Raises:
             GenerationError: there is no memory.
@@ -61,6 +67,8 @@ class StepBuffers:
             ROTARY_OFFSET: max_rows,
             LOGITS_POSITIONS: self.told_tokens,
         }
+        if image_width is not None:
+            counts[IMAGE_POSITIONS] = max_rows * max_tokens
         offsets, end = {}, 0
         for name, count in counts.items():
             offsets[name] = end
@@ -87,10 +95,36 @@ class StepBuffers:
         if has_last_logits:
             self.addresses[LAST_LOGITS] = stream.allocate(last_bytes)
         self._read = LAST_LOGITS if verifies else "logits"
+        self._image_positions = views.get(IMAGE_POSITIONS)
+        self._has_images = False  # in the last step
+        if self._image_positions is not None and image_width is not None:
+            self._image_positions[:] = -1
+            self._images: NDArray[np.float32] = (
+                stream.allocate_pinned(image_rows * image_width * 4).view(np.float32).reshape(image_rows, image_width)
+            )
+            self.addresses[IMAGE_EMBEDDINGS] = stream.allocate(self._images.nbytes)
+            stream.zero(self.addresses[IMAGE_EMBEDDINGS], self._images.nbytes)
+        self._image_rows = 0
+
+    def put_images(self, images: ImageRows | None) -> int:
+        """Has a step take rows from images, or none; returns I, how many it is given."""
+        self._image_rows = 0
+        if self._image_positions is None or (images is None and not self._has_images):
+            return 1
+        self._has_images = images is not None
+        self._image_positions[:] = -1  # for steps of all shapes
+        if images is None:
+            return 1
+        self._image_positions[: len(images.positions)] = images.positions
+        self._image_rows = len(images.embeddings)
+        self._images[: self._image_rows] = images.embeddings
+        return self._image_rows
 
     def upload(self) -> None:
-        """Copies all inputs to the device: a copy of one size, whatever the step."""
+        """Copies all inputs to the device: a copy of one size whatever the step, and the rows of its images."""
         self._stream.copy_to_device(self._block_address, self._block)
+        if self._image_rows:
+            self._stream.copy_to_device(self.addresses[IMAGE_EMBEDDINGS], self._images[: self._image_rows])
 
     def download(self, count: int) -> None:
         """Copies the first `count` rows of `logits` back."""

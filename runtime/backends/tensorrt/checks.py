@@ -5,20 +5,19 @@ from __future__ import annotations
 from qwen_aot.errors import EngineMismatchError
 from qwen_aot.runtime.backends.cuda.runtime import Device
 from qwen_aot.runtime.bundle.flavours import flavour_of
-from qwen_aot.runtime.bundle.manifest import Manifest, TensorRtFacts
+from qwen_aot.runtime.bundle.manifest import EngineEntry, Manifest, TensorRtFacts
 
 __all__ = ["check_device", "tensorrt_facts"]
 
 _OLDEST_COMPATIBLE = (8, 0)  # Ampere: where hardware-compatible engines begin
 
 
-def tensorrt_facts(manifest: Manifest) -> TensorRtFacts:
-    """The manifest's TensorRT section, with its weights inside the engine.
+def tensorrt_facts(engine: EngineEntry) -> TensorRtFacts:
+    """The TensorRT section of an engine's entry in the manifest, with its weights inside the engine.
 
     Raises:
         EngineMismatchError: there is no section, or no weights.
     """
-    engine = manifest.engines.text
     facts = engine.tensorrt
     if facts is None:
         raise EngineMismatchError(

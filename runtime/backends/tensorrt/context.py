@@ -11,7 +11,7 @@ from qwen_aot.runtime.backends.cuda.stream import CudaStream
 from qwen_aot.runtime.backends.tensorrt.cache import CacheTensor
 from qwen_aot.runtime.backends.tensorrt.library import Library
 from qwen_aot.runtime.bundle.manifest import LOGITS_POSITIONS
-from qwen_aot.runtime.engine.io_table import present_name
+from qwen_aot.runtime.engine.io_table import IMAGE_EMBEDDINGS, IMAGE_POSITIONS, present_name
 
 __all__ = ["Bindings", "Context", "StepShape"]
 
@@ -25,6 +25,7 @@ class StepShape:
     tokens: int  # S
     window: int  # W
     told: int = 1  # T
+    image_rows: int = 1  # I
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,13 @@ class Bindings:
         addresses: of the logits and of the inputs but the cache, by name; exactly those that the engine has.
         cache: bound as past and as present.
         rotary_input: the name of the input `rotary_offset.N`; None: the engine has none.
+        image_width: elements of a row that a step takes from images; 0: it takes none.
     """
 
     addresses: Mapping[str, int]
     cache: Sequence[CacheTensor]
     rotary_input: str | None = None
+    image_width: int = 0
 
 
 class Context:
@@ -97,6 +100,8 @@ class Context:
             "new_tokens": (shape.rows,),
             "key_positions": (shape.window,),
             LOGITS_POSITIONS: (shape.told,),
+            IMAGE_POSITIONS: (shape.rows, shape.tokens),
+            IMAGE_EMBEDDINGS: (shape.image_rows, bindings.image_width),
         }
         for name, size in sizes.items():
             if name in bindings.addresses:
@@ -104,6 +109,18 @@ class Context:
         if bindings.rotary_input is not None:
             self._set("set_input_shape", bindings.rotary_input, (shape.rows,))
         self._shape = shape
+
+    def bind_all(self, addresses: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Sets the addresses of all inputs and outputs, and the shapes of inputs, of an engine without a cache.
+
+        Raises:
+            GenerationError: the library refuses one.
+        """
+        self._require_open()
+        for name, address in addresses.items():
+            self._set("set_tensor_address", name, address)
+        for name, shape in shapes.items():
+            self._set("set_input_shape", name, shape)
 
     def enqueue(self) -> None:
         """Asks for one step on the stream.

@@ -22,7 +22,7 @@ from qwen_aot.runtime.backends.tensorrt.runtime_cache import RuntimeCache, cache
 from qwen_aot.runtime.backends.tensorrt.step import WINDOW_STEP, TensorRtStep
 from qwen_aot.runtime.bundle.load import Bundle
 from qwen_aot.runtime.bundle.manifest import ROTARY_OFFSET, VERIFY, Manifest
-from qwen_aot.runtime.engine.io_table import check_table
+from qwen_aot.runtime.engine.io_table import check_table, image_width
 from qwen_aot.runtime.engine.rows import RowEngine
 
 __all__ = ["TensorRtEngine"]
@@ -48,7 +48,7 @@ class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
             GenerationError: the GPU failed.
         """
         manifest = bundle.manifest
-        facts = tensorrt_facts(manifest)
+        facts = tensorrt_facts(manifest.engines.text)
         check_table(manifest)
         profiles = _profiles(manifest)
         limits = _limits(manifest, fixed_capacity(manifest))
@@ -68,7 +68,7 @@ class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
             engine = LoadedEngine(library, stream, runtime_cache)
             resources.callback(engine.close)
             engine.load(bundle.engine_path, code)
-            engine.check_signature(manifest, limits)
+            engine.check_signature(manifest.engines.text, limits)
             cache = DeviceCache(cuda, stream, manifest)
             engine.allocate_activations()
             key_positions = _upload_positions(stream, cache.capacity)
@@ -84,6 +84,8 @@ class TensorRtEngine(RowEngine[TensorRtStep, DeviceCache]):
                     vocab_size=manifest.model.vocab_size,
                     has_last_logits=VERIFY in profiles,
                     verifies=name == VERIFY,
+                    image_width=image_width(manifest),
+                    image_rows=sizes["I"][1],
                 )
                 steps[name] = TensorRtStep(
                     cuda,
@@ -122,11 +124,14 @@ def _limits(manifest: Manifest, capacity: int) -> list[dict[str, tuple[int, int]
     window = (min(WINDOW_STEP, capacity), capacity)
     rows, logits_rows = (1, manifest.max_batch), manifest.engines.text.logits_rows
     sizes = {
-        "prefill": {"B": (1, 1), "S": (1, manifest.prefill_chunk), "W": window, "T": (1, 1)},
-        "decode": {"B": rows, "S": (1, 1), "W": window, "T": (1, 1)},
+        "prefill": {
+            **{"B": (1, 1), "S": (1, manifest.prefill_chunk), "W": window, "T": (1, 1)},
+            "I": (1, manifest.prefill_chunk),
+        },
+        "decode": {"B": rows, "S": (1, 1), "W": window, "T": (1, 1), "I": (1, 1)},
     }
     if logits_rows is not None:
-        sizes[VERIFY] = {"B": rows, "S": (2, logits_rows), "W": window, "T": (2, logits_rows)}
+        sizes[VERIFY] = {"B": rows, "S": (2, logits_rows), "W": window, "T": (2, logits_rows), "I": (1, 1)}
     return [sizes[profile.name] for profile in manifest.engines.text.profiles]
 
 
@@ -146,4 +151,5 @@ def _bindings(manifest: Manifest, buffers: StepBuffers, key_positions: int, cach
     if rotary_input is not None:
         places[rotary_input] = places[ROTARY_OFFSET]
     names = {tensor.name for tensor in (*engine.inputs, *engine.outputs)}
-    return Bindings({name: place for name, place in places.items() if name in names}, cache.tensors, rotary_input)
+    bound = {name: place for name, place in places.items() if name in names}
+    return Bindings(bound, cache.tensors, rotary_input, image_width(manifest) or 0)

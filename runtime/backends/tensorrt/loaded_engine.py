@@ -12,7 +12,7 @@ from qwen_aot.runtime.backends.tensorrt.bundle_code import BundleCode
 from qwen_aot.runtime.backends.tensorrt.context import Context
 from qwen_aot.runtime.backends.tensorrt.library import Library
 from qwen_aot.runtime.backends.tensorrt.runtime_cache import RuntimeCache
-from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, IoTensor, Manifest
+from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, EngineEntry, IoTensor
 from qwen_aot.runtime.engine.io_table import present_name
 
 __all__ = ["LoadedEngine"]
@@ -83,18 +83,18 @@ class LoadedEngine:
                 "the GPU's memory ran out"
             )
 
-    def check_signature(self, manifest: Manifest, limits: list[dict[str, tuple[int, int]]]) -> None:
+    def check_signature(self, entry: EngineEntry, limits: list[dict[str, tuple[int, int]]]) -> None:
         """The engine's I/O tensors are those of the manifest, and its profiles allow what the runtime will ask.
 
         Args:
-            manifest: its I/O table.
+            entry: the engine's in the manifest.
             limits: for each profile in the engine's order, the smallest and largest size of each letter.
 
         Raises:
             EngineMismatchError: names the tensor.
         """
         names = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
-        inputs, outputs = manifest.engines.text.inputs, manifest.engines.text.outputs
+        inputs, outputs = entry.inputs, entry.outputs
         listed = {tensor.name for tensor in (*inputs, *outputs)}
         if names != listed:
             raise EngineMismatchError(

@@ -13,6 +13,7 @@ from qwen_aot.runtime.backends.tensorrt.buffers import StepBuffers
 from qwen_aot.runtime.backends.tensorrt.cache import DeviceCache
 from qwen_aot.runtime.backends.tensorrt.context import Bindings, Context, StepShape
 from qwen_aot.runtime.backends.tensorrt.graphs import DecodeGraphs
+from qwen_aot.runtime.engine.image_rows import ImageRows
 
 __all__ = ["WINDOW_STEP", "TensorRtStep"]
 
@@ -62,12 +63,13 @@ class TensorRtStep:
         self.new_tokens = buffers.new_tokens
         self.run_seconds = 0.0
 
-    def run(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def run(self, first_row: int, token_ids: NDArray[np.int64], images: ImageRows | None = None) -> NDArray[np.float32]:
         """One step on rows `first_row` on; the cache's lengths are read, not changed.
 
         Args:
             first_row: of the range.
             token_ids: int64 [B, S], right-padded.
+            images: of a step of one row; None: every token has its own embedding.
 
         Returns:
             Logits [B, V], of a step that verifies [B, S, V]; pinned memory: valid until the next run, and gone once the
@@ -86,7 +88,8 @@ class TensorRtStep:
         buffers.cache_length[:rows] = lengths
         buffers.rotary_offset[:rows] = self._cache.rotary_offsets[first_row : first_row + rows]
         verifies = buffers.told_tokens > 1
-        shape = StepShape(first_row, rows, tokens, self._window(int(lengths.max()) + tokens), tokens if verifies else 1)
+        window, told = self._window(int(lengths.max()) + tokens), tokens if verifies else 1
+        shape = StepShape(first_row, rows, tokens, window, told, buffers.put_images(images))
         started = time.perf_counter()
         try:
             self._submit(shape)

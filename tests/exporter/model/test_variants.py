@@ -28,6 +28,7 @@ PUBLISHED_PARAMETERS = {
     "qwen-7b": 7_721_324_544,
     "qwen-14b": 14_167_290_880,
     "qwen-72b": 72_287_920_128,
+    "qwen-vl": 7_721_324_544,  # of its decoder; tests/exporter/model/test_vision.py counts the tower
     "qwen1.5-0.5b": 463_987_712,
     "qwen1.5-1.8b": 1_836_828_672,
     "qwen1.5-4b": 3_950_369_280,

@@ -18,6 +18,7 @@ from qwen_aot.engines.verify.weights import WeightCheck
 from qwen_aot.runtime.capi import build as capi_build
 from qwen_aot.runtime.cli import build, capi, doctor
 from qwen_aot.runtime.cli.main import qwen_aot
+from qwen_aot.runtime.vision.boxes import Box
 from tests.checkpoints import save_tiny
 from tests.coded_checkpoints import MOE
 from tests.quantized_files import gptq, gptq_config, save_quantized
@@ -25,6 +26,7 @@ from tests.runtime.backends.tensorrt.engines import write_checksum_bundle
 from tests.runtime.cli.conftest import Run
 from tests.runtime.cli.test_doctor import ORIN
 from tests.runtime.measure.scripted import scripted
+from tests.vl_checkpoints import SeeingModel, noise, png
 
 PAGE = Path(__file__).parents[3] / "docs" / "json.md"
 TYPES: dict[str, tuple[type, ...]] = {
@@ -130,7 +132,9 @@ def test_quantize(run: Run, checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_export(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    compare("`export`", printed(run("export", checkpoint, "-o", tmp_path / "graph", "--json")))
+    graphs = (checkpoint, "qwen-vl")  # without a tower and with one
+    outputs = [printed(run("export", each, "-o", tmp_path / f"graph{n}", "--json")) for n, each in enumerate(graphs)]
+    compare("`export`", *outputs)
 
 
 def test_inspect_of_a_bundle(run: Run, verified: tuple[Any, Path], tmp_path: Path) -> None:
@@ -158,12 +162,22 @@ def test_plan(run: Run) -> None:
     compare("`plan`", printed(run("plan", "--precision", "fp8", "--precision", "int8", "--context", "2048", "--json")))
 
 
-def test_generate(run: Run, bundle: Path, experts: Path, tmp_path: Path) -> None:
+def test_generate(
+    run: Run,
+    bundle: Path,
+    experts: Path,
+    seeing: tuple[SeeingModel, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     texts = [printed(run("generate", bundle, "--prompt", "a b", "--max-new-tokens", n, "--json")) for n in (1, 4)]
     asked = [str(experts), "-o", str(tmp_path / "b"), "--precision", "fp32", "--max-context", "256"]
     assert CliRunner().invoke(build.command, asked).exit_code == 0
     ids = printed(run("generate", tmp_path / "b", "--prompt-ids", "1,2", "--max-new-tokens", 2, "--json"))
-    compare("`generate`", *texts, ids)
+    (tmp_path / "it.png").write_bytes(png(noise(9, 9)))
+    monkeypatch.setattr("qwen_aot.runtime.vision.boxes.find_boxes", lambda _: [Box("cat", 1, 2, 3, 4)])
+    asked = ["--image", str(tmp_path / "it.png"), "--prompt", "x", "--max-new-tokens", "2", "--json"]
+    compare("`generate`", *texts, ids, printed(run("generate", seeing[1], *asked)))
 
 
 def test_bench(run: Run, verified: tuple[Any, Path]) -> None:

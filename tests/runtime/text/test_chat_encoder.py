@@ -356,7 +356,7 @@ def test_parts_of_a_content() -> None:
         ),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
-            r"messages\[0\]: part 0 of the content is of type 'image_url'; accepted: .*language models only",
+            r"messages\[0\]: part 0 of the content is of type 'image_url'; accepted: .*this bundle takes no images",
         ),
         ([{"role": "user", "content": ["x"]}], r"part 0 of the content is a str \('x'\)"),
         ([{"role": "user", "content": [{"type": "text"}]}], "part 0 of the content"),

@@ -9,9 +9,9 @@ namespace
 {
 
 constexpr std::string_view kPresentPrefix = "present.";
-// In the order of StepInput; the last goes on with a number.
-constexpr char const* kStepInputNames[kStepInputs] = {
-    "input_ids", "position_ids", "cache_length", "new_tokens", "key_positions", "logits_positions", kRotaryOffset};
+// In the order of StepInput; the rotary offset's goes on with a number.
+constexpr char const* kStepInputNames[kStepInputs] = {"input_ids", "position_ids", "cache_length", "new_tokens",
+    "key_positions", "logits_positions", kRotaryOffset, "image_positions", "image_embeddings"};
 
 std::string_view after(std::string_view text, size_t count)
 {
@@ -34,6 +34,13 @@ bool is_step_input(IoTensor const& tensor, StepInput input)
 {
     std::string_view const name = kStepInputNames[static_cast<size_t>(input)];
     return input == StepInput::rotary_offset ? starts_with(tensor.name.view(), name) : tensor.name.view() == name;
+}
+
+/** Whether an input is the rows of images, float32 [I, M]. */
+bool is_image_rows(IoTensor const& tensor)
+{
+    return is_step_input(tensor, StepInput::image_embeddings) && tensor.dtype == DType::float32
+        && tensor.shape.size() == 2 && tensor.shape[0] == -'I' && tensor.shape[1] > 0;
 }
 
 /** Whether a cache input is of a shape that a cache can have. */
@@ -81,6 +88,18 @@ Status present_name(std::string_view past, Text& name, Error& error)
     return Status::ok;
 }
 
+int64_t image_width(TextEngine const& engine)
+{
+    for (IoTensor const& tensor : engine.inputs)
+    {
+        if (is_image_rows(tensor))
+        {
+            return tensor.shape[1];
+        }
+    }
+    return 0;
+}
+
 int64_t fixed_capacity(TextEngine const& engine)
 {
     for (IoTensor const& tensor : engine.inputs)
@@ -118,13 +137,13 @@ Status check_table(Manifest const& manifest, Error& error)
         {
             is_known = is_known || is_step_input(tensor, static_cast<StepInput>(i));
         }
-        if (!is_known || tensor.dtype != DType::int64)
+        bool const is_images = is_step_input(tensor, StepInput::image_embeddings);
+        if (!is_known || (is_images ? !is_image_rows(tensor) : tensor.dtype != DType::int64))
         {
             return error.fail(Status::engine_mismatch,
                 "the bundle's graph has the input %s of dtype %s, which this runtime can't feed; accepted: "
-                "past_key_values.* and cache_length, input_ids, key_positions, logits_positions, new_tokens, "
-                "position_ids, rotary_offset.N "
-                "(int64)",
+                "past_key_values.* and cache_length, image_positions, input_ids, key_positions, logits_positions, "
+                "new_tokens, position_ids, rotary_offset.N (int64), image_embeddings (float32 [I, size])",
                 Quoted(tensor.name.view()).c_str(), dtype_name(tensor.dtype));
         }
     }

@@ -9,7 +9,7 @@
 namespace qwen_aot
 {
 
-/** What a step feeds besides the cache: int64, all of them. */
+/** What a step feeds besides the cache: int64, all but the rows of images. */
 enum class StepInput
 {
     input_ids,        // [B, S]
@@ -19,8 +19,10 @@ enum class StepInput
     key_positions,    // [W]
     logits_positions, // [T]; this library asks for each row's last token only: T is 1
     rotary_offset,    // [B]; the first row of the rotary table of each row
+    image_positions,  // [B, S]; this library takes no images: -1, no token stands for one
+    image_embeddings, // [I, M] float32; one row, which nothing reads
 };
-constexpr size_t kStepInputs = 7;
+constexpr size_t kStepInputs = 9;
 
 /** The name of a step's input in the graph; null: the graph hasn't that input. */
 char const* find_step_input(TextEngine const& engine, StepInput input);
@@ -30,6 +32,9 @@ bool is_cache_input(IoTensor const& tensor);
 
 /** The output that shares a cache input's memory: present.*. */
 Status present_name(std::string_view past, Text& name, Error& error);
+
+/** M of the rows that a step takes from images, or 0: it takes none. */
+int64_t image_width(TextEngine const& engine);
 
 /** C of the cache inputs, or 0 where a letter stands for it. */
 int64_t fixed_capacity(TextEngine const& engine);

@@ -69,6 +69,20 @@ Status OrtStep::open(int64_t max_rows, int64_t max_tokens, Error& error)
             "there is no memory for the logits of %lld rows of %lld: rebuild the bundle with a smaller --max-batch",
             static_cast<long long>(max_rows), static_cast<long long>(manifest_.vocab_size));
     }
+    int64_t const width = image_width(manifest_.text_engine);
+    if (width > 0)
+    {
+        QWEN_AOT_NEED(image_positions_.resize(count) && no_image_.resize(static_cast<size_t>(width)), error,
+            "the inputs of a step");
+        for (int64_t& position : image_positions_)
+        {
+            position = -1;
+        }
+        for (float& element : no_image_)
+        {
+            element = 0;
+        }
+    }
     size_t const start = reinterpret_cast<uintptr_t>(logits_memory_) % kAlignment;
     logits_ = reinterpret_cast<float*>(static_cast<uint8_t*>(logits_memory_) + (start == 0 ? 0 : kAlignment - start));
     return shared_.api.check(
@@ -119,6 +133,8 @@ Status OrtStep::run(
         QWEN_AOT_TRY(bind_step_input(StepInput::position_ids, position_ids_.data(), {shape, 2}, error));
         int64_t const told[] = {1};
         QWEN_AOT_TRY(bind_step_input(StepInput::logits_positions, &logits_position_, {told, 1}, error));
+        QWEN_AOT_TRY(bind_step_input(StepInput::image_positions, image_positions_.data(), {shape, 2}, error));
+        QWEN_AOT_TRY(bind_no_image(error));
     }
     if (wanted.window != bound.window)
     {
@@ -176,6 +192,19 @@ Status OrtStep::bind_window(int64_t window, Error& error)
         }
     }
     return bind_step_input(StepInput::key_positions, key_positions_.data(), {&window, 1}, error);
+}
+
+/** Binds the one row of images that nothing reads, if the graph takes images. */
+Status OrtStep::bind_no_image(Error& error)
+{
+    char const* const name = input_names_[static_cast<size_t>(StepInput::image_embeddings)];
+    if (name == nullptr)
+    {
+        return Status::ok;
+    }
+    int64_t const shape[] = {1, static_cast<int64_t>(no_image_.size())};
+    size_t const bytes = no_image_.size() * sizeof(float);
+    return bind(shared_.host_memory.get(), no_image_.data(), bytes, {shape, 2}, kFloat, name, nullptr, error);
 }
 
 /** Binds an input if the graph has it. */

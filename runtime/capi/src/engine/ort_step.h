@@ -69,6 +69,7 @@ private:
     Status bind_rows(int32_t first_row, int32_t rows, Error& error);
     Status bind_tokens(int32_t rows, int32_t tokens, Error& error);
     Status bind_window(int64_t window, Error& error);
+    Status bind_no_image(Error& error);
     Status bind_step_input(StepInput input, int64_t* data, Span<int64_t const> shape, Error& error);
     Status bind(MemoryInfo const* memory, void* data, size_t bytes, Span<int64_t const> shape, ElementType type,
         char const* input, char const* output, Error& error);
@@ -83,8 +84,10 @@ private:
     Array<int64_t> new_tokens_;
     Array<int64_t> input_ids_;
     Array<int64_t> position_ids_;
-    Array<int64_t> key_positions_; // 0, 1, 2, ...
-    int64_t logits_position_ = 0;  // of each row's last token
+    Array<int64_t> key_positions_;   // 0, 1, 2, ...
+    Array<int64_t> image_positions_; // -1, all of them; none where the graph takes no images
+    Array<float> no_image_;          // [M] of 0
+    int64_t logits_position_ = 0;    // of each row's last token
     void* logits_memory_ = nullptr;
     float* logits_ = nullptr; // [max_rows, V]
     Bound bound_;

@@ -450,6 +450,7 @@ Status TensorRtBackend::check_profile(IoTensor const& tensor, int32_t profile, L
         {
         case 'B': high = limits.rows; break;
         case 'S': high = limits.tokens; break;
+        case 'I':
         case 'T': high = 1; break;
         case 'W':
             low = TensorRtStep::window_of(1, capacity);

@@ -107,8 +107,9 @@ Status Context::bind(StepShape const& shape, StepBuffers const& buffers, Error& 
     int64_t const rows[] = {shape.rows};
     int64_t const window[] = {shape.window};
     int64_t const told[] = {1};
+    int64_t const no_image[] = {1, image_width(engine)};
     Span<int64_t const> const sizes[kStepInputs] = {
-        {tokens, 2}, {tokens, 2}, {rows, 1}, {rows, 1}, {window, 1}, {told, 1}, {rows, 1}};
+        {tokens, 2}, {tokens, 2}, {rows, 1}, {rows, 1}, {window, 1}, {told, 1}, {rows, 1}, {tokens, 2}, {no_image, 2}};
     for (size_t i = 0; i < kStepInputs; ++i)
     {
         if (char const* const name = find_step_input(engine, static_cast<StepInput>(i)); name != nullptr)
@@ -177,7 +178,10 @@ Status TensorRtStep::open(int32_t profile, int64_t max_rows, int64_t max_tokens,
     {
         return error.no_memory("the inputs and logits of a step");
     }
-    size_t const counts[kStepInputs] = {count, count, rows, rows, 0, 1, rows};
+    // Of eight bytes each, those of a row of images in pairs.
+    auto const width = static_cast<size_t>(image_width(parts_.manifest.text_engine));
+    size_t const positions = width > 0 ? count : 0;
+    size_t const counts[kStepInputs] = {count, count, rows, rows, 0, 1, rows, positions, (width + 1) / 2};
     for (size_t i = 0; i < kStepInputs; ++i)
     {
         buffers_.offsets[i] = buffers_.bytes;
@@ -186,6 +190,14 @@ Status TensorRtStep::open(int32_t profile, int64_t max_rows, int64_t max_tokens,
     cuda::StreamMemory& stream = parts_.stream;
     QWEN_AOT_TRY(stream.allocate_pinned(buffers_.bytes, &buffers_.block, error));
     buffers_.input(StepInput::logits_positions)[0] = 0;
+    for (size_t i = 0; i < positions; ++i)
+    {
+        buffers_.input(StepInput::image_positions)[i] = -1;
+    }
+    for (size_t i = 0; i < (width + 1) / 2; ++i)
+    {
+        buffers_.input(StepInput::image_embeddings)[i] = 0; // floats of 0
+    }
     QWEN_AOT_TRY(stream.allocate(buffers_.bytes, buffers_.device_block, error));
     uint8_t* logits = nullptr;
     QWEN_AOT_TRY(stream.allocate_pinned(logits_bytes, &logits, error));

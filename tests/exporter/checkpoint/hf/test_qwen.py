@@ -94,7 +94,6 @@ def test_a_padded_vocabulary_stands_above_one_that_is_not():
         ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm is true"),
         ({"pos_emb": "alibi"}, 'pos_emb is "alibi"; not supported; accepted: "rotary"'),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*; accepted: null"),
-        ({"visual": {"heads": 16}}, r"vision tower \(visual\): this is Qwen-VL, which isn't supported"),
         ({"intermediate_size": 193}, "intermediate_size is 193; accepted: even numbers"),
         ({"kv_channels": 128}, "kv_channels is 128 and num_attention_heads 4; their product must be hidden_size"),
         ({"kv_channels": None}, "kv_channels is None; accepted: a whole number"),

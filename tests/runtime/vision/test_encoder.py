@@ -1,0 +1,83 @@
+"""ImageEncoder: what it gives, and what it doesn't compute again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from qwen_aot.errors import GenerationError
+from qwen_aot.runtime.vision.encoder import ImageEncoder
+from qwen_aot.runtime.vision.pictures import open_picture
+from tests.vl_checkpoints import noise, png
+
+
+class MeanRunner:
+    """An image's rows hold the mean of its pixels."""
+
+    image_size, rows, width, max_images = 8, 3, 2, 2
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.is_closed = False
+
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        assert pixels.shape[1:] == (8, 8, 3) and pixels.dtype == np.uint8
+        if self.is_closed:
+            raise GenerationError("closed")
+        self.batches.append(len(pixels))
+        means = pixels.reshape(len(pixels), -1).mean(axis=1).astype(np.float32)
+        return np.broadcast_to(means[:, None, None], (len(pixels), 3, 2)).copy()
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+PICTURES = [open_picture(png(noise(8, 8, seed))) for seed in range(5)]
+
+
+def means(*numbers: int) -> list[float]:
+    return [float(np.asarray(PICTURES[n].image).mean(dtype=np.float64)) for n in numbers]
+
+
+def test_rows_in_order_and_each_image_once() -> None:
+    runner = MeanRunner()
+    encoder = ImageEncoder(runner)
+    found = encoder.encode([PICTURES[n] for n in (2, 0, 2, 1, 4)])
+    assert [image.rows[1, 1] for image in found] == pytest.approx(means(2, 0, 2, 1, 4))
+    assert runner.batches == [2, 2] and encoder.runs == 4 and encoder.rows == 3
+    assert found[0].digest == found[2].digest and len({image.digest for image in found}) == 4
+    again = encoder.encode(iter([PICTURES[4], PICTURES[3]]))
+    assert [image.rows[0, 0] for image in again] == pytest.approx(means(4, 3)) and runner.batches == [2, 2, 1]
+    assert encoder.encode([]) == []
+    encoder.close()
+    assert runner.is_closed
+
+
+def test_the_latest_are_kept() -> None:
+    runner = MeanRunner()
+    encoder = ImageEncoder(runner, cache_bytes=2 * 3 * 2 * 4)  # of two images
+    for number in (0, 1, 0, 2):  # 1 is now the one that was asked for longest ago
+        encoder.encode([PICTURES[number]])
+    assert encoder.runs == 3
+    encoder.encode([PICTURES[0], PICTURES[2]])
+    assert encoder.runs == 3
+    encoder.encode([PICTURES[1]])
+    assert encoder.runs == 4
+
+
+def test_nothing_is_kept_where_nothing_may_be() -> None:
+    encoder = ImageEncoder(MeanRunner(), cache_bytes=0)
+    for _ in range(2):
+        assert encoder.encode([PICTURES[0]])[0].rows[0, 0] == pytest.approx(means(0)[0])
+    assert encoder.runs == 2
+
+
+def test_a_run_that_fails_keeps_nothing() -> None:
+    runner = MeanRunner()
+    encoder = ImageEncoder(runner)
+    runner.close()
+    with pytest.raises(GenerationError, match="closed"):
+        encoder.encode(PICTURES[:1])
+    runner.is_closed = False
+    assert encoder.encode(PICTURES[:1])[0].rows[0, 0] == pytest.approx(means(0)[0])
