@@ -1,1 +1,1 @@
-"""From a Qwen1.5 checkpoint to ONNX: configuration, checkpoint readers, trace, lowerings, weights."""
+"""From a checkpoint to ONNX: configuration, checkpoint readers, trace, lowerings, weights."""

@@ -31,7 +31,7 @@ VERBS = {
 @click.group(cls=LazyGroup, verbs=VERBS, no_args_is_help=True, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="qwen-aot")
 def qwen_aot() -> None:
-    """Ahead-of-time deployment for Qwen1.5: checkpoint in, bundle out, and a small runtime to serve it.
+    """Ahead-of-time deployment for Qwen models: checkpoint in, bundle out, and a small runtime to serve it.
 
     \b
     Examples:

@@ -12,6 +12,8 @@ from qwen_aot.exporter.checkpoint.hf.config_values import count, flag
 _SLIDING_WINDOW = 4096
 _MAX_WINDOW_LAYERS = 28
 
+_WITHOUT_LAYER_TYPES = ("qwen3_moe",)  # whose classes in transformers don't read the key
+
 _FULL = ("full_attention", "attention")  # the latter in old files
 _SLIDING = "sliding_attention"
 
@@ -31,7 +33,7 @@ def check_attention_layers(raw: Mapping[str, Any], layers: int, context: int) ->
     """
     is_used = flag(raw, "use_sliding_window", False)
     window = count(raw, "sliding_window", _SLIDING_WINDOW) if raw.get("sliding_window", 0) is not None else None
-    if raw.get("layer_types") is None:
+    if raw["model_type"] in _WITHOUT_LAYER_TYPES or raw.get("layer_types") is None:
         sliding = _sliding_layers(raw, layers) if is_used else []
         what = f"use_sliding_window is true, so that layer {sliding[0]} attends" if sliding else ""
     else:

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 import transformers
 
 from qwen_aot.errors import CheckpointError
+from qwen_aot.exporter.graph.trace import trace
+from qwen_aot.exporter.lowering.tensorrt import standard
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.published.generation import Generation
 from qwen_aot.exporter.model.tensors import num_activated_parameters, num_parameters
@@ -20,6 +24,7 @@ from qwen_aot.exporter.model.variants import (
     find_generation,
     variant_config,
 )
+from tests.variants import KINDS
 
 # As published with each model (safetensors metadata; of tied models without the head). Qwen3 up to 14B and Qwen2.5's
 # 0.5B and 3B are Keras Hub's presets' too; the others from Qwen2 on are from memory of the model cards.
@@ -209,6 +214,17 @@ def test_the_largest_variant_exports_in_little_memory(tmp_path: Path) -> None:
     assert [dim.dim_param or dim.dim_value for dim in cache.shape.dim] == ["B", 8, "C", 128]
     assert cache.elem_type == onnx.TensorProto.BFLOAT16
     assert (tmp_path / "model.onnx").stat().st_size < 1 << 20
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in KINDS else pytest.mark.deep) for name in VARIANTS]
+)
+def test_every_variant_is_traced_with_all_its_parameters(name: str) -> None:
+    """As `qwen-aot export NAME` does, and in the lowered graph: what it holds beside rotary tables."""
+    config = variant_config(name)
+    graph = standard.lower(trace(config, ir.DataType.BFLOAT16, positions=64)).model.graph
+    sizes = {key: math.prod(value.shape) for key, value in graph.initializers.items() if "rotary" not in key}
+    assert sum(sizes.values()) == num_parameters(config)
 
 
 @pytest.mark.parametrize(

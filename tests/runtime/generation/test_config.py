@@ -37,6 +37,14 @@ def test_the_bundle_decides_where_nothing_is_given() -> None:
     assert not config.is_greedy
 
 
+def test_settings_of_a_thinking_model() -> None:
+    """As Qwen3's checkpoints carry them."""
+    document = {**QWEN, "temperature": 0.6, "top_p": 0.95, "transformers_version": "4.51.0"}
+    del document["repetition_penalty"]
+    config = GenerationDefaults.from_document(document).resolve()
+    assert config == GenerationConfig(temperature=0.6, top_k=20, top_p=0.95)
+
+
 def test_what_is_given_goes_first() -> None:
     config = GenerationDefaults.from_document(QWEN).resolve(
         max_new_tokens=9,
