@@ -39,7 +39,7 @@ struct Place
 
 // Global memory of one launch: its regions. Access is refused outside of them, where it isn't aligned, and where another
 // thread wrote, or reads what is written, and no barrier of one block stands between: nothing orders two blocks. Blocks
-// run one after another here, so that such a race changes no result. It is looked for in regions of up to 16 MiB.
+// run one after another here, so that such a race changes no result. It is looked for in regions of up to 4 MiB.
 class GlobalMemory
 {
 public:

@@ -16,12 +16,11 @@ struct ptx_region
     uint64_t address, bytes, read, read_sectors, written, written_sectors;
 };
 
-// What one instruction did in all launches of a kernel so far: how often a warp and a thread ran it, and bytes moved.
+// What one instruction did in all launches of a kernel so far: how often a warp ran it, and the bytes that it moved.
 struct ptx_tally
 {
-    uint32_t line;
     char const* form; // valid as long as the module
-    uint64_t warps, threads, bytes;
+    uint64_t warps, bytes;
 };
 
 // The forms of instructions that are known, a line each: "add.f32 3", with the number of operands.
