@@ -146,8 +146,8 @@ void Warp::branch(Instruction const& instruction, uint32_t taken)
     at_ = taken != 0 ? instruction.target : at_ + 1;
 }
 
-// Of the lanes in `elsewhere_`, those that stand at the lowest address become the active ones. Compilers lay out code so that branches
-// meet again behind what they branched around.
+// Of the lanes in `elsewhere_`, those that stand at the lowest address become the active ones. Compilers lay out code so
+// that branches meet again behind what they branched around.
 void Warp::choose()
 {
     at_ = kNone;

@@ -9,8 +9,8 @@ extern "C"
 
 struct ptx_module;
 
-// A byte range that a launch may touch; it adds what it does: bytes, once for each thread, and sectors of 32 bytes, once for
-// each instruction of a warp.
+// A byte range that a launch may touch; it adds what it does: bytes, once for each thread, and sectors of 32 bytes, once
+// for each instruction of a warp.
 struct ptx_region
 {
     uint64_t address, bytes, read, read_sectors, written, written_sectors;
@@ -33,8 +33,8 @@ char const* ptx_error();
 
 // "sm_80"
 char const* ptx_target(ptx_module const* module);
-// Names of the forms of instructions that aren't known, a line each, with how often and at which line first; valid until
-// the next call.
+// Names of the forms of instructions that aren't known, a line each, with how often and at which line first; valid
+// until the next call.
 char const* ptx_unknown(ptx_module* module);
 // Threads that a block of this kernel must have, and the sizes (bytes) of its parameters in `sizes`, at most `count`.
 // Returns the number of parameters, or -1 where there is no such kernel.
