@@ -1,8 +1,8 @@
 """The library's own code on the GPU, with no TensorRT: `python -m tests.plugins.device HARNESS LIBRARY`.
 
 The cases are those of `sanitizer_cases`, for which Triton compiles the kernels again; here they run as they are
-embedded, through `enqueue`. Each is compared with its reference, and again when a CUDA graph of it is replayed, one of a
-plugin's first step too; timed as the builder does, attention must touch nothing.
+embedded, through `enqueue`. Each is compared with its reference, and again when a CUDA graph of it is replayed, as is
+the graph of a plugin's first step; timed as the builder does, attention must touch nothing.
 """
 
 from __future__ import annotations
