@@ -38,9 +38,9 @@ Driver const& driver();
 /** Throws Error with the driver's words for a result that isn't success. what: "loading gqa_decode-…". */
 void check(CUresult result, char const* what);
 
-/** Lets the calling thread load and unload code while a stream is captured into a CUDA graph, by this thread or another.
- *  Otherwise the driver refuses such calls, and the capture fails: TensorRT captures when it times tactics, and a user may
- *  capture the first step. Loading isn't captured; it happens at once. One guard at a time in a thread.
+/** Lets the calling thread load and unload code while a stream is captured into a CUDA graph, by it or another thread.
+ *  Otherwise the driver refuses such calls, and the capture fails: TensorRT captures when it times tactics, and a user
+ *  may capture the first step. Loading isn't captured; it happens at once. One guard at a time in a thread.
  *  Source: CUDA driver API, cuThreadExchangeStreamCaptureMode. */
 class RelaxedCapture
 {

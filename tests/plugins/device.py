@@ -1,8 +1,8 @@
 """The library's own code on the GPU, with no TensorRT: `python -m tests.plugins.device HARNESS LIBRARY`.
 
 The cases are those of `sanitizer_cases`, for which Triton compiles the kernels again; here they run as they are
-embedded, through `enqueue`. Each is compared with its reference, and again when a CUDA graph of it is replayed; timed
-as the builder does, attention must touch nothing.
+embedded, through `enqueue`. Each is compared with its reference, and again when a CUDA graph of it is replayed, as is
+the graph of a plugin's first step; timed as the builder does, attention must touch nothing.
 """
 
 from __future__ import annotations
@@ -89,6 +89,15 @@ def run(harness: Harness) -> None:
                     submit()
                 call.named["output"].fill_(torch.nan)
                 torch.cuda.synchronize()
+                graph.replay()
+                torch.cuda.synchronize()
+                check(step, call.named)
+        if can_capture:
+            with plugin_of(harness, step, device, stream.cuda_stream) as (call, submit):
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=stream):
+                    submit()  # a plugin's first: its code is loaded meanwhile
                 graph.replay()
                 torch.cuda.synchronize()
                 check(step, call.named)

@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,6 +52,10 @@ def test_manifest_describes_each_file(built, target, suffix):
         data = (folder / target / entry["file"]).read_bytes()
         assert entry["file"].endswith(suffix) and len(data) == entry["bytes"]
         assert hashlib.sha256(data).hexdigest() == entry["sha256"]
+        beside = (folder / target / f"{entry['name']}.ptx").read_bytes()
+        assert hashlib.sha256(beside).hexdigest() == entry["ptx_sha256"]
+        number = target.removeprefix("sm_") if suffix == "cubin" else "80"
+        assert re.search(rf"^\.target sm_{number}a?$", beside.decode(), re.MULTILINE)
         assert entry["symbol"] == "gqa_decode" and entry["symbol"].encode() in data
         assert entry["arguments"][:2] == [{"name": "query_ptr", "type": "*fp16"}, {"name": "key_ptr", "type": "*fp16"}]
         assert entry["arguments"][-1] == {"name": "min_split", "type": "i32"}
@@ -81,13 +86,29 @@ def test_what_is_there_is_not_compiled_again_and_what_is_damaged_is(built):
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:100])
     stale = folder / "sm_121" / "gone.cubin"
-    stale.write_bytes(b"")
+    for of in (stale, stale.with_suffix(".ptx")):
+        of.write_bytes(b"")
     stale.with_suffix(".json").write_text('{"file": "gone.cubin", "source_hash": "of then"}')
     second = build(["12.1"], folder, only=ONLY, jobs=1)
     assert [entry["is_cached"] for entry in second["12.1"]] == [False, True]
     assert not any(entry["is_cached"] for entries in first["variants"].values() for entry in entries)
     assert damaged.read_bytes() == whole  # and a compilation can be repeated
-    assert not stale.exists() and not stale.with_suffix(".json").exists()
+    assert not any(stale.with_suffix(suffix).exists() for suffix in (".cubin", ".ptx", ".json"))
+
+
+def test_the_ptx_of_a_cubin_is_whole_too(built):
+    """What a cubin was assembled from is compiled again where it is missing or another."""
+    folder, _ = built
+    text = folder / "sm_121" / "gqa_decode-fp16-same-d64-g1_1.ptx"
+    whole = text.read_bytes()
+    variant = next(variant for variant in variants("12.1") if variant.name == text.stem)
+    expected = source_hash("12.1", variant)
+    assert aot._cached(text.parent, variant, expected) is not None
+    text.write_bytes(whole + b"\n")
+    assert aot._cached(text.parent, variant, expected) is None
+    text.unlink()
+    assert aot._cached(text.parent, variant, expected) is None
+    text.write_bytes(whole)
 
 
 def test_files_of_others_stay(tmp_path):

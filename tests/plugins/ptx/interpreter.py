@@ -66,13 +66,7 @@ class _Region(ctypes.Structure):  # ptx_region in ptx.h
 
 
 class _Tally(ctypes.Structure):  # ptx_tally
-    _fields_ = (
-        ("line", ctypes.c_uint32),
-        ("form", ctypes.c_char_p),
-        ("warps", ctypes.c_uint64),
-        ("threads", ctypes.c_uint64),
-        ("bytes", ctypes.c_uint64),
-    )
+    _fields_ = (("form", ctypes.c_char_p), ("warps", ctypes.c_uint64), ("bytes", ctypes.c_uint64))
 
 
 def compile_interpreter(folder: Path) -> Path:

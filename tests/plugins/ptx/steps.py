@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 from tests.plugins.gqa_cases import GqaStep
 from tests.plugins.moe_cases import MoeStep
 from tests.plugins.ptx.interpreter import Counts, Interpreter, Range, pointers
+
+_ALIGNMENT = 256  # of the driver's allocations
+_GAP = 1 << 16  # bytes
 
 
 class CompiledSteps:
@@ -26,6 +30,11 @@ class CompiledSteps:
         self._kernels = kernels
         listed = json.loads((kernels / "manifest.json").read_bytes())["variants"]
         self._entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in listed}
+
+    @property
+    def variants(self) -> set[str]:
+        """Names of those that the folder has."""
+        return set(self._entries)
 
     def text(self, variant: str) -> str:
         """The PTX of a variant."""
@@ -44,7 +53,9 @@ class CompiledSteps:
             PtxError: What a kernel may not do.
         """
         tensors, launches = step.prepare(torch.device("cpu"))
-        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        present = _apart(given)
+        moved = {given[name].data_ptr(): tensor for name, tensor in present.items()}
         ranges = [
             Range(name, tensor.data_ptr(), tensor.numel() * tensor.element_size()) for name, tensor in present.items()
         ]
@@ -52,7 +63,7 @@ class CompiledSteps:
         for launch in launches:
             variant = launch.variant
             entry = self._entries[variant.name]
-            values = [_value(argument.type, launch.arguments[argument.name]) for argument in variant.arguments]
+            values = [_value(argument.type, launch.arguments[argument.name], moved) for argument in variant.arguments]
             module = self._interpreter.load((texts or {}).get(variant.name) or self.text(variant.name))
             counts[variant.name] = module.launch(
                 entry["symbol"],
@@ -65,9 +76,24 @@ class CompiledSteps:
         return present, counts
 
 
-def _value(kind: str, argument: Any) -> Any:
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies that lie far from each other, so that what goes beyond the end of one isn't in the next."""
+    places, size = {}, _GAP
+    for name, tensor in tensors.items():
+        places[name], size = size, size + -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT + _GAP
+    memory = torch.zeros(size + _ALIGNMENT, dtype=torch.uint8)
+    start = -memory.data_ptr() % _ALIGNMENT
+    copies = {}
+    for name, tensor in tensors.items():
+        at = start + places[name]
+        copies[name] = memory[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        copies[name].copy_(tensor)
+    return copies
+
+
+def _value(kind: str, argument: Any, moved: Mapping[int, torch.Tensor]) -> Any:
     if kind == "fp32":
         return ctypes.c_float(argument)
     if kind == "i32":
         return ctypes.c_int32(argument)
-    return ctypes.c_void_p(0 if argument is None else argument.data_ptr())
+    return ctypes.c_void_p(0 if argument is None else moved[argument.data_ptr()].data_ptr())

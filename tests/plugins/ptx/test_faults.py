@@ -45,6 +45,7 @@ STEPS = {
 MMA = r"(mma\.sync\S+ \{[^}]*\}), \{ (%r\d+), (%r\d+), (%r\d+), (%r\d+) \}, \{ (%r\d+), (%r\d+) \}"
 WRONG = r"off by [\d.]+ units|elements were not written|Tensor-likes are not"
 RACE = "a race: "
+STRAY = "lies in no allocation|of an allocation of"
 ODD = (  # a predicate that holds for every other thread
     "\t.reg .pred odd;\n\t.reg .b32 odd_bit;\n\tmov.u32 odd_bit, %tid.x;\n\tand.b32 odd_bit, odd_bit, 1;\n"
     "\tsetp.ne.b32 odd, odd_bit, 0;\n"
@@ -87,20 +88,16 @@ FAULTS = {
     "the mask of causality off by one": Fault(PREFILL, r"setp\.le\.s32", "setp.lt.s32", WRONG),
     "a scale that isn't subtracted": Fault(PREFILL, r"sub\.f32", "add.f32", WRONG),
     "another neighbour": Fault(DECODE, r"(bfly\S+ \t%r\d+, %r\d+), 1,", r"\1, 2,", f"{WRONG}|{RACE}"),
-    "a load's guard dropped": Fault(PREFILL, r"@%p\d+ (ld\.global\.v4)", r"\1", f"{WRONG}|lies in no allocation", -1),
-    "a store's guard dropped": Fault(PREFILL, r"@%p\d+ (st\.global\.v4)", r"\1", f"{WRONG}|lies in no allocation", -1),
-    "a store's guard inverted": Fault(DECODE, r"@(%p\d+ st\.global)", r"@!\1", f"{WRONG}|no allocation", -1),
-    "a copy's length always whole": Fault(
-        DECODE, r"16, 0, %p\d+", "16, 16, %p1", f"{WRONG}|of an allocation|no allocation"
-    ),
+    "a load's guard dropped": Fault(PREFILL, r"@%p\d+ (ld\.global\.v4)", r"\1", f"{WRONG}|{STRAY}", -1),
+    "a store's guard dropped": Fault(PREFILL, r"@%p\d+ (st\.global\.v4)", r"\1", f"{WRONG}|{STRAY}", -1),
+    "a store's guard inverted": Fault(DECODE, r"@(%p\d+ st\.global)", r"@!\1", f"{WRONG}|{STRAY}", -1),
+    "a copy's length always whole": Fault(DECODE, r"16, 0, %p\d+", "16, 16, %p1", f"{WRONG}|{STRAY}"),
     "a copy's length never whole": Fault(DECODE, r"16, 0, %p\d+", "8, 0, %p1", WRONG),
     "a copy from further on": Fault(DECODE, r"(\], \[ %rd\d+) \+ 0 \], 0x10", r"\1 + 16 ], 0x10", WRONG, 1),
     "a copy to further on": Fault(
         DECODE, r"(shared\.global \[ %r\d+) \+ 0", r"\1 + 16", f"{WRONG}|{RACE}|nobody wrote"
     ),
-    "a store to further on": Fault(
-        GATE_UP, r"(st\.global\S* \[ %rd\d+) \+ 0", r"\1 + 16", f"{WRONG}|no allocation|{RACE}"
-    ),
+    "a store to further on": Fault(GATE_UP, r"(st\.global\S* \[ %rd\d+) \+ 0", r"\1 + 16", f"{WRONG}|{STRAY}|{RACE}"),
     "a store that isn't aligned": Fault(GATE_UP, r"(st\.global\S* \[ %rd\d+) \+ 0", r"\1 + 2", "isn't a multiple of"),
     "a load from further on": Fault(ROTATE_INT8, r"(ld\.global\.v4\S* \{.*\}, \[ %rd\d+) \+ 0", r"\1 + 16", WRONG),
     "a wait missing": Fault(PREFILL, r"\tcp\.async\.wait_group.*\n", "", IN_FLIGHT),
@@ -127,7 +124,7 @@ FAULTS = {
     "another rounding of codes": Fault(ROTATE_INT8, r"(add\.f32 \t%r\d+, %r\d+), 0fCB400000", r"\1, 0fCB400001", WRONG),
     "a part that isn't counted": Fault(REDUCE, r"setp\.lt\.s32", "setp.gt.s32", WRONG, 2),
     "a sum that lacks a neighbour's": Fault(
-        SCATTER, r"(shfl\.sync\.up\S+ \t%r\d+, %r\d+), 1,", r"\1, 2,", f"{WRONG}|no allocation|{RACE}"
+        SCATTER, r"(shfl\.sync\.up\S+ \t%r\d+, %r\d+), 1,", r"\1, 2,", f"{WRONG}|{STRAY}|{RACE}"
     ),
     "a form that isn't known": Fault(
         DECODE, r"ex2\.approx\.ftz\.f32", "ex2.approx.ftz.f16", r"know: ex2\.approx\.ftz\.f16 at line"

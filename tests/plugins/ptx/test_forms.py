@@ -568,6 +568,21 @@ def test_reductions(form: str, reference: np.ufunc, interpreter: Interpreter) ->
     assert result.view(np.int32) == reference.reduce(values[:, 0], dtype=np.int32)
 
 
+def test_the_largest_of_a_warp(interpreter: Interpreter) -> None:
+    """NaN only where there is nothing else; +0 is above -0."""
+    rows = {
+        "numbers": np.linspace(-3, 5, 32, dtype=np.float32),
+        "NaN among them": np.where(np.arange(32) % 2, np.float32(np.nan), np.arange(32, dtype=np.float32)),
+        "zeros": np.where(np.arange(32) == 7, np.float32(0.0), np.float32(-0.0)),
+        "NaN alone": np.full(32, np.nan, np.float32),
+    }
+    expected = dict(zip(rows, from_bits(0x40A00000, 0x41F00000, 0, 0x7FFFFFFF), strict=True))  # 5, 30, +0, PTX's NaN
+    for name, values in rows.items():
+        sources = values.astype(np.float32).view(np.uint32).reshape(32, 1)
+        (result,) = np.unique(run_warp(interpreter, "redux.sync.max.f32 out0, in0, -1;", sources, 1))
+        assert result == expected[name].view(np.uint32), name
+
+
 def fragment_a(lane: int, index: int) -> tuple[int, int]:
     """Row and column of a_index: the manual, "Matrix Fragments for mma.m16n8k16 with floating point type"."""
     group, thread = lane >> 2, lane % 4
@@ -667,7 +682,14 @@ def test_loading_fragments_and_multiplying_is_the_product(interpreter: Interpret
 
 ELSEWHERE = {  # tested in a function of their own, here or in test_execution.py
     *("ex2.approx.f32 2", "ex2.approx.ftz.f32 2", "div.approx.f32 3", "mov.b32 {}, d 3", "mov.b64 {}, d 3"),
-    *("ld.param.b32 2", "ld.param.b64 2", "ld.param.s32 2", "redux.sync.add.s32 3", "redux.sync.min.s32 3"),
+    *(
+        "ld.param.b32 2",
+        "ld.param.b64 2",
+        "ld.param.s32 2",
+        "redux.sync.add.s32 3",
+        "redux.sync.min.s32 3",
+        "redux.sync.max.f32 3",
+    ),
     *("shfl.sync.bfly.b32 5", "shfl.sync.idx.b32 5", "shfl.sync.up.b32 5"),
     *(f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 14" for kind in ("f16", "bf16")),
     *(f"ldmatrix.sync.aligned.m8n8.x{count}.shared.b16 {count + 1}" for count in (1, 4)),

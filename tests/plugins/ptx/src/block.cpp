@@ -85,9 +85,7 @@ void Warp::run()
             fail("the kernel doesn't end");
         Instruction const& instruction = code[at_];
         mask_ = guarded(instruction);
-        Tally& tally = launch_.tallies[at_];
-        ++tally.warps;
-        tally.threads += static_cast<uint64_t>(__builtin_popcount(mask_));
+        ++launch_.tallies[at_].warps;
         switch (instruction.form->effect)
         {
         case Effect::none:
@@ -106,7 +104,7 @@ void Warp::run()
             if (uniform(instruction.sources[0]) != 0)
                 fail("barriers other than 0 aren't modelled");
             state = State::waiting;
-            barrier_at = at_++;
+            ++at_;
             break;
         case Effect::exit:
             if (mask_ != 0)
@@ -148,8 +146,8 @@ void Warp::branch(Instruction const& instruction, uint32_t taken)
     at_ = taken != 0 ? instruction.target : at_ + 1;
 }
 
-// Of the lanes in `elsewhere_`, those that stand at the lowest address become the active ones. Compilers lay out code so that branches
-// meet again behind what they branched around.
+// Of the lanes in `elsewhere_`, those that stand at the lowest address become the active ones. Compilers lay out code so
+// that branches meet again behind what they branched around.
 void Warp::choose()
 {
     at_ = kNone;

@@ -14,10 +14,10 @@ namespace ptx
 
 constexpr uint32_t kAllLanes = UINT32_MAX;
 
-// How often one instruction ran, and the bytes that it moved.
+// How often a warp ran an instruction, and the bytes that it moved.
 struct Tally
 {
-    uint64_t warps = 0, threads = 0, bytes = 0;
+    uint64_t warps = 0, bytes = 0;
 };
 
 struct Launch
@@ -72,7 +72,6 @@ public:
     void wait_for_copies(uint64_t groups);
 
     State state = State::running;
-    uint32_t barrier_at = kNone; // the instruction that it waits at
 
 private:
     struct Copy
@@ -106,9 +105,6 @@ private:
     uint32_t nearest_ = kNone; // the first instruction at which others stand
     std::vector<Copy> uncommitted_;
     std::deque<std::vector<Copy>> groups_; // oldest first
-    size_t region_ = 0;                    // where the last access was
-    std::vector<uint64_t> sectors_;        // that the current instruction touches, and
-    Traffic* touched_ = nullptr;           // whose they are
     uint64_t executed_ = 0;
 };
 

@@ -637,15 +637,15 @@ void shuffle(Warp& warp, Instruction const& at)
     });
 }
 
-template <auto operation>
+template <typename T, auto operation>
 void reduce(Warp& warp, Instruction const& at)
 {
     if (static_cast<uint32_t>(warp.uniform(at.sources[1])) != warp.mask())
         warp.fail("the threads that get here aren't the members");
     bool is_first = true;
-    int32_t result = 0;
+    T result{};
     for_each(warp.mask(), [&](uint32_t lane) {
-        auto const value = unpack<int32_t>(warp.lanes(at.sources[0])[lane]);
+        T const value = unpack<T>(warp.lanes(at.sources[0])[lane]);
         result = is_first ? value : operation(result, value);
         is_first = false;
     });
@@ -790,8 +790,9 @@ constexpr Form kForms[] = {
     {"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", 4, 1, load_matrices<4, true>},
     {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", 4, 10, multiply_matrices<BFloat>},
     {"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", 4, 10, multiply_matrices<Half>},
-    {"redux.sync.add.s32", 1, 2, reduce<add<int32_t>>},
-    {"redux.sync.min.s32", 1, 2, reduce<smaller_integer<int32_t>>},
+    {"redux.sync.add.s32", 1, 2, reduce<int32_t, add<int32_t>>},
+    {"redux.sync.max.f32", 1, 2, reduce<float, larger>},
+    {"redux.sync.min.s32", 1, 2, reduce<int32_t, smaller_integer<int32_t>>},
     {"stmatrix.sync.aligned.m8n8.x1.shared.b16", 0, 2, store_matrices<1, false>},
     {"stmatrix.sync.aligned.m8n8.x2.shared.b16", 0, 3, store_matrices<2, false>},
     {"stmatrix.sync.aligned.m8n8.x2.trans.shared.b16", 0, 3, store_matrices<2, true>},

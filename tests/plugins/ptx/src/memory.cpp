@@ -8,9 +8,9 @@ namespace ptx
 namespace
 {
 
-constexpr uint32_t kMany = UINT32_MAX;                // blocks, or threads, of global memory
-constexpr uint16_t kManyThreads = UINT16_MAX;         // of shared memory
-constexpr uint64_t kMostHistory = uint64_t{16} << 20; // bytes of a region in which races are looked for
+constexpr uint32_t kMany = UINT32_MAX;               // blocks, or threads, of global memory
+constexpr uint16_t kManyThreads = UINT16_MAX;        // of shared memory
+constexpr uint64_t kMostHistory = uint64_t{4} << 20; // bytes of a region in which races are looked for
 
 std::string name_of(uint32_t thread, uint32_t many)
 {

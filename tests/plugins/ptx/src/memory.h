@@ -14,8 +14,8 @@ namespace ptx
 
 constexpr uint64_t kSectorBytes = 32; // what memory moves at least
 
-// How much was read or written: bytes, once for each thread; and sectors, once for each instruction of a warp, which asks
-// for one sector once, however many of its threads want it.
+// How much was read or written: bytes, once for each thread; and sectors, once for each instruction of a warp, which
+// asks for a sector once, however many of its threads want it.
 struct Traffic
 {
     uint64_t bytes = 0, sectors = 0;
@@ -37,9 +37,9 @@ struct Place
     uint32_t block, thread, at, epoch;
 };
 
-// Global memory of one launch: its regions. Access is refused outside of them, where it isn't aligned, and where another
-// thread wrote, or reads what is written, and no barrier of one block stands between: nothing orders two blocks. Blocks
-// run one after another here, so that such a race changes no result. It is looked for in regions of up to 16 MiB.
+// Global memory of one launch: its regions. Access is refused outside of them, where it isn't aligned, and where
+// another thread wrote, or reads what is written, and no barrier of one block stands between: nothing orders two blocks.
+// Blocks run one after another here, so that such a race changes no result. It is looked for in regions of up to 4 MiB.
 class GlobalMemory
 {
 public:

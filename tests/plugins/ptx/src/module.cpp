@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cerrno>
+#include <cstdlib>
 #include <map>
 #include <optional>
 
@@ -22,6 +24,37 @@ std::string_view trimmed(std::string_view text)
     while (!text.empty() && std::isspace(static_cast<unsigned char>(text.back())) != 0)
         text.remove_suffix(1);
     return text;
+}
+
+// A type's size: ".b32" is 32, ".pred" 1; 0 of another word.
+uint32_t bits_of(std::string_view type)
+{
+    if (type == ".pred")
+        return 1;
+    size_t const digits = type.find_first_of("0123456789");
+    if (digits != 2 || type[0] != '.' || std::string_view("bsuf").find(type[1]) == std::string::npos)
+        return 0;
+    return static_cast<uint32_t>(std::strtoul(std::string(type.substr(digits)).c_str(), nullptr, 10));
+}
+
+// The value of 12, -1, 0x7773U or 0f3F800000; nothing where it is another word.
+std::optional<uint64_t> number_of(std::string text)
+{
+    bool const is_negative = !text.empty() && text[0] == '-';
+    text.erase(0, is_negative ? 1 : 0);
+    if (text.empty() || std::isdigit(static_cast<unsigned char>(text[0])) == 0)
+        return std::nullopt;
+    bool const is_float = text.size() == 10 && (text[1] == 'f' || text[1] == 'F');
+    if (is_float)
+        text.erase(0, 2);
+    else if (text.back() == 'U')
+        text.pop_back();
+    char* end = nullptr;
+    errno = 0;
+    uint64_t const value = std::strtoull(text.c_str(), &end, is_float ? 16 : 0);
+    if (*end != '\0' || errno != 0 || (is_float && is_negative))
+        return std::nullopt;
+    return is_negative ? -value : value;
 }
 
 // Walks over text, and counts lines. Comments are gone before.
@@ -79,6 +112,25 @@ public:
         return trimmed(found);
     }
 
+    uint64_t number()
+    {
+        std::string const text = word();
+        std::optional<uint64_t> const value = number_of(text);
+        if (!value)
+            fail("'" + text + "' is no number");
+        return *value;
+    }
+
+    // Bits of a type.
+    uint32_t type()
+    {
+        std::string const text = word();
+        uint32_t const bits = bits_of(text);
+        if (bits != 1 && bits != 8 && bits != 16 && bits != 32 && bits != 64)
+            fail("'" + text + "' is no type");
+        return bits;
+    }
+
     uint32_t line()
     {
         skip_space();
@@ -115,36 +167,6 @@ std::string without_comments(std::string_view text)
         --at;
     }
     return result;
-}
-
-// A type's size: ".b32" is 32, ".pred" 1.
-uint32_t bits_of(std::string_view type)
-{
-    if (type == ".pred")
-        return 1;
-    size_t const digits = type.find_first_of("0123456789");
-    if (type.size() < 3 || type[0] != '.' || digits != 2 || std::string_view("bsuf").find(type[1]) == std::string::npos)
-        throw Error("no type: " + std::string(type));
-    return static_cast<uint32_t>(std::stoul(std::string(type.substr(digits))));
-}
-
-// The value of 12, -1, 0x7773U or 0f3F800000; nothing where it is another word.
-std::optional<uint64_t> number_of(std::string text)
-{
-    bool const is_negative = !text.empty() && text[0] == '-';
-    text.erase(0, is_negative ? 1 : 0);
-    if (text.empty() || std::isdigit(static_cast<unsigned char>(text[0])) == 0)
-        return std::nullopt;
-    bool const is_float = text.size() == 10 && (text[1] == 'f' || text[1] == 'F');
-    if (text.back() == 'U')
-        text.pop_back();
-    size_t used = 0;
-    uint64_t const value = is_float ? std::stoull(text.substr(2), &used, 16) : std::stoull(text, &used, 0);
-    if (used + (is_float ? 2 : 0) != text.size())
-        return std::nullopt;
-    if (is_float && is_negative)
-        return std::nullopt;
-    return is_negative ? -value : value;
 }
 
 // `mov` has one name for copying a register, and for taking one apart or putting one together of a vector.
@@ -237,7 +259,7 @@ private:
     // .reg .b32 %r<12>; or .reg .pred p, q;
     void declare()
     {
-        uint32_t const bits = bits_of(reader_.word());
+        uint32_t const bits = reader_.type();
         do
         {
             std::string const name = reader_.word();
@@ -246,9 +268,9 @@ private:
                 add(name, bits);
                 continue;
             }
-            auto const count = number_of(reader_.word());
+            uint64_t const count = reader_.number();
             reader_.expect('>');
-            for (uint64_t index = 0; index < count.value_or(0); ++index)
+            for (uint64_t index = 0; index < count; ++index)
                 add(name + std::to_string(index), bits);
         } while (reader_.take(','));
         reader_.expect(';');
@@ -417,17 +439,13 @@ private:
     {
         if (is_extern && reader_.word() != ".shared")
             reader_.fail("only shared memory may be extern");
-        uint64_t alignment = 1;
-        std::string word = reader_.word();
-        if (word == ".align")
-        {
-            alignment = number_of(reader_.word()).value_or(1);
-            word = reader_.word();
-        }
-        uint64_t const element = bits_of(word) / 8;
+        if (reader_.word() != ".align")
+            reader_.fail("an alignment was expected");
+        uint64_t const alignment = reader_.number();
+        uint64_t const element = reader_.type() / 8;
         std::string const name = reader_.word();
         reader_.expect('[');
-        uint64_t const count = number_of(reader_.word()).value_or(0);
+        uint64_t const count = reader_.peek() == ']' ? 0 : reader_.number();
         reader_.expect(']');
         reader_.expect(';');
         uint64_t const offset = (module_.static_shared_bytes + alignment - 1) / alignment * alignment;
@@ -451,9 +469,9 @@ private:
             std::string const name = reader_.word();
             if (name != ".reqntid" && name != ".maxntid" && name != ".minnctapersm")
                 reader_.fail("'" + name + "' isn't understood");
-            uint64_t threads = number_of(reader_.word()).value_or(0);
+            uint64_t threads = reader_.number();
             while (reader_.take(','))
-                threads *= number_of(reader_.word()).value_or(0);
+                threads *= reader_.number();
             if (name == ".reqntid")
                 kernel.threads = static_cast<uint32_t>(threads);
         }
@@ -468,12 +486,12 @@ private:
         if (reader_.word() != ".param")
             reader_.fail("a parameter was expected");
         Parameter parameter;
-        parameter.bytes = bits_of(reader_.word()) / 8;
+        parameter.bytes = reader_.type() / 8;
         std::string word = reader_.word();
         for (; !word.empty() && word[0] == '.'; word = reader_.word())
         {
             if (word == ".align")
-                reader_.word();
+                reader_.number();
         }
         parameter.name = word;
         parameter.offset = (end + parameter.bytes - 1) / parameter.bytes * parameter.bytes;

@@ -36,12 +36,18 @@ struct BFloat
     uint16_t bits;
 };
 
-// The compiler's own half-precision type does the rounding.
 inline Half to_half(float value)
 {
     if (std::isnan(value))
         return {0x7fff};
-    return {bit_cast<uint16_t>(static_cast<_Float16>(value))};
+    auto const sign = static_cast<uint32_t>(std::signbit(value) ? 0x8000 : 0);
+    float const magnitude = std::fabs(value);
+    if (magnitude < 0x1p-14F) // a subnormal one, of units of 2^-24
+        return {static_cast<uint16_t>(sign | static_cast<uint32_t>(std::lrint(magnitude * 0x1p24F)))};
+    // The exponent's bias is 112 less, and 13 bits are rounded away, which may carry into the exponent.
+    auto const bits = bit_cast<uint32_t>(magnitude) - (112U << 23);
+    uint32_t const rounded = (bits + 0xfff + (bits >> 13 & 1)) >> 13;
+    return {static_cast<uint16_t>(sign | (rounded < 0x7c00 ? rounded : 0x7c00))};
 }
 
 inline float to_float(Half value)
@@ -49,7 +55,14 @@ inline float to_float(Half value)
     static std::array<float, 65536> const kTable = [] {
         std::array<float, 65536> table{};
         for (uint32_t bits = 0; bits < table.size(); ++bits)
-            table[bits] = canonical(static_cast<float>(bit_cast<_Float16>(static_cast<uint16_t>(bits))));
+        {
+            int const exponent = static_cast<int>(bits >> 10 & 0x1f), fraction = static_cast<int>(bits & 0x3ff);
+            float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                            : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+            if (exponent == 0x1f)
+                magnitude = fraction == 0 ? INFINITY : NAN;
+            table[bits] = canonical((bits & 0x8000) != 0 ? -magnitude : magnitude);
+        }
         return table;
     }();
     return kTable[value.bits];

@@ -201,7 +201,7 @@ int32_t ptx_take_tallies(ptx_module* module, char const* kernel, ptx_tally* tall
     {
         ptx::Instruction const& instruction = found->code[static_cast<size_t>(index)];
         ptx::Tally const& tally = kept[static_cast<size_t>(index)];
-        tallies[index] = {instruction.line, instruction.name.c_str(), tally.warps, tally.threads, tally.bytes};
+        tallies[index] = {instruction.name.c_str(), tally.warps, tally.bytes};
     }
     if (count >= number)
         kept.clear();

@@ -9,19 +9,18 @@ extern "C"
 
 struct ptx_module;
 
-// A byte range that a launch may touch; it adds what it does: bytes, once for each thread, and sectors of 32 bytes, once for
-// each instruction of a warp.
+// A byte range that a launch may touch; it adds what it does: bytes, once for each thread, and sectors of 32 bytes, once
+// for each instruction of a warp.
 struct ptx_region
 {
     uint64_t address, bytes, read, read_sectors, written, written_sectors;
 };
 
-// What one instruction did in all launches of a kernel so far: how often a warp and a thread ran it, and bytes moved.
+// What one instruction did in all launches of a kernel so far: how often a warp ran it, and the bytes that it moved.
 struct ptx_tally
 {
-    uint32_t line;
     char const* form; // valid as long as the module
-    uint64_t warps, threads, bytes;
+    uint64_t warps, bytes;
 };
 
 // The forms of instructions that are known, a line each: "add.f32 3", with the number of operands.
@@ -34,8 +33,8 @@ char const* ptx_error();
 
 // "sm_80"
 char const* ptx_target(ptx_module const* module);
-// Names of the forms of instructions that aren't known, a line each, with how often and at which line first; valid until
-// the next call.
+// Names of the forms of instructions that aren't known, a line each, with how often and at which line first; valid
+// until the next call.
 char const* ptx_unknown(ptx_module* module);
 // Threads that a block of this kernel must have, and the sizes (bytes) of its parameters in `sizes`, at most `count`.
 // Returns the number of parameters, or -1 where there is no such kernel.
