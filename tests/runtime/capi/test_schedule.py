@@ -89,6 +89,7 @@ def random_plan(random: Random) -> dict[str, Any]:
         "plan": sorted(found, key=lambda each: each.arrives),
         "rows": random.randint(1, 5),
         "prefill_chunk": random.choice([16, 100, 512]),
+        "rotary_length": random.choice([None, None, 20, 110]),
         "faults": [
             Fault(random.choice(["prefill", "decode", "copy"]), random.randint(0, 6))
             for _ in range(random.choice([0, 0, 1, 2]))
