@@ -151,7 +151,7 @@ def score(
     total = sum(len(window) - 1 for window in reference.windows) + sum(map(len, reference.greedy))
     done = 0
     texts = [window[:-1] for window in reference.windows]  # behind the last token nothing is known
-    for window, position, logits in forced_logits(engine, rows, texts, [1] * len(texts)):
+    for window, position, logits in forced_logits(engine, rows, texts, [1] * len(texts), list(map(len, texts))):
         into, target = found[kinds[window]], int(reference.windows[window][position + 1])
         compared = score_position(logits, reference.logits(window, position), target)
         into.kl_divergences.append(compared.kl_divergence)
@@ -165,7 +165,8 @@ def score(
         np.concatenate([prompt, np.array(choices[:-1], np.int64)])
         for prompt, choices in zip(prompts, reference.greedy, strict=True)
     ]
-    for window, position, logits in forced_logits(engine, rows, greedy, list(map(len, prompts))):
+    counts = list(map(len, prompts))
+    for window, position, logits in forced_logits(engine, rows, greedy, counts, counts):
         choice = reference.greedy[window][position + 1 - len(prompts[window])]
         found[kinds[window]].is_same_choice.append(int(logits.argmax()) == choice)
         done += 1

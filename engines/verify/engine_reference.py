@@ -17,7 +17,7 @@ class EngineReference:
     def logits(self, token_ids: NDArray[np.int64], first: int) -> NDArray[np.float32]:
         """Logits [T - first, V] of positions `first` … T-1: one prefill, then one token a step."""
         self._engine.truncate(0, 0)
-        rows = [self._engine.prefill(0, token_ids[: first + 1]).copy()]
+        rows = [self._engine.prefill(0, token_ids[: first + 1], len(token_ids)).copy()]
         rows += [
             self._engine.decode(0, token_ids[place : place + 1])[0].copy() for place in range(first + 1, len(token_ids))
         ]

@@ -11,7 +11,11 @@ from qwen_aot.engines.verify.scores import ScoredEngine
 
 
 def forced_logits(
-    engine: ScoredEngine, rows: int, sequences: Sequence[NDArray[np.int64]], prompts: Sequence[int]
+    engine: ScoredEngine,
+    rows: int,
+    sequences: Sequence[NDArray[np.int64]],
+    prompts: Sequence[int],
+    lengths: Sequence[int],
 ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
     """Prefills each sequence's prompt and feeds the rest a token a step, `rows` sequences side by side.
 
@@ -22,6 +26,7 @@ def forced_logits(
         rows: that it has, at least 1.
         sequences: token ids [T] each.
         prompts: tokens of each prompt, 1 to T.
+        lengths: tokens of the prompt that each is to be computed as (`Engine.prefill`), at least those.
 
     Yields:
         Sequence, position (from its prompt's last token to its last) and logits [V], which are valid until the next.
@@ -32,7 +37,8 @@ def forced_logits(
         together = order[start : start + rows]
         for row, index in enumerate(together):
             engine.truncate(row, 0)
-            yield index, prompts[index] - 1, engine.prefill(row, sequences[index][: prompts[index]])
+            logits = engine.prefill(row, sequences[index][: prompts[index]], lengths[index])
+            yield index, prompts[index] - 1, logits
         for step in range(rests[together[0]]):
             running = [index for index in together if step < rests[index]]
             fed = np.array([sequences[index][prompts[index] + step] for index in running], np.int64)

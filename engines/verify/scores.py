@@ -35,7 +35,7 @@ SHORTEST_WINDOW = 4  # tokens: a quarter is the prompt
 class ScoredEngine(Protocol):
     """What scoring needs of a loaded bundle (`runtime.engine.protocol.Engine` has it)."""
 
-    def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def prefill(self, row: int, token_ids: NDArray[np.int64], prompt_tokens: int | None = None) -> NDArray[np.float32]:
         """Appends tokens to a row; logits [V] of the last one."""
 
     def decode(self, first_row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -279,7 +279,7 @@ def engine_logits(engine: ScoredEngine, sequence: NDArray[np.int64]) -> Iterator
     """Yields logits [V]: a quarter of the sequence is prefilled in two calls, the rest fed one token a step."""
     prompt, piece = _prompt_length(len(sequence)), _first_piece(len(sequence))
     engine.truncate(0, 0)
-    yield engine.prefill(0, sequence[:piece])
+    yield engine.prefill(0, sequence[:piece], len(sequence))
     if piece < prompt:
         yield engine.prefill(0, sequence[piece:prompt])
     for position in range(prompt, len(sequence)):

@@ -30,6 +30,7 @@ class FakeEngine:
         self._poison = poison
         self._next_token = next_token
         self.rows: list[list[int]] = [[] for _ in range(manifest.max_batch)]
+        self.prompts = [0] * manifest.max_batch  # tokens of the prompt that each row began with
         self.prefills: list[tuple[int, list[int]]] = []
         self.decodes: list[tuple[int, list[int]]] = []
         self.verifies: list[tuple[int, list[list[int]]]] = []
@@ -55,6 +56,8 @@ class FakeEngine:
         self.prefills.append((row, token_ids.tolist()))
         if not self._poison.isdisjoint(token_ids.tolist()):
             raise NonFiniteLogitsError([row])
+        if not self.rows[row]:
+            self.prompts[row] = prompt_tokens or len(token_ids)
         self._append(row, token_ids.tolist())
         self._given = self._logits(row)
         return self._given
@@ -98,7 +101,7 @@ class FakeEngine:
     def copy_row(self, source: int, target: int, length: int) -> None:
         assert source != target and 0 <= length <= len(self.rows[source])
         self.copies.append((source, target, length))
-        self.rows[target] = self.rows[source][:length]
+        self.rows[target], self.prompts[target] = self.rows[source][:length], self.prompts[source]
 
     def reserve(self, tokens: int) -> None:
         assert tokens <= self._manifest.max_context

@@ -56,6 +56,9 @@ def read_tokenizer_files(folder: Path, *, vocab_size: int, takes_images: bool = 
         tokenizer = tiktoken_file.read_tiktoken(folder / tiktoken_file.NAME, takes_images=takes_images)
         check_ids(tokenizer, vocab_size, str(folder / tiktoken_file.NAME))
         files[TOKENIZER_NAME] = tokenizer.to_str()
+        # Of what is made of it no code is the class.
+        config = {key: value for key, value in config.items() if key != "auto_map"}
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     generation_path = folder / GENERATION_CONFIG_NAME
     generation = _read_optional(generation_path)
     chat = chat_format.read(generation, str(generation_path))

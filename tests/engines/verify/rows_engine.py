@@ -29,10 +29,12 @@ class RowsEngine:
         self.table = logits
         self.held: list[list[int]] = [[] for _ in range(rows)]
         self.steps: list[int] = []  # rows of each decode step
+        self.prompts: list[int | None] = []  # what each prefill was told of the whole prompt
         self._memory = np.empty((rows, logits.shape[-1]), np.float32)
 
-    def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def prefill(self, row: int, token_ids: NDArray[np.int64], prompt_tokens: int | None = None) -> NDArray[np.float32]:
         self._memory[:] = np.nan
+        self.prompts.append(prompt_tokens)
         self.held[row] += token_ids.tolist()
         self._memory[0] = after(self.table, self.held[row])
         return self._memory[0]

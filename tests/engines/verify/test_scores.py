@@ -47,7 +47,7 @@ class TableEngine:
         self.calls: list[tuple[str, int]] = []
         self.held: list[int] = []
 
-    def prefill(self, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def prefill(self, row: int, token_ids: NDArray[np.int64], prompt_tokens: int | None = None) -> NDArray[np.float32]:
         self.calls.append(("prefill", len(token_ids)))
         self.held += token_ids.tolist()
         return self.logits[self.held[-1]]

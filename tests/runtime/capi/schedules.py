@@ -17,6 +17,7 @@ def described(
     faults: Sequence[Fault] = (),
     poison: frozenset[int] = frozenset(),
     settings: Sequence[Mapping[str, Any]] = (),
+    rotary_length: int | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """A plan as src/generation.cpp reads it; `settings` are further ones of each request."""
@@ -26,6 +27,7 @@ def described(
         "rows": rows,
         "max_context": MAX_CONTEXT,
         "prefill_chunk": prefill_chunk,
+        "rotary_length": rotary_length or -1,
         "poison": sorted(poison),
         "faults": [{"call": each.call, "number": each.number, "rows": each.rows} for each in faults],
         "requests": [

@@ -89,6 +89,7 @@ def random_plan(random: Random) -> dict[str, Any]:
         "plan": sorted(found, key=lambda each: each.arrives),
         "rows": random.randint(1, 5),
         "prefill_chunk": random.choice([16, 100, 512]),
+        "rotary_length": random.choice([None, None, 20, 110]),
         "faults": [
             Fault(random.choice(["prefill", "decode", "copy"]), random.randint(0, 6))
             for _ in range(random.choice([0, 0, 1, 2]))
@@ -165,6 +166,22 @@ def test_of_a_prompt_that_another_row_has_whole_two_tokens_are_computed(program:
     assert ["copy", 0, 1, 38] in calls and ["prefill", 1, 1, 38, 2] in calls
     steps = [step | {"events": [without_message(event) for event in step["events"]]} for step in answer["steps"]]
     assert json.loads(json.dumps(expected_steps(run(plan, rows=2)))) == steps
+
+
+@pytest.mark.parametrize("rotary_length", [None, 105])
+def test_what_another_rotary_table_has_is_neither_taken_nor_waited_for(
+    program: Path, rotary_length: int | None
+) -> None:
+    beginning = tuple(range(100))
+    plan = [
+        Planned((*beginning, *[1] * 6), 9, keep_cache=True),
+        Planned((*beginning, 2, 2), 9, keep_cache=True),
+        Planned((*beginning, 3, 3), 3, arrives=30, keep_cache=True),
+    ]
+    how: dict[str, Any] = {"rows": 2, "prefill_chunk": 16, "rotary_length": rotary_length}
+    (answer,) = ask(program, [described(plan, events=True, **how)])
+    steps = [step | {"events": [without_message(event) for event in step["events"]]} for step in answer["steps"]]
+    assert json.loads(json.dumps(expected_steps(run(plan, **how)))) == steps
 
 
 def test_refusals_say_what_is_accepted(program: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from qwen_aot.errors import GenerationError
+from qwen_aot.runtime.bundle.manifest import IoTensor, rotary_table
 from qwen_aot.runtime.engine.protocol import NonFiniteLogitsError
 from qwen_aot.runtime.generation.batch import Batch
 from qwen_aot.runtime.generation.config import GenerationConfig
@@ -122,6 +123,7 @@ def run(
     most_steps: int = 10_000,
     poison: frozenset[int] = frozenset(),
     faults: Sequence[Fault] = (),
+    rotary_length: int | None = None,
 ) -> list[Step]:
     """Runs a plan to its end.
 
@@ -131,7 +133,8 @@ def run(
         AssertionError: it takes more steps than that, or a row doesn't hold what the batch thinks.
     """
     assert all(a.arrives <= b.arrives for a, b in itertools.pairwise(plan))
-    manifest = make_manifest(max_batch=rows, max_context=MAX_CONTEXT, prefill_chunk=prefill_chunk)
+    inputs = () if rotary_length is None else (IoTensor(f"rotary_offset.{rotary_length}", "int64", ("B",)),)
+    manifest = make_manifest(inputs=inputs, max_batch=rows, max_context=MAX_CONTEXT, prefill_chunk=prefill_chunk)
     engine = RecordedEngine(manifest, next_token, poison)
     engine.faults, engine.counts = faults, Counter()
     batch = engine.batch = Batch(engine, None)
@@ -158,8 +161,12 @@ def run(
 
 
 def check_rows(batch: Batch, engine: FakeEngine) -> None:
-    """Each row's cache is what the batch believes it to be."""
+    """Each row's cache is what the batch believes it to be, rotated by the table of its own prompt."""
+    length = engine.manifest.engines.text.rotary_length
     for row, (occupant, held) in enumerate(zip(batch._rows, batch._held, strict=True)):
+        if engine.rows[row]:
+            table = held.rotary_table if occupant is None else rotary_table(length, len(occupant.prompt_ids))
+            assert rotary_table(length, engine.prompts[row]) == table
         if occupant is None:
             assert engine.rows[row] == held.tokens
         elif occupant.is_prefilled:

@@ -63,9 +63,9 @@ def mixes(draw: st.DrawFn) -> list[Planned]:
     return sorted(found, key=lambda each: each.arrives)
 
 
-def check_reuse(plan: list[Planned], rows: int) -> None:
+def check_reuse(plan: list[Planned], rows: int, rotary_length: int | None = None) -> None:
     """Answers are those without a cache, and what was taken is of the same scope."""
-    steps = run(plan, rows=rows)
+    steps = run(plan, rows=rows, rotary_length=rotary_length)
     kept = ends_of(steps)
     plain = ends_of(run([dataclasses.replace(each, keep_cache=False) for each in plan], rows=rows))
     for index, each in enumerate(plan):
@@ -91,6 +91,32 @@ def check_reuse(plan: list[Planned], rows: int) -> None:
 @given(plan=mixes(), rows=st.integers(1, 5))
 def test_answers_are_those_without_a_cache_and_scopes_share_nothing(plan: list[Planned], rows: int) -> None:
     check_reuse(plan, rows)
+
+
+@settings(max_examples=100, deadline=None)
+@given(plan=mixes(), rows=st.integers(1, 5), rotary_length=st.sampled_from([20, 72, 105]))
+def test_rows_of_several_rotary_tables(plan: list[Planned], rows: int, rotary_length: int) -> None:
+    """`run` looks at each row's table after each step."""
+    check_reuse(plan, rows, rotary_length)
+
+
+def test_nothing_is_taken_from_a_row_of_another_table() -> None:
+    plan = [
+        Planned((*SYSTEM, 1, 1, 1, 1, 1, 1), 4, keep_cache=True),
+        Planned((*SYSTEM, 2, 2, 2, 2), 4, arrives=40, keep_cache=True),
+        Planned((*SYSTEM, 3, 3, 3, 3), 4, arrives=80, keep_cache=True),
+    ]
+    cached = [end.cached_tokens for _, end in sorted(ends_of(run(plan, rows=3, rotary_length=105)).items())]
+    assert cached == [0, 0, len(SYSTEM)]  # of 106, 104 and 104 tokens
+    cached = [end.cached_tokens for _, end in sorted(ends_of(run(plan, rows=3)).items())]
+    assert cached == [0, len(SYSTEM), len(SYSTEM)]
+
+
+def test_a_prompt_of_another_table_is_not_waited_for() -> None:
+    """It begins beside the other one, whose tokens it couldn't take."""
+    plan = [Planned((*SYSTEM, *[1] * 6), 4, keep_cache=True), Planned((*SYSTEM, 2, 2), 4, keep_cache=True)]
+    assert run(plan, rows=2, prefill_chunk=16, rotary_length=105)[1].prefilling == {0, 1}
+    assert run(plan, rows=2, prefill_chunk=16)[1].prefilling == {0}
 
 
 TWO_PARTIES = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import random
 import subprocess
 import sys
@@ -190,6 +191,23 @@ def test_a_folder_with_nothing_else_gets_a_tokenizer(ranks: Ranks, tmp_path: Pat
     write(tmp_path, ranks)
     files = read_tokenizer_files(tmp_path, vocab_size=1000).files
     assert Tokenizer.from_str(files["tokenizer.json"]).encode(TEXT).ids == stated(ranks, TEXT)
+
+
+def test_its_class_is_no_code_of_the_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
+    write(tmp_path, ranks)
+    config = {
+        "tokenizer_class": "QWenTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
+        "model_max_length": 8192,
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"chat_format": "chatml", "eos_token_id": 600}))
+    found = read_tokenizer_files(tmp_path, vocab_size=1000)
+    written = json.loads(found.files["tokenizer_config.json"])
+    assert (written["tokenizer_class"], written["model_max_length"]) == ("PreTrainedTokenizerFast", 8192)
+    assert "auto_map" not in written and "<|im_start|>" in written["chat_template"]
+    assert written["eos_token"] == "<|endoftext|>"
+    assert {"<|im_end|>", "<|im_start|>"} <= set(found.end_tokens)
 
 
 def test_ids_beyond_the_model_are_refused(ranks: Ranks, tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ std::string schedule(JsonValue request)
 {
     FakeEngine engine(member(request, "vocabulary").integer(), member(request, "rows").integer(),
         member(request, "max_context").integer(), member(request, "prefill_chunk").integer());
+    engine.facts().text_engine.rotary_length = member(request, "rotary_length").integer();
     engine.poison = settings::ids_of(member(request, "poison"));
     std::vector<Fault> faults;
     for (size_t i = 0; i < member(request, "faults").size(); ++i)
