@@ -22,7 +22,6 @@ from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.lowering.tensorrt.standard import StandardOptions
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.io_spec import io_spec, vision_io_spec
-from qwen_aot.exporter.model.limits import MAX_LAYERS
 from qwen_aot.exporter.model.position_tables import position_tables
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.flavours import FLAVOURS
@@ -153,7 +152,8 @@ def check(folder: Path, manifest: Manifest) -> None:
     text, vision = manifest.engines.text, manifest.engines.vision
     _check_size(folder, manifest, text, manifest.model.num_hidden_layers, len(text.profiles))
     if vision is not None:
-        _check_size(folder, manifest, vision, MAX_LAYERS, 1)
+        layers = sum(name.endswith(".qkv_proj.weight") for name in vision.weight_hashes or ())
+        _check_size(folder, manifest, vision, layers, 1)
 
 
 def _check_size(folder: Path, manifest: Manifest, engine: EngineEntry, layers: int, num_profiles: int) -> None:

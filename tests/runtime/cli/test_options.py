@@ -137,7 +137,7 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--prompt", " \n", "the prompt is empty", ("--chat",)),
         ("--prompt-ids", "1,2", "--prompt and --prompt-ids exclude each other"),
         ("--system", "x", "--system goes with --chat"),
-        ("--image", "", "the path is empty"),
+        ("--image", "", "it is empty"),
         ("--draw-boxes", "boxes.png", "--draw-boxes draws onto a picture; give one with --image"),
         ("--draw-boxes", "boxes.jpg", "accepted: a file that ends in .png", ("--image", "it.png")),
         *GENERATION,
