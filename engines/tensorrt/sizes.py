@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_aot.errors import BuildError
-from qwen_aot.exporter.model.limits import MAX_LAYERS
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX, EngineEntry, IoTensor, Manifest, TensorRtFacts
 
@@ -85,7 +84,8 @@ def check(folder: Path, manifest: Manifest) -> None:
     text, vision = manifest.engines.text, manifest.engines.vision
     _check_size(folder, manifest, text, manifest.model.num_hidden_layers, len(text.profiles))
     if vision is not None:
-        _check_size(folder, manifest, vision, MAX_LAYERS, 1)
+        layers = sum(name.endswith(".qkv_proj.weight") for name in vision.weight_hashes or ())
+        _check_size(folder, manifest, vision, layers, 1)
 
 
 def _check_size(folder: Path, manifest: Manifest, engine: EngineEntry, layers: int, num_profiles: int) -> None:

@@ -72,7 +72,7 @@ class Generator:
         """
         self._open_vision = open_vision
         self._vision: ImageEncoder | None = None
-        self._vision_lock = threading.Lock()
+        self._vision_lock = threading.RLock()  # a signal handler may close in the middle of an opening
         self._engine = engine
         self._tokenizer = tokenizer
         self._defaults = defaults or GenerationDefaults.from_manifest(engine.manifest)
@@ -156,14 +156,20 @@ class Generator:
             GenerationError: the bundle takes no images, or the generator was closed.
             EngineMismatchError: this machine can't run the engine.
         """
+        if not self.takes_images:
+            name = self._engine.manifest.model.name
+            raise GenerationError(
+                f"the bundle takes no images: {name} has no vision engine (a bundle of Qwen-VL has one)"
+            )
         with self._vision_lock:
             if self._vision is None:
-                if not self.takes_images or self._open_vision is None:
-                    name = self._engine.manifest.model.name
-                    raise GenerationError(
-                        f"the bundle takes no images: {name} has no vision engine (a bundle of Qwen-VL has one)"
-                    )
-                self._vision = ImageEncoder(self._open_vision())
+                opened = None if self._open_vision is None else ImageEncoder(self._open_vision())
+                if opened is not None and self._open_vision is None:  # closed meanwhile
+                    opened.close()
+                    opened = None
+                if opened is None:
+                    raise GenerationError("the vision engine is closed; open the bundle again")
+                self._vision = opened
             return self._vision
 
     @property

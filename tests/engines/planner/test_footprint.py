@@ -29,12 +29,15 @@ from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.model.config import ModelConfig, MoeConfig
 from qwen_aot.exporter.model.tensors import num_parameters, tensor_shapes
-from qwen_aot.exporter.model.variants import VARIANTS
+from qwen_aot.exporter.model.variants import VARIANTS as PUBLISHED
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.stitch import output_bytes
 from qwen_aot.runtime.bundle.manifest import IoTensor, cache_capacity
 from qwen_aot.runtime.engine.kv_cache import KvCache
 from tests.variants import SWEPT
+
+# Of their decoders; tests/engines/test_vision.py adds the tower.
+VARIANTS = {name: dataclasses.replace(config, vision=None) for name, config in PUBLISHED.items()}
 
 CONTEXT = 2048
 KINDS = ("qwen1.5-0.5b", "qwen1.5-110b", "qwen1.5-moe-a2.7b")  # tied, grouped-query, experts
