@@ -60,6 +60,7 @@ def test_the_longest_context_fits_and_one_token_more_does_not(
 def test_the_largest_batch_fits_and_one_row_more_does_not(
     variant: str, precision: str, context: int, usable: int
 ) -> None:
+    context = min(context, VARIANTS[variant].max_position_embeddings)
     config, spec = VARIANTS[variant], spec_of(precision, max_context=context)
     found = largest_batch(config, spec, usable)
 
@@ -73,6 +74,7 @@ def test_the_largest_batch_fits_and_one_row_more_does_not(
 @settings(deadline=None)
 @given(VARIANT, DEVICE, PRECISION, st.integers(1, 32768), st.integers(1, 64))
 def test_a_plan_agrees_with_itself(variant: str, device: str, precision: str, context: int, batch: int) -> None:
+    context = min(context, VARIANTS[variant].max_position_embeddings)
     found = planned(variant, device, spec_of(precision, max_context=context, max_batch=batch))
     if found.refusal is not None:
         assert (found.fits, found.longest_context, found.largest_batch, found.remedy) == (False, 0, 0, "")
@@ -85,6 +87,7 @@ def test_a_plan_agrees_with_itself(variant: str, device: str, precision: str, co
 @settings(deadline=None)
 @given(VARIANT, DEVICE, PRECISION, st.integers(1, 32768), st.integers(1, 64))
 def test_what_a_remedy_names_fits(variant: str, device: str, precision: str, context: int, batch: int) -> None:
+    context = min(context, VARIANTS[variant].max_position_embeddings)
     spec = spec_of(precision, max_context=context, max_batch=batch)
     remedy = planned(variant, device, spec).remedy
     if not remedy or remedy.startswith("nothing fits"):
@@ -217,7 +220,7 @@ def test_precisions_of_one_model_stand_together() -> None:
     ("request_", "message"),
     [
         ({"max_batch": 0}, "max_batch is 0"),
-        ({"max_context": 40000}, "more than the model's 32768 tokens"),
+        ({"max_context": 40000}, "more than the model's 8192 tokens"),
         ({"precisions": ["fp32"]}, "target tensorrt with precision fp32 doesn't exist"),
     ],
 )
