@@ -68,6 +68,28 @@ def test_each_thread_goes_its_own_way(trips: list[int], limit: int, interpreter:
     assert target[:, 1].tolist() == [expected[0]] * 32 + [expected[32]] * 32
 
 
+@given(trips=st.lists(st.integers(1, 9), min_size=32, max_size=32))
+@settings(max_examples=15, deadline=None)
+def test_a_loop_that_each_thread_leaves_by_itself(trips: list[int], interpreter: Interpreter) -> None:
+    """As compilers write loops, with the branch at the end: some go back, and wait there for none."""
+    body = """
+    mad.wide.u32 from, thread, 4, from;
+    ld.global.b32 a, [from];
+    mov.b32 b, 0;
+    ROUND:
+    add.s32 b, b, 1;
+    setp.lt.s32 p, b, a;
+    @p bra ROUND;
+    shfl.sync.idx.b32 c, b, 31, 31, -1;
+    mad.lo.s32 b, b, 100, c;
+    st.global.b32 [at], b;
+    """
+    source, target = np.array(trips, np.int32), np.zeros(32, np.int32)
+    text = kernel(["source", "target"], START + body, threads=32)
+    run(interpreter, text, {"source": source, "target": target}, threads=32)
+    assert target.tolist() == [100 * trip + trips[31] for trip in trips]
+
+
 def test_some_threads_end_early_and_the_rest_meet_at_barriers(interpreter: Interpreter) -> None:
     body = """
     setp.eq.b32 p, warp, 1;

@@ -224,7 +224,7 @@ def copied(a: np.ndarray) -> np.ndarray:
 
 
 SINGLE, F, H = [FLOATS], np.float32, np.uint16
-TWO, THREE = crossed(FLOATS, FLOATS), crossed(FLOATS, FLOATS, FLOATS, most=6000)
+TWO, THREE = crossed(FLOATS, FLOATS, most=len(FLOATS) ** 2), crossed(FLOATS, FLOATS, FLOATS, most=6000)
 MOVES = [("b16", U16), ("u16", U16), ("b32", U32), ("u32", U32), ("b64", U64), ("u64", U64), ("pred", BITS)]
 COMPARISONS = {
     "eq": np.equal,
