@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qwen_aot.engines.planner.footprint import footprint
-from qwen_aot.engines.planner.plans import refusal_of_parts
+from qwen_aot.engines.planner.plans import refusal_of_model
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.own_codes import settled
 from qwen_aot.engines.spec.precisions import Precision
@@ -40,7 +40,7 @@ def default_builds(config: ModelConfig, storage: Storage) -> Iterator[DefaultBui
 
 
 def _refusal(config: ModelConfig, spec: BuildSpec, storage: Storage) -> str | None:
-    refusal = refusal_of_parts(config, spec)
+    refusal = refusal_of_model(config, spec)
     if refusal is not None:
         return refusal
     try:

@@ -17,6 +17,7 @@ from qwen_aot.engines.spec.targets import Target
 from qwen_aot.errors import BuildError, ExportError
 from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.model.config import ModelConfig
+from qwen_aot.exporter.model.position_tables import position_tables
 from qwen_aot.runtime.bundle.manifest import MAX_COUNT
 
 
@@ -162,18 +163,27 @@ def refusal_of(config: ModelConfig, spec: BuildSpec, device: Device) -> str | No
     instead = "" if row.instead is None else f"; {row.instead} is as small"
     if device.capability < capability(lowest):
         return f"{spec.precision} needs SM {lowest} or later, and this is SM {device.capability_name}{instead}"
-    return refusal_of_parts(config, spec)
+    return refusal_of_model(config, spec)
 
 
-def refusal_of_parts(config: ModelConfig, spec: BuildSpec) -> str | None:
-    """Why a model's tower or routed experts don't exist in a target and precision; None where they do."""
+def refusal_of_model(config: ModelConfig, spec: BuildSpec) -> str | None:
+    """Why a target or precision has not all of what a model is made of, on any device; None where it has."""
     if config.vision is not None and spec.facts.vision_file is None:
         return f"target {spec.target} builds no model that takes images"
-    return refusal_of_experts(config, spec)
+    return _refusal_of_experts(config, spec) or _refusal_of_rotary_tables(config, spec)
 
 
-def refusal_of_experts(config: ModelConfig, spec: BuildSpec) -> str | None:
-    """Why a model's routed experts don't exist in a target and precision, on any device; None where they do."""
+def _refusal_of_rotary_tables(config: ModelConfig, spec: BuildSpec) -> str | None:
+    context = spec.context_for(config.max_position_embeddings)
+    if spec.facts.has_rotary_tables or position_tables(config, context).rotary_tables == 1:
+        return None
+    return (
+        f"a context beyond the trained length of {config.dynamic_ntk_length} tokens (use_dynamic_ntk) doesn't exist "
+        f"for {spec.target}; accepted: --max-context up to {config.dynamic_ntk_length}"
+    )
+
+
+def _refusal_of_experts(config: ModelConfig, spec: BuildSpec) -> str | None:
     row = spec.precision.row
     instead = "" if row.instead is None else f"; {row.instead} is as small"
     if config.moe is None or not row.is_quantized or spec.facts.quantized_experts == "yes":

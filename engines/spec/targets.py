@@ -69,6 +69,8 @@ class TargetFacts:
         int8_cache: whether it has one, and where its scales come from.
         checks_drafts: a step may give several rows a few tokens each and tell the logits of all of them, which
             speculation needs.
+        has_rotary_tables: rows of a step may be rotated by tables of their own, which first-generation Qwen needs
+            beyond its trained length.
         rounds_inputs: it has products of 8-bit integers, for checkpoints whose inputs are rounded too (W8A8).
         always_zero_points: the quantized embedding has zero points even where the format is symmetric.
         layer_provider: ONNX Runtime's provider for comparing layers; the CPU's takes its place where it is absent.
@@ -90,6 +92,7 @@ class TargetFacts:
     quantized_experts: QuantizedExperts
     int8_cache: Int8Cache
     checks_drafts: bool = True
+    has_rotary_tables: bool = True
     rounds_inputs: bool = True
     always_zero_points: bool = False
     layer_provider: str = "CPUExecutionProvider"
@@ -161,6 +164,7 @@ TARGETS: Mapping[Target, TargetFacts] = {
         quantized_experts="no",
         int8_cache="no",
         checks_drafts=False,  # GroupQueryAttention there takes one row, or one token of each (`fuse_attention`)
+        has_rotary_tables=False,  # `exporter.lowering.ort.provider`
         rounds_inputs=False,  # MatMulIntegerToFloat has no kernel there
         always_zero_points=True,  # `exporter.lowering.ort.provider`
         layer_provider="CUDAExecutionProvider",

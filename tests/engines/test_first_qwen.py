@@ -14,13 +14,17 @@ import pytest
 
 from qwen_aot.engines.build import build_bundle, plan_build
 from qwen_aot.engines.export import export_graph
+from qwen_aot.engines.planner.default_builds import default_builds
 from qwen_aot.engines.planner.footprint import footprint
+from qwen_aot.engines.planner.plans import plan
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.precisions import Precision
+from qwen_aot.engines.spec.targets import Target
 from qwen_aot.engines.tensorrt.sizes import weight_bytes
 from qwen_aot.engines.verify.verdict import Verdict
 from qwen_aot.engines.verify.weights import check_weights
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.model.variants import VARIANTS
 from qwen_aot.runtime.backends.open import open_engine
 from qwen_aot.runtime.bundle.load import load_bundle
@@ -97,10 +101,10 @@ def test_codes_of_a_gptq_folder_are_kept(bits: int, tmp_path: Path) -> None:
 def test_the_footprint_counts_every_table(tmp_path: Path) -> None:
     spec = BuildSpec(precision=Precision("fp32"), max_batch=2, prefill_chunk=16)
     with open_checkpoint(save_folder(tmp_path / "checkpoint")) as checkpoint:
-        plan = plan_build(checkpoint, spec, tmp_path / "bundle")
+        planned = plan_build(checkpoint, spec, tmp_path / "bundle")
         within = footprint(checkpoint.config, dataclasses.replace(spec, max_context=SEQ_LENGTH))
         found = footprint(checkpoint.config, spec)
-    assert weight_bytes(plan.traced) == found.weight_bytes > within.weight_bytes
+    assert weight_bytes(planned.traced) == found.weight_bytes > within.weight_bytes
 
 
 @pytest.mark.parametrize("lowering", ["standard", "plugin", "ort"])
@@ -113,3 +117,16 @@ def test_every_variant_exports(name: str, lowering: str, tmp_path: Path) -> None
     length = VARIANTS[name].dynamic_ntk_length
     has_tables = length is not None and length < VARIANTS[name].max_position_embeddings
     assert (f"rotary_offset.{length}" in inputs) == has_tables
+
+
+def test_what_cuda_lacks_is_said_before_it_is_built() -> None:
+    config = VARIANTS["qwen-7b"]
+    refusals = {build.target: build.refusal for build in default_builds(config, Storage())}
+    wanted = (
+        "beyond the trained length of 8192 tokens (use_dynamic_ntk) doesn't exist for cuda; accepted: --max-context"
+    )
+    assert [target for target, refusal in refusals.items() if refusal is not None] == ["cuda"]
+    assert wanted in str(refusals[Target("cuda")])
+    within = plan("qwen-7b", config, BuildSpec(target=Target("cuda"), max_context=8192), "rtx-4090")
+    beyond = plan("qwen-7b", config, BuildSpec(target=Target("cuda"), max_context=8193), "rtx-4090")
+    assert within.refusal is None and wanted in str(beyond.refusal)
