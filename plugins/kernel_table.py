@@ -31,6 +31,7 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "head_dim": None,
     "group": None,
     "weight_bits": None,
+    "has_zeros": None,
 }
 
 CONSTANTS = {

@@ -168,6 +168,13 @@ def gqa_launches(
     split: Arguments = {"num_splits": splits, "min_split": min_split(group, cache)}
     partial: Arguments = {"partial_ptr": workspace["partial"], "partial_lse_ptr": workspace["partial_lse"]}
     lengths: Arguments = {"cache_length_ptr": cache_length, "new_tokens_ptr": new_tokens}
+    decode = Launch(
+        select(sm, "gqa_decode", **facts),
+        {**cached, **partial, "output_ptr": output, **scaled, **split},
+        {**sizes, "num_splits": splits},
+    )
+    if splits == 1:  # no row has parts to join
+        return [rotate, decode]
     reduce: Arguments = {
         **partial,
         **lengths,
@@ -176,15 +183,7 @@ def gqa_launches(
         "head_dim": head_dim,
         **split,
     }
-    return [
-        rotate,
-        Launch(
-            select(sm, "gqa_decode", **facts),
-            {**cached, **partial, "output_ptr": output, **scaled, **split},
-            {**sizes, "num_splits": splits},
-        ),
-        Launch(select(sm, "gqa_reduce", **facts), reduce, sizes),
-    ]
+    return [rotate, decode, Launch(select(sm, "gqa_reduce", **facts), reduce, sizes)]
 
 
 def gqa_workspace(
@@ -231,8 +230,7 @@ def _weights(weights: ExpertWeights) -> Arguments:
     return {
         "weight_ptr": weights.codes,
         "scale_ptr": weights.scale,
-        "zero_ptr": weights.codes if weights.zero is None else weights.zero,  # not read without zeros
-        "has_zeros": int(weights.zero is not None),
+        "zero_ptr": weights.zero,
     }
 
 
@@ -269,6 +267,7 @@ def moe_launches(
         if size % SIZE_MULTIPLE:
             raise BuildError(f"the {name} must be a multiple of {SIZE_MULTIPLE}, not {size}")
     facts: dict[str, str | int] = {"dtype": _dtype_name(hidden), "weight_bits": gate_up.bits}
+    facts["has_zeros"] = int(gate_up.zero is not None)
     entries = num_tokens * k
     blocks = most_blocks(entries, num_experts)
     sizes = {"T": num_tokens, "k": k, "E": num_experts, "M": hidden_size, "F": inner_size, "blocks": blocks}

@@ -57,7 +57,7 @@ _WEIGHTS = (
     *_pointers("zero", to="i8"),
 )
 _BLOCKS = _pointers("sorted_entries", "block_experts", "num_blocks", to="i32")
-_EXPERT_SIZES = (*_sizes("M", "F", is_aligned=True), *_sizes("has_zeros"))
+_EXPERT_SIZES = _sizes("M", "F", is_aligned=True)
 
 KERNELS = {
     kernel.name: kernel

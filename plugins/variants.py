@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qwen_aot.errors import BuildError
 from qwen_aot.plugins.signatures import KERNELS, Argument
@@ -75,7 +75,7 @@ class Variant:
 
 
 def _match_name(fact: str, value: str | int | tuple[int, int]) -> str:
-    prefix = {"head_dim": "d", "group": "g", "weight_bits": "w"}.get(fact, "")
+    prefix = {"head_dim": "d", "group": "g", "weight_bits": "w", "has_zeros": "z"}.get(fact, "")
     return prefix + ("_".join(map(str, value)) if isinstance(value, tuple) else str(value))
 
 
@@ -91,13 +91,17 @@ def _cdiv(value: int, per: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Tile sizes of one kernel: M rows of queries or tokens, N slots or output columns, K the summed axis."""
+    """Tile sizes of one kernel: M rows of queries or tokens, N slots or output columns, K the summed axis.
+
+    With `is_ordered`, int4 codes are put in the order of K, instead of a product of even and one of odd columns.
+    """
 
     num_warps: int
     num_stages: int
     block_m: int = 0
     block_n: int = 0
     block_k: int = 0
+    is_ordered: bool = False
 
 
 # The decode products read weights and little else. 16 or 32 columns a program make hundreds of programs out of one
@@ -127,6 +131,24 @@ _DOWN = {
     16: Tile(block_m=MOE_BLOCK_M, block_n=128, block_k=64, num_warps=4, num_stages=3),
     8: Tile(block_m=MOE_BLOCK_M, block_n=128, block_k=64, num_warps=4, num_stages=3),
     4: Tile(block_m=MOE_BLOCK_M, block_n=128, block_k=64, num_warps=8, num_stages=3),
+}
+
+# Where tensor cores read weights from shared memory (wgmma, tcgen05), low and high nibbles are put in order in
+# registers and stored there once. Four warps load each scale once; eight would load it 16 or 32 times.
+_WARPGROUP_INT4 = Tile(block_m=MOE_BLOCK_M, block_n=64, block_k=64, num_warps=4, num_stages=3, is_ordered=True)
+_WARPGROUP_GATE_UP = {**_GATE_UP, 4: _WARPGROUP_INT4}
+_WARPGROUP_DOWN = {**_DOWN, 4: replace(_WARPGROUP_INT4, block_n=128)}
+# A whole block of K, whose scale is applied once.
+_HOPPER_GATE_UP = {**_GATE_UP, 4: replace(_WARPGROUP_INT4, block_k=QUANT_BLOCK)}
+_HOPPER_DOWN = {**_DOWN, 4: replace(_WARPGROUP_INT4, block_n=128, block_k=QUANT_BLOCK)}
+
+# Prefill attention with warps' own tensor-core instructions (mma), on SM 8.x and 12.x. 128 queries halve the traffic of
+# K and V against 64. Eight warps of 16 queries each: a row of scores lies within a warp, so that its softmax needs no
+# shared memory. As many slots a step as registers hold, because what a step does besides products is then shared by
+# more of them. Up to 254 registers and 64 KiB; what other tiles take: docs/plugins-performance.md.
+_PREFILL_MMA = {
+    64: Tile(block_m=128, block_n=128, num_warps=8, num_stages=2),
+    128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
 }
 
 # Decode attention: 64 slots a step are 39 KiB at head size 128, so that three or four programs fit an SM of 163 KiB or
@@ -198,27 +220,18 @@ SHARED_BYTES = {
 }
 
 TILES = {
-    # 163 KiB: 128 queries a program halve the traffic of K and V against 64.
-    "ampere-large": Tiles(
-        prefill={
-            64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
-            128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
-        },
-    ),
-    # 99 KiB: at head size 128 two programs of 64 queries fit an SM, and hide each other's waits.
-    "ampere-small": Tiles(
-        prefill={
-            64: Tile(block_m=128, block_n=32, num_warps=8, num_stages=3),
-            128: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
-        },
-        decode=_DECODE_SMALL,
-    ),
+    # 163 KiB.
+    "ampere-large": Tiles(prefill=_PREFILL_MMA),
+    # 99 KiB.
+    "ampere-small": Tiles(prefill=_PREFILL_MMA, decode=_DECODE_SMALL),
     # wgmma works on 64 rows for each group of four warps, and reads K and V from shared memory.
     "hopper": Tiles(
         prefill={
             64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
             128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
         },
+        gate_up=_HOPPER_GATE_UP,
+        down=_HOPPER_DOWN,
     ),
     # tcgen05 wants 64 or 128 rows; the accumulator lives in tensor memory, not in registers. Three stages spill.
     "blackwell-large": Tiles(
@@ -226,15 +239,11 @@ TILES = {
             64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
             128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
         },
+        gate_up=_WARPGROUP_GATE_UP,
+        down=_WARPGROUP_DOWN,
     ),
     # Ampere's instructions and 99 KiB.
-    "blackwell-small": Tiles(
-        prefill={
-            64: Tile(block_m=128, block_n=32, num_warps=8, num_stages=3),
-            128: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
-        },
-        decode=_DECODE_SMALL,
-    ),
+    "blackwell-small": Tiles(prefill=_PREFILL_MMA, decode=_DECODE_SMALL),
 }
 
 
@@ -260,7 +269,7 @@ def _attention_variants(tiles: Tiles, dtype: str, cache: str) -> list[Variant]:
     return result
 
 
-def _expert_variants(tiles: Tiles, dtype: str, bits: int) -> list[Variant]:
+def _expert_variants(tiles: Tiles, dtype: str, bits: int, has_zeros: int) -> list[Variant]:
     types = {"dtype": dtype, "weight": dtype if bits == 16 else "i8"}
     result = []
     for kernel, tile in (
@@ -272,6 +281,8 @@ def _expert_variants(tiles: Tiles, dtype: str, bits: int) -> list[Variant]:
         is_decode = kernel.startswith("moe_decode")
         constants = {
             "WEIGHT_BITS": bits,
+            "HAS_ZEROS": has_zeros,
+            "IS_ORDERED": int(tile.is_ordered),
             "BLOCK_M": DECODE_TOKENS if is_decode else tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
@@ -280,6 +291,8 @@ def _expert_variants(tiles: Tiles, dtype: str, bits: int) -> list[Variant]:
         if is_decode:
             constants["CHOICES"] = DECODE_CHOICES
         match: dict[str, str | int | tuple[int, int]] = {"dtype": dtype, "weight_bits": bits}
+        if bits == 4:
+            match["has_zeros"] = has_zeros
         result.append(Variant(kernel, match, constants, types, tile.num_warps, tile.num_stages))
     return result
 
@@ -312,7 +325,8 @@ def variants(sm: str) -> tuple[Variant, ...]:
             )
         )
         for bits in WEIGHT_BITS:
-            result += _expert_variants(tiles, dtype, bits)
+            for has_zeros in (0, 1) if bits == 4 else (0,):
+                result += _expert_variants(tiles, dtype, bits, has_zeros)
         result.append(Variant("moe_sum", facts, {"BLOCK": 1024}, {"dtype": dtype}, num_warps=4))
     return tuple(result)
 

@@ -56,7 +56,7 @@ def gqa_decode(
     [B, Hkv, C] fp16, this step's token already in them; cache_length, new_tokens [B] int64. Written of a row that one
     part holds: output [B, H, D], its attention. Of others, for the parts that the row's length fills: partial
     [B, H, num_splits, D] fp32, normalised attention of that part alone, and partial_lse [B, H, num_splits] fp32, log2
-    of its sum of exponentials. An idle row (new_tokens 0) writes nothing.
+    of its sum of exponentials. The output of an idle row (new_tokens 0) is zeros.
     Everything is contiguous; group is H / Hkv, at most GROUP; GROUP 1 multiplies and adds in fp32 instead of using
     tensor cores, which would leave 15 of 16 rows empty. An index inside one head of the cache is 32 bits (C·D < 2^31).
     Grid: (num_splits, Hkv, B).
@@ -66,7 +66,18 @@ def gqa_decode(
     kv_head = tl.program_id(1)
     b = tl.program_id(2)
     new = tl.load(new_tokens_ptr + b).to(tl.int32)
+    offs_n = tl.arange(0, BLOCK_N)  # [BLOCK_N], slots
+    offs_d = tl.arange(0, D)  # [D]
+    offs_g = tl.arange(0, GROUP)  # [GROUP], query heads of the group
+    mask_g = offs_g < group
+    row = b.to(tl.int64) * num_heads + kv_head * group  # of the group's first head
+    # A single head's vectors have one axis: a tile of one row would be laid out across all threads, and keys with it.
+    mask = offs_d < D if GROUP == 1 else mask_g[:, None]
+    place_of_heads = heads_tile(row, 1, offs_g, offs_d, D, GROUP)
+    compute_dtype = query_ptr.dtype.element_ty
     if new == 0:
+        if split == 0:
+            tl.store(output_ptr + place_of_heads, tl.zeros(place_of_heads.shape, compute_dtype), mask=mask)
         return
     length = tl.load(cache_length_ptr + b).to(tl.int32) + new
     size = split_length(length, num_splits, min_split)
@@ -75,15 +86,7 @@ def gqa_decode(
         return
     end = tl.minimum(start + size, length)
 
-    offs_n = tl.arange(0, BLOCK_N)  # [BLOCK_N], slots
-    offs_d = tl.arange(0, D)  # [D]
-    offs_g = tl.arange(0, GROUP)  # [GROUP], query heads of the group
-    mask_g = offs_g < group
-    row = b.to(tl.int64) * num_heads + kv_head * group  # of the group's first head
-    # A single head's vectors have one axis: a tile of one row would be laid out across all threads, and keys with it.
-    mask = offs_d < D if GROUP == 1 else mask_g[:, None]
-    compute_dtype = query_ptr.dtype.element_ty
-    query = tl.load(query_ptr + heads_tile(row, 1, offs_g, offs_d, D, GROUP), mask=mask, other=0.0)
+    query = tl.load(query_ptr + place_of_heads, mask=mask, other=0.0)
     entry = (b.to(tl.int64) * (num_heads // group) + kv_head) * C  # slot 0 of this row and head
     key_base = key_ptr + entry * D
     value_base = value_ptr + entry * D
@@ -149,7 +152,7 @@ def gqa_decode(
         result = acc / total[:, None]  # [GROUP, D]
 
     if size >= length:
-        tl.store(output_ptr + heads_tile(row, 1, offs_g, offs_d, D, GROUP), result.to(compute_dtype), mask=mask)
+        tl.store(output_ptr + place_of_heads, result.to(compute_dtype), mask=mask)
     else:
         part = row * num_splits + split
         tl.store(partial_ptr + heads_tile(part, num_splits, offs_g, offs_d, D, GROUP), result, mask=mask)
@@ -173,9 +176,9 @@ def gqa_reduce(
     """Joins the parts of each row that has several, by their log-sum-exp.
 
     partial [B, H, num_splits, D] fp32 and partial_lse [B, H, num_splits] fp32 as `gqa_decode` left them, with its
-    num_splits and min_split; cache_length, new_tokens [B] int64. Written: output [B, H, D], zeros for an idle row;
-    nothing of a row of one part, whose output stands. Everything is contiguous. Requires BLOCK_D >= head_dim. SPLITS
-    parts are loaded at a time. Grid: (H, B).
+    num_splits and min_split; cache_length, new_tokens [B] int64. Written: output [B, H, D], but nothing of an idle row
+    or a row of one part, whose output stands: where num_splits is 1, it needn't run. Everything is contiguous. Requires
+    BLOCK_D >= head_dim. SPLITS parts are loaded at a time. Grid: (H, B).
     """
     head = tl.program_id(0)
     b = tl.program_id(1)
@@ -185,7 +188,6 @@ def gqa_reduce(
     output = output_ptr + row * head_dim + offs_d
     new = tl.load(new_tokens_ptr + b).to(tl.int32)
     if new == 0:
-        tl.store(output, tl.zeros([BLOCK_D], output_ptr.dtype.element_ty), mask=mask_d)
         return
     length = tl.load(cache_length_ptr + b).to(tl.int32) + new
     size = split_length(length, num_splits, min_split)

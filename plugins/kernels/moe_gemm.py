@@ -5,7 +5,7 @@ WEIGHT_BITS says how they are stored:
 - 16: in the compute dtype;
 - 8: int8, scale [E, N] in the compute dtype: w = q · scale;
 - 4: two unsigned nibbles a byte along K, low first ([E, N, K/2] int8), scale [E, N, K/128] in the compute dtype, zero
-  [E, N, K/128] int8 in 0 … 16, or none (has_zeros 0), which means 8: w = (q - zero) · scale.
+  [E, N, K/128] int8 in 0 … 16, or none (HAS_ZEROS 0), which means 8: w = (q - zero) · scale.
 Codes are multiplied as they are, exact in fp16 and bf16, and scaled in fp32 afterwards: that is the product with the
 exactly dequantized weights. Sums are fp32. Requires K to be a multiple of BLOCK_K, so that no load along K is masked.
 """
@@ -19,11 +19,14 @@ _QUANT_BLOCK = tl.constexpr(128)  # elements along K that share a scale of int4 
 
 
 @triton.jit
-def load_block(scale_ptr, zero_ptr, row, mask, start_k, K, has_zeros):
+def load_block(scale_ptr, zero_ptr, row, mask, start_k, K, HAS_ZEROS: tl.constexpr):
     """Scales [N] and zeros [N], as they are stored, of int4 rows `row` in the block of K that holds start_k."""
     block = row * (K // _QUANT_BLOCK) + start_k // _QUANT_BLOCK
     scale = tl.load(scale_ptr + block, mask=mask, other=0.0)
-    return scale, tl.load(zero_ptr + block, mask=mask & (has_zeros != 0), other=8)
+    if HAS_ZEROS:
+        return scale, tl.load(zero_ptr + block, mask=mask, other=8)
+    else:
+        return scale, tl.full(row.shape, 8, tl.int8)
 
 
 @triton.jit
@@ -36,8 +39,9 @@ def product(
     row,
     mask_n,
     K,
-    has_zeros,
     WEIGHT_BITS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    IS_ORDERED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
@@ -45,28 +49,37 @@ def product(
 
     source [M] points to rows of x (fp16 or bf16), each K long; row [N] int64 are rows of the weights, index into E·N.
     Those outside mask_m [M] and mask_n [N] aren't read. Of int4, low nibbles meet x's even columns and high ones its
-    odd columns, in a product each, so that codes needn't be put in order.
+    odd columns, in a product each, so that codes needn't be put in order; with IS_ORDERED they are, which costs less
+    where tensor cores read codes from shared memory.
     """
     dtype: tl.constexpr = source.dtype.element_ty
     PER_BYTE: tl.constexpr = 2 if WEIGHT_BITS == 4 else 1
     rows_m: tl.constexpr = mask_m.shape[0]
     offs_k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
     offs_w = tl.arange(0, BLOCK_K // PER_BYTE)
+    pitch = tl.multiple_of(
+        K // PER_BYTE, 16
+    )  # bytes or elements of a row: the compiler knows K as a multiple of 16 only
     acc = tl.zeros([rows_m, row.shape[0]], tl.float32)
     if WEIGHT_BITS == 4:
-        next_scale, next_zero = load_block(scale_ptr, zero_ptr, row, mask_n, 0, K, has_zeros)
+        next_scale, next_zero = load_block(scale_ptr, zero_ptr, row, mask_n, 0, K, HAS_ZEROS)
     for start_k in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
         x = tl.load(source[:, None] + (start_k + offs_k)[None, :], mask=mask_m[:, None], other=0.0)
-        place = row[:, None] * (K // PER_BYTE) + (start_k // PER_BYTE + offs_w)[None, :]
+        place = row[:, None] * pitch + (start_k // PER_BYTE + offs_w)[None, :]
         tile = tl.load(weight_ptr + place, mask=mask_n[:, None], other=0)
         if WEIGHT_BITS == 4:
             scale, zero = next_scale, next_zero
             ahead = start_k + BLOCK_K
-            next_scale, next_zero = load_block(scale_ptr, zero_ptr, row, mask_n & (ahead < K), ahead, K, has_zeros)
-            even, odd = tl.split(tl.reshape(x, [rows_m, BLOCK_K // 2, 2]))
-            low, high = widen_int4(tile, zero.to(tl.float32), dtype)
-            part = tl.dot(even, tl.trans(low))
-            acc += tl.dot(odd, tl.trans(high), acc=part) * scale.to(tl.float32)[None, :]
+            next_scale, next_zero = load_block(scale_ptr, zero_ptr, row, mask_n & (ahead < K), ahead, K, HAS_ZEROS)
+            low, high = widen_int4(tile, zero.to(tl.float32)[:, None], dtype)
+            if IS_ORDERED:
+                codes = tl.reshape(tl.join(low, high), [row.shape[0], BLOCK_K])
+                part = tl.dot(x, tl.trans(codes))
+            else:
+                even, odd = tl.split(tl.reshape(x, [rows_m, BLOCK_K // 2, 2]))
+                part = tl.dot(even, tl.trans(low))
+                part = tl.dot(odd, tl.trans(high), acc=part)
+            acc += part * scale.to(tl.float32)[None, :]
         elif WEIGHT_BITS == 8:
             acc = tl.dot(x, tl.trans(widen_int8(tile, dtype)), acc=acc)
         else:
@@ -89,8 +102,9 @@ def gate_up_product(
     expert,
     M,
     F,
-    has_zeros,
     WEIGHT_BITS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    IS_ORDERED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -113,8 +127,9 @@ def gate_up_product(
         row,
         column < F,
         M,
-        has_zeros,
         WEIGHT_BITS,
+        HAS_ZEROS,
+        IS_ORDERED,
         BLOCK_K,
         NUM_STAGES,
     )
@@ -138,8 +153,9 @@ def down_product(
     expert,
     M,
     F,
-    has_zeros,
     WEIGHT_BITS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    IS_ORDERED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -150,7 +166,19 @@ def down_product(
     row = expert.to(tl.int64) * M + offs_n  # [BLOCK_N]
     source = inner_ptr + entry.to(tl.int64) * F  # [BLOCK_M]
     acc = product(
-        source, weight_ptr, scale_ptr, zero_ptr, mask_m, row, mask_n, F, has_zeros, WEIGHT_BITS, BLOCK_K, NUM_STAGES
+        source,
+        weight_ptr,
+        scale_ptr,
+        zero_ptr,
+        mask_m,
+        row,
+        mask_n,
+        F,
+        WEIGHT_BITS,
+        HAS_ZEROS,
+        IS_ORDERED,
+        BLOCK_K,
+        NUM_STAGES,
     )
     acc *= tl.load(expert_weights_ptr + entry, mask=mask_m, other=0.0)[:, None]
     place = entry.to(tl.int64)[:, None] * M + offs_n[None, :]
@@ -188,8 +216,9 @@ def moe_gate_up(
     k,
     M,
     F,
-    has_zeros,
     WEIGHT_BITS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    IS_ORDERED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -218,8 +247,9 @@ def moe_gate_up(
         tl.load(block_experts_ptr + block),
         M,
         F,
-        has_zeros,
         WEIGHT_BITS,
+        HAS_ZEROS,
+        IS_ORDERED,
         BLOCK_N,
         BLOCK_K,
         NUM_STAGES,
@@ -240,8 +270,9 @@ def moe_down(
     num_entries,
     M,
     F,
-    has_zeros,
     WEIGHT_BITS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    IS_ORDERED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -269,8 +300,9 @@ def moe_down(
         tl.load(block_experts_ptr + block),
         M,
         F,
-        has_zeros,
         WEIGHT_BITS,
+        HAS_ZEROS,
+        IS_ORDERED,
         BLOCK_N,
         BLOCK_K,
         NUM_STAGES,
@@ -290,8 +322,9 @@ def moe_decode_gate_up(
     num_experts,
     M,
     F,
-    has_zeros,
     WEIGHT_BITS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    IS_ORDERED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -320,8 +353,9 @@ def moe_decode_gate_up(
         expert,
         M,
         F,
-        has_zeros,
         WEIGHT_BITS,
+        HAS_ZEROS,
+        IS_ORDERED,
         BLOCK_N,
         BLOCK_K,
         NUM_STAGES,
@@ -342,8 +376,9 @@ def moe_decode_down(
     num_experts,
     M,
     F,
-    has_zeros,
     WEIGHT_BITS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    IS_ORDERED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -367,8 +402,9 @@ def moe_decode_down(
         expert,
         M,
         F,
-        has_zeros,
         WEIGHT_BITS,
+        HAS_ZEROS,
+        IS_ORDERED,
         BLOCK_N,
         BLOCK_K,
         NUM_STAGES,

@@ -137,7 +137,7 @@ def bound(gpu: Gpu, cost: Cost, resources: Resources) -> Bound:
         tensor=cost.tensor_flops / gpu.tensor_flops,
         issue=cost.total_steps
         * cost.variant.num_warps
-        * resources.step_instructions
+        * resources.loop.instructions
         / (ISSUES_PER_CYCLE * gpu.sm_count * gpu.clock_hz),
         latency=-(-cost.working // (filled.resident * gpu.sm_count)) * chain * LATENCY_SECONDS,
     )

@@ -234,6 +234,8 @@ def _decode_costs(
         total_steps=pairs * steps,
         splits=parts,
     )
+    if splits == 1:
+        return [decode]
     variant = select(sm, "gqa_reduce", **facts)
     programs = math.prod(variant.grid({"H": num_heads, "B": batch}))
     lengths = _lengths(batch, programs)
@@ -283,7 +285,7 @@ def expert_costs(
     Raises:
         BuildError: No variant serves the shape.
     """
-    facts: dict[str, str | int] = {"dtype": dtype, "weight_bits": bits}
+    facts: dict[str, str | int] = {"dtype": dtype, "weight_bits": bits, "has_zeros": int(has_zeros)}
     entries, num_experts = num_tokens * k, len(counts)
     is_decode = is_moe_decode(num_tokens, k)
     chosen = sum(count > 0 for count in counts)

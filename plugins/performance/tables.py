@@ -11,8 +11,8 @@ from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.variants import VARIANTS
 from qwen_aot.plugins.performance.bounds import Bound, Gpu, bound, occupancy
 from qwen_aot.plugins.performance.costs import Cost, attention_costs, even_counts, expert_costs
-from qwen_aot.plugins.performance.resources import resources_of
-from qwen_aot.plugins.variants import WEIGHT_BITS
+from qwen_aot.plugins.performance.resources import LOOPING, recorded, resources_of
+from qwen_aot.plugins.variants import SMS, WEIGHT_BITS, variants
 
 GPUS = ("orin-nano-8gb", "agx-orin-64gb", "rtx-4090", "l4")  # keys of qwen_aot.engines.planner.devices.DEVICES
 MODELS = ("qwen1.5-0.5b", "qwen1.5-7b", "qwen1.5-32b", "qwen1.5-moe-a2.7b")
@@ -239,6 +239,29 @@ def devices() -> str:
     return _table(["device", "SM", "SMs", "GHz", "GB/s", "tensor TFLOPS", "L2 MiB"], rows())
 
 
+def machine_code(sm: str) -> str:
+    """The main loops of an SM's fp16 kernels."""
+
+    def rows() -> Iterator[Sequence[str]]:
+        for variant in variants(sm):
+            if variant.kernel not in LOOPING or variant.name not in recorded()[sm]:
+                continue
+            used = recorded()[sm][variant.name]
+            loop = used.loop
+            yield (
+                f"`{variant.name}`",
+                *map(str, (used.registers, used.shared_bytes, used.spill_bytes, loop.instructions, loop.products)),
+                f"{loop.instructions / loop.products:.1f}" if loop.products else "–",
+                *map(str, (loop.shuffles, loop.barriers)),
+                ", ".join(f"{count} × {width}" for width, count in sorted(loop.loads.items(), reverse=True)),
+            )
+
+    header = (
+        "variant, registers, shared bytes, spilled, instructions, products, instructions a product, shuffles, barriers"
+    )
+    return _table([*header.split(", "), "loads × bytes"], rows())
+
+
 def tables() -> dict[str, str]:
     """Every table by the name that marks it in the document."""
     return {
@@ -247,6 +270,7 @@ def tables() -> dict[str, str]:
         **{f"attention on {device}": attention_bounds(device) for device in GPUS},
         "expert bytes": expert_bytes(),
         **{f"experts on {device}": expert_bounds(device) for device in GPUS},
+        **{f"machine code of SM {sm}": machine_code(sm) for sm in SMS},
     }
 
 

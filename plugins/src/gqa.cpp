@@ -296,7 +296,10 @@ void GqaPlugin::launch_step(
         return;
     }
     launch(decode_, arguments, sizes, stream);
-    launch(reduce_, arguments, sizes, stream);
+    if (splits > 1) // otherwise each row is one part, which decode has written to the output
+    {
+        launch(reduce_, arguments, sizes, stream);
+    }
 }
 
 } // namespace qwen_aot

@@ -65,7 +65,10 @@ TensorTable table_of(MoeAttributes const& attributes)
 /** What its variants are chosen by. */
 Request request_of(MoeAttributes const& attributes, Dtype dtype)
 {
-    return Request().with(Fact::dtype, static_cast<int32_t>(dtype)).with(Fact::weight_bits, attributes.weight_bits);
+    return Request()
+        .with(Fact::dtype, static_cast<int32_t>(dtype))
+        .with(Fact::weight_bits, attributes.weight_bits)
+        .with(Fact::has_zeros, attributes.has_zeros);
 }
 
 MoeAttributes const& checked(MoeAttributes const& attributes)
@@ -220,14 +223,13 @@ void MoePlugin::launch_step(
         .integer(Argument::k, choices)
         .integer(Argument::M, hidden_size)
         .integer(Argument::F, inner_size)
-        .integer(Argument::block_m, kMoeBlockM)
-        .integer(Argument::has_zeros, attributes_.has_zeros);
+        .integer(Argument::block_m, kMoeBlockM);
     bool const has_scales = attributes_.weight_bits < 16;
     bool const has_zeros = attributes_.has_zeros != 0;
     auto const use_matrix = [&](Input codes, Input scale, Input zero) {
         arguments.pointer(Argument::weight_ptr, inputs[codes])
             .pointer(Argument::scale_ptr, has_scales ? inputs[scale] : nullptr)
-            .pointer(Argument::zero_ptr, has_zeros ? inputs[zero] : inputs[codes]); // not read without zeros
+            .pointer(Argument::zero_ptr, has_zeros ? inputs[zero] : nullptr);
     };
 
     if (!is_few)

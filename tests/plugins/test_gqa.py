@@ -12,7 +12,7 @@ from tests.plugins.bounds import assert_close, assert_same_cache
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.gqa_cases import SM, GqaStep
 
-# Blocks: 128 queries and 64 slots (head size 64), 64 and 32 (head size 128) for prefill; 128 or 64 slots for decode, in
+# Blocks: 128 queries, and 128 slots (head size 64) or 64 (head size 128) for prefill; 128 or 64 slots for decode, in
 # parts that are multiples of 128. Lengths sit on, before and after these edges; (n, 0) is an idle row.
 PREFILL = {
     "dtype": ["fp16", "bf16"],

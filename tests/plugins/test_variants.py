@@ -22,9 +22,9 @@ from qwen_aot.plugins.variants import (
 
 
 @pytest.mark.parametrize("sm", SMS)
-def test_at_most_sixty_variants_with_names_of_their_own(sm):
+def test_few_variants_with_names_of_their_own(sm):
     listed = variants(sm)
-    assert len({variant.name for variant in listed}) == len(listed) <= 60
+    assert len({variant.name for variant in listed}) == len(listed) <= 66
     assert {variant.kernel for variant in listed} == set(KERNELS)
 
 

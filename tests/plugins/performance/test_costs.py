@@ -158,7 +158,7 @@ def test_useful_products_are_those_of_the_reference():
     shape = {"num_heads": heads, "num_kv_heads": 2, "head_dim": head_dim, "batch": 3, "capacity": 256}
     _, prefill = attention_costs(SM, 20, new=new, cached=cached, **shape)
     assert prefill.useful_flops == 3 * heads * visible * 4 * head_dim
-    _, decode, _ = attention_costs(SM, 20, new=1, cached=7, **shape)
+    _, decode = attention_costs(SM, 20, new=1, cached=7, **shape)
     assert decode.useful_flops == 3 * heads * 8 * 4 * head_dim
 
 

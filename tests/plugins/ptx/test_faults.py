@@ -23,7 +23,7 @@ SM = "8.9"  # of the library that is built anyway
 PREFILL, PREFILL_INT8 = "gqa_prefill-fp16-same-d64", "gqa_prefill-fp16-int8-d64"
 DECODE, DECODE_ONE = "gqa_decode-fp16-same-d64-g2_16", "gqa_decode-fp16-same-d64-g1_1"
 REDUCE, ROTATE_INT8 = "gqa_reduce-fp16-d64_128", "gqa_rotate-fp16-int8-d64_128"
-GATE_UP, GATE_UP_INT4, DOWN_INT4 = "moe_gate_up-fp16-w16", "moe_gate_up-fp16-w4", "moe_down-fp16-w4"
+GATE_UP, GATE_UP_INT4, DOWN_INT4 = "moe_gate_up-fp16-w16", "moe_gate_up-fp16-w4-z1", "moe_down-fp16-w4-z1"
 FEW_INT8 = "moe_decode_gate_up-fp16-w8"
 SCATTER = "moe_scatter"
 
@@ -78,8 +78,10 @@ FAULTS = {
     "a transposition missing": Fault(PREFILL, r"x4\.trans", "x4", WRONG),
     "a transposition too many": Fault(PREFILL, r"x4\.shared", "x4.trans.shared", WRONG),
     "rows of another matrix": Fault(PREFILL, r"(trans\S+ \{)(%r\d+), (%r\d+)", r"\1\3, \2", WRONG),
-    "the next row": Fault(PREFILL, r"(ldmatrix\S+ \{.*\}), \[(%r\d+)\+16384\]", r"\1, [\2+16512]", WRONG),
-    "a row that isn't aligned": Fault(PREFILL, r"\+16384\]", "+16386]", "isn't a multiple of 16"),
+    "the next row": Fault(PREFILL, r"(trans\S+ \{.*\}), \[(%r\d+)\]", r"\1, [\2+128]", WRONG),
+    "a row that isn't aligned": Fault(
+        PREFILL, r"(trans\S+ \{.*\}), \[(%r\d+)\]", r"\1, [\2+2]", "isn't a multiple of 16"
+    ),
     "A's quarters in another order": Fault(PREFILL, MMA, r"\1, { \2, \4, \3, \5 }, { \6, \7 }", WRONG),
     "B's halves exchanged": Fault(PREFILL, MMA, r"\1, { \2, \3, \4, \5 }, { \7, \6 }", WRONG),
     "A's quarters in another order, of experts": Fault(GATE_UP, MMA, r"\1, { \2, \4, \3, \5 }, { \6, \7 }", WRONG),
@@ -113,11 +115,9 @@ FAULTS = {
     "a matrix in a branch": Fault(
         PREFILL, r"\tldmatrix", f"{ODD}\t@odd ldmatrix", "only some of a warp's threads get here"
     ),
-    "an int4 code's mask": Fault(GATE_UP_INT4, r"(and\.b32 \t%r\d+, %r\d+), 240;", r"\1, 112;", WRONG),
-    "another weight of high nibbles": Fault(DOWN_INT4, "0f3D800000", "0f3D000000", WRONG),
-    "a byte of another place": Fault(
-        DOWN_INT4, r"(prmt\.b32 \t%r\d+, %r\d+, \S+), 0x(\d)(\d)(\d)(\d)U", r"\1, 0x\2\3\5\4U", WRONG
-    ),
+    "an int4 code's mask": Fault(GATE_UP_INT4, "0xf0f0f0f0", "0x70f0f0f0", WRONG),
+    "another weight of high nibbles": Fault(DOWN_INT4, "0x2c002c00", "0x2c002800", WRONG),
+    "a byte of another place": Fault(DOWN_INT4, r"(prmt\.b32 pair, low, 0x64), 0x4342", r"\1, 0x4243", WRONG),
     "a scale that isn't used": Fault(
         DOWN_INT4, r"fma\.rn\.f32 \t(%r\d+), %r\d+, (%r\d+)", r"fma.rn.f32 \t\1, 0f3F800000, \2", WRONG
     ),

@@ -109,6 +109,42 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return np.array(result, np.float32)
 
 
+def nearest_short(value: Fraction, dtype: type) -> int:
+    """The bits of the fp16 or bf16 number nearest to an exact one, ties to even.
+
+    Infinity is where the next binade would begin.
+    """
+    with np.errstate(over="ignore"):
+        near = int(np.array(float(value)).astype(dtype).view(np.uint16))  # right, or a neighbour: rounded twice
+    infinity = int(np.array(np.inf).astype(dtype).view(np.uint16))
+
+    def exact(bits: int) -> Fraction:
+        if bits & 0x7FFF == infinity:
+            return (-1 if bits >> 15 else 1) * Fraction(2) ** (16 if dtype is np.float16 else 128)
+        return Fraction(float(np.array(bits, np.uint16).view(dtype)))
+
+    around = [
+        bits for bits in (near - 1, near, near + 1) if bits & 0x8000 == near & 0x8000 and bits & 0x7FFF <= infinity
+    ]
+    return min(around, key=lambda bits: (abs(exact(bits) - value), bits & 1))
+
+
+def fused_short(dtype: type) -> Callable[..., np.ndarray]:
+    """The sum a · b + c of fp16 or bf16, alone or in pairs, rounded once."""
+
+    def one(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> int:
+        a, b, c = (float(value) for value in (x, y, z))
+        if np.isfinite([a, b, c]).all() and (exact := Fraction(a) * Fraction(b) + Fraction(c)):
+            return nearest_short(exact, dtype)
+        return int(np.array(np.float64(a) * b + c).astype(dtype).view(np.uint16))
+
+    def every(*pairs: np.ndarray) -> np.ndarray:
+        rows = zip(*(array.view(dtype) for array in pairs), strict=True)
+        return np.array([one(*row) for row in rows], np.uint16).view(pairs[0].dtype)
+
+    return every
+
+
 def flushed(values: np.ndarray) -> np.ndarray:
     return np.where(np.abs(values) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), values), values)
 
@@ -196,6 +232,18 @@ def pairs_of(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
 FLOAT_PAIRS = np.stack(crossed(FLOATS, FLOATS[::-1], most=300), axis=1).copy().view(np.uint64).ravel()
 
 
+# Of fp16 and bf16: zero, the smallest and largest of either, 1, what lies beside them, infinity, NaN, both signs.
+_SHORT = [0, 1, 2, 0x7F, 0x80, 0x3FF, 0x400, 0x3C00, 0x3C01, 0x3F80, 0x3F81, 0x5BFF, 0x7BFF, 0x7C00, 0x7F7F, 0x7F80]
+_SHORT += [0x2C00, 0x6400, 0x4300, 0x7E00, 0x7FFF]
+SHORT = np.concatenate([np.array(_SHORT + [bits | 0x8000 for bits in _SHORT]), RANDOM.integers(0, 2**16, 38)])
+SHORT = SHORT.astype(np.uint16)
+
+
+def short_pairs(count: int) -> list[np.ndarray]:
+    """Sources of a form of pairs: the lower values are crossed with each other, and the upper ones."""
+    return [pair(array[::-1], array) for array in crossed(*[SHORT] * count, most=6000)]
+
+
 @dataclass(frozen=True)
 class Case:
     """A form with values of its sources, and what it should give.
@@ -250,6 +298,16 @@ CASES = [
     Case("max.f32", TWO, maximum, F),
     Case("max.f32", THREE, lambda a, b, c: maximum(maximum(a, b), c), F),
     Case("div.full.f32", TWO, np.divide, F),
+    Case(
+        "add.f16x2",
+        short_pairs(2),
+        lambda a, b: (a.view(np.float16) + b.view(np.float16)).view(np.uint32),
+        np.uint32,
+    ),
+    Case("sub.f16", crossed(SHORT, SHORT), lambda a, b: (a.view(np.float16) - b.view(np.float16)).view(np.uint16), H),
+    Case("fma.rn.bf16", crossed(SHORT, SHORT, SHORT, most=6000), fused_short(BFLOAT), H),
+    Case("fma.rn.f16x2", short_pairs(3), fused_short(np.float16), np.uint32),
+    Case("fma.rn.bf16x2", short_pairs(3), fused_short(BFLOAT), np.uint32),
     Case("add.f32x2", crossed(FLOAT_PAIRS, FLOAT_PAIRS), pairs_of(np.add), np.uint64),
     Case("sub.f32x2", crossed(FLOAT_PAIRS, FLOAT_PAIRS), pairs_of(np.subtract), np.uint64),
     Case("mul.f32x2", crossed(FLOAT_PAIRS, FLOAT_PAIRS), pairs_of(np.multiply), np.uint64),
@@ -302,6 +360,7 @@ CASES = [
     Case("cvt.u32.u16", [U16], lambda a: a.astype(np.uint32), np.uint32),
     Case("cvt.u32.u64", [U64], lambda a: a.astype(np.uint32), np.uint32),
     Case("cvt.u64.u32", [U32], lambda a: a.astype(np.uint64), np.uint64),
+    Case("cvt.rn.f16.s16", [ALL16.view(np.int16)], to_half, H),
     Case("cvt.rn.f32.s16", [ALL16.view(np.int16)], lambda a: a.astype(np.float32), F),
     Case("cvt.rn.f32.s32", [I32], lambda a: a.astype(np.float32), F),
     Case("cvt.rn.f16.f32", SINGLE, to_half, H),
@@ -337,7 +396,9 @@ def with_ptx_nan(form: str, values: np.ndarray) -> np.ndarray:
         words = values.view(np.uint32).copy()
         words[np.isnan(words.view(np.float32))] = 0x7FFFFFFF
         return words.view(np.uint64)
-    if form.startswith("cvt.rn.") and "16" in form.split(".")[2]:
+    parts = form.split(".")
+    result = parts[2] if form.startswith("cvt.rn.") else parts[1] if form.startswith("cvt.") else parts[-1]
+    if result in ("f16", "bf16", "f16x2", "bf16x2"):
         halves = values.view(np.uint16).copy()
         halves[np.isnan(halves.view(BFLOAT if "bf16" in form else np.float16))] = 0x7FFF
         return halves.view(values.dtype)
@@ -382,6 +443,20 @@ def test_exponential(form: str, interpreter: Interpreter) -> None:
     table = {-np.inf: 0.0, -0.0: 1.0, np.inf: np.inf, 10.0: 1024.0}
     specials = np.array([*table], np.float32)
     assert run_lanes(interpreter, f"{form} d, a;", [specials], [np.float32])[0].tolist() == [*table.values()]
+
+
+def test_square_root(interpreter: Interpreter) -> None:
+    """At most 2^-23 of the value off; what the manual's table says of special values, subnormal ones as zeros."""
+    values = np.concatenate([FLOATS, np.geomspace(2.0**-126, 3e38, 20011).astype(np.float32)])
+    (actual,) = run_lanes(interpreter, "sqrt.approx.ftz.f32 d, a;", [values], [np.float32])
+    with np.errstate(all="ignore"):
+        exact = np.sqrt(flushed(values).astype(np.longdouble))
+    is_number = ~np.isnan(exact)
+    assert (actual[~is_number].view(np.uint32) == 0x7FFFFFFF).all()
+    with np.errstate(invalid="ignore"):
+        error = np.abs(actual[is_number] - exact[is_number])
+        assert ((error <= exact[is_number] * 2.0**-23) | (actual[is_number] == exact[is_number])).all()
+    assert (np.signbit(actual[is_number]) == np.signbit(exact[is_number])).all()
 
 
 def test_approximate_division(interpreter: Interpreter) -> None:
@@ -681,7 +756,14 @@ def test_loading_fragments_and_multiplying_is_the_product(interpreter: Interpret
 
 
 ELSEWHERE = {  # tested in a function of their own, here or in test_execution.py
-    *("ex2.approx.f32 2", "ex2.approx.ftz.f32 2", "div.approx.f32 3", "mov.b32 {}, d 3", "mov.b64 {}, d 3"),
+    *(
+        "ex2.approx.f32 2",
+        "ex2.approx.ftz.f32 2",
+        "sqrt.approx.ftz.f32 2",
+        "div.approx.f32 3",
+        "mov.b32 {}, d 3",
+        "mov.b64 {}, d 3",
+    ),
     *(
         "ld.param.b32 2",
         "ld.param.b64 2",

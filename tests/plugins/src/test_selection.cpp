@@ -26,7 +26,7 @@ char const* const cache_words[] = {"same", "int8"};
 KernelInfo const kKernels[kNumKernels] = {{"gqa_rotate", 0, nullptr, 0, nullptr},
     {"gqa_prefill", 0, nullptr, 0, nullptr}, {"gqa_decode", 0, nullptr, 0, nullptr}};
 char const* const kArgumentNames[kNumArguments] = {};
-char const* const kFactNames[kNumFacts] = {"dtype", "cache", "head_dim", "group", "weight_bits"};
+char const* const kFactNames[kNumFacts] = {"dtype", "cache", "head_dim", "group", "weight_bits", "has_zeros"};
 char const* const* const kFactValues[kNumFacts] = {dtype_words, cache_words};
 Target const kTargets[] = {{80, false, 3, some_variants}, {86, false, 3, some_variants}, {90, false, 3, some_variants},
     {80, true, 3, some_variants}};

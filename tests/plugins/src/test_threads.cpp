@@ -26,7 +26,7 @@ Variant const some_variants[] = {
 
 KernelInfo const kKernels[kNumKernels] = {};
 char const* const kArgumentNames[kNumArguments] = {};
-char const* const kFactNames[kNumFacts] = {"dtype", "cache", "head_dim", "group", "weight_bits"};
+char const* const kFactNames[kNumFacts] = {"dtype", "cache", "head_dim", "group", "weight_bits", "has_zeros"};
 char const* const* const kFactValues[kNumFacts] = {};
 Target const kTargets[] = {{80, false, 2, some_variants}};
 int32_t const kNumTargets = 1;

@@ -1,8 +1,8 @@
 // The instructions that are known, in one table: a row for each form, by its whole name.
 //
 // Source of what each does: PTX ISA 8.8, the section of its name. What it leaves open:
-// - `div.full` and `div.approx` (at most 2 units in the last place off), `ex2.approx` (at most 2^-22 of the value off):
-//   here the nearest fp32 to the exact result;
+// - `div.full` and `div.approx` (at most 2 units in the last place off), `ex2.approx` (at most 2^-22 of the value off),
+//   `sqrt.approx` (at most 2^-23 of it): here the nearest fp32 to the exact result;
 // - the order in which `mma` adds: here along k, each sum rounded to fp32;
 // - division by zero of integers: here an error.
 
@@ -157,6 +157,41 @@ float fused_multiply_add_flushed(float a, float b, float c)
     return flushed(fused_multiply_add(flushed(a), flushed(b), flushed(c)));
 }
 
+template <typename Short>
+Short rounded(float value)
+{
+    if constexpr (std::is_same_v<Short, Half>)
+        return to_half(value);
+    else
+        return to_bfloat(value);
+}
+
+template <typename Short>
+Short add_short(Short a, Short b) // fp32 has twice the bits and two more, so that the second rounding does no harm
+{
+    return rounded<Short>(to_float(a) + to_float(b));
+}
+
+template <typename Short>
+Short subtract_short(Short a, Short b)
+{
+    return rounded<Short>(to_float(a) - to_float(b));
+}
+
+template <typename Short>
+Short fused_multiply_add_short(Short a, Short b, Short c)
+{
+    return rounded<Short>(fused_to_odd(to_float(a), to_float(b), to_float(c)));
+}
+
+// Two of fp16 or bf16 in 32 bits.
+template <auto function, typename Short, typename... Pairs>
+uint32_t for_both_short(Pairs... pairs)
+{
+    uint64_t const low = pack(function(unpack<Short>(pairs & 0xffff)...));
+    return static_cast<uint32_t>(pack(function(unpack<Short>(pairs >> 16)...)) << 16 | low);
+}
+
 // Two of fp32 in 64 bits.
 template <auto function, typename... Pairs>
 uint64_t for_both(Pairs... pairs)
@@ -194,6 +229,11 @@ float exponential(float a)
 float exponential_flushed(float a)
 {
     return flushed(exponential(flushed(a)));
+}
+
+float square_root_flushed(float a)
+{
+    return canonical(std::sqrt(flushed(a))); // of a normal number it is one
 }
 
 // Of a number and NaN, the number; -0 is below +0.
@@ -369,6 +409,11 @@ template <typename From>
 float widen(From a)
 {
     return to_float(a);
+}
+
+Half convert_to_half(int16_t a)
+{
+    return to_half(static_cast<float>(a));
 }
 
 template <typename From>
@@ -655,6 +700,7 @@ void reduce(Warp& warp, Instruction const& at)
 // clang-format off
 constexpr Form kForms[] = {
     lanes<magnitude>("abs.f32"),
+    lanes<for_both_short<add_short<Half>, Half, uint32_t, uint32_t>>("add.f16x2"),
     lanes<add<float>>("add.f32"),
     lanes<for_both<add<float>, uint64_t, uint64_t>>("add.f32x2"),
     lanes<add<int32_t>>("add.s32"),
@@ -670,6 +716,7 @@ constexpr Form kForms[] = {
     lanes<convert_integer<uint32_t, uint16_t>>("cvt.u32.u16"),
     lanes<convert_integer<uint32_t, uint64_t>>("cvt.u32.u64"),
     lanes<convert_integer<uint64_t, uint32_t>>("cvt.u64.u32"),
+    lanes<convert_to_half>("cvt.rn.f16.s16"),
     lanes<convert_to_float<int16_t>>("cvt.rn.f32.s16"),
     lanes<convert_to_float<int32_t>>("cvt.rn.f32.s32"),
     lanes<pack_bfloats>("cvt.rn.bf16x2.f32"),
@@ -684,6 +731,9 @@ constexpr Form kForms[] = {
     lanes<divide_integers>("div.s32"),
     lanes<exponential>("ex2.approx.f32"),
     lanes<exponential_flushed>("ex2.approx.ftz.f32"),
+    lanes<fused_multiply_add_short<BFloat>>("fma.rn.bf16"),
+    lanes<for_both_short<fused_multiply_add_short<BFloat>, BFloat, uint32_t, uint32_t, uint32_t>>("fma.rn.bf16x2"),
+    lanes<for_both_short<fused_multiply_add_short<Half>, Half, uint32_t, uint32_t, uint32_t>>("fma.rn.f16x2"),
     lanes<fused_multiply_add>("fma.rn.f32"),
     lanes<fused_multiply_add_flushed>("fma.rn.ftz.f32"),
     lanes<for_both<fused_multiply_add, uint64_t, uint64_t, uint64_t>>("fma.rn.f32x2"),
@@ -743,6 +793,8 @@ constexpr Form kForms[] = {
     lanes<shift_left<uint64_t>>("shl.b64"),
     lanes<shift_right<int32_t>>("shr.s32"),
     lanes<shift_right<uint32_t>>("shr.u32"),
+    lanes<square_root_flushed>("sqrt.approx.ftz.f32"),
+    lanes<subtract_short<Half>>("sub.f16"),
     lanes<subtract<float>>("sub.f32"),
     lanes<for_both<subtract<float>, uint64_t, uint64_t>>("sub.f32x2"),
     lanes<subtract<int32_t>>("sub.s32"),

@@ -81,6 +81,22 @@ inline float to_float(BFloat value)
     return canonical(bit_cast<float>(static_cast<uint32_t>(value.bits) << 16));
 }
 
+// The sum a · b + c rounded to odd, so that its rounding to a type of at most 22 bits is that of the exact sum; for
+// products that fp64 holds exactly and that don't overflow. Source: Boldo, Melquiond, "Emulation of a FMA and correctly
+// rounded sums" (2008), where a sum and its error are as in Knuth's algorithm.
+inline float fused_to_odd(float a, float b, float c)
+{
+    double const product = static_cast<double>(a) * b;
+    double const sum = product + c;
+    auto const result = static_cast<float>(sum);
+    if (!std::isfinite(result))
+        return result;
+    double const taken = sum - product;
+    double const rest = (sum - result) + ((product - (sum - taken)) + (c - taken));
+    bool const is_odd = (bit_cast<uint32_t>(result) & 1) != 0;
+    return rest == 0 || is_odd ? result : std::nextafter(result, rest > 0 ? INFINITY : -INFINITY);
+}
+
 // What `.ftz` makes of subnormal numbers.
 inline float flushed(float value)
 {
