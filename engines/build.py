@@ -238,6 +238,8 @@ def make_plan(
     stages: Stages,
     require: Callable[[BuildSpec], None],
     threads: int | None,
+    *,
+    compiles_here: bool = True,
 ) -> Plan:
     """The build up to the point where its sizes are known.
 
@@ -248,6 +250,7 @@ def make_plan(
         stages: "trace" and "lower" are run of it.
         require: refuses a machine that lacks what comes after.
         threads: see `build_bundle`.
+        compiles_here: what compiling needs is counted, where the target compiles.
 
     Raises:
         DeployError: it can't be built.
@@ -300,7 +303,7 @@ def make_plan(
         bits=spec.precision.row.bits,
         threads=threads,
         int4_bytes=output_bytes_of(lowered, ir.DataType.INT4),
-        is_compiled=spec.facts.compiles,
+        is_compiled=spec.facts.compiles and compiles_here,
         calibration_bytes=0 if windows is None else calibration_bytes(config),
         calibration_products=0 if windows is None else windows.size * num_activated_parameters(config),
         vision_bytes=0 if vision is None else output_bytes(vision.lowered),

@@ -54,7 +54,13 @@ def plan_prepared(
         refuse_unless_prepared(out)
     storage = storage_of(checkpoint)
     plan = make_plan(
-        checkpoint, settled(spec, storage), storage, Stages(_STAGES[:2], on_progress), _require_plugins, threads
+        checkpoint,
+        settled(spec, storage),
+        storage,
+        Stages(_STAGES[:2], on_progress),
+        _require_plugins,
+        threads,
+        compiles_here=False,
     )
     check_resources(plan.estimate, out)
     return plan
@@ -90,7 +96,7 @@ def prepare_build(
     spec = settled(spec, storage)
     stages = Stages(_STAGES, on_progress)
     with HashingWriter(out, refuse_unless_prepared, PREPARED_NAME) as writer:
-        plan = make_plan(checkpoint, spec, storage, stages, _require_plugins, threads)
+        plan = make_plan(checkpoint, spec, storage, stages, _require_plugins, threads, compiles_here=False)
         check_resources(plan.estimate, writer.out)
         if strip_definitions(plan.traced):
             copy_plugin_library(find_plugin_library(spec.tensorrt.plugin_library), writer.folder)

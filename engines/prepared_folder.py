@@ -97,15 +97,40 @@ def read_prepared(folder: Path) -> Prepared:
                 f"and compile with the same version (it was prepared by {document.get('qwen_aot')})"
             )
         require_keys(document, _KEYS, PREPARED_NAME)
+        if document["qwen_aot"] != __version__:
+            raise BuildError(
+                f"{path} was prepared by qwen-aot {document['qwen_aot']}, and this is {__version__}: prepare and compile "
+                "with the same version"
+            )
         manifest = Manifest.from_json(json.dumps(document["manifest"]))
         counts = [document[name] for name in _COUNTS]
         for name, value in zip(_COUNTS, counts, strict=True):
             if type(value) is not int or value < 0:
                 raise BundleError(f"{name} is {value!r}; accepted: whole numbers from 0")
         weight_bytes, int4_bytes, activation_bytes = counts
-        return Prepared(_spec_of(document["spec"]), weight_bytes, int4_bytes, activation_bytes, manifest)
+        spec = _spec_of(document["spec"])
+        _require_one_request(spec, manifest)
+        return Prepared(spec, weight_bytes, int4_bytes, activation_bytes, manifest)
     except (OSError, UnicodeDecodeError, BundleError) as error:
         raise BuildError(f"{path} can't be read ({error}): prepare the build again") from error
+
+
+def _require_one_request(spec: BuildSpec, manifest: Manifest) -> None:
+    """The request and the manifest tell of one build.
+
+    Raises:
+        BundleError: names what they differ in.
+    """
+    text = manifest.engines.text
+    asked = {
+        "target": (str(spec.target), manifest.target),
+        "precision": (str(spec.precision), text.precision),
+        "max_batch": (spec.max_batch, manifest.max_batch),
+        "prefill_chunk": (spec.prefill_chunk, manifest.prefill_chunk),
+        "speculate": (spec.speculate, text.logits_rows),
+    }
+    if differing := [name for name, (one, other) in asked.items() if one != other]:
+        raise BundleError(f"its request and its manifest differ in {', '.join(differing)}")
 
 
 def _spec_of(document: Any) -> BuildSpec:
@@ -116,6 +141,8 @@ def _spec_of(document: Any) -> BuildSpec:
     """
     try:
         fields = dict(document)
+        if named := [name for name in _OF_THE_HOST if name in fields["tensorrt"]]:  # native code among them
+            raise BundleError(f"its request names files of a machine ({', '.join(named)}); accepted: none")
         options: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in fields["tensorrt"].items()
         }

@@ -57,7 +57,7 @@ def test_dry_runs(run: Run, checkpoint: Path, library: Path, prepared: Path, tmp
     arguments = ("--prepare", "--plugin-library", library, "--dry-run", "--json")
     planned = json.loads(run("build", checkpoint, "-o", tmp_path / "again", *TARGET, *arguments).stdout)
     on_device = json.loads(run("build", prepared, "-o", tmp_path / "bundle", "--dry-run", "--json").stdout)
-    assert on_device["peak_memory_bytes"] < planned["peak_memory_bytes"]
+    assert planned["peak_memory_bytes"] < on_device["peak_memory_bytes"]  # the compiling is the device's
     assert sorted(tmp_path.rglob("*")) == before
 
 
