@@ -104,11 +104,7 @@ def footprint(config: ModelConfig, spec: BuildSpec, storage: Storage | None = No
 def vision_weight_bytes(config: VisionConfig, spec: BuildSpec) -> int:
     """Of a vision engine, exact: two tables of positions, one resized, and two vectors are its own."""
     itemsize = COMPUTE_BYTES[spec.combination.compute_type]
-    widths = {WeightClass.NORM: 4}  # the others are in the compute type
-    stored = sum(
-        math.prod(part.shape) * widths.get(part.tensor.role.weight_class, itemsize)
-        for part in vision_parameters(config)
-    )
+    stored = sum(math.prod(part.shape) * (4 if part.is_fp32 else itemsize) for part in vision_parameters(config))
     return stored + 2 * 4 * CHANNELS
 
 

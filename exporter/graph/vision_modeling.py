@@ -1,7 +1,8 @@
 """The vision tower and the resampler of Qwen-VL, written for export.
 
 Parameters have the names and shapes of `exporter.model.vision_tensors`. As in the decoder, the residual stream, the
-norms and the tables of positions are fp32 whatever the compute type is; projections and attention have that type.
+norms and the tables of positions are fp32 whatever the compute type is; projections and attention have that type, but
+for the one projection that reads the stream without a norm between, the resampler's `kv_proj`.
 Source of the architecture: the published model's description (arXiv 2308.12966) and parameters; the tower is OpenCLIP's
 ViT-bigG with its own attention, the resampler one layer of cross-attention from 256 learned queries.
 """
@@ -100,7 +101,8 @@ class VisionLayer(nn.Module):
 class Resampler(nn.Module):
     """256 learned queries that attend to the patches: [B, P, width] -> [B, 256, M].
 
-    Positions are added to queries and keys, and not to values.
+    Positions are added to queries and keys, and not to values. `kv_proj` is fp32: it reads the residual stream as it
+    is, which in fp16 is infinite where layers wrote more than 65504 into it.
     """
 
     def __init__(self, config: VisionConfig, shapes: Shapes, dtype: torch.dtype) -> None:
@@ -110,7 +112,7 @@ class Resampler(nn.Module):
         self.query = _table(shapes, "resampler.query")
         self.query_positions = _table(shapes, "resampler.query_positions")
         self.key_positions = _table(shapes, "resampler.key_positions")
-        self.kv_proj = Linear(shapes, "resampler.kv_proj", dtype)
+        self.kv_proj = Linear(shapes, "resampler.kv_proj", torch.float32)
         self.ln_q = LayerNorm(shapes, "resampler.ln_q")
         self.ln_kv = LayerNorm(shapes, "resampler.ln_kv")
         self.q_proj = Linear(shapes, "resampler.q_proj", dtype)
@@ -120,7 +122,7 @@ class Resampler(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class; x fp32, the result in the compute type."""
-        patches = self.ln_kv(self.kv_proj(x.to(self.dtype)).float())
+        patches = self.ln_kv(self.kv_proj(x))
         query = self.q_proj((self.ln_q(self.query) + self.query_positions).to(self.dtype))
         key = self.k_proj((patches + self.key_positions).to(self.dtype))
         value = self.v_proj(patches.to(self.dtype))

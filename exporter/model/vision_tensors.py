@@ -187,6 +187,16 @@ class VisionParameter:
     making: Making
     shape: Shape
 
+    @property
+    def is_fp32(self) -> bool:
+        """Whether it is stored as fp32 whatever the compute type is.
+
+        Norms and tables are, and so is the projection that reads the residual stream as it is: no norm stands between,
+        and the stream of a large tower goes beyond what fp16 holds.
+        """
+        role = self.tensor.role
+        return role.weight_class is WeightClass.NORM or role is VisionRole.KEY_VALUE
+
 
 def vision_parameters(config: VisionConfig, layers: int | None = None) -> Iterator[VisionParameter]:
     """Every initializer, in the order in which they are stored; of so many layers, None: of all."""

@@ -10,7 +10,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qwen_aot.exporter.model.tensors import WeightClass
 from qwen_aot.exporter.model.vision import CHANNELS, GRID, PIXEL_MEAN, PIXEL_STD, VisionConfig
 from qwen_aot.exporter.model.vision_tensors import Making, VisionParameter, vision_parameters
 from qwen_aot.exporter.weights.recipe import Arrays, Output, Recipe, Source, cast_to
@@ -24,7 +23,7 @@ def vision_recipes(config: VisionConfig, dtype: ir.DataType) -> dict[str, Recipe
 
     Args:
         config: the tower's facts.
-        dtype: compute type of projections; norms, queries and tables of positions are float32.
+        dtype: compute type; what stays float32 is `VisionParameter.is_fp32`.
     """
     recipes = [*_pixel_recipes(), *(_recipe(parameter, config, dtype) for parameter in vision_parameters(config))]
     return {recipe.outputs[0].name: recipe for recipe in recipes}
@@ -88,7 +87,7 @@ def _values_at(values: NDArray[np.float64]) -> Callable[[NDArray[np.float32]], A
 
 def _recipe(parameter: VisionParameter, config: VisionConfig, dtype: ir.DataType) -> Recipe:
     tensor, making = parameter.tensor, parameter.making
-    stored = ir.DataType.FLOAT if tensor.role.weight_class is WeightClass.NORM else dtype
+    stored = ir.DataType.FLOAT if parameter.is_fp32 else dtype
     order, group = None, 1
     cast = cast_to(stored)
     change: Callable[[NDArray[Any]], NDArray[Any]] = lambda rows: rows  # noqa: E731  (one of several)

@@ -45,6 +45,6 @@ def test_what_stays_fp32(dtype: ir.DataType) -> None:
     kinds = {name.split(".")[-2] if name.endswith((".weight", ".bias")) else name for name in wide}
     assert kinds == {
         *("vision.pixel_scale", "vision.pixel_shift", "vision.positions"),
-        *("ln_pre", "ln_1", "ln_2", "ln_q", "ln_kv", "ln_post"),
+        *("ln_pre", "ln_1", "ln_2", "ln_q", "ln_kv", "ln_post", "kv_proj"),
         *("vision.resampler.query", "vision.resampler.query_positions", "vision.resampler.key_positions"),
     }
