@@ -88,8 +88,8 @@ def import_onnxruntime(device: Device) -> Any:
         wanted = ".".join(map(str, device.minimum_version))
         remedy = obstacle(device.extra) or f"{device.install} --upgrade"
         raise EngineMismatchError(
-            f"onnxruntime is {onnxruntime.__version__}, this bundle needs {wanted} or newer: {remedy}. If onnxruntime-gpu "
-            "is installed beside it, uninstall both first: they share one folder"
+            f"onnxruntime is {onnxruntime.__version__}, this bundle needs {wanted} or newer: {remedy}. If "
+            "onnxruntime-gpu is installed beside it, uninstall both first: they share one folder"
         )
     if device.provider not in onnxruntime.get_available_providers():
         raise EngineMismatchError(
