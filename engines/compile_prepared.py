@@ -38,6 +38,9 @@ from qwen_aot.whole_folder import explained
 
 __all__ = ["compile_prepared", "estimate_of", "with_options"]
 
+_MEMORY = (
+    "close other programs (on a Jetson: stop the desktop), add swap for the time of the build, or prepare it smaller"
+)
 _STAGES = ("check", "compile", "hash", "check size")
 _DTYPES = {  # of inputs and outputs, by the manifest's name
     str(dtype.numpy()): dtype
@@ -102,7 +105,7 @@ def compile_prepared(
     needed = estimate_of(prepared)
     stages = Stages(_STAGES, on_progress)
     with BundleWriter(out) as writer:
-        check_resources(needed, writer.out)
+        check_resources(needed, writer.out, remedy=_MEMORY)
         stages.run("check", lambda advance: require_whole(folder, prepared.manifest, advance))
         with explained(writer.out):
             for name in _texts(prepared.manifest):

@@ -99,8 +99,8 @@ def read_prepared(folder: Path) -> Prepared:
         require_keys(document, _KEYS, PREPARED_NAME)
         if document["qwen_aot"] != __version__:
             raise BuildError(
-                f"{path} was prepared by qwen-aot {document['qwen_aot']}, and this is {__version__}: prepare and compile "
-                "with the same version"
+                f"{path} was prepared by qwen-aot {document['qwen_aot']}, and this is {__version__}: prepare and "
+                "compile with the same version"
             )
         manifest = Manifest.from_json(json.dumps(document["manifest"]))
         counts = [document[name] for name in _COUNTS]

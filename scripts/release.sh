@@ -40,6 +40,7 @@ make_plugins() {
         name=libqwen_aot_plugins-$version-linux-$processor
         # shellcheck disable=SC2086 # options, one or none for each architecture
         CXX=$compiler $python -m qwen_aot.plugins.library -o "build/release/$processor" $sms
+        $python -m qwen_aot.plugins.wheel "build/release/$processor/libqwen_aot_plugins.so" -o "$out.part"
         mkdir "$out.part/$name"
         cp LICENSE "build/release/$processor/libqwen_aot_plugins.so" "$out.part/$name"
         pack "$name"

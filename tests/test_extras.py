@@ -86,6 +86,7 @@ def test_the_command_names_extras_that_exist() -> None:
 ORIN = Jetson("NVIDIA Jetson Orin Nano Developer Kit", "tegra234", (36, 4, 3))
 THOR = Jetson("NVIDIA Jetson AGX Thor Developer Kit", "tegra264", (38, 2, 1))
 UNTOLD = Jetson("NVIDIA Jetson Orin Nano Developer Kit", "tegra234", None)
+XAVIER = Jetson("NVIDIA Jetson AGX Xavier", "tegra194", (35, 4, 1))
 OLD = Jetson("NVIDIA Jetson AGX Orin Developer Kit", "tegra234", (36, 3, 0))
 
 
@@ -103,6 +104,11 @@ OLD = Jetson("NVIDIA Jetson AGX Orin Developer Kit", "tegra234", (36, 3, 0))
             OLD,
             "tensorrt",
             "JetPack 6.0 of this Jetson has TensorRT 8.6, and 10.3 or later is needed: update it to JetPack 6.1",
+        ),
+        (
+            XAVIER,
+            "tensorrt",
+            "no JetPack for NVIDIA Jetson AGX Xavier has TensorRT 10.3 or later: take an Orin or a Thor",
         ),
         (ORIN, "tensorrt-rtx", "no TensorRT-RTX for Jetsons: take target tensorrt"),
         (ORIN, "cuda", "no onnxruntime-gpu for Jetsons"),

@@ -40,7 +40,8 @@ def system(root: Path, board: tuple[str, str, str] | None, release: str | None) 
         (THOR, "38 (release), REVISION: 2.1", (38, 2, 1), "7.0 or 7.1"),
         (THOR, "38 (release), REVISION: 4", (38, 4), "7.0 or 7.1"),
         (ORIN_NANO, "39 (release), REVISION: 1.0", (39, 1, 0), None),  # newer than the table
-        (ORIN_NANO, "32 (release), REVISION: 7.1", (32, 7, 1), None),  # older
+        (AGX_ORIN, "32 (release), REVISION: 7.1", (32, 7, 1), "4"),
+        (AGX_ORIN, "28 (release), REVISION: 2.1", (28, 2, 1), None),  # older
         (ORIN_NANO, None, None, None),  # a container has the device tree alone
     ],
 )
@@ -76,4 +77,4 @@ def test_other_machines(tmp_path: Path, compatible: bytes) -> None:
 
 def test_the_table_is_in_order() -> None:
     assert sorted(JETPACKS) == list(JETPACKS)
-    assert [jetpack.is_supported for jetpack in JETPACKS.values()] == [False, False, True, True]
+    assert [jetpack.is_supported for jetpack in JETPACKS.values()] == [False, False, False, True, True]

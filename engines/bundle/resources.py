@@ -23,6 +23,8 @@ _COMPILER_BYTES = 900_000_000
 _COMPILED_BYTES_PER_SECOND = 90e6
 _COMPILED_INT4_BYTES_PER_SECOND = 14e6
 
+_ELSEWHERE = "close other programs or build on a larger machine (the bundle runs anywhere)"
+
 # Multiplications with float32 weights in a second, of torch on one core (SmolLM2-135M).
 _PRODUCTS_PER_SECOND = 20e9
 
@@ -134,10 +136,15 @@ def _bytes_per_second(bits: int) -> float:
     return next(rate for measured, rate in _BYTES_PER_SECOND.items() if bits <= measured)
 
 
-def check_resources(needed: Estimate, out: Path) -> None:
+def check_resources(needed: Estimate, out: Path, *, remedy: str = _ELSEWHERE) -> None:
     """Compares with this machine before anything is written.
 
     The old bundle at `out` stays until the new one stands, so the whole bundle must fit beside it.
+
+    Args:
+        needed: by the build.
+        out: where it is written.
+        remedy: for memory that is short.
 
     Raises:
         BuildError: the disk or the memory won't do.
@@ -151,6 +158,5 @@ def check_resources(needed: Estimate, out: Path) -> None:
     available = available_memory_bytes()
     if needed.peak_memory_bytes > available:
         raise BuildError(
-            f"the build needs about {needed.peak_memory_bytes:,} bytes of memory and {available:,} are free; "
-            "close other programs or build on a larger machine (the bundle runs anywhere)"
+            f"the build needs about {needed.peak_memory_bytes:,} bytes of memory and {available:,} are free; {remedy}"
         )

@@ -39,7 +39,10 @@ from qwen_aot.exporter.model.tensors import WeightClass, checkpoint_tensors
 BY_TRANSFORMERS, BY_GGUF, BY_US = "transformers", "the gguf package", "qwen-aot's own reader"
 BY_SECOND = "transformers, and a second reader of quantized linears"
 
-_CLASSES = {name: kind.transformers_class for name, kind in MODEL_TYPES.items()} | {"llama": "LlamaForCausalLM"}
+_CLASSES: Mapping[str, str] = {
+    **{name: kind.transformers_class for name, kind in MODEL_TYPES.items() if kind.transformers_class is not None},
+    "llama": "LlamaForCausalLM",
+}
 _BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 
 
@@ -98,7 +101,7 @@ def _first_generation(transformers: Any, checkpoint: Checkpoint) -> tuple[Any, s
 
 def _from_folder(transformers: Any, checkpoint: Checkpoint, state: Mapping[str, torch.Tensor] | None) -> Any:
     """`state`: its tensors by their names in transformers, in the place of its files."""
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are plain by now
     kind = getattr(transformers, _CLASSES[config.model_type])

@@ -78,14 +78,17 @@ def require_plugin_library(option: Path | None) -> Path:
     machine, here = library_machine(path), platform.machine()
     if machine != here:
         raise BuildError(f"the plugin library {path} is for {machine}, and this machine is {here}; {_BUILD_IT}")
-    if option is None and PLUGIN_LIBRARY_VARIABLE not in os.environ:
+    if option is None and not os.environ.get(PLUGIN_LIBRARY_VARIABLE):
         _require_same_version()
     return path
 
 
 def _require_same_version() -> None:
     """Of an installed wheel, whose version can be told; a file that is named is its namer's affair."""
-    found = importlib.metadata.version(PLUGIN_DISTRIBUTION)
+    try:
+        found = importlib.metadata.version(PLUGIN_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        found = "of no version that pip knows"
     if found != __version__:
         raise BuildError(
             f"{PLUGIN_DISTRIBUTION} {found} is installed, and this is qwen-aot {__version__}: install the wheel of the "

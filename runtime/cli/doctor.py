@@ -31,6 +31,8 @@ from qwen_aot.runtime.cli.tables import print_facts, print_table, say
 from qwen_aot.version import __version__
 
 NO_GPU = "no NVIDIA GPU or driver"
+_CUDA_BINDINGS = "cuda-bindings"
+_UPDATE_DRIVER = "update the driver to one of CUDA 13 (580 or later)"
 RUNTIME_PACKAGES = ("click", "jinja2", "numpy", "rich", "tokenizers")
 # Flags of /proc/cpuinfo that decide which integer kernels ONNX Runtime takes.
 CPU_FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
@@ -215,20 +217,28 @@ def lack(need: Need) -> Lack | None:
     """What is missing for a need and how to get it; None if it is met."""
     found = version(need.package)
     if found is None:
-        return Lack(
-            need.package, f"{need.package} isn't installed", obstacle(need.extra) or install_command(need.extra)
-        )
+        return Lack(need.package, f"{need.package} isn't installed", _remedy(need))
     numbers = tuple(int(number) for number in re.findall(r"\d+", found)[: len(need.at_least)])
     if numbers < need.at_least:
         oldest = ".".join(map(str, need.at_least))
-        remedy = obstacle(need.extra) or install_command(need.extra, upgrade=True)
+        remedy = _remedy(need, upgrade=True)
         return Lack(
             f"{need.package} {oldest} or newer", f"{need.package} is {found}, {oldest} or newer is needed", remedy
         )
-    return _newer_than_the_driver(found) if need.package == "cuda-bindings" else None
+    return _newer_than_the_driver(need, found) if need.package == _CUDA_BINDINGS else None
 
 
-def _newer_than_the_driver(bindings: str) -> Lack | None:
+def _remedy(need: Need, *, upgrade: bool = False) -> str:
+    """CUDA's bindings come by pip whatever stands in the way of the library beside them; the driver must run them."""
+    if need.package != _CUDA_BINDINGS:
+        return obstacle(need.extra) or install_command(need.extra, upgrade=upgrade)
+    driver = driver_cuda()
+    if driver is not None and driver[0] < need.at_least[0]:
+        return _UPDATE_DRIVER
+    return install_command("tensorrt" if find_jetson() is not None else need.extra, upgrade=upgrade)
+
+
+def _newer_than_the_driver(need: Need, bindings: str) -> Lack | None:
     """CUDA's bindings of a major version that the driver doesn't run; None: it does, or there is no driver."""
     driver = driver_cuda()
     major = int(re.match(r"\d*", bindings)[0] or 0)  # type: ignore[index]  # it matches whatever there is
@@ -237,7 +247,7 @@ def _newer_than_the_driver(bindings: str) -> Lack | None:
     return Lack(
         f"cuda-bindings {driver[0]}",
         f"cuda-bindings is {bindings}, and the driver runs CUDA {driver[0]}.{driver[1]}",
-        f"pip install 'cuda-bindings=={driver[0]}.*'",
+        f"pip install 'cuda-bindings=={driver[0]}.*'" if driver[0] >= need.at_least[0] else _UPDATE_DRIVER,
     )
 
 

@@ -58,6 +58,9 @@ def obstacle(extra: str) -> str | None:
     jetson = find_jetson()
     if jetson is not None and extra == "tensorrt":
         jetpack = jetson.jetpack
+        if not jetson.has_supported_jetpack:
+            oldest = next(jetpack for jetpack in JETPACKS.values() if jetpack.is_supported)
+            return f"no JetPack for {jetson.model} has TensorRT {oldest.tensorrt} or later: take an Orin or a Thor"
         if jetpack is not None and not jetpack.is_supported:
             first = next(jetpack for jetpack in JETPACKS.values() if jetpack.is_supported)
             return (

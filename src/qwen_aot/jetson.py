@@ -33,11 +33,13 @@ class JetPack:
 
 # The first release of Jetson Linux (L4T) that has it -> JetPack, oldest first.
 JETPACKS: Mapping[tuple[int, ...], JetPack] = {
+    (32,): JetPack("4", "8.2", (10, 2), (3, 6), is_supported=False),
     (35,): JetPack("5", "8.5", (11, 4), (3, 8), is_supported=False),
     (36,): JetPack("6.0", "8.6", (12, 2), (3, 10), is_supported=False),
     (36, 4): JetPack("6.1 or 6.2", "10.3", (12, 6), (3, 10), is_supported=True),
     (38,): JetPack("7.0 or 7.1", "10.13", (13, 0), (3, 12), is_supported=True),
 }
+_SUPPORTED_CHIPS = ("tegra234", "tegra264")  # Orin, Thor
 _UNKNOWN_FROM = 39  # major release of Jetson Linux: newer than the table
 
 
@@ -63,6 +65,11 @@ class Jetson:
             return None
         reached = [jetpack for first, jetpack in JETPACKS.items() if self.release >= first]
         return reached[-1] if reached else None
+
+    @property
+    def has_supported_jetpack(self) -> bool:
+        """Whether there is a JetPack for this board that this project runs on; an unknown chip may have one."""
+        return self.chip in _SUPPORTED_CHIPS or not self.chip or self.chip > max(_SUPPORTED_CHIPS)
 
     @property
     def text(self) -> str:

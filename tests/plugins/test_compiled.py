@@ -46,6 +46,7 @@ ATTENTION_STEPS = {
     "prefill": {"lengths": [(47, 9), (1, 8), (130, 1), (9, 0)], "steps": 9, "group": 3},
     "decode-one": {"lengths": [(63, 1), (5, 0), (700, 1)], "steps": 1, "group": 1},
     "decode-group": {"lengths": [(63, 1), (5, 0), (700, 1)], "steps": 1, "group": 5},
+    "head-norms": {"lengths": [(3, 2), (0, 1)], "steps": 2, "group": 2, "has_norms": True},  # as Qwen3 has
 }
 EXPERT_STEPS = {"few": {"num_tokens": 3}, "many": {"num_tokens": 33}}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -93,6 +94,14 @@ def test_a_wheel_of_another_version(installed: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(BuildError, match=f"qwen-aot-plugins {__version__} is installed, and this is qwen-aot 9.9"):
         require_plugin_library(None)
     assert require_plugin_library(installed) == installed
+
+
+def test_a_library_that_pip_did_not_install(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (record,) = tmp_path.glob("*.dist-info")
+    shutil.rmtree(record)
+    monkeypatch.setenv(PLUGIN_LIBRARY_VARIABLE, "")  # as good as not there
+    with pytest.raises(BuildError, match="qwen-aot-plugins of no version that pip knows is installed"):
+        require_plugin_library(None)
 
 
 def test_without_a_wheel(monkeypatch: pytest.MonkeyPatch) -> None:

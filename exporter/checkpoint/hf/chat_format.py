@@ -48,7 +48,7 @@ def read(generation: Mapping[str, Any], where: str) -> ChatFormat:
     name = generation.get("chat_format")
     if name is None:
         return ChatFormat()
-    if name not in _FORMATS:
+    if not isinstance(name, str) or name not in _FORMATS:
         logger.warning(
             "%s: chat_format is %r, which is not known here: the bundle gets no chat template by it; known: %s",
             where,

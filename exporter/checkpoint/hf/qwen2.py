@@ -92,7 +92,9 @@ def _refuse_unsupported(raw: Mapping[str, Any], model_type: str) -> None:
         raise CheckpointError(f"architectures is {architectures!r}; accepted: a list of names")
     for architecture in architectures:
         if not str(architecture).endswith("ForCausalLM"):
-            accepted = ", ".join(dict.fromkeys(kind.transformers_class for kind in MODEL_TYPES.values()))
+            accepted = ", ".join(
+                kind.transformers_class for kind in MODEL_TYPES.values() if kind.transformers_class is not None
+            )
             raise CheckpointError(f"architectures names {architecture!r}; accepted: {accepted}")
     warn_of_code(raw, f"the model is built as transformers' own {model_type}, as without trust_remote_code")
     require_accepted(raw, {**config_keys.ACCEPTED, **config_keys.ACCEPTED_OF.get(model_type, {})})

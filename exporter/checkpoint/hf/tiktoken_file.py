@@ -63,6 +63,10 @@ def read_tiktoken(path: Path, *, takes_images: bool = False) -> Tokenizer:
         raise CheckpointError(f"{path} can't be made a tokenizer ({error}); download it again") from error
 
 
+# Bytes; the published files' longest has 128. Taking a token apart takes time with the square of its length.
+_LONGEST_TOKEN = 256
+
+
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """Token -> rank, in the order of the ranks, which are 0, 1, 2, …; every byte is one."""
     ranks: dict[bytes, int] = {}
@@ -77,6 +81,10 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
                 f"{path} has the line {number} {line[:60]!r}; accepted: a token in base64 and its rank; download it "
                 "again"
             ) from error
+        if len(decoded) > _LONGEST_TOKEN:
+            raise CheckpointError(
+                f"{path} has a token of {len(decoded)} bytes in line {number}; accepted: up to {_LONGEST_TOKEN}"
+            )
         if value != len(ranks) or not decoded or decoded in ranks:
             raise CheckpointError(
                 f"{path} has the line {number} {line[:60]!r}; accepted: the rank {len(ranks)}, and a token that no "

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_aot.errors import EngineMismatchError
-from qwen_aot.extras import how_to_install, install_command
+from qwen_aot.extras import how_to_install, install_command, obstacle
 from qwen_aot.runtime.backends.cuda.memory import CudaMemory
 from qwen_aot.runtime.engine.kv_memory import HostMemory, Memory
 
@@ -86,9 +86,10 @@ def import_onnxruntime(device: Device) -> Any:
     found = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
     if found is None or (int(found[1]), int(found[2])) < device.minimum_version:
         wanted = ".".join(map(str, device.minimum_version))
+        remedy = obstacle(device.extra) or f"{device.install} --upgrade"
         raise EngineMismatchError(
-            f"onnxruntime is {onnxruntime.__version__}, this bundle needs {wanted} or newer: {device.install} "
-            "--upgrade. If onnxruntime-gpu is installed beside it, uninstall both first: they share one folder"
+            f"onnxruntime is {onnxruntime.__version__}, this bundle needs {wanted} or newer: {remedy}. If "
+            "onnxruntime-gpu is installed beside it, uninstall both first: they share one folder"
         )
     if device.provider not in onnxruntime.get_available_providers():
         raise EngineMismatchError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +76,22 @@ def test_a_tensor_of_no_place_is_named(tmp_path: Path) -> None:
         save_folder(tmp_path, {**make_weights(), "transformer.h.0.attn.gate": np.ones(3, np.float32)})
         with pytest.raises(CheckpointError, match=r"has no tensor 'transformer.h.0.attn.gate'"):
             Reference(checkpoint)
+
+
+def test_code_of_the_checkpoint_is_never_run(tmp_path: Path) -> None:
+    """Not even where somebody says yes to every question of transformers'."""
+    mark = tmp_path / "executed"
+    config = {**CONFIG, "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"}}
+    folder = save_folder(tmp_path / "model", config=config)
+    (folder / "configuration_qwen.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    script = (
+        "import sys\n"
+        "from qwen_aot.engines.verify.reference import Reference\n"
+        "from qwen_aot.exporter.checkpoint.open import open_checkpoint\n"
+        "with open_checkpoint(sys.argv[1]) as checkpoint:\n"
+        "    print(Reference(checkpoint).read_by)\n"
+    )
+    command = [sys.executable, "-c", script, str(folder)]
+    done = subprocess.run(command, input="y\n" * 20, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, BY_TRANSFORMERS), done.stderr
+    assert not mark.exists()

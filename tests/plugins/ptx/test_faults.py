@@ -23,6 +23,7 @@ SM = "8.9"  # of the library that is built anyway
 PREFILL, PREFILL_INT8 = "gqa_prefill-fp16-same-d64", "gqa_prefill-fp16-int8-d64"
 DECODE, DECODE_ONE = "gqa_decode-fp16-same-d64-g2_16", "gqa_decode-fp16-same-d64-g1_1"
 REDUCE, ROTATE_INT8 = "gqa_reduce-fp16-d64_128", "gqa_rotate-fp16-int8-d64_128"
+ROTATE = "gqa_rotate-fp16-same-d64_128"
 GATE_UP, GATE_UP_INT4, DOWN_INT4 = "moe_gate_up-fp16-w16", "moe_gate_up-fp16-w4-z1", "moe_down-fp16-w4-z1"
 FEW_INT8 = "moe_decode_gate_up-fp16-w8"
 SCATTER = "moe_scatter"
@@ -34,6 +35,7 @@ STEPS = {
     DECODE: GqaStep(lengths=[(700, 1), (5, 1), (63, 0)], steps=1, num_kv_heads=1, group=3, sm_count=64),
     DECODE_ONE: GqaStep(lengths=[(700, 1), (5, 1), (63, 0)], steps=1, num_kv_heads=1, sm_count=64),
     REDUCE: GqaStep(lengths=[(700, 1), (5, 1)], steps=1, num_kv_heads=1, group=3, sm_count=64),
+    ROTATE: GqaStep(lengths=[(47, 9), (3, 2)], steps=9, num_kv_heads=1, group=2, has_norms=True),
     ROTATE_INT8: GqaStep(lengths=[(47, 9), (3, 2)], steps=9, num_kv_heads=1, group=2, is_int8=True),
     GATE_UP: MoeStep(num_tokens=80, num_experts=1, k=1, hidden_size=256),
     GATE_UP_INT4: MoeStep(num_tokens=80, num_experts=1, k=1, hidden_size=256, form="4z"),
@@ -102,6 +104,7 @@ FAULTS = {
     "a store to further on": Fault(GATE_UP, r"(st\.global\S* \[ %rd\d+) \+ 0", r"\1 + 16", f"{WRONG}|{STRAY}|{RACE}"),
     "a store that isn't aligned": Fault(GATE_UP, r"(st\.global\S* \[ %rd\d+) \+ 0", r"\1 + 2", "isn't a multiple of"),
     "a load from further on": Fault(ROTATE_INT8, r"(ld\.global\.v4\S* \{.*\}, \[ %rd\d+) \+ 0", r"\1 + 16", WRONG),
+    "another root of a head's norm": Fault(ROTATE, r"sqrt\.approx\.ftz\.f32", "ex2.approx.ftz.f32", WRONG),
     "a wait missing": Fault(PREFILL, r"\tcp\.async\.wait_group.*\n", "", IN_FLIGHT),
     "a wait missing, of decode": Fault(DECODE, r"\tcp\.async\.wait_group.*\n", "", IN_FLIGHT),
     "a wait missing, of experts": Fault(GATE_UP_INT4, r"\tcp\.async\.wait_group.*\n", "", IN_FLIGHT),

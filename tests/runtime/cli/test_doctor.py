@@ -135,6 +135,24 @@ def orin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("orin")
+def test_bindings_come_by_pip_on_a_jetson_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "version", lambda package: None)
+    for extra in ("tensorrt", "cuda"):
+        found = lack(Need("cuda-bindings", extra, (12, 6)))
+        assert found is not None and found.remedy == install_command("tensorrt")
+
+
+@pytest.mark.parametrize("bindings", [None, "12.9.1", "13.0.1"])
+def test_a_driver_that_runs_no_bindings_of_a_target_is_updated(
+    monkeypatch: pytest.MonkeyPatch, bindings: str | None
+) -> None:
+    monkeypatch.setattr(doctor, "driver_cuda", lambda: (12, 8))
+    monkeypatch.setattr(doctor, "version", lambda package: bindings)
+    found = lack(Need("cuda-bindings", "tensorrt-rtx", (13,)))
+    assert found is not None and found.remedy == "update the driver to one of CUDA 13 (580 or later)"
+
+
+@pytest.mark.usefixtures("orin")
 def test_a_jetson(run: Run) -> None:
     facts = json.loads(run("doctor", "--json").stdout)
     assert facts["jetson"] == {

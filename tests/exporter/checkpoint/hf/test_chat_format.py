@@ -46,10 +46,11 @@ def test_base_models_have_none(generation):
     assert chat_format.read(generation, "it") == chat_format.ChatFormat()
 
 
-def test_an_unknown_format_is_a_warning(caplog):
+@pytest.mark.parametrize("name", ["llama", ["chatml"], {"chatml": 1}, 7])
+def test_an_unknown_format_is_a_warning(caplog, name):
     with caplog.at_level(logging.WARNING):
-        assert chat_format.read({"chat_format": "llama"}, "it").template is None
-    assert "chat_format is 'llama'" in caplog.text and "chatml, raw" in caplog.text
+        assert chat_format.read({"chat_format": name}, "it").template is None
+    assert f"chat_format is {name!r}" in caplog.text and "chatml, raw" in caplog.text
 
 
 def test_a_template_of_the_tokenizers_own_stands_above_it(tmp_path: Path):

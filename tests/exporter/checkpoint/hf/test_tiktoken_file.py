@@ -178,6 +178,7 @@ def lines(ranks: Ranks) -> list[str]:
         (["IQ== 0", "IQ== 1"], "a token that no line before it has"),
         (["IQ== 0"], "no rank for 255 single bytes, 0x00 for one"),
         ([*lines(BYTES), "YWJj 256"], r"the token b'abc' of rank 256 isn't made of two tokens of lower ranks"),
+        ([*lines(BYTES), f"{base64.b64encode(bytes(257)).decode()} 256"], "a token of 257 bytes in line 257; accepted"),
         (["version https://git-lfs.github.com/spec/v1", "oid sha256:0"], "Git LFS"),
     ],
 )
