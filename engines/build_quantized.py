@@ -105,7 +105,6 @@ def build_quantized(
     quantize_spec = quantize_spec_for(spec, algorithm)
     beside = out.with_name(f".{out.name}.quantized")
     folder = keep or beside / checkpoint.name
-    folder.parent.mkdir(parents=True, exist_ok=True)
     quantize_checkpoint(checkpoint, quantize_spec, folder, threads=threads, on_progress=on_progress)
     with open_checkpoint(folder) as quantized:
         by_codes: dict[str, Any] = {"precision": None, "block_size": None, "symmetric": None, "sensitive_bits": None}

@@ -105,8 +105,8 @@ def quantize_checkpoint(
         on_progress: told about each step.
 
     Raises:
-        BuildError: the checkpoint is quantized already, has no tokenizer where one is needed, or `out` can't be
-            written.
+        BuildError: the checkpoint is quantized already, takes images, has no tokenizer where one is needed, or `out`
+            can't be written.
         ExportError: the texts are too short.
         CheckpointError: the checkpoint can't be read.
     """
@@ -154,6 +154,11 @@ def _require_plain(checkpoint: Checkpoint) -> None:
         raise BuildError(
             f"{checkpoint.path} is quantized already ({fixed[0]} and {len(fixed) - 1} others are codes): rounding them "
             "again would lose more; accepted: the bfloat16, float16 or float32 checkpoint, or build-engine on this one"
+        )
+    if checkpoint.config.vision is not None:
+        raise BuildError(
+            f"{checkpoint.name} takes images, and a quantized folder has no place for its vision tower; accepted: "
+            "build-engine on this one with --precision int4 or int8 and without --algorithm"
         )
 
 

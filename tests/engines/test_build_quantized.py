@@ -18,6 +18,7 @@ from qwen_aot.errors import BuildError, ExportError
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.bundle.load import load_bundle
 from tests.checkpoints import save_tiny
+from tests.vl_checkpoints import SeeingModel
 
 SPEC = BuildSpec(block_size=32, max_context=64)
 
@@ -125,6 +126,16 @@ def test_rounded_inputs_go_to_targets_that_have_them(model: Path, tmp_path: Path
     assert report.manifest.engines.text.precision == "int8"
     with pytest.raises(BuildError, match="compressed-tensors-w8a8 .*inputs rounded too.*" + no_products):
         build_bundle(tmp_path / "folder", BuildSpec(target="cuda", max_context=64), tmp_path / "other", threads=1)
+
+
+def test_a_model_that_takes_images_is_refused_with_nothing_left_behind(
+    seeing: tuple[SeeingModel, Path], tmp_path: Path
+) -> None:
+    with open_checkpoint(seeing[0].folder) as checkpoint:
+        for keep in (None, tmp_path / "new" / "kept"):
+            with pytest.raises(BuildError, match="a quantized folder has no place for its vision tower"):
+                build_quantized(checkpoint, "rtn", SPEC, tmp_path / "bundle", keep=keep, threads=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tensorrt_gets_codes_whose_scales_are_above_0(model: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine, OrtOptions
 from qwen_aot.runtime.bundle.load import load_bundle
 from tests.checkpoints import quiet, reference_logits, save_tiny, save_tokenizer
 from tests.exporter.checkpoint.test_formats import load
+from tests.vl_checkpoints import SeeingModel
 
 MOE: dict[str, Any] = {"num_experts": 8, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
 MODELS: dict[str, dict[str, Any]] = {
@@ -362,6 +363,17 @@ def refused(source: Path, out: Path, error: type[DeployError], said: str, spec: 
 def test_a_checkpoint_that_is_quantized_already(sources: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
     run(sources["dense"][0], tmp_path / "codes", spec_of(algorithm="rtn"))
     refused(tmp_path / "codes", tmp_path / "out", BuildError, r"is quantized already \(model.layers.0", spec_of())
+
+
+def test_a_model_that_takes_images(seeing: tuple[SeeingModel, Path], tmp_path: Path) -> None:
+    """Whose tower a quantized folder would lack, so that no build of it took images any more."""
+    said = r"takes images, .* no place for its vision tower; accepted: build-engine .* --precision int4 or int8"
+    for algorithm in ("rtn", "awq"):
+        refused(seeing[0].folder, tmp_path / "out", BuildError, said, spec_of(algorithm=algorithm))
+    with open_checkpoint(seeing[0].folder) as checkpoint:
+        random = RandomCheckpoint(checkpoint.config)
+    with pytest.raises(BuildError, match=said):
+        quantize_checkpoint(random, spec_of(algorithm="rtn"), tmp_path / "out", threads=1)
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
