@@ -1,8 +1,9 @@
 """A folder of the first Qwen generation as transformers' Qwen2ForCausalLM, which is the same up to the trained length.
 
 transformers has no `qwen`. Up to `seq_length` tokens neither log-n scaling nor dynamic NTK changes anything, and what
-is left is Qwen2's decoder: the names differ, three projections are one tensor, and the gate is called `w2`. Written
-apart from the exporter's reader, so that a slip in that is seen.
+is left is Qwen2's decoder: the names differ, three projections are one tensor, and the gate is called `w2`. Of Qwen-VL
+this is the decoder too, which reads a text without images alone. Written apart from the exporter's reader, so that a
+slip in that is seen.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from qwen_aot.errors import CheckpointError
 
 MODEL_TYPE = "qwen"
 
+_TOWER = "transformer.visual."
 _LAYER_NAMES = {
     "ln_1.weight": "input_layernorm.weight",
     "ln_2.weight": "post_attention_layernorm.weight",
@@ -59,14 +61,16 @@ def qwen2_config(folder: Path) -> dict[str, Any]:
 
 
 def qwen2_state(folder: Path, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a folder, plain or dequantized, by their names in transformers.
+    """The decoder's tensors of a folder, plain or dequantized, by their names in transformers.
+
+    Those of Qwen-VL's tower and resampler are left out: a text without images is read by the decoder alone.
 
     Raises:
         CheckpointError: a tensor is none of this architecture's.
     """
     state: dict[str, torch.Tensor] = {}
     for name, tensor in stored.items():
-        if name.endswith("rotary_emb.inv_freq"):
+        if name.endswith("rotary_emb.inv_freq") or name.startswith(_TOWER):
             continue
         if name in _OUTER_NAMES:
             state[_OUTER_NAMES[name]] = tensor

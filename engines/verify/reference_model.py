@@ -33,6 +33,7 @@ from qwen_aot.exporter.checkpoint.hf.saving.config_json import config_json
 from qwen_aot.exporter.checkpoint.hf.wrappers import unwrapped
 from qwen_aot.exporter.checkpoint.names import CANONICAL
 from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
+from qwen_aot.exporter.model import vision_tensors
 from qwen_aot.exporter.model.model_types import MODEL_TYPES
 from qwen_aot.exporter.model.tensors import WeightClass, checkpoint_tensors
 
@@ -189,11 +190,11 @@ def _require_whole(path: Path, model: Any, info: Mapping[str, Any], absent: Iter
 
 
 def _state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Every weight as fp32. Biases that a checkpoint lacks and transformers' class has are zeros."""
+    """Every weight of the decoder as fp32. Biases that a checkpoint lacks and transformers' class has are zeros."""
     state = {
         name: torch.from_numpy(checkpoint.read(name).astype(np.float32))
         for name in checkpoint.tensors
-        if not name.endswith("rotary_emb.inv_freq")
+        if not name.endswith("rotary_emb.inv_freq") and not name.startswith(vision_tensors.PREFIX)
     }
     for tensor in checkpoint_tensors(checkpoint.config.as_in_transformers):
         if tensor.role.weight_class is WeightClass.BIAS and tensor.name not in state:

@@ -17,6 +17,7 @@ from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
 from tests.first_qwen import CONFIG, LAYERS, SEQ_LENGTH, VOCAB, Statement, make_weights, older_config, save_folder
 from tests.quantized_files import gptq, gptq_config, random_codes
+from tests.vl_checkpoints import SeeingModel
 
 IDS = np.random.default_rng(0).integers(0, VOCAB, SEQ_LENGTH)
 
@@ -69,6 +70,17 @@ def test_random_weights_have_one(tmp_path: Path) -> None:
     reference = Reference(RandomCheckpoint(config))
     assert reference.read_by == BY_US
     assert reference.logits(IDS, 0).shape == (SEQ_LENGTH, VOCAB)
+
+
+def test_of_a_model_that_takes_images_it_is_the_decoder(seeing: tuple[SeeingModel, Path]) -> None:
+    model = seeing[0]
+    ids = np.random.default_rng(0).integers(0, model.config["vocab_size"], 100)
+    with open_checkpoint(model.folder) as checkpoint:
+        reference = Reference(checkpoint)
+        random = Reference(RandomCheckpoint(checkpoint.config))
+    assert (reference.read_by, random.read_by) == (BY_TRANSFORMERS, BY_US)
+    np.testing.assert_allclose(reference.logits(ids, 99)[0], model.logits(ids.tolist()), atol=1e-4)
+    assert np.abs(random.logits(ids, 99)[0] - model.logits(ids.tolist())).max() > 0.1
 
 
 def test_a_tensor_of_no_place_is_named(tmp_path: Path) -> None:
