@@ -22,6 +22,7 @@ from qwen_aot.engines.verify.per_layer import MarkedGraph, onnxruntime_runner, s
 from qwen_aot.errors import BuildError, DeployError, EngineMismatchError
 from qwen_aot.runtime.bundle.load import read_manifest
 from qwen_aot.runtime.bundle.manifest import Manifest
+from qwen_aot.runtime.engine.io_table import image_width
 
 SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"  # Polygraphy's own, "1" or "0"
 _MACHINE_LACKS = 3  # exit code of the process where this machine lacks something
@@ -200,6 +201,7 @@ def _feeds(manifest: Manifest, token_ids: Sequence[int]) -> dict[str, Any]:
         int(head_dim),
         capacity if isinstance(capacity, int) else None,
         manifest.engines.text.rotary_length,
+        image_width(manifest),
     )
 
 

@@ -20,6 +20,7 @@ from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
 from qwen_aot.exporter.lowering.tensorrt.plugin import strip_definitions
 from qwen_aot.exporter.weights.stitch import chunk_bytes, output_bytes, stitch
 from qwen_aot.runtime.bundle.manifest import Manifest
+from qwen_aot.runtime.engine.io_table import image_width
 
 _CPU_PROVIDER = "CPUExecutionProvider"
 
@@ -86,6 +87,7 @@ def compare_bundle_layers(
                 config.head_dim,
                 capacity if isinstance(capacity, int) else None,
                 engine.rotary_length,
+                image_width(manifest),
             )
             for capacity in capacities
         ]

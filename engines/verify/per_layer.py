@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.model.tensors import Role
 from qwen_aot.runtime.bundle.manifest import CAPACITY_STEP, LAST_LOGITS, ROTARY_OFFSET
+from qwen_aot.runtime.engine.io_table import IMAGE_EMBEDDINGS, IMAGE_POSITIONS
 
 LAYER = "layer.{}"  # name of the marked output
 
@@ -124,6 +125,7 @@ def step_feeds(
     head_dim: int,
     capacity: int | None,
     rotary_length: int | None = None,
+    image_width: int | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Every input that a graph of ours may have, for one prompt of one row on an empty cache.
 
@@ -134,6 +136,7 @@ def step_feeds(
         head_dim: of the model.
         capacity: C where the graph fixes it; None: room for the prompt.
         rotary_length: tokens of the longest prompt of the first of several rotary tables; None: there is one.
+        image_width: M of the rows that the graph takes from images, of which the prompt has none; None: it takes none.
 
     Raises:
         BuildError: the prompt has another rotary table than the first.
@@ -155,6 +158,9 @@ def step_feeds(
     }
     if rotary_length is not None:
         feeds[f"{ROTARY_OFFSET}{rotary_length}"] = np.zeros(1, np.int64)
+    if image_width is not None:
+        feeds[IMAGE_EMBEDDINGS] = np.zeros((1, image_width), np.float32)  # which nothing reads
+        feeds[IMAGE_POSITIONS] = np.full((1, count), -1, np.int64)
     for layer in range(num_layers):
         for part in ("key", "value"):
             # Polygraphy casts it to each graph's own type.

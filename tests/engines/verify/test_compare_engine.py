@@ -19,6 +19,7 @@ from tests.checkpoints import save_tiny
 from tests.doubles import polygraphy_tensorrt
 from tests.doubles.bundles import export_tensorrt_bundle, write_tensorrt_bundle
 from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest
+from tests.vl_checkpoints import SeeingModel
 
 pytestmark = pytest.mark.tools
 
@@ -64,6 +65,19 @@ def test_logits_and_caches_agree_and_the_flavours_own_library_ran(bundles: Path,
     assert ratios.keys() == OUTPUTS
     assert all(40 < ratio < 100 for ratio in ratios.values()), ratios  # rounded to fp16, so not the reference itself
     assert found["tokens"] == CHUNK
+
+
+def test_a_decoder_that_takes_images_is_compared_over_a_text(seeing: tuple[SeeingModel, Path], tmp_path: Path) -> None:
+    engine = export_tensorrt_bundle(
+        seeing[0].folder,
+        tmp_path / "engine",
+        "tensorrt_rtx",
+        dtype=ir.DataType.FLOAT16,
+        max_context=CONTEXT,
+        prefill_chunk=CHUNK,
+    )
+    found = compare_in_process(engine, seeing[1], IDS, 30.0)
+    assert found["failed"] == [] and {output["name"] for output in found["outputs"]} == OUTPUTS
 
 
 def test_every_output_under_the_bound_is_named(bundles: Path) -> None:

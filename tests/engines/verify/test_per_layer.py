@@ -21,6 +21,7 @@ from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.bundle.load import load_bundle
 from tests.checkpoints import save_tiny
+from tests.vl_checkpoints import SeeingModel, make_seeing_model
 
 LAYERS = 3
 IDS = np.random.default_rng(0).integers(0, 131, 30).tolist()
@@ -91,6 +92,13 @@ def test_a_damaged_layer_is_named(checkpoint: tuple[Path, Any], tmp_path: Path) 
         report = compare_bundle_layers(bundle, manifest, source, IDS, 1e-4)
     assert report.first_failed == 1
     assert [row.has_passed for row in report.layers] == [True, False, False, False]
+
+
+def test_a_decoder_that_takes_images_reads_a_text_without(seeing: tuple[SeeingModel, Path], tmp_path: Path) -> None:
+    report = report_of(seeing[1], seeing[0].folder)
+    assert report.first_failed is None and [row.layer for row in report.layers] == [0, 1, -1]
+    other = make_seeing_model(tmp_path / "other", seed=1)
+    assert report_of(seeing[1], other.folder).first_failed == 0
 
 
 def test_two_graphs_in_one_are_refused(checkpoint: tuple[Path, Any], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tests.checkpoints import save_tiny
 from tests.decisive import save_decisive
 from tests.gguf_files import save_gguf
 from tests.runtime.cli.conftest import Run
+from tests.vl_checkpoints import SeeingModel, make_seeing_model
 
 
 def test_a_sound_bundle_passes(run: Run, decisive: tuple[Path, Path]) -> None:
@@ -64,6 +65,25 @@ def test_random_weights_are_inconclusive_and_their_bytes_are_said_to_be_right(
     report = json.loads(run(*asked, "--json").stdout)
     assert (report["verdict"], report["passed"], report["weights"]["verdict"]) == ("inconclusive", False, "passed")
     assert len(report["reasons"]) == 1
+
+
+def test_a_model_that_takes_images(run: Run, seeing: tuple[SeeingModel, Path], tmp_path: Path) -> None:
+    """All weights by their bytes, the tower's among them, and the decoder's answers to a text."""
+    asked = ("--window", 64, "--windows", 2, "--greedy-tokens", 4, "--json")
+    result = run("verify", seeing[1], "--reference", seeing[0].folder, *asked)
+    assert result.exit_code == 3, result.output  # random weights are sure of nothing
+    report = json.loads(result.stdout)
+    assert (report["verdict"], len(report["reasons"])) == ("inconclusive", 1)
+    assert (report["weights"]["verdict"], report["weights"]["compared"]) == ("passed", "bytes")
+    assert report["weights"]["tensors"] > len(data_tensors(seeing[1]))
+    assert report["reference_reader"] == "transformers"
+    assert report["max_logit_difference"] < 1e-3 and report["greedy_agreement"] == 1
+    layers = run("verify", seeing[1], "--reference", seeing[0].folder, "--per-layer", "--json")
+    assert layers.exit_code == 0, layers.output
+    assert json.loads(layers.stdout)["passed"] is True
+    other = make_seeing_model(tmp_path / "other", seed=1)
+    result = run("verify", seeing[1], "--reference", other.folder, *asked)
+    assert result.exit_code == 1 and json.loads(result.stdout)["weights"]["verdict"] == "failed"
 
 
 def test_where_the_engine_cannot_run_the_weights_are_compared(
