@@ -83,8 +83,8 @@ def vision_activation_bytes(config: VisionConfig, spec: BuildSpec) -> int:
     its scores [B, H, P, P], in c; an MLP, its input and twice its inner values [B, P, F], in c; and the resampler, with
     keys and values [B, P, M] and scores [B, H, 256, P], in c, beside the normalised patches [B, P, M] fp32.
 
-    TensorRT-RTX 1.7.1's builder said 202,178,560 of a tower of the published widths for 4 images in fp16, and
-    773,652,480 in fp32: this is 1.17 and 0.60 times as much. ONNX Runtime's arena is taken to keep twice that, as of a
+    TensorRT-RTX 1.7.1's builder said 222,101,504 of a tower of the published widths for 4 images in fp16, and
+    773,652,480 in fp32: this is 1.07 and 0.60 times as much. ONNX Runtime's arena is taken to keep twice that, as of a
     decoder.
     """
     B, P, M, c = IMAGES_OF_RUN, config.patches, config.output_dim, COMPUTE_BYTES[spec.combination.compute_type]
