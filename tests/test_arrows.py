@@ -68,6 +68,7 @@ ARROWS = (
     Arrow("engines", "exporter", "engines are made of exported graphs"),
     Arrow("engines", "runtime.bundle", "bundles are written in the format that the runtime owns"),
     Arrow("engines.bundle", "runtime.text", "a build renders chat templates by the code that will render them"),
+    Arrow("engines.verify", "runtime.engine", "a graph is fed what a step of any engine is"),
     Arrow("plugins.wheel", "runtime.bundle", "where a runtime looks for the library"),
     Arrow("plugins.performance", "engines.planner", "the GPUs that `plan` knows"),
     Arrow("plugins.performance", "exporter.model", "the shapes of the variants"),
