@@ -7,7 +7,6 @@ ever fetched from an address, and no path is taken from a text.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import io
 import struct
@@ -120,9 +119,10 @@ def open_data_url(url: str, name: str = "the image") -> Picture:
     if len(body) > MAX_BYTES * 4 // 3 + 4:
         raise _too_long(name, len(body) * 3 // 4)
     try:
-        return open_picture(base64.b64decode(body, validate=True), name)
-    except binascii.Error as error:
+        content = base64.b64decode(body, validate=True)
+    except ValueError as error:  # of a letter beyond ASCII no binascii.Error, which is one
         raise GenerationError(f"{name} isn't base64 ({error}); accepted: data:image/TYPE;base64,...") from error
+    return open_picture(content, name)
 
 
 def _read(path: Path) -> bytes:

@@ -86,6 +86,7 @@ def test_answers_are_the_generators(seeing: tuple[SeeingModel, Path], server: Se
         ([image("file:///etc/passwd")], "no address is ever followed", None),
         ([image("/etc/passwd")], "no address is ever followed", None),
         ([image("data:image/png;base64,!!!")], "isn't base64", None),
+        ([image(f"{URL}\u00e9")], "isn't base64", None),
         ([image(f"data:image/png;base64,{base64.b64encode(FILE[:300]).decode()}")], "is damaged or cut off", None),
         ([image("data:image/svg+xml;base64,PHN2Zy8+")], "is no image that is known here", None),
         ([image(detail="high")], "accepted: 'auto'", "messages[0].content[0].image_url.detail"),

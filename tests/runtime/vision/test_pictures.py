@@ -178,8 +178,9 @@ def test_addresses() -> None:
                 f"data:image/png,{good}", "data:image/png;base64", ""):  # fmt: skip
         with pytest.raises(GenerationError, match=r"has the address .*; accepted: data:image/TYPE;base64"):
             open_data_url(url)
-    with pytest.raises(GenerationError, match=r"isn't base64 \("):
-        open_data_url("data:image/png;base64,no base64!")
+    for body in ("no base64!", "AAA", f"{good}\u00e9", f"\ud800{good}"):
+        with pytest.raises(GenerationError, match=r"isn't base64 \("):
+            open_data_url(f"data:image/png;base64,{body}")
     with pytest.raises(GenerationError, match=r"bytes; accepted: up to"):
         open_data_url("data:image/png;base64," + "A" * (MAX_BYTES * 4 // 3 + 8))
 
