@@ -52,13 +52,18 @@ class ImageEncoder:
         """That an image becomes."""
         return self._runner.rows
 
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side of the squares that pictures become."""
+        return self._runner.image_size
+
     def encode(self, pictures: Iterable[Picture]) -> list[EncodedImage]:
         """Each picture's rows. The pictures are taken one after the other, and none is kept.
 
         Raises:
             GenerationError: see `VisionRunner.encode`.
         """
-        squares = [picture.square(self._runner.image_size) for picture in pictures]
+        squares = list(map(self._square, pictures))  # a comprehension's variable would hold one while the next is made
         digests = [digest_of(square) for square in squares]
         with self._lock:
             found = {digest: self._kept[digest] for digest in digests if digest in self._kept}
@@ -75,6 +80,9 @@ class ImageEncoder:
             while self._kept and sum(rows.nbytes for rows in self._kept.values()) > self._cache_bytes:
                 self._kept.popitem(last=False)
         return [EncodedImage(found[digest], digest) for digest in digests]
+
+    def _square(self, picture: Picture) -> NDArray[np.uint8]:
+        return picture.square(self._runner.image_size)
 
     def close(self) -> None:
         """Closes the engine."""

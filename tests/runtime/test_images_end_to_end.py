@@ -155,6 +155,7 @@ def test_a_conversation_keeps_its_images(seeing: Seeing, generator: Generator) -
     followed = [event for event in chat.send("cat") if isinstance(event, Completion)]
     assert said[0].cached_tokens == 0 and followed[0].cached_tokens > ROWS and generator.image_encoder.runs == 1
     assert [type(message["content"]) for message in chat.messages] == [list, str, str, str]
+    assert chat.messages[0]["content"][0]["image"].size == (SMALL.image_size, SMALL.image_size)  # no more is kept
     request = generator.chat_request(list(chat.messages[:3]))
     expected = seeing[0].greedy(list(request.prompt), placed(request, (FIRST,)), 4)  # type: ignore[arg-type]
     assert list(followed[0].token_ids) == expected

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.vision.encoder import ImageEncoder
-from qwen_aot.runtime.vision.pictures import open_picture
+from qwen_aot.runtime.vision.pictures import Picture, open_picture
 from tests.vl_checkpoints import noise, png
 
 
@@ -52,6 +54,18 @@ def test_rows_in_order_and_each_image_once() -> None:
     assert encoder.encode([]) == []
     encoder.close()
     assert runner.is_closed
+
+
+def test_a_picture_is_dropped_before_the_next_is_opened() -> None:
+    alive: list[weakref.ref[object]] = []
+
+    def opened(seed: int) -> Picture:
+        assert not any(each() for each in alive)
+        picture = open_picture(png(noise(8, 8, seed)))
+        alive.append(weakref.ref(picture.image))
+        return picture
+
+    assert len(ImageEncoder(MeanRunner()).encode(opened(seed) for seed in range(4))) == len(alive) == 4
 
 
 def test_the_latest_are_kept() -> None:
