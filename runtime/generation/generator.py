@@ -445,15 +445,14 @@ class Generator:
             allow_special_tokens=allow_special_tokens,
             variables=variables | dict(template_variables or {}),
         )
-        encoded = encode(image_rows=self.image_encoder.rows) if pictures else encode()
+        if pictures:
+            rows = self.image_encoder.rows
+            self._check_fits(len(pictures) * (rows + 2), "at least ")  # before any of these tokens is made
+            encoded = encode(image_rows=rows)
+        else:
+            encoded = encode()
         ids = encoded.ids
-        max_context = self._engine.manifest.max_context
-        if len(ids) > max_context:
-            raise ContextFullError(
-                f"the conversation has {len(ids)} tokens with this turn, the context holds {max_context}: start a new "
-                "conversation (/clear in the terminal), say less at once, or rebuild the bundle with a larger "
-                "--max-context"
-            )
+        self._check_fits(len(ids))
         images = self._place(encoded.image_starts, (open_one() for open_one in pictures))
         return Request(ids, settings, cancel, keep_cache=True, is_chat=True, images=images)
 
@@ -502,6 +501,15 @@ class Generator:
         ids += tokenizer.encode(text, add_special_tokens=not opened, allow_special_tokens=allow_special_tokens)
         images = self._place(starts, opened)
         return Request(ids, settings, cancel, images=images)
+
+    def _check_fits(self, tokens: int, at_least: str = "") -> None:
+        max_context = self._engine.manifest.max_context
+        if tokens > max_context:
+            raise ContextFullError(
+                f"the conversation has {at_least}{tokens} tokens with this turn, the context holds {max_context}: "
+                "start a new conversation (/clear in the terminal), say less at once, or rebuild the bundle with a larger "
+                "--max-context"
+            )
 
     def _place(self, starts: Sequence[int], pictures: Iterable[Picture]) -> tuple[PlacedImage, ...]:
         if not starts:
