@@ -158,7 +158,7 @@ class ChatEncoder:
                 starts.append(len(ids) + 1)
                 ids += span
             end = position + len(piece)
-            within = None if own is None else []
+            within: list[tuple[int, int]] | None = None if own is None else []
             while own is not None and within is not None and reached < len(own) and own[reached][1] <= end:
                 first, last = own[reached]
                 within.append((first - position, last - position))

@@ -195,6 +195,10 @@ def test_data_urls(generator: Generator) -> None:
 def test_refused(generator: Generator) -> None:
     with pytest.raises(ContextFullError, match=r"the conversation has at least 1032 tokens with this turn"):
         generator.chat(asked(*[FIRST] * 4, "the"))
+    with pytest.raises(ContextFullError, match=r"the conversation has at least 1032 tokens"):
+        generator.picture_request([Path("nowhere")] * 4)
+    with pytest.raises(ContextFullError, match=r"the conversation has \d+ tokens"):
+        generator.picture_request([Path("nowhere")], "the cat " * 500)
     assert generator.image_encoder.runs == 0  # before anything is decoded
     with pytest.raises(GenerationError, match="prompt_logprobs of a prompt with images don't exist"):
         generator.chat(asked(FIRST, "the"), prompt_logprobs=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -95,3 +97,35 @@ def test_a_run_that_fails_keeps_nothing() -> None:
         encoder.encode(PICTURES[:1])
     runner.is_closed = False
     assert encoder.encode(PICTURES[:1])[0].rows[0, 0] == pytest.approx(means(0)[0])
+
+
+def test_what_is_kept_is_of_one_scope() -> None:
+    runner = MeanRunner()
+    encoder = ImageEncoder(runner)
+    for scope, runs in ((1, 1), (2, 2), (1, 2), (2, 2), (None, 3), (None, 4), (0, 5)):
+        assert encoder.encode([PICTURES[0]], scope=scope)[0].rows[0, 0] == pytest.approx(means(0)[0])
+        assert encoder.runs == runs, scope
+
+
+def test_what_is_kept_is_what_is_counted() -> None:
+    """An image's rows alone, not the run's that they came from."""
+    (first, second) = ImageEncoder(MeanRunner()).encode(PICTURES[:2])
+    assert first.rows.base is None and second.rows.base is None
+
+
+def test_cancelled_between_pictures_and_between_runs() -> None:
+    runner = MeanRunner()
+    encoder = ImageEncoder(runner)
+    for most, opened, runs in ((1, 2, []), (5, 5, []), (6, 5, [2])):
+        asked, taken = itertools.count(), 0
+        runner.batches = []
+
+        def pictures() -> Iterator[Picture]:
+            nonlocal taken
+            for picture in PICTURES:
+                taken += 1
+                yield picture
+
+        with pytest.raises(GenerationError, match="was cancelled before its images were encoded"):
+            encoder.encode(pictures(), is_cancelled=lambda asked=asked, most=most: next(asked) >= most)  # type: ignore[misc]
+        assert (taken, runner.batches) == (opened, runs)
