@@ -208,10 +208,10 @@ class Conversation:
                 model = self._generator.engine.manifest.model.name
                 raise GenerationError(f"{model} takes no images (a bundle of Qwen-VL does)")
             picture = open_picture(Path(name).expanduser())
+            self._images.append(picture.reduced(self._generator.image_encoder.image_size))
         except GenerationError as error:
             self._note(str(error))
             return
-        self._images.append(picture)
         width, height = picture.size
         self._note(f"picture {len(self._images)} of the next message: {name}, {width} x {height}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,7 +107,8 @@ def command(
         load_seconds = time.perf_counter() - start
         config = generation_config(generator.defaults, settings)
         has_text = generator.tokenizer is not None
-        pictures = [open_picture(path) for path in images]
+        last = open_picture(images[-1]) if images else None  # boxes are the last one's; no other is kept
+        pictures: list[Picture | Path | bytes] = [] if last is None else [*images[:-1], last]
         if as_chat:
             parts: list[dict[str, object]] = [{"type": "image", "image": picture} for picture in pictures]
             said: object = [*parts, {"type": "text", "text": prompt_given}] if parts else prompt_given
@@ -126,9 +126,9 @@ def command(
                     put_answer(f"{event.last_text}\n")
                     _show_speed(event)
                 else:
-                    print_json(_result(event, load_seconds, pictures))
-                if draw_boxes is not None:
-                    _draw(draw_boxes, event.text or "", pictures[-1])
+                    print_json(_result(event, load_seconds, last))
+                if draw_boxes is not None and last is not None:
+                    _draw(draw_boxes, event.text or "", last)
             elif not as_json:
                 put_answer(event.text if has_text else f"{event.token_id} ")
 
@@ -180,14 +180,14 @@ def _prompt(text: str | None, ids: str | None) -> str | list[int]:
     return text
 
 
-def _result(completion: Completion, load_seconds: float, pictures: Sequence[Picture]) -> dict[str, Any]:
+def _result(completion: Completion, load_seconds: float, picture: Picture | None) -> dict[str, Any]:
     from qwen_aot.runtime.vision.boxes import find_boxes
 
     timings = completion.timings
-    boxes = find_boxes(completion.text or "") if pictures else []
+    boxes = find_boxes(completion.text or "") if picture is not None else []
     return {
         "text": completion.text,
-        "boxes": [{**asdict(box), "pixels": list(box.pixels(pictures[-1].size))} for box in boxes],
+        "boxes": [{**asdict(box), "pixels": list(box.pixels(picture.size))} for box in boxes if picture is not None],
         "token_ids": list(completion.token_ids),
         "finish_reason": str(completion.finish_reason),
         "prompt_tokens": completion.prompt_tokens,

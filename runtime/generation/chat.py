@@ -99,16 +99,18 @@ class Chat:
 
         Args:
             text: of the message.
-            images: in front of the text: decoded ones, files, or the content of files.
+            images: in front of the text: decoded ones, files, or the content of files. The conversation keeps the
+                square that the model sees, not the picture.
             cancel: set it to end the answer.
 
         Raises:
             ContextFullError: the conversation doesn't fit the context any more.
-            GenerationError: see `Generator.stream` and `open_picture`.
+            GenerationError: see `Generator.stream` and `open_picture`; the bundle takes no images.
         """
         content: str | list[dict[str, object]] = text
         if images:
-            parts = [{"type": "image", "image": open_picture(image)} for image in images]
+            size = self._generator.image_encoder.image_size
+            parts = [{"type": "image", "image": open_picture(image).reduced(size)} for image in images]
             content = [*parts, {"type": "text", "text": text}]
         messages = [*self._messages, {"role": "user", "content": content}]
         return self._answer(messages, self._generator.stream(self._request(messages=messages, cancel=cancel)))

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 from collections import abc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
@@ -21,6 +21,7 @@ from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefau
 from qwen_aot.runtime.generation.driver import Driver
 from qwen_aot.runtime.generation.images import PlacedImage
 from qwen_aot.runtime.generation.options import OPTION_NAMES, GenerationOptions, check_names, resolve_each
+from qwen_aot.runtime.generation.pending import PendingRequest
 from qwen_aot.runtime.generation.request import Completion, Event, Request
 from qwen_aot.runtime.generation.speculation import SpeculationStatistics
 from qwen_aot.runtime.text.chat_encoder import ChatEncoder
@@ -432,6 +433,45 @@ class Generator:
             GenerationError: the bundle has no tokenizer or template, or see `ChatEncoder.encode`.
             TypeError: there is no such option.
         """
+        return self.encode_images(
+            self.pending_chat_request(
+                messages,
+                config,
+                tools=tools,
+                cancel=cancel,
+                allow_special_tokens=allow_special_tokens,
+                template_variables=template_variables,
+                **options,
+            )
+        )
+
+    def pending_chat_request(
+        self,
+        messages: Sequence[Message],
+        config: GenerationConfig | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        cancel: threading.Event | None = None,
+        allow_special_tokens: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> PendingRequest:
+        """The same before its pictures are decoded: its tokens and settings are known, and nothing was run.
+
+        Args:
+            messages: see `chat_request`.
+            config: see `chat_request`.
+            tools: see `chat_request`.
+            cancel: see `chat_request`.
+            allow_special_tokens: see `chat_request`.
+            template_variables: see `chat_request`.
+            options: see `chat_request`.
+
+        Raises:
+            ContextFullError: see `chat_request`.
+            GenerationError: see `chat_request`.
+            TypeError: see `chat_request`.
+        """
         encoder = self.chat_encoder
         check_names(options, "chat()", others=encoder.template.variables)
         knobs = {name: value for name, value in options.items() if name in OPTION_NAMES}
@@ -445,17 +485,39 @@ class Generator:
             allow_special_tokens=allow_special_tokens,
             variables=variables | dict(template_variables or {}),
         )
-        encoded = encode(image_rows=self.image_encoder.rows) if pictures else encode()
+        if pictures:
+            rows = self.image_encoder.rows
+            self._check_fits(len(pictures) * (rows + 2), "at least ")  # before any of these tokens is made
+            encoded = encode(image_rows=rows)
+        else:
+            encoded = encode()
         ids = encoded.ids
-        max_context = self._engine.manifest.max_context
-        if len(ids) > max_context:
-            raise ContextFullError(
-                f"the conversation has {len(ids)} tokens with this turn, the context holds {max_context}: start a new "
-                "conversation (/clear in the terminal), say less at once, or rebuild the bundle with a larger "
-                "--max-context"
-            )
-        images = self._place(encoded.image_starts, (open_one() for open_one in pictures))
-        return Request(ids, settings, cancel, keep_cache=True, is_chat=True, images=images)
+        self._check_fits(len(ids))
+        request = Request(ids, settings, cancel, keep_cache=True, is_chat=True)
+        return PendingRequest(request, encoded.image_starts, tuple(pictures))
+
+    def encode_images(self, pending: PendingRequest, *, is_cancelled: Callable[[], bool] = lambda: False) -> Request:
+        """Decodes and encodes a request's pictures, one after the other; from any thread.
+
+        Where the request says `keep_cache`, what they became is kept for others of its `cache_scope`.
+
+        Args:
+            pending: the request.
+            is_cancelled: asked between pictures and between runs of the vision engine.
+
+        Raises:
+            GenerationError: see `open_picture` and `ImageEncoder.encode`.
+        """
+        request = pending.request
+        if not pending.pictures:
+            return request
+        encoded = self.image_encoder.encode(
+            (open_one() for open_one in pending.pictures),
+            scope=request.cache_scope if request.keep_cache else None,
+            is_cancelled=is_cancelled,
+        )
+        pairs = zip(pending.image_starts, encoded, strict=True)
+        return replace(request, images=tuple(PlacedImage(start, image.rows, image.digest) for start, image in pairs))
 
     def picture_request(
         self,
@@ -487,27 +549,31 @@ class Generator:
         check_names(options, "picture_request()")
         (settings,) = resolve_each(self._defaults, config, options, 1)
         rows = self.image_encoder.rows
+        self._check_fits(len(pictures) * (rows + 2), "at least ")
         span = ImageTokens.of(self._tokenizer).span(rows)
         tokenizer = self._tokenizer
         assert tokenizer is not None  # it has the images' tokens
-        opened = [open_picture(picture) for picture in pictures]
         ids: list[int] = []
         starts = []
-        for number in range(1, len(opened) + 1):
+        for number in range(1, len(pictures) + 1):
             newline = "\n" if number > 1 else ""
             ids += tokenizer.encode(f"{newline}{picture_label(number)}", add_special_tokens=number == 1)
             starts.append(len(ids) + 1)
             ids += span
-        text = f"\n{prompt}" if opened else prompt
-        ids += tokenizer.encode(text, add_special_tokens=not opened, allow_special_tokens=allow_special_tokens)
-        images = self._place(starts, opened)
-        return Request(ids, settings, cancel, images=images)
+        text = f"\n{prompt}" if pictures else prompt
+        ids += tokenizer.encode(text, add_special_tokens=not pictures, allow_special_tokens=allow_special_tokens)
+        self._check_fits(len(ids))
+        opening = tuple(functools.partial(open_picture, picture) for picture in pictures)
+        return self.encode_images(PendingRequest(Request(ids, settings, cancel), tuple(starts), opening))
 
-    def _place(self, starts: Sequence[int], pictures: Iterable[Picture]) -> tuple[PlacedImage, ...]:
-        if not starts:
-            return ()
-        encoded = self.image_encoder.encode(pictures)
-        return tuple(PlacedImage(start, image.rows, image.digest) for start, image in zip(starts, encoded, strict=True))
+    def _check_fits(self, tokens: int, at_least: str = "") -> None:
+        max_context = self._engine.manifest.max_context
+        if tokens > max_context:
+            raise ContextFullError(
+                f"the conversation has {at_least}{tokens} tokens with this turn, the context holds {max_context}: "
+                "start a new conversation (/clear in the terminal), say less at once, or rebuild the bundle with a "
+                "larger --max-context"
+            )
 
     def _requests(
         self,

@@ -15,7 +15,8 @@ from qwen_aot.errors import ContextFullError
 from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.constraint import ConstraintSource
 from qwen_aot.runtime.generation.handle import RequestHandle
-from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request
+from qwen_aot.runtime.generation.pending import PendingRequest
+from qwen_aot.runtime.generation.request import Completion, Event, FinishReason
 from qwen_aot.runtime.server.constraints.grammar import Grammar, HeldJson, json_grammar
 from qwen_aot.runtime.server.conversation import Conversation, make_conversation
 from qwen_aot.runtime.server.errors import ApiError
@@ -237,20 +238,20 @@ class ChatJob:
             return call_grammar(self.conversation.tool_format.syntax, self.offer, self.content)
         return None if self.content is None else json_grammar(self.content)
 
-    def requests(self, constraint: ConstraintSource | None) -> list[Request]:
+    def requests(self, constraint: ConstraintSource | None) -> list[PendingRequest]:
         """See `Job`."""
         conversation = self.conversation
         check_length([without_images(conversation.messages), conversation.tools, conversation.begun], self.model)
-        request = self.model.generator.chat_request(
+        pending = self.model.generator.pending_chat_request(
             conversation.messages, self.config, tools=conversation.tools, template_variables=self.variables
         )
-        prompt = [*request.prompt, *conversation.begun_ids(self.model)]
+        prompt = [*pending.request.prompt, *conversation.begun_ids(self.model)]
         if len(prompt) > self.model.max_context:
             raise ContextFullError(
                 f"the conversation has {len(prompt)} tokens, and {self.model.max_context} fit the context: shorten it"
             )
         check_room(self.config, len(prompt), self.model)
-        return [replace(request, prompt=prompt, constraint=constraint)]
+        return [replace(pending, request=replace(pending.request, prompt=prompt, constraint=constraint))]
 
     def answer(self, handles: Sequence[RequestHandle]) -> ChatAnswer:
         """See `Job`."""

@@ -15,6 +15,7 @@ from qwen_aot.errors import ContextFullError
 from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.constraint import ConstraintSource
 from qwen_aot.runtime.generation.handle import RequestHandle
+from qwen_aot.runtime.generation.pending import PendingRequest
 from qwen_aot.runtime.generation.request import Completion, Event, Request
 from qwen_aot.runtime.generation.sampling import TokenLogprobs
 from qwen_aot.runtime.server.constraints.grammar import Grammar, HeldJson, json_grammar
@@ -154,9 +155,10 @@ class CompletionJob:
         """See `Job`."""
         return None if self.content is None or self.only_prompt else json_grammar(self.content)
 
-    def requests(self, constraint: ConstraintSource | None) -> list[Request]:
+    def requests(self, constraint: ConstraintSource | None) -> list[PendingRequest]:
         """See `Job`."""
-        return [Request(self._ids(prompt), self.config, constraint=constraint) for prompt in self.prompts]
+        requests = (Request(self._ids(prompt), self.config, constraint=constraint) for prompt in self.prompts)
+        return [PendingRequest(request) for request in requests]
 
     def answer(self, handles: Sequence[RequestHandle]) -> CompletionAnswer:
         """See `Job`."""

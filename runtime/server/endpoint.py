@@ -19,7 +19,8 @@ from starlette.types import Receive, Scope, Send
 from qwen_aot.errors import ConstraintError
 from qwen_aot.runtime.generation.constraint import ConstraintSource
 from qwen_aot.runtime.generation.handle import RequestHandle
-from qwen_aot.runtime.generation.request import Completion, Event, FinishReason, Request
+from qwen_aot.runtime.generation.pending import PendingRequest
+from qwen_aot.runtime.generation.request import Completion, Event, FinishReason
 from qwen_aot.runtime.server.constraints.grammar import Grammar
 from qwen_aot.runtime.server.errors import ApiError, draining, failed, not_held
 from qwen_aot.runtime.server.feed import Feed
@@ -73,8 +74,8 @@ class Job(Protocol):
     def grammar(self) -> Grammar | None:
         """What the answers' texts may be; None: anything."""
 
-    def requests(self, constraint: ConstraintSource | None) -> list[Request]:
-        """One for each prompt. May take long: it runs in a thread.
+    def requests(self, constraint: ConstraintSource | None) -> list[PendingRequest]:
+        """One for each prompt, its pictures not decoded. May take long: it runs in a thread.
 
         Args:
             constraint: made of the grammar.
@@ -115,10 +116,11 @@ class GenerationEndpoint:
         job = await self._bodies.read(request, lambda document: self._read(document, model))
         with self._state.admit(job.choices):
             constraint = await self._state.compile(model, job.grammar)
-            handles = await self._state.submit(model, lambda: self._cached(job.requests(constraint), scope))
-            feed = Feed(handles)
-            with self._state.at_work(handles):
-                async with _cancelled_on_disconnect(receive, handles) as gone:
+            handles: list[RequestHandle] = []
+            async with _cancelled_on_disconnect(receive, handles) as gone:
+                handles += await self._submit(model, job, constraint, gone, scope)
+                feed = Feed(handles)
+                with self._state.at_work(handles):
                     ended: list[tuple[int, Completion]] = []
                     try:
                         if job.stream is None:
@@ -129,10 +131,29 @@ class GenerationEndpoint:
                         self._metrics.count(handles, [each for _, each in ended], time.perf_counter() - arrived)
                         scope.setdefault("state", {})["tokens"] = sum(len(each.token_ids) for _, each in ended)
 
-    def _cached(self, requests: Sequence[Request], scope: Scope) -> list[Request]:
+    async def _submit(
+        self, model: Model, job: Job, constraint: ConstraintSource | None, gone: asyncio.Event, scope: Scope
+    ) -> list[RequestHandle]:
+        try:
+            handles = await self._state.submit(
+                model, lambda: self._cached(job.requests(constraint), scope), is_cancelled=gone.is_set
+            )
+        except ApiError as error:
+            if gone.is_set():
+                raise ClientDisconnect from error
+            raise
+        if gone.is_set():  # before there was anything to cancel
+            for handle in handles:
+                handle.cancel()
+        return handles
+
+    def _cached(self, requests: Sequence[PendingRequest], scope: Scope) -> list[PendingRequest]:
         """Requests that start from what others of the same key left in the cache, where the settings let them."""
         keep, number = self._state.settings.has_prefix_cache, scope["state"]["key_number"]
-        return [replace(request, keep_cache=keep, cache_scope=number) for request in requests]
+        return [
+            replace(pending, request=replace(pending.request, keep_cache=keep, cache_scope=number))
+            for pending in requests
+        ]
 
     async def _answer_whole(
         self,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import enum
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from qwen_aot.errors import DeployError
 from qwen_aot.runtime.generation.constraint import ConstraintSource
 from qwen_aot.runtime.generation.generator import Generator
 from qwen_aot.runtime.generation.handle import RequestHandle
+from qwen_aot.runtime.generation.pending import PendingRequest
 from qwen_aot.runtime.generation.request import Request
 from qwen_aot.runtime.generation.service import GenerationService
 from qwen_aot.runtime.server.constraints.compile_queue import CompileQueue
@@ -80,6 +81,8 @@ class ServerState:
         self._submitting = 0  # requests that aren't submitted yet
         self._preparing = 0  # pieces of work for the threads
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, "qwen-aot-prepare")
+        # One: pictures cost memory, and the vision engine runs one batch at a time. Texts don't wait behind them.
+        self._encoding = ThreadPoolExecutor(1, "qwen-aot-images")
         self._compiling = CompileQueue()
 
     def start(self, generator: Generator) -> Model:
@@ -160,26 +163,57 @@ class ServerState:
         finally:
             self._submitting -= 1
 
-    async def submit(self, model: Model, make: Callable[[], list[Request]]) -> list[RequestHandle]:
-        """Submits the requests that `make` gives in a thread: all of them, or none.
+    async def submit(
+        self,
+        model: Model,
+        make: Callable[[], list[PendingRequest]],
+        *,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> list[RequestHandle]:
+        """Submits the requests that `make` gives in a thread, with their pictures encoded: all of them, or none.
+
+        Args:
+            model: what is asked.
+            make: may refuse them; runs before any picture is decoded.
+            is_cancelled: asked in a thread, between pictures: whether nobody waits any more.
 
         Raises:
             ApiError: one can't be taken.
         """
 
-        def submit_all() -> list[RequestHandle]:
+        def submit_all(requests: Iterable[Request]) -> list[RequestHandle]:
             handles: list[RequestHandle] = []
             try:
-                handles.extend(model.service.submit(request) for request in make())
+                handles.extend(model.service.submit(request) for request in requests)
             except BaseException:
                 for handle in handles:
                     handle.cancel()
                 raise
             return handles
 
+        def begin() -> tuple[list[PendingRequest], list[RequestHandle]]:
+            made = make()
+            if any(pending.pictures for pending in made):
+                return made, []
+            return [], submit_all(pending.request for pending in made)
+
+        def encode_and_submit() -> list[RequestHandle]:
+            def is_over() -> bool:
+                return self.phase is Phase.STOPPED or is_cancelled()
+
+            return submit_all(
+                [model.generator.encode_images(pending, is_cancelled=is_over) for pending in with_pictures]
+            )
+
         self._submitting += 1
         try:
-            return await self.prepare(submit_all)
+            with_pictures, handles = await self.prepare(begin)
+            if not with_pictures:
+                return handles
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._encoding, encode_and_submit)
+            except DeployError as error:
+                raise draining() if self.phase is Phase.STOPPED else of_request(error) from error
         finally:
             self._submitting -= 1
 
@@ -212,4 +246,5 @@ class ServerState:
     def close(self) -> None:
         """Lets the threads go; what they are doing ends by itself."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._encoding.shutdown(wait=False, cancel_futures=True)
         self._compiling.close()

@@ -152,14 +152,18 @@ class ChatEncoder:
         span = ImageTokens.of(self._tokenizer).span(image_rows)
         ids: list[int] = []
         starts = []
-        position = 0
+        position = reached = 0  # in the text; in `own`, which is ascending
         for number, piece in enumerate(pieces):
             if number:
                 starts.append(len(ids) + 1)
                 ids += span
             end = position + len(piece)
-            within = [(a - position, b - position) for a, b in own or () if position <= a and b <= end]
-            ids += self._control.encode(piece, None if own is None else within)
+            within: list[tuple[int, int]] | None = None if own is None else []
+            while own is not None and within is not None and reached < len(own) and own[reached][1] <= end:
+                first, last = own[reached]
+                within.append((first - position, last - position))
+                reached += 1
+            ids += self._control.encode(piece, within)
             position = end + len(place)
         return EncodedConversation(ids, tuple(starts))
 

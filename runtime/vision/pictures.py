@@ -7,7 +7,6 @@ ever fetched from an address, and no path is taken from a text.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import io
 import struct
@@ -30,7 +29,9 @@ __all__ = ["FORMATS", "MAX_BYTES", "MAX_PIXELS", "Picture", "open_picture"]
 # Pillow's names of what is decoded; its other decoders aren't asked (one of them runs another program).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 32 << 20  # of a file
-MAX_PIXELS = 1 << 26  # of an image: 8192 x 8192, 200 MB once decoded
+# Of an image: 128 MiB once decoded (Pillow has 4 bytes for a pixel of RGB). Decoding takes up to 512 MiB: WebP's own
+# decoder holds two frames besides Pillow's two.
+MAX_PIXELS = 1 << 25
 
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -59,6 +60,12 @@ class Picture:
         """Width and height in pixels."""
         width, height = self.image.size
         return width, height
+
+    def reduced(self, size: int) -> Picture:
+        """What is left of it where only its `square` of this size is wanted again: that square, as a picture."""
+        from PIL import Image
+
+        return Picture(Image.fromarray(self.square(size)), self.name)
 
     def square(self, size: int) -> NDArray[np.uint8]:
         """The pixels [size, size, 3] that a vision engine takes: resized to a square whatever its shape, bicubic.
@@ -120,9 +127,10 @@ def open_data_url(url: str, name: str = "the image") -> Picture:
     if len(body) > MAX_BYTES * 4 // 3 + 4:
         raise _too_long(name, len(body) * 3 // 4)
     try:
-        return open_picture(base64.b64decode(body, validate=True), name)
-    except binascii.Error as error:
+        content = base64.b64decode(body, validate=True)
+    except ValueError as error:  # of a letter beyond ASCII no binascii.Error, which is one
         raise GenerationError(f"{name} isn't base64 ({error}); accepted: data:image/TYPE;base64,...") from error
+    return open_picture(content, name)
 
 
 def _read(path: Path) -> bytes:
@@ -159,8 +167,10 @@ def _decode(content: bytes, name: str) -> Image:
             raise GenerationError(
                 f"{name} has pixels of mode {image.mode}; accepted: {', '.join(_MODES)}: save it as 8-bit RGB"
             )
-        upright: Image.Image = ImageOps.exif_transpose(image)
-        return upright.convert("RGB")
+        ImageOps.exif_transpose(image, in_place=True)  # else it copies what is upright as well
+        if image.mode == "RGB" and image.format != "WEBP":
+            return image  # type: ignore[no-any-return]
+        return image.convert("RGB")  # type: ignore[no-any-return]  # of WebP a copy, which lets its decoder go
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:

@@ -21,6 +21,7 @@ from qwen_aot.runtime.generation.chat import Chat
 from qwen_aot.runtime.generation.generator import Generator
 from qwen_aot.runtime.generation.images import rows_between
 from qwen_aot.runtime.generation.request import Completion, Request
+from qwen_aot.runtime.text.chat_encoder import ChatEncoder
 from qwen_aot.runtime.vision.pictures import open_picture
 from tests.vl_checkpoints import IM_END, IMAGE_START, ROWS, SMALL, Placed, SeeingModel, noise, png
 
@@ -155,6 +156,7 @@ def test_a_conversation_keeps_its_images(seeing: Seeing, generator: Generator) -
     followed = [event for event in chat.send("cat") if isinstance(event, Completion)]
     assert said[0].cached_tokens == 0 and followed[0].cached_tokens > ROWS and generator.image_encoder.runs == 1
     assert [type(message["content"]) for message in chat.messages] == [list, str, str, str]
+    assert chat.messages[0]["content"][0]["image"].size == (SMALL.image_size, SMALL.image_size)  # no more is kept
     request = generator.chat_request(list(chat.messages[:3]))
     expected = seeing[0].greedy(list(request.prompt), placed(request, (FIRST,)), 4)  # type: ignore[arg-type]
     assert list(followed[0].token_ids) == expected
@@ -191,8 +193,12 @@ def test_data_urls(generator: Generator) -> None:
 
 
 def test_refused(generator: Generator) -> None:
-    with pytest.raises(ContextFullError, match=r"the conversation has \d+ tokens with this turn"):
+    with pytest.raises(ContextFullError, match=r"the conversation has at least 1032 tokens with this turn"):
         generator.chat(asked(*[FIRST] * 4, "the"))
+    with pytest.raises(ContextFullError, match=r"the conversation has at least 1032 tokens"):
+        generator.picture_request([Path("nowhere")] * 4)
+    with pytest.raises(ContextFullError, match=r"the conversation has \d+ tokens"):
+        generator.picture_request([Path("nowhere")], "the cat " * 500)
     assert generator.image_encoder.runs == 0  # before anything is decoded
     with pytest.raises(GenerationError, match="prompt_logprobs of a prompt with images don't exist"):
         generator.chat(asked(FIRST, "the"), prompt_logprobs=1)
@@ -201,6 +207,45 @@ def test_refused(generator: Generator) -> None:
     with pytest.raises(GenerationError, match="accepted: images of the user's messages"):
         generator.chat([{"role": "system", "content": [{"type": "image", "image": FIRST}]}])
     assert generator.chat(asked(FIRST, "the"), max_new_tokens=2).token_ids  # as before
+
+
+def test_images_beyond_the_context_are_refused_before_anything_is_rendered(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ChatEncoder, "encode_with_images", lambda *_, **__: pytest.fail("it was rendered"))
+    with pytest.raises(ContextFullError, match=r"has at least 4128000 tokens with this turn, the context holds 1024"):
+        generator.chat(asked(FIRST) * 16_000)
+
+
+def test_each_control_token_is_read_but_a_few_times(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of images: not each of them for each image."""
+
+    class Counted(list[tuple[int, int]]):
+        reads = 0
+
+        def __getitem__(self, place: Any) -> Any:
+            self.reads += 1
+            return super().__getitem__(place)
+
+        def __iter__(self) -> Iterator[tuple[int, int]]:
+            for each in super().__iter__():
+                self.reads += 1
+                yield each
+
+    made: list[Counted] = []
+
+    def own(encoder: ChatEncoder, *args: Any) -> Counted:
+        made.append(Counted(found(encoder, *args)))
+        return made[-1]
+
+    found = ChatEncoder._own
+    monkeypatch.setattr(ChatEncoder, "_own", own)
+    encoder = generator.chat_encoder
+    parts = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "<|im_end|> the"}]}
+    encoded = encoder.encode_with_images([parts] * 50, image_rows=1)
+    assert len(encoded.image_starts) == 50 and len(made[0]) > 100
+    assert made[0].reads <= 4 * len(made[0])
+    assert encoded.ids.count(IM_END) == 51  # each message's and the system's own, and no text's
 
 
 def test_text_alone_opens_no_vision_engine(seeing: Seeing, generator: Generator) -> None:

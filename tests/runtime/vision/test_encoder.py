@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.vision.encoder import ImageEncoder
-from qwen_aot.runtime.vision.pictures import open_picture
+from qwen_aot.runtime.vision.pictures import Picture, open_picture
 from tests.vl_checkpoints import noise, png
 
 
@@ -54,6 +58,18 @@ def test_rows_in_order_and_each_image_once() -> None:
     assert runner.is_closed
 
 
+def test_a_picture_is_dropped_before_the_next_is_opened() -> None:
+    alive: list[weakref.ref[object]] = []
+
+    def opened(seed: int) -> Picture:
+        assert not any(each() for each in alive)
+        picture = open_picture(png(noise(8, 8, seed)))
+        alive.append(weakref.ref(picture.image))
+        return picture
+
+    assert len(ImageEncoder(MeanRunner()).encode(opened(seed) for seed in range(4))) == len(alive) == 4
+
+
 def test_the_latest_are_kept() -> None:
     runner = MeanRunner()
     encoder = ImageEncoder(runner, cache_bytes=2 * 3 * 2 * 4)  # of two images
@@ -81,3 +97,35 @@ def test_a_run_that_fails_keeps_nothing() -> None:
         encoder.encode(PICTURES[:1])
     runner.is_closed = False
     assert encoder.encode(PICTURES[:1])[0].rows[0, 0] == pytest.approx(means(0)[0])
+
+
+def test_what_is_kept_is_of_one_scope() -> None:
+    runner = MeanRunner()
+    encoder = ImageEncoder(runner)
+    for scope, runs in ((1, 1), (2, 2), (1, 2), (2, 2), (None, 3), (None, 4), (0, 5)):
+        assert encoder.encode([PICTURES[0]], scope=scope)[0].rows[0, 0] == pytest.approx(means(0)[0])
+        assert encoder.runs == runs, scope
+
+
+def test_what_is_kept_is_what_is_counted() -> None:
+    """An image's rows alone, not the run's that they came from."""
+    (first, second) = ImageEncoder(MeanRunner()).encode(PICTURES[:2])
+    assert first.rows.base is None and second.rows.base is None
+
+
+def test_cancelled_between_pictures_and_between_runs() -> None:
+    runner = MeanRunner()
+    encoder = ImageEncoder(runner)
+    for most, opened, runs in ((1, 2, []), (5, 5, []), (6, 5, [2])):
+        asked, taken = itertools.count(), 0
+        runner.batches = []
+
+        def pictures() -> Iterator[Picture]:
+            nonlocal taken
+            for picture in PICTURES:
+                taken += 1
+                yield picture
+
+        with pytest.raises(GenerationError, match="was cancelled before its images were encoded"):
+            encoder.encode(pictures(), is_cancelled=lambda asked=asked, most=most: next(asked) >= most)  # type: ignore[misc]
+        assert (taken, runner.batches) == (opened, runs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import subprocess
 import sys
 import warnings
 import zlib
@@ -102,9 +103,9 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "cut off": (lambda: WHOLE[: len(WHOLE) // 2], r"is damaged or cut off"),
     "cut in its header": (lambda: WHOLE[:20], r"is (damaged or cut off|no image)"),
     "JPEG cut off": (lambda: saved(Image.fromarray(noise(30, 30)), "JPEG")[:500], r"is damaged or cut off"),
-    "a bomb": (lambda: png_of(60_000, 60_000), r"has more than [\d,]+ pixels; accepted: up to 67,108,864"),
-    "a bomb that Pillow warns of": (lambda: png_of(10_000, 10_000), r"pixels; accepted: up to 67,108,864"),
-    "a large image": (lambda: png_of(8_193, 8_193), r"has 8193 x 8193 pixels; accepted: up to 67,108,864"),
+    "a bomb": (lambda: png_of(60_000, 60_000), r"has more than [\d,]+ pixels; accepted: up to 33,554,432"),
+    "a bomb that Pillow warns of": (lambda: png_of(10_000, 10_000), r"pixels; accepted: up to 33,554,432"),
+    "a large image": (lambda: png_of(8_192, 4_097), r"has 8192 x 4097 pixels; accepted: up to 33,554,432"),
     "less data than pixels": (lambda: png_of(500, 500, b"\0" * 50), r"is damaged or cut off"),
     "no pixels": (lambda: png_of(0, 5), r"is (damaged or cut off|no image)"),
     "a film": (lambda: GIF, r"has 2 frames; accepted: images of one"),
@@ -126,14 +127,64 @@ def test_hostile_images(kind: str, tmp_path: Path) -> None:
 def test_a_size_that_pillow_warns_of_under_ordinary_filters() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(GenerationError, match=r"10000 x 10000 pixels; accepted: up to 67,108,864"):
+        with pytest.raises(GenerationError, match=r"10000 x 10000 pixels; accepted: up to 33,554,432"):
             open_picture(png_of(10_000, 10_000))
 
 
 def test_the_largest_image_is_within_its_limit() -> None:
-    assert png_of(8_192, 8_192) and MAX_PIXELS == 8_192**2
+    assert MAX_PIXELS == 8_192 * 4_096
     with pytest.raises(GenerationError, match="damaged or cut off"):  # its size is taken, its data aren't there
-        open_picture(png_of(8_192, 8_192))
+        open_picture(png_of(8_192, 4_096))
+
+
+SIDE = 3000  # of pictures whose memory is measured: 34 MiB each, far above what a decoder needs besides
+
+
+def peak_bytes_per_pixel(content: bytes, path: Path) -> tuple[float, float]:
+    """What `open_picture` takes at its peak, and what is kept, in a process of its own that has opened others."""
+    path.write_bytes(content)
+    script = (
+        "import re, sys\n"
+        "from pathlib import Path\n"
+        "from qwen_aot.runtime.vision.pictures import open_picture\n"
+        "from tests.runtime.vision.test_pictures import WHOLE_FILES\n"
+        "for small in WHOLE_FILES[0], *WHOLE_FILES[2:]:\n"
+        "    open_picture(small)\n"
+        "content = Path(sys.argv[1]).read_bytes()\n"
+        "def kilobytes(name):\n"
+        "    return int(re.search(name + r':\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "Path('/proc/self/clear_refs').write_text('5')\n"  # the peak begins anew
+        "before = kilobytes('VmRSS')\n"
+        "picture = open_picture(content)\n"
+        "print(kilobytes('VmHWM') - before, kilobytes('VmRSS') - before)\n"
+    )
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True, cwd=root
+    )
+    peak, kept = (int(number) * 1024 / SIDE**2 for number in done.stdout.split())
+    return peak, kept
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of memory is Linux's")
+@pytest.mark.parametrize(
+    ("form", "orientation", "copies"),  # of 4 bytes for a pixel; an orientation takes one more, WebP's decoder three
+    [("PNG", 1, 1), ("PNG", 6, 2), ("JPEG", 1, 1), ("WEBP", 6, 4)],
+)
+def test_memory_of_a_small_file_of_many_pixels(form: str, orientation: int, copies: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = saved(Image.new("RGB", (SIDE, SIDE), (3, 4, 5)), form, exif=exif)
+    assert len(content) < 200_000
+    peak, kept = peak_bytes_per_pixel(content, tmp_path / "picture")
+    assert peak < 4 * copies + 1 and kept < 5
+
+
+def test_what_is_kept_of_a_picture_is_what_the_model_sees() -> None:
+    picture = open_picture(png(noise(40, 90)))
+    reduced = picture.reduced(28)
+    assert reduced.size == (28, 28) and reduced.name == picture.name
+    assert np.array_equal(reduced.square(28), picture.square(28))
 
 
 WHOLE_FILES = [
@@ -178,8 +229,9 @@ def test_addresses() -> None:
                 f"data:image/png,{good}", "data:image/png;base64", ""):  # fmt: skip
         with pytest.raises(GenerationError, match=r"has the address .*; accepted: data:image/TYPE;base64"):
             open_data_url(url)
-    with pytest.raises(GenerationError, match=r"isn't base64 \("):
-        open_data_url("data:image/png;base64,no base64!")
+    for body in ("no base64!", "AAA", f"{good}\u00e9", f"\ud800{good}"):
+        with pytest.raises(GenerationError, match=r"isn't base64 \("):
+            open_data_url(f"data:image/png;base64,{body}")
     with pytest.raises(GenerationError, match=r"bytes; accepted: up to"):
         open_data_url("data:image/png;base64," + "A" * (MAX_BYTES * 4 // 3 + 8))
 
