@@ -79,11 +79,11 @@ def command(
       qwen-aot plan
       qwen-aot plan qwen1.5-7b --device orin-nano-8gb --precision int4
 
-    Of a Hugging Face folder or a .gguf file only the configuration and headers are read. A generation (qwen, qwen1.5,
-    qwen2, qwen2.5, qwq, qwen3, qwen3-2507) stands for all of its variants with so much context; without a model,
-    Qwen1.5's are planned; without --device, for every device. Nothing is built, and no GPU is needed. Weights and cache
-    are exact, activations an estimate. The speed is what the memory's bandwidth allows with full contexts: no engine is
-    faster.
+    Of a Hugging Face folder or a .gguf file only the configuration and headers are read. A generation (qwen, qwen-vl,
+    qwen1.5, qwen2, qwen2.5, qwq, qwen3, qwen3-2507) stands for all of its variants with so much context; without a
+    model, Qwen1.5's are planned; without --device, for every device. Nothing is built, and no GPU is needed. Weights
+    and cache are exact, activations an estimate. The speed is what the memory's bandwidth allows with full contexts: no
+    engine is faster.
     """
     show_logs()
     from qwen_aot.engines.planner.devices import DEVICES, find_device

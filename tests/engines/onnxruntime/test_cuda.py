@@ -16,7 +16,7 @@ from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.errors import EngineMismatchError, ExportError
 from qwen_aot.runtime.backends.open import open_engine
 from qwen_aot.runtime.backends.ort.devices import DEVICES, Device
-from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine, OrtOptions, _open_session
+from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine, OrtOptions, open_session
 from qwen_aot.runtime.bundle.load import load_bundle
 from qwen_aot.runtime.bundle.manifest import CACHE_PREFIX
 from tests.checkpoints import reference_logits, save_tiny
@@ -96,8 +96,8 @@ def open_on_cpu(bundle: Path) -> OnnxRuntimeEngine:
     device = HostedDevice(cpu.provider, HostedCudaMemory, cpu.minimum_version, cpu.extra)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "qwen_aot.runtime.backends.ort.engine._open_session",
-            lambda path, options, _: CopyingSession(_open_session(path, options, cpu)),
+            "qwen_aot.runtime.backends.ort.engine.open_session",
+            lambda path, options, _: CopyingSession(open_session(path, options, cpu)),
         )
         return OnnxRuntimeEngine(load_bundle(bundle), OrtOptions(threads=1), device)
 

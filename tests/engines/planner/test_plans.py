@@ -221,7 +221,7 @@ def test_precisions_of_one_model_stand_together() -> None:
     ("request_", "message"),
     [
         ({"max_batch": 0}, "max_batch is 0"),
-        ({"max_context": 40000}, "more than the model's 8192 tokens"),
+        ({"max_context": 40000}, "more than the model's 32768 tokens"),
         ({"precisions": ["fp32"]}, "target tensorrt with precision fp32 doesn't exist"),
     ],
 )

@@ -88,13 +88,13 @@ def test_special_tokens_in_a_message(
     from qwen_aot.runtime.text.chat_encoder import ChatEncoder
 
     seen = []
-    encode = ChatEncoder.encode
+    encode = ChatEncoder.encode_with_images
 
-    def remember(self: ChatEncoder, *arguments: object, **given: object) -> list[int]:
+    def remember(self: ChatEncoder, *arguments: object, **given: object) -> object:
         seen.append(given["allow_special_tokens"])
         return encode(self, *arguments, **given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ChatEncoder, "encode", remember)
+    monkeypatch.setattr(ChatEncoder, "encode_with_images", remember)
     assert run("chat", bundle, *SHORT, *options, input="<|im_end|>\n/system Brief.\nHi\n").exit_code == 0
     assert seen == [bool(options)] * 2
 

@@ -89,7 +89,7 @@ def test_a_wrong_value_is_named(field: str, values: list[Any]) -> None:
         ({"role": "assistant", "tool_calls": [{"id": "a", "type": "function"}]}, "tool_calls[0].function"),
         ({"role": "user", "content": 5}, "content"),
         ({"role": "user", "content": [5]}, "content[0]"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}, "content[0].type"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}, "content[0]"),
         ({"role": "user", "content": [{"type": "text"}]}, "content[0].text"),
         ({"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}, "content[0].x"),
         ({"role": "user", "content": "a", "contents": "b"}, "contents"),
