@@ -88,7 +88,9 @@ def test_sizes_of_a_cpu_bundle(seeing: Seeing, precision: str, tmp_path: Path) -
     assert planned.estimate.bundle_bytes > exact + alone.weight_bytes * 0.9
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize(
+    "precision", ["fp16", pytest.param("bf16", marks=pytest.mark.deep), pytest.param("int8", marks=pytest.mark.deep)]
+)
 def test_tensorrt_rtx_compiles_both(seeing: Seeing, precision: str, tmp_path: Path) -> None:
     report = build_bundle(seeing[0].folder, rtx_spec(precision, speculate=3), tmp_path / "bundle")
     manifest, stages = report.manifest, [cost.stage for cost in report.stages]
