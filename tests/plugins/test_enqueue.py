@@ -242,7 +242,7 @@ def test_the_second_enqueue_only_launches(enqueuer):
     """Modules are loaded once a context: a step costs its launches, and a CUDA graph can be captured."""
     step = GqaStep(lengths=[(300, 1)], steps=1)
     first, second = enqueuer([Enqueue(step, code=None)] * 2)
-    assert first.calls.count("cuLaunchKernel") == second.calls.count("cuLaunchKernel") == 3
+    assert first.calls.count("cuLaunchKernel") == second.calls.count("cuLaunchKernel") == 2  # one part: no reduction
     assert any(call.startswith("cuModuleLoadData") for call in first.calls)
     assert set(second.calls) <= {"cuCtxGetCurrent", "cuCtxGetId", "cuLaunchKernel"}
 
