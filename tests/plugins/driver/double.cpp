@@ -473,7 +473,11 @@ int double_refuse(char const* function)
 {
     Lock const lock(state().mutex);
     called(function);
-    return misuse(std::string(function) + " is nothing that a plugin may call", CUDA_ERROR_NOT_PERMITTED);
+    Capture& capture = state().capture;
+    bool const is_captured = capture.stream != nullptr;
+    capture.has_failed |= is_captured; // what isn't recorded breaks it, whatever the thread's mode
+    char const* const when = is_captured ? ", and a stream is captured" : "";
+    return misuse(std::string(function) + " is nothing that a plugin may call" + when, CUDA_ERROR_NOT_PERMITTED);
 }
 
 // For the plugins: cuda.h says what these do.

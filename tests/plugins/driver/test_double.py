@@ -195,7 +195,7 @@ MISUSED: dict[str, tuple[Callable[[Session], int], int, str]] = {
     "allocation while a stream is captured": (
         lambda on: on.capture() or on.driver.cuMemAllocAsync(None, 16, on.stream),
         NOT_PERMITTED,
-        "cuMemAllocAsync is nothing that a plugin may call",
+        "cuMemAllocAsync is nothing that a plugin may call, and a stream is captured",
     ),
     "allocation": (
         lambda on: on.driver.cuMemAllocAsync(None, 16, on.stream),
