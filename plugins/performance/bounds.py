@@ -26,7 +26,8 @@ _RESERVED_SHARED_BYTES = 1024  # of each program, by the system
 class SmLimits:
     """What can be resident on one SM.
 
-    Source: CUDA C++ Programming Guide, table of technical specifications by compute capability.
+    Sources: CUDA C++ Programming Guide, table of technical specifications by compute capability; for 10.0 and later
+    `cuda::arch_traits` of CUDA's core libraries.
     """
 
     warps: int
@@ -35,8 +36,15 @@ class SmLimits:
 
 
 SM_LIMITS: Mapping[str, SmLimits] = {
+    "8.0": SmLimits(warps=64, programs=32, shared_bytes=164 * 1024),
+    "8.6": SmLimits(warps=48, programs=16, shared_bytes=100 * 1024),
     "8.7": SmLimits(warps=48, programs=16, shared_bytes=164 * 1024),
     "8.9": SmLimits(warps=48, programs=24, shared_bytes=100 * 1024),
+    "9.0": SmLimits(warps=64, programs=32, shared_bytes=228 * 1024),
+    "10.0": SmLimits(warps=64, programs=32, shared_bytes=228 * 1024),
+    "11.0": SmLimits(warps=48, programs=24, shared_bytes=228 * 1024),
+    "12.0": SmLimits(warps=48, programs=24, shared_bytes=100 * 1024),
+    "12.1": SmLimits(warps=48, programs=24, shared_bytes=100 * 1024),
 }
 
 

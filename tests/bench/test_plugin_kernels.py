@@ -73,7 +73,8 @@ def test_a_prediction_is_the_models_or_that_of_memory():
     assert predicted(GPU, cost()) == (full.seconds, full.reason)
     unknown = dataclasses.replace(GPU, tensor_flops=0.0)
     assert predicted(unknown, cost()) == (cost().distinct_bytes / 300e9, "memory")
-    assert predicted(dataclasses.replace(GPU, sm="12.0"), cost())[1] == "memory"
+    assert predicted(dataclasses.replace(GPU, sm="7.5"), cost()) == predicted(unknown, cost())
+    assert predicted(dataclasses.replace(GPU, sm="12.0"), cost())[0] >= cost().distinct_bytes / 300e9
 
 
 def test_the_report_has_bandwidth_and_prediction():

@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 
 from qwen_aot.errors import BuildError
-from qwen_aot.plugins.performance.bounds import ISSUES_PER_CYCLE, LATENCY_SECONDS, Gpu, bound, occupancy
+from qwen_aot.plugins.performance.bounds import ISSUES_PER_CYCLE, LATENCY_SECONDS, SM_LIMITS, Gpu, bound, occupancy
 from qwen_aot.plugins.performance.costs import Access, Cost
 from qwen_aot.plugins.performance.machine_code import MainLoop
-from qwen_aot.plugins.performance.resources import Resources
+from qwen_aot.plugins.performance.resources import Resources, recorded
 from qwen_aot.plugins.variants import Variant
 
 GPU = Gpu(sm="8.9", sm_count=10, clock_hz=1e9, bytes_per_second=1e11, tensor_flops=1e13, l2_bytes=1 << 20)
@@ -64,5 +64,11 @@ def test_keys_and_values_beyond_l2_are_read_once_a_wave_of_their_readers():
 
 
 def test_unknown_limits():
-    with pytest.raises(BuildError, match=r"limits of SM 9\.0 aren't listed; those of 8\.7, 8\.9 are"):
-        occupancy(dataclasses.replace(GPU, sm="9.0"), COST, Resources(32, 0))
+    with pytest.raises(
+        BuildError, match=r"limits of SM 7\.5 aren't listed; those of 8\.0, 8\.6, 8\.7, 8\.9, 9\.0, .* are"
+    ):
+        occupancy(dataclasses.replace(GPU, sm="7.5"), COST, Resources(32, 0))
+
+
+def test_limits_are_listed_of_every_sm_whose_resources_are():
+    assert list(SM_LIMITS) == list(recorded())
