@@ -87,10 +87,11 @@ _USAGE = _object(
     total_tokens=_COUNT,
     prompt_tokens_details=_object(cached_tokens=_COUNT),
 )
+_USAGE["properties"]["completion_tokens_details"] = _object(reasoning_tokens=_COUNT)
 _REASON: Schema = {"type": "string", "enum": ["stop", "length", "tool_calls"]}
 _CALL = _object(id=_TEXT, type={"const": "function"}, function=_object(name=_TEXT, arguments=_TEXT))
 _MESSAGE = _object(role={"const": "assistant"}, content=_or_null("string"))
-_MESSAGE["properties"] |= {"reasoning_content": _or_null("string"), "tool_calls": _list(_CALL)}
+_MESSAGE["properties"] |= {"reasoning_content": _TEXT, "tool_calls": _list(_CALL)}
 _MESSAGE_CHOICE = _object(index=_COUNT, message=_MESSAGE, finish_reason=_REASON, logprobs=_or_null("object"))
 _TEXT_CHOICE = _object(index=_COUNT, text=_TEXT, finish_reason=_REASON, logprobs=_or_null("object"))
 _MODEL_ENTRY = _object(id=_TEXT, object=_TEXT, created=_COUNT, owned_by=_TEXT, max_model_len=_COUNT)

@@ -19,8 +19,10 @@ from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefau
 from qwen_aot.runtime.generation.request import Completion, FinishReason, Request, TokenEvent
 from qwen_aot.runtime.generation.sampling import log_probabilities
 from qwen_aot.runtime.generation.stopping import StopMatcher
+from qwen_aot.runtime.text.thoughts import ThoughtTokens
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 from tests.runtime.fakes import FakeEngine
+from tests.runtime.server.servers import make_tokenizer
 from tests.runtime.texts import byte_tokenizer
 from tests.runtime.toys import make_manifest
 
@@ -87,11 +89,13 @@ def run(
     engine: Callable[..., FakeEngine] = RandomEngine,
     vocab_size: int = V,
     eos: tuple[int, ...] = (END,),
+    thoughts: ThoughtTokens | None = None,
     **options: Any,
 ) -> tuple[list[Completion], list[TokenEvent]]:
     manifest = make_manifest(max_batch=rows, max_context=100, vocab_size=vocab_size, eos_token_ids=eos)
     batch = Batch(engine(manifest), tokenizer, GenerationDefaults(eos_token_ids=eos))
-    batch.add(Request(prompt, GenerationConfig(**{"max_new_tokens": 30} | options), constraint=constraint))
+    config = GenerationConfig(**{"max_new_tokens": 30} | options)
+    batch.add(Request(prompt, config, constraint=constraint, thoughts=thoughts))
     events: list[Any] = []
     while not batch.is_idle:
         events += batch.step()
@@ -144,6 +148,41 @@ def test_every_output_is_of_the_language(
         assert completion.finish_reason is FinishReason.STOP
         assert said in language and stop_ids.isdisjoint(said)
         assert [event.token_id for event in events if event.choice == completion.choice] == list(said)
+
+
+OPENING, CLOSING = 257, 258
+
+
+@given(
+    language=st.sets(words, min_size=1, max_size=8),
+    prompt=st.sampled_from([(1, 2), (1, OPENING), (1, OPENING, CLOSING)]),
+    opens=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_thought_before_it_may_be_anything(
+    language: set[tuple[int, ...]], prompt: tuple[int, ...], opens: bool, seed: int
+) -> None:
+    bias = {OPENING: 100.0 if opens else -100.0, CLOSING: 17.0, 256: 17.0}
+    (completion,), events = run(
+        Words(language, 300), prompt=(seed, *prompt), tokenizer=make_tokenizer(), vocab_size=300, eos=(256,),
+        thoughts=ThoughtTokens(OPENING, CLOSING), logit_bias=bias, temperature=1.0, seed=seed,
+    )  # fmt: skip
+    said = list(completion.token_ids)
+    blank = next((n for n, token_id in enumerate(said) if token_id not in (9, 10, 11)), len(said))  # \t, \n, \v
+    thought: list[int] = []
+    if prompt[-1] == OPENING:
+        blank, thought = 0, said[: said.index(CLOSING) + 1 if CLOSING in said else len(said)]
+    elif prompt[-1] == 2 and said[blank : blank + 1] == [OPENING]:
+        thought = said[blank : said.index(CLOSING) + 1 if CLOSING in said else len(said)]
+    assert not opens or prompt[-1] != 2 or OPENING in thought
+    answer = tuple(said[:blank] + said[blank + len(thought) :])
+    if CLOSING in thought or not thought:
+        assert completion.finish_reason is FinishReason.STOP and answer in language
+    else:  # it doesn't end in the thought
+        assert completion.finish_reason is FinishReason.LENGTH
+    assert completion.thought_tokens == (blank + len(thought) if thought else 0)
+    assert [event.token_id for event in events] == said
+    assert "".join(event.text for event in events) + completion.last_text == completion.text
 
 
 def test_without_a_constraint_it_would_not_be() -> None:

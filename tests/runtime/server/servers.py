@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import queue
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 from starlette.types import ASGIApp
+from tokenizers import AddedToken
 
 from qwen_aot.runtime.generation.config import GenerationDefaults
 from qwen_aot.runtime.generation.generator import Generator
@@ -30,6 +32,7 @@ from tests.runtime.toys import make_manifest
 
 VOCABULARY = 300
 END = 256  # <|end|>, the one special token
+MARKS = {257: "<think>", 258: "</think>"}  # tokens that are text
 TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}]{{ message.content }}<|end|>{% endfor %}[assistant]"
     "{% if enable_thinking %}think{% endif %}"
@@ -48,6 +51,13 @@ def letters(prompt: list[int], count: int) -> str:
     for _ in range(count):
         row.append(next_letter(row))
     return bytes(row[len(prompt) :]).decode()
+
+
+def script_ids(script: str) -> list[int]:
+    """The tokens of a script: bytes, and the marks of thoughts."""
+    pieces = re.split(f"({'|'.join(MARKS.values())})", script)
+    ids = {mark: token_id for token_id, mark in MARKS.items()}
+    return [token_id for piece in pieces for token_id in ([ids[piece]] if piece in ids else piece.encode())]
 
 
 def rendered(*messages: tuple[str, str]) -> list[int]:
@@ -79,7 +89,7 @@ class SpellingEngine(FakeEngine):
             logits_rows=logits_rows,
         )
 
-        said = [*(script or "").encode(), END]
+        said = [*script_ids(script or ""), END]
 
         def next_token(row: list[int]) -> int:
             if script is not None:  # from the answer's beginning
@@ -110,8 +120,9 @@ class SpellingEngine(FakeEngine):
 
 
 def make_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
-    """Bytes, and a chat template."""
+    """Bytes, the marks of thoughts, and a chat template."""
     tokenizer = byte_tokenizer(VOCABULARY)
+    tokenizer.backend.add_tokens([AddedToken(mark, normalized=False) for mark in MARKS.values()])
     return Tokenizer(tokenizer.backend, {"chat_template": template}, vocab_size=VOCABULARY)
 
 
