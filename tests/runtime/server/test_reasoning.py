@@ -252,4 +252,6 @@ def test_how_a_text_is_cut_changes_nothing(thought: list[str], answer: list[str]
     assert "".join(each[1] for each in pushed) == answer_of(end)
     whole = "".join(answer) + last
     assert answer_of(end) == {"cut": "", "ended": whole.lstrip("\n"), "none": whole}[kind]
-    assert reasoning_of(end) == {"cut": "".join(thought) + last, "ended": "".join(thought), "none": ""}[kind].strip("\n")
+    assert reasoning_of(end) == {"cut": "".join(thought) + last, "ended": "".join(thought), "none": ""}[kind].strip(
+        "\n"
+    )

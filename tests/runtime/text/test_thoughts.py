@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -121,6 +123,6 @@ def test_marks_that_a_model_spells_are_text() -> None:
 def test_no_text_is_lost_and_parts_are_in_order(prompt: str, output: list[int]) -> None:
     found = parts(prompt, output)
     assert "".join(text for _, text in found) == TOKENIZER.backend.decode(output)
-    kinds = [part for part, _ in found]
-    assert kinds in ([*a, *b, *c, *d] for a in ([], [Part.MARK]) for b in ([], [Part.THOUGHT]) for c in ([], [Part.MARK]) for d in ([], [Part.ANSWER]))  # fmt: skip
+    orders = itertools.product(([], [Part.MARK]), ([], [Part.THOUGHT]), ([], [Part.MARK]), ([], [Part.ANSWER]))
+    assert [part for part, _ in found] in [sum(order, []) for order in orders]
     assert parts(prompt, output, tokens=None) in ([], [(Part.ANSWER, TOKENIZER.backend.decode(output))])
