@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
@@ -112,13 +113,16 @@ class _PlainEndpoints:
         return JSONResponse({"version": __version__})
 
 
-def _model_entry(model: Model, name: str) -> dict[str, str | int]:
+def _model_entry(model: Model, name: str) -> dict[str, Any]:
+    images = {} if model.image_tokens is None else {"image_tokens": model.image_tokens}
     return {
         "id": name,
         "object": "model",
         "created": model.created,
         "owned_by": "qwen-aot",
         "max_model_len": model.max_context,
+        "input_modalities": ["text", "image"] if images else ["text"],
+        **images,
     }
 
 

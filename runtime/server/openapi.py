@@ -94,7 +94,15 @@ _MESSAGE = _object(role={"const": "assistant"}, content=_or_null("string"))
 _MESSAGE["properties"] |= {"reasoning_content": _TEXT, "tool_calls": _list(_CALL)}
 _MESSAGE_CHOICE = _object(index=_COUNT, message=_MESSAGE, finish_reason=_REASON, logprobs=_or_null("object"))
 _TEXT_CHOICE = _object(index=_COUNT, text=_TEXT, finish_reason=_REASON, logprobs=_or_null("object"))
-_MODEL_ENTRY = _object(id=_TEXT, object=_TEXT, created=_COUNT, owned_by=_TEXT, max_model_len=_COUNT)
+_MODEL_ENTRY = _object(
+    id=_TEXT,
+    object=_TEXT,
+    created=_COUNT,
+    owned_by=_TEXT,
+    max_model_len=_COUNT,
+    input_modalities=_list({"type": "string", "enum": ["text", "image"]}),
+)
+_MODEL_ENTRY["properties"]["image_tokens"] = _COUNT
 _TOKENIZED = _object(tokens=_list(_COUNT), count=_COUNT, max_model_len=_COUNT)
 _DETOKENIZED = _object(prompt=_TEXT)
 

@@ -37,8 +37,10 @@ class ThoughtSplitter:
         Returns:
             What of the thought, and what of the answer, has become certain.
         """
-        is_last = isinstance(event, Completion)
-        part, text = (event.last_part, event.last_text) if is_last else (event.part, event.text)
+        if isinstance(event, Completion):
+            part, text = event.last_part, event.last_text
+        else:
+            part, text = event.part, event.text
         if part is not Part.ANSWER:
             self._has_thought = True
             return (self._trimmed(text) if part is Part.THOUGHT else ""), ""

@@ -236,16 +236,21 @@ def running(
     end_after: int | None = None,
     script: str | None = None,
     template: str | None = TEMPLATE,
+    generator: Generator | None = None,
     **settings: Any,
 ) -> Iterator[Running]:
-    """A server at a port of 127.0.0.1, ready; it is stopped at the end, and has to end."""
-    generator, engine = make_generator(
+    """A server at a port of 127.0.0.1, ready; it is stopped at the end, and has to end.
+
+    A generator given takes the place of the one that spells.
+    """
+    spelling, engine = make_generator(
         rows=rows, max_context=max_context, end_after=end_after, script=script, template=template
     )
+    served = generator or spelling
     chosen = ServerSettings(**{"port": 0, "grace_seconds": 0.0} | settings)
     ready = threading.Event()
     with bind(chosen) as listener:
-        lifecycle = Lifecycle(chosen, listener, lambda: generator, lambda model: ready.set())
+        lifecycle = Lifecycle(chosen, listener, lambda: served, lambda model: ready.set())
         server = Running(lifecycle, engine, url_of(listener, chosen), listener.getsockname()[1])
 
         def serve() -> None:

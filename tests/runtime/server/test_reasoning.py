@@ -101,6 +101,8 @@ def test_max_tokens_in_the_thought(name: str) -> None:
     length = script_ids(said).index(ord("T")) + 1
     choice = answered(SAID, {"max_tokens": length}, TEMPLATES[name])
     assert told(choice) == ("One.\n\nT", "", "length")
+    choice = answered(SAID, {"max_tokens": length + len("wo ") + 1}, TEMPLATES[name])  # in the middle of a character
+    assert told(choice) == ("One.\n\nTwo \ufffd", "", "length")
 
 
 def test_it_ends_in_the_thought() -> None:
@@ -124,6 +126,8 @@ def test_tokens_are_counted_and_have_log_probabilities() -> None:
     for usage in (whole["usage"], counted["usage"]):
         assert usage["completion_tokens"] == len(ids)
         assert usage["completion_tokens_details"] == {"reasoning_tokens": ids.index(258) + 1}
+    with App(script=f"\n {SAID}", template=THINKS, max_context=1000) as app:  # whitespace before it is the thought's
+        assert app.chat(LONG).json()["usage"]["completion_tokens_details"]["reasoning_tokens"] == ids.index(258) + 3
     entries = whole["choices"][0]["logprobs"]["content"]
     assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == SAID
     streamed = [each for chunk in chunks for each in (chunk["choices"][0]["logprobs"] or {}).get("content", [])]
@@ -232,6 +236,10 @@ def completion(parts: list[tuple[Part, str]], last: str) -> Completion:
         thought_characters=sum(len(text) for _, text in before) + (len(last) if is_cut else 0),
         thought_tokens=len(before),
     )  # fmt: skip
+
+
+def test_nothing_was_said() -> None:
+    assert completion([], "").last_part is Part.ANSWER
 
 
 TEXTS = st.lists(st.text("a\n ", max_size=4), max_size=6)

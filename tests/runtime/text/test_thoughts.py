@@ -112,6 +112,12 @@ def test_what_tokens_belong_to(prompt: str, output: str, found: list[tuple[Part,
     assert parts(prompt, ids(output)) == found
 
 
+def test_half_a_character_is_no_whitespace() -> None:
+    reader = ThoughtReader(TOKENS, ids("[a]"), TOKENIZER)
+    assert reader.push(0xC3, "") == ("", Part.ANSWER) and reader.may_open is None
+    assert reader.push(OPENING, "\ufffd<think>") == ("\ufffd<think>", Part.ANSWER)
+
+
 def test_marks_that_a_model_spells_are_text() -> None:
     assert parts("[a]<think>", list(b"a</think>b")) == [(Part.THOUGHT, "a</think>b")]
 
@@ -124,5 +130,5 @@ def test_no_text_is_lost_and_parts_are_in_order(prompt: str, output: list[int]) 
     found = parts(prompt, output)
     assert "".join(text for _, text in found) == TOKENIZER.backend.decode(output)
     orders = itertools.product(([], [Part.MARK]), ([], [Part.THOUGHT]), ([], [Part.MARK]), ([], [Part.ANSWER]))
-    assert [part for part, _ in found] in [sum(order, []) for order in orders]
+    assert [part for part, _ in found] in [[*itertools.chain(*order)] for order in orders]
     assert parts(prompt, output, tokens=None) in ([], [(Part.ANSWER, TOKENIZER.backend.decode(output))])
