@@ -15,6 +15,7 @@ def test_models() -> None:
         assert [entry["id"] for entry in listed["data"]] == ["gpt", "a/b"]
         assert app.ask("GET", "/v1/models/a/b").json() == listed["data"][1]
         assert listed["data"][0]["max_model_len"] == 400
+        assert listed["data"][0]["input_modalities"] == ["text"] and "image_tokens" not in listed["data"][0]
         missing = app.ask("GET", "/v1/models/toy")
         assert missing.status_code == 404
         assert missing.json()["error"] == {

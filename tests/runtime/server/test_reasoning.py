@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qwen_aot.runtime.generation.request import Completion, FinishReason, Timings, TokenEvent
 from qwen_aot.runtime.server.reasoning import ThoughtSplitter, answer_of, reasoning_of
 from qwen_aot.runtime.text.thoughts import Part
+from tests.chat_templates import QWEN3_WHOLE
 from tests.runtime.server.servers import END, TEMPLATE, App, events, script_ids
 from tests.runtime.server.test_tools import ASKED, CALL, NAMED, TAKES_TOOLS, WEATHER
 
@@ -218,6 +219,31 @@ def test_earlier_thoughts_are_the_templates_business() -> None:
     spelled = "[user]Hi\0[assistant]<think>\nHm.\n</think>\n\nYes?\0[user]Go\0[assistant]"
     assert ids == [END if token_id == 0 else token_id for token_id in script_ids(spelled)]
     assert 257 not in plain
+
+
+def test_qwen3_keeps_the_thoughts_of_a_turn_that_goes_on() -> None:
+    """Its published template: thoughts since the user's last message stay, with their calls, and older ones don't."""
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln"}'}}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "reasoning_content": "Old.", "content": "Yes?"},
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "reasoning_content": "New.", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "no"},
+    ]
+    with App(template=QWEN3_WHOLE, max_context=2000) as app:
+        ids = app.post("/tokenize", {"messages": messages, "tools": [WEATHER]}).json()["tokens"]
+    text = "".join({257: "<think>", 258: "</think>"}.get(each) or chr(each) for each in ids)
+    assert (
+        text.encode("latin-1")
+        .decode()
+        .endswith(
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>user\nRain?<|im_end|>\n"
+            "<|im_start|>assistant\n<think>\nNew.\n</think>\n\n"
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call><|im_end|>\n'
+            "<|im_start|>user\n<tool_response>\nno\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+        )
+    )
 
 
 def test_completions_say_everything() -> None:
