@@ -46,7 +46,7 @@ def test_the_wheel_holds_the_sources_and_nothing_else(archives: Archives) -> Non
     kinds += [f"runtime/capi/{name}" for name in ("CMakeLists.txt", "src/exports.map", "src/api/model.cpp")]
     kinds += ["runtime/capi/include/qwen_aot.h", "runtime/capi/cmake/qwen_aot.pc.in"]
     kinds += [f"exporter/calibration/texts/{name}" for name in ("SOURCES.md", "evaluation/chinese.txt")]
-    kinds += [f"runtime/server/page/{name}" for name in ("index.html", "chat.css", "chat.js")]
+    kinds += [f"runtime/server/page/{name}" for name in ("index.html", "chat.css", "chat.js", "images.js")]
     for name in kinds:
         assert f"qwen_aot/{name}" in expected  # the rule above finds every kind
     shipped = {name: data for name, data in contents(archives.wheel).items() if ".dist-info/" not in name}
