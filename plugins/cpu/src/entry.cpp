@@ -1,0 +1,58 @@
+/** What ONNX Runtime calls as the library is registered with a session's options. */
+#include "attention_op.h"
+#include "linear_op.h"
+#include "op.h"
+
+namespace qwen_aot::cpu
+{
+
+ort::Api ort::api;
+
+namespace
+{
+
+constexpr char kDomain[] = "qwen_aot.cpu";
+
+void fill(void const* table)
+{
+    auto const* const places = static_cast<void* const*>(table);
+#define QWEN_AOT_ORT_FILL(place, name, result, parameters)                                                             \
+    ort::api.name = reinterpret_cast<decltype(ort::api.name)>(places[place]);
+    QWEN_AOT_ORT_FUNCTIONS(QWEN_AOT_ORT_FILL)
+#undef QWEN_AOT_ORT_FILL
+}
+
+} // namespace
+} // namespace qwen_aot::cpu
+
+/** The library's one function, by the name that ONNX Runtime looks for. The domain lives as long as the process. */
+extern "C" __attribute__((visibility("default"))) qwen_aot::cpu::ort::Failure* RegisterCustomOps(
+    qwen_aot::cpu::ort::SessionOptions* options, qwen_aot::cpu::ort::ApiBase const* base)
+{
+    using namespace qwen_aot::cpu;
+    void const* const table = base->get_api(ort::kVersion);
+    if (table == nullptr)
+    {
+        return nullptr; // an older ONNX Runtime: the graph's ops stay unknown to it, which it says
+    }
+    static ort::Domain* const domain = [table] {
+        fill(table);
+        ort::Domain* made = nullptr;
+        if (guarded([&] {
+                check(ort::api.create_domain(kDomain, &made));
+                check(ort::api.add_op(made, custom_op<LinearOp>()));
+                check(ort::api.add_op(made, custom_op<AttentionOp<Half>>()));
+                check(ort::api.add_op(made, custom_op<AttentionOp<float>>()));
+            })
+            != nullptr)
+        {
+            made = nullptr;
+        }
+        return made;
+    }();
+    if (domain == nullptr)
+    {
+        return ort::api.create_status(ort::kFail, "the ops of qwen_aot.cpu can't be registered");
+    }
+    return ort::api.add_domain(options, domain);
+}
