@@ -39,7 +39,11 @@ def find_compiler() -> list[str]:
 
 
 def build_library(
-    library: Path = LIBRARY, *, compiler: Sequence[str] | None = None, flags: Sequence[str] = (), jobs: int | None = None
+    library: Path = LIBRARY,
+    *,
+    compiler: Sequence[str] | None = None,
+    flags: Sequence[str] = (),
+    jobs: int | None = None,
 ) -> Path:
     """Compiles the library and puts it in its place, whole or not at all.
 
@@ -81,7 +85,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m qwen_aot.plugins.cpu.build", description="Compile the kernels for the CPU."
     )
-    parser.add_argument("-o", "--output", type=Path, default=LIBRARY, help="file to write (default: beside the sources)")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=LIBRARY, help="file to write (default: beside the sources)"
+    )
     arguments = parser.parse_args()
     try:
         print(build_library(arguments.output))

@@ -1,7 +1,10 @@
 /** What ONNX Runtime calls as the library is registered with a session's options. */
 #include "attention_op.h"
+#include "instructions.h"
 #include "linear_op.h"
 #include "op.h"
+
+#include <cstdio>
 
 namespace qwen_aot::cpu
 {
@@ -12,6 +15,8 @@ namespace
 {
 
 constexpr char kDomain[] = "qwen_aot.cpu";
+// Of the ops: their names, inputs, attributes. Whatever a graph could notice raises it.
+constexpr int32_t kInterface = 1;
 
 void fill(void const* table)
 {
@@ -25,7 +30,30 @@ void fill(void const* table)
 } // namespace
 } // namespace qwen_aot::cpu
 
-/** The library's one function, by the name that ONNX Runtime looks for. The domain lives as long as the process. */
+/** The version of the ops' interface. A graph names the one that it was written for, which must be this. */
+extern "C" __attribute__((visibility("default"))) int32_t qwen_aot_cpu_version(void)
+{
+    return qwen_aot::cpu::kInterface;
+}
+
+/** Writes which instructions the kernels use into `text`, of `size` bytes, and returns 0: "avx2" for example. Returns 1
+ *  where QWEN_AOT_CPU_INSTRUCTIONS names none of this CPU's; `text` says so then. Any thread. */
+extern "C" __attribute__((visibility("default"))) int32_t qwen_aot_cpu_instructions(char* text, size_t size)
+{
+    using namespace qwen_aot::cpu;
+    try
+    {
+        std::snprintf(text, size, "%s", name_of(instructions()));
+        return 0;
+    }
+    catch (std::exception const& error)
+    {
+        std::snprintf(text, size, "%s", error.what());
+        return 1;
+    }
+}
+
+/** What registers the ops, by the name that ONNX Runtime looks for. The domain lives as long as the process. */
 extern "C" __attribute__((visibility("default"))) qwen_aot::cpu::ort::Failure* RegisterCustomOps(
     qwen_aot::cpu::ort::SessionOptions* options, qwen_aot::cpu::ort::ApiBase const* base)
 {
