@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qwen_aot.errors import EngineMismatchError, GenerationError
 from qwen_aot.runtime.bundle.load import Bundle
-from qwen_aot.runtime.bundle.manifest import KernelGraph
+from qwen_aot.runtime.bundle.manifest import KernelGraph, Manifest
 from qwen_aot.str_enum import StrEnum
 
 __all__ = [
@@ -25,7 +25,9 @@ __all__ = [
     "choose_kernels",
     "find_library",
     "kernels_named",
+    "kernels_of",
     "open_library",
+    "require_library",
 ]
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,6 @@ _BUILD_IT = (
     "compile it with `python -m qwen_aot.plugins.cpu.build` (a C++ compiler is all that it needs), or name one in "
     f"{LIBRARY_VARIABLE}"
 )
-_DO_WITHOUT = "or leave out `--kernels own`"
 _TEXT_BYTES = 512
 
 
@@ -139,13 +140,14 @@ def choose_kernels(bundle: Bundle, kernels: Kernels) -> tuple[Bundle, CpuLibrary
     if graph is None:
         if kernels is Kernels.OWN:
             raise EngineMismatchError(
-                f"the bundle {bundle.path} has no graph for own CPU kernels ({_why_none(bundle)}): leave out "
-                "`--kernels own`, or build it anew"
+                f"the bundle {bundle.path} has no graph for own CPU kernels: {_why_none(bundle)}. Let kernels be auto "
+                "or onnxruntime, or build it anew"
             )
         logger.debug("the bundle has no graph for own CPU kernels: ONNX Runtime's are used")
         return bundle, None
     try:
-        library = _library_for(graph)
+        library = require_library()
+        _require_graph(graph)
     except EngineMismatchError as error:
         # A path or instructions that the environment names are wanted, as with `own`.
         if kernels is Kernels.OWN or os.environ.get(LIBRARY_VARIABLE):
@@ -158,27 +160,39 @@ def choose_kernels(bundle: Bundle, kernels: Kernels) -> tuple[Bundle, CpuLibrary
     return replace(bundle, manifest=replace(bundle.manifest, engines=replace(engines, text=text))), library
 
 
-def _library_for(graph: KernelGraph) -> CpuLibrary:
-    """The library that a bundle's graph needs.
+def kernels_of(manifest: Manifest) -> str | None:
+    """Whose kernels run an engine of this manifest: "own" or "onnxruntime"; None: they are compiled into it."""
+    text = manifest.engines.text
+    if text.tensorrt is not None:
+        return None
+    is_own = text.kernels is not None and text.file == text.kernels.file
+    return str(Kernels.OWN if is_own else Kernels.ONNXRUNTIME)
+
+
+def require_library() -> CpuLibrary:
+    """This machine's library, loaded, of the version that this qwen-aot has.
 
     Raises:
-        EngineMismatchError: this machine has none, or one of another version.
+        EngineMismatchError: there is none, it can't be loaded, or it is of another version.
     """
     path = find_library()
     if path is None:
-        raise EngineMismatchError(f"this machine has no library of own CPU kernels: {_BUILD_IT}, {_DO_WITHOUT}")
+        raise EngineMismatchError(f"this machine has no library of own CPU kernels: {_BUILD_IT}")
     library = open_library(path)
     if library.version != OPS_VERSION:
         raise EngineMismatchError(
             f"the library of own CPU kernels {path} has version {library.version} of the ops, this qwen-aot has "
             f"{OPS_VERSION}: {_BUILD_IT}"
         )
+    return library
+
+
+def _require_graph(graph: KernelGraph) -> None:
     if graph.version != OPS_VERSION:
         raise EngineMismatchError(
             f"the bundle's graph for own CPU kernels wants version {graph.version} of the ops, this qwen-aot has "
-            f"{OPS_VERSION}: build the bundle anew, {_DO_WITHOUT}"
+            f"{OPS_VERSION}: build the bundle anew"
         )
-    return library
 
 
 def _why_none(bundle: Bundle) -> str:
