@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 
+import onnx_ir as ir
+
+from qwen_aot.engines.builders import EngineFacts
+from qwen_aot.engines.bundle.io_table import io_tensor
 from qwen_aot.engines.bundle.stages import Advance
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.errors import BuildError, onnxruntime_errors
+from qwen_aot.exporter.graph.save import KERNELS_MODEL_FILE, MODEL_FILE, save_beside
 from qwen_aot.exporter.lowering.ort import contrib as ort
 from qwen_aot.exporter.lowering.ort.contrib import OrtOptions
+from qwen_aot.exporter.lowering.ort.kernels import CPU_OPS_VERSION, use_kernels
 from qwen_aot.exporter.quantize.blockwise import BlockFormat
 from qwen_aot.exporter.quantize.own_codes import TABLE_BLOCK
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.extras import how_to_install
-from qwen_aot.runtime.bundle.manifest import Manifest
+from qwen_aot.runtime.bundle.manifest import KernelGraph, Manifest
+from qwen_aot.whole_folder import explained
+
+logger = logging.getLogger(__name__)
 
 
 def require(spec: BuildSpec) -> None:
@@ -54,8 +64,28 @@ def block_formats(spec: BuildSpec) -> tuple[BlockFormat | None, BlockFormat | No
     return BlockFormat(row.bits, block_size, spec.symmetric), BlockFormat(sensitive_bits, block_size, spec.symmetric)
 
 
-def finish(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> None:
-    """Nothing: ONNX Runtime runs model.onnx as it is."""
+def finish(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> EngineFacts | None:
+    """Writes the graph for own kernels beside model.onnx, which ONNX Runtime runs as it is and which stays the engine.
+
+    Returns:
+        None where no node of the graph has a kernel of ours.
+    """
+    # Read anew: `lowered` stays the graph that model.onnx holds.
+    model = ir.load(folder / MODEL_FILE)
+    is_quantized = spec.own_codes or spec.precision.row.is_quantized
+    # Beside rounded weights and inputs a cache of fp16 costs nothing that can be measured; fp32 stays fp32 throughout.
+    replaced = use_kernels(model, ir.DataType.FLOAT16 if is_quantized else ir.DataType.FLOAT)
+    if not replaced:
+        return None
+    logger.info("own kernels: %d projections, %d attentions", replaced.linears, replaced.attentions)
+    with explained(folder):
+        save_beside(model, folder, KERNELS_MODEL_FILE)
+    inputs, outputs = (
+        tuple(map(io_tensor, values)) for values in (lowered.model.graph.inputs, lowered.model.graph.outputs)
+    )
+    cache_dtype = next(io_tensor(value).dtype for value in model.graph.inputs if value.name == "past_key_values.0.key")
+    kernels = KernelGraph(KERNELS_MODEL_FILE, CPU_OPS_VERSION, cache_dtype)
+    return EngineFacts(inputs, outputs, tensorrt=None, plan=None, kernels=kernels)
 
 
 def lower_vision(traced: Traced, spec: BuildSpec) -> Traced:

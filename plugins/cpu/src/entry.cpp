@@ -15,7 +15,8 @@ namespace
 {
 
 constexpr char kDomain[] = "qwen_aot.cpu";
-constexpr int32_t kInterface = 1; // of the ops: their names, inputs, attributes; raised by whatever a graph could notice
+// Of the ops: their names, inputs, attributes. Whatever a graph could notice raises it.
+constexpr int32_t kInterface = 1;
 
 void fill(void const* table)
 {

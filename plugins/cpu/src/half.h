@@ -68,6 +68,7 @@ inline float widen(float value)
     return value;
 }
 
+/** As a cache holds it: what fp16 can't hold becomes its largest number, and NaN stays. */
 template <class T>
 T stored(float value);
 template <>
@@ -78,7 +79,7 @@ inline float stored<float>(float value)
 template <>
 inline Half stored<Half>(float value)
 {
-    return narrow(value);
+    return narrow(value > 65504 ? 65504 : value < -65504 ? -65504 : value);
 }
 
 } // namespace qwen_aot::cpu

@@ -146,7 +146,7 @@ class Model:
     """An open bundle."""
 
     def __init__(self, library: Library, path: Path, **options: Any) -> None:
-        """Options: threads, kernels, onnxruntime and cpu_kernels (paths), hash_limit, log (a list that takes messages)."""
+        """Options: threads, kernels, onnxruntime and cpu_kernels (paths), hash_limit, log (a list of messages)."""
         self.library = library
         self.handle = ctypes.c_void_p()
         chosen = ctypes.c_void_p()

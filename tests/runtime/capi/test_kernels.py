@@ -1,7 +1,7 @@
 """Which kernels run a bundle for the CPU: what options, environment, bundle and the library of own kernels decide.
 
-The bundle's two graphs differ in the type of their cache, so that logits tell which of them runs. No op of the library is
-in either: doubles stand in its place (`src/kernels_double.c`).
+The bundle's two graphs differ in the type of their cache, so that logits tell which of them runs. No op of the library
+is in either: doubles stand in its place (`src/kernels_double.c`).
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def test_a_library_beside_the_program(
 def test_a_library_beside_the_shared_library(
     native: Native, bundles: dict[str, Path], onnxruntime: Path, double: Path, tmp_path: Path
 ) -> None:
-    """It is found where libqwen_aot.so lies, which was opened by a path from a folder that isn't the current one any more.
+    """It is found where libqwen_aot.so lies, opened by a path from a folder that isn't the current one any more.
 
     A file of its name in the current folder is nobody's choice.
     """

@@ -32,9 +32,8 @@ Status find_library(EngineOptions const& options, Place& place, Error& error)
         if (!system::file_facts(named).is_regular)
         {
             return error.fail(Status::engine_mismatch,
-                "%s, named as the library of own kernels, doesn't exist or isn't a file; accepted: the full path of a "
-                "%s",
-                Quoted(named).c_str(), kFileName);
+                "there is no library of own CPU kernels at %s; accepted: the full path of a %s", Quoted(named).c_str(),
+                kFileName);
         }
         return Status::ok;
     }
@@ -64,15 +63,17 @@ public:
         library.find(library.register_ops_, "RegisterCustomOps");
         if (library.version_ == nullptr || library.instructions_ == nullptr || library.register_ops_ == nullptr)
         {
-            return error.fail(Status::engine_mismatch, "%s is no library of own kernels; accepted: a %s",
+            return error.fail(Status::engine_mismatch,
+                "%s isn't the library of own CPU kernels, or is an older one; accepted: a %s of this version",
                 Quoted(path.view()).c_str(), kFileName);
         }
         int32_t const found = library.version_();
         if (found != version)
         {
             return error.fail(Status::engine_mismatch,
-                "%s has version %" PRId32 " of the ops, and the bundle's graph was written for version %" PRId64
-                ": install the library of the qwen-aot that built the bundle, or rebuild the bundle",
+                "the library of own CPU kernels %s has version %" PRId32
+                " of the ops, the bundle's graph wants %" PRId64
+                ": install the library of the qwen-aot that built the bundle, or build the bundle anew",
                 Quoted(path.view()).c_str(), found, version);
         }
         return Status::ok;
@@ -82,14 +83,16 @@ public:
      *  text [size]: their name. */
     Status instructions(char* text, size_t size, Error& error) const
     {
-        return instructions_(text, size) == 0 ? Status::ok : error.fail(Status::engine_mismatch, "%.400s", text);
+        return instructions_(text, size) == 0
+            ? Status::ok
+            : error.fail(Status::engine_mismatch, "own CPU kernels can't run: %.400s", text);
     }
 
     /** ENGINE_MISMATCH: ONNX Runtime or the library refuses. */
     Status add_ops(ort::Api const& api, ort::SessionOptions* session_options, Error& error)
     {
         QWEN_AOT_TRY(api.check(register_ops_(session_options, api.base()), Status::engine_mismatch,
-            "own kernels can't be used", "ONNX Runtime's can", error));
+            "own CPU kernels can't be used", "ONNX Runtime's can", error));
         library_.keep();
         return Status::ok;
     }
@@ -123,11 +126,19 @@ Status choose_kernels(Bundle& bundle, EngineOptions const& options, ort::Api con
     KernelsLibrary library;
     QWEN_AOT_TRY(find_library(options, place, error));
     Error refused;
-    Status status = place.path.empty() ? refused.fail(Status::engine_mismatch,
-                                             "there is no %s beside libqwen_aot.so: install it there with `qwen-aot "
-                                             "capi`, or name it in the option or in %s",
-                                             kFileName, kPathVariable)
-                                       : KernelsLibrary::open(place.path, engine.kernels.version, library, refused);
+    Status status = Status::ok;
+    if (place.path.empty())
+    {
+        status = refused.fail(Status::engine_mismatch,
+            "this machine has no library of own CPU kernels: `qwen-aot capi` installs %s beside libqwen_aot.so; or "
+            "name "
+            "one in the option or in %s",
+            kFileName, kPathVariable);
+    }
+    else
+    {
+        status = KernelsLibrary::open(place.path, engine.kernels.version, library, refused);
+    }
     char instructions[200] = "";
     if (status == Status::ok)
     {
@@ -138,18 +149,16 @@ Status choose_kernels(Bundle& bundle, EngineOptions const& options, ort::Api con
     {
         is_own = true;
         bundle.use_kernels();
-        options.log.write(
-            QWEN_AOT_LOG_INFO, "own kernels (%s) of %.400s run the bundle", instructions, place.path.c_str());
+        options.log.write(QWEN_AOT_LOG_INFO, "own kernels of %.400s are used (%s)", place.path.c_str(), instructions);
         return Status::ok;
     }
-    if (options.kernels == Kernels::own || status == Status::out_of_memory)
+    if (options.kernels == Kernels::own || place.is_named || status == Status::out_of_memory)
     {
         error = refused;
         return status;
     }
-    options.log.write(place.path.empty() ? QWEN_AOT_LOG_INFO : QWEN_AOT_LOG_WARNING,
-        "ONNX Runtime's kernels run the bundle, not own ones: %.*s", static_cast<int>(refused.message().size()),
-        refused.message().data());
+    options.log.write(QWEN_AOT_LOG_INFO, "ONNX Runtime's kernels are used: %.*s",
+        static_cast<int>(refused.message().size()), refused.message().data());
     return Status::ok;
 }
 

@@ -13,8 +13,8 @@ namespace qwen_aot
  *  bundle: of target cpu; its text engine becomes the one for own kernels where they are chosen.
  *  options: what is wanted; the log is told what was chosen.
  *  is_own: set.
- *  ENGINE_MISMATCH: own kernels are wanted and can't be had; or the file that the option or the environment names isn't there;
- *  or QWEN_AOT_CPU_INSTRUCTIONS names instructions that this CPU lacks. */
+ *  ENGINE_MISMATCH: own kernels are wanted, or their library is named by the option or the environment, and they can't be
+ *  had; or QWEN_AOT_CPU_INSTRUCTIONS names instructions that this CPU lacks. */
 Status choose_kernels(Bundle& bundle, EngineOptions const& options, ort::Api const& api,
     ort::SessionOptions* session_options, bool& is_own, Error& error);
 
