@@ -158,10 +158,10 @@ QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_options_set_threads(
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_options_set_library(
     qwen_aot_options* options, qwen_aot_library library, char const* path, size_t length, qwen_aot_error** error);
 
-/** Which kernels run a bundle whose manifest has a graph for own ones; the default is AUTO. With AUTO a library of the kernels
- *  that isn't there, is of another version, or serves another ONNX Runtime in this process already is no failure: the log
- *  tells it, and ONNX Runtime's kernels run. One that the option or the environment names must be there.
- *  QWEN_AOT_FACT_HAS_OWN_KERNELS says which came of it. */
+/** Which kernels run a bundle whose manifest has a graph for own ones; the default is AUTO. With AUTO, a library of them that
+ *  isn't there, is of another version, or serves another ONNX Runtime in this process already is no failure: the log tells
+ *  it, and ONNX Runtime's kernels run. (One that the option or the environment names is wanted, as with OWN.)
+ *  QWEN_AOT_FACT_HAS_OWN_KERNELS says what came of it. */
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_options_set_kernels(
     qwen_aot_options* options, qwen_aot_kernels kernels, qwen_aot_error** error);
 

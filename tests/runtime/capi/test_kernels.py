@@ -25,7 +25,7 @@ from tests.runtime.capi.native import PROGRAMS, Native, ask, run
 from tests.runtime.capi.test_ort import ids, open_bundle, refusal, toy
 
 AUTO, OWN, ONNXRUNTIME = 0, 1, 2
-INFO, WARNING = 20, 30
+INFO = 20
 VARIABLE = "QWEN_AOT_CPU_KERNELS"
 NAME = "libqwen_aot_cpu.so"
 VERSION = 3
@@ -113,7 +113,7 @@ def test_what_is_asked_for(
 ) -> None:
     engine = open_bundle(dialog, bundles["both"], kernels=kernels, cpu_kernels=str(double))
     assert runs(dialog, engine, logits) is is_own
-    said = [(INFO, f"own kernels (none) of {double} run the bundle")]
+    said = [(INFO, f"own kernels of {double} are used (none)")]
     assert messages(dialog) == (said if is_own else [])
 
 
@@ -136,70 +136,69 @@ def test_a_bundle_without_a_graph_for_them(dialog: Dialog, bundles: dict[str, Pa
         open_bundle(dialog, bundles["float32"], kernels=kernels, cpu_kernels=str(double))
         assert dialog.want("has_own_kernels")["is_own"] is False
     said = refusal(dialog, bundles["float32"], kernels=OWN, cpu_kernels=str(double))
-    assert "own kernels are wanted, and the bundle for target 'cpu' has no graph for them: rebuild it" in said
+    assert "the bundle for target 'cpu' has no graph for own CPU kernels. Let kernels be auto or onnxruntime" in said
     assert messages(dialog) == []
 
 
 def test_a_machine_without_the_library(dialog: Dialog, bundles: dict[str, Path], logits: dict[bool, bytes]) -> None:
     engine = open_bundle(dialog, bundles["both"])
     assert runs(dialog, engine, logits) is False
+    why = f"this machine has no library of own CPU kernels: `qwen-aot capi` installs {NAME} beside libqwen_aot.so"
     ((level, said),) = messages(dialog)
-    assert level == INFO
-    assert said.startswith(
-        f"ONNX Runtime's kernels run the bundle, not own ones: there is no {NAME} beside libqwen_aot.so"
-    )
-    assert f"there is no {NAME} beside" in refusal(dialog, bundles["both"], kernels=OWN)
+    assert level == INFO and said.startswith(f"ONNX Runtime's kernels are used: {why}")
+    assert why in refusal(dialog, bundles["both"], kernels=OWN)
 
 
-@pytest.mark.parametrize(
-    ("definitions", "message"),
-    [
-        (
-            {"DOUBLE_VERSION": VERSION + 1},
-            f"has version {VERSION + 1} of the ops, and the bundle's graph was written for version {VERSION}: install",
+@pytest.fixture(scope="module")
+def unfit(compile_double: Compile, native: Native, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files that own kernels can't be had of, by what is said of each."""
+    text = tmp_path_factory.mktemp("text") / NAME
+    text.write_text("no library")
+    return {
+        f"has version {VERSION + 1} of the ops, the bundle's graph wants {VERSION}": compile_double(
+            DOUBLE_VERSION=VERSION + 1
         ),
-        ({"DOUBLE_VERSION": VERSION, "DOUBLE_REFUSAL": "not today"}, "own kernels can't be used: not today."),
-    ],
-    ids=["another version", "it refuses"],
-)
-def test_a_library_that_does_not_fit(
-    dialog: Dialog,
-    bundles: dict[str, Path],
-    compile_double: Compile,
-    logits: dict[bool, bytes],
-    definitions: dict[str, Any],
-    message: str,
+        "own CPU kernels can't be used: not today.": compile_double(DOUBLE_VERSION=VERSION, DOUBLE_REFUSAL="not today"),
+        "can't be loaded": text,
+        "isn't the library of own CPU kernels, or is an older one; accepted": native.shared(),
+    }
+
+
+def test_a_library_that_does_not_fit_where_it_is_named(
+    dialog: Dialog, bundles: dict[str, Path], unfit: dict[str, Path]
 ) -> None:
-    library = str(compile_double(**definitions))
-    assert message in refusal(dialog, bundles["both"], kernels=OWN, cpu_kernels=library)
+    """Whoever names one wants it: nothing takes its place."""
+    for message, library in unfit.items():
+        for kernels in (AUTO, OWN):
+            assert message in refusal(dialog, bundles["both"], kernels=kernels, cpu_kernels=str(library.resolve()))
     assert messages(dialog) == []
-    engine = open_bundle(dialog, bundles["both"], kernels=AUTO, cpu_kernels=library)
-    assert runs(dialog, engine, logits) is False
-    ((level, said),) = messages(dialog)
-    assert level == WARNING and said.startswith("ONNX Runtime's kernels run") and message in said
 
 
-def test_files_that_are_no_such_library(
-    dialog: Dialog, bundles: dict[str, Path], native: Native, logits: dict[bool, bytes], tmp_path: Path
+def test_a_library_that_does_not_fit_where_none_is_named(
+    program: Path,
+    bundles: dict[str, Path],
+    unfit: dict[str, Path],
+    logits: dict[bool, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "text.so").write_text("no library")
-    other = native.shared().resolve()
-    for library, message in (
-        (tmp_path / "text.so", "can't be loaded"),
-        (other, "is no library of own kernels; accepted"),
-    ):
-        assert message in refusal(dialog, bundles["both"], kernels=OWN, cpu_kernels=str(library))
-        engine = open_bundle(dialog, bundles["both"], cpu_kernels=str(library))
-        assert runs(dialog, engine, logits) is False
-        ((level, said),) = messages(dialog)
-        assert level == WARNING and message in said
+    monkeypatch.delenv(VARIABLE, raising=False)
+    shutil.copy(program, tmp_path / "program")
+    for message, library in unfit.items():
+        shutil.copy(library, tmp_path / NAME)
+        with Dialog(tmp_path / "program") as dialog:
+            assert message in refusal(dialog, bundles["both"], kernels=OWN)
+            assert messages(dialog) == []
+            assert runs(dialog, open_bundle(dialog, bundles["both"]), logits) is False
+            ((level, said),) = messages(dialog)
+            assert level == INFO and said.startswith("ONNX Runtime's kernels are used: ") and message in said
 
 
 @pytest.mark.parametrize("kernels", [AUTO, OWN])
 def test_what_is_named_must_be_there(dialog: Dialog, bundles: dict[str, Path], kernels: int, tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere.so", tmp_path):
         said = refusal(dialog, bundles["both"], kernels=kernels, cpu_kernels=str(path))
-        assert f"{str(path)!r}, named as the library of own kernels, doesn't exist or isn't a file" in said
+        assert f"there is no library of own CPU kernels at {str(path)!r}; accepted: the full path of a {NAME}" in said
     open_bundle(dialog, bundles["both"], kernels=ONNXRUNTIME, cpu_kernels=str(tmp_path / "nowhere.so"))
 
 
@@ -211,7 +210,7 @@ def test_instructions_that_the_cpu_lacks(
         DOUBLE_VERSION=VERSION, DOUBLE_INSTRUCTIONS="the environment says 'amx'; this CPU has: avx2"
     )
     said = refusal(dialog, bundles["both"], kernels=kernels, cpu_kernels=str(library))
-    assert said == "the environment says 'amx'; this CPU has: avx2"
+    assert said == "own CPU kernels can't run: the environment says 'amx'; this CPU has: avx2"
 
 
 def test_the_environment_names_the_library(
@@ -224,7 +223,7 @@ def test_the_environment_names_the_library(
         # What the option names goes before it.
         assert "of the ops" in refusal(dialog, bundles["both"], kernels=OWN, cpu_kernels=str(other))
     with Dialog(program, {**os.environ, VARIABLE: ""}) as dialog:  # as good as not there
-        assert f"there is no {NAME} beside" in refusal(dialog, bundles["both"], kernels=OWN)
+        assert "this machine has no library" in refusal(dialog, bundles["both"], kernels=OWN)
 
 
 def test_a_library_beside_the_program(
@@ -241,7 +240,7 @@ def test_a_library_beside_the_program(
     for started in (place / "program", Path("a place/program"), tmp_path / "link"):
         with Dialog(started) as dialog:
             open_bundle(dialog, bundles["both"], kernels=OWN)
-            assert messages(dialog) == [(INFO, f"own kernels (none) of {place / NAME} run the bundle")]
+            assert messages(dialog) == [(INFO, f"own kernels of {place / NAME} are used (none)")]
 
 
 def test_a_library_beside_the_shared_library(
@@ -321,7 +320,7 @@ def test_a_graph_for_a_gpu(dialog: Dialog, bundles: dict[str, Path], double: Pat
     manifest.write_text(text.replace('"target": "cpu"', '"target": "tensorrt"'), encoding="utf-8")
     answer = dialog.ask("open", bundle=str(path), threads=0, engines=1, kernels=OWN, cpu_kernels=str(double))
     assert answer["status"] == ENGINE_MISMATCH
-    assert "the bundle for target 'tensorrt' has no graph for them" in answer["message"]
+    assert "the bundle for target 'tensorrt' has no graph for own CPU kernels" in answer["message"]
 
 
 def test_what_the_graph_for_own_kernels_reads(native: Native, bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -34,10 +34,10 @@ Status open_backend(Bundle& bundle, EngineOptions const& options, BackendBox& ba
     if (options.kernels == Kernels::own && !manifest.text_engine.has_kernels)
     {
         return error.fail(Status::engine_mismatch,
-            "own kernels are wanted, and the bundle for target %s has no graph for them: rebuild it with this version "
-            "of "
-            "qwen-aot for target cpu, or don't ask for them",
-            Quoted(manifest.target.view()).c_str());
+            "the bundle for target %s has no graph for own CPU kernels%s. Let kernels be auto or onnxruntime, or build "
+            "it anew",
+            Quoted(manifest.target.view()).c_str(),
+            manifest.text_engine.has_fast_prefill ? ": --fast-prefill builds have none" : "");
     }
     std::string_view const file = manifest.text_engine.file.view();
     // As the bundle told them apart when it checked what the file reads (Bundle::open): ".onnx" alone has no suffix.
