@@ -1,11 +1,13 @@
 """Compiles the kernels for the CPU, with a C++ compiler alone: `python -m qwen_aot.plugins.cpu.build`.
 
-The library stands beside its sources, in `lib`, where a wheel has it too.
+The library stands beside its sources, in `lib`, where a wheel has it too; beside it a file with the digest of what it
+was made of, so that `--if-changed` compiles only what is new.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -74,8 +76,36 @@ def build_library(
     return library
 
 
+def build_if_changed(library: Path = LIBRARY) -> bool:
+    """Builds the library unless it was made of these very sources by this command. Returns whether it built.
+
+    Raises:
+        BuildError: there is no compiler, or it failed.
+    """
+    compiler = find_compiler()
+    note = library.with_name(f"{library.name}.made-of")
+    digest = _digest(compiler)
+    if library.is_file() and note.is_file() and note.read_text(encoding="ascii") == digest:
+        return False
+    note.unlink(missing_ok=True)  # of the library that is replaced
+    build_library(library, compiler=compiler)
+    note.write_text(digest, encoding="ascii")
+    return True
+
+
+def _digest(compiler: Sequence[str]) -> str:
+    """SHA-256 of all that a build is made of, but for the compiler itself."""
+    made_of = hashlib.sha256("\0".join([*compiler, *_FLAGS]).encode())
+    for source in sorted(path for path in SOURCES.iterdir() if path.is_file()):
+        made_of.update(f"\0{source.name}\0".encode() + source.read_bytes())
+    return made_of.hexdigest()
+
+
 def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    except OSError as error:
+        raise BuildError(f"the C++ compiler {command[0]} can't be run ({error.strerror}); name one in CXX") from error
     if done.returncode:
         raise BuildError(f"compiling the CPU's kernels failed:\n{done.stdout.strip()}")
 
@@ -88,9 +118,14 @@ def main() -> int:
     parser.add_argument(
         "-o", "--output", type=Path, default=LIBRARY, help="file to write (default: beside the sources)"
     )
+    parser.add_argument("--if-changed", action="store_true", help="do nothing where the file is made of these sources")
     arguments = parser.parse_args()
     try:
-        print(build_library(arguments.output))
+        if arguments.if_changed:
+            build_if_changed(arguments.output)
+        else:
+            build_library(arguments.output)
+        print(arguments.output)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -73,9 +73,10 @@ def load_bundle(path: str | Path, *, skip_hash_above: int | None = None) -> Bund
     for name, entry in manifest.files.items():
         _check_file(folder, name, entry, skip_hash_above)
     text = manifest.engines.text  # nothing here opens the other engine
-    for graph in (text.file, *([] if text.kernels is None else [text.kernels.file])):
-        if PurePosixPath(graph).suffix == ".onnx":
-            check_data_files(folder, graph, manifest)
+    if PurePosixPath(text.file).suffix == ".onnx":
+        check_data_files(folder, text.file, manifest)
+    if text.kernels is not None:
+        check_data_files(folder, text.kernels.file, manifest)
     return Bundle(folder, manifest)
 
 
