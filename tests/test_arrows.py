@@ -52,6 +52,7 @@ PLUGINS = (
     ("plugins.aot | plugins.launch", "compiles variants, or launches them"),
     ("plugins.kernel_table", "what C++ reads of them"),
     ("plugins.library | plugins.performance | plugins.wheel", "the library of them all; a model of their speed"),
+    ("plugins.cpu", "the library of the CPU's kernels, which are C++ alone"),
 )
 
 ARROWS = (
@@ -70,6 +71,7 @@ ARROWS = (
     Arrow("engines.bundle", "runtime.text", "a build renders chat templates by the code that will render them"),
     Arrow("engines.verify", "runtime.engine", "a graph is fed what a step of any engine is"),
     Arrow("plugins.wheel", "runtime.bundle", "where a runtime looks for the library"),
+    Arrow("runtime.capi", "plugins.cpu", "the C library is installed with own CPU kernels beside it"),
     Arrow("plugins.performance", "engines.planner", "the GPUs that `plan` knows"),
     Arrow("plugins.performance", "exporter.model", "the shapes of the variants"),
     # A target's row names its builder, which is imported when a build needs it: the target's library may be absent.
@@ -108,8 +110,9 @@ ARROWS = (
 FOLDERS = [
     folder for layers in (EXPORTER, ENGINES, RUNTIME, PLUGINS) for units, _ in layers for folder in units.split(" | ")
 ]
-# Seen from afar: the runtime in three parts, since builds write its format and its command line starts builds.
-PACKAGES = ["exporter", "engines", "plugins", "runtime.bundle", "runtime.cli", "runtime"]
+# Seen from afar: the runtime in four parts, since builds write its format, its command line starts builds, and what
+# installs the C library compiles kernels.
+PACKAGES = ["exporter", "engines", "plugins", "runtime.bundle", "runtime.capi", "runtime.cli", "runtime"]
 
 
 def innermost_folders(tree: Path) -> list[str]:

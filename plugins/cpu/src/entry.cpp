@@ -69,7 +69,9 @@ extern "C" __attribute__((visibility("default"))) qwen_aot::cpu::ort::Failure* R
         // Kernels call the functions of the runtime that registered them first, which are no other runtime's.
         auto const create_status =
             reinterpret_cast<decltype(ort::api.create_status)>(static_cast<void* const*>(table)[0]);
-        return create_status(ort::kFail, "libqwen_aot_cpu.so serves another ONNX Runtime in this process already");
+        return create_status(ort::kFail,
+            "libqwen_aot_cpu.so serves another ONNX Runtime in this process already; a copy of the file can serve this "
+            "one");
     }
     static ort::Domain* const domain = [table] {
         fill(table);

@@ -409,8 +409,24 @@ def test_file_names(program: Path) -> None:
         (("engines", "text", "quantization", "a"), None, "quantization['a'] is null; accepted: an integer, a string"),
         (("files", "../x"), {"bytes": 1}, "files has the key '../x'; accepted: a relative path with '/' inside"),
         (("files", "chat.qtpl", "sha256"), "AB", "['chat.qtpl']: sha256 is 'AB'; accepted: 64 lower-case hex digits"),
-        (("engines", "text", "file"), "y", "engines: text: the engine file 'y' is not among the bundle's 4 files"),
+        (("engines", "text", "file"), "y", "engines: text: the engine file 'y' is not among the bundle's 5 files"),
         (("engines", "text", "cache_dtype"), "int8", "cache_dtype is 'int8', but 'past_key_values.0.key' is float16"),
+        (
+            ("engines", "text", "kernels", "cache_dtype"),
+            "int64",
+            "kernels: cache_dtype is 'int64'; accepted: float32, f",
+        ),
+        (
+            ("engines", "text", "kernels", "file"),
+            "y",
+            "engines: text: the graph for own kernels 'y' is not among the b",
+        ),
+        (
+            ("engines", "text", "kernels", "more"),
+            1,
+            "kernels has an unknown key 'more'; accepted: exactly file, version,",
+        ),
+        (("engines", "text", "more"), 1, "has an unknown key 'more'; accepted: exactly file, precision, quantization,"),
         (("max_context",), 1.5, "manifest.json: max_context is 1.5; accepted: an integer"),
         (("format_version",), 3, "manifest.json has format_version '3', this library reads 1 and 2: rebuild"),
         (

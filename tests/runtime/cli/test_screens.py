@@ -113,7 +113,7 @@ def compare(name: str, columns: int, text: str) -> None:
 def installed(prefix: Path, **options: Any) -> Installed:
     """An installation of the C library that is done at once."""
     prefix.mkdir(exist_ok=True)
-    names = ("qwen_aot.h", "libqwen_aot.so", "libqwen_aot.a", "qwen_aot.pc")
+    names = ("qwen_aot.h", "libqwen_aot.so", "libqwen_aot.a", "qwen_aot.pc", "libqwen_aot_cpu.so")
     (prefix / "libqwen_aot.so").write_bytes(bytes(250_000))
     return Installed(prefix, *(prefix / name for name in names))
 
