@@ -1,4 +1,4 @@
-"""The library of own CPU kernels, of these very sources: compiled where it isn't yet, by one of a session's processes."""
+"""The library of own CPU kernels, of these very sources: compiled where it isn't yet, by one process of a session."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ PLUGINS = (
     ("plugins.aot | plugins.launch", "compiles variants, or launches them"),
     ("plugins.kernel_table", "what C++ reads of them"),
     ("plugins.library | plugins.performance | plugins.wheel", "the library of them all; a model of their speed"),
-    ("plugins.cpu", "the library of the CPU's kernels, which are C++ alone"),
+    ("plugins.cpu", "the CPU's kernels, which share nothing with the others"),
 )
 
 ARROWS = (
@@ -70,6 +70,7 @@ ARROWS = (
     Arrow("engines", "runtime.bundle", "bundles are written in the format that the runtime owns"),
     Arrow("engines.bundle", "runtime.text", "a build renders chat templates by the code that will render them"),
     Arrow("engines.verify", "runtime.engine", "a graph is fed what a step of any engine is"),
+    Arrow("engines.onnxruntime", "runtime.backends.cpu", "a build's graph for own kernels is opened by their library"),
     Arrow("plugins.wheel", "runtime.bundle", "where a runtime looks for the library"),
     Arrow("runtime.capi", "plugins.cpu", "the C library is installed with own CPU kernels beside it"),
     Arrow("plugins.performance", "engines.planner", "the GPUs that `plan` knows"),

@@ -12,7 +12,7 @@ from qwen_aot.engines.builders import EngineFacts
 from qwen_aot.engines.bundle.io_table import io_tensor
 from qwen_aot.engines.bundle.stages import Advance
 from qwen_aot.engines.spec.build_spec import BuildSpec
-from qwen_aot.errors import BuildError, onnxruntime_errors
+from qwen_aot.errors import BuildError, EngineMismatchError, onnxruntime_errors
 from qwen_aot.exporter.graph.save import KERNELS_MODEL_FILE, MODEL_FILE, save_beside
 from qwen_aot.exporter.lowering.ort import contrib as ort
 from qwen_aot.exporter.lowering.ort.contrib import OrtOptions
@@ -21,6 +21,7 @@ from qwen_aot.exporter.quantize.blockwise import BlockFormat
 from qwen_aot.exporter.quantize.own_codes import TABLE_BLOCK
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.extras import how_to_install
+from qwen_aot.runtime.backends.cpu.kernels import CpuLibrary, require_library
 from qwen_aot.runtime.bundle.manifest import KernelGraph, Manifest
 from qwen_aot.whole_folder import explained
 
@@ -102,18 +103,28 @@ def check(folder: Path, manifest: Manifest) -> None:
 
     Weights stay memory-mapped: packing them as the runtime does would take as much memory again as the model.
 
+    The graph for own kernels is opened where this machine has their library; it may be one that only builds.
+
     Raises:
-        BuildError: the session doesn't open.
+        BuildError: a session doesn't open.
     """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; they are raised as well
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    for engine in manifest.engines.all:
+    files: list[tuple[str, CpuLibrary | None]] = [(engine.file, None) for engine in manifest.engines.all]
+    if (kernels := manifest.engines.text.kernels) is not None:
         try:
-            onnxruntime.InferenceSession(folder / engine.file, options, providers=["CPUExecutionProvider"])
+            files.append((kernels.file, require_library()))
+        except EngineMismatchError as error:
+            logger.info("%s is written and not opened: %s", kernels.file, error)
+    for file, library in files:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors; they are raised as well
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        try:
+            if library is not None:
+                options.register_custom_ops_library(str(library.path))
+            onnxruntime.InferenceSession(folder / file, options, providers=["CPUExecutionProvider"])
         except onnxruntime_errors() as error:
             raise BuildError(
-                f"onnxruntime {onnxruntime.__version__} can't open the built engine {engine.file}: {error}"
+                f"onnxruntime {onnxruntime.__version__} can't open the built engine {file}: {error}"
             ) from error
