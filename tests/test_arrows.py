@@ -61,6 +61,7 @@ ARROWS = (
     Arrow("", "figures", "one look of every plot"),
     Arrow("", "jetson", "one answer to which board this is"),
     Arrow("", "machine", "one answer to what the process may use"),
+    Arrow("", "portable_compiler", "one compiler of what is given to others"),
     Arrow("", "str_enum", "a class of newer Pythons"),
     Arrow("", "version", "one version"),
     Arrow("", "whole_file", "one way to write a file that may replace another"),

@@ -19,12 +19,15 @@ from pathlib import Path
 
 from qwen_aot.errors import BuildError
 from qwen_aot.machine import usable_cores
+from qwen_aot.portable_compiler import PROCESSORS, portable_compiler, require_portable_compiler
 
 FILE_NAME = "libqwen_aot_cpu.so"
 SOURCES = Path(__file__).parent / "src"
 LIBRARY = Path(__file__).parent / "lib" / FILE_NAME
 
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wpedantic")
+FOR_OTHERS = ("-g0", "-s")  # zig adds debug information to what isn't told otherwise
+
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wpedantic")
 
 
 def find_compiler() -> list[str]:
@@ -65,7 +68,7 @@ def build_library(
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
 
         def compile_one(index: int) -> None:
-            _run([*command, *_FLAGS, *flags, "-c", str(sources[index]), "-o", str(objects[index])])
+            _run([*command, *FLAGS, *flags, "-c", str(sources[index]), "-o", str(objects[index])])
 
         with ThreadPoolExecutor(jobs or usable_cores()) as pool:
             list(pool.map(compile_one, range(len(sources))))
@@ -95,7 +98,7 @@ def build_if_changed(library: Path = LIBRARY) -> bool:
 
 def _digest(compiler: Sequence[str]) -> str:
     """SHA-256 of all that a build is made of, but for the compiler itself."""
-    made_of = hashlib.sha256("\0".join([*compiler, *_FLAGS]).encode())
+    made_of = hashlib.sha256("\0".join([*compiler, *FLAGS]).encode())
     for source in sorted(path for path in SOURCES.iterdir() if path.is_file()):
         made_of.update(f"\0{source.name}\0".encode() + source.read_bytes())
     return made_of.hexdigest()
@@ -118,10 +121,21 @@ def main() -> int:
     parser.add_argument(
         "-o", "--output", type=Path, default=LIBRARY, help="file to write (default: beside the sources)"
     )
+    parser.add_argument(
+        "--portable",
+        choices=PROCESSORS,
+        help="compile with ziglang for this processor and every Linux with glibc 2.31 or later; takes --output",
+    )
     parser.add_argument("--if-changed", action="store_true", help="do nothing where the file is made of these sources")
     arguments = parser.parse_args()
+    if arguments.portable and (arguments.if_changed or arguments.output == LIBRARY):
+        parser.error("--portable makes a file for others: give --output, and no --if-changed")
     try:
-        if arguments.if_changed:
+        if arguments.portable:
+            require_portable_compiler("--portable")
+            compiler = portable_compiler("c++", arguments.portable)
+            build_library(arguments.output, compiler=compiler, flags=FOR_OTHERS)
+        elif arguments.if_changed:
             build_if_changed(arguments.output)
         else:
             build_library(arguments.output)

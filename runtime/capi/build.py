@@ -8,7 +8,6 @@ another processor, and for every Linux with glibc 2.31 or later (Ubuntu 20.04, J
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import platform
 import re
@@ -25,15 +24,14 @@ from pathlib import Path
 from qwen_aot.errors import BuildError
 from qwen_aot.extras import install_command
 from qwen_aot.machine import usable_cores
-from qwen_aot.plugins.cpu.build import FILE_NAME, build_library
+from qwen_aot.plugins.cpu.build import FILE_NAME, FOR_OTHERS, build_library
+from qwen_aot.portable_compiler import OLDEST_GLIBC, PROCESSORS, portable_compiler, require_portable_compiler
 from qwen_aot.version import __version__
 
-__all__ = ["OLDEST_GLIBC", "PROCESSORS", "Installed", "Progress", "find_cmake", "install_library", "zig_compiler"]
+__all__ = ["OLDEST_GLIBC", "PROCESSORS", "Installed", "Progress", "find_cmake", "install_library"]
 
 SOURCES = Path(__file__).parent
 OLDEST_CMAKE = (3, 20)
-OLDEST_GLIBC = "2.31"  # of JetPack 5 and Ubuntu 20.04
-PROCESSORS = ("x86_64", "aarch64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +142,8 @@ def install_library(
         _Stage(tell, "configure", 1, [cmake, "-S", str(SOURCES), "-B", str(build), *options]).run()
         _Stage(tell, "compile", 2, [cmake, "--build", str(build), "--parallel", str(jobs or usable_cores())]).run()
         tell(Progress("compile CPU kernels", 3))
-        compiler = zig_compiler("c++", processor) if is_portable else None
-        build_library(whole / "lib" / FILE_NAME, compiler=compiler, flags=("-g0", "-s"), jobs=jobs)
+        compiler = portable_compiler("c++", processor) if is_portable else None
+        build_library(whole / "lib" / FILE_NAME, compiler=compiler, flags=FOR_OTHERS, jobs=jobs)
         tell(Progress("compile CPU kernels", 3, done=1, total=1))
         _Stage(tell, "install", 4, [cmake, "--install", str(build)]).run()
         try:
@@ -218,23 +216,10 @@ def _generator() -> list[str]:
     return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
 
 
-def zig_compiler(language: str, processor: str) -> list[str]:
-    """The command of ziglang's compiler for a processor and OLDEST_GLIBC.
-
-    Args:
-        language: "cc" or "c++".
-        processor: of PROCESSORS.
-    """
-    return [sys.executable, "-m", "ziglang", language, "-target", f"{processor}-linux-gnu.{OLDEST_GLIBC}"]
-
-
 def _zig_settings(folder: Path, processor: str) -> dict[str, str]:
     """Wrappers of zig's compiler in a folder, and the settings that make CMake use them."""
-    if importlib.util.find_spec("ziglang") is None:
-        raise BuildError(
-            f"--portable compiles with the package ziglang, which isn't installed: `{install_command('release')}`"
-        )
-    tools = {name: zig_compiler(name, processor) for name in ("cc", "c++")}
+    require_portable_compiler("--portable")
+    tools = {name: portable_compiler(name, processor) for name in ("cc", "c++")}
     tools |= {name: [sys.executable, "-m", "ziglang", name] for name in ("ar", "ranlib")}
     paths = {}
     for name, command in tools.items():

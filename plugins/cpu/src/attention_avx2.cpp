@@ -5,7 +5,11 @@
 
 #include <immintrin.h>
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma,f16c")
+#endif
 
 #include "attention_tile.h"
 
@@ -149,5 +153,9 @@ AttentionKernels<Half> attention_kernels<Instructions::avx2>()
 }
 
 } // namespace qwen_aot::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 
 #endif

@@ -5,10 +5,15 @@
 
 #include <immintrin.h>
 
+#if defined(__clang__)
+#pragma clang attribute push(                                                                                          \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
 // GCC 12 takes its own _mm512_undefined_ps for an oversight: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
 
 #include "attention_tile.h"
 
@@ -143,5 +148,9 @@ AttentionKernels<Half> attention_kernels<Instructions::avx512>()
 }
 
 } // namespace qwen_aot::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 
 #endif
