@@ -17,6 +17,7 @@ from qwen_aot.errors import BundleError, EngineMismatchError, GenerationError
 from qwen_aot.plugins.cpu import build as cpu_build
 from qwen_aot.runtime.backends.cpu import kernels
 from qwen_aot.runtime.backends.cpu.kernels import (
+    INSTRUCTIONS_VARIABLE,
     LIBRARY_VARIABLE,
     OPS_VERSION,
     CpuLibrary,
@@ -39,6 +40,7 @@ GRAPH = KernelGraph("model.kernels.onnx", OPS_VERSION, "float16")
 @pytest.fixture(autouse=True)
 def _nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(LIBRARY_VARIABLE, raising=False)
+    monkeypatch.delenv(INSTRUCTIONS_VARIABLE, raising=False)
 
 
 def bundle_with(graph: KernelGraph | None, target: str = "cpu") -> Bundle:
@@ -245,6 +247,14 @@ def test_a_library_that_the_environment_names_must_be_there(monkeypatch: pytest.
         choose_kernels(bundle_with(GRAPH), Kernels.AUTO)
     bundle = bundle_with(GRAPH)
     assert choose_kernels(bundle, Kernels.ONNXRUNTIME) == (bundle, None)
+
+
+def test_instructions_that_the_environment_names_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = stub(tmp_path, VERSIONED.format(version=OPS_VERSION, text="this CPU has: portable", code=1))
+    monkeypatch.setattr(kernels, "find_library", lambda: path)
+    monkeypatch.setenv(INSTRUCTIONS_VARIABLE, "mmx")
+    with pytest.raises(EngineMismatchError, match="own CPU kernels can't run: this CPU has: portable"):
+        choose_kernels(bundle_with(GRAPH), Kernels.AUTO)
 
 
 def test_a_graph_for_them_may_read_listed_files_only(tmp_path: Path) -> None:
