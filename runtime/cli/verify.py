@@ -256,6 +256,7 @@ def verify_bundle(
     from qwen_aot.engines.verify.same_model import require_same_model
     from qwen_aot.engines.verify.verdict import Verdict
     from qwen_aot.engines.verify.weights import SKIPPED
+    from qwen_aot.runtime.backends.cpu.kernels import kernels_of
     from qwen_aot.runtime.bundle.load import load_bundle
     from qwen_aot.runtime.generation.generator import Generator
 
@@ -271,10 +272,11 @@ def verify_bundle(
     except EngineMismatchError as error:
         return BundleReport(weights, None, None, not_run=str(error))
     with opened as generator:
+        ran = generator.engine.manifest
         scores, read_by = _score(
             generator, checkpoint, text, length, windows, greedy_tokens, bounds, count, on_progress
         )
-    return BundleReport(weights, scores, read_by)
+    return BundleReport(weights, scores, read_by, kernels=kernels_of(ran))
 
 
 def _window_length(manifest: Manifest, window: int, greedy_tokens: int) -> int:

@@ -75,12 +75,22 @@ void AttentionOp<T>::compute(ort::Context* context) const
         step.B * step.S);
     require(held.count() == step.B, "the size of cache_length", held.count(), step.B);
     require(fresh.count() == step.B, "the size of new_tokens", fresh.count(), step.B);
+    step.position_ids = positions.as<int64_t>();
     for (int64_t b = 0; b < step.B; ++b)
     {
         int64_t const length = held.as<int64_t>()[b], tokens = fresh.as<int64_t>()[b];
         require(length >= 0 && length <= step.C, "a cache_length", length, step.C);
         require(tokens >= 0 && tokens <= step.S, "a row's new_tokens", tokens, step.S);
         require(length + tokens <= step.C, "cache_length + new_tokens", length + tokens, step.C);
+        for (int64_t s = 0; s < tokens; ++s)
+        {
+            int64_t const position = step.position_ids != nullptr ? step.position_ids[b * step.S + s] : length + s;
+            if (position < 0 || position >= step.P)
+            {
+                throw Error("QwenGQA: a position is " + std::to_string(position) + "; accepted: 0 to "
+                    + std::to_string(step.P - 1) + ", what cos and sin have");
+            }
+        }
     }
     step.query = query.as<float>();
     step.key = is_packed ? step.query + width : key.as<float>();
@@ -88,7 +98,6 @@ void AttentionOp<T>::compute(ort::Context* context) const
     step.query_stride = query.sizes[2];
     step.key_stride = is_packed ? query.sizes[2] : kv_width;
     step.cos = cos.as<float>(), step.sin = sin.as<float>();
-    step.position_ids = positions.as<int64_t>();
     step.cache_length = held.as<int64_t>(), step.new_tokens = fresh.as<int64_t>();
     int64_t const sizes[] = {step.B, step.S, width};
     step.attention = static_cast<float*>(output(context, 0, sizes, 3));

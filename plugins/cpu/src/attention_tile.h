@@ -229,6 +229,18 @@ void score_all_turned(float const* queries, float const* keys, int64_t D, int64_
     }
 }
 
+/** Asks for what lies one block of keys ahead: a stream of one page after the other is not what the CPU itself expects. Beyond
+ *  the array's end nothing happens. */
+template <class T>
+inline void fetch_ahead(T const* row, int64_t stride, int64_t count)
+{
+    char const* const from = reinterpret_cast<char const*>(row) + kKeyBlock * stride * static_cast<int64_t>(sizeof(T));
+    for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(T)); byte += 64)
+    {
+        __builtin_prefetch(from + byte, 0, 2);
+    }
+}
+
 /** Scores of R queries, `width` floats apart, with the first `count` keys as they lie in the cache. */
 template <class V, int R, class T>
 void score_direct(float const* queries, int64_t width, T const* keys, int64_t D, int64_t count, float* scores)
@@ -242,6 +254,7 @@ void score_direct(float const* queries, int64_t width, T const* keys, int64_t D,
         for (int k = 0; k < K; ++k)
         {
             row[k] = keys + (key + k < count ? key + k : count - 1) * D;
+            fetch_ahead(row[k], D, D);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i)
@@ -329,8 +342,9 @@ void weigh(float* scores, int64_t count, int64_t width, float* sums, float& larg
     weight += total.sum();
 }
 
-/** Adds `count` values by the weights of R queries to N vectors of their sums. */
-template <class V, int R, int N, bool is_part, class T>
+/** Adds `count` values by the weights of R queries to N vectors of their sums. is_part: to the only one, which has `rest`
+ *  numbers; is_cache: the values lie in the cache, and more will follow. */
+template <class V, int R, int N, bool is_part, bool is_cache, class T>
 void add_columns(
     float const* weights, T const* values, int64_t stride, int64_t count, int64_t rest, float* sums, int64_t width)
 {
@@ -347,6 +361,10 @@ void add_columns(
     for (int64_t key = 0; key < count; ++key, values += stride)
     {
         V value[N];
+        if constexpr (is_cache)
+        {
+            fetch_ahead(values, stride, N * V::kWidth);
+        }
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n)
         {
@@ -387,24 +405,24 @@ constexpr int columns(int R)
 }
 
 /** Adds `count` values of D numbers, `stride` apart, by the weights of R queries to their sums. */
-template <class V, int R, int N = columns<V>(R), class T>
+template <class V, int R, bool is_cache, int N = columns<V>(R), class T>
 void add_values(
     float const* weights, T const* values, int64_t D, int64_t stride, int64_t count, float* sums, int64_t width)
 {
     int64_t d = 0;
     for (; d + N * V::kWidth <= D; d += N * V::kWidth)
     {
-        add_columns<V, R, N, false>(weights, values + d, stride, count, 0, sums + d, width);
+        add_columns<V, R, N, false, is_cache>(weights, values + d, stride, count, 0, sums + d, width);
     }
     if (d < D)
     {
         if constexpr (N > 1)
         {
-            add_values<V, R, N / 2>(weights, values + d, D - d, stride, count, sums + d, width);
+            add_values<V, R, is_cache, N / 2>(weights, values + d, D - d, stride, count, sums + d, width);
         }
         else
         {
-            add_columns<V, R, 1, true>(weights, values + d, stride, count, D - d, sums + d, width);
+            add_columns<V, R, 1, true, is_cache>(weights, values + d, stride, count, D - d, sums + d, width);
         }
     }
 }
@@ -444,13 +462,13 @@ void attend_block(AttentionStep<T> const& step, Tile const& tile, Workspace<V> c
     // What all of them see together; then, at the diagonal, each its own: a weight of 0 would not hide a NaN.
     auto const add = [&](auto const* from, int64_t stride) {
         float* const sums = space.sums + first * space.width;
-        add_values<V, R>(space.scores, from, D, stride, least, sums, space.width);
+        add_values<V, R, is_direct>(space.scores, from, D, stride, least, sums, space.width);
         for (int64_t r = 1; r < R; ++r)
         {
             if (int64_t const rest = seen(r) - least; rest > 0)
             {
-                add_values<V, 1>(space.scores + r * kKeyBlock + least, from + least * stride, D, stride, rest,
-                    sums + r * space.width, space.width);
+                add_values<V, 1, is_direct>(space.scores + r * kKeyBlock + least, from + least * stride, D, stride,
+                    rest, sums + r * space.width, space.width);
             }
         }
     };

@@ -235,7 +235,7 @@ void round_row(Linear const& linear, float const* x, int64_t m, RoundedRows cons
  *
  *  scales, zeros: a block's in each lane, from the group's first block on. */
 template <class V, int Bits, bool HasZeros, int M, bool Part>
-QWEN_AOT_INLINE void add_vector(RoundedRows const& rows, int64_t m, uint8_t const* row, int64_t group, int at, int count,
+QWEN_AOT_INLINE void add_vector(RoundedRows const& rows, uint8_t const* row, int64_t group, int at, int count,
     int shift, typename V::F const (&scales)[M], typename V::I zeros, typename V::F (&sums)[M])
 {
     using I = typename V::I;
@@ -247,10 +247,10 @@ QWEN_AOT_INLINE void add_vector(RoundedRows const& rows, int64_t m, uint8_t cons
     {
         zeros = V::pick(zeros, block);
     }
-    for (int i = 0; i < M; ++i)
+    for (int m = 0; m < M; ++m)
     {
-        int8_t const* const x = rows.codes + (m + i) * rows.code_stride + offset * (8 / Bits);
-        I products = V::load(rows.corrections + (m + i) * rows.correction_stride + offset / 4);
+        int8_t const* const x = rows.codes + m * rows.code_stride + offset * (8 / Bits);
+        I products = V::load(rows.corrections + m * rows.correction_stride + offset / 4);
         if (HasZeros)
         {
             products = V::multiply_16(zeros, products);
@@ -264,14 +264,13 @@ QWEN_AOT_INLINE void add_vector(RoundedRows const& rows, int64_t m, uint8_t cons
         {
             products = V::dot_8_bits(products, V::bytes_of_8_bits(codes), V::load(x));
         }
-        sums[i] = V::multiply_add(V::to_float(products), V::pick(scales[i], block), sums[i]);
+        sums[m] = V::multiply_add(V::to_float(products), V::pick(scales[m], block), sums[m]);
     }
 }
 
-/** Row n of the weight with rows m to m + M of x: result[i * stride]. */
+/** Row n of the weight with all M rows of x: result[m * stride]. */
 template <class V, int Bits, bool HasZeros, int M>
-inline void multiply_row(
-    Linear const& linear, RoundedRows const& rows, int64_t m, int64_t n, float* result, int64_t stride)
+inline void multiply_row(Linear const& linear, RoundedRows const& rows, int64_t n, float* result, int64_t stride)
 {
     constexpr int L = V::kLanes;
     using F = typename V::F;
@@ -284,9 +283,9 @@ inline void multiply_row(
         float const* const from = linear.scales + n * linear.blocks + b;
         F const row_scales = blocks == L ? V::load_floats(from) : V::load_floats_part(from, blocks);
         F scales[M];
-        for (int i = 0; i < M; ++i)
+        for (int m = 0; m < M; ++m)
         {
-            scales[i] = row_scales * V::load_floats(rows.scales + (m + i) * rows.scale_stride + b);
+            scales[m] = row_scales * V::load_floats(rows.scales + m * rows.scale_stride + b);
         }
         typename V::I zeros{};
         if (HasZeros)
@@ -297,18 +296,28 @@ inline void multiply_row(
         for (; at + V::kBytes <= bytes; at += V::kBytes)
         {
             add_vector<V, Bits, HasZeros, M, false>(
-                rows, m, row, b * block_bytes, at, 0, shift, scales, zeros, sums);
+                rows, row, b * block_bytes, at, 0, shift, scales, zeros, sums);
         }
         if (at < bytes)
         {
             add_vector<V, Bits, HasZeros, M, true>(
-                rows, m, row, b * block_bytes, at, (bytes - at) / 4, shift, scales, zeros, sums);
+                rows, row, b * block_bytes, at, (bytes - at) / 4, shift, scales, zeros, sums);
         }
     }
     float const bias = linear.bias == nullptr ? 0 : linear.bias[n];
-    for (int i = 0; i < M; ++i)
+    for (int m = 0; m < M; ++m)
     {
-        result[i * stride] = V::sum(sums[i]) + bias;
+        result[m * stride] = V::sum(sums[m]) + bias;
+    }
+}
+
+template <class V, int Bits, bool HasZeros, int M>
+inline void multiply_few(
+    Linear const& linear, RoundedRows const& rows, int64_t begin, int64_t end, float* result, int64_t stride)
+{
+    for (int64_t n = begin; n < end; ++n)
+    {
+        multiply_row<V, Bits, HasZeros, M>(linear, rows, n, result + (n - begin), stride);
     }
 }
 
@@ -316,21 +325,12 @@ template <class V, int Bits, bool HasZeros>
 inline void multiply_few(
     Linear const& linear, RoundedRows const& rows, int64_t begin, int64_t end, float* result, int64_t stride)
 {
-    for (int64_t n = begin; n < end; ++n)
+    static_assert(kFewRows == 3);
+    switch (rows.M)
     {
-        float* to = result + (n - begin);
-        int64_t m = 0;
-        for (; m + 4 <= rows.M; m += 4, to += 4 * stride)
-        {
-            multiply_row<V, Bits, HasZeros, 4>(linear, rows, m, n, to, stride);
-        }
-        switch (rows.M - m)
-        {
-        case 3: multiply_row<V, Bits, HasZeros, 3>(linear, rows, m, n, to, stride); break;
-        case 2: multiply_row<V, Bits, HasZeros, 2>(linear, rows, m, n, to, stride); break;
-        case 1: multiply_row<V, Bits, HasZeros, 1>(linear, rows, m, n, to, stride); break;
-        default: break;
-        }
+    case 1: return multiply_few<V, Bits, HasZeros, 1>(linear, rows, begin, end, result, stride);
+    case 2: return multiply_few<V, Bits, HasZeros, 2>(linear, rows, begin, end, result, stride);
+    default: return multiply_few<V, Bits, HasZeros, 3>(linear, rows, begin, end, result, stride);
     }
 }
 
@@ -469,10 +469,18 @@ inline void fill_panel(Panel<V>& panel, Linear const& linear, int64_t n, int64_t
     }
 }
 
+/** The rows of the weight for the next pair of panels, which lie behind one another, and the row of x that is multiplied as
+ *  they are fetched from memory, block by block: what a panel is made of comes from too many rows to be foreseen by the CPU. */
+struct Ahead
+{
+    uint8_t const* weight[2];
+    int64_t during;
+};
+
 /** Adds the products of R rows of x with a pair of panels to their sums. */
 template <class V, int Bits, bool HasZeros, int R>
 inline void multiply_tile(Panel<V> const (&panels)[2], Linear const& linear, RoundedRows const& rows, int64_t m,
-    int64_t first_block, int64_t blocks, float (*sums)[2][V::kLanes])
+    int64_t first_block, int64_t blocks, Ahead const& ahead, float (*sums)[2][V::kLanes])
 {
     using I = typename V::I;
     using F = typename V::F;
@@ -486,6 +494,15 @@ inline void multiply_tile(Panel<V> const (&panels)[2], Linear const& linear, Rou
     int8_t const* const x = rows.codes + m * rows.code_stride + first_block * linear.block;
     for (int64_t b = 0; b < blocks; ++b)
     {
+        if (m == ahead.during)
+        {
+            int64_t const bytes = V::kLanes * linear.block * Bits / 8;
+            for (int64_t at = (first_block + b) * bytes; at < (first_block + b + 1) * bytes; at += 64)
+            {
+                __builtin_prefetch(ahead.weight[0] + at, 0, 2);
+                __builtin_prefetch(ahead.weight[1] + at, 0, 2);
+            }
+        }
         I products[R][2];
         for (int r = 0; r < R; ++r)
         {
@@ -527,17 +544,17 @@ inline void multiply_tile(Panel<V> const (&panels)[2], Linear const& linear, Rou
 /** Rows m to m + count, at most kTile. */
 template <class V, int Bits, bool HasZeros, int R = V::kTile>
 inline void multiply_tile(Panel<V> const (&panels)[2], Linear const& linear, RoundedRows const& rows, int64_t m,
-    int64_t first_block, int64_t blocks, float (*sums)[2][V::kLanes], int64_t count)
+    int64_t first_block, int64_t blocks, Ahead const& ahead, float (*sums)[2][V::kLanes], int64_t count)
 {
     if constexpr (R > 1)
     {
         if (count < R)
         {
-            multiply_tile<V, Bits, HasZeros, R - 1>(panels, linear, rows, m, first_block, blocks, sums, count);
+            multiply_tile<V, Bits, HasZeros, R - 1>(panels, linear, rows, m, first_block, blocks, ahead, sums, count);
             return;
         }
     }
-    multiply_tile<V, Bits, HasZeros, R>(panels, linear, rows, m, first_block, blocks, sums);
+    multiply_tile<V, Bits, HasZeros, R>(panels, linear, rows, m, first_block, blocks, ahead, sums);
 }
 
 /** Writes what a pair of panels gave to one row of y, from column n on. */
@@ -581,11 +598,14 @@ void multiply_many(Linear const& linear, RoundedRows const& rows, int64_t begin,
 {
     constexpr int L = V::kLanes;
     int64_t const width = linear.has_swiglu ? linear.N / 2 : linear.N, blocks_a_time = kPanelColumns / linear.block;
+    int64_t const columns = linear.has_swiglu ? L : 2 * L, row_bytes = linear.blocks * linear.block * Bits / 8;
     Panel<V> panels[2];
     alignas(64) float sums[kPanelRows][2][L];
     for (int64_t pair = begin; pair < end; ++pair)
     {
-        int64_t const n = pair * (linear.has_swiglu ? L : 2 * L);
+        int64_t const n = pair * columns, second = linear.has_swiglu ? width + n : n + L;
+        Ahead const ahead{
+            {linear.codes + (n + columns) * row_bytes, linear.codes + (second + columns) * row_bytes}, 0};
         for (int64_t m = 0; m < rows.M; m += kPanelRows)
         {
             int64_t const count = smaller(kPanelRows, rows.M - m);
@@ -595,14 +615,13 @@ void multiply_many(Linear const& linear, RoundedRows const& rows, int64_t begin,
                 int64_t const blocks = smaller(blocks_a_time, linear.blocks - b);
                 if (m == 0 || linear.blocks > blocks_a_time)
                 {
-                    int64_t const second = linear.has_swiglu ? width + n : n + L;
                     fill_panel<V, Bits, HasZeros>(panels[0], linear, n, width, b, blocks);
                     fill_panel<V, Bits, HasZeros>(panels[1], linear, second, linear.N, b, blocks);
                 }
                 for (int64_t tile = 0; tile < count; tile += V::kTile)
                 {
                     multiply_tile<V, Bits, HasZeros>(
-                        panels, linear, rows, m + tile, b, blocks, sums + tile, count - tile);
+                        panels, linear, rows, m + tile, b, blocks, ahead, sums + tile, count - tile);
                 }
             }
             for (int64_t i = 0; i < count; ++i)

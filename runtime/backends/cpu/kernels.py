@@ -18,6 +18,7 @@ from qwen_aot.runtime.bundle.manifest import KernelGraph, Manifest
 from qwen_aot.str_enum import StrEnum
 
 __all__ = [
+    "INSTRUCTIONS_VARIABLE",
     "LIBRARY_VARIABLE",
     "OPS_VERSION",
     "CpuLibrary",
@@ -33,6 +34,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 LIBRARY_VARIABLE = "QWEN_AOT_CPU_KERNELS"  # of the environment: the library's path
+INSTRUCTIONS_VARIABLE = "QWEN_AOT_CPU_INSTRUCTIONS"  # read by the library; which its kernels use
 FILE_NAME = "libqwen_aot_cpu.so"
 OPS_VERSION = 1  # of the ops' interface: what the library and the bundle's graph must have
 
@@ -149,8 +151,8 @@ def choose_kernels(bundle: Bundle, kernels: Kernels) -> tuple[Bundle, CpuLibrary
         library = require_library()
         _require_graph(graph)
     except EngineMismatchError as error:
-        # A path or instructions that the environment names are wanted, as with `own`.
-        if kernels is Kernels.OWN or os.environ.get(LIBRARY_VARIABLE):
+        # Whoever names a library or its instructions wants them, as with `own`.
+        if kernels is Kernels.OWN or os.environ.get(LIBRARY_VARIABLE) or os.environ.get(INSTRUCTIONS_VARIABLE):
             raise
         logger.info("ONNX Runtime's kernels are used: %s", error)
         return bundle, None

@@ -231,7 +231,7 @@ def with_stored_weights(model: Any, layout: BlockFormat) -> Any:
 
 
 # Root mean square, of logits with std 1: inputs are rounded to 8 bits block by block. Seen: 0.015 to 0.027. One output
-# projection that reads another layer's weights is at 1.4 (the control). How inputs are rounded is tested with the kernels.
+# projection that reads another layer's weights is at 1.4 (the control). How inputs are rounded, the kernels' tests say.
 BOUND = 0.05
 FORMATS = {
     "int8": INT8,
