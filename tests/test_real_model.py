@@ -39,6 +39,7 @@ from qwen_aot.runtime.generation.request import TokenEvent
 from qwen_aot.runtime.server.app import make_app
 from qwen_aot.runtime.server.settings import ServerSettings
 from qwen_aot.runtime.server.state import ServerState
+from tests.cpu_kernels import own_kernels
 from tests.exporter.stepper import Stepper
 from tests.kept_reference import KeptReference
 from tests.real_model import ROOT, qwen_aot, real_bundle, real_model
@@ -98,9 +99,10 @@ MOST_LOST_BY_INT8 = 0.0075  # KL divergence in nats
 NO_TEXT = {"greedy_tokens": 1, "greedy_agreement": 0.0}
 
 
+@pytest.mark.parametrize("kernels", ["onnxruntime", "own"])
 @pytest.mark.parametrize(("count", "options"), [(4, NO_TEXT), pytest.param(8, {}, marks=DEEP)], ids=["4", "8"])
-def test_int8_loses_little_whatever_the_cpu(
-    count: int, options: dict[str, Any], bundle: Callable[[str], Path], reference: KeptReference
+def test_int8_loses_little_whatever_the_cpu_and_the_kernels(
+    count: int, options: dict[str, Any], kernels: str, bundle: Callable[[str], Path], reference: KeptReference
 ) -> None:
     """On 776 positions, where KL is known to 0.0003 and the ratio, whose logarithm it foretells, to 0.0043.
 
@@ -108,7 +110,11 @@ def test_int8_loses_little_whatever_the_cpu(
     activations halfway between two codes fall to either side. Norm weights moved by their last bit do the same on one
     CPU: ten times, on 1552 positions, KL was 0.0060 to 0.0063 and the ratio 1.004 to 1.012. On 776, KL was 0.0055.
     """
-    found = scored(bundle("int8"), reference, text=LICENSE, windows=count, **options).scores
+    if kernels == "own":
+        own_kernels()
+    report = scored(bundle("int8"), reference, text=LICENSE, windows=count, kernels=kernels, **options)
+    found = report.scores
+    assert report.kernels == kernels
     assert found is not None and found.verdict is Verdict.PASSED, found
     assert found.scores.positions == 194 * count
     assert found.scores.kl_divergence <= MOST_LOST_BY_INT8

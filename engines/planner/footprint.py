@@ -47,7 +47,7 @@ class Footprint:
 
     Attributes:
         weight_bytes: exact, each weight once, those of a vision engine too; an engine's own code isn't in it.
-        cache_bytes: exact, of the whole capacity.
+        cache_bytes: exact, of the whole capacity; of the cpu by ONNX Runtime's kernels, by own ones it may be half.
         activation_bytes_estimated: see `activation_bytes`; of a vision engine as well, which runs beside the decoder.
         step_bytes: what a decode step of all rows must move, each row at its full context.
     """

@@ -18,6 +18,7 @@ from qwen_aot.runtime.cli.options import (
     GivenPath,
     allow_bundle_code_option,
     bundle_argument,
+    kernels_option,
     no_speculate_option,
     threads_option,
 )
@@ -108,6 +109,7 @@ _LISTENING, _WHO, _MODEL, _HOW_MUCH = "Address", "Who may ask", "Model", "Limits
     group="Output",
 )
 @threads_option
+@kernels_option
 @allow_bundle_code_option
 @no_speculate_option
 def command(
@@ -129,6 +131,7 @@ def command(
     grace_seconds: float,
     log_format: str,
     threads: int | None,
+    kernels: str | None,
     allow_bundle_code: bool,
     speculate: bool,
 ) -> int:
@@ -175,7 +178,12 @@ def command(
         from qwen_aot.runtime.generation.generator import Generator
 
         generator = Generator.open(
-            bundle, threads=threads, allow_bundle_code=allow_bundle_code, rows=rows, speculate=speculate
+            bundle,
+            threads=threads,
+            kernels=kernels,
+            allow_bundle_code=allow_bundle_code,
+            rows=rows,
+            speculate=speculate,
         )
         if generator.tokenizer is None:
             generator.close()

@@ -78,6 +78,7 @@ def portable(processor: str, made: Path, shared_folder: Path) -> Installed:
         lib / "libqwen_aot.so",
         lib / "libqwen_aot.a",
         lib / "pkgconfig" / "qwen_aot.pc",
+        lib / "libqwen_aot_cpu.so",
     )
 
 

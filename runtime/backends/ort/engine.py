@@ -13,6 +13,7 @@ from qwen_aot.errors import EngineMismatchError, GenerationError, onnxruntime_er
 from qwen_aot.machine import usable_cores
 from qwen_aot.runtime.backends.cpu.features import NO_VNNI, has_exact_integer_products
 from qwen_aot.runtime.backends.cpu.huge_pages import collapse_new_memory
+from qwen_aot.runtime.backends.cpu.kernels import CpuLibrary, Kernels, choose_kernels
 from qwen_aot.runtime.backends.ort.devices import (
     DEVICES,
     Device,
@@ -37,12 +38,14 @@ class OrtOptions:
     Attributes:
         threads: for one operator, this thread included; None: one for each of `usable_cores`.
         optimize: let ONNX Runtime rewrite the graph.
+        kernels: whose; own ones are of the CPU alone.
         config: session config entries, e.g. {"session.qdq_matmulnbits_accuracy_level": "1"}, which keeps
             ONNX Runtime from computing DequantizeLinear + MatMul with int8 activations.
     """
 
     threads: int | None = None
     optimize: bool = True
+    kernels: Kernels = Kernels.AUTO
     config: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,8 +66,10 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
 
         Raises:
             EngineMismatchError: ONNX Runtime is missing, too old or another build, can't run this graph, or finds no
-                GPU where the target needs one.
+                GPU where the target needs one; or own kernels were asked for and can't be had.
         """
+        options = options or OrtOptions()
+        bundle, self._library = choose_kernels(bundle, options.kernels)
         manifest = bundle.manifest
         if manifest.engines.text.quantization.get("fast_prefill") and not has_exact_integer_products():
             raise EngineMismatchError(
@@ -75,7 +80,7 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
         device = device or _device_of(manifest)
         # The weights that ONNX Runtime packed for the CPU.
         with contextlib.nullcontext() if device.is_gpu else collapse_new_memory():
-            session = open_session(bundle.engine_path, options or OrtOptions(), device)
+            session = open_session(bundle.engine_path, options, device, self._library)
         self._session: Any = session
         cache = KvCache(
             cache_inputs(manifest),
@@ -99,6 +104,11 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
         """The onnxruntime.InferenceSession, to inspect; None once closed."""
         return self._session
 
+    @property
+    def library(self) -> CpuLibrary | None:
+        """The own kernels that run the graph; None: ONNX Runtime's do."""
+        return self._library
+
     def _free_resources(self) -> None:
         self._session = None
         self._cache.release()
@@ -112,8 +122,14 @@ def _device_of(manifest: Manifest) -> Device:
     return DEVICES[manifest.target]
 
 
-def open_session(path: Path, options: OrtOptions, device: Device) -> Any:
+def open_session(path: Path, options: OrtOptions, device: Device, library: CpuLibrary | None = None) -> Any:
     """An onnxruntime.InferenceSession of a graph.
+
+    Args:
+        path: of the graph.
+        options: how it is made.
+        device: what runs it.
+        library: has ops that the graph needs.
 
     Raises:
         EngineMismatchError: ONNX Runtime is missing, too old or another build, or can't load the graph on the device.
@@ -132,6 +148,8 @@ def open_session(path: Path, options: OrtOptions, device: Device) -> Any:
     if device.is_gpu:
         preload_libraries(ort)
     try:
+        if library is not None:
+            session_options.register_custom_ops_library(str(library.path))
         session = ort.InferenceSession(str(path), session_options, providers=device.providers)
     except onnxruntime_errors() as error:
         raise EngineMismatchError(

@@ -14,6 +14,8 @@ import pytest
 
 from qwen_aot.errors import BuildError
 from qwen_aot.runtime.capi.build import Installed, find_cmake, install_library
+from tests.cpu_kernels import own_kernels
+from tests.runtime.capi.client import Library, Model
 from tests.runtime.capi.native import run
 from tests.shared import once
 from tests.tools import require_tool
@@ -73,10 +75,11 @@ def answer(command: list[str | Path], installed: Installed, onnxruntime: Path) -
 
 @pytest.fixture(scope="module")
 def expected(text_bundle: Path) -> str:
-    """What the Python runtime answers."""
+    """What the Python runtime answers by own kernels, which the installed library finds beside it."""
     from qwen_aot.runtime.generation.generator import Generator
 
-    with Generator.open(text_bundle) as generator:
+    own_kernels()
+    with Generator.open(text_bundle, kernels="own") as generator:
         text = generator.chat([{"role": "user", "content": "Hello"}]).text
     assert text
     return text
@@ -91,6 +94,7 @@ def test_what_is_there(installed: Installed) -> None:
         "lib/libqwen_aot.so",
         "lib/libqwen_aot.so.1",
         "lib/libqwen_aot.so.1.0",
+        "lib/libqwen_aot_cpu.so",
         "lib/cmake/qwen_aot/qwen_aotConfig.cmake",
         "lib/cmake/qwen_aot/qwen_aotConfigVersion.cmake",
         "lib/cmake/qwen_aot/qwen_aotTargets.cmake",
@@ -121,7 +125,16 @@ def test_the_static_library(
     program = tmp_path / "stream"
     include = f"-I{installed.header.parent}"
     run(["gcc", EXAMPLES / "stream.c", include, installed.static, "-ldl", "-lm", "-pthread", "-o", program])
+    shutil.copy(installed.cpu_kernels, tmp_path)  # beside the program, where that is what the library is in
     assert answer([program, text_bundle, "Hello"], installed, onnxruntime) == f"{expected}\n"
+
+
+def test_own_kernels_are_used(installed: Installed, text_bundle: Path, onnxruntime: Path) -> None:
+    library = Library(installed.shared)
+    for name, is_own in (("AUTO", 1), ("OWN", 1), ("ONNXRUNTIME", 0)):
+        options = {"kernels": library.number(f"KERNELS_{name}"), "onnxruntime": onnxruntime, "threads": 1}
+        with Model(library, text_bundle, **options) as model:
+            assert model.fact("HAS_OWN_KERNELS") == is_own
 
 
 def test_the_cpp_example(installed: Installed, text_bundle: Path, onnxruntime: Path, tmp_path: Path) -> None:

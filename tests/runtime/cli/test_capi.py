@@ -26,9 +26,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         prefix.mkdir(parents=True)
         (prefix / "libqwen_aot.so").write_bytes(bytes(1234))
         on_progress(Progress("compile", 2, done=1, total=1))
-        return Installed(
-            prefix, prefix / "qwen_aot.h", prefix / "libqwen_aot.so", prefix / "libqwen_aot.a", prefix / "qwen_aot.pc"
-        )
+        names = ("qwen_aot.h", "libqwen_aot.so", "libqwen_aot.a", "qwen_aot.pc", "libqwen_aot_cpu.so")
+        return Installed(prefix, *(prefix / name for name in names))
 
     monkeypatch.setattr(build, "install_library", install)
     return asked
@@ -38,10 +37,13 @@ def test_what_is_said(run: Run, asked: list[dict[str, Any]], tmp_path: Path) -> 
     result = run("capi", "--prefix", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     first, second = result.stdout.splitlines()
-    assert first == f"{tmp_path}/out/libqwen_aot.so: 1.23 kB, and libqwen_aot.a, qwen_aot.h, qwen_aot.pc"
+    assert (
+        first
+        == f"{tmp_path}/out/libqwen_aot.so: 1.23 kB, and libqwen_aot.a, libqwen_aot_cpu.so, qwen_aot.h, qwen_aot.pc"
+    )
     assert second.startswith("ONNX Runtime's library, which bundles for cpu and cuda run with: /")
     assert Path(second.rpartition(": ")[2]).is_file()
-    assert "[2/3] compile ..." in result.stderr
+    assert "[2/4] compile ..." in result.stderr
     assert asked == [
         {
             "prefix": tmp_path / "out",
@@ -80,6 +82,7 @@ def test_json(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "shared_bytes": 1234,
         "static": f"{tmp_path}/out/libqwen_aot.a",
         "pkg_config": f"{tmp_path}/out/qwen_aot.pc",
+        "cpu_kernels": f"{tmp_path}/out/libqwen_aot_cpu.so",
         "onnxruntime": None,
     }
 

@@ -60,6 +60,7 @@ THREADS = [
     ("--threads", "100000", "100000 is not in the range 1<=x<=1024"),
     ("--threads", "two", "'two' is not a valid integer range"),
 ]
+KERNELS = [("--kernels", "fast", "'fast' is not one of 'auto', 'own', 'onnxruntime'")]
 WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...]]]] = {
     "build": [
         ("--output", "", "it is empty"),
@@ -142,8 +143,9 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--draw-boxes", "boxes.jpg", "accepted: a file that ends in .png", ("--image", "it.png")),
         *GENERATION,
         *THREADS,
+        *KERNELS,
     ],
-    "chat": [*GENERATION, *THREADS],
+    "chat": [*GENERATION, *THREADS, *KERNELS],
     "serve": [
         ("--host", "0.0.0.0", "at 0.0.0.0 other machines reach this server, and it has no key"),
         ("--host", "no such name", "--no-auth", ("--no-auth", "--api-key-file", "keys")),
@@ -167,6 +169,7 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--grace-seconds", "nan", "nan"),
         ("--log-format", "xml", "'xml' is not one of 'text', 'json'"),
         *THREADS,
+        *KERNELS,
     ],
     "bench": [
         ("--prompt-tokens", "0", "0 is not in the range x>=1"),
@@ -191,6 +194,7 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--timeout", "nan", "nan is not in the range 0.1<=x<=86400"),
         ("--plot", "load.pdf", "load.pdf isn't a .png or .svg file"),
         *THREADS,
+        *KERNELS,
     ],
     "compare": [
         ("--reference", "", "the checkpoint's name is empty"),
@@ -208,6 +212,7 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--plot", "loss", "loss isn't a .png or .svg file"),
         ("--plot", "nowhere/loss.png", "nowhere/loss.png can't be written: there is no folder nowhere"),
         *THREADS,
+        *KERNELS,
     ],
     "plan": [
         ("--device", "rtx-4091", "device 'rtx-4091' isn't known; accepted: orin-nano-8gb"),

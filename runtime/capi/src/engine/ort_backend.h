@@ -10,6 +10,6 @@ namespace qwen_aot
  *  bundle: must outlive the backend.
  *  ENGINE_MISMATCH: ONNX Runtime is missing, too old or another build, can't run this graph, or finds no GPU where the target
  *  needs one. */
-Status open_ort_backend(Bundle const& bundle, EngineOptions const& options, BackendBox& backend, Error& error);
+Status open_ort_backend(Bundle& bundle, EngineOptions const& options, BackendBox& backend, Error& error);
 
 } // namespace qwen_aot

@@ -1,0 +1,199 @@
+"""The graph for the project's own CPU kernels (`plugins/cpu`), made of the finished one for ONNX Runtime's.
+
+QwenLinear reads the very bytes of MatMulNBits, so both graphs name one data file. What no kernel covers stays as it is:
+a graph with one such op runs wherever the library is, and the graph that it was made of runs anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qwen_aot.exporter.lowering.ort.provider import MS_DOMAIN
+
+__all__ = ["CPU_DOMAIN", "CPU_OPS_VERSION", "Replaced", "use_kernels"]
+
+CPU_DOMAIN = "qwen_aot.cpu"
+CPU_OPS_VERSION = 1  # of the ops' interface, as `qwen_aot_cpu_version` of the library has it
+
+_BITS = (4, 8)
+_BLOCK_SIZES = (16, 32, 64, 128, 256)
+_INT8_INPUTS = 4  # of MatMulNBits' accuracy_level: inputs are rounded to int8, block by block, as in QwenLinear
+_LINEAR_ATTRIBUTES = ("K", "N", "bits", "block_size", "accuracy_level")
+_ATTENTION_ATTRIBUTES = {"num_heads", "kv_num_heads", "scale", "do_rotary"}
+_PERMUTATION, _BIAS = 4, 5  # of MatMulNBits' inputs; the first, g_idx, is deprecated
+# GroupQueryAttention's inputs that an attention of ours has a counterpart of; the others must be absent.
+_QUERY, _KEY, _VALUE, _PAST_KEY, _PAST_VALUE, _COS, _SIN, _POSITIONS, _NEW_TOKENS = 0, 1, 2, 3, 4, 7, 8, 9, 16
+_LENGTHS = (5, 6)  # of sequences and of the whole: ours reads the graph's own inputs
+
+# The op for each type of the cache.
+_ATTENTION_OPS = {ir.DataType.FLOAT16: "QwenGQA", ir.DataType.FLOAT: "QwenGQAFloat"}
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """Which nodes became ops of ours.
+
+    Attributes:
+        linears: projections.
+        attentions: all of the graph's, or none: the cache has one type.
+    """
+
+    linears: int
+    attentions: int
+
+    def __bool__(self) -> bool:
+        return bool(self.linears or self.attentions)
+
+
+def use_kernels(model: ir.Model, cache_dtype: ir.DataType) -> Replaced:
+    """Puts ops of `qwen_aot.cpu` in the places of nodes that they cover; works in place.
+
+    Inputs and outputs keep their names and order. Initializers stay the same; those of replaced nodes alone go.
+
+    Args:
+        model: finished, of the CPU's provider.
+        cache_dtype: of past and present where attention is replaced: FLOAT16 or FLOAT.
+    """
+    graph = model.graph
+    attentions = _replace_attentions(graph, cache_dtype)
+    linears = sum(_replace_linear(graph, node) for node in [node for node in graph if _is_covered_linear(node)])
+    if attentions or linears:
+        model.opset_imports[CPU_DOMAIN] = CPU_OPS_VERSION
+        common.RemoveUnusedNodesPass()(model)
+    return Replaced(linears, attentions)
+
+
+def _is_covered_linear(node: ir.Node) -> bool:
+    """Whether QwenLinear computes what this node does."""
+    if not _is_microsoft(node, "MatMulNBits") or set(node.attributes) != set(_LINEAR_ATTRIBUTES):
+        return False
+    x, codes, scales, zero_points, permutation, bias = _padded(node, _BIAS)
+    _, _, bits, block_size, accuracy_level = _linear_attributes(node)
+    if bits not in _BITS or block_size not in _BLOCK_SIZES or accuracy_level != _INT8_INPUTS or permutation is not None:
+        return False
+    wanted = [(codes, ir.DataType.UINT8), (scales, ir.DataType.FLOAT)]
+    wanted += [
+        (value, dtype) for value, dtype in ((zero_points, ir.DataType.UINT8), (bias, ir.DataType.FLOAT)) if value
+    ]
+    return _is_float(x) and all(_is_constant(value, dtype) for value, dtype in wanted)
+
+
+def _linear_attributes(node: ir.Node) -> list[int]:
+    return [node.attributes[name].as_int() for name in _LINEAR_ATTRIBUTES]
+
+
+def _replace_linear(graph: ir.Graph, node: ir.Node) -> int:
+    """MatMulNBits, with SwiGLU where that is its only reader -> QwenLinear. Returns 1."""
+    K, N, bits, block_size, _ = _linear_attributes(node)
+    inputs = _padded(node, _BIAS)
+    swiglu = _swiglu_behind(node)
+    old = [node, *swiglu]
+    new = ir.node(
+        "QwenLinear",
+        [*inputs[:_PERMUTATION], inputs[_BIAS]],
+        {"K": K, "N": N, "bits": bits, "block_size": block_size, "swiglu": int(bool(swiglu))},
+        domain=CPU_DOMAIN,
+        name=node.name,
+    )
+    ir.convenience.replace_nodes_and_values(graph, node, old, [new], old[-1].outputs, new.outputs)
+    return 1
+
+
+def _swiglu_behind(node: ir.Node) -> list[ir.Node]:
+    """The Split, QuickGelu and Mul of a SwiGLU that reads a projection alone; else nothing."""
+    (y,) = node.outputs
+    split = _only_reader(y, "Split")
+    if split is None or y.is_graph_output() or not _halves_last_axis(split):
+        return []
+    gate, up = split.outputs
+    silu, product = _only_reader(gate, "QuickGelu"), _only_reader(up, "Mul")
+    if silu is None or product is None or silu.attributes["alpha"].as_float() != 1:
+        return []
+    is_swiglu = list(product.inputs) == [silu.outputs[0], up] and _only_reader(silu.outputs[0], "Mul") is product
+    return [split, silu, product] if is_swiglu else []
+
+
+def _halves_last_axis(split: ir.Node) -> bool:
+    return (
+        len(split.inputs) == 1
+        and len(split.outputs) == 2
+        and split.attributes["axis"].as_int() == -1
+        and not any(half.is_graph_output() for half in split.outputs)
+    )
+
+
+def _only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
+    """The one node that reads a value, if it is of this type."""
+    nodes = [usage.node for usage in value.uses()]
+    return nodes[0] if len(nodes) == 1 and nodes[0].op_type == op_type else None
+
+
+def _replace_attentions(graph: ir.Graph, cache_dtype: ir.DataType) -> int:
+    """GroupQueryAttention -> QwenGQA, and the cache's inputs and outputs of its type. Returns the number of nodes."""
+    nodes = [node for node in graph if _is_microsoft(node, "GroupQueryAttention")]
+    given = {value.name: value for value in graph.inputs}
+    lengths = [given.get("cache_length"), given.get("new_tokens")]
+    # An attention that isn't covered, or stands in a branch, keeps the cache of all of them.
+    if 2 * len(nodes) != len(_cache_values(graph.inputs)) or None in lengths:
+        return 0
+    if not all(_is_covered_attention(graph, node) for node in nodes):
+        return 0
+    for node in nodes:
+        inputs = _padded(node, _NEW_TOKENS)
+        new = ir.node(
+            _ATTENTION_OPS[cache_dtype],
+            [*inputs[: _PAST_VALUE + 1], *(inputs[place] for place in (_COS, _SIN, _POSITIONS)), *lengths],
+            {
+                "num_heads": node.attributes["num_heads"].as_int(),
+                "num_kv_heads": node.attributes["kv_num_heads"].as_int(),
+                "scale": node.attributes["scale"].as_float(),
+            },
+            domain=CPU_DOMAIN,
+            num_outputs=3,
+            name=node.name,
+        )
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
+    for value in (*_cache_values(graph.inputs), *_cache_values(graph.outputs)):
+        value.type = ir.TensorType(cache_dtype)
+    return len(nodes)
+
+
+def _is_covered_attention(graph: ir.Graph, node: ir.Node) -> bool:
+    """Whether QwenGQA computes what this node does: no window, no mask, no codes in the cache, and rotated inside."""
+    inputs = _padded(node, _NEW_TOKENS)
+    known = {*range(_PAST_VALUE + 1), *_LENGTHS, _COS, _SIN, _POSITIONS, _NEW_TOKENS}
+    return (
+        set(node.attributes) == _ATTENTION_ATTRIBUTES
+        and node.attributes["do_rotary"].as_int() == 1
+        and len(node.outputs) == 3
+        and all(value is None for place, value in enumerate(inputs) if place not in known)
+        and inputs[_NEW_TOKENS] is not None
+        and (inputs[_KEY] is None) == (inputs[_VALUE] is None)
+        and all(value in graph.inputs for value in (inputs[_PAST_KEY], inputs[_PAST_VALUE]))
+        and all(_is_float(inputs[place]) for place in (_QUERY, _PAST_KEY, _PAST_VALUE, _COS, _SIN))
+    )
+
+
+def _padded(node: ir.Node, last: int) -> list[ir.Value | None]:
+    """Inputs up to the place `last` at least."""
+    return [*node.inputs, *[None] * (last + 1 - len(node.inputs))]
+
+
+def _cache_values(values: Sequence[ir.Value]) -> list[ir.Value]:
+    return [value for value in values if (value.name or "").startswith(("past_key_values.", "present."))]
+
+
+def _is_microsoft(node: ir.Node, op_type: str) -> bool:
+    return node.op_type == op_type and node.domain == MS_DOMAIN
+
+
+def _is_float(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype == ir.DataType.FLOAT
+
+
+def _is_constant(value: ir.Value | None, dtype: ir.DataType) -> bool:
+    return value is not None and value.is_initializer() and value.dtype == dtype

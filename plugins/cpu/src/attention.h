@@ -1,0 +1,41 @@
+/** Rotation, cache write and attention of one step. */
+#pragma once
+
+#include "half.h"
+#include "tensors.h"
+
+namespace qwen_aot::cpu
+{
+
+/** One step of a layer. Rows of a batch have lengths of their own: row b holds `cache_length[b]` tokens, and the first
+ *  `new_tokens[b]` of its S are valid. Nothing is read or written at and beyond cache_length + new_tokens; the results
+ *  of tokens that aren't valid are 0.
+ *
+ *  query [B, S, H·D], key and value [B, S, Hkv·D], fp32, `token_stride` floats from token to token in each (three parts of
+ *  one tensor, or three tensors). Caches [B, Hkv, C, D] of T, written in place. cos, sin [P, D/2] fp32.
+ *  position_ids [B, S]; nullptr: cache_length + s. attention [B, S, H·D] fp32. */
+template <class T>
+struct AttentionStep
+{
+    int64_t B = 0, S = 0, H = 0, Hkv = 0, D = 0, C = 0, P = 0;
+    float scale = 0; // of the scores
+    float const* query = nullptr;
+    float const* key = nullptr;
+    float const* value = nullptr;
+    int64_t query_stride = 0;
+    int64_t key_stride = 0; // of value too
+    T* key_cache = nullptr;
+    T* value_cache = nullptr;
+    float const* cos = nullptr;
+    float const* sin = nullptr;
+    int64_t const* position_ids = nullptr;
+    int64_t const* cache_length = nullptr;
+    int64_t const* new_tokens = nullptr;
+    float* attention = nullptr;
+};
+
+/** T: float or Half. A row's result is the same whatever the other rows are. */
+template <class T>
+void attend(AttentionStep<T> const& step, Pool const& pool);
+
+} // namespace qwen_aot::cpu

@@ -1,0 +1,32 @@
+/** y = x · weightᵀ + bias on block-quantized weights, with inputs rounded to 8 bits block by block. */
+#pragma once
+
+#include "tensors.h"
+
+namespace qwen_aot::cpu
+{
+
+/** A matrix as MatMulNBits has it, which is what GatherBlockQuantized reads too; nothing of it is owned or copied.
+ *
+ *  codes: [N, K / block, block * bits / 8]; of 4 bits, the lower half of a byte is the first of two along K.
+ *  scales: [N, K / block]. zero_points: [N, ceil(K / block * bits / 8)], packed alike; nullptr: the middle, 8 or 128.
+ *  K is whole blocks: `blocks` of them; the input's columns beyond K count as 0. */
+struct Linear
+{
+    int64_t N = 0;
+    int64_t K = 0;
+    int64_t block = 0; // 16, 32, 64, 128 or 256
+    int64_t blocks = 0;
+    int32_t bits = 0; // 4 or 8
+    uint8_t const* codes = nullptr;
+    float const* scales = nullptr;
+    uint8_t const* zero_points = nullptr;
+    float const* bias = nullptr; // [N], or nullptr
+    bool has_swiglu = false;     // y [M, N / 2] = silu(first N / 2) * second N / 2
+};
+
+/** Computes M rows of K floats into M rows of N (with SwiGLU N / 2) floats. Each row's result is the same whatever the
+ *  other rows are; inputs of a block are rounded to -127 … 127 by the block's largest magnitude. */
+void multiply(Linear const& linear, float const* x, int64_t M, float* y, Pool const& pool);
+
+} // namespace qwen_aot::cpu

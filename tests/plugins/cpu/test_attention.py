@@ -1,0 +1,259 @@
+"""QwenGQA on the CPU: each set of instructions that this machine has, against NumPy in float64."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from qwen_aot.plugins.cpu import build
+from tests.plugins.cpu.attention import (
+    FP16_LARGEST,
+    Result,
+    Step,
+    at_border,
+    attend,
+    attended,
+    check,
+    process_of,
+    random_step,
+)
+from tests.plugins.cpu.paths import PATHS
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The library in a process that uses one set of instructions."""
+
+    library: Path
+    process: ProcessPoolExecutor
+
+    def attend(self, step: Step, **options: Any) -> Result:
+        return self.process.submit(attend, self.library, step, **options).result()
+
+
+@pytest.fixture(scope="module", params=PATHS)
+def kernels(request: pytest.FixtureRequest, library: Path) -> Iterator[Kernels]:
+    with process_of(request.param) as process:
+        yield Kernels(library, process)
+
+
+@pytest.fixture(scope="module")
+def portable(library: Path) -> Iterator[Kernels]:
+    with process_of("portable") as process:
+        yield Kernels(library, process)
+
+
+GROUPS = st.sampled_from([(1, 1), (4, 4), (4, 2), (3, 1), (6, 2), (7, 1), (14, 2), (8, 1), (10, 2)])
+SIZES = st.one_of(st.sampled_from([64, 80, 96, 128]), st.integers(1, 75).map(lambda half: 2 * half))
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of `random_step`."""
+    B, S = draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 3, 5, 8, 9, 17, 40, 97]))
+    H, Hkv = draw(GROUPS)
+    return {
+        "seed": draw(st.integers(0, 2**32)),
+        "held": [draw(st.integers(0, 700)) for _ in range(B)],
+        "fresh": [draw(st.integers(0, S)) for _ in range(B)],
+        "H": H,
+        "Hkv": Hkv,
+        "D": draw(SIZES),
+        "dtype": draw(st.sampled_from([np.float16, np.float32])),
+        "S": S,
+        "spare": draw(st.integers(0, 70)),
+        "has_positions": draw(st.booleans()),
+        "is_packed": draw(st.booleans()),
+        "spread": draw(st.sampled_from([0.01, 1, 3, 30])),
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(arguments=steps(), threads=st.integers(1, 2), is_in_place=st.booleans())
+@example(arguments={"seed": 0, "held": [0], "fresh": [0]}, threads=1, is_in_place=False)
+@example(arguments={"seed": 0, "held": [0, 511, 512, 1024], "fresh": [1, 1, 1, 1]}, threads=2, is_in_place=True)
+@example(arguments={"seed": 0, "held": [65, 0], "fresh": [64, 63], "S": 70}, threads=2, is_in_place=True)
+def test_any_step_is_that_of_the_reference(
+    kernels: Kernels, arguments: dict[str, Any], threads: int, is_in_place: bool
+) -> None:
+    step = random_step(**arguments)
+    check(step, kernels.attend(step, threads=threads, is_in_place=is_in_place))
+
+
+def test_a_result_slightly_off_is_noticed(kernels: Kernels) -> None:
+    step = random_step(1, [70, 9], [3, 5])
+    result = kernels.attend(step)
+    check(step, result)
+    for name in ("attention", "present_key", "present_value"):
+        wrong = getattr(result, name).copy()
+        wrong.reshape(-1)[3] += np.float16(0.01)
+        with pytest.raises(AssertionError):
+            check(step, replace(result, **{name: wrong}))
+
+
+def test_past_and_present_in_one_buffer_or_two_is_the_same(kernels: Kernels) -> None:
+    step = random_step(2, [40, 7], [5, 2], spare=9)
+    assert equal(kernels.attend(step, is_in_place=True), kernels.attend(step, is_in_place=False))
+
+
+def equal(one: Result, other: Result) -> bool:
+    return all(getattr(one, name).tobytes() == getattr(other, name).tobytes() for name in Result.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("fresh", [[1, 1, 1], [3, 0, 90], [9, 8, 7]])
+def test_a_row_is_the_same_bit_for_bit_alone_and_among_others(kernels: Kernels, dtype: type, fresh: list[int]) -> None:
+    step = random_step(3, [1500, 3, 650], fresh, dtype=dtype, H=6)
+    together = kernels.attend(step, threads=2)
+    for b in range(3):
+        alone = kernels.attend(step.row(b), threads=1)
+        for name in Result.__dataclass_fields__:
+            assert getattr(alone, name)[0].tobytes() == getattr(together, name)[b].tobytes()
+
+
+def test_a_prompt_in_chunks_is_the_prompt_at_once(kernels: Kernels) -> None:
+    whole = random_step(4, [0], [600], H=4, Hkv=2)
+    at_once = kernels.attend(whole)
+    _, bound = attended(whole, at_once.present_key, at_once.present_value)
+    for chunks in ([600 - 41, 32, 8, 1], [1, 2, 3, 594], [64] * 9 + [24]):
+        past_key, past_value, held = whole.past_key, whole.past_value, 0
+        for chunk in chunks:
+            tokens = {name: getattr(whole, name)[:, held : held + chunk] for name in ("query", "key", "value")}
+            counts = {"held": np.array([held]), "fresh": np.array([chunk])}
+            step = replace(whole, past_key=past_key, past_value=past_value, **tokens, **counts)
+            result = kernels.attend(step)
+            past_key, past_value = result.present_key, result.present_value
+            # Both are within the bound of what is exact.
+            there = slice(held, held + chunk)
+            assert (np.abs(result.attention - at_once.attention[:, there]) <= 2 * bound[:, there]).all()
+            if 4 // 2 * chunk > 64:  # both are then cut the same way
+                assert result.attention.tobytes() == at_once.attention[:, there].tobytes()
+            held += chunk
+        assert past_key.tobytes() == at_once.present_key.tobytes()
+
+
+@pytest.mark.parametrize("fresh", [1, 40])
+def test_what_fp16_cannot_hold_becomes_its_largest_number(kernels: Kernels, fresh: int) -> None:
+    step = random_step(5, [3], [fresh])
+    value = step.value.copy()
+    value[0, 0, :4] = [1e6, -1e6, np.inf, 65519]
+    result = kernels.attend(replace(step, value=value))
+    found = result.present_value[0, 0, 3, :4].astype(np.float64)
+    assert found.tolist() == [FP16_LARGEST, -FP16_LARGEST, FP16_LARGEST, FP16_LARGEST]
+    assert np.isfinite(result.attention).all()
+
+
+@pytest.mark.parametrize("fresh", [1, 5, 40])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_nan_stays_with_those_that_see_it(kernels: Kernels, fresh: int, dtype: type) -> None:
+    step = random_step(6, [70, 70], [fresh, fresh], dtype=dtype)
+    clean = kernels.attend(step)
+    for name in ("key", "value"):
+        hurt = getattr(step, name).copy()
+        hurt[0, fresh // 2] = np.nan
+        attention = kernels.attend(replace(step, **{name: hurt})).attention
+        assert np.isnan(attention[0, fresh // 2 :]).all()
+        assert attention[0, : fresh // 2].tobytes() == clean.attention[0, : fresh // 2].tobytes()
+        assert attention[1].tobytes() == clean.attention[1].tobytes()
+
+
+@pytest.mark.parametrize("spread", [1e-20, 1e3, 1e9])
+def test_extreme_scores_give_a_mean_of_values(kernels: Kernels, spread: float) -> None:
+    step = random_step(7, [130, 600], [1, 40], dtype=np.float32)
+    query = (step.query * np.float32(spread)).astype(np.float32)
+    result = kernels.attend(replace(step, query=query))
+    seen = np.abs(np.nan_to_num(result.present_value)).max()
+    assert (np.abs(result.attention) <= seen * 1.001).all()
+
+
+@pytest.mark.parametrize("D", [64, 74, 6, 128])
+@pytest.mark.parametrize("fresh", [1, 3, 45])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_nothing_is_read_or_written_behind_an_array(kernels: Kernels, D: int, fresh: int, dtype: type) -> None:
+    step = random_step(8, [83], [fresh], D=D, dtype=dtype, is_packed=False)
+    last = 83 + fresh
+    step = replace(step, cos=step.cos[:last], sin=step.sin[:last])
+    check(step, kernels.attend(step, is_in_place=True, has_borders=True))
+
+
+def test_reading_behind_an_array_would_be_noticed() -> None:
+    with process_of("portable") as process, pytest.raises(BrokenProcessPool):
+        process.submit(_read_behind).result()
+
+
+def _read_behind() -> int:
+    array = at_border(np.zeros(3, np.uint8))
+    return int(np.lib.stride_tricks.as_strided(array, (4,), (1,))[3])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"held": np.array([9])}, r"cache_length \+ new_tokens is 11; accepted: 10"),
+        ({"held": np.array([-1])}, "a cache_length is -1"),
+        ({"fresh": np.array([3])}, "new_tokens is 3"),
+        ({"positions": np.array([[3, 17]])}, "a position is 17; accepted: 0 to 16"),
+        ({"positions": np.array([[-1, 3]])}, "a position is -1; accepted: 0 to 16"),
+        (
+            {"cos": np.zeros((9, 32), np.float32), "sin": np.zeros((9, 32), np.float32)},
+            "a position is 9; accepted: 0 to 8",
+        ),
+        ({"cos": np.zeros((17, 30), np.float32)}, "cos"),
+        ({"past_value": np.zeros((1, 2, 9, 64), np.float16)}, "past_value"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused(portable: Kernels, change: dict[str, Any], message: str) -> None:
+    step = random_step(9, [8], [2], H=2)
+    with pytest.raises(Exception, match=message):
+        portable.attend(replace(step, **change))
+
+
+FAULTS = {
+    "the diagonal's mask": ("attention_tile.h", "(tile.first + first + r) / group + 1 - block", "group + there"),
+    "the key head": (
+        "attention_tile.h",
+        "(tile.b * step.Hkv + tile.kv_head) * step.C * D",
+        "tile.b * step.Hkv * step.C * D",
+    ),
+    "the largest of parts": ("attention.cpp", "std::exp2(part(i)[D + 1] - largest)", "1.0F"),
+    "what was summed before": ("attention_tile.h", "(V::load(sums + d) * factor)", "V::load(sums + d)"),
+    "the sign of a sine": ("attention_tile.h", "first = (x * c - y * s)", "first = (x * c + y * s)"),
+    "slots that hold nothing": ("attention_tile.h", "score = score.keep(count - key, -__builtin_inff());", ""),
+}
+
+
+def _sweep() -> list[Step]:
+    return [
+        random_step(10, [3, 600], [1, 1]),
+        random_step(11, [0, 130], [40, 70]),
+        random_step(12, [513], [3], H=3, Hkv=1),
+    ]
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_seeded_fault_is_noticed(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, right, wrong = FAULTS[fault]
+    sources = tmp_path / "src"
+    shutil.copytree(build.SOURCES, sources)
+    text = (sources / file).read_text()
+    assert text.count(right) == 1
+    (sources / file).write_text(text.replace(right, wrong))
+    monkeypatch.setattr(build, "SOURCES", sources)
+    library = build.build_library(tmp_path / build.FILE_NAME)
+    for path in PATHS:
+        with process_of(path) as process:
+            results = [process.submit(attend, library, step).result() for step in _sweep()]
+        with pytest.raises(AssertionError):
+            for step, result in zip(_sweep(), results, strict=True):
+                check(step, result)
