@@ -42,7 +42,7 @@ def obq(weight: NDArray[np.float64], damped: NDArray[np.float64], grid: Grid) ->
         inverse = np.linalg.inv(damped[np.ix_(left, left)])
         with np.errstate(divide="ignore", invalid="ignore"):
             steps = np.where(scales[:, group] == 0, 0, rest[:, column] / scales[:, group])
-        codes[:, column] = np.clip(np.rint(steps) + zeros[:, group], 0, grid.top)
+        codes[:, column] = np.clip(np.rint(steps) + zeros[:, group], 0, 2**grid.form.bits - 1)
         values = (codes[:, column] - zeros[:, group]) * scales[:, group]
         rest[:, left] -= np.outer((rest[:, column] - values) / inverse[0, 0], inverse[0])
         left = left[1:]
