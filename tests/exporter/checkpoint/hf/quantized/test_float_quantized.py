@@ -16,12 +16,12 @@ from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.encoding import CodeForm, CodeType, Encoding
 from qwen_aot.exporter.checkpoint.hf.quantized.compressed_tensors_config import parse
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
+from tests.e4m3 import CODES, NAN, number
 from tests.exporter.checkpoint.hf.quantized.test_gptq import check
 from tests.quantized_files import Codes, Parts, Saved, compressed_tensors_config, save_quantized
 
 UP = "model.layers.0.mlp.up_proj"
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-NAN = 0x7F
 INPUTS: dict[str, Any] = {
     "num_bits": 8,
     "type": "float",
@@ -37,28 +37,20 @@ INPUTS: dict[str, Any] = {
 INPUT_SCALE = 1 / 128  # inputs of these models behind a norm are up to 3.5
 
 
-def number(code: int) -> float:
-    """Of a code: a sign, 4 bits of exponent with a bias of 7, 3 bits of fraction."""
-    sign, exponent, fraction = code >> 7, code >> 3 & 15, code & 7
-    size = fraction / 8 * 2.0**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
-    return -size if sign else size
-
-
 @dataclass(frozen=True)
 class FloatCodes(Codes):
     """Codes that are the bits of E4M3."""
 
     @property
     def values(self) -> NDArray[np.float32]:
-        numbers = np.array([number(code) for code in range(256)])[self.codes]
+        numbers = np.array([number(code) if code in CODES else np.nan for code in range(256)])[self.codes]
         return (numbers * self.scales.astype(np.float64)).astype(np.float32)
 
 
 def random_floats(n: int, k: int, *, one_scale: bool = False, scale_dtype: Any = np.float16, seed: int = 0) -> Codes:
     """Codes over their whole range but NaN, whose root mean square is 110."""
     rng = np.random.default_rng(seed)
-    codes = rng.integers(0, 255, (n, k))
-    codes[codes & NAN == NAN] = 0
+    codes = rng.choice(CODES, (n, k))
     scales = (rng.uniform(0.5, 1.5, (1 if one_scale else n, 1)) / 110 / k**0.5).astype(scale_dtype)
     return FloatCodes(8, codes, np.zeros((n, 1), np.int64), np.repeat(scales, n // len(scales), 0), np.zeros(k, int))
 
