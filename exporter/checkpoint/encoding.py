@@ -84,7 +84,8 @@ class CodeForm:
     def numbers(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """What codes of any shape are as numbers, before zero points and scales; an array of its own."""
         if self.code_type is CodeType.E4M3:
-            return codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+            numbers: NDArray[np.float32] = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+            return numbers
         return codes.astype(np.float32)
 
     @property
