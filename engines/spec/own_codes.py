@@ -35,7 +35,7 @@ def settled(spec: BuildSpec, storage: Storage) -> BuildSpec:
         if spec.own_codes:
             raise BuildError("own_codes has nothing to keep: the checkpoint stores its weights as plain numbers")
         return spec
-    name, found = _precision(fixed), _described(fixed)
+    name, found = precision_of(fixed), _described(fixed)
     if "precision" in spec.asked and not spec.precision.row.is_quantized:
         return spec
     if "precision" in spec.asked and spec.precision != name:
@@ -75,7 +75,7 @@ def no_rounded_inputs(spec: BuildSpec, code_type: CodeType, why: str) -> str:
     )
 
 
-def _precision(encodings: Sequence[Encoding]) -> Precision:
+def precision_of(encodings: Sequence[Encoding]) -> Precision:
     """What most tensors are nearest to: int4, int8 or fp8."""
     forms = [encoding.form for encoding in encodings if encoding.form is not None]
     if any(form.code_type is CodeType.E4M3 for form in forms):  # a folder has one type
