@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -283,8 +284,10 @@ def _smaller(config: ModelConfig, spec: BuildSpec, device: Device, storage: Stor
             kv_precision=_kv_of(spec),
         )
 
+    others: list[BuildSpec] = []
     if storage is not None and any(storage.fixed):
-        others = [] if spec.own_codes else [settled(default(None), storage)]
+        with contextlib.suppress(BuildError):  # the target has no products of such codes
+            others = [] if spec.own_codes else [settled(default(None), storage)]
     else:
         others = [default(other.precision) for other in combinations() if other.target == spec.target]
     kept = [other for other in others if size(other) < size(spec) and refusal_of(config, other, device) is None]

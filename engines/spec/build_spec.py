@@ -34,6 +34,8 @@ IMAGES_OF_RUN = 4
 # What a checkpoint that fixes its precision decides, unless it was asked for.
 _DEFAULTS_BY_CHECKPOINT = ("precision", "block_size", "symmetric", "sensitive_bits")
 
+_OF_CODES = ("int4", "int8", "fp8")  # what a checkpoint's own codes may count as
+
 _Name = TypeVar("_Name", bound=str)
 
 
@@ -223,8 +225,8 @@ class BuildSpec:
             )
 
     def _check_own_codes(self) -> None:
-        if self.precision not in ("int4", "int8"):
-            raise BuildError(f"own_codes doesn't go with precision {self.precision}; accepted: int4, int8")
+        if self.precision not in _OF_CODES:
+            raise BuildError(f"own_codes doesn't go with precision {self.precision}; accepted: {', '.join(_OF_CODES)}")
         if self.block_size is not None or not self.symmetric:
             raise BuildError(
                 "own_codes takes blocks and zero points from the checkpoint; leave out block_size, asymmetric"
@@ -254,9 +256,11 @@ def _member(kind: Callable[[str], _Name], field: str, value: str) -> _Name:
     try:
         return kind(value)
     except ValueError:
-        if value in QUANTIZED_PRECISIONS:
+        made = QUANTIZED_PRECISIONS.get(value)
+        if made is not None:
             raise BuildError(
-                f"{field} {value} is made by `build-engine --precision {value}` alone; elsewhere it counts as int8"
+                f"{field} {value} is made by `build-engine --precision {value}` alone; elsewhere it counts as "
+                f"{made.counts_as}"
             ) from None
         raise BuildError(f"{field} {value!r} doesn't exist; what exists: {_listing()}") from None
 

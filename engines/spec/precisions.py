@@ -297,8 +297,23 @@ def combinations() -> list[Combination]:
     return found
 
 
-# Names that no rounding of weights alone gives: what a user asks for -> the algorithm that makes it.
-QUANTIZED_PRECISIONS: Mapping[str, str] = {"int8-sq": "smoothquant"}
+@dataclass(frozen=True, slots=True)
+class QuantizedPrecision:
+    """A name for what no rounding of weights alone gives.
+
+    Attributes:
+        algorithm: that makes it.
+        counts_as: the precision of its codes.
+    """
+
+    algorithm: str
+    counts_as: str
+
+
+QUANTIZED_PRECISIONS: Mapping[str, QuantizedPrecision] = {  # by what a user asks for
+    "int8-sq": QuantizedPrecision("smoothquant", "int8"),
+    "fp8-sq": QuantizedPrecision("gptq-fp8", "fp8"),
+}
 
 
 def quantized() -> list[str]:

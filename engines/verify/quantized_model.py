@@ -11,7 +11,7 @@ Sources, by format:
 - compressed-tensors: `weight_packed` int32 [N, ceil(K * bits / 32)], `weight_scale` [N, G], `weight_zero_point`
   [N * bits / 32, G], `weight_shape`, `weight_g_idx` (its `pack_to_int32`); or `weight` int8 [N, K], `weight_scale`,
   `weight_zero_point` int8 [N, G], and `input_scale` [1] of what is rounded in front of the product (its
-  `NaiveQuantizationCompressor`).
+  `NaiveQuantizationCompressor`); or `weight` float8_e4m3fn [N, K], `weight_scale` [N, 1] or [1], `input_scale` [1].
 
 The folder was opened before this is called, so that what is wrong with it has been said.
 """
@@ -62,7 +62,9 @@ def dequantized(path: Path, stored: Mapping[str, torch.Tensor]) -> dict[str, tor
 
 
 def round_inputs(model: torch.nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
-    """Makes each linear round what it reads as a W8A8 folder says: to whole multiples of `input_scale`, -128 to 127.
+    """Makes each linear round what it reads as a W8A8 folder says, to multiples of `input_scale`.
+
+    Beside weights of int8 these are whole ones from -128 to 127; beside float8_e4m3fn its numbers, 448 at most.
 
     Args:
         model: whose linears are called as the folder's modules.
@@ -72,10 +74,17 @@ def round_inputs(model: torch.nn.Module, stored: Mapping[str, torch.Tensor]) -> 
     def rounded(scale: float, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         return (torch.round(inputs[0] / scale).clamp(-128, 127) * scale,)
 
+    def rounded_to_floats(
+        scale: float, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor]:
+        return ((inputs[0] / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(inputs[0].dtype) * scale,)
+
     for name, module in model.named_modules():
         scale = stored.get(f"{name}.input_scale")
         if scale is not None:
-            module.register_forward_pre_hook(functools.partial(rounded, float(scale)))
+            is_float = stored[f"{name}.weight"].dtype == torch.float8_e4m3fn
+            hook = rounded_to_floats if is_float else rounded
+            module.register_forward_pre_hook(functools.partial(hook, float(scale)))
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -158,6 +167,8 @@ def _awq(parts: _Parts, settings: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _compressed_tensors(parts: _Parts, settings: Mapping[str, Any]) -> torch.Tensor:
+    if "weight" in parts and parts["weight"].dtype == torch.float8_e4m3fn:
+        return parts["weight"].float() * parts["weight_scale"].float()
     if "weight" in parts:
         codes, scales = parts["weight"].to(torch.int16), parts["weight_scale"]
         zeros = parts.get("weight_zero_point", torch.zeros(scales.shape))

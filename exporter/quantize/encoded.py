@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, CodeType, EncodedRows
 from qwen_aot.exporter.quantize.blockwise import BlockFormat, Quantized, pack
 from qwen_aot.exporter.quantize.own_codes import may_hold_scales
 from qwen_aot.exporter.weights.recipe import OutOfRangeError
@@ -22,6 +22,8 @@ _UNCHECKED = 65_280.0  # magnitude: fits fp16
 
 def obstacle(form: CodeForm, width: int, layout: BlockFormat, scale_dtype: DTypeLike) -> str | None:
     """Why rows of K = `width` codes can't be stored in `layout` as they are; None: they can."""
+    if form.code_type is not CodeType.INTEGER:
+        return f"they are {form.kind}, and these blocks have integers"
     if form.has_permutation:
         return "their columns are in another order"
     if form.has_zero_points and layout.symmetric:
@@ -39,21 +41,37 @@ def obstacle(form: CodeForm, width: int, layout: BlockFormat, scale_dtype: DType
     return None
 
 
-def as_scales(scales: NDArray[Any], dtype: DTypeLike, first_row: int = 0) -> NDArray[Any]:
+def as_scales(
+    scales: NDArray[Any],
+    dtype: DTypeLike,
+    first_row: int = 0,
+    *,
+    unit: float = 1.0,
+    accepted: str = "scales that it holds; target cpu takes all of them",
+) -> NDArray[Any]:
     """Scales [r, n] in the type that kernels take, the same numbers.
+
+    Args:
+        scales: as they are stored.
+        dtype: that kernels take.
+        first_row: how many rows of the tensor are before these.
+        unit: a power of two, in multiples of which they are given.
+        accepted: what the error says.
 
     Raises:
         OutOfRangeError: one isn't a number of that type. Its row is that of `scales`, and `first_row` before it.
     """
+    wanted = scales.astype(np.float32) / np.float32(unit)
     with np.errstate(over="ignore"):
-        cast: NDArray[Any] = scales.astype(dtype)
-    differs = cast.astype(np.float32) != scales.astype(np.float32)
+        cast: NDArray[Any] = wanted.astype(dtype)
+    differs = cast.astype(np.float32) != wanted
     if differs.any():
         row, group = np.argwhere(differs)[0]
         raise OutOfRangeError(
             first_row + int(row),
-            f"a scale of {float(scales[row, group]):.6g} is no {np.dtype(dtype).name} number, and kernels here take "
-            "scales of that type; accepted: scales that it holds; target cpu takes all of them",
+            f"a scale of {float(scales[row, group]):.6g} is no {np.dtype(dtype).name} number"
+            f"{'' if unit == 1 else f' times {unit:g}'}, and kernels here take scales of that type; accepted: "
+            f"{accepted}",
         )
     return cast
 
@@ -91,7 +109,7 @@ def in_form_of(layout: BlockFormat, rows: EncodedRows) -> EncodedRows:
 
 def may_overflow(rows: EncodedRows) -> bool:
     """Whether values could be beyond fp16's numbers, by scales and offsets alone."""
-    largest = np.abs(rows.scales.astype(np.float32)).max(initial=0) * (2**rows.form.bits - 1)
+    largest = np.abs(rows.scales.astype(np.float32)).max(initial=0) * rows.form.largest_number
     return bool(largest + np.abs(rows.found_offsets).max(initial=0) > _UNCHECKED)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from qwen_aot.errors import ExportError
-from qwen_aot.exporter.checkpoint.encoding import CodeForm, Encoding
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, CodeType, Encoding
 from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat
 
@@ -32,11 +32,13 @@ def have_codes(names: Sequence[str], storage: Storage) -> bool:
 def make_one_matrix(names: Sequence[str], storage: Storage) -> bool:
     """Whether tensors that read one input can be stacked.
 
-    All are codes or all are numbers, in one order of columns, and of one input that is rounded or not.
+    All are codes of one type or all are numbers, in one order of columns, and of one input that is rounded or not.
     """
     if len({storage.form(name) is None for name in names}) > 1:
         return False
     if len({storage.input_scales.get(name) for name in names}) > 1:
+        return False
+    if len({form.code_type for name in names if (form := storage.form(name)) is not None}) > 1:
         return False
     orders = [storage.permutation(name) for name in names]
     found = [order for order in orders if order is not None]
@@ -56,7 +58,7 @@ def block_format(
         scale_bytes: of one stored scale.
         dividing: sizes that whole blocks must make up.
     """
-    if any(form.has_input_scale for form in forms):
+    if any(form.has_input_scale or form.code_type is not CodeType.INTEGER for form in forms):
         return None
     bits = 4 if all(form.bits <= 4 for form in forms) else 8
     symmetric = not any(form.has_zero_points for form in forms)
@@ -96,6 +98,8 @@ class SignedFormat:
 
 def signed_format(forms: Sequence[CodeForm], width: int) -> SignedFormat | None:
     """The largest blocks that hold rows of K = `width` codes of all these forms whole; None: there are none."""
+    if any(form.code_type is not CodeType.INTEGER for form in forms):
+        return None
     bits = 4 if all(form.bits <= 4 for form in forms) else 8
     groups = {form.group_size for form in forms if form.group_size < width}
     sizes = [size for size in BLOCK_SIZES if not any(whole % size for whole in (*groups, width))]
@@ -125,7 +129,7 @@ def plugin_experts(
     """The plugin's form that holds codes of all these forms; None: there is none."""
     forms = (*gate_up, *down)
     has_zeros = any(form.has_zero_points for form in forms)
-    if any(form.has_offsets or form.has_input_scale for form in forms):
+    if any(form.has_offsets or form.has_input_scale or form.code_type is not CodeType.INTEGER for form in forms):
         return None
     if hidden_size % EXPERT_BLOCK or intermediate_size % EXPERT_BLOCK:
         return None
@@ -156,8 +160,13 @@ def require_scales(what: str, forms: Sequence[CodeForm], dtype: DTypeLike) -> No
     if wide is not None:
         raise ExportError(
             f"{what} has {wide.scale_dtype.name} scales, which {np.dtype(dtype).name} doesn't hold; accepted here: "
-            "float16 and bfloat16 scales; target cpu takes all of them"
+            f"float16 and bfloat16 scales; {elsewhere(wide)}"
         )
+
+
+def elsewhere(form: CodeForm) -> str:
+    """What takes any scale of such codes, for messages."""
+    return "target cpu takes all of them" if form.code_type is CodeType.INTEGER else f"or {AS_FLOATS}"
 
 
 def no_blocks(what: str, forms: Sequence[CodeForm], blocks: Sequence[int]) -> ExportError:
@@ -197,7 +206,7 @@ def no_expert_minimums(what: str, forms: Sequence[CodeForm]) -> ExportError:
 def _described(forms: Sequence[CodeForm]) -> str:
     return ", ".join(
         dict.fromkeys(
-            f"{form.bits} bits in groups of {form.group_size}{' with minimums' if form.has_offsets else ''}"
+            f"{form.kind} in groups of {form.group_size}{' with minimums' if form.has_offsets else ''}"
             f"{' whose inputs are rounded too' if form.has_input_scale else ''}"
             for form in forms
         )

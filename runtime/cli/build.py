@@ -39,10 +39,11 @@ def _precisions() -> str:
     for name, row in PRECISIONS.items():
         names.setdefault(row.summary, []).append(name)
     forms = "; ".join(f"{_either(found)}, {summary}" for summary, found in names.items())
-    made = "; ".join(
-        f"{name}, inputs of products too, by --algorithm {by}" for name, by in QUANTIZED_PRECISIONS.items()
+    others = "; ".join(
+        f"{name}, inputs of products too, by --algorithm {made.algorithm}"
+        for name, made in QUANTIZED_PRECISIONS.items()
     )
-    return f"The weights: {forms}; {made}.  [default: the target's]"
+    return f"The weights: {forms}; {others}.  [default: the target's]"
 
 
 def _max_batch() -> str:

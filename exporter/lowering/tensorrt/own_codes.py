@@ -148,7 +148,7 @@ def _signed(part: EncodedRows, form: SignedFormat, dtype: ir.DataType, first_row
 
 
 def positive_scales(
-    scales: NDArray[np.float32], codes: NDArray[np.int8], dtype: ir.DataType, first_row: int
+    scales: NDArray[np.float32], codes: NDArray[Any], dtype: ir.DataType, first_row: int, unit: float = 1.0
 ) -> NDArray[np.float32]:
     """Scales that TensorRT takes: 0 becomes the smallest there is, with codes of 0.
 
@@ -157,6 +157,7 @@ def positive_scales(
         codes: [r, K], signed; changed where a scale is 0.
         dtype: in which scales are stored.
         first_row: of these rows in their chunk.
+        unit: in multiples of which they are stored.
 
     Raises:
         OutOfRangeError: a scale is negative.
@@ -172,7 +173,7 @@ def positive_scales(
     if is_zero.any():
         codes.reshape(*scales.shape, -1)[is_zero] = 0
     least = ml_dtypes.finfo(dtype.numpy()).smallest_subnormal  # type: ignore[no-untyped-call]  # its stub has no types
-    return np.where(is_zero, np.float32(least), scales)
+    return np.where(is_zero, np.float32(least * unit), scales)
 
 
 def _add_offsets(traced: Traced, node: ir.Node, weight: ir.Value, offsets: ir.Value, form: SignedFormat) -> None:
