@@ -301,6 +301,18 @@ def attended(step: Step, present_key: np.ndarray, present_value: np.ndarray) -> 
     return attention.reshape(B, S, -1), bound.reshape(B, S, -1)
 
 
+def sweep() -> list[Step]:
+    """Steps that go through all loops: few queries and many, with rests of vectors, of groups and of blocks."""
+    return [
+        random_step(10, [3, 600], [1, 1]),
+        random_step(11, [0, 130], [40, 70]),
+        random_step(12, [513], [3], H=3, Hkv=1),
+        random_step(13, [70, 5], [13, 2], H=7, Hkv=1, D=74, is_packed=False),
+        random_step(14, [70, 5], [13, 2], H=7, Hkv=1, D=6, dtype=np.float32),
+        random_step(15, [1100], [2], H=5, Hkv=1, D=128, dtype=np.float32, has_positions=True),
+    ]
+
+
 def check(step: Step, result: Result) -> None:
     """Raises AssertionError: the result isn't the step's."""
     keys, values = written(step)
