@@ -309,6 +309,7 @@ def sweep() -> list[Step]:
         random_step(12, [513], [3], H=3, Hkv=1),
         random_step(13, [70, 5], [13, 2], H=7, Hkv=1, D=74, is_packed=False),
         random_step(14, [70, 5], [13, 2], H=7, Hkv=1, D=6, dtype=np.float32),
+        random_step(14, [9, 70], [1, 1], H=4, Hkv=1, D=74),
         random_step(15, [1100], [2], H=5, Hkv=1, D=128, dtype=np.float32, has_positions=True),
     ]
 
