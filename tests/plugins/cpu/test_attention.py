@@ -308,6 +308,6 @@ def test_sanitizers_find_nothing_but_a_seeded_fault(
         done = _sanitized(library, path)
         if is_faulty:
             assert done.returncode != 0
-            assert "heap-buffer-overflow" in done.stderr
+            assert "ERROR: AddressSanitizer" in done.stderr  # a wide read is told as "unknown-crash"
         else:
             assert (done.returncode, done.stdout) == (0, "checked\n"), done.stderr
