@@ -195,7 +195,6 @@ void attend(AttentionStep<T> const& step, Pool const& pool)
         std::fill(step.attention + (b * step.S + step.new_tokens[b]) * step.H * step.D,
             step.attention + (b + 1) * step.S * step.H * step.D, 0.0F);
     }
-    write(step, kernels, pool);
 
     Plan plan = plan_of(step, kernels.queries);
     size_t const workers = std::min(cores, plan.tiles.size()), size = kernels.workspace(step.D);
@@ -204,6 +203,7 @@ void attend(AttentionStep<T> const& step, Pool const& pool)
     {
         plan.tiles[i].partial = plan.offsets[i] == Plan::kWhole ? nullptr : results.get() + plan.offsets[i];
     }
+    write(step, kernels, pool);
     share(pool, plan.tiles.size(), workers,
         [&](size_t task, size_t worker) { kernels.attend(step, plan.tiles[task], workspaces.get() + worker * size); });
     (plan.floats > kSmall ? pool : Pool(nullptr)).each(plan.parts.size(), [&](size_t i) {

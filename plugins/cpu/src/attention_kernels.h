@@ -9,7 +9,7 @@
 namespace qwen_aot::cpu
 {
 
-/** Keys that are weighed at once. Blocks begin at multiples of it, so that a row's rounding doesn't depend on the step. */
+/** Keys that are weighed at once. Blocks begin at multiples of it: a row's rounding doesn't depend on the step. */
 constexpr int64_t kKeyBlock = 64;
 
 /** Some queries of one row of the batch and one key head, over a part of its keys.
@@ -34,8 +34,8 @@ struct AttentionKernels
     size_t (*workspace)(int64_t D) = nullptr;
     /** Rotates the keys of tokens [first, first + count) of row b and writes them and the values to the cache. */
     void (*write)(AttentionStep<T> const& step, int64_t b, int64_t first, int64_t count) = nullptr;
-    /** Softmax over the tile's keys. A part gives, for each query, the sums of values by their weights 2^(score - largest),
-     *  the sum of weights, and the largest score, all scores in units of log2; largest is -infinity where it sees none. */
+    /** Softmax over the tile's keys. A part gives, for each query, the sums of values by their weights
+     *  2^(score - largest), the sum of weights, and the largest score, in units of log2: -infinity where it sees none. */
     void (*attend)(AttentionStep<T> const& step, Tile const& tile, float* workspace) = nullptr;
 };
 

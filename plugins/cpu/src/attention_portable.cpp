@@ -85,7 +85,7 @@ struct Portable
         for (int i = 0; i < kWidth; ++i)
         {
             float const x = v[i] < -127 ? -127 : v[i]; // a NaN isn't less
-            // Of a number that fp32 can't hold to a fraction, the sum with 1.5 * 2^23 has only the whole part, in its bits.
+            // fp32 has no fractions at 1.5 * 2^23: the sum with it is rounded to the whole part, which its last bits are.
             float const shifted = x + 0x1.8p23F;
             float const part = x - (shifted - 0x1.8p23F);
             float polynomial = kExp2[6];

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,8 +29,10 @@ from tests.plugins.cpu.attention import (
     check,
     process_of,
     random_step,
+    sweep,
 )
 from tests.plugins.cpu.paths import PATHS
+from tests.tools import require_tool
 
 
 @dataclass(frozen=True)
@@ -128,13 +133,20 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(kernels: Kernels) -> None:
     for chunks in ([600 - 41, 32, 8, 1], [1, 2, 3, 594], [64] * 9 + [24]):
         past_key, past_value, held = whole.past_key, whole.past_value, 0
         for chunk in chunks:
-            tokens = {name: getattr(whole, name)[:, held : held + chunk] for name in ("query", "key", "value")}
-            counts = {"held": np.array([held]), "fresh": np.array([chunk])}
-            step = replace(whole, past_key=past_key, past_value=past_value, **tokens, **counts)
+            there = slice(held, held + chunk)
+            step = replace(
+                whole,
+                query=whole.query[:, there],
+                key=whole.key[:, there],
+                value=whole.value[:, there],
+                past_key=past_key,
+                past_value=past_value,
+                held=np.array([held]),
+                fresh=np.array([chunk]),
+            )
             result = kernels.attend(step)
             past_key, past_value = result.present_key, result.present_value
             # Both are within the bound of what is exact.
-            there = slice(held, held + chunk)
             assert (np.abs(result.attention - at_once.attention[:, there]) <= 2 * bound[:, there]).all()
             if 4 // 2 * chunk > 64:  # both are then cut the same way
                 assert result.attention.tobytes() == at_once.attention[:, there].tobytes()
@@ -232,14 +244,6 @@ FAULTS = {
 }
 
 
-def _sweep() -> list[Step]:
-    return [
-        random_step(10, [3, 600], [1, 1]),
-        random_step(11, [0, 130], [40, 70]),
-        random_step(12, [513], [3], H=3, Hkv=1),
-    ]
-
-
 @pytest.mark.deep
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_seeded_fault_is_noticed(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,13 +251,63 @@ def test_a_seeded_fault_is_noticed(fault: str, tmp_path: Path, monkeypatch: pyte
     sources = tmp_path / "src"
     shutil.copytree(build.SOURCES, sources)
     text = (sources / file).read_text()
-    assert text.count(right) == 1
+    assert text.count(right) == 1, "the fault's place is gone"
     (sources / file).write_text(text.replace(right, wrong))
     monkeypatch.setattr(build, "SOURCES", sources)
     library = build.build_library(tmp_path / build.FILE_NAME)
     for path in PATHS:
         with process_of(path) as process:
-            results = [process.submit(attend, library, step).result() for step in _sweep()]
+            results = [process.submit(attend, library, step).result() for step in sweep()]
         with pytest.raises(AssertionError):
-            for step, result in zip(_sweep(), results, strict=True):
+            for step, result in zip(sweep(), results, strict=True):
                 check(step, result)
+
+
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")
+SWEEP = """
+import sys
+from pathlib import Path
+from tests.plugins.cpu.attention import attend, check, sweep
+for step in sweep():
+    check(step, attend(Path(sys.argv[1]), step, threads=2))
+print("checked")
+"""
+
+
+def _sanitized(library: Path, path: str) -> subprocess.CompletedProcess[str]:
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": runtime.stdout.strip(),
+        # Python and its packages aren't instrumented, and keep what they allocate to the end.
+        "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
+        "QWEN_AOT_CPU_INSTRUCTIONS": path,
+    }
+    root = Path(__file__).parents[3]
+    command = [sys.executable, "-c", SWEEP, str(library)]
+    return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.deep
+@pytest.mark.tools
+@pytest.mark.parametrize("is_faulty", [False, True])
+def test_sanitizers_find_nothing_but_a_seeded_fault(
+    is_faulty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_tool("g++", remedy="apt install g++")
+    sources = tmp_path / "src"
+    shutil.copytree(build.SOURCES, sources)
+    if is_faulty:
+        text = (sources / "attention_tile.h").read_text()
+        right = "is_part ? V::load_part(values, rest) : V::load"
+        assert text.count(right) == 1, "the fault's place is gone"
+        (sources / "attention_tile.h").write_text(text.replace(right, "V::load"))
+    monkeypatch.setattr(build, "SOURCES", sources)
+    library = build.build_library(tmp_path / build.FILE_NAME, flags=SANITIZERS)
+    for path in PATHS:
+        done = _sanitized(library, path)
+        if is_faulty:
+            assert done.returncode != 0
+            assert "ERROR: AddressSanitizer" in done.stderr  # a wide read is told as "unknown-crash"
+        else:
+            assert (done.returncode, done.stdout) == (0, "checked\n"), done.stderr
