@@ -6,8 +6,8 @@
 Each projection is a session of as many copies, each with weights of its own, as exceed the caches, so that weights come
 from memory as they do in a model's step. The two run in turns; printed are CPU microseconds of one projection by one
 thread (the lowest and the median of the rounds), the weights' bytes and the products over the lowest, as shares of the
-peaks, and the median of the rounds' ratios. The peaks, a loop that reads memory and one that does nothing but 8-bit products, are
-measured in the same run.
+peaks, and the median of the rounds' ratios. The peaks, of a loop that reads memory and of one that does nothing but
+8-bit products, are measured in the same run.
 """
 
 from __future__ import annotations
@@ -185,9 +185,9 @@ def report(peaks: Peaks, rows: Sequence[Row]) -> str:
             for value, peak in ((read, peaks.bytes_per_second), (products, peaks.products_per_second))
         ]
         lines.append(
-            f"| {row.op} | {row.rows} | {row.own[0] * 1e6:.1f} | {row.own[1] * 1e6:.1f}"
-            f" | {read / 1e9:.1f} | {shares[0]} | {products / 1e9:.1f} | {shares[1]} | {row.stock[0] * 1e6:.1f} | {row.stock[1] * 1e6:.1f}"
-            f" | {row.ratio:.2f} |"
+            f"| {row.op} | {row.rows} | {row.own[0] * 1e6:.1f} | {row.own[1] * 1e6:.1f} | {read / 1e9:.1f}"
+            f" | {shares[0]} | {products / 1e9:.1f} | {shares[1]}"
+            f" | {row.stock[0] * 1e6:.1f} | {row.stock[1] * 1e6:.1f} | {row.ratio:.2f} |"
         )
     return "\n".join(lines)
 
