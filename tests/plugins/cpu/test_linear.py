@@ -314,25 +314,37 @@ def test_aarch64(tmp_path: Path) -> None:
         assert worst_share(cases, run_program([emulator, program], cases, name)) < 1
 
 
+def copy_with(folder: Path, kept: str) -> Path:
+    """A copy of the sources in which only one of the files for x86-64 is compiled in full."""
+    sources = folder / "src"
+    shutil.copytree(SOURCES, sources)
+    for path in sources.glob("linear_avx*.cpp"):
+        if path.name != kept:
+            (table,) = re.findall(r"LinearKernels const (\w+) = ", path.read_text())
+            path.write_text(
+                '#include "linear_kernels.h"\n'
+                f"namespace qwen_aot::cpu {{ LinearKernels const {table} = kLinearPortable; }}\n"
+            )
+    return sources
+
+
+def replace_in(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 @pytest.mark.deep
 @pytest.mark.skipif("avx512_vnni" not in PATHS, reason="needs a CPU with AVX-512 VNNI")
 def test_avx_vnni_in_the_other_encoding(tmp_path: Path) -> None:
     """The kernels for AVX-VNNI with AVX-512's encoding of the same instruction, in the place of those for AVX2."""
-    sources = tmp_path / "src"
-    shutil.copytree(SOURCES, sources)
-    text = (sources / "linear_avx_vnni.cpp").read_text()
-    for old, new in (
-        ("avxvnni", "avx512f,avx512vl,avx512vnni"),
-        ("_mm256_dpbusd_avx_epi32", "_mm256_dpbusd_epi32"),
-        ("kLinearAvxVnni", "kLinearAvx2"),
-    ):
-        assert old in text
-        text = text.replace(old, new)
-    (sources / "linear_avx2.cpp").write_text(text)
-    (sources / "linear_avx_vnni.cpp").write_text(
-        '#include "linear_kernels.h"\nnamespace qwen_aot::cpu\n{\n'
-        "LinearKernels const kLinearAvxVnni = kLinearPortable;\n}\n"
-    )
+    sources = copy_with(tmp_path, "linear_avx_vnni.cpp")
+    kernels, place = sources / "linear_avx_vnni.cpp", sources / "linear_avx2.cpp"
+    replace_in(kernels, "avxvnni", "avx512f,avx512vl,avx512vnni")
+    replace_in(kernels, "_mm256_dpbusd_avx_epi32", "_mm256_dpbusd_epi32")
+    stub = place.read_text().replace("kLinearAvx2", "kLinearAvxVnni")
+    replace_in(kernels, "kLinearAvxVnni", "kLinearAvx2")
+    place.write_text(stub)
     cases = sweep()
     program = compile_program(tmp_path, sources=sources)
     assert worst_share(cases, run_program([program], cases, "avx2")) < 1
@@ -369,11 +381,8 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_seeded_faults_are_noticed(tmp_path: Path, fault: str) -> None:
     file, old, new = FAULTS[fault]
-    sources = tmp_path / "src"
-    shutil.copytree(SOURCES, sources)
-    text = (sources / file).read_text()
-    assert old in text
-    (sources / file).write_text(text.replace(old, new))
+    sources = copy_with(tmp_path, "linear_avx512.cpp")
+    replace_in(sources / file, old, new)
     cases = sweep()
     program = compile_program(tmp_path, flags=["-O1"], sources=sources)
     try:
