@@ -326,12 +326,13 @@ template <class V, int Bits, bool HasZeros>
 inline void multiply_few(
     Linear const& linear, RoundedRows const& rows, int64_t begin, int64_t end, float* result, int64_t stride)
 {
-    static_assert(kFewRows == 3);
+    static_assert(kFewRows == 4);
     switch (rows.M)
     {
     case 1: return multiply_few<V, Bits, HasZeros, 1>(linear, rows, begin, end, result, stride);
     case 2: return multiply_few<V, Bits, HasZeros, 2>(linear, rows, begin, end, result, stride);
-    default: return multiply_few<V, Bits, HasZeros, 3>(linear, rows, begin, end, result, stride);
+    case 3: return multiply_few<V, Bits, HasZeros, 3>(linear, rows, begin, end, result, stride);
+    default: return multiply_few<V, Bits, HasZeros, 4>(linear, rows, begin, end, result, stride);
     }
 }
 

@@ -19,7 +19,7 @@ from tests.plugins.cpu.nodes import FLOAT, UINT8, session_of
 
 PROGRAM = Path(__file__).parent / "src" / "linear_cases.cpp"
 SMALLEST = np.float32(2.0**-120)  # blocks of smaller inputs count as 0
-FEW_ROWS = 3  # up to so many, and beyond, sums are made in another order (`kFewRows`)
+FEW_ROWS = 4  # up to so many, and beyond, sums are made in another order (`kFewRows`)
 
 Array = np.ndarray
 VARIABLE = "QWEN_AOT_CPU_INSTRUCTIONS"
