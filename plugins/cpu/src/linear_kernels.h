@@ -7,7 +7,7 @@ namespace qwen_aot::cpu
 {
 
 /** Up to so many rows of x, the weight is read row by row; from there on in panels of several rows. */
-constexpr int64_t kFewRows = 3;
+constexpr int64_t kFewRows = 4;
 
 /** M rows of x, rounded to 8 bits block by block: x[m, k] is about codes[m, k] * scales[m, k / block].
  *

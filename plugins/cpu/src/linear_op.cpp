@@ -1,5 +1,7 @@
 #include "linear_op.h"
 
+#include "instructions.h"
+
 namespace qwen_aot::cpu
 {
 namespace
@@ -17,6 +19,7 @@ void require(bool holds, char const* what, int64_t found, char const* accepted)
 
 LinearOp::LinearOp(ort::Info const* info)
 {
+    instructions(); // what the environment asks for and this CPU lacks is told as the session is made
     linear_.K = int_attribute(info, "K");
     linear_.N = int_attribute(info, "N");
     linear_.bits = static_cast<int32_t>(int_attribute(info, "bits"));
