@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import platform
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,25 @@ SMALLEST = np.float32(2.0**-120)  # blocks of smaller inputs count as 0
 FEW_ROWS = 3  # up to so many, and beyond, sums are made in another order (`kFewRows`)
 
 Array = np.ndarray
+VARIABLE = "QWEN_AOT_CPU_INSTRUCTIONS"
+
+_NEEDED = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx_vnni": {"avx2", "fma", "f16c", "avx_vnni"},
+    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_vnni": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
+    "neon": {"asimd"},
+    "neon_dot": {"asimd", "asimddp"},
+}
+
+
+def _paths() -> list[str]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set())
+    return ["portable", *(name for name, needed in _NEEDED.items() if needed <= flags)]
+
+
+PATHS = _paths() if platform.system() == "Linux" else ["portable"]  # sets of instructions that this CPU executes
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +108,7 @@ def _unpacked(packed: Array, bits: int, count: int) -> Array:
 
 
 def rounded_input(case: Case) -> Array:
-    """x with each block rounded to -127 to 127 by its largest magnitude, [M, blocks, block] float64."""
+    """The input with each block rounded to -127 to 127 by its largest magnitude, [M, blocks, block] float64."""
     rows, width = case.x.shape
     blocks = case.scales.shape[1]
     padded = np.zeros((rows, blocks * case.block), np.float32)
@@ -112,11 +134,11 @@ def weights(case: Case) -> Array:
 
 
 def expected(case: Case) -> tuple[Array, Array]:
-    """y by the definition, and how far rounding in fp32 may bring a result from it, both [M, columns] float64.
+    """Results by the definition, and how far rounding in fp32 may bring one from them, both [M, columns] float64.
 
-    A sum of n terms in any order is off by at most (n - 1) units of 2^-24 of the terms' magnitudes. Terms are the blocks'
-    (or the lanes' parts of them, at most 16 times as many on the few blocks that are shorter than a vector), each with three
-    roundings of its own. The bound taken is that of 8 + blocks terms, for sums are made in parts.
+    Products of a block are summed exactly. A term passes at most one addition for each block, or for each vector of a
+    row of the weight, of which the narrowest has 16 bytes; those that bring lanes together; and three products of its
+    own. Each rounds by 2^-24 of what the magnitudes of all terms add up to.
     """
     x, weight = rounded_input(case), weights(case)
     y = np.einsum("mbk,nbk->mn", x, weight)
@@ -124,7 +146,8 @@ def expected(case: Case) -> tuple[Array, Array]:
     if case.bias is not None:
         y = y + case.bias
         magnitude = magnitude + np.abs(case.bias)
-    bound = magnitude * (8 + case.scales.shape[1]) * 2.0**-24
+    blocks = case.scales.shape[1]
+    bound = magnitude * (8 + max(blocks, blocks * case.codes.shape[2] // 16)) * 2.0**-24
     if not case.has_swiglu:
         return y, bound
     half = case.columns
@@ -160,6 +183,47 @@ def session(library: Path, case: Case, *, threads: int = 1) -> onnxruntime.Infer
     )
 
 
+def worst_share(cases: Sequence[Case], answers: Sequence[Array]) -> float:
+    """How much of its bound the worst result took; beyond 1 something is wrong, NaN included."""
+    worst = 0.0
+    for case, answer in zip(cases, answers, strict=True):
+        y, bound = expected(case)
+        assert answer.shape == y.shape
+        assert np.isfinite(answer).all()
+        off = np.abs(answer - y)
+        worst = max(worst, float(np.divide(off, bound, out=np.where(off == 0, 0, np.inf), where=bound > 0).max()))
+    return worst
+
+
+def _compute(library: Path, case: Case, inputs: Sequence[Array], threads: int) -> list[Array]:
+    found = session(library, case, threads=threads)
+    return [found.run(None, {"x": x})[0] for x in inputs]
+
+
+def _force(instructions: str) -> None:
+    os.environ[VARIABLE] = instructions
+
+
+class Kernels:
+    """The library in a process of its own, where one set of instructions is forced: it is chosen once a process."""
+
+    def __init__(self, library: Path, instructions: str) -> None:
+        self._library = library
+        self._process = ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), initializer=_force, initargs=(instructions,)
+        )
+
+    def compute(self, case: Case, *inputs: Array, threads: int = 1) -> list[Array]:
+        """What one session of the case gives for each of the inputs (without any: for the case's own)."""
+        return self._process.submit(_compute, self._library, case, inputs or (case.x,), threads).result(timeout=500)
+
+    def __enter__(self) -> Kernels:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.shutdown()
+
+
 def compile_program(
     folder: Path, *, compiler: Sequence[str] | None = None, flags: Sequence[str] = (), sources: Path = SOURCES
 ) -> Path:
@@ -185,10 +249,8 @@ def run_program(command: Sequence[str | Path], cases: Sequence[Case], instructio
         asked += np.array([rows, len(case.codes), width, case.bits, case.block, *flags], np.int64).tobytes()
         parts = [case.codes, case.scales, case.zero_points, case.bias, case.x]
         asked += b"".join(part.tobytes() for part in parts if part is not None)
-    environment = dict(os.environ)
-    environment.pop("QWEN_AOT_CPU_INSTRUCTIONS", None)
-    if instructions is not None:
-        environment["QWEN_AOT_CPU_INSTRUCTIONS"] = instructions
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    environment |= {} if instructions is None else {VARIABLE: instructions}
     done = subprocess.run(list(map(str, command)), input=asked, capture_output=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     answers, at = np.frombuffer(done.stdout, np.float32), 0
