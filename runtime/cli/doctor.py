@@ -348,7 +348,7 @@ def _show(facts: Mapping[str, Any], lacking: Mapping[str, Mapping[str, Sequence[
             ("cpu", f"{processor['name']}, {count(processor['logical_cores'], 'logical core')}"),
             ("threads", f"{processor['threads']} by default (physical cores we may use)"),
             ("cpu features", ", ".join(processor["features"]) or "none that matter here"),
-            ("own cpu kernels", kernels["problem"] or f"{kernels['library']}, using {kernels['instructions']}"),
+            ("own kernels", kernels["problem"] or f"{kernels['library']}, using {kernels['instructions']}"),
             ("memory", f"{size(memory['available_bytes'])} available of {size(memory['total_bytes'])}"),
             ("free disk", size(facts["free_disk_bytes"])),
             ("gpus", ", ".join(listed) or NO_GPU),
