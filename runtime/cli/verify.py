@@ -149,6 +149,8 @@ def command(
         raise click.UsageError("--layer-bound goes with --per-layer")
     if skip_weights and per_layer:
         raise click.UsageError("--skip-weights doesn't go with --per-layer, which compares no weights")
+    if kernels is not None and per_layer:
+        raise click.UsageError("--kernels doesn't go with --per-layer, which runs the graph for ONNX Runtime's")
     content = TEXT if text is None else read_text(text)
     if per_layer:
         _run_per_layer(bundle, reference, random_weights, weights_seed, content, window, layer_bound, as_json)

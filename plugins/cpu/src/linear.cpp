@@ -13,10 +13,10 @@ namespace
 {
 
 // Below these, handing work to another thread costs more than it saves, which is some microseconds.
-constexpr int64_t kBytesATask = 128 * 1024;       // of the weight, with few rows
+constexpr int64_t kBytesATask = 128 * 1024;         // of the weight, with few rows
 constexpr int64_t kProductsATask = 2 * 1024 * 1024; // with many
-constexpr int64_t kNumbersATask = 16 * 1024;      // of x, to be rounded
-constexpr int64_t kMostTasks = 96;                // divides well by the cores of a machine, and each costs little then
+constexpr int64_t kNumbersATask = 16 * 1024;        // of x, to be rounded
+constexpr int64_t kMostTasks = 96; // divides well by the cores of a machine, and each costs little then
 
 LinearKernels const& kernels()
 {
@@ -58,8 +58,7 @@ public:
         rows_.M = M;
         rows_.code_stride = rounded_up(linear.blocks * linear.block, vector_bytes * 8 / linear.bits);
         rows_.scale_stride = rounded_up(linear.blocks, vector_bytes / 4);
-        rows_.correction_stride
-            = M > kFewRows ? linear.blocks : rows_.code_stride * linear.bits / 8 / 4;
+        rows_.correction_stride = M > kFewRows ? linear.blocks : rows_.code_stride * linear.bits / 8 / 4;
         int64_t const codes = rounded_up(M * rows_.code_stride, kAlignment),
                       scales = rounded_up(M * rows_.scale_stride * 4, kAlignment),
                       corrections = rounded_up(M * rows_.correction_stride * 4, kAlignment);
@@ -114,8 +113,7 @@ void multiply(Linear const& linear, float const* x, int64_t M, float* y, Pool co
         int64_t const column_bytes = rows_a_column * linear.blocks * linear.block * linear.bits / 8;
         // Spans of whole vectors' rows: those at a span's end go one by one.
         int64_t const least = rounded_up(kBytesATask / column_bytes + 1, 16);
-        each_span(pool, width, least,
-            [&](int64_t begin, int64_t end) { with.few_rows(linear, rows, begin, end, y); });
+        each_span(pool, width, least, [&](int64_t begin, int64_t end) { with.few_rows(linear, rows, begin, end, y); });
         return;
     }
     int64_t const columns = with.panel_columns(linear);

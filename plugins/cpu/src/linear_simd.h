@@ -50,10 +50,11 @@ QWEN_AOT_INLINE typename V::F exponential(typename V::F x)
     x = x < high ? x : high;
     typename V::I const power = V::to_int(x * V::broadcast(1.44269504F));
     F const whole = V::to_float(power);
-    F const rest = V::multiply_add(
-        whole, V::broadcast(2.12194440e-4F), V::multiply_add(whole, V::broadcast(-0.693359375F), x));
+    F const rest =
+        V::multiply_add(whole, V::broadcast(2.12194440e-4F), V::multiply_add(whole, V::broadcast(-0.693359375F), x));
     F series = V::broadcast(1.9875691500e-4F);
-    for (float const factor : {1.3981999507e-3F, 8.3334519073e-3F, 4.1665795894e-2F, 1.6666665459e-1F, 5.0000001201e-1F})
+    for (float const factor :
+        {1.3981999507e-3F, 8.3334519073e-3F, 4.1665795894e-2F, 1.6666665459e-1F, 5.0000001201e-1F})
     {
         series = V::multiply_add(series, rest, V::broadcast(factor));
     }
@@ -127,7 +128,8 @@ inline float round_block(float const* x, int count, int8_t* codes)
         I const bits = V::load_part(x + k, count - k) & magnitude;
         most = bits > most ? bits : most;
     }
-    int32_t const bits = V::largest(most); // of numbers that aren't negative the bits have their order; NaN is the largest
+    int32_t const bits =
+        V::largest(most); // of numbers that aren't negative the bits have their order; NaN is the largest
     float largest;
     std::memcpy(&largest, &bits, 4);
     bool const is_finite = bits < 0x7f800000, is_zero = largest < kSmallest;
@@ -295,8 +297,7 @@ inline void multiply_row(Linear const& linear, RoundedRows const& rows, int64_t 
         int at = 0;
         for (; at + V::kBytes <= bytes; at += V::kBytes)
         {
-            add_vector<V, Bits, HasZeros, M, false>(
-                rows, row, b * block_bytes, at, 0, shift, scales, zeros, sums);
+            add_vector<V, Bits, HasZeros, M, false>(rows, row, b * block_bytes, at, 0, shift, scales, zeros, sums);
         }
         if (at < bytes)
         {
@@ -339,9 +340,8 @@ inline void multiply_few(
     Linear const& linear, RoundedRows const& rows, int64_t begin, int64_t end, float* result, int64_t stride)
 {
     bool const has_zeros = linear.zero_points != nullptr;
-    auto* const function = linear.bits == 4
-        ? (has_zeros ? &multiply_few<V, 4, true> : &multiply_few<V, 4, false>)
-        : (has_zeros ? &multiply_few<V, 8, true> : &multiply_few<V, 8, false>);
+    auto* const function = linear.bits == 4 ? (has_zeros ? &multiply_few<V, 4, true> : &multiply_few<V, 4, false>)
+                                            : (has_zeros ? &multiply_few<V, 8, true> : &multiply_few<V, 8, false>);
     function(linear, rows, begin, end, result, stride);
 }
 
@@ -407,7 +407,8 @@ struct Panel
 
 /** Fills a panel with blocks of rows n on; rows at `end` and beyond are the one before it. */
 template <class V, int Bits, bool HasZeros>
-inline void fill_panel(Panel<V>& panel, Linear const& linear, int64_t n, int64_t end, int64_t first_block, int64_t blocks)
+inline void fill_panel(
+    Panel<V>& panel, Linear const& linear, int64_t n, int64_t end, int64_t first_block, int64_t blocks)
 {
     constexpr int L = V::kLanes;
     using I = typename V::I;
@@ -518,8 +519,8 @@ inline void multiply_tile(Panel<V> const (&panels)[2], Linear const& linear, Rou
             for (int r = 0; r < R; ++r)
             {
                 I const four = V::broadcast_four(x + r * rows.code_stride + 4 * step);
-                products[r][0] = Bits == 4 ? V::dot_4_bits(products[r][0], first, four)
-                                           : V::dot_8_bits(products[r][0], first, four);
+                products[r][0] =
+                    Bits == 4 ? V::dot_4_bits(products[r][0], first, four) : V::dot_8_bits(products[r][0], first, four);
                 products[r][1] = Bits == 4 ? V::dot_4_bits(products[r][1], second, four)
                                            : V::dot_8_bits(products[r][1], second, four);
             }
@@ -604,8 +605,7 @@ void multiply_many(Linear const& linear, RoundedRows const& rows, int64_t begin,
     for (int64_t pair = begin; pair < end; ++pair)
     {
         int64_t const n = pair * columns, second = linear.has_swiglu ? width + n : n + L;
-        Ahead const ahead{
-            {linear.codes + (n + columns) * row_bytes, linear.codes + (second + columns) * row_bytes}, 0};
+        Ahead const ahead{{linear.codes + (n + columns) * row_bytes, linear.codes + (second + columns) * row_bytes}, 0};
         for (int64_t m = 0; m < rows.M; m += kPanelRows)
         {
             int64_t const count = smaller(kPanelRows, rows.M - m);
@@ -636,9 +636,8 @@ template <class V>
 void many_rows(Linear const& linear, RoundedRows const& rows, int64_t begin, int64_t end, float* y)
 {
     bool const has_zeros = linear.zero_points != nullptr;
-    auto* const function = linear.bits == 4
-        ? (has_zeros ? &multiply_many<V, 4, true> : &multiply_many<V, 4, false>)
-        : (has_zeros ? &multiply_many<V, 8, true> : &multiply_many<V, 8, false>);
+    auto* const function = linear.bits == 4 ? (has_zeros ? &multiply_many<V, 4, true> : &multiply_many<V, 4, false>)
+                                            : (has_zeros ? &multiply_many<V, 8, true> : &multiply_many<V, 8, false>);
     function(linear, rows, begin, end, y);
 }
 

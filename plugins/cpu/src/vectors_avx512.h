@@ -25,15 +25,9 @@ struct Avx512 : Vectors<Integers64, Floats64>
         _mm512_mask_storeu_ps(memory, mask_of(count), (__m512)value);
     }
     static QWEN_AOT_INLINE I multiply_16(I a, I b) { return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
-    static QWEN_AOT_INLINE F multiply_add(F a, F b, F c)
-    {
-        return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-    }
+    static QWEN_AOT_INLINE F multiply_add(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
     static QWEN_AOT_INLINE I to_int(F value) { return (I)_mm512_cvtps_epi32((__m512)value); }
-    static QWEN_AOT_INLINE F pick(F value, I lanes)
-    {
-        return (F)_mm512_permutexvar_ps((__m512i)lanes, (__m512)value);
-    }
+    static QWEN_AOT_INLINE F pick(F value, I lanes) { return (F)_mm512_permutexvar_ps((__m512i)lanes, (__m512)value); }
     static QWEN_AOT_INLINE I pick(I value, I lanes)
     {
         return (I)_mm512_permutexvar_epi32((__m512i)lanes, (__m512i)value);
@@ -50,8 +44,8 @@ struct Avx512 : Vectors<Integers64, Floats64>
     }
     static QWEN_AOT_INLINE float sum(F value)
     {
-        __m256 const halves = _mm256_add_ps(
-            _mm512_castps512_ps256((__m512)value), _mm512_extractf32x8_ps((__m512)value, 1));
+        __m256 const halves =
+            _mm256_add_ps(_mm512_castps512_ps256((__m512)value), _mm512_extractf32x8_ps((__m512)value, 1));
         __m128 const quarters = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
         __m128 const pairs = _mm_add_ps(quarters, _mm_movehl_ps(quarters, quarters));
         return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)));

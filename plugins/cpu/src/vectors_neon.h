@@ -21,7 +21,10 @@ struct Neon : Vectors<Integers16, Floats16>
         // The upper half of `a` is 0; only the lower one's sign counts.
         return (a << 16 >> 16) * b;
     }
-    static QWEN_AOT_INLINE F multiply_add(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+    static QWEN_AOT_INLINE F multiply_add(F a, F b, F c)
+    {
+        return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+    }
     static QWEN_AOT_INLINE I to_int(F value) { return (I)vcvtnq_s32_f32((float32x4_t)value); }
     template <class T>
     static QWEN_AOT_INLINE T pick(T value, I lanes)

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import resource
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -39,15 +40,15 @@ class Step:
 
     @property
     def head_size(self) -> int:
-        return self.past_key.shape[3]
+        return int(self.past_key.shape[3])
 
     @property
     def num_kv_heads(self) -> int:
-        return self.past_key.shape[1]
+        return int(self.past_key.shape[1])
 
     @property
     def num_heads(self) -> int:
-        return self.query.shape[2] // self.head_size
+        return int(self.query.shape[2]) // self.head_size
 
     def row(self, b: int) -> Step:
         """The step of one row alone."""
@@ -104,7 +105,7 @@ def random_step(
     B, S = len(held), max([1, *fresh]) if S is None else S
     C = max(1, spare + max(n + f for n, f in zip(held, fresh, strict=True)))
     numbers = [spread * random.standard_normal((B, S, heads * D)).astype(np.float32) for heads in (H, Hkv, Hkv)]
-    caches = [np.full((B, Hkv, C, D), np.nan, dtype) for _ in range(2)]
+    caches: list[np.ndarray] = [np.full((B, Hkv, C, D), np.nan, dtype) for _ in range(2)]
     for b in range(B):
         for cached in caches:
             cached[b, :, : held[b]] = spread * random.standard_normal((Hkv, held[b], D))
@@ -115,9 +116,10 @@ def random_step(
     if positions is not None:
         for b in range(B):
             positions[b, fresh[b] :] = -(10**12)
-    return Step(
-        *numbers, *caches, cos, sin, positions, np.array(held), np.array(fresh), float(D**-0.5), is_packed=is_packed
-    )
+    query, key, value = numbers
+    past_key, past_value = caches
+    counts = np.array(held), np.array(fresh)
+    return Step(query, key, value, past_key, past_value, cos, sin, positions, *counts, float(D**-0.5), is_packed)
 
 
 # By the op, in a process of its own: the library looks up its instructions once.
@@ -146,8 +148,8 @@ def _session(
     threads: int,
 ) -> onnxruntime.InferenceSession:
     cached = FLOAT16 if is_half else FLOAT
-    slots = ["B", Hkv, "C", D]
-    inputs = [
+    slots: list[int | str] = ["B", Hkv, "C", D]
+    inputs: list[tuple[str, int, Sequence[int | str]] | None] = [
         ("query", FLOAT, ["B", "S", (H + 2 * Hkv if is_packed else H) * D]),
         None if is_packed else ("key", FLOAT, ["B", "S", Hkv * D]),
         None if is_packed else ("value", FLOAT, ["B", "S", Hkv * D]),
@@ -159,7 +161,7 @@ def _session(
         ("cache_length", INT64, ["B"]),
         ("new_tokens", INT64, ["B"]),
     ]
-    outputs = [
+    outputs: list[tuple[str, int, Sequence[int | str]]] = [
         ("attention", FLOAT, ["B", "S", H * D]),
         ("present_key", cached, slots),
         ("present_value", cached, slots),

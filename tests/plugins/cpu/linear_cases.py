@@ -136,9 +136,9 @@ def weights(case: Case) -> Array:
 def expected(case: Case) -> tuple[Array, Array]:
     """Results by the definition, and how far rounding in fp32 may bring one from them, both [M, columns] float64.
 
-    Products of a block are summed exactly. A term passes at most one addition for each block, or for each vector of a row
-    of the weight, of which the narrowest has 16 bytes; those that bring lanes together; and three products of its own. Each
-    rounds by 2^-24 of what the magnitudes of all terms add up to.
+    Products of a block are summed exactly. A term passes at most one addition for each block, or for each vector of a
+    row of the weight, of which the narrowest has 16 bytes; those that bring lanes together; and three products of its
+    own. Each rounds by 2^-24 of what the magnitudes of all terms add up to.
     """
     x, weight = rounded_input(case), weights(case)
     y = np.einsum("mbk,nbk->mn", x, weight)

@@ -128,13 +128,20 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(kernels: Kernels) -> None:
     for chunks in ([600 - 41, 32, 8, 1], [1, 2, 3, 594], [64] * 9 + [24]):
         past_key, past_value, held = whole.past_key, whole.past_value, 0
         for chunk in chunks:
-            tokens = {name: getattr(whole, name)[:, held : held + chunk] for name in ("query", "key", "value")}
-            counts = {"held": np.array([held]), "fresh": np.array([chunk])}
-            step = replace(whole, past_key=past_key, past_value=past_value, **tokens, **counts)
+            there = slice(held, held + chunk)
+            step = replace(
+                whole,
+                query=whole.query[:, there],
+                key=whole.key[:, there],
+                value=whole.value[:, there],
+                past_key=past_key,
+                past_value=past_value,
+                held=np.array([held]),
+                fresh=np.array([chunk]),
+            )
             result = kernels.attend(step)
             past_key, past_value = result.present_key, result.present_value
             # Both are within the bound of what is exact.
-            there = slice(held, held + chunk)
             assert (np.abs(result.attention - at_once.attention[:, there]) <= 2 * bound[:, there]).all()
             if 4 // 2 * chunk > 64:  # both are then cut the same way
                 assert result.attention.tobytes() == at_once.attention[:, there].tobytes()

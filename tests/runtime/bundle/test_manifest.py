@@ -307,6 +307,8 @@ def test_what_is_wrong_is_named(edit: Edit, message: str) -> None:
 def test_golden(case: dict[str, Any]) -> None:
     if case["accepted"]:
         expected = case.get("upgraded") or json.loads(case["text"])
+        if expected["engines"]["text"].get("kernels", ...) is None:
+            del expected["engines"]["text"]["kernels"]  # null is read, and the key left out when written
         assert json.loads(Manifest.from_json(case["text"]).to_json()) == expected
     else:
         with pytest.raises(BundleError, match=r"manifest\.json"):

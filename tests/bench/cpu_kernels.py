@@ -1,0 +1,226 @@
+"""Times the CPU's own projections beside ONNX Runtime's MatMulNBits, and beside what this CPU reaches at most.
+
+    python -m tests.bench.cpu_kernels                       # the projections of a 0.5B model
+    python -m tests.bench.cpu_kernels --op down --rows 1 16 --json results.json
+
+Each projection is a session of as many copies, each with weights of its own, as exceed the caches, so that weights come
+from memory as they do in a model's step. The two run in turns; printed are CPU microseconds of one projection by one
+thread (the lowest and the median of the rounds), the weights' bytes and the products over the lowest, as shares of the
+peaks, and the median of the rounds' ratios. The peaks, a loop that reads memory and one that does nothing but 8-bit products, are
+measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import helper, numpy_helper
+
+from qwen_aot.errors import BuildError
+from qwen_aot.plugins.cpu.build import LIBRARY, build_library
+from tests.bench.results import new_file, write_new
+
+COLD_BYTES = 64 * 2**20  # of all copies' weights: twice the caches of the CPUs that this was written on
+BLOCK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """y [M, N] = x [M, K] times the weight's transpose; with SwiGLU, y has N / 2 columns."""
+
+    K: int
+    N: int
+    bits: int
+    has_swiglu: bool = False
+
+    @property
+    def weight_bytes(self) -> int:
+        """Codes and fp32 scales."""
+        return self.K * self.N * self.bits // 8 + self.K // BLOCK * self.N * 4
+
+
+OPS = {
+    "qkv": Projection(1024, 3072, 4),
+    "attention output": Projection(1024, 1024, 4),
+    "gate and up": Projection(1024, 5632, 4, has_swiglu=True),
+    "down": Projection(2816, 1024, 4),
+    "down, 8 bits": Projection(2816, 1024, 8),
+    "head, 8 bits": Projection(1024, 151936, 8),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """Of one thread: bytes and products a second; 0: not known for this CPU."""
+
+    bytes_per_second: float
+    products_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One projection's measurement, in seconds of CPU time.
+
+    Attributes:
+        own: The lowest and the median of the rounds.
+        stock: MatMulNBits', likewise; without SwiGLU's product, which the stock graph has in nodes of its own.
+        ratio: The median of stock / own, each round's.
+    """
+
+    op: str
+    rows: int
+    own: tuple[float, float]
+    stock: tuple[float, float]
+    ratio: float
+
+
+def session(library: Path, projection: Projection, copies: int, *, is_own: bool) -> onnxruntime.InferenceSession:
+    """Copies of one projection that read the same x."""
+    rng = np.random.default_rng(0)
+    K, N, bits = projection.K, projection.N, projection.bits
+    attributes = {"K": K, "N": N, "bits": bits, "block_size": BLOCK}
+    attributes |= {"swiglu": int(projection.has_swiglu)} if is_own else {"accuracy_level": 4}
+    nodes, initializers, outputs = [], [], []
+    for i in range(copies):
+        codes = rng.integers(0, 256, (N, K // BLOCK, BLOCK * bits // 8), dtype=np.uint8)
+        scales = rng.uniform(0.001, 0.01, (N, K // BLOCK)).astype(np.float32)
+        initializers += [numpy_helper.from_array(codes, f"codes.{i}"), numpy_helper.from_array(scales, f"scales.{i}")]
+        op, domain = ("QwenLinear", "qwen_aot.cpu") if is_own else ("MatMulNBits", "com.microsoft")
+        nodes.append(helper.make_node(op, ["x", f"codes.{i}", f"scales.{i}"], [f"y.{i}"], domain=domain, **attributes))
+        width = N // 2 if projection.has_swiglu and is_own else N
+        outputs.append(helper.make_tensor_value_info(f"y.{i}", onnx.TensorProto.FLOAT, ["M", width]))
+    inputs = [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["M", K])]
+    graph = helper.make_graph(nodes, "projections", inputs, outputs, initializers)
+    opsets = [
+        helper.make_opsetid(domain, version)
+        for domain, version in (("", 21), ("com.microsoft", 1), ("qwen_aot.cpu", 1))
+    ]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.register_custom_ops_library(str(library))
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def seconds(call: Callable[..., object], *arguments: object) -> float:
+    """CPU time of this thread."""
+    started = time.thread_time_ns()
+    call(*arguments)
+    return (time.thread_time_ns() - started) / 1e9
+
+
+def measure_peaks(folder: Path, rounds: int) -> Peaks:
+    """The peaks of one thread, each the best of the rounds.
+
+    Args:
+        folder: where the loops are compiled.
+        rounds: how often each runs.
+
+    Raises:
+        BuildError: they don't compile.
+    """
+    source, library = Path(__file__).parent / "src" / "cpu_peaks.c", folder / "cpu_peaks.so"
+    command = ["cc", "-O2", "-shared", "-fPIC", str(source), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"compiling {source.name} failed:\n{done.stderr}")
+    loops = ctypes.CDLL(str(library))
+    loops.read_all.restype = loops.multiply_all.restype = ctypes.c_int64
+    loops.read_all.argtypes, loops.multiply_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t], [ctypes.c_int64]
+    memory = np.ones(4 * COLD_BYTES, np.uint8)
+    reading = min(seconds(loops.read_all, memory.ctypes.data, memory.nbytes) for _ in range(rounds))
+    steps = 2_000_000
+    products = loops.multiply_all(steps)
+    multiplying = min(seconds(loops.multiply_all, steps) for _ in range(rounds))
+    return Peaks(memory.nbytes / reading, products / multiplying)
+
+
+def measure(library: Path, op: str, row_counts: Sequence[int], rounds: int) -> list[Row]:
+    """One projection with each number of rows."""
+    projection = OPS[op]
+    copies = max(1, round(COLD_BYTES / projection.weight_bytes))
+    pair = [session(library, projection, copies, is_own=is_own) for is_own in (True, False)]
+    found = []
+    for rows in row_counts:
+        x = np.random.default_rng(rows).standard_normal((rows, projection.K), dtype=np.float32)
+        times: tuple[list[float], list[float]] = ([], [])
+        for i in range(rounds + 1):
+            for one, at in zip(pair, times, strict=True):
+                taken = seconds(one.run, None, {"x": x}) / copies
+                if i > 0:  # the first round touches the weights' pages
+                    at.append(taken)
+        own, stock = ((min(at), statistics.median(at)) for at in times)
+        ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
+        found.append(Row(op, rows, own, stock, ratio))
+    return found
+
+
+def report(peaks: Peaks, rows: Sequence[Row]) -> str:
+    """A Markdown table."""
+    lines = [
+        f"One thread reads {peaks.bytes_per_second / 1e9:.1f} GB/s and multiplies"
+        f" {peaks.products_per_second / 1e9:.0f} G products/s at most.\n",
+        "| projection | rows | µs | median | GB/s | of peak | G products/s | of peak"
+        " | MatMulNBits µs | median | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        projection = OPS[row.op]
+        read = projection.weight_bytes / row.own[0]
+        products = row.rows * projection.K * projection.N / row.own[0]
+        shares = [
+            f"{100 * value / peak:.0f} %" if peak else "?"
+            for value, peak in ((read, peaks.bytes_per_second), (products, peaks.products_per_second))
+        ]
+        lines.append(
+            f"| {row.op} | {row.rows} | {row.own[0] * 1e6:.1f} | {row.own[1] * 1e6:.1f}"
+            f" | {read / 1e9:.1f} | {shares[0]} | {products / 1e9:.1f} | {shares[1]} | {row.stock[0] * 1e6:.1f} | {row.stock[1] * 1e6:.1f}"
+            f" | {row.ratio:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.cpu_kernels", description="Time the CPU's own projections beside ONNX Runtime's."
+    )
+    parser.add_argument("--op", action="append", choices=list(OPS), help="a projection (default: all)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 256], help="rows of x (default: 1 4 16 256)")
+    parser.add_argument("--rounds", type=int, default=9, help="of each pair (default: 9)")
+    parser.add_argument("--library", type=Path, help="the kernels (default: compiled if it isn't there)")
+    parser.add_argument("--json", type=new_file, help="write the results here too")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Exit codes: 0 ok, 1 failed, 2 usage."""
+    options = parse(arguments)
+    try:
+        library = options.library or (LIBRARY if LIBRARY.exists() else build_library())
+        with tempfile.TemporaryDirectory() as folder:
+            peaks = measure_peaks(Path(folder), options.rounds)
+        rows = [row for op in options.op or OPS for row in measure(library.resolve(), op, options.rows, options.rounds)]
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(report(peaks, rows))
+    if options.json:
+        write_new(options.json, {"peaks": asdict(peaks), "rows": [asdict(row) for row in rows]})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""The benchmark of attention on the CPU runs the real ops, and its sums are right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qwen_aot.plugins.cpu.build import FILE_NAME, build_library
+from tests.bench import cpu_attention
+from tests.bench.cpu_attention import Point
+from tests.shared import once
+
+
+@pytest.mark.parametrize(("S", "held"), [(1, 20), (6, 3)])
+def test_a_step_is_measured_by_each_op(S: int, held: int, shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = once(shared_folder / "cpu_library", lambda folder: build_library(folder / FILE_NAME))
+    monkeypatch.setattr(cpu_attention, "STREAMED", 1 << 16)
+    point = Point(4, 2, 16, S, held)
+    found = cpu_attention.measured(library, point, threads=1, rounds=3)
+    assert set(found["milliseconds"]) == {"QwenGQA", "QwenGQAFloat", "GroupQueryAttention"}
+    assert set(found["times_as_fast"]) == {"QwenGQA", "QwenGQAFloat"}
+    seconds = found["milliseconds"]["QwenGQA"] / 1e3
+    assert found["gigabytes_a_second"] == pytest.approx(2 * 2 * 16 * (S + held) * 2 / seconds / 1e9)
+    seen = sum(held + s + 1 for s in range(S))
+    assert found["gigaflops"] == pytest.approx(4 * 4 * 16 * seen / seconds / 1e9)
+
+
+def test_peaks_are_measured() -> None:
+    found = cpu_attention.peaks(1, megabytes=4, width=64, rounds=2)
+    assert set(found) == {"gigabytes_a_second", "gigaflops"}
+    assert min(found.values()) > 0
