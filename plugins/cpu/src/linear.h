@@ -6,7 +6,7 @@
 namespace qwen_aot::cpu
 {
 
-/** A matrix as MatMulNBits has it, which is what GatherBlockQuantized reads too; nothing of it is owned or copied.
+/** A matrix as MatMulNBits has it, which is what GatherBlockQuantized reads too; nothing of it is owned.
  *
  *  codes: [N, K / block, block * bits / 8]; of 4 bits, the lower half of a byte is the first of two along K.
  *  scales: [N, K / block]. zero_points: [N, ceil(K / block * bits / 8)], packed alike; nullptr: the middle, 8 or 128.

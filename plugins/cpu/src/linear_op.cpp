@@ -40,8 +40,10 @@ LinearOp::LinearOp(ort::Info const* info)
     require(!zeros || zeros.count() == linear_.N * ((linear_.blocks * linear_.bits + 7) / 8), "the size of zero_points",
         zeros.count(), "N x blocks * bits / 8, rounded up to bytes");
     require(!bias || bias.count() == linear_.N, "the size of bias", bias.count(), "N");
-    linear_.codes = codes.as<uint8_t>();
-    linear_.scales = scales.as<float>();
+    codes_ = Weights(codes.data, codes.count());
+    scales_ = Weights(scales.data, scales.count() * sizeof(float));
+    linear_.codes = codes_.data();
+    linear_.scales = reinterpret_cast<float const*>(scales_.data());
     linear_.zero_points = zeros.as<uint8_t>();
     linear_.bias = bias.as<float>();
 }

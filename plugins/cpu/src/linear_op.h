@@ -3,6 +3,7 @@
 
 #include "linear.h"
 #include "op.h"
+#include "weights.h"
 
 namespace qwen_aot::cpu
 {
@@ -23,6 +24,7 @@ public:
 
 private:
     Linear linear_;
+    Weights codes_, scales_; // what linear_ reads
 };
 
 } // namespace qwen_aot::cpu
