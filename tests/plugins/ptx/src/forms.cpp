@@ -416,6 +416,11 @@ Half convert_to_half(int16_t a)
     return to_half(static_cast<float>(a));
 }
 
+BFloat convert_to_bfloat(int16_t a)
+{
+    return to_bfloat(static_cast<float>(a));
+}
+
 template <typename From>
 float convert_to_float(From a)
 {
@@ -716,6 +721,7 @@ constexpr Form kForms[] = {
     lanes<convert_integer<uint32_t, uint16_t>>("cvt.u32.u16"),
     lanes<convert_integer<uint32_t, uint64_t>>("cvt.u32.u64"),
     lanes<convert_integer<uint64_t, uint32_t>>("cvt.u64.u32"),
+    lanes<convert_to_bfloat>("cvt.rn.bf16.s16"),
     lanes<convert_to_half>("cvt.rn.f16.s16"),
     lanes<convert_to_float<int16_t>>("cvt.rn.f32.s16"),
     lanes<convert_to_float<int32_t>>("cvt.rn.f32.s32"),
@@ -794,6 +800,7 @@ constexpr Form kForms[] = {
     lanes<shift_right<int32_t>>("shr.s32"),
     lanes<shift_right<uint32_t>>("shr.u32"),
     lanes<square_root_flushed>("sqrt.approx.ftz.f32"),
+    lanes<subtract_short<BFloat>>("sub.bf16"),
     lanes<subtract_short<Half>>("sub.f16"),
     lanes<subtract<float>>("sub.f32"),
     lanes<for_both<subtract<float>, uint64_t, uint64_t>>("sub.f32x2"),
