@@ -1,5 +1,9 @@
 #include "weights.h"
 
+#include "error.h"
+#include "free_memory.h"
+
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -7,7 +11,9 @@
 #include <string>
 
 #if defined(__linux__)
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace qwen_aot::cpu
@@ -24,86 +30,63 @@ constexpr size_t kRegion = size_t{64} << 20; // address space: pages count once 
 constexpr size_t kAlignment = 64;
 constexpr size_t kLeastBytes = size_t{64} << 10; // smaller constants stay where they are
 
-size_t rounded_up(size_t count, size_t multiple)
-{
-    return (count + multiple - 1) / multiple * multiple;
-}
-
-/** The first line of a small file of the system; empty: there is none. */
-std::string first_line(char const* path)
-{
-    char line[256] = "";
-    if (std::FILE* const file = std::fopen(path, "re"))
-    {
-        if (std::fgets(line, sizeof line, file) == nullptr)
-        {
-            line[0] = '\0';
-        }
-        std::fclose(file);
-    }
-    return line;
-}
-
-/** Bytes that Linux can give without taking them from other programs; 0: it doesn't tell. */
-uint64_t available_memory()
-{
-    unsigned long long kibibytes = 0;
-    if (std::FILE* const file = std::fopen("/proc/meminfo", "re"))
-    {
-        char line[256];
-        while (std::fgets(line, sizeof line, file) != nullptr
-            && std::sscanf(line, "MemAvailable: %llu kB", &kibibytes) != 1)
-        {
-        }
-        std::fclose(file);
-    }
-    return uint64_t{kibibytes} * 1024;
-}
-
 bool wants_copies()
 {
-    char const* const named = std::getenv(kVariable);
-    if (named != nullptr && std::strcmp(named, "mapped") == 0)
+    char const* const found = std::getenv(kVariable);
+    std::string const named = found == nullptr ? "" : found;
+    if (!named.empty() && named != "mapped" && named != "copied")
     {
-        return false;
+        throw Error(std::string(kVariable) + " is '" + named + "'; accepted: mapped, copied");
     }
-    std::string const pages = first_line("/sys/kernel/mm/transparent_hugepage/enabled");
-    return !pages.empty() && pages.find("[never]") == std::string::npos;
+    char line[256] = "";
+    if (std::FILE* const file = std::fopen("/sys/kernel/mm/transparent_hugepage/enabled", "re"))
+    {
+        line[std::fread(line, 1, sizeof line - 1, file)] = '\0';
+        std::fclose(file);
+    }
+    return named != "mapped" && *line != '\0' && std::strstr(line, "[never]") == nullptr;
 }
 
 /** Takes a file's pages out of this process's memory; they stay in the system's cache, from where a later read has them.
- *  Memory that isn't a file's is left alone: it would be lost. */
+ *  Memory with a page that isn't a file's, or no longer as the file has it, is left alone: its content would be lost. */
 void forget_file_pages(void const* data, size_t bytes)
 {
-    auto const begin = reinterpret_cast<uintptr_t>(data), end = begin + bytes;
-    std::FILE* const maps = std::fopen("/proc/self/maps", "re");
-    if (maps == nullptr)
+    // Bits of an entry. Source: Linux, Documentation/admin-guide/mm/pagemap.rst.
+    constexpr uint64_t kIsFile = uint64_t{1} << 61, kIsSwapped = uint64_t{1} << 62, kIsPresent = uint64_t{1} << 63;
+    auto const page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    auto const begin = reinterpret_cast<uintptr_t>(data);
+    uintptr_t const first = (begin + page - 1) / page, last = (begin + bytes) / page;
+    int const pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    bool is_unchanged = pagemap >= 0 && first < last;
+    for (uintptr_t at = first; is_unchanged && at < last;)
     {
-        return;
+        uint64_t entries[512];
+        size_t const count = last - at < 512 ? last - at : 512;
+        is_unchanged = pread(pagemap, entries, count * sizeof *entries, static_cast<off_t>(at * sizeof *entries))
+            == static_cast<ssize_t>(count * sizeof *entries);
+        for (size_t i = 0; is_unchanged && i < count; ++i)
+        {
+            is_unchanged =
+                (entries[i] & kIsSwapped) == 0 && ((entries[i] & kIsPresent) == 0 || (entries[i] & kIsFile) != 0);
+        }
+        at += count;
     }
-    char line[4400]; // the longest path, and what stands before it
-    bool is_file = false;
-    while (!is_file && std::fgets(line, sizeof line, maps) != nullptr)
+    if (pagemap >= 0)
     {
-        unsigned long long from = 0, to = 0, inode = 0;
-        bool const is_entry = std::sscanf(line, "%llx-%llx %*s %*s %*s %llu", &from, &to, &inode) == 3;
-        is_file = is_entry && from <= begin && end <= to && inode != 0;
+        close(pagemap);
     }
-    std::fclose(maps);
-    constexpr uintptr_t kPage = 4096;
-    uintptr_t const first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
-    if (is_file && first < last)
+    if (is_unchanged)
     {
-        madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+        madvise(reinterpret_cast<void*>(first * page), (last - first) * page, MADV_DONTNEED);
     }
 }
 
 /** Address space for copies; unmapped with its last owner. */
 struct Region
 {
-    explicit Region(size_t bytes)
-        : bytes(bytes)
-        , memory(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))
+    explicit Region(size_t size)
+        : bytes(size)
+        , memory(mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))
     {
         if (memory != MAP_FAILED)
         {
@@ -124,35 +107,52 @@ struct Region
     void* const memory;
 };
 
-/** Where the next copy goes. */
-struct Place
+/** Where copies of a process go, and how much they may take. Any thread. */
+class Copies
 {
-    std::mutex mutex;
-    std::weak_ptr<Region> region; // its owners are the copies in it
-    size_t used = 0;              // bytes of it, with those before its first large page
-};
-
-/** Room for a copy; nullptr where there is none. */
-uint8_t* take(size_t bytes, std::shared_ptr<void>& owner)
-{
-    static Place place;
-    std::lock_guard<std::mutex> const lock(place.mutex);
-    std::shared_ptr<Region> region = place.region.lock();
-    if (region == nullptr || place.used + bytes > region->bytes)
+public:
+    /** Room for a copy, which ends with its last owner; nullptr where there is none. */
+    std::shared_ptr<void> take(size_t bytes)
     {
-        region = std::make_shared<Region>(rounded_up(bytes, kRegion) + kHugePage);
-        if (region->memory == MAP_FAILED)
+        std::lock_guard<std::mutex> const lock(mutex_);
+        if (copied_ == 0)
+        {
+            budget_ = free_memory() / 2;
+        }
+        if (bytes > budget_ || copied_ > budget_ - bytes)
         {
             return nullptr;
         }
-        place.region = region;
-        auto const address = reinterpret_cast<uintptr_t>(region->memory);
-        place.used = rounded_up(address, kHugePage) - address;
+        std::shared_ptr<Region> region = region_.lock();
+        if (region == nullptr || bytes > region->bytes - used_)
+        {
+            region = std::make_shared<Region>((bytes + kRegion - 1) / kRegion * kRegion + kHugePage);
+            if (region->memory == MAP_FAILED)
+            {
+                return nullptr;
+            }
+            region_ = region;
+            used_ = -reinterpret_cast<uintptr_t>(region->memory) % kHugePage;
+        }
+        void* const taken = static_cast<char*>(region->memory) + used_;
+        copied_ += bytes;
+        std::shared_ptr<void> copy(taken, [this, region, bytes](void*) { copied_ -= bytes; });
+        used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+        return copy;
     }
-    uint8_t* const taken = static_cast<uint8_t*>(region->memory) + place.used;
-    place.used += rounded_up(bytes, kAlignment);
-    owner = region;
-    return taken;
+
+private:
+    std::mutex mutex_;
+    std::weak_ptr<Region> region_;    // its owners are the copies in it
+    size_t used_ = 0;                 // bytes of it, with those before its first large page
+    std::atomic<uint64_t> copied_{0}; // bytes of all copies there are
+    uint64_t budget_ = 0;
+};
+
+Copies& copies()
+{
+    static Copies* const made = new Copies; // never deleted: sessions may end behind the end of main
+    return *made;
 }
 
 } // namespace
@@ -165,22 +165,14 @@ Weights::Weights(void const* data, size_t bytes)
     {
         return;
     }
-    uint64_t const available = available_memory();
-    // Half of what is there is left to the cache and to others; the file's own pages count as available.
-    if (available / 2 < bytes)
+    copy_ = copies().take(bytes);
+    if (copy_ == nullptr)
     {
         return;
     }
-    std::shared_ptr<void> owner;
-    uint8_t* const copy = take(bytes, owner);
-    if (copy == nullptr)
-    {
-        return;
-    }
-    std::memcpy(copy, data, bytes);
+    std::memcpy(copy_.get(), data, bytes);
     forget_file_pages(data, bytes);
-    data_ = copy;
-    region_ = std::move(owner);
+    data_ = static_cast<uint8_t const*>(copy_.get());
 }
 
 #else

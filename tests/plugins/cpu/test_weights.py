@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen_aot.plugins.cpu.build import SOURCES, find_compiler
+from tests.shared import once
+
 VARIABLE = "QWEN_AOT_CPU_WEIGHTS"
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -87,3 +90,91 @@ def test_copies_have_the_numbers_of_the_file_and_end_with_their_sessions(tmp_pat
     assert two > before and one == two  # both sessions' copies share a region, which stays for the second
     assert none == before
     assert len(set(mapped["sizes"])) == 1
+
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="session")
+def program(shared_folder):
+    """Makes a program of tests/plugins/cpu/src and one source of the library."""
+
+    def make(cases: str, source: str) -> Path:
+        def compile_it(folder: Path) -> Path:
+            path = folder / cases
+            files = [Path(__file__).parent / "src" / f"{cases}.cpp", SOURCES / f"{source}.cpp"]
+            subprocess.run([*find_compiler(), "-std=c++17", "-O1", "-I", SOURCES, *files, "-o", path], check=True)
+            return path
+
+        return once(shared_folder / f"cpu_{cases}", compile_it)
+
+    return make
+
+
+def copies(program: Path, free: int) -> list[int]:
+    environment = {name: text for name, text in os.environ.items() if name != VARIABLE}
+    done = subprocess.run([program, str(free)], env=environment, capture_output=True, text=True, check=True)
+    return [int(line) for line in done.stdout.split()]
+
+
+def test_copies_take_half_of_what_is_free(program):
+    if not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text():
+        pytest.skip("the system has no large pages")
+    made = program("weights_cases", "weights")
+    assert copies(made, 2 * 10 * MIB) == [
+        10,
+        10,
+        20,
+    ]  # what is given back is taken again; of twice as much, twice as many
+    assert copies(made, 1000 * MIB) == [64, 64, 64]
+    assert copies(made, 0) == [0, 0, 0]
+
+
+def free_memory(program: Path, root: Path, files: dict[str, str]) -> int:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    done = subprocess.run([program, root], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+MEMINFO = {"proc/meminfo": "MemTotal:       8000 kB\nMemAvailable:    4000 kB\n"}
+V1, V2 = "sys/fs/cgroup/memory/", "sys/fs/cgroup/"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 0),
+        (MEMINFO, 4000 * 1024),
+        (
+            MEMINFO
+            | {"proc/self/cgroup": "0::/box/inner\n"}
+            | {f"{V2}box/memory.max": "3000000\n", f"{V2}box/memory.current": "2000000\n"}
+            | {f"{V2}box/memory.stat": "anon 5\ninactive_file 500000\n", f"{V2}box/inner/memory.max": "max\n"},
+            1_500_000,  # of the group above, whose cached files can be dropped
+        ),
+        (
+            MEMINFO
+            | {"proc/self/cgroup": "0::/as/the/host/has/it\n"}
+            | {f"{V2}memory.max": "100\n", f"{V2}memory.current": "400\n"},
+            0,  # over its limit; the container's group is the mount's root
+        ),
+        (
+            MEMINFO
+            | {"proc/self/cgroup": "3:cpu,cpuacct:/a\n2:memory:/a\n"}
+            | {f"{V1}a/memory.limit_in_bytes": "1000000\n", f"{V1}a/memory.usage_in_bytes": "250000\n"}
+            | {f"{V1}a/memory.stat": "total_inactive_file 50000\n"},
+            800_000,
+        ),
+    ],
+    ids=["unknown", "machine", "version 2", "over its limit", "version 1"],
+)
+def test_free_memory_is_the_machines_or_what_a_group_leaves(tmp_path, program, files, expected):
+    assert free_memory(program("free_memory_cases", "free_memory"), tmp_path, files) == expected
+
+
+def test_a_value_that_is_no_form_of_weights_is_refused(tmp_path, library):
+    with pytest.raises(AssertionError, match="QWEN_AOT_CPU_WEIGHTS is 'maped'; accepted: mapped, copied"):
+        run(tmp_path / "wrong", library, "maped")
