@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -188,7 +188,7 @@ def test_a_thought_before_it_may_be_anything(
 class SayingEngine(FakeEngine):
     """Its logits are always the same: those of `LIKES`, 0 for every other token."""
 
-    LIKES: dict[int, float] = {}
+    LIKES: ClassVar[dict[int, float]] = {}
 
     def _logits(self, row: int) -> NDArray[np.float32]:
         found = np.zeros(self.manifest.model.vocab_size, np.float32)
