@@ -58,7 +58,8 @@ class ConstraintSource(Protocol):
 class HeldOutput:
     """One output that is held to a constraint, and the ids that end it.
 
-    A thought before the answer may be anything, but the output doesn't end in it.
+    A thought before the answer may be anything, but the output doesn't end in it. One begins only where its mark is
+    what the model would rather say than anything else: what the constraint leaves would make an unlikely one likely.
     """
 
     def __init__(
@@ -106,8 +107,9 @@ class HeldOutput:
             constraint = self._started()
             mask, may_end = constraint.mask(), constraint.may_end
             mask[ending] = 0 if may_end else -np.inf
-            if self._thoughts.may_open is not None:
-                mask[self._thoughts.may_open] = 0
+            opening = self._thoughts.may_open
+            if opening is not None:
+                mask[opening] = 0 if logits[opening] == logits.max() else -np.inf
             logits += mask  # a third of the time that writing -inf where a bool says so takes
         if logits.max() > -np.inf:
             return True

@@ -85,6 +85,8 @@ class TokenEvent:
         logprobs: if asked for.
         choice: which of the request's outputs it belongs to, 0 to n - 1.
         part: what of the output the token and its text belong to; ANSWER unless the request has `thoughts`.
+        cut: leading characters of a closing mark's text that are the thought's: where the mark cuts a character, the
+            U+FFFD that stands for it; else 0.
     """
 
     index: int
@@ -93,6 +95,7 @@ class TokenEvent:
     logprobs: TokenLogprobs | None
     choice: int = 0
     part: Part = Part.ANSWER
+    cut: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,7 @@ class ActiveSequence:
         self._text: list[str] = []
         self._thought: list[str] = []  # what of the text is the thought
         self._thought_characters = self._thought_tokens = 0  # with its marks
+        self._answer_has_begun = False  # behind a thought, with other text than line ends
         self._logprobs: list[TokenLogprobs] = []
         self._arrived = time.perf_counter()
         self._first_token: float | None = None
@@ -177,11 +178,14 @@ class ActiveSequence:
         if self.config.logprobs is not None:
             logprobs = log_probabilities(logits, token_id, self.config.logprobs)
             self._logprobs.append(logprobs)
+        cut = ""
+        if self._detokenizer is not None and self._thoughts.ends_thought(token_id):
+            cut, _ = self._pass(self._detokenizer.flush(), Part.THOUGHT)
         piece, part = self._thoughts.push(token_id, self._detokenizer.push(token_id) if self._detokenizer else "")
         text, is_stopped = self._pass(piece, part)
         if part is not Part.ANSWER:
             self._thought_tokens = len(self.token_ids)
-        events: list[Event] = [TokenEvent(self.index, token_id, text, logprobs, self.choice, part)]
+        events: list[Event] = [TokenEvent(self.index, token_id, cut + text, logprobs, self.choice, part, len(cut))]
         if is_stopped:
             events.append(self._complete(FinishReason.STOP, ""))
         elif self._held is not None and self._held.is_finished:
@@ -209,12 +213,22 @@ class ActiveSequence:
             self._thought_characters += len(text)
             if part is Part.THOUGHT:
                 self._thought.append(text)
-        elif self._held is None or not text or not self.config.stop:
-            text, is_stopped = self._stop.push(text)
-        else:
-            text, is_stopped = self._stop.push(text, may_stop=self._held.may_end)
+        elif text and self.config.stop:
+            blank, text = self._blank_before_answer(text)
+            blank, _ = self._stop.push(blank, may_stop=False)
+            if text:
+                text, is_stopped = self._stop.push(text, may_stop=self._held is None or self._held.may_end)
+            text = blank + text
         self._text.append(text)
         return text, is_stopped
+
+    def _blank_before_answer(self, text: str) -> tuple[str, str]:
+        """Parts from an answer's text the line ends that stand between a thought and it: a stop of them is none."""
+        if self._answer_has_begun or not self._thought_tokens:
+            return "", text
+        answer = text.lstrip("\n")
+        self._answer_has_begun = bool(answer)
+        return text[: len(text) - len(answer)], answer
 
     def _complete(self, reason: FinishReason, last_text: str, error: GenerationError | None = None) -> Completion:
         now = time.perf_counter()

@@ -253,7 +253,8 @@ class ChatJob:
                 f"the conversation has {len(prompt)} tokens, and {self.model.max_context} fit the context: shorten it"
             )
         check_room(self.config, len(prompt), self.model)
-        thoughts = self.model.generator.chat_encoder.thoughts
+        # An answer that goes on behind its beginning is past its thought.
+        thoughts = None if conversation.begun else self.model.generator.chat_encoder.thoughts
         request = replace(pending.request, prompt=prompt, constraint=constraint, thoughts=thoughts)
         return [replace(pending, request=request)]
 

@@ -43,7 +43,9 @@ class ThoughtSplitter:
             part, text = event.part, event.text
         if part is not Part.ANSWER:
             self._has_thought = True
-            return (self._trimmed(text) if part is Part.THOUGHT else ""), ""
+            if part is Part.MARK and isinstance(event, TokenEvent):
+                text = text[: event.cut]
+            return self._trimmed(text), ""
         if self._has_thought and not self._has_answer:
             text = text.lstrip(_LINE_END)
         self._has_answer = self._has_answer or bool(text)

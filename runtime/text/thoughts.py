@@ -61,14 +61,15 @@ class ThoughtTokens:
         return _ends_with(prompt, self.opening, tokenizer)
 
     def closed(self, prompt: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-        """A prompt behind which an answer goes on: a thought that it begins is ended, as an empty one."""
+        """A prompt behind which an answer goes on: a thought that it begins is ended, as an empty one.
+
+        It is the empty thought that Qwen3's template writes, in the tokens that a tokenizer makes of it: whitespace
+        that the prompt has behind its mark is replaced, since line ends of two pieces would be other tokens.
+        """
         if not self.is_open(prompt, tokenizer):
             return list(prompt)
-
-        def ids(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False)
-
-        return [*prompt, *ids("\n"), self.closing, *ids("\n\n")]
+        blank = tokenizer.encode("\n\n", add_special_tokens=False)
+        return [*prompt[: len(prompt) - prompt[::-1].index(self.opening)], *blank, self.closing, *blank]
 
 
 class ThoughtReader:
@@ -103,6 +104,10 @@ class ThoughtReader:
         """The token that would begin a thought; None: none may begin here."""
         return None if self._tokens is None or self._stage is not _Stage.BEFORE else self._tokens.opening
 
+    def ends_thought(self, token_id: int) -> bool:
+        """Whether this token, if it came next, would end a thought: what the detokenizer holds is the thought's."""
+        return self.is_in_thought and self._tokens is not None and token_id == self._tokens.closing
+
     def push(self, token_id: int, text: str) -> tuple[str, Part]:
         """Takes the next token.
 
@@ -115,9 +120,8 @@ class ThoughtReader:
         """
         part = Part.ANSWER
         if self._stage is _Stage.THOUGHT:
-            assert self._tokens is not None
             part = Part.THOUGHT
-            if token_id == self._tokens.closing:
+            if self.ends_thought(token_id):
                 part, self._stage = Part.MARK, _Stage.ANSWER
         elif self._stage is _Stage.BEFORE:
             if token_id == self.may_open:

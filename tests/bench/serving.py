@@ -33,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from typing import IO, Any
 import httpx
 import numpy as np
 
+from qwen_aot.errors import BundleError
 from qwen_aot.runtime.bundle.load import load_bundle
 from qwen_aot.runtime.measure.drive import ClosedLoop, drive
 from qwen_aot.runtime.measure.outcome import Answer
@@ -55,6 +57,8 @@ OURS = "qwen-aot"
 START_SECONDS = 900.0  # a server loads its model
 TIMEOUT = 600.0  # of a request
 STREAMS = 4  # beside which a short prompt comes
+# With fewer rows a short prompt waits until a stream ends, and the figure is that of a queue.
+ROWS_BESIDE = STREAMS + 1
 SETTLED = 16  # tokens of a stream, about, before something else comes
 ATTEMPTS = 6  # to have the long prompt come in while the stream runs
 MARGIN_SECONDS = 0.1  # that the stream lasts longer than it would have to
@@ -275,7 +279,7 @@ async def _beside(works: Sequence[Awaitable[None]]) -> AsyncIterator[None]:
 
 
 async def measure_beside_streams(url: str, sizes: Sizes, draws: random.Random) -> Figures:
-    """The first text of a short prompt on an idle server, and beside streams."""
+    """The first text of a short prompt on an idle server, and beside streams: see `ROWS_BESIDE` of ours."""
     async with (
         asked(url, sizes.prompt_tokens, 1) as short,
         asked(url, sizes.prompt_tokens, 4 * sizes.gen_tokens) as long,
@@ -337,11 +341,15 @@ async def measure_health(url: str, sizes: Sizes, draws: random.Random, streams: 
         asked(url, sizes.prompt_tokens, sizes.gen_tokens) as target,
         httpx.AsyncClient(trust_env=False, timeout=TIMEOUT, limits=httpx.Limits(max_connections=None)) as client,
     ):
+        statuses: Counter[int] = Counter()
 
         async def send(body: bytes) -> None:
             while True:
                 with contextlib.suppress(httpx.HTTPError):
-                    await client.post(f"{url}/completions", content=body, headers={"content-type": "application/json"})
+                    response = await client.post(
+                        f"{url}/completions", content=body, headers={"content-type": "application/json"}
+                    )
+                    statuses[response.status_code] += 1
 
         async def dawdle() -> None:
             port = httpx.URL(url).port
@@ -368,6 +376,7 @@ async def measure_health(url: str, sizes: Sizes, draws: random.Random, streams: 
             said, _ = await asking.communicate()
     if asking.returncode != 0:
         raise RuntimeError("/health didn't answer throughout; its client's message stands above")
+    check_statuses(statuses)
     taken = np.array(json.loads(said))
     p50, p99 = np.percentile(taken, (50, 99))
     return {
@@ -375,7 +384,21 @@ async def measure_health(url: str, sizes: Sizes, draws: random.Random, streams: 
         "/health under hostile load p99, ms": float(p99) * 1e3,
         "/health under hostile load, most, ms": float(taken.max()) * 1e3,
         "/health under hostile load, answers": float(len(taken)),
+        "answers to hostile bodies": float(statuses.total()),
     }
+
+
+def check_statuses(statuses: Counter[int]) -> None:
+    """Hostile bodies are a client's fault, or wait: with another answer the figures beside them are of a broken server.
+
+    Raises:
+        RuntimeError: none was answered, or one was by an error of the server's own.
+    """
+    wrong = {status: count for status, count in statuses.items() if status >= 500 and status != 503}
+    if wrong or not statuses:
+        raise RuntimeError(
+            f"hostile bodies were answered so, by status: {wrong or 'not at all'}; 4xx and 503 are right"
+        )
 
 
 async def measure_round(
@@ -436,6 +459,19 @@ def named(text: str) -> tuple[str, str]:
     return name, value
 
 
+def check_rows(rows: int) -> None:
+    """Refuses a bundle of too few rows.
+
+    Raises:
+        BundleError: a short prompt would wait for one of them.
+    """
+    if rows < ROWS_BESIDE:
+        raise BundleError(
+            f"the bundle has {rows} rows; needed: {ROWS_BESIDE}, for {STREAMS} streams and a short prompt beside them, "
+            "whose first text would otherwise be a wait in the queue: build it with --max-batch 16"
+        )
+
+
 def run(
     bundle: str | None, servers: Mapping[str, str], paths: Mapping[str, str], rounds: int, sizes: Sizes
 ) -> list[dict[str, Figures]]:
@@ -447,10 +483,17 @@ def run(
         paths: of their API, where it isn't /v1.
         rounds: how often.
         sizes: how much.
+
+    Raises:
+        BundleError: it can't be read, or has too few rows.
     """
     chunk = None
-    if bundle is not None:
-        chunk = 64 if bundle == FAKE else load_bundle(Path(bundle), skip_hash_above=0).manifest.prefill_chunk
+    if bundle == FAKE:
+        chunk = 64
+    elif bundle is not None:
+        manifest = load_bundle(Path(bundle), skip_hash_above=0).manifest
+        check_rows(manifest.max_batch)
+        chunk = manifest.prefill_chunk
     draws = random.Random()  # others each time: a server may hold the beginnings of those that it has seen
     found = []
     with contextlib.ExitStack() as stack:
@@ -482,7 +525,10 @@ def main(given: Sequence[str] | None = None) -> int:
     sizes = QUICK if arguments.quick else Sizes()
     if arguments.concurrency:
         sizes = replace(sizes, concurrency=tuple(map(int, arguments.concurrency.split(","))))
-    found = run(arguments.bundle, dict(arguments.server), dict(arguments.path), arguments.rounds, sizes)
+    try:
+        found = run(arguments.bundle, dict(arguments.server), dict(arguments.path), arguments.rounds, sizes)
+    except BundleError as error:
+        parser.error(str(error))
     print(table(found))
     if arguments.json is not None:
         results: dict[str, Any] = {"rounds": found, "servers": dict(arguments.server), "bundle": arguments.bundle}

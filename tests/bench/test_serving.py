@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import pytest
 from qwen_aot.runtime.measure.outcome import Answer
 from qwen_aot.runtime.text.detokenizer import make_detokenizer
 from tests.bench import serving
-from tests.bench.serving import FAKE, OURS, Sizes, longest_gap, main, named, ours, started, table
+from tests.bench.serving import FAKE, OURS, Sizes, check_rows, longest_gap, main, named, ours, started, table
 from tests.bench.workers.serving import spelling_tokenizer
+from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest, write_bundle
 
 
 def answer(start: float, *pieces: float) -> Answer:
@@ -56,6 +58,24 @@ def test_every_token_of_the_tokenizer_is_a_text_of_its_own() -> None:
     assert max(ids) < 256 and tokenizer.decode(ids) == "Größe 1"
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_bundle_of_too_few_rows(tmp_path: Path, rows: int, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs, outputs = io_tables(ALL_INPUTS, "float32")
+    manifest = make_manifest(inputs=inputs, outputs=outputs, max_batch=rows)
+    bundle = write_bundle(tmp_path / "bundle", checksum_model(inputs, outputs), manifest)
+    with pytest.raises(SystemExit):
+        main(["--bundle", str(bundle), "--rounds", "1", "--quick"])
+    assert f"the bundle has {rows} rows; needed: 5" in capsys.readouterr().err
+    check_rows(5)  # the control
+
+
+@pytest.mark.parametrize("statuses", [{}, {400: 3, 500: 1}, {502: 1}], ids=["none", "an error of its own", "another"])
+def test_hostile_bodies_that_break_the_server(statuses: dict[int, int]) -> None:
+    with pytest.raises(RuntimeError, match="hostile bodies were answered so"):
+        serving.check_statuses(Counter(statuses))
+    serving.check_statuses(Counter({200: 1, 400: 9, 413: 2, 422: 1, 429: 4, 503: 1}))  # the control
+
+
 def test_a_server_that_ends() -> None:
     command = shlex.join([sys.executable, "-c", "import sys; sys.exit('no such model')"])
     said = r"(?s)other is not ready at http://127\.0\.0\.1:\d+/v3.*no such model"
@@ -79,6 +99,7 @@ def test_ours_and_another(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
         *(f"/health under hostile load {each}" for each in ("p50, ms", "p99, ms")),
         "/health under hostile load, most, ms",
         "/health under hostile load, answers",
+        "answers to hostile bodies",
         *(f"CPU {each} at {n}, µs a token" for each in ("outside the engine", "of the client") for n in (1, 2)),
     }
     for name, figures in found.items():

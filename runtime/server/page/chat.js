@@ -322,6 +322,7 @@ at("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = at("message").value;
   const isEmpty = !text.trim() && !images.chosen.length;
+  if (images.reading) return say("An image is still being read: send the message when it is shown");
   if (isEmpty || stopping || at("send").disabled || !areSettingsRight()) return;
   at("message").value = "";
   ask(text);
@@ -349,9 +350,10 @@ at("files").addEventListener("change", async () => {
 });
 
 at("message").addEventListener("paste", (event) => {
-  if (!hasFiles(event.clipboardData)) return;
-  event.preventDefault();
-  images.add([...event.clipboardData.files]);
+  const copied = event.clipboardData;
+  if (!hasFiles(copied) || [...copied.types].includes("text/plain")) return; // office programs copy text as both
+  if (images.most) event.preventDefault();
+  images.add([...copied.files]);
 });
 
 for (const kind of ["dragover", "drop"]) { // else the browser would leave the page and show the file

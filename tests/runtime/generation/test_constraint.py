@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -185,6 +185,41 @@ def test_a_thought_before_it_may_be_anything(
     assert "".join(event.text for event in events) + completion.last_text == completion.text
 
 
+class SayingEngine(FakeEngine):
+    """Its logits are always the same: those of `LIKES`, 0 for every other token."""
+
+    LIKES: ClassVar[dict[int, float]] = {}
+
+    def _logits(self, row: int) -> NDArray[np.float32]:
+        found = np.zeros(self.manifest.model.vocab_size, np.float32)
+        found[list(self.LIKES)] = list(self.LIKES.values())
+        return found
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("likes", "options", "opens"),
+    [
+        ({65: 40.0, OPENING: 30.0}, {}, False),  # it would rather say A, so it doesn't think
+        ({65: 40.0, OPENING: 50.0}, {}, True),
+        ({65: 40.0, OPENING: 30.0}, {"suppress_tokens": (65,)}, True),
+        ({65: 40.0, OPENING: 50.0}, {"suppress_tokens": (OPENING,)}, False),
+    ],
+)
+def test_a_mask_makes_no_thought_likelier(
+    likes: dict[int, float], options: dict[str, Any], opens: bool, temperature: float
+) -> None:
+    """A mark that is far behind what the model would say is far before what the constraint leaves of that."""
+    engine = type("Engine", (SayingEngine,), {"LIKES": likes})
+    (completion,), _ = run(
+        Words({(3, 4)}, 300), engine=engine, tokenizer=make_tokenizer(), vocab_size=300, eos=(256,),
+        thoughts=ThoughtTokens(OPENING, CLOSING), max_new_tokens=9, temperature=temperature, seed=1, **options,
+    )  # fmt: skip
+    assert (completion.token_ids[0] == OPENING) == opens
+    if not opens:
+        assert (completion.token_ids, completion.finish_reason) == ((3, 4), FinishReason.STOP)
+
+
 def test_without_a_constraint_it_would_not_be() -> None:
     """The negative control: what holds above isn't the engine's doing."""
     (free,), _ = run(None, max_new_tokens=6)
@@ -325,6 +360,13 @@ def test_stop_texts_that_may_not_stop_lose_no_character(pieces: list[tuple[str, 
             return
         assert whole.startswith(given_out)
     assert given_out + matcher.flush() == whole
+
+
+def test_a_stop_text_that_was_held_while_it_might_not_stop_is_text() -> None:
+    matcher = StopMatcher(["a", "aab"])
+    assert matcher.push("aa", may_stop=False) == ("", False)
+    assert matcher.push("c") == ("aac", False)
+    assert matcher.push("ca") == ("c", True)
 
 
 def test_a_cancelled_request_starts_no_constraint() -> None:

@@ -54,10 +54,14 @@ def letters(prompt: list[int], count: int) -> str:
 
 
 def script_ids(script: str) -> list[int]:
-    """The tokens of a script: bytes, and the marks of thoughts."""
+    """The tokens of a script: bytes, one of `surrogateescape`'s characters each for half a character, and marks."""
     pieces = re.split(f"({'|'.join(MARKS.values())})", script)
     ids = {mark: token_id for token_id, mark in MARKS.items()}
-    return [token_id for piece in pieces for token_id in ([ids[piece]] if piece in ids else piece.encode())]
+    return [
+        token_id
+        for piece in pieces
+        for token_id in ([ids[piece]] if piece in ids else piece.encode(errors="surrogateescape"))
+    ]
 
 
 def rendered(*messages: tuple[str, str]) -> list[int]:

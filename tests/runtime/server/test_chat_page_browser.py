@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from qwen_aot.runtime.generation.generator import Generator
 from qwen_aot.runtime.vision.pictures import open_picture
@@ -234,7 +238,7 @@ for (const [name, type, bytes] of arguments[0])
   transfer.items.add(new File([Uint8Array.from(atob(bytes), c => c.charCodeAt(0))], name, {type}));
 """
 PASTE = FILES + (
-    "document.getElementById('message').dispatchEvent("
+    "return document.getElementById('message').dispatchEvent("
     "new ClipboardEvent('paste', {clipboardData: transfer, bubbles: true, cancelable: true}))"
 )
 DROP = FILES + (
@@ -279,8 +283,10 @@ def test_images(page: Browser, seeing_server: Running, tmp_path: Path) -> None:
     assert page.run(DROP, files(("large.png", LARGE))) == [False, False]  # the browser doesn't leave the page
     page.wait("document.querySelectorAll('#images img').length === 3")
     assert page.text("#images-note")[0].startswith("3 of at most ")
+    assert page.text("#status") == ["1 image added"]
     page.click("#images button")
     chosen(page, ["pasted.png", "large.png"])
+    assert page.text("#status") == ["cat.png removed"]
     page.run("document.getElementById('max_tokens').value = '3'")
     page.run("document.getElementById('temperature').value = '0'")
     page.type("#message", f"Which?{ENTER}")
@@ -288,7 +294,11 @@ def test_images(page: Browser, seeing_server: Running, tmp_path: Path) -> None:
     (request,) = sent(page)
     small, large, text = request["messages"][0]["content"]
     assert text == {"type": "text", "text": "Which?"}
-    assert small["image_url"]["url"] == f"data:image/png;base64,{base64.b64encode(SMALL).decode()}"
+    kind, _, content = small["image_url"]["url"].partition(";base64,")
+    exact, given = (
+        np.array(Image.open(io.BytesIO(file)).convert("RGB")) for file in (base64.b64decode(content), SMALL)
+    )
+    assert kind == "data:image/png" and np.array_equal(exact, given)
     kind, _, content = large["image_url"]["url"].partition(";base64,")
     assert kind == "data:image/webp" and open_picture(base64.b64decode(content)).size == (1024, 709)
     assert page.text("article.error") == [] and page.text("#images li") == []
@@ -306,11 +316,12 @@ def test_images_that_cant_be_sent_are_told_before(page: Browser, seeing_server: 
     page.run(DROP, given)
     chosen(page, ["c.png"])
     assert page.text("#status") == [
-        "a.txt: isn't an image; b.png: can't be read as an image: JPEG, PNG, WebP, GIF and BMP can"
+        "1 image added; a.txt: isn't an image; b.png: can't be read as an image: JPEG, PNG, WebP, GIF and BMP can"
     ]
     page.run(PASTE, files(*[(f"{n}.png", SMALL) for n in range(most)]))
     chosen(page, ["c.png", *(f"{n}.png" for n in range(most - 1))])
-    wanted = f"{most - 1}.png: at most {most} images fit this model's context, earlier ones included"
+    why = f"at most {most} images fit this model's context, earlier ones included"
+    wanted = f"{most - 1} images added; {most - 1}.png: {why}"
     assert page.text("#status") == [wanted]
     page.run("images.chosen = [{name: 'x', note: '', url: 'data:,' + 'a'.repeat(3.4 * 2 ** 20)}]; images.draw()")
     page.run("images.most = 99")
@@ -320,6 +331,88 @@ def test_images_that_cant_be_sent_are_told_before(page: Browser, seeing_server: 
     page.type("#message", "x" + ENTER)  # and without any it is a plain text
     page.wait("document.querySelector('article.user')")
     page.press(ESCAPE)
+
+
+def test_a_text_that_is_copied_as_an_image_too_is_pasted_as_text(page: Browser, seeing_server: Running) -> None:
+    """Office programs put both on the clipboard: the browser has to paste the text."""
+    opened(page, seeing_server)
+    assert page.run(PASTE, files(("c.png", SMALL))) is False  # an image alone
+    chosen(page, ["c.png"])
+    both = PASTE.replace("return ", "transfer.setData('text/plain', 'Table'); return ")
+    assert page.run(both, files(("d.png", SMALL))) is True
+    chosen(page, ["c.png"])
+
+
+def test_a_message_waits_for_an_image_that_is_read(page: Browser, seeing_server: Running) -> None:
+    """Two pastes, and only one of them is decoded at a time."""
+    opened(page, seeing_server)
+    page.run(
+        "window.goOn = []; window.begun = 0; const real = window.createImageBitmap;"
+        "window.createImageBitmap = file => { window.begun += 1;"
+        " return new Promise(go => window.goOn.push(go)).then(() => real(file)) }"
+    )
+    page.run(PASTE, files(("c.png", SMALL)))
+    page.run(PASTE, files(("d.png", SMALL)))
+    page.wait("window.begun === 1")
+    page.type("#message", f"Which?{ENTER}")
+    page.wait("document.getElementById('status').innerText.startsWith('An image is still being read')")
+    assert page.text("article") == [] and page.run("return document.getElementById('message').value") == "Which?"
+    assert page.run("return window.begun") == 1
+    page.run("window.goOn[0]()")
+    page.wait("window.begun === 2")
+    page.run("window.goOn[1]()")
+    chosen(page, ["c.png", "d.png"])
+    page.wait("!images.reading")
+    page.type("#message", ENTER)
+    page.wait("document.querySelectorAll('article.user img').length === 2")
+    page.press(ESCAPE)
+
+
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "JPEG upright", "PNG", "WEBP", "WEBP lossless", "WEBP with EXIF", "GIF", "BMP"]
+)
+def test_what_a_camera_notes_is_not_sent(page: Browser, seeing_server: Running, kind: str) -> None:
+    """Where and when a picture was made isn't sent, however small it is; its sides are read from its header."""
+    opened(page, seeing_server)
+    name = kind.partition(" ")[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6 if kind == "JPEG upright" else 1  # 6: turned
+    exif[0x010F] = "The maker of the camera"
+    options = {"exif": exif} if name in ("JPEG", "PNG") or kind == "WEBP with EXIF" else {}
+    made = io.BytesIO()
+    Image.fromarray(noise(30, 50, 4)).save(made, name, **options, **({"lossless": True} if "less" in kind else {}))
+    assert (b"maker of the camera" in made.getvalue()) == bool(options)
+    given = files(("c", made.getvalue()), kind=f"image/{name.lower()}")
+    size = "return sizeOf(new DataView(Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0)).buffer))"
+    assert page.run(size, given[0][2]) == [50, 30]
+    assert page.run(size, base64.b64encode(made.getvalue()[:9]).decode()) is None
+    page.run(PASTE, given)
+    chosen(page, ["c"])
+    content = base64.b64decode(page.run("return images.chosen[0].url").partition(",")[2])
+    assert b"maker of the camera" not in content
+    assert open_picture(content).size == ((30, 50) if kind == "JPEG upright" else (50, 30))
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(page: Browser, seeing_server: Running) -> None:
+    opened(page, seeing_server)
+    page.run("window.createImageBitmap = () => { throw new Error('decoded') }")
+    huge = bytearray(SMALL)
+    huge[16:24] = struct.pack(">II", 40_000, 40_000)
+    page.run(PASTE, files(("huge.png", bytes(huge))))
+    said = "huge.png: has 40000 x 40000 pixels, and at most 64 Mi are read"
+    page.wait("document.getElementById('status').innerText === arguments[0]", said)
+
+
+def test_a_context_that_holds_no_image(page: Browser, seeing_server: Running) -> None:
+    """A button that could only lead to a refusal isn't there."""
+    opened(page, seeing_server)
+    entry = "{input_modalities: ['text', 'image'], image_tokens: 300, max_model_len: arguments[0]}"
+    shown = "document.getElementById('add-images').checkVisibility()"
+    for context, most in ((300 + 64, 1), (300 + 63, 0), (200, 0)):
+        page.run(f"images.setModel({entry})", context)
+        assert page.run(f"return [images.most, {shown}]") == [most, most > 0]
+    page.run(PASTE, files(("c.png", SMALL)))
+    page.wait("document.getElementById('status').innerText.startsWith('An image and a question are longer')")
 
 
 def test_a_question_that_fails_gives_its_images_back(page: Browser, seeing_server: Running) -> None:
@@ -340,6 +433,7 @@ def test_a_model_that_takes_no_images(page: Browser) -> None:
         assert page.run(DROP, files(("c.png", SMALL))) == [False, False]
         page.wait("document.getElementById('status').innerText === 'This model takes no images'")
         assert page.text("#images li") == []
+        assert page.run(PASTE, files(("c.png", SMALL))) is True  # nothing is taken from the browser
 
 
 def record_requests(page: Browser) -> None:

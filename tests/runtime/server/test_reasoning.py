@@ -117,6 +117,27 @@ def test_stop_texts_count_behind_the_thought() -> None:
     assert told(answered(SAID, {"stop": ["e"]}, TEMPLATE)) == (None, SAID[: SAID.index("e")], "stop")  # the control
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("stop", [["\n"], ["\n\n"], ["\n", "\n\nz"], ["\n\n", "\n\n\nz"]])
+def test_line_ends_before_the_answer_stop_nothing(template: str, stop: list[str]) -> None:
+    """They stand behind every thought and are no part of the answer, in which the same stop text ends it."""
+    said = "<think>\nOne.</think>\n\nAnswer here\n\nand more"
+    choice = answered(said, {"stop": stop}, TEMPLATES[template])
+    assert told(choice) == ("One.", "Answer here", "stop")
+    assert told(answered(said.partition("\n\nand")[0], {"stop": stop}, TEMPLATES[template])) == told(choice)
+    assert told(answered("\n\nAnswer", {"stop": stop}, THINKS)) == (None, "", "stop")  # the control: no thought
+
+
+def test_a_stop_text_that_begins_with_line_ends_stops_at_once() -> None:
+    assert told(answered("<think>One.</think>\n\nEnd: x", {"stop": ["\nEnd:"]})) == ("One.", "", "stop")
+
+
+def test_a_character_that_a_mark_cuts_is_the_thoughts() -> None:
+    """The first byte of two comes, and then the mark: whole and streamed, no text is lost."""
+    assert told(answered("<think>\nA\udcc3</think>B", {})) == ("A\ufffd", "B", "stop")
+    assert told(answered("<think>\nA\n\udcc3</think>\n\udcc3", {})) == ("A\n\ufffd", "\ufffd", "stop")
+
+
 def test_tokens_are_counted_and_have_log_probabilities() -> None:
     with App(script=SAID, template=THINKS, max_context=1000) as app:
         whole = app.chat(LONG | {"logprobs": True}).json()
@@ -197,14 +218,17 @@ def test_an_answer_that_goes_on_has_an_empty_thought() -> None:
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c", "content": "rain"},
     ]
-    with App(template=OPENS, tool_format="qwen", max_context=2000) as app:
+    said = "\n<think>No</think>"  # behind its beginning it is past its thought
+    script = f"<think>\n\n</think>\n\n✿FUNCTION✿: weather\n✿ARGS✿: {{}}\n✿RESULT✿: rain\n✿RETURN✿{said}"
+    with App(template=OPENS, tool_format="qwen", max_context=2000, script=script) as app:
         asked = {"messages": messages, "tools": [WEATHER]}
         ids = app.post("/tokenize", asked).json()["tokens"]
         begun = "✿FUNCTION✿: weather\n✿ARGS✿: {}\n✿RESULT✿: rain\n✿RETURN✿"
         tail = script_ids(f"[assistant]<think>\n\n</think>\n\n{begun}")
         assert ids[-len(tail) :] == tail
-        answer = app.chat(asked).json()
-    assert answer["usage"]["prompt_tokens"] == len(ids) and "reasoning_content" not in answer["choices"][0]["message"]
+        answer = app.chat(asked | LONG).json()
+    assert answer["usage"]["prompt_tokens"] == len(ids)
+    assert told(answer["choices"][0]) == (None, said, "stop")
 
 
 def test_earlier_thoughts_are_the_templates_business() -> None:

@@ -7,9 +7,11 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as RustTokenizer
 
 from qwen_aot.runtime.text.chat_template import ChatTemplate
+from qwen_aot.runtime.text.detokenizer import byte_of_character
 from qwen_aot.runtime.text.thoughts import Part, ThoughtReader, ThoughtTokens
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 from tests.chat_templates import PUBLISHED, QWEN3, QWEN3_WHOLE
@@ -65,8 +67,23 @@ def test_a_tokenizer_that_spells_them(tokens: tuple[str, ...]) -> None:
 def test_what_a_prompt_begins(prompt: str, is_open: bool) -> None:
     assert TOKENS.is_open(ids(prompt), TOKENIZER) == is_open
     assert ThoughtReader(TOKENS, ids(prompt), TOKENIZER).is_in_thought == is_open
-    closed = ids(prompt + "\n</think>\n\n") if is_open else ids(prompt)
+    closed = ids(prompt.rstrip() + "\n\n</think>\n\n") if is_open else ids(prompt)
     assert TOKENS.closed(ids(prompt), TOKENIZER) == closed
+
+
+@pytest.mark.parametrize("behind", ["", "\n", "\n\n", "\n\n\n"])
+def test_the_thought_that_is_closed_is_what_a_template_writes(behind: str) -> None:
+    """With a tokenizer that has two line ends as one token, as Qwen's: two tokens of one each are nothing it reads."""
+    backend = RustTokenizer(
+        models.BPE(vocab=dict(byte_of_character()) | {"\u010a\u010a": 256}, merges=[("\u010a", "\u010a")])
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([AddedToken(mark, normalized=False) for mark in ("<think>", "</think>")])
+    tokenizer = Tokenizer(backend, {}, vocab_size=300)
+    written = [*b"[a]", OPENING, 256, CLOSING, 256]
+    assert tokenizer.encode("[a]<think>\n\n</think>\n\n") == written
+    assert TOKENS.closed(tokenizer.encode(f"[a]<think>{behind}"), tokenizer) == written
 
 
 def test_marks_that_a_user_spells_are_none() -> None:
