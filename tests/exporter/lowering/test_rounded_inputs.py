@@ -199,16 +199,29 @@ def test_in_fp16_the_numbers_are_the_same(kind: str, tmp_path: Path) -> None:
     assert rounded < plain / 2
 
 
-def test_scales_of_0_and_below(tmp_path: Path) -> None:
-    """TensorRT takes scales above 0 alone: 0 becomes the smallest there is, with codes of 0."""
-    saved = save(tmp_path / "checkpoint")
+@pytest.mark.parametrize(("kind", "lowering"), EACH)
+def test_scales_of_0(kind: str, lowering: str, tmp_path: Path) -> None:
+    """TensorRT takes scales above 0 alone: 0 becomes a smallest number, also of bfloat16's, with codes of 0."""
+    saved = KINDS[kind](tmp_path / "checkpoint")
     name = "model.layers.0.self_attn.o_proj.weight_scale"
     scales = load_tensors(saved.safetensors)[name].copy()
     scales[3] = 0
     saved.change(**{name: scales})
-    for lowering, lower in LOWERINGS.items():
-        _, onnx_file = write(saved.folder, tmp_path / lowering, lower)
-        assert difference(rounding_model(saved), onnx_file) < BOUND, lowering
+    _, onnx_file = write(saved.folder, tmp_path / "out", LOWERINGS[lowering])
+    assert difference(rounding_model(saved), onnx_file) < BOUND
+    if lowering != "ort":
+        initializers = ir.load(onnx_file).graph.initializers
+        stored = {part: initializers[name.replace("_scale", part)].const_value for part in ("_codes", "_scales")}
+        assert stored["_codes"] is not None and stored["_scales"] is not None
+        assert not stored["_codes"].numpy()[3].astype(np.float32).any()
+        assert (stored["_scales"].numpy() > 0).all()
+
+
+def test_scales_below_0(tmp_path: Path) -> None:
+    """Of E4M3 the reader refuses them (test_float_quantized)."""
+    saved = save(tmp_path / "checkpoint")
+    name = "model.layers.0.self_attn.o_proj.weight_scale"
+    scales = load_tensors(saved.safetensors)[name].copy()
     scales[5] *= -1
     saved.change(**{name: scales})
     _, onnx_file = write(saved.folder, tmp_path / "negative", LOWERINGS["ort"])
@@ -264,6 +277,25 @@ def test_one_scale_for_all_rows_and_scales_of_bfloat16(one_scale: bool, scale_dt
     assert scales is not None
     want = saved.weights["model.layers.0.mlp.down_proj.weight"].scales[:, 0].astype(np.float32)
     np.testing.assert_array_equal(scales.numpy() * np.float32(2.0**-14), want)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 3e-10], ids=["below all scales", "between two"])
+def test_a_row_of_next_to_nothing_is_no_reason_to_refuse(scale: float, tmp_path: Path) -> None:
+    """Scales of bfloat16 reach further down than those of float16 times 2^-14; such weights are 0 in float16."""
+    saved = test_float_quantized.save(tmp_path / "checkpoint", scale_dtype=ml_dtypes.bfloat16)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    scales = load_tensors(saved.safetensors)[f"{name}_scale"].copy()
+    scales[3] = scale
+    saved.change(**{f"{name}_scale": scales})
+    _, onnx_file = write(saved.folder, tmp_path / "out", LOWERINGS["standard"], ir.DataType.FLOAT16)
+    initializers = ir.load(onnx_file).graph.initializers
+    stored = {part: initializers[f"{name}_{part}"].const_value for part in ("codes", "scales")}
+    assert stored["codes"] is not None and stored["scales"] is not None
+    values = stored["codes"].numpy().astype(np.float32) * stored["scales"].numpy().astype(np.float32)[:, None]
+    want = saved.weights[name].codes.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    want *= scales.astype(np.float32)
+    assert np.abs(values * np.float32(2.0**-14) - want).max() < 2.0**-25
+    np.testing.assert_array_equal((values * np.float32(2.0**-14))[4:], want[4:])
 
 
 @pytest.mark.parametrize(("kind", "lowering"), EACH)
