@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qwen_aot.engines.planner.footprint import footprint
 from qwen_aot.engines.planner.plans import refusal_of_model
 from qwen_aot.engines.spec.build_spec import BuildSpec
-from qwen_aot.engines.spec.own_codes import precision_of, settled
+from qwen_aot.engines.spec.own_codes import NoProductsError, precision_of, settled
 from qwen_aot.engines.spec.precisions import Precision
 from qwen_aot.engines.spec.targets import Target
 from qwen_aot.errors import BuildError, ExportError
@@ -37,7 +37,7 @@ def default_builds(config: ModelConfig, storage: Storage) -> Iterator[DefaultBui
     for target in Target:
         try:
             spec = settled(BuildSpec(target=target), storage)
-        except BuildError as error:  # it has no products of such codes
+        except NoProductsError as error:
             yield DefaultBuild(target, precision_of([each for _, each in storage.fixed]), True, str(error))
             continue
         yield DefaultBuild(target, spec.precision, spec.own_codes, _refusal(config, spec, storage))

@@ -12,7 +12,7 @@ from qwen_aot.engines.planner.footprint import Footprint, footprint
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.flavours import capability
 from qwen_aot.engines.spec.kv_precision import DEFAULT_KV_PRECISION
-from qwen_aot.engines.spec.own_codes import settled
+from qwen_aot.engines.spec.own_codes import NoProductsError, settled
 from qwen_aot.engines.spec.precisions import Precision, combinations
 from qwen_aot.engines.spec.targets import Target
 from qwen_aot.errors import BuildError, ExportError
@@ -286,7 +286,7 @@ def _smaller(config: ModelConfig, spec: BuildSpec, device: Device, storage: Stor
 
     others: list[BuildSpec] = []
     if storage is not None and any(storage.fixed):
-        with contextlib.suppress(BuildError):  # the target has no products of such codes
+        with contextlib.suppress(NoProductsError):
             others = [] if spec.own_codes else [settled(default(None), storage)]
     else:
         others = [default(other.precision) for other in combinations() if other.target == spec.target]

@@ -17,6 +17,11 @@ from qwen_aot.exporter.checkpoint.encoding import CodeForm, CodeType, Encoding
 from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.model.tensors import Role
 
+
+class NoProductsError(BuildError):
+    """A target has no products of the codes that a checkpoint fixes."""
+
+
 _TABLES = (Role.EMBEDDING.tensor_name(), Role.HEAD.tensor_name())
 
 
@@ -26,6 +31,7 @@ def settled(spec: BuildSpec, storage: Storage) -> BuildSpec:
     Any other checkpoint leaves the spec as it is.
 
     Raises:
+        NoProductsError: the target has no products of the checkpoint's codes.
         BuildError: something was asked for that would round the checkpoint's numbers again, or there are no codes to
             keep. Says what was found and what is accepted.
     """
@@ -47,7 +53,7 @@ def settled(spec: BuildSpec, storage: Storage) -> BuildSpec:
         )
     rounded = next((each for each in fixed if each.form is not None and each.form.has_input_scale), None)
     if rounded is not None and rounded.form is not None and rounded.form.code_type not in spec.facts.rounds_inputs:
-        raise BuildError(no_rounded_inputs(spec, rounded.form.code_type, f"the checkpoint stores {found}"))
+        raise NoProductsError(no_rounded_inputs(spec, rounded.form.code_type, f"the checkpoint stores {found}"))
     if spec.fast_prefill and all(each.form is not None and each.form.has_input_scale for each in fixed):
         raise BuildError(
             "fast_prefill has nothing to make faster: the checkpoint's products are of 8-bit codes in any step; "

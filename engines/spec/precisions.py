@@ -342,6 +342,9 @@ def judged_as(precision: str, quantization: Mapping[str, int | str | bool], cach
 
     A checkpoint's own codes round no weight: what is lost is what rounded activations lose, less than int8 allows; and
     so does an int8 cache beside plain weights. What it adds to rounded weights is not allowed for.
+
+    Bounds can't tell whether a W8A8 bundle rounds its inputs: two roundings of the same inputs differ by as much as one
+    does from none. `engines.verify.scores.Scores.rounding_share` can.
     """
     is_kept = quantization.get("own_codes") and quantization.get("sensitive_bits", 8) == 8
     is_cache_alone = cache_dtype == "int8" and not row_of(precision).is_quantized

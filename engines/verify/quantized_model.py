@@ -18,9 +18,11 @@ The folder was opened before this is called, so that what is wrong with it has b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ _WORD_BITS = 32
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _Parts = Mapping[str, torch.Tensor]
 _WITH_BIASES = ("q_proj", "k_proj", "v_proj")
+_rounds: ContextVar[bool] = ContextVar("_rounds", default=True)
 
 
 def dequantized(path: Path, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -71,20 +74,36 @@ def round_inputs(model: torch.nn.Module, stored: Mapping[str, torch.Tensor]) -> 
         stored: the folder's tensors by name.
     """
 
-    def rounded(scale: float, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+    def rounded(scale: float, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         return (torch.round(inputs[0] / scale).clamp(-128, 127) * scale,)
 
-    def rounded_to_floats(
-        scale: float, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor]:
+    def rounded_to_floats(scale: float, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         return ((inputs[0] / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(inputs[0].dtype) * scale,)
+
+    def unless_switched_off(
+        form: Callable[[float, tuple[torch.Tensor, ...]], tuple[torch.Tensor]],
+        scale: float,
+        module: torch.nn.Module,
+        inputs: tuple[torch.Tensor, ...],
+    ) -> tuple[torch.Tensor, ...]:
+        return form(scale, inputs) if _rounds.get() else inputs
 
     for name, module in model.named_modules():
         scale = stored.get(f"{name}.input_scale")
         if scale is not None:
             is_float = stored[f"{name}.weight"].dtype == torch.float8_e4m3fn
-            hook = rounded_to_floats if is_float else rounded
-            module.register_forward_pre_hook(functools.partial(hook, float(scale)))
+            form = rounded_to_floats if is_float else rounded
+            module.register_forward_pre_hook(functools.partial(unless_switched_off, form, float(scale)))
+
+
+@contextlib.contextmanager
+def inputs_as_they_are() -> Iterator[None]:
+    """Inside, in this thread, models round no inputs (`round_inputs`): the same weights in ordinary products."""
+    token = _rounds.set(False)
+    try:
+        yield
+    finally:
+        _rounds.reset(token)
 
 
 def weight_files(path: Path) -> list[Path]:

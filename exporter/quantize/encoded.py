@@ -6,9 +6,11 @@ written, not what they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
@@ -39,6 +41,32 @@ def obstacle(form: CodeForm, width: int, layout: BlockFormat, scale_dtype: DType
     if not may_hold_scales(form.scale_dtype, scale_dtype):
         return f"their {form.scale_dtype.name} scales don't fit {np.dtype(scale_dtype).name}"
     return None
+
+
+def nearest_scales(
+    scales: NDArray[Any], dtype: DTypeLike, largest: Callable[[], NDArray[np.float32] | float], unit: float = 1.0
+) -> NDArray[np.float32]:
+    """Scales [r, n] of which those that a type doesn't hold are its nearest, where that changes next to nothing.
+
+    It changes no weight by half of the type's smallest number: rows of near zeros, which some models have, mustn't make
+    a folder useless. Of codes that are all 0 any scale becomes 0. Others stay as they are.
+
+    Args:
+        scales: as they are stored.
+        dtype: that kernels take.
+        largest: gives what codes less zero points are at most, of each scale or of all; called where it matters.
+        unit: a power of two, in multiples of which the type holds them.
+    """
+    wanted = scales.astype(np.float32)
+    with np.errstate(over="ignore"):
+        nearest = (wanted / np.float32(unit)).astype(dtype).astype(np.float32) * np.float32(unit)
+    if (nearest == wanted).all():
+        return wanted
+    size = np.broadcast_to(np.asarray(largest(), np.float32), wanted.shape)
+    nearest = np.where((size == 0) & (nearest != wanted), np.float32(0), nearest)
+    least = np.float32(ml_dtypes.finfo(np.dtype(dtype)).smallest_subnormal)  # type: ignore[no-untyped-call]  # no types
+    found: NDArray[np.float32] = np.where(np.abs(nearest - wanted) * size < least / 2, nearest, wanted)
+    return found
 
 
 def as_scales(

@@ -343,7 +343,8 @@ def _score(
         ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, RANDOM_TOKENS).tolist()
     pieces = verify.windows(ids, length, windows)
     on_progress(ProgressEvent("load reference", count - 1, count))
-    reference = Reference(checkpoint)
+    # Floats made of the codes have nothing to do with how the checkpoint rounds inputs.
+    reference = Reference(checkpoint, rounds_inputs=bool(engine.quantization.get("own_codes")))
     on_progress(ProgressEvent("load reference", count - 1, count, 1, 1))
     found = verify.verify(
         generator.engine,
@@ -351,6 +352,7 @@ def _score(
         pieces,
         limits,
         greedy_tokens=greedy_tokens,
+        unrounded=reference.unrounded,
         on_progress=lambda done, total: on_progress(ProgressEvent("compare", count, count, done, total, POSITIONS)),
     )
     return found, reference.read_by
@@ -427,6 +429,8 @@ def _show_scores(result: Verification) -> None:
         "perplexity of the reference": scores.reference_perplexity,
         "perplexity_ratio": scores.perplexity_ratio,
     }
+    if scores.rounding_share is not None:
+        measures["rounding_share"] = scores.rounding_share
     rows = []
     for name, found in measures.items():
         check = checked.get(name.partition(" ")[0]) if "(all)" not in name else None

@@ -71,3 +71,13 @@ def test_plain_numbers_get_the_targets_default() -> None:
         target: BuildSpec(target=target).precision for target in Target
     }
     assert not any(build.own_codes or build.refusal for build in found.values())
+
+
+def test_any_other_error_is_no_refusal_of_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(spec: BuildSpec, storage: object) -> BuildSpec:
+        raise BuildError("another reason")
+
+    monkeypatch.setattr("qwen_aot.engines.planner.default_builds.settled", wrong)
+    source = CodedCheckpoint(Coding(4, 64))
+    with pytest.raises(BuildError, match="another reason"):
+        list(default_builds(source.config, storage_of(source)))

@@ -105,6 +105,9 @@ def test_products_of_codes_are_compiled(
         assert step.weight_scratch == ()
     assert sum(text.weight_encodings.kept.values()) == len(source.coded)
     assert check_weights(tmp_path / "b", manifest, source).verdict is Verdict.PASSED
+    name = "model.layers.0.self_attn.o_proj.weight"
+    source.coded[name].codes[3, 1] ^= 1
+    assert check_weights(tmp_path / "b", manifest, source).differing == (f"{name}_codes",)
     scaled = by_what_products_are_multiplied(tmp_path / "b" / "engine.rtx", WORDS[code_type])
     units = {CodeType.INTEGER: 2.0**-12, CodeType.E4M3: 2.0**-14}
     assert scaled == {0.0625 * units[code_type]}

@@ -199,16 +199,72 @@ def test_in_fp16_the_numbers_are_the_same(kind: str, tmp_path: Path) -> None:
     assert rounded < plain / 2
 
 
-def test_scales_of_0_and_below(tmp_path: Path) -> None:
-    """TensorRT takes scales above 0 alone: 0 becomes the smallest there is, with codes of 0."""
-    saved = save(tmp_path / "checkpoint")
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_fp16_each_product_is_that_of_its_rounded_input(kind: str, tmp_path: Path) -> None:
+    """Of the very input that a product reads, so that its codes are the same and fp16's digits alone differ."""
+    saved = KINDS[kind](tmp_path / "checkpoint")
+    _, onnx_file = write(saved.folder, tmp_path / "out", LOWERINGS["standard"], ir.DataType.FLOAT16)
+    stored = {name: each.const_value for name, each in ir.load(onnx_file).graph.initializers.items()}
+    model = onnx.load(onnx_file, load_external_data=False)
+    by_name = {node.name: node for node in model.graph.node}
+    products = [name.removesuffix("_scaled") for name in by_name if name.endswith("_scaled")]
+    assert len(products) == 4  # q|k|v, o, gate|up, down
+    ends = [(by_name[f"{name}_input_codes"].input[0], by_name[f"{name}_scaled"]) for name in products]
+    for read, node in ends:
+        for name in {read, node.output[0]} - {each.name for each in model.graph.output}:
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, None))
+    shown = onnx_file.with_name("shown.onnx")
+    shown.write_bytes(model.SerializeToString())
+
+    def value(name: str) -> np.ndarray:
+        return Stepper(shown, rows=1, capacity=len(IDS) + 8)._step([IDS], 0, 1, name).astype(np.float32)
+
+    files = load_tensors(saved.safetensors)
+    for read, node in ends:
+        scales, codes = stored[node.input[1]], stored[node.input[1].replace("_scales", "_codes")]
+        assert scales is not None and codes is not None
+        unit = {"int8": 2.0**-12, "E4M3": 2.0**-14}[kind]
+        weight = codes.numpy().astype(np.float64) * scales.numpy().astype(np.float64)[:, None] * unit
+        module = {"qkv_proj": "q_proj", "gate_up_proj": "up_proj"}
+        part = node.input[1].removesuffix(".weight_scales")
+        for stacked, own in module.items():
+            part = part.replace(stacked, own)
+        x, scale = value(read), float(files[f"{part}.input_scale"].reshape(-1)[0])
+        if kind == "int8":
+            rounded = np.clip(np.rint(x / scale), -128, 127) * scale
+        else:
+            rounded = np.clip(x / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+        found = value(node.output[0])
+        want, plain = (each.astype(np.float64) @ weight.T for each in (rounded, x))
+        # The product and what it is by its row's scale are rounded to 11 bits each; near 0 by half of 2^-24 times that.
+        bound = 2.0**-10 * np.abs(want) + 2.0**-18
+        assert (np.abs(found - want) <= bound).all(), part
+        assert (np.abs(found - plain) > bound).mean() > 0.5, part
+
+
+@pytest.mark.parametrize(("kind", "lowering"), EACH)
+def test_scales_of_0(kind: str, lowering: str, tmp_path: Path) -> None:
+    """TensorRT takes scales above 0 alone: 0 becomes a smallest number, also of bfloat16's, with codes of 0."""
+    saved = KINDS[kind](tmp_path / "checkpoint")
     name = "model.layers.0.self_attn.o_proj.weight_scale"
     scales = load_tensors(saved.safetensors)[name].copy()
     scales[3] = 0
     saved.change(**{name: scales})
-    for lowering, lower in LOWERINGS.items():
-        _, onnx_file = write(saved.folder, tmp_path / lowering, lower)
-        assert difference(rounding_model(saved), onnx_file) < BOUND, lowering
+    _, onnx_file = write(saved.folder, tmp_path / "out", LOWERINGS[lowering])
+    assert difference(rounding_model(saved), onnx_file) < BOUND
+    if lowering != "ort":
+        initializers = ir.load(onnx_file).graph.initializers
+        stored = {part: initializers[name.replace("_scale", part)].const_value for part in ("_codes", "_scales")}
+        assert stored["_codes"] is not None and stored["_scales"] is not None
+        assert not stored["_codes"].numpy()[3].astype(np.float32).any()
+        assert (stored["_scales"].numpy() > 0).all()
+
+
+def test_scales_below_0(tmp_path: Path) -> None:
+    """Of E4M3 the reader refuses them (test_float_quantized)."""
+    saved = save(tmp_path / "checkpoint")
+    name = "model.layers.0.self_attn.o_proj.weight_scale"
+    scales = load_tensors(saved.safetensors)[name].copy()
     scales[5] *= -1
     saved.change(**{name: scales})
     _, onnx_file = write(saved.folder, tmp_path / "negative", LOWERINGS["ort"])
@@ -264,6 +320,25 @@ def test_one_scale_for_all_rows_and_scales_of_bfloat16(one_scale: bool, scale_dt
     assert scales is not None
     want = saved.weights["model.layers.0.mlp.down_proj.weight"].scales[:, 0].astype(np.float32)
     np.testing.assert_array_equal(scales.numpy() * np.float32(2.0**-14), want)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 3e-10], ids=["below all scales", "between two"])
+def test_a_row_of_next_to_nothing_is_no_reason_to_refuse(scale: float, tmp_path: Path) -> None:
+    """Scales of bfloat16 reach further down than those of float16 times 2^-14; such weights are 0 in float16."""
+    saved = test_float_quantized.save(tmp_path / "checkpoint", scale_dtype=ml_dtypes.bfloat16)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    scales = load_tensors(saved.safetensors)[f"{name}_scale"].copy()
+    scales[3] = scale
+    saved.change(**{f"{name}_scale": scales})
+    _, onnx_file = write(saved.folder, tmp_path / "out", LOWERINGS["standard"], ir.DataType.FLOAT16)
+    initializers = ir.load(onnx_file).graph.initializers
+    stored = {part: initializers[f"{name}_{part}"].const_value for part in ("codes", "scales")}
+    assert stored["codes"] is not None and stored["scales"] is not None
+    values = stored["codes"].numpy().astype(np.float32) * stored["scales"].numpy().astype(np.float32)[:, None]
+    want = saved.weights[name].codes.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    want *= scales.astype(np.float32)
+    assert np.abs(values * np.float32(2.0**-14) - want).max() < 2.0**-25
+    np.testing.assert_array_equal((values * np.float32(2.0**-14))[4:], want[4:])
 
 
 @pytest.mark.parametrize(("kind", "lowering"), EACH)

@@ -51,6 +51,7 @@ from qwen_aot.exporter.checkpoint.hf.quantized.linear import (
 )
 from qwen_aot.exporter.checkpoint.hf.quantized.scheme import scheme_of
 from qwen_aot.exporter.checkpoint.hf.quantized.words import WORD_BITS, fields_of, unpack, words_of
+from qwen_aot.exporter.model.tensors import Role
 
 _E4M3_NAN = 0x7F  # without its sign
 
@@ -199,8 +200,14 @@ def _input_scale(linear: StoredLinear) -> float:
     """The one scale of an input.
 
     Raises:
-        CheckpointError: it isn't one, or not above 0.
+        CheckpointError: it isn't one, or not above 0, or a table has it, which is no product of an input.
     """
+    if linear.weight == Role.EMBEDDING.tensor_name():
+        raise linear.error(
+            "input_scale",
+            "is of an embedding, which has no input to round; accepted: an embedding of plain numbers, or in "
+            f"{INTEGERS} and {PACKED} codes without it",
+        )
     info = linear.require("input_scale")
     linear.check("input_scale", () if not info.shape else (1,), *SCALE_DTYPES)
     scale = float(linear.array("input_scale").reshape(-1)[0])

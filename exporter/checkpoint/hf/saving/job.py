@@ -123,7 +123,8 @@ def _to_json(form: CodeForm) -> list[Any]:
 
 
 def _from_json(raw: list[Any]) -> CodeForm:
-    bits, group_size, scale_dtype, has_zero_points, has_input_scale, code_type = raw
+    bits, group_size, scale_dtype, has_zero_points, has_input_scale, *rest = raw
+    (code_type,) = rest or [CodeType.INTEGER.value]  # versions before E4M3 wrote none
     return CodeForm(
         bits,
         group_size,

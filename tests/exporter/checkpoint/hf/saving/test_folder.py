@@ -272,6 +272,22 @@ def test_a_damaged_job_is_no_start(damage: str, dense: Path, tmp_path: Path) -> 
     assert neighbours(out) == []
 
 
+def test_a_job_that_a_version_without_types_of_codes_began_goes_on(dense: Path, tmp_path: Path) -> None:
+    """Its record has five values for each matrix, all of integers; one with a value too few is damaged."""
+    out = tmp_path / "out"
+    with open_checkpoint(dense) as checkpoint:
+        job(out, checkpoint, 1)
+        path = tmp_path / ".out.quantizing" / "job.json"
+        record = json.loads(path.read_text())
+        record["forms"] = {name: values[:5] for name, values in record["forms"].items()}
+        path.write_text(json.dumps(record))
+        job(out, checkpoint, 2)
+        record["forms"] = {name: values[:4] for name, values in record["forms"].items()}
+        path.write_text(json.dumps(record))
+        with pytest.raises(BuildError, match="is damaged"):
+            job(out, checkpoint, 2)
+
+
 def test_a_job_with_nothing_done_leaves_nothing(dense: Path, tmp_path: Path) -> None:
     with open_checkpoint(dense) as checkpoint, pytest.raises(BuildError, match="has no zero points"):
         write(tmp_path / "out", checkpoint, "awq", forms_of(checkpoint))
