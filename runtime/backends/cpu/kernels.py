@@ -32,6 +32,7 @@ __all__ = [
     "kernels_of",
     "open_library",
     "require_library",
+    "why_not_by_default",
 ]
 
 logger = logging.getLogger(__name__)
@@ -175,12 +176,8 @@ def choose_kernels(
     try:
         _require_graph(graph)
         library = require_library()
-        is_slow = library.instructions in SLOW_INSTRUCTIONS and not os.environ.get(INSTRUCTIONS_VARIABLE)
-        if is_slow and kernels is Kernels.AUTO:
-            logger.info(
-                "ONNX Runtime's kernels are used: own ones would use %s here, which isn't known to be faster",
-                library.instructions,
-            )
+        if kernels is Kernels.AUTO and (why := why_not_by_default(library)) is not None:
+            logger.info("ONNX Runtime's kernels are used: %s", why)
             return bundle, None
         register(library)
     except LackingInstructionsError:
@@ -195,6 +192,13 @@ def choose_kernels(
     engines = bundle.manifest.engines
     text = engines.text.for_kernels()
     return replace(bundle, manifest=replace(bundle.manifest, engines=replace(engines, text=text))), library
+
+
+def why_not_by_default(library: CpuLibrary) -> str | None:
+    """Why `auto` leaves a library that fits; None: it doesn't."""
+    if library.instructions not in SLOW_INSTRUCTIONS or os.environ.get(INSTRUCTIONS_VARIABLE):
+        return None
+    return f"own ones would use {library.instructions} here, which isn't known to be faster"
 
 
 def kernels_of(manifest: Manifest) -> str | None:
