@@ -389,8 +389,9 @@ def _show(facts: Mapping[str, Any], lacking: Mapping[str, Mapping[str, Sequence[
 
 def _own_kernels_text(kernels: Mapping[str, Any]) -> str:
     text: str = kernels["problem"] or f"{kernels['library']}, using {kernels['instructions']}"
-    old = "; it was compiled of other sources than this package's: `python -m qwen_aot.plugins.cpu.build`"
-    return text + old * kernels["is_stale"]
+    if not kernels["is_stale"]:
+        return text
+    return f"{text}; it was compiled of other sources than this package's: `python -m qwen_aot.plugins.cpu.build`"
 
 
 def _names(missing: Iterable[Lack]) -> str:

@@ -22,7 +22,6 @@ __all__ = [
     "INSTRUCTIONS_VARIABLE",
     "LIBRARY_VARIABLE",
     "OPS_VERSION",
-    "SLOW_INSTRUCTIONS",
     "CpuLibrary",
     "Kernels",
     "LackingInstructionsError",
@@ -43,7 +42,7 @@ FILE_NAME = "libqwen_aot_cpu.so"
 OPS_VERSION = 1  # of the ops' interface: what the library and the bundle's graph must have
 # ONNX Runtime's kernels are faster than those of one value at a time; neon hasn't run on hardware, and nobody knows.
 # The C library names the same (runtime/capi/src/engine/kernels_library.cpp).
-SLOW_INSTRUCTIONS = ("portable", "neon")
+_SLOW_INSTRUCTIONS = ("portable", "neon")
 
 _PACKAGE = Path(__file__).parents[3]  # qwen_aot, or the repository, whose folders are its parts
 _BUILD_IT = (
@@ -196,7 +195,7 @@ def choose_kernels(
 
 def why_not_by_default(library: CpuLibrary) -> str | None:
     """Why `auto` leaves a library that fits; None: it doesn't."""
-    if library.instructions not in SLOW_INSTRUCTIONS or os.environ.get(INSTRUCTIONS_VARIABLE):
+    if library.instructions not in _SLOW_INSTRUCTIONS or os.environ.get(INSTRUCTIONS_VARIABLE):
         return None
     return f"own ones would use {library.instructions} here, which isn't known to be faster"
 

@@ -57,7 +57,10 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
     """`runtime.engine.protocol.Engine` for the targets whose engine file is an ONNX graph."""
 
     def __init__(self, bundle: Bundle, options: OrtOptions | None = None, device: Device | None = None) -> None:
-        """Opens the bundle's graph; on the CPU, weights stay memory-mapped where ONNX Runtime doesn't repack them.
+        """Opens the bundle's graph.
+
+        On the CPU, weights stay memory-mapped where neither ONNX Runtime repacks them nor own kernels copy them into
+        large pages (QWEN_AOT_CPU_WEIGHTS, docs/cpu-kernels.md).
 
         Args:
             bundle: checked.
@@ -126,7 +129,7 @@ def _try_ops(library: CpuLibrary) -> None:
     """Registers the library's ops with options of no session: whether it can be done is known before a graph is chosen.
 
     Raises:
-        EngineMismatchError: ONNX Runtime is missing or too old, or one of both refuses.
+        EngineMismatchError: ONNX Runtime is missing or too old, or refuses the ops, or the library refuses it.
     """
     _register_ops(library, import_onnxruntime(DEVICES["cpu"]).SessionOptions())
 

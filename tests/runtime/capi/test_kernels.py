@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 
-from qwen_aot.runtime.backends.cpu.kernels import SLOW_INSTRUCTIONS
 from tests.runtime.capi.client import CallError, Library, Model
 from tests.runtime.capi.engines import ENGINE_MISMATCH, Dialog, NativeEngine
 from tests.runtime.capi.native import PROGRAMS, Native, ask, run
@@ -225,7 +224,7 @@ def test_instructions_that_the_environment_names_are_no_wish_for_own_kernels(
         assert runs(dialog, open_bundle(dialog, bundles["both"]), logits) is False
 
 
-@pytest.mark.parametrize("instructions", [*SLOW_INSTRUCTIONS, "avx2", "neon_dot"])
+@pytest.mark.parametrize("instructions", ["portable", "neon", "avx2", "neon_dot"])
 def test_instructions_that_are_not_known_to_be_faster(
     program: Path, bundles: dict[str, Path], compile_double: Compile, logits: dict[bool, bytes], instructions: str
 ) -> None:

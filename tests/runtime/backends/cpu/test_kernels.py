@@ -20,7 +20,6 @@ from qwen_aot.runtime.backends.cpu.kernels import (
     INSTRUCTIONS_VARIABLE,
     LIBRARY_VARIABLE,
     OPS_VERSION,
-    SLOW_INSTRUCTIONS,
     CpuLibrary,
     Kernels,
     LackingInstructionsError,
@@ -202,7 +201,7 @@ def test_scales_of_a_cache_keep_their_type(library: CpuLibrary) -> None:
     assert chosen.manifest.engines.text.inputs == cache
 
 
-@pytest.mark.parametrize("instructions", [*SLOW_INSTRUCTIONS, "avx2", "neon_dot"])
+@pytest.mark.parametrize("instructions", ["portable", "neon", "avx2", "neon_dot"])
 def test_instructions_that_are_not_known_to_be_faster(
     instructions: str, library: CpuLibrary, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
