@@ -32,7 +32,7 @@ from qwen_aot.runtime.backends.cpu.kernels import (
 from qwen_aot.runtime.backends.open import open_engine
 from qwen_aot.runtime.bundle.load import Bundle, load_bundle
 from qwen_aot.runtime.bundle.manifest import FileEntry, IoTensor, KernelGraph
-from tests.cpu_kernels import own_kernels
+from tests.cpu_kernels import named_kernels, own_kernels
 from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest, with_text_engine, write_bundle
 
 GRAPH = KernelGraph("model.kernels.onnx", OPS_VERSION, "float16")
@@ -111,6 +111,17 @@ def test_what_the_environment_names_comes_first(monkeypatch: pytest.MonkeyPatch,
     path.parent.mkdir(parents=True)
     path.touch()
     assert find_library() == path
+
+
+def test_what_tests_compile_is_not_where_runtimes_look() -> None:
+    """Sources that a test or a mutation changed would run every bundle from then on."""
+    places = [cpu_build.LIBRARY, cpu_build.LIBRARY.with_name(f"{cpu_build.FILE_NAME}.made-of")]
+    before = [place.stat().st_mtime_ns if place.exists() else None for place in places]
+    own_kernels.__wrapped__()
+    assert [place.stat().st_mtime_ns if place.exists() else None for place in places] == before
+    assert cpu_build.LIBRARY.resolve().parent not in own_kernels().resolve().parents
+    with named_kernels() as named:
+        assert find_library() == named.resolve() == own_kernels().resolve()
 
 
 def test_no_library_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
