@@ -97,6 +97,7 @@ ARROWS = (
     Arrow("runtime.cli.compare", "engines", "the verb compares with what was built from", in_functions_only=True),
     Arrow("runtime.cli.compare", "exporter", "which is a checkpoint, and the texts", in_functions_only=True),
     Arrow("runtime.cli.comparison_table", "engines", "shows what was found", in_functions_only=True),
+    Arrow("runtime.cli.doctor", "plugins.cpu", "whether the library is of these sources", in_functions_only=True),
     Arrow("runtime.cli.gpu_check", "engines", "the verb builds and compares", in_functions_only=True),
     Arrow("runtime.cli.gpu_check", "exporter", "a model of its own", in_functions_only=True),
     Arrow("runtime.cli.gpu_check", "plugins", "it builds the library for this GPU", in_functions_only=True),

@@ -39,7 +39,7 @@ from qwen_aot.runtime.generation.request import TokenEvent
 from qwen_aot.runtime.server.app import make_app
 from qwen_aot.runtime.server.settings import ServerSettings
 from qwen_aot.runtime.server.state import ServerState
-from tests.cpu_kernels import own_kernels
+from tests.cpu_kernels import named_kernels
 from tests.exporter.stepper import Stepper
 from tests.kept_reference import KeptReference
 from tests.real_model import ROOT, qwen_aot, real_bundle, real_model
@@ -110,9 +110,8 @@ def test_int8_loses_little_whatever_the_cpu_and_the_kernels(
     activations halfway between two codes fall to either side. Norm weights moved by their last bit do the same on one
     CPU: ten times, on 1552 positions, KL was 0.0060 to 0.0063 and the ratio 1.004 to 1.012. On 776, KL was 0.0055.
     """
-    if kernels == "own":
-        own_kernels()
-    report = scored(bundle("int8"), reference, text=LICENSE, windows=count, kernels=kernels, **options)
+    with named_kernels():
+        report = scored(bundle("int8"), reference, text=LICENSE, windows=count, kernels=kernels, **options)
     found = report.scores
     assert report.kernels == kernels
     assert found is not None and found.verdict is Verdict.PASSED, found

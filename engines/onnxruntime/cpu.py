@@ -101,9 +101,12 @@ def finish_vision(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advan
 def check(folder: Path, manifest: Manifest) -> None:
     """Opens a session of each engine: the graph is valid, every node has a kernel, every weight lies in its file.
 
-    Weights stay memory-mapped: packing them as the runtime does would take as much memory again as the model.
+    Of ONNX Runtime's graph weights stay memory-mapped: packing them as the runtime does would take as much memory again
+    as the model.
 
-    The graph for own kernels is opened where this machine has their library; it may be one that only builds.
+    The graph for own kernels is opened where this machine has their library; it may be one that only builds. They copy
+    weights as they do when it runs: where twice as much memory is free as a matrix takes, and QWEN_AOT_CPU_WEIGHTS
+    isn't "mapped".
 
     Raises:
         BuildError: a session doesn't open.

@@ -1,7 +1,7 @@
 """Compiles the kernels for the CPU, with a C++ compiler alone: `python -m qwen_aot.plugins.cpu.build`.
 
-The library stands beside its sources, in `lib`, where a wheel has it too; beside it a file with the digest of what it
-was made of, so that `--if-changed` compiles only what is new.
+The library stands beside its sources, in `lib`, where a wheel has it too; beside it a note of what it was made of, so
+that `--if-changed` compiles only what is new, and `qwen-aot doctor` tells a library of other sources.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -79,38 +80,89 @@ def build_library(
     return library
 
 
-def build_if_changed(library: Path = LIBRARY) -> bool:
-    """Builds the library unless it was made of these very sources by this command. Returns whether it built.
+def build_here(library: Path = LIBRARY) -> None:
+    """Builds the library for this machine, and notes beside it what it was made of.
 
     Raises:
         BuildError: there is no compiler, or it failed.
     """
     compiler = find_compiler()
-    note = library.with_name(f"{library.name}.made-of")
-    digest = _digest(compiler)
-    if library.is_file() and note.is_file() and note.read_text(encoding="ascii") == digest:
-        return False
-    note.unlink(missing_ok=True)  # of the library that is replaced
+    made_of = ingredients(compiler)  # before: a source that changes meanwhile makes it old
     build_library(library, compiler=compiler)
-    note.write_text(digest, encoding="ascii")
+    _note_of(library).write_text(_note(made_of, library), encoding="ascii")
+
+
+def build_if_changed(library: Path = LIBRARY) -> bool:
+    """Builds the library unless it is what `build_here` would make. Returns whether it built.
+
+    Raises:
+        BuildError: there is no compiler, or it failed.
+    """
+    if library.is_file() and _read_note(library) == _note(ingredients(find_compiler()), library):
+        return False
+    build_here(library)
     return True
 
 
-def _digest(compiler: Sequence[str]) -> str:
-    """SHA-256 of all that a build is made of, but for the compiler itself."""
-    made_of = hashlib.sha256("\0".join([*compiler, *FLAGS]).encode())
+def is_stale(library: Path) -> bool:
+    """Whether the library was compiled of other sources than these, as far as the note beside it tells.
+
+    A library without a note, as a wheel has it, counts as theirs.
+
+    Args:
+        library: the file, which is there.
+    """
+    note = _read_note(library)
+    made_of = note.partition(" compiler ")[0]
+    return bool(note) and (made_of != f"sources {_of_sources()}" or not note.endswith(f" library {_of_file(library)}"))
+
+
+def ingredients(compiler: Sequence[str]) -> str:
+    """What a build for this machine is made of, as one line: two that are made of the same are the same.
+
+    Raises:
+        BuildError: the compiler can't be run.
+    """
+    told = _run([*compiler, "--version"])
+    command = hashlib.sha256("\0".join([*compiler, *FLAGS, platform.machine(), told]).encode())
+    return f"sources {_of_sources()} compiler {command.hexdigest()}"
+
+
+def _note_of(library: Path) -> Path:
+    return library.with_name(f"{library.name}.made-of")
+
+
+def _note(made_of: str, library: Path) -> str:
+    """It names the file too: whatever else is put into its place, the note isn't of that."""
+    return f"{made_of} library {_of_file(library)}"
+
+
+def _read_note(library: Path) -> str:
+    """What is noted of the library; "": nothing."""
+    note = _note_of(library)
+    return note.read_text(encoding="ascii", errors="replace") if note.is_file() else ""
+
+
+def _of_sources() -> str:
+    made_of = hashlib.sha256()
     for source in sorted(path for path in SOURCES.iterdir() if path.is_file()):
         made_of.update(f"\0{source.name}\0".encode() + source.read_bytes())
     return made_of.hexdigest()
 
 
-def _run(command: Sequence[str]) -> None:
+def _of_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _run(command: Sequence[str]) -> str:
+    """What it says."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     except OSError as error:
         raise BuildError(f"the C++ compiler {command[0]} can't be run ({error.strerror}); name one in CXX") from error
     if done.returncode:
         raise BuildError(f"compiling the CPU's kernels failed:\n{done.stdout.strip()}")
+    return done.stdout
 
 
 def main() -> int:
@@ -138,7 +190,7 @@ def main() -> int:
         elif arguments.if_changed:
             build_if_changed(arguments.output)
         else:
-            build_library(arguments.output)
+            build_here(arguments.output)
         print(arguments.output)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)

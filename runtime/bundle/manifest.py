@@ -207,6 +207,11 @@ class Manifest:
         named = [("engine file", engine.file) for engine in self.engines.all]
         if (kernels := self.engines.text.kernels) is not None:
             named.append(("graph for own kernels", kernels.file))
+            if self.target != "cpu":
+                raise BundleError(
+                    f"the bundle's target is {self.target!r}, and its text engine has kernels, a graph for own CPU "
+                    "kernels; accepted: with target 'cpu' alone"
+                )
         named += [(key.replace("_", " "), name) for key, name in asdict(self.text).items() if name is not None]
         for what, name in named:
             if name not in self.files:

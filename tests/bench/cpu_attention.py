@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from qwen_aot.plugins.cpu.build import LIBRARY
+from tests.cpu_kernels import own_kernels
 from tests.plugins.cpu.nodes import FLOAT, FLOAT16, INT64, session_of
 
 SHAPES = {"qwen1.5-0.5b": (16, 16, 64), "qwen2.5-0.5b": (14, 2, 64), "qwen1.5-32b": (40, 8, 128)}  # H, Hkv, D
@@ -212,16 +212,17 @@ def peaks(threads: int, *, megabytes: int = 256, width: int = 1024, rounds: int 
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", type=Path, default=LIBRARY, help="the kernels (default: beside their sources)")
+    parser.add_argument("--library", type=Path, help="the kernels (default: these sources, compiled)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--shape", choices=list(SHAPES), action="append", help="default: all")
     arguments = parser.parse_args()
+    library = arguments.library or own_kernels()
     found: dict[str, Any] = {"threads": arguments.threads, "peaks": peaks(arguments.threads), "shapes": {}}
     for name in arguments.shape or SHAPES:
         H, Hkv, D = SHAPES[name]
         found["shapes"][name] = [
-            measured(arguments.library, Point(H, Hkv, D, S, held), threads=arguments.threads, rounds=arguments.rounds)
+            measured(library, Point(H, Hkv, D, S, held), threads=arguments.threads, rounds=arguments.rounds)
             for S, held in STEPS
         ]
     print(json.dumps(found, indent=1))

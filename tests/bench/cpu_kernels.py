@@ -29,8 +29,8 @@ import onnxruntime
 from onnx import helper, numpy_helper
 
 from qwen_aot.errors import BuildError
-from qwen_aot.plugins.cpu.build import LIBRARY, build_library
 from tests.bench.results import new_file, write_new
+from tests.cpu_kernels import own_kernels
 
 COLD_BYTES = 64 * 2**20  # of all copies' weights: twice the caches of the CPUs that this was written on
 BLOCK = 64
@@ -200,7 +200,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--op", action="append", choices=list(OPS), help="a projection (default: all)")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 256], help="rows of x (default: 1 4 16 256)")
     parser.add_argument("--rounds", type=int, default=9, help="of each pair (default: 9)")
-    parser.add_argument("--library", type=Path, help="the kernels (default: compiled if it isn't there)")
+    parser.add_argument("--library", type=Path, help="the kernels (default: these sources, compiled)")
     parser.add_argument("--json", type=new_file, help="write the results here too")
     return parser.parse_args(arguments)
 
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Exit codes: 0 ok, 1 failed, 2 usage."""
     options = parse(arguments)
     try:
-        library = options.library or (LIBRARY if LIBRARY.exists() else build_library())
+        library = options.library or own_kernels()
         with tempfile.TemporaryDirectory() as folder:
             peaks = measure_peaks(Path(folder), options.rounds)
         rows = [row for op in options.op or OPS for row in measure(library.resolve(), op, options.rows, options.rounds)]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from qwen_aot.plugins.cpu.build import FILE_NAME, build_library
 from tests.bench import cpu_attention
 from tests.bench.cpu_attention import Point
-from tests.shared import once
+from tests.cpu_kernels import own_kernels
 
 
 @pytest.mark.parametrize(("S", "held"), [(1, 20), (6, 3)])
-def test_a_step_is_measured_by_each_op(S: int, held: int, shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = once(shared_folder / "cpu_library", lambda folder: build_library(folder / FILE_NAME))
+def test_a_step_is_measured_by_each_op(S: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = own_kernels()
     monkeypatch.setattr(cpu_attention, "STREAMED", 1 << 16)
     point = Point(4, 2, 16, S, held)
     found = cpu_attention.measured(library, point, threads=1, rounds=3)

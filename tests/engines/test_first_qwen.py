@@ -29,7 +29,7 @@ from qwen_aot.exporter.model.variants import VARIANTS
 from qwen_aot.runtime.backends.open import open_engine
 from qwen_aot.runtime.bundle.load import load_bundle
 from tests.checkpoints import save_tokenizer
-from tests.cpu_kernels import own_kernels
+from tests.cpu_kernels import named_kernels
 from tests.first_qwen import CONFIG, LAYERS, SEQ_LENGTH, VOCAB, Statement, make_weights, save_folder
 from tests.quantized_files import gptq, gptq_config, random_codes
 
@@ -76,9 +76,9 @@ def test_every_stored_form(form: str, tmp_path: Path) -> None:
     assert found < bound, found
     assert loss(tmp_path / "bundle", statement(), lambda _: 1) > 0.7
     if report.manifest.engines.text.kernels is not None:
-        own_kernels()
-        assert loss(tmp_path / "bundle", statement(), kernels="own") < bound
-        assert loss(tmp_path / "bundle", statement(), lambda _: 1, "own") > 0.7
+        with named_kernels():
+            assert loss(tmp_path / "bundle", statement(), kernels="own") < bound
+            assert loss(tmp_path / "bundle", statement(), lambda _: 1, "own") > 0.7
     with open_checkpoint(folder) as checkpoint:
         assert check_weights(tmp_path / "bundle", report.manifest, checkpoint).verdict is Verdict.PASSED
 

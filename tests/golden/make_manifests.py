@@ -450,6 +450,9 @@ def main() -> None:
         {"what": what, "text": json.dumps(edited(BASE, path, value)), "accepted": accepted}
         for what, path, value, accepted in EDITS
     ]
+    with_kernels = edited(BASE, [*TEXT, "kernels"], KERNELS)
+    what = "a graph for own CPU kernels of target cuda"
+    cases += [{"what": what, "text": json.dumps(edited(with_kernels, ["target"], "cuda")), "accepted": False}]
     cases += [version_1_case(*edit) for edit in EDITS_1]
     text = json.dumps(BASE)
     cases += [

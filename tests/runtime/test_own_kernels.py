@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from qwen_aot.runtime.backends.cpu.kernels import kernels_of
 from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine
 from qwen_aot.runtime.generation.generator import Generator
 from tests.checkpoints import save_tiny
-from tests.cpu_kernels import own_kernels
+from tests.cpu_kernels import named_kernels
 from tests.shared import once
 
 TOKENS, ROWS = 64, 6
@@ -29,10 +29,14 @@ BUILDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _kernels() -> Iterator[None]:
+    with named_kernels():
+        yield
+
+
 @pytest.fixture(scope="module")
 def bundle(shared_folder: Path) -> Callable[[str], Path]:
-    own_kernels()
-
     def make(folder: Path, name: str) -> Path:
         save_tiny(folder / "model", **CONFIG)
         spec = BuildSpec(max_context=256, max_batch=ROWS, prefill_chunk=32, **BUILDS[name])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,12 +24,14 @@ __all__ = [
     "OPS_VERSION",
     "CpuLibrary",
     "Kernels",
+    "LackingInstructionsError",
     "choose_kernels",
     "find_library",
     "kernels_named",
     "kernels_of",
     "open_library",
     "require_library",
+    "why_not_by_default",
 ]
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,9 @@ LIBRARY_VARIABLE = "QWEN_AOT_CPU_KERNELS"  # of the environment: the library's p
 INSTRUCTIONS_VARIABLE = "QWEN_AOT_CPU_INSTRUCTIONS"  # read by the library; which its kernels use
 FILE_NAME = "libqwen_aot_cpu.so"
 OPS_VERSION = 1  # of the ops' interface: what the library and the bundle's graph must have
+# ONNX Runtime's kernels are faster than those of one value at a time; neon hasn't run on hardware, and nobody knows.
+# The C library names the same (runtime/capi/src/engine/kernels_library.cpp).
+_SLOW_INSTRUCTIONS = ("portable", "neon")
 
 _PACKAGE = Path(__file__).parents[3]  # qwen_aot, or the repository, whose folders are its parts
 _BUILD_IT = (
@@ -46,10 +52,14 @@ _BUILD_IT = (
 _TEXT_BYTES = 512
 
 
+class LackingInstructionsError(EngineMismatchError):
+    """The environment wants instructions that this CPU lacks: nothing takes their place."""
+
+
 class Kernels(StrEnum):
     """Whose kernels run a bundle on the CPU."""
 
-    AUTO = "auto"  # own where they can, else ONNX Runtime's
+    AUTO = "auto"  # own where they can and are faster, else ONNX Runtime's
     OWN = "own"
     ONNXRUNTIME = "onnxruntime"
 
@@ -97,8 +107,9 @@ def open_library(path: Path) -> CpuLibrary:
     """Loads the library and asks it what it is. It stays loaded for the process's life.
 
     Raises:
-        EngineMismatchError: there is no such file, it isn't the library, or it is for another processor, or the
-            environment wants instructions of it that this CPU lacks.
+        LackingInstructionsError: the environment wants instructions of it that this CPU lacks.
+        EngineMismatchError: there is no such file, it isn't the library, it is for another processor, or it is of
+            another version.
     """
     if not path.is_file():
         raise EngineMismatchError(f"there is no library of own CPU kernels at {path}: {_BUILD_IT}")
@@ -117,24 +128,38 @@ def open_library(path: Path) -> CpuLibrary:
             f"qwen_aot_cpu_version or qwen_aot_cpu_instructions; {_BUILD_IT}"
         ) from error
     version_of.restype = instructions_of.restype = ctypes.c_int32
+    version = version_of()
+    if version != OPS_VERSION:
+        raise EngineMismatchError(
+            f"the library of own CPU kernels {path} has version {version} of the ops, this qwen-aot has "
+            f"{OPS_VERSION}: {_BUILD_IT}"
+        )
     instructions_of.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
     text = ctypes.create_string_buffer(_TEXT_BYTES)
     failed = instructions_of(text, _TEXT_BYTES)
     told = text.value.decode("utf-8", "replace")
     if failed:
-        raise EngineMismatchError(f"own CPU kernels can't run: {told}")
-    return CpuLibrary(path, version_of(), told)
+        raise LackingInstructionsError(f"own CPU kernels can't run: {told}")
+    return CpuLibrary(path, version, told)
 
 
-def choose_kernels(bundle: Bundle, kernels: Kernels) -> tuple[Bundle, CpuLibrary | None]:
-    """The bundle as it is to be run, and the library that its graph needs.
+def choose_kernels(
+    bundle: Bundle, kernels: Kernels, register: Callable[[CpuLibrary], None]
+) -> tuple[Bundle, CpuLibrary | None]:
+    """The bundle as it is to be run, and the library that its graph needs. The C library chooses alike.
+
+    Args:
+        bundle: with both graphs, or ONNX Runtime's alone.
+        kernels: what is wanted.
+        register: offers the library's ops to ONNX Runtime. EngineMismatchError: it can't have them.
 
     Returns:
         By own kernels the bundle whose engine is the graph for them, and the library; by ONNX Runtime's the same
         bundle, and None.
 
     Raises:
-        EngineMismatchError: own kernels are asked for and can't be had, or what the environment names of them is wrong.
+        EngineMismatchError: own kernels are asked for and can't be had; or the environment names a library that isn't
+            there or doesn't fit, or instructions that this CPU lacks.
     """
     if kernels is Kernels.ONNXRUNTIME:
         return bundle, None
@@ -148,11 +173,17 @@ def choose_kernels(bundle: Bundle, kernels: Kernels) -> tuple[Bundle, CpuLibrary
         logger.debug("the bundle has no graph for own CPU kernels: ONNX Runtime's are used")
         return bundle, None
     try:
-        library = require_library()
         _require_graph(graph)
+        library = require_library()
+        if kernels is Kernels.AUTO and (why := why_not_by_default(library)) is not None:
+            logger.info("ONNX Runtime's kernels are used: %s", why)
+            return bundle, None
+        register(library)
+    except LackingInstructionsError:
+        raise
     except EngineMismatchError as error:
-        # Whoever names a library or its instructions wants them, as with `own`.
-        if kernels is Kernels.OWN or os.environ.get(LIBRARY_VARIABLE) or os.environ.get(INSTRUCTIONS_VARIABLE):
+        # Whoever names a library wants it, as with `own`.
+        if kernels is Kernels.OWN or os.environ.get(LIBRARY_VARIABLE):
             raise
         logger.info("ONNX Runtime's kernels are used: %s", error)
         return bundle, None
@@ -160,6 +191,13 @@ def choose_kernels(bundle: Bundle, kernels: Kernels) -> tuple[Bundle, CpuLibrary
     engines = bundle.manifest.engines
     text = engines.text.for_kernels()
     return replace(bundle, manifest=replace(bundle.manifest, engines=replace(engines, text=text))), library
+
+
+def why_not_by_default(library: CpuLibrary) -> str | None:
+    """Why `auto` leaves a library that fits; None: it doesn't."""
+    if library.instructions not in _SLOW_INSTRUCTIONS or os.environ.get(INSTRUCTIONS_VARIABLE):
+        return None
+    return f"own ones would use {library.instructions} here, which isn't known to be faster"
 
 
 def kernels_of(manifest: Manifest) -> str | None:
@@ -175,18 +213,12 @@ def require_library() -> CpuLibrary:
     """This machine's library, loaded, of the version that this qwen-aot has.
 
     Raises:
-        EngineMismatchError: there is none, it can't be loaded, or it is of another version.
+        EngineMismatchError: there is none, or see `open_library`.
     """
     path = find_library()
     if path is None:
         raise EngineMismatchError(f"this machine has no library of own CPU kernels: {_BUILD_IT}")
-    library = open_library(path)
-    if library.version != OPS_VERSION:
-        raise EngineMismatchError(
-            f"the library of own CPU kernels {path} has version {library.version} of the ops, this qwen-aot has "
-            f"{OPS_VERSION}: {_BUILD_IT}"
-        )
-    return library
+    return open_library(path)
 
 
 def _require_graph(graph: KernelGraph) -> None:

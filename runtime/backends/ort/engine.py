@@ -57,7 +57,10 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
     """`runtime.engine.protocol.Engine` for the targets whose engine file is an ONNX graph."""
 
     def __init__(self, bundle: Bundle, options: OrtOptions | None = None, device: Device | None = None) -> None:
-        """Opens the bundle's graph; on the CPU, weights stay memory-mapped where ONNX Runtime doesn't repack them.
+        """Opens the bundle's graph.
+
+        On the CPU, weights stay memory-mapped where neither ONNX Runtime repacks them nor own kernels copy them into
+        large pages (QWEN_AOT_CPU_WEIGHTS, docs/cpu-kernels.md).
 
         Args:
             bundle: checked.
@@ -69,7 +72,7 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
                 GPU where the target needs one; or own kernels were asked for and can't be had.
         """
         options = options or OrtOptions()
-        bundle, self._library = choose_kernels(bundle, options.kernels)
+        bundle, self._library = choose_kernels(bundle, options.kernels, _try_ops)
         manifest = bundle.manifest
         if manifest.engines.text.quantization.get("fast_prefill") and not has_exact_integer_products():
             raise EngineMismatchError(
@@ -122,6 +125,24 @@ def _device_of(manifest: Manifest) -> Device:
     return DEVICES[manifest.target]
 
 
+def _try_ops(library: CpuLibrary) -> None:
+    """Registers the library's ops with options of no session: whether it can be done is known before a graph is chosen.
+
+    Raises:
+        EngineMismatchError: ONNX Runtime is missing or too old, or refuses the ops, or the library refuses it.
+    """
+    _register_ops(library, import_onnxruntime(DEVICES["cpu"]).SessionOptions())
+
+
+def _register_ops(library: CpuLibrary, session_options: Any) -> None:
+    try:
+        session_options.register_custom_ops_library(str(library.path))
+    except onnxruntime_errors() as error:
+        raise EngineMismatchError(
+            f"own CPU kernels can't be used: {error}. Let kernels be onnxruntime, whose can"
+        ) from error
+
+
 def open_session(path: Path, options: OrtOptions, device: Device, library: CpuLibrary | None = None) -> Any:
     """An onnxruntime.InferenceSession of a graph.
 
@@ -132,7 +153,8 @@ def open_session(path: Path, options: OrtOptions, device: Device, library: CpuLi
         library: has ops that the graph needs.
 
     Raises:
-        EngineMismatchError: ONNX Runtime is missing, too old or another build, or can't load the graph on the device.
+        EngineMismatchError: ONNX Runtime is missing, too old or another build, can't load the graph on the device, or
+            can't have the library's ops.
     """
     ort = import_onnxruntime(device)
     session_options = ort.SessionOptions()
@@ -147,9 +169,9 @@ def open_session(path: Path, options: OrtOptions, device: Device, library: CpuLi
         session_options.add_session_config_entry(key, value)
     if device.is_gpu:
         preload_libraries(ort)
+    if library is not None:
+        _register_ops(library, session_options)
     try:
-        if library is not None:
-            session_options.register_custom_ops_library(str(library.path))
         session = ort.InferenceSession(str(path), session_options, providers=device.providers)
     except onnxruntime_errors() as error:
         raise EngineMismatchError(

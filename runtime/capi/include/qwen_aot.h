@@ -180,7 +180,8 @@ QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_options_set_log(
     qwen_aot_options* options, qwen_aot_log_callback callback, void* user, qwen_aot_error** error);
 
 /** Opens a bundle's folder: checks its manifest and files, maps its text tables, loads the engine's library and the
- *  engine. Takes seconds for large weights; they are mapped or shared with ONNX Runtime, not copied. While the model
+ *  engine. Takes seconds for large weights: they are mapped, but for those that ONNX Runtime repacks and those that own
+ *  CPU kernels copy into large pages (where memory allows it, and QWEN_AOT_CPU_WEIGHTS isn't "mapped"). While the model
  *  lives, the bundle's files may be deleted, or replaced by renaming others over them; one that is cut where it
  *  lies ends the process with SIGBUS, and one that is overwritten there was checked before and isn't again: write to none.
  *  path: of the folder; may lie in a model hub's cache, whose links into its own blobs are followed.

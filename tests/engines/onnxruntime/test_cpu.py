@@ -18,7 +18,7 @@ from qwen_aot.errors import BuildError, EngineMismatchError
 from qwen_aot.runtime.bundle.load import load_bundle
 from qwen_aot.runtime.bundle.manifest import KernelGraph, Manifest
 from tests.checkpoints import MIN_TOKENIZER_VOCAB, save_tiny
-from tests.cpu_kernels import own_kernels
+from tests.cpu_kernels import named_kernels
 
 NAME = "model.kernels.onnx"
 
@@ -52,8 +52,8 @@ def ops(bundle: Path, name: str = NAME) -> Counter[str]:
 def test_what_a_bundle_says_of_it(
     options: dict[str, Any], linears: int, attention: str, cache_dtype: str, checkpoint: Path, tmp_path: Path
 ) -> None:
-    own_kernels()
-    manifest = build(checkpoint, tmp_path / "bundle", **options)
+    with named_kernels():
+        manifest = build(checkpoint, tmp_path / "bundle", **options)
     text = manifest.engines.text
     assert (text.file, text.kernels) == ("model.onnx", KernelGraph(NAME, 1, cache_dtype))
     found = ops(tmp_path / "bundle")
@@ -108,7 +108,6 @@ def test_builds_are_the_same_byte_for_byte(checkpoint: Path, tmp_path: Path) -> 
 def test_a_graph_that_does_not_open_is_no_bundle(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own_kernels()
     written = cpu.save_beside
 
     def with_another_block(model: Any, folder: Path, name: str) -> Path:
@@ -118,7 +117,10 @@ def test_a_graph_that_does_not_open_is_no_bundle(
         return written(model, folder, name)
 
     monkeypatch.setattr(cpu, "save_beside", with_another_block)
-    with pytest.raises(BuildError, match=r"can't open the built engine model\.kernels\.onnx: .*the size of codes is"):
+    refused = pytest.raises(
+        BuildError, match=r"can't open the built engine model\.kernels\.onnx: .*the size of codes is"
+    )
+    with named_kernels(), refused:
         build(checkpoint, tmp_path / "bundle", precision="int4")
     assert not (tmp_path / "bundle").exists()
 

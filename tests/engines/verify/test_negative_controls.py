@@ -28,7 +28,7 @@ from qwen_aot.runtime.backends.ort.devices import DEVICES
 from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine, OrtOptions
 from qwen_aot.runtime.bundle.load import load_bundle
 from tests.bundle_copies import changed, data_tensors
-from tests.cpu_kernels import own_kernels
+from tests.cpu_kernels import named_kernels
 from tests.decisive import TOKENS, decisive_text, save_decisive
 from tests.kept_reference import KeptReference
 
@@ -83,7 +83,6 @@ def _opens_fast_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
 def kernels_of(name: str) -> Kernels:
     """Whose kernels a build is run by; both kinds of graphs stand in all of target cpu."""
     if name.endswith("own-kernels"):
-        own_kernels()
         return Kernels.OWN
     return Kernels.ONNXRUNTIME
 
@@ -93,7 +92,7 @@ def score(bundle: Path, reference: KeptReference, name: str) -> Verification:
     device = replace(DEVICES["cpu"], minimum_version=DEVICES[loaded.manifest.target].minimum_version)
     engine = loaded.manifest.engines.text
     limits = limits_for(engine.precision, loaded.manifest.model.num_parameters, engine.quantization)
-    with OnnxRuntimeEngine(loaded, OrtOptions(kernels=kernels_of(name)), device) as opened:
+    with named_kernels(), OnnxRuntimeEngine(loaded, OrtOptions(kernels=kernels_of(name)), device) as opened:
         return verify(opened, reference, windows(decisive_text().tolist(), TOKENS, 1), limits)
 
 

@@ -57,6 +57,51 @@ def test_another_compiler_compiles_it_anew(sources: Path, library: Path, monkeyp
     assert build.build_if_changed(library)
 
 
+def test_another_processor_or_version_of_the_compiler_compiles_it_anew(
+    sources: Path, library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler, version = tmp_path / "compiler", tmp_path / "version"
+    version.write_text("12")
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exec cat {version}\nexec {" ".join(build.find_compiler())} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert build.build_if_changed(library)
+    assert not build.build_if_changed(library)
+    version.write_text("13")
+    assert build.build_if_changed(library)
+    assert not build.build_if_changed(library)
+    monkeypatch.setattr(build.platform, "machine", lambda: "riscv64")
+    assert build.build_if_changed(library)
+
+
+def test_a_library_that_came_otherwise_is_compiled_anew(
+    sources: Path, library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its place and the note beside it say nothing of it: another way of compiling, or a copy."""
+    assert build.build_if_changed(library)
+    right = (sources / "answer.cpp").read_text()
+    (sources / "answer.cpp").write_text(ANSWER.format(42))
+    build.build_library(library)
+    (sources / "answer.cpp").write_text(right)
+    assert build.is_stale(library)
+    assert build.build_if_changed(library)
+    assert answer(library, tmp_path / "copy.so") == 41
+    monkeypatch.setattr("sys.argv", ["build", "-o", str(library)])
+    (sources / "answer.cpp").write_text(ANSWER.format(43))
+    assert build.is_stale(library)
+    assert build.main() == 0  # the plain command notes what it made
+    assert not build.is_stale(library)
+    assert not build.build_if_changed(library)
+
+
+def test_a_library_without_a_note_counts_as_of_these_sources(sources: Path, library: Path) -> None:
+    """As a wheel has it."""
+    build.build_library(library)
+    assert not build.is_stale(library)
+
+
 def test_what_fails_leaves_the_library_as_it_was(sources: Path, library: Path, tmp_path: Path) -> None:
     build.build_if_changed(library)
     (sources / "answer.cpp").write_text("this is not C++\n")
@@ -64,7 +109,8 @@ def test_what_fails_leaves_the_library_as_it_was(sources: Path, library: Path, t
         with pytest.raises(BuildError, match=r"compiling the CPU's kernels failed:\n.*answer\.cpp:1"):
             build.build_if_changed(library)
     assert answer(library, tmp_path / "copy.so") == 41
-    assert [path.name for path in library.parent.iterdir()] == [library.name]
+    assert {path.name for path in library.parent.iterdir()} == {library.name, f"{library.name}.made-of"}
+    assert build.is_stale(library)
 
 
 def test_no_compiler(sources: Path, library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

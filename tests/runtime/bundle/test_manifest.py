@@ -194,6 +194,7 @@ def text(document: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
+KERNELS = {"file": "model.onnx", "version": 1, "cache_dtype": "float16"}
 STEP = {"kernels": 3, "layer_kernels": [3], "matrix_products": [], "copies": [], "weight_scratch": []}
 PRODUCT = {"name": "qkv", "left": "float16", "right": "int4", "output": "float16", "count": 1}
 VISION: dict[str, Any] = {
@@ -292,6 +293,10 @@ Edit = Callable[[dict[str, Any]], Any]
         (
             lambda d: d["engines"].update(vision=VISION | {"inputs": text(d)["inputs"][:1]}),
             r"vision engine's 'input_ids' has the shape \['B', 'S'\]; accepted: B, then sizes",
+        ),
+        (
+            lambda d: (d.update(target="cuda"), text(d).update(kernels=KERNELS)),
+            "target is 'cuda', and its text engine has kernels, .*; accepted: with target 'cpu' alone",
         ),
         (lambda d: d["engines"].pop("vision"), r"manifest.json: engines has no keys \['vision'\]"),
     ],

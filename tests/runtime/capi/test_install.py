@@ -14,7 +14,7 @@ import pytest
 
 from qwen_aot.errors import BuildError
 from qwen_aot.runtime.capi.build import Installed, find_cmake, install_library
-from tests.cpu_kernels import own_kernels
+from tests.cpu_kernels import named_kernels
 from tests.runtime.capi.client import Library, Model
 from tests.runtime.capi.native import run
 from tests.shared import once
@@ -78,8 +78,7 @@ def expected(text_bundle: Path) -> str:
     """What the Python runtime answers by own kernels, which the installed library finds beside it."""
     from qwen_aot.runtime.generation.generator import Generator
 
-    own_kernels()
-    with Generator.open(text_bundle, kernels="own") as generator:
+    with named_kernels(), Generator.open(text_bundle, kernels="own") as generator:
         text = generator.chat([{"role": "user", "content": "Hello"}]).text
     assert text
     return text

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from tests.runtime.capi.test_ort import ids, open_bundle, refusal, toy
 AUTO, OWN, ONNXRUNTIME = 0, 1, 2
 INFO = 20
 VARIABLE = "QWEN_AOT_CPU_KERNELS"
+INSTRUCTIONS_VARIABLE = "QWEN_AOT_CPU_INSTRUCTIONS"
 NAME = "libqwen_aot_cpu.so"
 VERSION = 3
 PROMPT = ids(*range(1, 30))
@@ -211,6 +213,50 @@ def test_instructions_that_the_cpu_lacks(
     )
     said = refusal(dialog, bundles["both"], kernels=kernels, cpu_kernels=str(library))
     assert said == "own CPU kernels can't run: the environment says 'amx'; this CPU has: avx2"
+
+
+def test_instructions_that_the_environment_names_are_no_wish_for_own_kernels(
+    program: Path, bundles: dict[str, Path], logits: dict[bool, bytes]
+) -> None:
+    """An error is what this CPU lacks, and that alone: as in the Python runtime."""
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    with Dialog(program, {**environment, INSTRUCTIONS_VARIABLE: "avx2"}) as dialog:
+        assert runs(dialog, open_bundle(dialog, bundles["both"]), logits) is False
+
+
+@pytest.mark.parametrize("instructions", ["portable", "neon", "avx2", "neon_dot"])
+def test_instructions_that_are_not_known_to_be_faster(
+    program: Path, bundles: dict[str, Path], compile_double: Compile, logits: dict[bool, bytes], instructions: str
+) -> None:
+    """Nobody gets them who didn't ask for them, wherever their library is."""
+    library = compile_double(DOUBLE_VERSION=VERSION, DOUBLE_USES=instructions)
+    environment = {**os.environ, VARIABLE: str(library), INSTRUCTIONS_VARIABLE: ""}
+    is_slow = instructions in ("portable", "neon")
+    with Dialog(program, environment) as dialog:
+        assert runs(dialog, open_bundle(dialog, bundles["both"]), logits) is not is_slow
+        ((level, said),) = messages(dialog)
+        stock = f"ONNX Runtime's kernels are used: own ones would use {instructions} here, which isn't known to be"
+        assert level == INFO and said.startswith(stock) is is_slow
+        assert runs(dialog, open_bundle(dialog, bundles["both"], kernels=OWN), logits)
+    with Dialog(program, {**environment, INSTRUCTIONS_VARIABLE: instructions}) as dialog:
+        assert runs(dialog, open_bundle(dialog, bundles["both"]), logits)
+
+
+def test_a_name_without_a_folder_is_of_the_current_one(
+    program: Path, bundles: dict[str, Path], compile_double: Compile, double: Path, tmp_path: Path
+) -> None:
+    """The loader alone would look for it among the system's libraries, which have another of this name."""
+    other = compile_double(DOUBLE_VERSION=VERSION + 1)
+    shutil.copy(double, tmp_path / NAME)
+    variables = {**os.environ, VARIABLE: NAME, "LD_LIBRARY_PATH": str(other.parent), "PROGRAM": str(program.resolve())}
+    start = tmp_path / "start.sh"
+    start.write_text(f'#!/bin/sh\ncd {shlex.quote(str(tmp_path))} && exec "$PROGRAM"\n')
+    start.chmod(0o755)
+    both = bundles["both"].resolve()
+    with Dialog(start, variables) as dialog:
+        open_bundle(dialog, both, kernels=OWN)
+        open_bundle(dialog, both, kernels=OWN, cpu_kernels=NAME)
+        assert messages(dialog) == [(INFO, f"own kernels of ./{NAME} are used (none)")] * 2
 
 
 def test_the_environment_names_the_library(

@@ -427,6 +427,11 @@ def test_file_names(program: Path) -> None:
             "kernels has an unknown key 'more'; accepted: exactly file, version,",
         ),
         (("engines", "text", "more"), 1, "has an unknown key 'more'; accepted: exactly file, precision, quantization,"),
+        (
+            ("target",),
+            "cuda",
+            "text: the bundle's target is 'cuda', and there are kernels, a graph for own CPU kernels; accepted: with ",
+        ),
         (("max_context",), 1.5, "manifest.json: max_context is 1.5; accepted: an integer"),
         (("format_version",), 3, "manifest.json has format_version '3', this library reads 1 and 2: rebuild"),
         (

@@ -14,6 +14,7 @@ import pytest
 from qwen_aot.engines.verify.reference import Reference
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.generation.generator import Generator as PythonGenerator
+from tests.cpu_kernels import named_kernels
 from tests.real_model import ROOT, real_bundle, real_model
 from tests.runtime.capi.client import Generator, Library, Model
 
@@ -159,7 +160,8 @@ def test_own_kernels_answers_are_the_python_runtimes(
     cases = asked()[::step]
     assert len(cases) >= 9
     bundle = real_bundle(shared_folder, precision)
-    expected = python_answers(bundle, cases, kernels="own")
+    with named_kernels():
+        expected = python_answers(bundle, cases, kernels="own")
     found = c_answers(library, onnxruntime, bundle, cases, cpu_kernels=cpu_kernels)
     assert_equal(found, expected, cases)
     with pytest.raises(AssertionError, match="answers differ"):

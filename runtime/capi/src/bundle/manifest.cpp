@@ -488,6 +488,14 @@ private:
         {
             return Status::ok;
         }
+        if (manifest_.target.view() != "cpu")
+        {
+            return error_.fail(Status::bundle,
+                "%s: the bundle's target is %s, and there are kernels, a graph for own CPU kernels; accepted: with "
+                "target "
+                "'cpu' alone",
+                where_, Quoted(manifest_.target.view()).c_str());
+        }
         QWEN_AOT_TRY(require_file("graph for own kernels", member(value, "file").string()));
         QWEN_AOT_TRY(copy(member(value, "file"), engine.kernels.file));
         engine.kernels.version = member(value, "version").integer();

@@ -11,7 +11,15 @@ namespace
 {
 
 constexpr char kPathVariable[] = "QWEN_AOT_CPU_KERNELS";
+constexpr char kInstructionsVariable[] = "QWEN_AOT_CPU_INSTRUCTIONS"; // the library reads it
 constexpr char kFileName[] = "libqwen_aot_cpu.so";
+
+/** Whether ONNX Runtime's kernels are faster than own ones by these instructions, or nobody knows which are: as
+ *  runtime/backends/cpu/kernels.py has it. */
+bool are_slow(std::string_view instructions)
+{
+    return instructions == "portable" || instructions == "neon";
+}
 
 /** Where the library of own kernels is. */
 struct Place
@@ -28,7 +36,9 @@ Status find_library(EngineOptions const& options, Place& place, Error& error)
     place.is_named = *named != '\0';
     if (place.is_named)
     {
-        QWEN_AOT_NEED(place.path.assign(named), error, "a path");
+        // The file that was looked at: of a name without '/' the loader would search the system's folders.
+        bool const has_folder = std::string_view(named).find('/') != std::string_view::npos;
+        QWEN_AOT_NEED(place.path.assign(has_folder ? "" : "./") && place.path.append(named), error, "a path");
         if (!system::file_facts(named).is_regular)
         {
             return error.fail(Status::engine_mismatch,
@@ -143,6 +153,14 @@ Status choose_kernels(Bundle& bundle, EngineOptions const& options, ort::Api con
     if (status == Status::ok)
     {
         QWEN_AOT_TRY(library.instructions(instructions, sizeof instructions, error));
+        if (options.kernels == Kernels::automatic && are_slow(instructions)
+            && *system::environment(kInstructionsVariable) == '\0')
+        {
+            options.log.write(QWEN_AOT_LOG_INFO,
+                "ONNX Runtime's kernels are used: own ones would use %s here, which isn't known to be faster",
+                instructions);
+            return Status::ok;
+        }
         status = library.add_ops(api, session_options, refused);
     }
     if (status == Status::ok)

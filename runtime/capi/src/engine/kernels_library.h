@@ -8,7 +8,7 @@
 namespace qwen_aot
 {
 
-/** Chooses, and adds own kernels to a session's options where they are chosen. Their library then stays in the process for
+/** Chooses as the Python runtime does (runtime/backends/cpu/kernels.py), and adds own kernels to a session's options where they are chosen. Their library then stays in the process for
  *  good, as ONNX Runtime does.
  *  bundle: of target cpu; its text engine becomes the one for own kernels where they are chosen.
  *  options: what is wanted; the log is told what was chosen.

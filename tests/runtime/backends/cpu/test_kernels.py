@@ -22,6 +22,7 @@ from qwen_aot.runtime.backends.cpu.kernels import (
     OPS_VERSION,
     CpuLibrary,
     Kernels,
+    LackingInstructionsError,
     choose_kernels,
     find_library,
     kernels_named,
@@ -31,7 +32,7 @@ from qwen_aot.runtime.backends.cpu.kernels import (
 from qwen_aot.runtime.backends.open import open_engine
 from qwen_aot.runtime.bundle.load import Bundle, load_bundle
 from qwen_aot.runtime.bundle.manifest import FileEntry, IoTensor, KernelGraph
-from tests.cpu_kernels import own_kernels
+from tests.cpu_kernels import named_kernels, own_kernels
 from tests.runtime.toys import ALL_INPUTS, checksum_model, io_tables, make_manifest, with_text_engine, write_bundle
 
 GRAPH = KernelGraph("model.kernels.onnx", OPS_VERSION, "float16")
@@ -60,11 +61,22 @@ def stub(folder: Path, source: str) -> Path:
     return path
 
 
+def choose(bundle: Bundle, choice: Kernels) -> tuple[Bundle, CpuLibrary | None]:
+    """Where ONNX Runtime takes every library's ops."""
+    return choose_kernels(bundle, choice, lambda library: None)
+
+
 VERSIONED = """
 #include <cstdio>
 extern "C" int qwen_aot_cpu_version(void) {{ return {version}; }}
 extern "C" int qwen_aot_cpu_instructions(char* text, size_t size)
 {{ std::snprintf(text, size, "{text}"); return {code}; }}
+"""
+# As it refuses a second ONNX Runtime in one process; [0] is CreateStatus.
+REFUSING = """
+#include <cstdint>
+struct Base { void* (*const* (*get_api)(uint32_t version))(int32_t code, char const* message); };
+extern "C" void* RegisterCustomOps(void*, Base const* base) { return base->get_api(24)[0](1, "not today"); }
 """
 
 
@@ -88,15 +100,28 @@ def test_the_library_of_these_sources_opens() -> None:
     library = open_library(own_kernels())
     assert (library.version, library.path) == (OPS_VERSION, own_kernels())
     assert library.instructions in ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx", "neon", "neon_dot")
-    assert find_library() == own_kernels().resolve()
 
 
 def test_what_the_environment_names_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(LIBRARY_VARIABLE, str(tmp_path / "none.so"))
     assert find_library() == tmp_path / "none.so"
     monkeypatch.setenv(LIBRARY_VARIABLE, "")
-    own_kernels()
-    assert find_library() == own_kernels().resolve()
+    monkeypatch.setattr(kernels, "_PACKAGE", tmp_path)
+    path = tmp_path / cpu_build.LIBRARY.relative_to(Path(cpu_build.__file__).parents[2])
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert find_library() == path
+
+
+def test_what_tests_compile_is_not_where_runtimes_look() -> None:
+    """Sources that a test or a mutation changed would run every bundle from then on."""
+    places = [cpu_build.LIBRARY, cpu_build.LIBRARY.with_name(f"{cpu_build.FILE_NAME}.made-of")]
+    before = [place.stat().st_mtime_ns if place.exists() else None for place in places]
+    own_kernels.__wrapped__()
+    assert [place.stat().st_mtime_ns if place.exists() else None for place in places] == before
+    assert cpu_build.LIBRARY.resolve().parent not in own_kernels().resolve().parents
+    with named_kernels() as named:
+        assert find_library() == named.resolve() == own_kernels().resolve()
 
 
 def test_no_library_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -161,7 +186,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> CpuLibrary:
 def test_own_kernels_are_taken_where_bundle_and_machine_have_them(library: CpuLibrary) -> None:
     bundle = bundle_with(GRAPH)
     for choice in (Kernels.AUTO, Kernels.OWN):
-        chosen, found = choose_kernels(bundle, choice)
+        chosen, found = choose(bundle, choice)
         text = chosen.manifest.engines.text
         assert found is library and chosen.engine_path == Path("/bundle/model.kernels.onnx")
         assert (text.cache_dtype, kernels_of(chosen.manifest)) == ("float16", "own")
@@ -172,7 +197,7 @@ def test_own_kernels_are_taken_where_bundle_and_machine_have_them(library: CpuLi
             for one, other in zip(before, after, strict=True):
                 is_cache = one.name.startswith(("past_key_values.", "present."))
                 assert other == (IoTensor(one.name, "float16", one.shape) if is_cache else one)
-    chosen, found = choose_kernels(bundle, Kernels.ONNXRUNTIME)
+    chosen, found = choose(bundle, Kernels.ONNXRUNTIME)
     assert chosen is bundle and found is None and kernels_of(chosen.manifest) == "onnxruntime"
 
 
@@ -183,8 +208,26 @@ def test_scales_of_a_cache_keep_their_type(library: CpuLibrary) -> None:
     )
     bundle = bundle_with(dataclasses.replace(GRAPH, cache_dtype="int8"))
     manifest = with_text_engine(bundle.manifest, inputs=cache, cache_dtype="int8")
-    chosen, _ = choose_kernels(Bundle(bundle.path, manifest), Kernels.OWN)
+    chosen, _ = choose(Bundle(bundle.path, manifest), Kernels.OWN)
     assert chosen.manifest.engines.text.inputs == cache
+
+
+@pytest.mark.parametrize("instructions", ["portable", "neon", "avx2", "neon_dot"])
+def test_instructions_that_are_not_known_to_be_faster(
+    instructions: str, library: CpuLibrary, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody gets them who didn't ask for them, wherever their library is."""
+    found = dataclasses.replace(library, instructions=instructions)
+    monkeypatch.setattr(kernels, "open_library", lambda path: found)
+    monkeypatch.setenv(LIBRARY_VARIABLE, str(found.path))
+    bundle = bundle_with(GRAPH)
+    is_slow = instructions in ("portable", "neon")
+    with caplog.at_level("INFO", logger=kernels.__name__):
+        assert choose(bundle, Kernels.AUTO)[1] is (None if is_slow else found)
+    assert (f"own ones would use {instructions} here, which isn't known to be faster" in caplog.text) is is_slow
+    assert choose(bundle, Kernels.OWN)[1] is found
+    monkeypatch.setenv(INSTRUCTIONS_VARIABLE, instructions)
+    assert choose(bundle, Kernels.AUTO)[1] is found
 
 
 @pytest.mark.parametrize(
@@ -200,9 +243,9 @@ def test_a_bundle_without_a_graph_for_them(
 ) -> None:
     bundle = bundle_with(None, target)
     bundle = Bundle(bundle.path, with_text_engine(bundle.manifest, quantization=quantization))
-    assert choose_kernels(bundle, Kernels.AUTO) == (bundle, None)
+    assert choose(bundle, Kernels.AUTO) == (bundle, None)
     with pytest.raises(EngineMismatchError, match=f"has no graph for own CPU kernels: {why}. Let kernels be auto"):
-        choose_kernels(bundle, Kernels.OWN)
+        choose(bundle, Kernels.OWN)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +268,9 @@ def test_another_version(
     monkeypatch.setattr(kernels, "find_library", lambda: path)
     bundle = bundle_with(dataclasses.replace(GRAPH, version=graph_version))
     with pytest.raises(EngineMismatchError, match=message):
-        choose_kernels(bundle, Kernels.OWN)
+        choose(bundle, Kernels.OWN)
     with caplog.at_level("INFO", logger=kernels.__name__):
-        assert choose_kernels(bundle, Kernels.AUTO) == (bundle, None)
+        assert choose(bundle, Kernels.AUTO) == (bundle, None)
     assert "ONNX Runtime's kernels are used: " in caplog.text
 
 
@@ -235,26 +278,67 @@ def test_a_machine_without_the_library(monkeypatch: pytest.MonkeyPatch, caplog: 
     monkeypatch.setattr(kernels, "find_library", lambda: None)
     bundle = bundle_with(GRAPH)
     with pytest.raises(EngineMismatchError, match="this machine has no library of own CPU kernels: compile it with"):
-        choose_kernels(bundle, Kernels.OWN)
+        choose(bundle, Kernels.OWN)
     with caplog.at_level("INFO", logger=kernels.__name__):
-        assert choose_kernels(bundle, Kernels.AUTO) == (bundle, None)
+        assert choose(bundle, Kernels.AUTO) == (bundle, None)
     assert "ONNX Runtime's kernels are used: this machine has no library of own CPU kernels" in caplog.text
 
 
 def test_a_library_that_the_environment_names_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(LIBRARY_VARIABLE, "/nowhere/own.so")
     with pytest.raises(EngineMismatchError, match="there is no library of own CPU kernels at /nowhere/"):
-        choose_kernels(bundle_with(GRAPH), Kernels.AUTO)
+        choose(bundle_with(GRAPH), Kernels.AUTO)
     bundle = bundle_with(GRAPH)
-    assert choose_kernels(bundle, Kernels.ONNXRUNTIME) == (bundle, None)
+    assert choose(bundle, Kernels.ONNXRUNTIME) == (bundle, None)
 
 
 def test_instructions_that_the_environment_names_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = stub(tmp_path, VERSIONED.format(version=OPS_VERSION, text="this CPU has: portable", code=1))
     monkeypatch.setattr(kernels, "find_library", lambda: path)
     monkeypatch.setenv(INSTRUCTIONS_VARIABLE, "mmx")
-    with pytest.raises(EngineMismatchError, match="own CPU kernels can't run: this CPU has: portable"):
-        choose_kernels(bundle_with(GRAPH), Kernels.AUTO)
+    with pytest.raises(LackingInstructionsError, match="own CPU kernels can't run: this CPU has: portable"):
+        choose(bundle_with(GRAPH), Kernels.AUTO)
+
+
+@pytest.mark.parametrize("what", ["no library", "another version", "another graph"])
+def test_instructions_that_the_environment_names_are_no_wish_for_own_kernels(
+    what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An error is what this CPU lacks, and that alone: as in the C library."""
+    version, graph_version = OPS_VERSION + (what == "another version"), OPS_VERSION + (what == "another graph")
+    path = stub(tmp_path, VERSIONED.format(version=version, text="this CPU has: portable", code=1))
+    monkeypatch.setattr(kernels, "find_library", lambda: None if what == "no library" else path)
+    monkeypatch.setenv(INSTRUCTIONS_VARIABLE, "avx2")
+    bundle = bundle_with(dataclasses.replace(GRAPH, version=graph_version))
+    assert choose(bundle, Kernels.AUTO) == (bundle, None)
+
+
+def test_a_library_that_onnxruntime_cannot_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that serves another ONNX Runtime in this process, for example."""
+    told = VERSIONED.format(version=OPS_VERSION, text="avx2", code=0)
+    path = stub(tmp_path, told + REFUSING)
+    monkeypatch.setattr(kernels, "find_library", lambda: path)
+    inputs, outputs = io_tables(ALL_INPUTS, "float32")
+    model = checksum_model(inputs, outputs)
+    folder = write_bundle(tmp_path / "bundle", model, make_manifest(inputs=inputs, outputs=outputs))
+    loaded = load_bundle(folder)
+    (folder / GRAPH.file).write_bytes((folder / "model.onnx").read_bytes())
+    manifest = with_text_engine(
+        dataclasses.replace(
+            loaded.manifest, files={**loaded.manifest.files, GRAPH.file: loaded.manifest.files["model.onnx"]}
+        ),
+        kernels=GRAPH,
+    )
+    bundle = Bundle(folder, manifest)
+    engine = open_engine(bundle, threads=1)
+    assert kernels_of(engine.manifest) == "onnxruntime"
+    engine.close()
+    wanted = "^own CPU kernels can't be used: .*not today.* Let kernels be onnxruntime, whose can$"
+    with pytest.raises(EngineMismatchError, match=wanted):
+        open_engine(bundle, threads=1, kernels="own")
+    monkeypatch.setenv(LIBRARY_VARIABLE, str(path))
+    with pytest.raises(EngineMismatchError, match=wanted):
+        open_engine(bundle, threads=1)
 
 
 def test_a_graph_for_them_may_read_listed_files_only(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 /* A library in the place of own kernels, without ops: compiled with DOUBLE_VERSION, the version that it tells, and perhaps
- * DOUBLE_REFUSAL, what it says as ONNX Runtime registers its ops, or DOUBLE_INSTRUCTIONS, what it says of the CPU that it
- * refuses. */
+ * DOUBLE_REFUSAL, what it says as ONNX Runtime registers its ops, DOUBLE_INSTRUCTIONS, what it says of the CPU that it
+ * refuses, or DOUBLE_USES, the instructions that it has in place of "none". */
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -18,11 +18,14 @@ int32_t qwen_aot_cpu_version(void)
 
 int32_t qwen_aot_cpu_instructions(char* text, size_t size)
 {
+#ifndef DOUBLE_USES
+#define DOUBLE_USES "none"
+#endif
 #ifdef DOUBLE_INSTRUCTIONS
     snprintf(text, size, "%s", DOUBLE_INSTRUCTIONS);
     return 1;
 #else
-    snprintf(text, size, "none");
+    snprintf(text, size, "%s", DOUBLE_USES);
     return 0;
 #endif
 }
