@@ -284,8 +284,8 @@ def right_answers(bundle: Path) -> int:
 def test_quantized_models_still_know_what_the_fp32_one_knows(bundle: Callable[[str], Path]) -> None:
     """Seen: fp32 11 of 16; int8 11 and 12, by ONNX Runtime's kernels and by own ones; int4 10 and 8 (of 40: 20 and 22).
 
-    Two answers are one standard deviation of 16, and each kernel's order of sums draws anew: int4 may lose two of them. KL
-    tells kernels apart far better (`test_verify_passes_with_the_stated_bounds`).
+    Two answers are one standard deviation of 16, and each kernel's order of sums draws anew: int4 may lose two of them.
+    KL tells kernels apart far better (`test_verify_passes_with_the_stated_bounds`).
     """
     known = right_answers(bundle("fp32"))
     assert known >= 9
