@@ -137,7 +137,7 @@ def _check_engine(
         hashes = make_weights(lowered, checkpoint, bundled.compare, on_progress=on_progress, threads=threads)
         differing = bundled.differing | bundled.left_over(hashes)
         if isinstance(engine, TextEngine) and engine.kernels is not None:
-            differing |= bundled.read_otherwise(folder / engine.kernels.file)
+            differing = bundled.read_otherwise(folder / engine.kernels.file) | differing
     if recorded is not None:  # of the rotary tables the bytes were compared more closely
         computed = _computed(lowered)
         by_hash = {name: why for name, why in _differing_hashes(hashes, recorded).items() if name not in computed}
