@@ -44,7 +44,9 @@ class Installed:
         shared: libqwen_aot.so, a link to the file of the version.
         static: libqwen_aot.a.
         pkg_config: qwen_aot.pc.
-        cpu_kernels: libqwen_aot_cpu.so, which runs bundles for the CPU that have a graph for it.
+        cpu_kernels: libqwen_aot_cpu.so, which runs bundles for the CPU that have a graph for it; None: the system's
+            compiler couldn't make it, and the C library does without.
+        no_cpu_kernels: why there is none; empty where there is.
     """
 
     prefix: Path
@@ -52,7 +54,8 @@ class Installed:
     shared: Path
     static: Path
     pkg_config: Path
-    cpu_kernels: Path
+    cpu_kernels: Path | None
+    no_cpu_kernels: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,8 @@ def install_library(
 
     Raises:
         BuildError: a tool is missing, the prefix can't be written, or a step failed; the prefix is as it was, unless
-            the copying of finished files was what failed.
+            the copying of finished files was what failed. Not raised where only the CPU's kernels don't compile by the
+            system's compiler: `Installed.no_cpu_kernels` says so.
     """
     own = platform.machine()
     processor = processor or own
@@ -143,7 +147,13 @@ def install_library(
         _Stage(tell, "compile", 2, [cmake, "--build", str(build), "--parallel", str(jobs or usable_cores())]).run()
         tell(Progress("compile CPU kernels", 3))
         compiler = portable_compiler("c++", processor) if is_portable else None
-        build_library(whole / "lib" / FILE_NAME, compiler=compiler, flags=FOR_OTHERS, jobs=jobs)
+        no_kernels = ""
+        try:
+            build_library(whole / "lib" / FILE_NAME, compiler=compiler, flags=FOR_OTHERS, jobs=jobs)
+        except BuildError as error:
+            if is_portable:  # others are given what this machine makes: it is whole
+                raise
+            no_kernels = str(error)
         tell(Progress("compile CPU kernels", 3, done=1, total=1))
         _Stage(tell, "install", 4, [cmake, "--install", str(build)]).run()
         try:
@@ -158,7 +168,8 @@ def install_library(
         shared=library / "libqwen_aot.so",
         static=library / "libqwen_aot.a",
         pkg_config=library / "pkgconfig" / "qwen_aot.pc",
-        cpu_kernels=library / FILE_NAME,
+        cpu_kernels=None if no_kernels else library / FILE_NAME,
+        no_cpu_kernels=no_kernels,
     )
 
 

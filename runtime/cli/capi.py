@@ -83,13 +83,17 @@ def command(
                 "shared_bytes": bytes_,
                 "static": str(done.static),
                 "pkg_config": str(done.pkg_config),
-                "cpu_kernels": str(done.cpu_kernels),
+                "cpu_kernels": None if done.cpu_kernels is None else str(done.cpu_kernels),
+                "no_cpu_kernels": done.no_cpu_kernels or None,
                 "onnxruntime": None if runtime is None else str(runtime),
             }
         )
         return
-    others = ", ".join(path.name for path in (done.static, done.cpu_kernels, done.header, done.pkg_config))
+    paths = (done.static, done.cpu_kernels, done.header, done.pkg_config)
+    others = ", ".join(path.name for path in paths if path is not None)
     say(stdout(), f"{done.shared}: {size(bytes_)}, and {others}")
+    if done.no_cpu_kernels:
+        say(stdout(), f"Own kernels for the CPU aren't installed (docs/cpu-kernels.md): {done.no_cpu_kernels}")
     if runtime is not None:
         say(stdout(), f"ONNX Runtime's library, which bundles for cpu and cuda run with: {runtime}")
 

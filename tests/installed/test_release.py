@@ -108,6 +108,7 @@ def test_wheels_with_own_kernels(made: Path, processor: str, tmp_path: Path) -> 
 
 
 def test_own_kernels_beside_the_c_library(portable: Installed, processor: str) -> None:
+    assert portable.cpu_kernels is not None
     assert MACHINES[processor] in run(["readelf", "--file-header", portable.cpu_kernels])
     assert newest_glibc(portable.cpu_kernels) <= tuple(map(int, OLDEST_GLIBC.split(".")))
     assert needed(portable.cpu_kernels) <= OF_GLIBC

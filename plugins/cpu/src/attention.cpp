@@ -34,8 +34,7 @@ AttentionKernels<T> const& chosen_kernels()
         case Instructions::avx2:
         case Instructions::avx_vnni: return attention_kernels<Instructions::avx2, T>();
         case Instructions::avx512:
-        case Instructions::avx512_vnni:
-        case Instructions::amx: return attention_kernels<Instructions::avx512, T>();
+        case Instructions::avx512_vnni: return attention_kernels<Instructions::avx512, T>();
 #elif defined(__aarch64__)
         case Instructions::neon:
         case Instructions::neon_dot: return attention_kernels<Instructions::neon, T>();

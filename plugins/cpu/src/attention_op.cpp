@@ -7,12 +7,25 @@ namespace qwen_aot::cpu
 namespace
 {
 
+// With these, no product of sizes overflows.
+constexpr int64_t kLargest = int64_t{1} << 16; // of heads, and of their size
+constexpr int64_t kLongest = int64_t{1} << 31; // of a cache
+
 void require(bool holds, char const* what, int64_t found, int64_t accepted)
 {
     if (!holds)
     {
         throw Error(std::string("QwenGQA: ") + what + " is " + std::to_string(found)
             + "; accepted: " + std::to_string(accepted));
+    }
+}
+
+void require_within(int64_t least, int64_t found, int64_t most, char const* what)
+{
+    if (found < least || found > most)
+    {
+        throw Error(std::string("QwenGQA: ") + what + " is " + std::to_string(found)
+            + "; accepted: " + std::to_string(least) + " to " + std::to_string(most));
     }
 }
 
@@ -36,10 +49,12 @@ AttentionOp<T>::AttentionOp(ort::Info const* info)
     , num_kv_heads_(int_attribute(info, "num_kv_heads"))
     , scale_(float_attribute(info, "scale"))
 {
-    if (num_kv_heads_ < 1 || num_heads_ < 1 || num_heads_ % num_kv_heads_ != 0)
+    require_within(1, num_heads_, kLargest, "num_heads");
+    require_within(1, num_kv_heads_, kLargest, "num_kv_heads");
+    if (num_heads_ % num_kv_heads_ != 0)
     {
         throw Error("QwenGQA: " + std::to_string(num_heads_) + " heads and " + std::to_string(num_kv_heads_)
-            + " of keys and values; accepted: a multiple, at least 1");
+            + " of keys and values; accepted: a multiple");
     }
 }
 
@@ -60,6 +75,8 @@ void AttentionOp<T>::compute(ort::Context* context) const
     step.scale = scale_;
     int64_t const width = step.H * step.D, kv_width = step.Hkv * step.D;
     bool const is_packed = !key;
+    require_within(2, step.D, kLargest, "the head size");
+    require_within(0, step.C, kLongest, "the length of past_key");
     require(past_key.sizes[0] == step.B, "the rows of past_key", past_key.sizes[0], step.B);
     require(past_key.sizes[1] == step.Hkv, "the heads of past_key", past_key.sizes[1], step.Hkv);
     require(past_value.count() == past_key.count(), "the size of past_value", past_value.count(), past_key.count());

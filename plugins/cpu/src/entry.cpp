@@ -5,6 +5,8 @@
 #include "op.h"
 
 #include <cstdio>
+#include <memory>
+#include <mutex>
 
 namespace qwen_aot::cpu
 {
@@ -25,6 +27,23 @@ void fill(void const* table)
     ort::api.name = reinterpret_cast<decltype(ort::api.name)>(places[place]);
     QWEN_AOT_ORT_FUNCTIONS(QWEN_AOT_ORT_FILL)
 #undef QWEN_AOT_ORT_FILL
+}
+
+struct Release
+{
+    void operator()(ort::Domain* domain) const { ort::api.release_domain(domain); }
+};
+
+/** The domain with all ops. Throws what `guarded` catches; nothing is left then. */
+ort::Domain* make_domain()
+{
+    ort::Domain* made = nullptr;
+    check(ort::api.create_domain(kDomain, &made));
+    std::unique_ptr<ort::Domain, Release> owned(made);
+    check(ort::api.add_op(made, custom_op<LinearOp>()));
+    check(ort::api.add_op(made, custom_op<AttentionOp<Half>>()));
+    check(ort::api.add_op(made, custom_op<AttentionOp<float>>()));
+    return owned.release();
 }
 
 } // namespace
@@ -53,7 +72,8 @@ extern "C" __attribute__((visibility("default"))) int32_t qwen_aot_cpu_instructi
     }
 }
 
-/** What registers the ops, by the name that ONNX Runtime looks for. The domain lives as long as the process. */
+/** What registers the ops, by the name that ONNX Runtime looks for. The domain lives as long as the process;
+ *  where it can't be made, ONNX Runtime's own status says why, and the next call tries again. Any thread. */
 extern "C" __attribute__((visibility("default"))) qwen_aot::cpu::ort::Failure* RegisterCustomOps(
     qwen_aot::cpu::ort::SessionOptions* options, qwen_aot::cpu::ort::ApiBase const* base)
 {
@@ -63,34 +83,26 @@ extern "C" __attribute__((visibility("default"))) qwen_aot::cpu::ort::Failure* R
     {
         return nullptr; // an older ONNX Runtime: the graph's ops stay unknown to it, which it says
     }
-    static void const* const first = table;
-    if (table != first)
+    static std::mutex mutex;
+    static void const* owner = nullptr; // whose functions kernels call, once its domain is made
+    static ort::Domain* domain = nullptr;
+    std::lock_guard<std::mutex> const lock(mutex);
+    if (domain != nullptr && table != owner)
     {
-        // Kernels call the functions of the runtime that registered them first, which are no other runtime's.
         auto const create_status =
             reinterpret_cast<decltype(ort::api.create_status)>(static_cast<void* const*>(table)[0]);
         return create_status(ort::kFail,
             "libqwen_aot_cpu.so serves another ONNX Runtime in this process already; a copy of the file can serve this "
             "one");
     }
-    static ort::Domain* const domain = [table] {
-        fill(table);
-        ort::Domain* made = nullptr;
-        if (guarded([&] {
-                check(ort::api.create_domain(kDomain, &made));
-                check(ort::api.add_op(made, custom_op<LinearOp>()));
-                check(ort::api.add_op(made, custom_op<AttentionOp<Half>>()));
-                check(ort::api.add_op(made, custom_op<AttentionOp<float>>()));
-            })
-            != nullptr)
-        {
-            made = nullptr;
-        }
-        return made;
-    }();
-    if (domain == nullptr)
+    if (domain == nullptr) // none is made yet, or making it failed: no kernel calls a function
     {
-        return ort::api.create_status(ort::kFail, "the ops of qwen_aot.cpu can't be registered");
+        fill(table);
+        if (ort::Failure* const failure = guarded([] { domain = make_domain(); }))
+        {
+            return failure;
+        }
+        owner = table;
     }
     return ort::api.add_domain(options, domain);
 }

@@ -8,8 +8,7 @@
 #if defined(__aarch64__)
 #include <sys/auxv.h>
 #elif defined(__x86_64__)
-#include <sys/syscall.h>
-#include <unistd.h>
+#include <cpuid.h>
 #endif
 
 namespace qwen_aot::cpu
@@ -28,9 +27,18 @@ struct Row
 
 #if defined(__x86_64__)
 
+// Names that older compilers' __builtin_cpu_supports doesn't know are looked up by cpuid; whether Linux keeps their
+// registers is what "avx2" says.
+
+bool has_f16c()
+{
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1) != 0;
+}
+
 bool has_avx2()
 {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 
 bool has_avx512()
@@ -39,39 +47,27 @@ bool has_avx512()
         && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+#if QWEN_AOT_HAS_AVX_VNNI
 bool has_avx_vnni()
 {
-    // Leaf 7.1, EAX bit 4: older compilers don't know its name.
-    unsigned eax = 7, ebx = 0, ecx = 1, edx = 0;
-    __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-    return has_avx2() && (eax >> 4 & 1) != 0;
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
 }
+#endif
 
 bool has_avx512_vnni()
 {
     return has_avx512() && __builtin_cpu_supports("avx512vnni");
 }
 
-bool has_amx()
-{
-    unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
-    __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-    bool const has_tiles = (edx >> 24 & 1) != 0 && (edx >> 25 & 1) != 0; // AMX-TILE, AMX-INT8
-    if (!has_avx512_vnni() || !has_tiles)
-    {
-        return false;
-    }
-    // Linux gives the tiles' state to a process that asks: ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA.
-    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-}
-
 constexpr Row kRows[] = {
     {Instructions::portable, "portable", [] { return true; }},
     {Instructions::avx2, "avx2", has_avx2},
+#if QWEN_AOT_HAS_AVX_VNNI
     {Instructions::avx_vnni, "avx_vnni", has_avx_vnni},
+#endif
     {Instructions::avx512, "avx512", has_avx512},
     {Instructions::avx512_vnni, "avx512_vnni", has_avx512_vnni},
-    {Instructions::amx, "amx", has_amx},
 };
 
 #elif defined(__aarch64__)

@@ -1,6 +1,14 @@
 /** Which instructions this CPU has, and which of them kernels use. */
 #pragma once
 
+/** Whether the compiler knows AVX-VNNI: GCC 11 and Clang 12 are the first. By an older one the library has no kernels for
+ *  it, and a CPU that has it uses those for AVX2. */
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define QWEN_AOT_HAS_AVX_VNNI 1
+#else
+#define QWEN_AOT_HAS_AVX_VNNI 0
+#endif
+
 namespace qwen_aot::cpu
 {
 
@@ -13,7 +21,6 @@ enum class Instructions
     avx_vnni,    // AVX-VNNI: 8-bit dot products of 256 bits
     avx512,      // F, BW, DQ, VL
     avx512_vnni, // 8-bit dot products of 512 bits
-    amx,         // tiles of 8-bit integers
     neon,        // aarch64
     neon_dot     // 8-bit dot products
 };

@@ -25,10 +25,11 @@ LinearKernels const& kernels()
         {
 #if defined(__x86_64__)
         case Instructions::avx2: return kLinearAvx2;
+#if QWEN_AOT_HAS_AVX_VNNI
         case Instructions::avx_vnni: return kLinearAvxVnni;
+#endif
         case Instructions::avx512: return kLinearAvx512;
-        case Instructions::avx512_vnni:
-        case Instructions::amx: return kLinearAvx512Vnni;
+        case Instructions::avx512_vnni: return kLinearAvx512Vnni;
 #elif defined(__aarch64__)
         case Instructions::neon: return kLinearNeon;
         case Instructions::neon_dot: return kLinearNeonDot;

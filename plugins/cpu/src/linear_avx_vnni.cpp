@@ -1,5 +1,7 @@
 /** Projections with 8-bit dot products of 256 bits. */
-#if defined(__x86_64__)
+#include "instructions.h"
+
+#if QWEN_AOT_HAS_AVX_VNNI
 
 #include "linear_kernels.h"
 

@@ -1,6 +1,7 @@
 /** What one set of instructions provides for a projection. */
 #pragma once
 
+#include "instructions.h"
 #include "linear.h"
 
 namespace qwen_aot::cpu
@@ -53,7 +54,9 @@ struct LinearKernels
 extern LinearKernels const kLinearPortable;
 #if defined(__x86_64__)
 extern LinearKernels const kLinearAvx2;
+#if QWEN_AOT_HAS_AVX_VNNI
 extern LinearKernels const kLinearAvxVnni;
+#endif
 extern LinearKernels const kLinearAvx512;
 extern LinearKernels const kLinearAvx512Vnni;
 #elif defined(__aarch64__)

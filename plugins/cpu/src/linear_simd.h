@@ -35,6 +35,12 @@ constexpr int32_t middle()
     return Bits == 4 ? 8 : 128 - V::kOffset;
 }
 
+/** An int32 of four bytes with this value, 0 to 255. */
+constexpr int32_t four_of(int32_t byte)
+{
+    return static_cast<int32_t>(static_cast<uint32_t>(byte) * 0x01010101U);
+}
+
 inline int64_t smaller(int64_t a, int64_t b)
 {
     return a < b ? a : b;
@@ -62,11 +68,13 @@ QWEN_AOT_INLINE typename V::F exponential(typename V::F x)
     return reinterpret_cast<F>(reinterpret_cast<typename V::I>(series) + (power << 23));
 }
 
-/** silu(gate) * up. silu is within 2^-21 of its value, relatively, or within 10^-36. */
+/** silu(gate) * up. silu is within 2^-21 of its value, relatively, or within 10^-36; 0 for gates below -104, -infinity
+ *  too, where the exponential is that of 88 and no longer grows with the gate. NaN gives NaN. */
 template <class V>
 QWEN_AOT_INLINE typename V::F swiglu(typename V::F gate, typename V::F up)
 {
-    return gate / (exponential<V>(-gate) + 1.0F) * up;
+    typename V::F const silu = gate / (exponential<V>(-gate) + 1.0F);
+    return (gate < V::broadcast(-104.0F) ? V::broadcast(0.0F) : silu) * up;
 }
 
 /** Zero points of `count` blocks from block b on (a multiple of 8), a lane each, as multiply_16 takes them. */
@@ -173,7 +181,8 @@ inline void arrange_vectors(Linear const& linear, int8_t* codes, int64_t count, 
 {
     constexpr int L = V::kLanes, kStep = V::kBytes * 8 / Bits;
     using I = typename V::I;
-    I const factor = V::broadcast((linear.zero_points != nullptr ? 1 : middle<V, Bits>()) * 0x01010101);
+    constexpr int32_t kOnes = four_of(1), kMiddles = four_of(middle<V, Bits>()); // constants: none overflows
+    I const factor = V::broadcast(linear.zero_points != nullptr ? kOnes : kMiddles);
     for (int64_t k = 0; k < count; k += kStep, corrections += L)
     {
         I const first = V::load(codes + k);

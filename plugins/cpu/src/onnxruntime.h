@@ -59,6 +59,7 @@ enum Characteristic : int32_t
     X(91, output, Failure*, (Context*, size_t index, int64_t const* sizes, size_t count, Value**))                      \
     X(99, release_shape, void, (ShapeInfo*))                                                                            \
     X(93, release_status, void, (Failure*))                                                                             \
+    X(101, release_domain, void, (Domain*))                                                                             \
     X(249, constant_input, Failure*, (Info const*, size_t index, int* is_constant, Value const**))                      \
     X(274, parallel_for, Failure*, (Context const*, void (*run)(void* user, size_t index), size_t count,                \
         size_t batches, void* user))

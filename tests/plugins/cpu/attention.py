@@ -177,6 +177,37 @@ def _session(
     )
 
 
+def attend_shapes(library: Path, H: int, Hkv: int, query: tuple[int, ...], cache: tuple[int, ...]) -> None:
+    """A step of zeros, on shapes that needn't be any that the op accepts: no row holds anything or has a new token.
+
+    Args:
+        library: of the kernels.
+        H: the attribute num_heads.
+        Hkv: the attribute num_kv_heads.
+        query: its shape, with keys and values behind it.
+        cache: shape of past_key and past_value.
+    """
+    inputs: list[tuple[str, int, Sequence[int | str]] | None] = [
+        ("query", FLOAT, ["a0", "a1", "a2"]),
+        None,
+        None,
+        *((name, FLOAT16, ["b0", "b1", "b2", "b3"]) for name in ("past_key", "past_value")),
+        *((name, FLOAT, ["c0", "c1"]) for name in ("cos", "sin")),
+        None,
+        *((name, INT64, ["d0"]) for name in ("cache_length", "new_tokens")),
+    ]
+    outputs: list[tuple[str, int, Sequence[int | str]]] = [
+        ("attention", FLOAT, ["e0", "e1", "e2"]),
+        *((name, FLOAT16, ["f0", "f1", "f2", "f3"]) for name in ("present_key", "present_value")),
+    ]
+    session = session_of(library, "QwenGQA", inputs, outputs, {"num_heads": H, "num_kv_heads": Hkv, "scale": 1.0}, {})
+    rows = np.zeros(query[0], np.int64)
+    feeds = {"query": np.zeros(query, np.float32), "cache_length": rows, "new_tokens": rows}
+    feeds |= {name: np.zeros(cache, np.float16) for name in ("past_key", "past_value")}
+    feeds |= {name: np.zeros((8, cache[3] // 2), np.float32) for name in ("cos", "sin")}
+    session.run(None, feeds)
+
+
 def at_border(array: np.ndarray) -> np.ndarray:
     """A copy whose end is that of its page; the next may not be touched."""
     page = mmap.PAGESIZE

@@ -25,6 +25,7 @@ from tests.plugins.cpu.attention import (
     Step,
     at_border,
     attend,
+    attend_shapes,
     attended,
     check,
     process_of,
@@ -228,6 +229,52 @@ def test_a_step_that_does_not_fit_is_refused(portable: Kernels, change: dict[str
     step = random_step(9, [8], [2], H=2)
     with pytest.raises(Exception, match=message):
         portable.attend(replace(step, **change))
+
+
+@pytest.mark.parametrize(
+    ("H", "Hkv", "query", "cache", "message"),
+    [
+        (1, 1, (1, 1, 0), (1, 1, 4, 0), "the head size is 0; accepted: 2 to 65536"),
+        (1, 1, (1, 1, 3 * 65538), (1, 1, 4, 65538), "the head size is 65538; accepted: 2 to 65536"),
+        # Times 64 it is 64, in 64 bits.
+        (2**58 + 1, 1, (1, 1, 192), (1, 1, 4, 64), "num_heads is 288230376151711745; accepted: 1 to 65536"),
+        (2**58, 2**58, (1, 1, 0), (1, 0, 4, 64), "num_heads is 288230376151711744; accepted: 1 to 65536"),
+        (65537, 1, (1, 1, 192), (1, 1, 4, 64), "num_heads is 65537"),
+        (0, 1, (1, 1, 128), (1, 1, 4, 64), "num_heads is 0"),
+        (2, 0, (1, 1, 128), (1, 0, 4, 64), "num_kv_heads is 0; accepted: 1 to 65536"),
+        (-4, -2, (1, 1, 128), (1, 1, 4, 64), "num_heads is -4"),
+        (3, 2, (1, 1, 448), (1, 2, 4, 64), "3 heads and 2 of keys and values; accepted: a multiple"),
+        (1, 1, (0, 1, 6), (0, 1, 2**40, 2), "the length of past_key is 1099511627776; accepted: 0 to 2147483648"),
+    ],
+)
+def test_sizes_that_overflow_or_divide_by_nothing_are_refused(
+    portable: Kernels, H: int, Hkv: int, query: tuple[int, ...], cache: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(Exception, match=message):
+        portable.process.submit(attend_shapes, portable.library, H, Hkv, query, cache).result()
+
+
+@pytest.mark.parametrize(
+    ("H", "Hkv", "query", "cache"),
+    [
+        (1, 1, (1, 1, 6), (1, 1, 4, 2)),
+        (1, 1, (1, 1, 3 * 65536), (1, 1, 1, 65536)),
+        (65536, 1, (1, 1, 2 * 65538), (1, 1, 1, 2)),
+        (1, 1, (1, 1, 6), (1, 1, 0, 2)),
+        (1, 1, (1, 0, 6), (1, 1, 4, 2)),
+        (1, 1, (0, 1, 6), (0, 1, 4, 2)),
+    ],
+)
+def test_the_sizes_at_the_ends_are_taken(
+    portable: Kernels, H: int, Hkv: int, query: tuple[int, ...], cache: tuple[int, ...]
+) -> None:
+    portable.process.submit(attend_shapes, portable.library, H, Hkv, query, cache).result()
+
+
+def test_the_sweep_is_right_by_the_right_kernels(kernels: Kernels) -> None:
+    """Without a fault: what is noticed below is the fault alone."""
+    for step in sweep():
+        check(step, kernels.attend(step))
 
 
 FAULTS = {

@@ -21,7 +21,7 @@ from tests.tools import require_package, require_tool
 
 pytestmark = [pytest.mark.deep, pytest.mark.tools]
 
-OF_A_SET = re.compile(r"_(avx|amx|neon_dot)")  # in the names of files; NEON itself is in every aarch64
+OF_A_SET = re.compile(r"_(avx|neon_dot)")  # in the names of files; NEON itself is in every aarch64
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.+)>:$")
 # VEX and EVEX encodings begin with a v, whatever the width; tiles; dot products of 8 bits.
 BEYOND = re.compile(r"^\s*[0-9a-f]+:\s+(?:v[a-z]|tile|tdp|kmov|[su]dot\b|usdot\b)")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import platform
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -111,6 +114,25 @@ def test_what_fails_leaves_the_library_as_it_was(sources: Path, library: Path, t
     assert answer(library, tmp_path / "copy.so") == 41
     assert {path.name for path in library.parent.iterdir()} == {library.name, f"{library.name}.made-of"}
     assert build.is_stale(library)
+
+
+@pytest.mark.parametrize(("compiler", "has_it"), [(9, False), (10, False), (11, True), (12, True)])
+def test_gcc_that_does_not_know_avx_vnni(compiler: int, has_it: bool) -> None:
+    """Its name stands in no code that such a compiler sees: this one says that it is of an older version."""
+    if platform.machine() != "x86_64" or shutil.which("g++") is None:
+        pytest.skip("needs g++ for x86-64")
+    command = ["g++", "-E", "-P", "-std=c++17", "-U__GNUC__", f"-D__GNUC__={compiler}"]
+    for name in ("instructions.cpp", "linear.cpp", "linear_avx_vnni.cpp"):
+        done = subprocess.run([*command, build.SOURCES / name], capture_output=True, text=True, check=True)
+        assert bool(re.search('avxvnni"|kLinearAvxVnni|"avx_vnni"', done.stdout)) is has_it, name
+
+
+def test_only_names_of_instructions_that_older_compilers_know() -> None:
+    """GCC 9's manual has these; f16c came with GCC 11, and an unknown name is an error."""
+    text = (build.SOURCES / "instructions.cpp").read_text(encoding="utf-8")
+    names = set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', text))
+    assert names <= {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"}
+    assert "avx2" in names
 
 
 def test_no_compiler(sources: Path, library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -66,7 +66,21 @@ def test_the_paths_are_those_that_the_library_finds(library: Path, monkeypatch: 
     with Kernels(library, "sse9") as running, pytest.raises(Exception, match="this CPU has: ") as failure:
         running.compute(random_case(0, 1, 8, 32, 4, 16))
     there = re.findall(r"this CPU has: ([a-z0-9_, ]+)", str(failure.value))[0].split(", ")
-    assert [name for name in there if name != "amx"] == PATHS
+    assert there == PATHS
+
+
+def test_every_set_of_instructions_is_one_that_documents_name() -> None:
+    """And has kernels: none is claimed before there are any."""
+    rows = re.findall(r'\{Instructions::(\w+), "(\w+)"', (SOURCES / "instructions.cpp").read_text())
+    assert all(set_ == name for set_, name in rows)
+    root = Path(__file__).parents[3]
+    page = (root / "docs" / "cpu-kernels.md").read_text(encoding="utf-8")
+    (line,) = (line for line in page.splitlines() if line.startswith("| `QWEN_AOT_CPU_INSTRUCTIONS`"))
+    named = set(re.findall(r"`([a-z0-9_]+)`", line.partition("One that the CPU lacks")[0]))
+    assert {name for _, name in rows} == named
+    code = (SOURCES / "linear.cpp").read_text()
+    without = {name for _, name in rows if f"case Instructions::{name}: return kLinear" not in code}
+    assert without == {"portable"}  # the switch's default
 
 
 def test_every_kind_of_projection(kernels: Kernels) -> None:
@@ -125,6 +139,24 @@ def test_rows_are_independent(kernels: Kernels, bits: int, has_swiglu: bool) -> 
         np.testing.assert_array_equal(answer, among[rows])
     _, bound = expected(case)
     assert (np.abs(alone - among) <= 2 * bound).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("has_zeros", [False, True])
+@pytest.mark.parametrize("has_swiglu", [False, True])
+def test_four_rows_and_five_differ_by_the_bound_of_sums(
+    kernels: Kernels, bits: int, has_zeros: bool, has_swiglu: bool
+) -> None:
+    """What `linear.h` states: a row's result depends on their number, within twice the bound of either."""
+    case = random_case(16, 5, 130, 1300, bits, 32, has_zeros=has_zeros, has_bias=True, has_swiglu=has_swiglu)
+    four, five = kernels.compute(case, case.x[:FEW_ROWS], case.x)
+    _, bound = expected(case)
+    assert (np.abs(four - five[:FEW_ROWS]) <= 2 * bound[:FEW_ROWS]).all()
+    # Negative control: a code that is one off is more than the bound takes for an order of sums.
+    codes = case.codes.copy()
+    codes[:, 3, 5] ^= 1
+    (other,) = kernels.compute(replace(case, codes=codes), case.x)
+    assert not (np.abs(four - other[:FEW_ROWS]) <= 2 * bound[:FEW_ROWS]).all()
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -198,17 +230,19 @@ def test_gates_of_any_size(kernels: Kernels, rows: int) -> None:
     """The silu of what is far from 0 on both sides, where its exponential would overflow or vanish."""
     case = random_case(12, rows, 256, 64, 8, 64, has_bias=True, has_swiglu=True)
     assert case.bias is not None
-    gates = np.concatenate([np.linspace(-120, 120, 120), [-1e30, -1e4, -88.5, -87, 87, 88.5, 1e4, 1e30]])
+    ends = [-np.inf, -3e38, -1e30, -1e4, -104.5, -88.5, -87, 87, 88.5, 1e4, 1e30, np.nan]
+    gates = np.concatenate([np.linspace(-120, 120, 116), ends])
     case = replace(
         case, scales=np.zeros_like(case.scales), bias=np.concatenate([gates, np.ones(128)]).astype(np.float32)
     )
     found = kernels.compute(case)[0].astype(np.float64)
     gate = case.bias[:128].astype(np.float64)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         silu = gate / (1 + np.exp(-gate))
-    # Beyond -87 the exponential is that of -87, so silu is at most 1e30 * e^-87.
-    allowed = np.abs(silu) * 2.0**-21 + np.where(gate < -87, np.abs(gate) * 2e-38, 1e-36)
-    assert (np.abs(found - silu) <= allowed).all()
+    silu[gate == -np.inf] = 0  # the limit
+    assert np.isnan(found[:, -1]).all()
+    assert (found[:, gate < -104] == 0).all()
+    assert (np.abs(found - silu) <= np.abs(silu) * 2.0**-21 + 1e-36)[:, :-1].all()
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -376,15 +410,30 @@ FAULTS = {
 }
 
 
+def compile_copy(folder: Path, *fault: str) -> Path:
+    """The program of a copy of the sources, with a fault (file, old text, new text) or without."""
+    sources = copy_with(folder, "linear_avx512.cpp")
+    if fault:
+        file, old, new = fault
+        replace_in(sources / file, old, new)
+    return compile_program(folder, flags=["-O1"], sources=sources)
+
+
+@pytest.fixture(scope="module")
+def right_copy_passes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Without a fault a copy is right: what fails with one, fails by it."""
+    cases = sweep()
+    program = compile_copy(tmp_path_factory.mktemp("copy"))
+    assert worst_share(cases, run_program([program], cases, "avx512")) < 1
+
+
 @pytest.mark.deep
 @pytest.mark.skipif("avx512" not in PATHS, reason="needs a CPU with AVX-512")
+@pytest.mark.usefixtures("right_copy_passes")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_seeded_faults_are_noticed(tmp_path: Path, fault: str) -> None:
-    file, old, new = FAULTS[fault]
-    sources = copy_with(tmp_path, "linear_avx512.cpp")
-    replace_in(sources / file, old, new)
     cases = sweep()
-    program = compile_program(tmp_path, flags=["-O1"], sources=sources)
+    program = compile_copy(tmp_path, *FAULTS[fault])
     try:
         share = worst_share(cases, run_program([program], cases, "avx512"))
     except AssertionError:  # it crashed, or gave what isn't finite

@@ -127,13 +127,18 @@ def test_a_failed_step_leaves_the_prefix_as_it_was(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.usefixtures("tools")
-def test_failed_kernels_leave_the_prefix_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_kernels_that_do_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(library: Path, **_: object) -> None:
         raise BuildError("compiling the CPU's kernels failed")
 
     monkeypatch.setattr(build, "build_library", fail)
+    done = install_library(tmp_path / "own")
+    assert done.cpu_kernels is None and done.no_cpu_kernels == "compiling the CPU's kernels failed"
+    assert done.header.is_file() and not (tmp_path / "own" / "lib" / "libqwen_aot_cpu.so").exists()
+    # What is made for others has them, or isn't made.
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "ziglang" or None)
     with pytest.raises(BuildError, match="the CPU's kernels failed"):
-        install_library(tmp_path / "prefix")
+        install_library(tmp_path / "prefix", is_portable=True)
     assert not (tmp_path / "prefix").exists()
 
 

@@ -124,6 +124,7 @@ def test_the_static_library(
     program = tmp_path / "stream"
     include = f"-I{installed.header.parent}"
     run(["gcc", EXAMPLES / "stream.c", include, installed.static, "-ldl", "-lm", "-pthread", "-o", program])
+    assert installed.cpu_kernels is not None, installed.no_cpu_kernels
     shutil.copy(installed.cpu_kernels, tmp_path)  # beside the program, where that is what the library is in
     assert answer([program, text_bundle, "Hello"], installed, onnxruntime) == f"{expected}\n"
 

@@ -209,10 +209,10 @@ def test_instructions_that_the_cpu_lacks(
     dialog: Dialog, bundles: dict[str, Path], compile_double: Compile, kernels: int
 ) -> None:
     library = compile_double(
-        DOUBLE_VERSION=VERSION, DOUBLE_INSTRUCTIONS="the environment says 'amx'; this CPU has: avx2"
+        DOUBLE_VERSION=VERSION, DOUBLE_INSTRUCTIONS="the environment says 'avx512'; this CPU has: avx2"
     )
     said = refusal(dialog, bundles["both"], kernels=kernels, cpu_kernels=str(library))
-    assert said == "own CPU kernels can't run: the environment says 'amx'; this CPU has: avx2"
+    assert said == "own CPU kernels can't run: the environment says 'avx512'; this CPU has: avx2"
 
 
 def test_instructions_that_the_environment_names_are_no_wish_for_own_kernels(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,24 @@ def test_json(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "static": f"{tmp_path}/out/libqwen_aot.a",
         "pkg_config": f"{tmp_path}/out/qwen_aot.pc",
         "cpu_kernels": f"{tmp_path}/out/libqwen_aot_cpu.so",
+        "no_cpu_kernels": None,
         "onnxruntime": None,
     }
+
+
+@pytest.mark.usefixtures("asked")
+def test_kernels_that_did_not_compile_are_told(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = build.install_library
+
+    def without(*arguments: Any, **options: Any) -> Installed:
+        return replace(whole(*arguments, **options), cpu_kernels=None, no_cpu_kernels="the compiler is too old")
+
+    monkeypatch.setattr(build, "install_library", without)
+    first, second, *_ = run("capi", "--prefix", tmp_path / "one").stdout.splitlines()
+    assert first.endswith("and libqwen_aot.a, qwen_aot.h, qwen_aot.pc")
+    assert second == "Own kernels for the CPU aren't installed (docs/cpu-kernels.md): the compiler is too old"
+    printed = json.loads(run("capi", "--prefix", tmp_path / "two", "--json").stdout)
+    assert (printed["cpu_kernels"], printed["no_cpu_kernels"]) == (None, "the compiler is too old")
 
 
 @pytest.mark.usefixtures("asked")

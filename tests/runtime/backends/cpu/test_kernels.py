@@ -99,7 +99,7 @@ def test_names() -> None:
 def test_the_library_of_these_sources_opens() -> None:
     library = open_library(own_kernels())
     assert (library.version, library.path) == (OPS_VERSION, own_kernels())
-    assert library.instructions in ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx", "neon", "neon_dot")
+    assert library.instructions in ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "neon", "neon_dot")
 
 
 def test_what_the_environment_names_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
