@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -84,6 +83,8 @@ class CodeForm:
     def numbers(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """What codes of any shape are as numbers, before zero points and scales; an array of its own."""
         if self.code_type is CodeType.E4M3:
+            import ml_dtypes  # a device has none, and needs none
+
             numbers: NDArray[np.float32] = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
             return numbers
         return codes.astype(np.float32)

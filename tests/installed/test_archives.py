@@ -22,14 +22,14 @@ def dist_info(wheel: Path, name: str) -> str:
 
 
 def sources() -> dict[str, bytes]:
-    """Every file of the package by its name in a wheel, read where it lies in the checkout."""
+    """Every file of the package by its name in a wheel, read where it lies in the checkout; nothing that is compiled."""
     package = ROOT / "src" / "qwen_aot"
     places = [(package, "qwen_aot"), *((ROOT / name, f"qwen_aot/{name}") for name in FOLDERS)]
     return {
         f"{prefix}/{path.relative_to(folder)}": path.read_bytes()
         for folder, prefix in places
         for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and not path.is_relative_to(ROOT / "plugins/cpu/lib")
     }
 
 

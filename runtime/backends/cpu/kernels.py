@@ -176,7 +176,7 @@ def choose_kernels(
         _require_graph(graph)
         library = require_library()
         if kernels is Kernels.AUTO and (why := why_not_by_default(library)) is not None:
-            logger.info("ONNX Runtime's kernels are used: %s", why)
+            logger.debug("ONNX Runtime's kernels are used: %s", why)
             return bundle, None
         register(library)
     except LackingInstructionsError:
@@ -185,9 +185,9 @@ def choose_kernels(
         # Whoever names a library wants it, as with `own`.
         if kernels is Kernels.OWN or os.environ.get(LIBRARY_VARIABLE):
             raise
-        logger.info("ONNX Runtime's kernels are used: %s", error)
+        logger.debug("ONNX Runtime's kernels are used: %s", error)
         return bundle, None
-    logger.info("own kernels of %s are used (%s)", library.path, library.instructions)
+    logger.debug("own kernels of %s are used (%s)", library.path, library.instructions)
     engines = bundle.manifest.engines
     text = engines.text.for_kernels()
     return replace(bundle, manifest=replace(bundle.manifest, engines=replace(engines, text=text))), library

@@ -222,7 +222,7 @@ def test_instructions_that_are_not_known_to_be_faster(
     monkeypatch.setenv(LIBRARY_VARIABLE, str(found.path))
     bundle = bundle_with(GRAPH)
     is_slow = instructions in ("portable", "neon")
-    with caplog.at_level("INFO", logger=kernels.__name__):
+    with caplog.at_level("DEBUG", logger=kernels.__name__):
         assert choose(bundle, Kernels.AUTO)[1] is (None if is_slow else found)
     assert (f"own ones would use {instructions} here, which isn't known to be faster" in caplog.text) is is_slow
     assert choose(bundle, Kernels.OWN)[1] is found
@@ -269,7 +269,7 @@ def test_another_version(
     bundle = bundle_with(dataclasses.replace(GRAPH, version=graph_version))
     with pytest.raises(EngineMismatchError, match=message):
         choose(bundle, Kernels.OWN)
-    with caplog.at_level("INFO", logger=kernels.__name__):
+    with caplog.at_level("DEBUG", logger=kernels.__name__):
         assert choose(bundle, Kernels.AUTO) == (bundle, None)
     assert "ONNX Runtime's kernels are used: " in caplog.text
 
@@ -279,7 +279,7 @@ def test_a_machine_without_the_library(monkeypatch: pytest.MonkeyPatch, caplog: 
     bundle = bundle_with(GRAPH)
     with pytest.raises(EngineMismatchError, match="this machine has no library of own CPU kernels: compile it with"):
         choose(bundle, Kernels.OWN)
-    with caplog.at_level("INFO", logger=kernels.__name__):
+    with caplog.at_level("DEBUG", logger=kernels.__name__):
         assert choose(bundle, Kernels.AUTO) == (bundle, None)
     assert "ONNX Runtime's kernels are used: this machine has no library of own CPU kernels" in caplog.text
 
