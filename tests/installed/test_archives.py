@@ -22,7 +22,7 @@ def dist_info(wheel: Path, name: str) -> str:
 
 
 def sources() -> dict[str, bytes]:
-    """Every file of the package by its name in a wheel, read where it lies in the checkout; nothing that is compiled."""
+    """Every file of the package by its name in a wheel, read where it lies in the checkout; nothing compiled."""
     package = ROOT / "src" / "qwen_aot"
     places = [(package, "qwen_aot"), *((ROOT / name, f"qwen_aot/{name}") for name in FOLDERS)]
     return {
