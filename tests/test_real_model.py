@@ -73,7 +73,7 @@ def scored(bundle: Path, reference: KeptReference, **options: Any) -> BundleRepo
     With one thread: those of two workers would wait for each other.
     """
     with open_checkpoint(MODEL) as checkpoint, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwen_aot.engines.verify.reference.Reference", lambda _: reference)
+        patch.setattr("qwen_aot.engines.verify.reference.Reference", lambda _, **__: reference)
         return verify_bundle(bundle, checkpoint, skip_weights=True, threads=1, on_progress=lambda _: None, **options)
 
 

@@ -463,5 +463,5 @@ def test_rounded_inputs_lose_as_little_as_is_said(
     assert max(report.errors.values()) < 2e-3
     for module in rounded.modules():  # negative control: scales that cut everything off
         for key, hook in module._forward_pre_hooks.items():
-            module._forward_pre_hooks[key] = functools.partial(hook.func, hook.args[0] / 20)
+            module._forward_pre_hooks[key] = functools.partial(hook.func, hook.args[0], hook.args[1] / 20)
     assert distance(reference_logits(rounded, IDS), reference_logits(model, IDS)) > 10 * lost
