@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import shlex
@@ -31,8 +32,9 @@ def installed(shared_folder: Path) -> Installed:
     def make(folder: Path) -> Installed:
         done = install_library(folder / "first", jobs=2)
         shutil.move(folder / "first", folder / "moved")
-        paths = {name: folder / "moved" / getattr(done, name).relative_to(done.prefix) for name in done.__slots__}
-        return Installed(**paths)
+        paths = {name: value for name, value in dataclasses.asdict(done).items() if isinstance(value, Path)}
+        moved = {name: folder / "moved" / path.relative_to(done.prefix) for name, path in paths.items()}
+        return dataclasses.replace(done, **moved)
 
     return once(shared_folder / "capi_prefix", make)
 
