@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from pathlib import Path
@@ -145,6 +144,7 @@ def command(
     It is ready when standard output says its URL; requests that come before get 503. SIGTERM and Ctrl-C let requests
     finish (exit code 0), a second one cuts them (143, 130). docs/serving.md has the rest.
     """
+    from qwen_aot.runtime.server.event_loop import run
     from qwen_aot.runtime.server.lifecycle import Lifecycle, bind, url_of
     from qwen_aot.runtime.server.logs import show_server_logs
     from qwen_aot.runtime.server.settings import ServerSettings, SettingsError
@@ -207,7 +207,7 @@ def command(
     with listener:
         if log_format == "text":
             tell(f"loading {bundle} ...")
-        return asyncio.run(Lifecycle(settings, listener, load, on_ready).run())
+        return run(Lifecycle(settings, listener, load, on_ready).run())
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ all of them where the engine has one thread.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import sys
 import threading
@@ -24,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from qwen_aot.runtime.backends.ort import step
 from qwen_aot.runtime.generation.generator import Generator
+from qwen_aot.runtime.server.event_loop import run
 from qwen_aot.runtime.server.lifecycle import Lifecycle, bind
 from qwen_aot.runtime.server.settings import ServerSettings
 from qwen_aot.runtime.server.state import Model
@@ -83,7 +83,7 @@ def main() -> int:
 
     settings = ServerSettings(port=arguments.port, model_names=("model",), grace_seconds=0)
     with bind(settings) as listener:
-        return asyncio.run(Lifecycle(settings, listener, lambda: generator, told).run())
+        return run(Lifecycle(settings, listener, lambda: generator, told).run())
 
 
 if __name__ == "__main__":

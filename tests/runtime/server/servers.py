@@ -22,6 +22,7 @@ from tokenizers import AddedToken
 from qwen_aot.runtime.generation.config import GenerationDefaults
 from qwen_aot.runtime.generation.generator import Generator
 from qwen_aot.runtime.server.app import make_app
+from qwen_aot.runtime.server.event_loop import run
 from qwen_aot.runtime.server.lifecycle import Lifecycle, bind, url_of
 from qwen_aot.runtime.server.settings import ServerSettings
 from qwen_aot.runtime.server.state import ServerState
@@ -259,7 +260,7 @@ def running(
 
         def serve() -> None:
             try:
-                server.exit_codes.put(asyncio.run(lifecycle.run()))
+                server.exit_codes.put(run(lifecycle.run()))
             except BaseException as error:
                 server.exit_codes.put(error)
 
