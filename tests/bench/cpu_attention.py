@@ -5,9 +5,9 @@
 
 Prints JSON: for each shape and step the median milliseconds of each, the median of each round's ratio to ONNX Runtime's
 over the cache that its bundle would have (fp32, or int8), and what own ones read and compute a second, beside what this
-machine reads and computes at most by ONNX Runtime's own ReduceSum and MatMul in the same run. Rounds take turns, so that
-what else the machine does meets all alike. A decode step reads another cache each time, so many that none is still in
-the CPU's caches, as a model's layers do. With one thread, time is the process's own.
+machine reads and computes at most by ONNX Runtime's own ReduceSum and MatMul in the same run. Rounds take turns, so
+that what else the machine does meets all alike. A decode step reads another cache each time, so many that none is still
+in the CPU's caches, as a model's layers do. With one thread, time is the process's own.
 """
 
 from __future__ import annotations
