@@ -30,7 +30,12 @@ def test_health_ready_and_version() -> None:
     with App() as app:
         assert app.ask("GET", "/health").json() == {"status": "ok", "phase": "ready"}
         assert app.ask("GET", "/ready").status_code == 200
-        assert app.ask("GET", "/version").json() == {"version": __version__}
+        assert app.ask("GET", "/version").json() == {"version": __version__, "kernels": "onnxruntime"}
+
+
+def test_version_names_no_kernels_before_there_are_any() -> None:
+    with App(is_loaded=False) as app:
+        assert app.ask("GET", "/version").json() == {"version": __version__, "kernels": None}
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/toy", "/ready"])
