@@ -50,7 +50,8 @@ def describe(settings: ServerSettings) -> dict[str, Any]:
         "/ready": _get("Whether requests are taken", _object(status=_TEXT), _MODEL),
         "/metrics": _get("For Prometheus", {"type": "string"}, kind="text/plain"),
         "/version": _get(
-            "The version of qwen-aot, and whose kernels run the model", _object(version=_TEXT, kernels=_or_null("string"))
+            "The version of qwen-aot, and whose kernels run the model",
+            _object(version=_TEXT, kernels=_or_null("string")),
         ),
         "/openapi.json": _get("This description", {"type": "object"}),
     }

@@ -63,7 +63,9 @@ class Model:
         self.max_context = manifest.max_context
         self.vocab_size = manifest.model.vocab_size
         self.image_tokens = _image_tokens(generator)
-        self.kernels = kernels_of(manifest)  # whose run it: "own", "onnxruntime"; None: they are compiled into the engine
+        self.kernels = kernels_of(
+            manifest
+        )  # whose run it: "own", "onnxruntime"; None: they are compiled into the engine
         assert generator.tokenizer is not None
         # Characters; of byte-level tokens bytes.
         self.longest_token = max(map(len, generator.tokenizer.backend.get_vocab()), default=1)

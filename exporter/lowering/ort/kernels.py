@@ -57,7 +57,8 @@ def use_kernels(model: ir.Model, cache_dtype: ir.DataType) -> Replaced:
 
     Args:
         model: finished, of the CPU's provider.
-        cache_dtype: of past and present where attention is replaced, FLOAT16 or FLOAT; a cache of codes keeps its type.
+        cache_dtype: of past and present where attention is replaced; INT8 where the graph's cache holds codes, and else
+            FLOAT16 or FLOAT.
     """
     graph = model.graph
     attentions = _replace_attentions(graph, cache_dtype)
@@ -142,11 +143,8 @@ def _replace_attentions(graph: ir.Graph, cache_dtype: ir.DataType) -> int:
     covered = [form for form in forms if form is not None]
     if 2 * len(covered) != len(_cache_values(graph.inputs)) or len(covered) != len(forms) or None in lengths:
         return 0
-    has_codes = {bool(form.cache_scales) for form in covered}
-    if len(has_codes) != 1:
+    if any(bool(form.cache_scales) != (cache_dtype == ir.DataType.INT8) for form in covered):
         return 0
-    if has_codes == {True}:
-        cache_dtype = ir.DataType.INT8  # codes stay codes
     for form in covered:
         _replace_attention(graph, form, lengths, _ATTENTION_OPS[cache_dtype])
     for value in (*_cache_values(graph.inputs), *_cache_values(graph.outputs)):

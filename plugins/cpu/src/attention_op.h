@@ -36,16 +36,16 @@ template <class T>
 constexpr auto attention_inputs()
 {
     constexpr Port cache{CacheType<T>::kElement}, numbers{ort::kFloat}, counts{ort::kInt64};
-    constexpr Port other_numbers{ort::kFloat, ort::kOptional}, other_counts{ort::kInt64, ort::kOptional};
+    constexpr Port optional_numbers{ort::kFloat, ort::kOptional}, optional_counts{ort::kInt64, ort::kOptional};
     if constexpr (kHasCodes<T>)
     {
-        return std::array<Port, 12>{numbers, other_numbers, other_numbers, cache, cache, numbers, numbers, other_counts,
-            counts, counts, numbers, numbers};
+        return std::array<Port, 12>{numbers, optional_numbers, optional_numbers, cache, cache, numbers, numbers,
+            optional_counts, counts, counts, numbers, numbers};
     }
     else
     {
-        return std::array<Port, 10>{
-            numbers, other_numbers, other_numbers, cache, cache, numbers, numbers, other_counts, counts, counts};
+        return std::array<Port, 10>{numbers, optional_numbers, optional_numbers, cache, cache, numbers, numbers,
+            optional_counts, counts, counts};
     }
 }
 

@@ -83,7 +83,7 @@ def save(
     graph = save_graph(lowered, folder)
     if has_kernels:
         model = ir.load(graph)
-        assert use_kernels(model, ir.DataType.FLOAT).attentions == checkpoint.config.num_hidden_layers
+        assert use_kernels(model, ir.DataType.INT8).attentions == checkpoint.config.num_hidden_layers
         graph = save_beside(model, folder, KERNELS_MODEL_FILE)
     return graph, found
 

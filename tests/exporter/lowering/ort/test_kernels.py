@@ -35,7 +35,7 @@ from tests.exporter.stepper import Stepper
 
 HEADS_OF_16 = dataclasses.replace(DENSE, head_dim=16, hidden_size=64)  # whole blocks: no Split behind the embedding
 INT4, INT8 = BlockFormat(4, 32), BlockFormat(8, 32)
-FLOAT, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
+FLOAT, FLOAT16, CODES = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8
 
 
 def lowered(config: Any = HEADS_OF_16, **options: Any) -> Traced:
@@ -164,8 +164,8 @@ def caches(traced: Traced) -> set[ir.DataType | None]:
 def test_an_int8_cache_keeps_its_codes_and_scales() -> None:
     traced, layers = lowered(weights=INT4, int8_cache=True), HEADS_OF_16.num_hidden_layers
     tensors = set(traced.model.graph.initializers)
-    assert use_kernels(traced.model, FLOAT16) == Replaced(4 * layers + 1, layers)
-    assert caches(traced) == {ir.DataType.INT8}
+    assert use_kernels(traced.model, CODES) == Replaced(4 * layers + 1, layers)
+    assert caches(traced) == {CODES}
     assert tensors == set(traced.model.graph.initializers)
     nodes = [node for node in traced.model.graph if node.op_type == "QwenGQAInt8"]
     assert [tuple(value.name for value in node.inputs[10:]) for node in nodes] == [  # type: ignore[union-attr]
@@ -193,8 +193,15 @@ INT8_ATTENTION_EDITS: dict[str, Any] = {
 def test_one_attention_over_other_codes_keeps_all_of_them(what: str) -> None:
     traced = lowered(weights=INT4, int8_cache=True)
     INT8_ATTENTION_EDITS[what](edit(traced, "GroupQueryAttention"))
-    assert use_kernels(traced.model, FLOAT16).attentions == 0
+    assert use_kernels(traced.model, CODES).attentions == 0
     assert counts(traced.model.graph)["GroupQueryAttention"] == HEADS_OF_16.num_hidden_layers
+
+
+@pytest.mark.parametrize(("has_codes", "asked"), [(True, FLOAT16), (False, CODES)])
+def test_codes_become_no_numbers_and_numbers_no_codes(has_codes: bool, asked: ir.DataType) -> None:
+    traced = lowered(weights=INT4, int8_cache=has_codes)
+    assert use_kernels(traced.model, asked).attentions == 0
+    assert caches(traced) == {CODES if has_codes else FLOAT}
 
 
 WITH_NORMS = {"model_type": "qwen3", "attention_bias": False}
