@@ -80,8 +80,8 @@ def test_greedy_answers_of_fp32_are_transformers(bundle: Callable[[str], Path], 
 def test_answers_beside_others_are_those_alone(name: str, rows: int, bundle: Callable[[str], Path]) -> None:
     """Six rows of unequal lengths in one step, which long steps' kernels run, and one, which a single token's do.
 
-    With heads of 24 the second of six rows comes to two tokens that are as good as equal (2.715 and 2.717), and steps of
-    more than four tokens add in another order (docs/cpu-kernels.md): four rows run what one does.
+    With heads of 24 the second of six rows comes to two tokens that are as good as equal (2.715 and 2.717), and steps
+    of more than four tokens add in another order (docs/cpu-kernels.md): four rows run what one does.
     """
     texts = prompts(rows)
     together = answers(bundle(name), texts, "own")
