@@ -63,7 +63,8 @@ void answer(Case const& asked)
         {
             reciprocals[i].push_back(1 / scale);
         }
-        (i == 0 ? step.key_scales : step.value_scales) = {scales[i].data(), reciprocals[i].data()};
+        Scales& given = i == 0 ? step.key_scales : step.value_scales;
+        given.scales = scales[i].data(), given.reciprocals = reciprocals[i].data();
     }
     step.B = asked.B, step.S = asked.S, step.H = asked.H, step.Hkv = asked.Hkv;
     step.D = asked.D, step.C = asked.C, step.P = asked.P;
