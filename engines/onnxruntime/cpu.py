@@ -69,13 +69,13 @@ def finish(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> 
     """Writes the graph for own kernels beside model.onnx, which ONNX Runtime runs as it is and which stays the engine.
 
     Returns:
-        None where no node of the graph has a kernel of ours.
+        None where the spec has no such graph, or no node of it a kernel of ours.
     """
+    if spec.own_kernels_cache_type is None:
+        return None
     # Read anew: `lowered` stays the graph that model.onnx holds.
     model = ir.load(folder / MODEL_FILE)
-    is_quantized = spec.own_codes or spec.precision.row.is_quantized
-    # Beside rounded weights and inputs a cache of fp16 costs nothing that can be measured; fp32 stays fp32 throughout.
-    replaced = use_kernels(model, ir.DataType.FLOAT16 if is_quantized else ir.DataType.FLOAT)
+    replaced = use_kernels(model, ir.DataType[spec.own_kernels_cache_type])
     if not replaced:
         return None
     logger.info("own kernels: %d projections, %d attentions", replaced.linears, replaced.attentions)

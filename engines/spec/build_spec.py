@@ -168,6 +168,18 @@ class BuildSpec:
         return "INT8" if self.kv_precision == "int8" else self.combination.compute_type
 
     @property
+    def own_kernels_cache_type(self) -> str | None:
+        """Element type of the KV cache in the graph for own CPU kernels, by its ONNX name; None: there is none.
+
+        Beside rounded weights and inputs fp16 costs nothing that can be measured; fp32 stays fp32 throughout.
+        """
+        if not self.facts.has_own_kernels or self.fast_prefill:
+            return None
+        if self.cache_type == "INT8":
+            return "INT8"
+        return "FLOAT16" if self.own_codes or self.precision.row.is_quantized else self.cache_type
+
+    @property
     def has_calibrated_cache(self) -> bool:
         """Whether the cache is int8 with scales that are found before the build, from sample texts."""
         return self.cache_type == "INT8" and self.facts.int8_cache == "calibrated"

@@ -74,6 +74,7 @@ class TargetFacts:
             beyond its trained length.
         rounds_inputs: the types of codes that it has products of, for checkpoints whose inputs are rounded too (W8A8).
         always_zero_points: the quantized embedding has zero points even where the format is symmetric.
+        has_own_kernels: a second graph, for the kernels of `plugins/cpu`, stands beside the engine.
         layer_provider: ONNX Runtime's provider for comparing layers; the CPU's takes its place where it is absent.
         memory: how activations are estimated.
     """
@@ -96,6 +97,7 @@ class TargetFacts:
     has_rotary_tables: bool = True
     rounds_inputs: tuple[CodeType, ...] = ()
     always_zero_points: bool = False
+    has_own_kernels: bool = False
     layer_provider: str = "CPUExecutionProvider"
     memory: MemoryModel
 
@@ -153,6 +155,7 @@ TARGETS: Mapping[Target, TargetFacts] = {
         weight_layout="blocks",
         quantized_experts="yes",
         int8_cache="calibrated",
+        has_own_kernels=True,
         rounds_inputs=(CodeType.INTEGER,),  # on cuda MatMulIntegerToFloat has no kernel
         memory=_ONNXRUNTIME_MEMORY,
     ),

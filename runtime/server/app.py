@@ -110,7 +110,9 @@ class _PlainEndpoints:
         return JSONResponse(self._description)
 
     async def version(self, request: Request) -> JSONResponse:
-        return JSONResponse({"version": __version__})
+        """Of qwen-aot, and whose kernels run the model; before it is loaded that isn't known."""
+        model = self._state.loaded
+        return JSONResponse({"version": __version__, "kernels": None if model is None else model.kernels})
 
 
 def _model_entry(model: Model, name: str) -> dict[str, Any]:

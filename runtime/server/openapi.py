@@ -49,7 +49,10 @@ def describe(settings: ServerSettings) -> dict[str, Any]:
         "/health": _get("Whether the process answers", _object(status=_TEXT, phase=_TEXT)),
         "/ready": _get("Whether requests are taken", _object(status=_TEXT), _MODEL),
         "/metrics": _get("For Prometheus", {"type": "string"}, kind="text/plain"),
-        "/version": _get("The version of qwen-aot", _object(version=_TEXT)),
+        "/version": _get(
+            "The version of qwen-aot, and whose kernels run the model",
+            _object(version=_TEXT, kernels=_or_null("string")),
+        ),
         "/openapi.json": _get("This description", {"type": "object"}),
     }
     document: dict[str, Any] = {

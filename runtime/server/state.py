@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from qwen_aot.errors import DeployError
+from qwen_aot.runtime.backends.cpu.kernels import kernels_of
 from qwen_aot.runtime.engine.vision_table import vision_table
 from qwen_aot.runtime.generation.constraint import ConstraintSource
 from qwen_aot.runtime.generation.generator import Generator
@@ -62,6 +63,9 @@ class Model:
         self.max_context = manifest.max_context
         self.vocab_size = manifest.model.vocab_size
         self.image_tokens = _image_tokens(generator)
+        self.kernels = kernels_of(
+            manifest
+        )  # whose run it: "own", "onnxruntime"; None: they are compiled into the engine
         assert generator.tokenizer is not None
         # Characters; of byte-level tokens bytes.
         self.longest_token = max(map(len, generator.tokenizer.backend.get_vocab()), default=1)

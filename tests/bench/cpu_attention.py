@@ -1,13 +1,13 @@
-"""Attention on the CPU, op by op: QwenGQA over an fp16 and an fp32 cache beside ONNX Runtime's GroupQueryAttention.
+"""Attention on the CPU, op by op: QwenGQA over an fp16, fp32 and int8 cache beside ONNX Runtime's GroupQueryAttention.
 
     python -m tests.bench.cpu_attention --threads 1
     python -m tests.bench.cpu_attention --threads 2 --rounds 20
 
-Prints JSON: for each shape and step the median milliseconds of each, the median of each round's ratio to ONNX
-Runtime's, and what QwenGQA reads and computes a second, beside what this machine reads and computes at most by ONNX
-Runtime's own ReduceSum and MatMul in the same run. Rounds take turns, so that what else the machine does meets all
-alike. A decode step reads another cache each time, so many that none is still in the CPU's caches, as a model's layers
-do. With one thread, time is the process's own.
+Prints JSON: for each shape and step the median milliseconds of each, the median of each round's ratio to ONNX Runtime's
+over the cache that its bundle would have (fp32, or int8), and what own ones read and compute a second, beside what this
+machine reads and computes at most by ONNX Runtime's own ReduceSum and MatMul in the same run. Rounds take turns, so
+that what else the machine does meets all alike. A decode step reads another cache each time, so many that none is still
+in the CPU's caches, as a model's layers do. With one thread, time is the process's own.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ import onnx
 import onnxruntime
 
 from tests.cpu_kernels import own_kernels
-from tests.plugins.cpu.nodes import FLOAT, FLOAT16, INT64, session_of
+from tests.plugins.cpu.nodes import FLOAT, FLOAT16, INT8, INT64, session_of
 
 SHAPES = {"qwen1.5-0.5b": (16, 16, 64), "qwen2.5-0.5b": (14, 2, 64), "qwen1.5-32b": (40, 8, 128)}  # H, Hkv, D
 STEPS = [(1, 191), (1, 2047), (1, 8191), (256, 0), (256, 1024), (256, 4096), (512, 0)]  # new tokens, held tokens
 STREAMED = 128 << 20  # bytes of caches that no CPU's cache holds
-RIVAL = "GroupQueryAttention"
-OWN = {"QwenGQA": FLOAT16, "QwenGQAFloat": FLOAT}
+RIVAL, RIVAL_INT8 = "GroupQueryAttention", "GroupQueryAttention int8"
+CACHES = {RIVAL: FLOAT, RIVAL_INT8: INT8, "QwenGQA": FLOAT16, "QwenGQAFloat": FLOAT, "QwenGQAInt8": INT8}
+OWN = {"QwenGQA": RIVAL, "QwenGQAFloat": RIVAL, "QwenGQAInt8": RIVAL_INT8}  # what each is in the place of
+DTYPES = {FLOAT: np.dtype(np.float32), FLOAT16: np.dtype(np.float16), INT8: np.dtype(np.int8)}
+CODE_WORTH = np.float32(0.03)  # of every channel: normal numbers up to 3.8 have codes
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Point:
 
 def _session(library: Path, op: str, point: Point, threads: int) -> onnxruntime.InferenceSession:
     capacity, half = point.held + point.S, point.D // 2
-    cached = OWN.get(op, FLOAT)
+    cached = CACHES[op]
     slots: list[int | str] = [1, point.Hkv, capacity, point.D]
     angles = np.arange(capacity)[:, None] / 10000.0 ** (np.arange(half) / half)
     tables = {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
@@ -72,22 +75,29 @@ def _session(library: Path, op: str, point: Point, threads: int) -> onnxruntime.
         ("cos", FLOAT, [capacity, half]),
         ("sin", FLOAT, [capacity, half]),
     ]
-    scale = float(point.D**-0.5)
-    if op == RIVAL:
+    attributes: dict[str, Any] = {"num_heads": point.H, "scale": float(point.D**-0.5)}
+    scales: list[tuple[str, int, Sequence[int | str]] | None] = []
+    if cached == INT8:
+        scales = [(name, FLOAT, [point.Hkv * point.D]) for name in ("key_scale", "value_scale")]
+        tables |= {name: np.full(point.Hkv * point.D, CODE_WORTH) for name in ("key_scale", "value_scale")}
+    if op not in OWN:
         int32 = onnx.TensorProto.INT32
         inputs = [*common, ("seqlens_k", int32, [1]), ("total_sequence_length", int32, []), *rotation]
-        attributes = {"num_heads": point.H, "kv_num_heads": point.Hkv, "scale": scale, "do_rotary": 1}
-        domain = "com.microsoft"
+        attributes |= {"kv_num_heads": point.Hkv, "do_rotary": 1}
+        if scales:
+            inputs += [None, None, None, *scales]
+            attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        op_type, domain = "GroupQueryAttention", "com.microsoft"
     else:
-        inputs = [*common, *rotation, None, ("cache_length", INT64, [1]), ("new_tokens", INT64, [1])]
-        attributes = {"num_heads": point.H, "num_kv_heads": point.Hkv, "scale": scale}
-        domain = "qwen_aot.cpu"
+        inputs = [*common, *rotation, None, ("cache_length", INT64, [1]), ("new_tokens", INT64, [1]), *scales]
+        attributes["num_kv_heads"] = point.Hkv
+        op_type, domain = op, "qwen_aot.cpu"
     outputs: list[tuple[str, int, Sequence[int | str]]] = [
         ("attention", FLOAT, [1, point.S, point.H * point.D]),
         ("present_key", cached, slots),
         ("present_value", cached, slots),
     ]
-    return session_of(library, op, inputs, outputs, attributes, tables, domain=domain, threads=threads)
+    return session_of(library, op_type, inputs, outputs, attributes, tables, domain=domain, threads=threads)
 
 
 @dataclass(frozen=True)
@@ -104,21 +114,22 @@ class _Runner:
 
 def _runner(library: Path, op: str, point: Point, threads: int) -> _Runner:
     session = _session(library, op, point, threads)
-    dtype = np.float16 if OWN.get(op) == FLOAT16 else np.float32
-    count = max(1, STREAMED // point.cache_bytes(dtype().itemsize)) if point.S == 1 else 1
+    dtype = DTYPES[CACHES[op]]
+    count = max(1, STREAMED // point.cache_bytes(dtype.itemsize)) if point.S == 1 else 1
     count = min(count, 256)
     random = np.random.default_rng(0)
     capacity = point.held + point.S
     query = random.standard_normal((1, point.S, (point.H + 2 * point.Hkv) * point.D)).astype(np.float32)
     numbers = {"query": query}
-    if op == RIVAL:
+    if op not in OWN:
         numbers["seqlens_k"] = np.array([capacity - 1], np.int32)
         numbers["total_sequence_length"] = np.array(capacity, np.int32)
     else:
         numbers["cache_length"], numbers["new_tokens"] = np.array([point.held]), np.array([point.S])
     inputs = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in numbers.items()}
     result = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, point.S, point.H * point.D), np.float32))
-    cache = random.standard_normal((1, point.Hkv, capacity, point.D)).astype(dtype)
+    cache = random.standard_normal((1, point.Hkv, capacity, point.D)).astype(np.float32)
+    cache = (cache if dtype != np.int8 else np.clip(np.rint(cache / CODE_WORTH), -128, 127)).astype(dtype)
     # One array for all: NumPy asks for large pages, which small arrays would get by the chance of where they begin.
     caches = np.empty((count, 2, *cache.shape), dtype)
     caches[:] = cache
@@ -151,7 +162,7 @@ def measured(library: Path, point: Point, *, threads: int, rounds: int) -> dict[
         rounds: how often each op has its turn.
     """
     clock = _clock(threads)
-    runners = {op: _runner(library, op, point, threads) for op in (*OWN, RIVAL)}
+    runners = {op: _runner(library, op, point, threads) for op in CACHES}
     seconds: dict[str, list[float]] = {op: [] for op in runners}
     for turn in range(rounds + 1):
         for op, runner in runners.items():
@@ -160,17 +171,17 @@ def measured(library: Path, point: Point, *, threads: int, rounds: int) -> dict[
             if turn > 0:  # the first warms up
                 seconds[op].append((clock() - begin) / len(runner.bindings))
     ratios = {
-        op: statistics.median(other / own for own, other in zip(seconds[op], seconds[RIVAL], strict=True)) for op in OWN
+        op: statistics.median(other / own for own, other in zip(seconds[op], seconds[rival], strict=True))
+        for op, rival in OWN.items()
     }
     medians = {op: statistics.median(times) for op, times in seconds.items()}
-    own = medians["QwenGQA"]
     return {
         "tokens": point.S,
         "held": point.held,
         "milliseconds": {op: 1e3 * median for op, median in medians.items()},
         "times_as_fast": ratios,
-        "gigabytes_a_second": point.cache_bytes(2) / own / 1e9,
-        "gigaflops": point.flop / own / 1e9,
+        "gigabytes_a_second": {op: point.cache_bytes(DTYPES[CACHES[op]].itemsize) / medians[op] / 1e9 for op in OWN},
+        "gigaflops": {op: point.flop / medians[op] / 1e9 for op in OWN},
     }
 
 

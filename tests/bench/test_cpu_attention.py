@@ -15,12 +15,14 @@ def test_a_step_is_measured_by_each_op(S: int, held: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(cpu_attention, "STREAMED", 1 << 16)
     point = Point(4, 2, 16, S, held)
     found = cpu_attention.measured(library, point, threads=1, rounds=3)
-    assert set(found["milliseconds"]) == {"QwenGQA", "QwenGQAFloat", "GroupQueryAttention"}
-    assert set(found["times_as_fast"]) == {"QwenGQA", "QwenGQAFloat"}
-    seconds = found["milliseconds"]["QwenGQA"] / 1e3
-    assert found["gigabytes_a_second"] == pytest.approx(2 * 2 * 16 * (S + held) * 2 / seconds / 1e9)
+    own = {"QwenGQA": 2, "QwenGQAFloat": 4, "QwenGQAInt8": 1}  # bytes of a number
+    assert set(found["milliseconds"]) == {*own, "GroupQueryAttention", "GroupQueryAttention int8"}
+    assert set(found["times_as_fast"]) == set(own)
     seen = sum(held + s + 1 for s in range(S))
-    assert found["gigaflops"] == pytest.approx(4 * 4 * 16 * seen / seconds / 1e9)
+    for op, of_number in own.items():
+        seconds = found["milliseconds"][op] / 1e3
+        assert found["gigabytes_a_second"][op] == pytest.approx(2 * 2 * 16 * (S + held) * of_number / seconds / 1e9)
+        assert found["gigaflops"][op] == pytest.approx(4 * 4 * 16 * seen / seconds / 1e9)
 
 
 def test_peaks_are_measured() -> None:

@@ -12,25 +12,26 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from qwen_aot.exporter.lowering.ort.attention_forms import BY_HEAD, AttentionForm, attention_forms
 from qwen_aot.exporter.lowering.ort.provider import MS_DOMAIN
 
 __all__ = ["CPU_DOMAIN", "CPU_OPS_VERSION", "Replaced", "use_kernels"]
 
 CPU_DOMAIN = "qwen_aot.cpu"
-CPU_OPS_VERSION = 1  # of the ops' interface, as `qwen_aot_cpu_version` of the library has it
+CPU_OPS_VERSION = 2  # of the ops' interface, as `qwen_aot_cpu_version` of the library has it
 
 _BITS = (4, 8)
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
 _INT8_INPUTS = 4  # of MatMulNBits' accuracy_level: inputs are rounded to int8, block by block, as in QwenLinear
 _LINEAR_ATTRIBUTES = ("K", "N", "bits", "block_size", "accuracy_level")
-_ATTENTION_ATTRIBUTES = {"num_heads", "kv_num_heads", "scale", "do_rotary"}
 _PERMUTATION, _BIAS = 4, 5  # of MatMulNBits' inputs; the first, g_idx, is deprecated
-# GroupQueryAttention's inputs that an attention of ours has a counterpart of; the others must be absent.
-_QUERY, _KEY, _VALUE, _PAST_KEY, _PAST_VALUE, _COS, _SIN, _POSITIONS, _NEW_TOKENS = 0, 1, 2, 3, 4, 7, 8, 9, 16
-_LENGTHS = (5, 6)  # of sequences and of the whole: ours reads the graph's own inputs
 
 # The op for each type of the cache.
-_ATTENTION_OPS = {ir.DataType.FLOAT16: "QwenGQA", ir.DataType.FLOAT: "QwenGQAFloat"}
+_ATTENTION_OPS = {
+    ir.DataType.FLOAT16: "QwenGQA",
+    ir.DataType.FLOAT: "QwenGQAFloat",
+    ir.DataType.INT8: "QwenGQAInt8",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ def use_kernels(model: ir.Model, cache_dtype: ir.DataType) -> Replaced:
 
     Args:
         model: finished, of the CPU's provider.
-        cache_dtype: of past and present where attention is replaced: FLOAT16 or FLOAT.
+        cache_dtype: of past and present where attention is replaced; INT8 where the graph's cache holds codes, and else
+            FLOAT16 or FLOAT.
     """
     graph = model.graph
     attentions = _replace_attentions(graph, cache_dtype)
@@ -133,49 +135,47 @@ def _only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
 
 
 def _replace_attentions(graph: ir.Graph, cache_dtype: ir.DataType) -> int:
-    """GroupQueryAttention -> QwenGQA, and the cache's inputs and outputs of its type. Returns the number of nodes."""
-    nodes = [node for node in graph if _is_microsoft(node, "GroupQueryAttention")]
+    """Attentions -> QwenGQA, and the cache's inputs and outputs of its type. Returns their number."""
+    forms = list(attention_forms(graph))
     given = {value.name: value for value in graph.inputs}
     lengths = [given.get("cache_length"), given.get("new_tokens")]
     # An attention that isn't covered, or stands in a branch, keeps the cache of all of them.
-    if 2 * len(nodes) != len(_cache_values(graph.inputs)) or None in lengths:
+    covered = [form for form in forms if form is not None]
+    if 2 * len(covered) != len(_cache_values(graph.inputs)) or len(covered) != len(forms) or None in lengths:
         return 0
-    if not all(_is_covered_attention(graph, node) for node in nodes):
+    if any(bool(form.cache_scales) != (cache_dtype == ir.DataType.INT8) for form in covered):
         return 0
-    for node in nodes:
-        inputs = _padded(node, _NEW_TOKENS)
-        new = ir.node(
-            _ATTENTION_OPS[cache_dtype],
-            [*inputs[: _PAST_VALUE + 1], *(inputs[place] for place in (_COS, _SIN, _POSITIONS)), *lengths],
-            {
-                "num_heads": node.attributes["num_heads"].as_int(),
-                "num_kv_heads": node.attributes["kv_num_heads"].as_int(),
-                "scale": node.attributes["scale"].as_float(),
-            },
-            domain=CPU_DOMAIN,
-            num_outputs=3,
-            name=node.name,
-        )
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
+    for form in covered:
+        _replace_attention(graph, form, lengths, _ATTENTION_OPS[cache_dtype])
     for value in (*_cache_values(graph.inputs), *_cache_values(graph.outputs)):
         value.type = ir.TensorType(cache_dtype)
-    return len(nodes)
+    return len(covered)
 
 
-def _is_covered_attention(graph: ir.Graph, node: ir.Node) -> bool:
-    """Whether QwenGQA computes what this node does: no window, no mask, no codes in the cache, and rotated inside."""
-    inputs = _padded(node, _NEW_TOKENS)
-    known = {*range(_PAST_VALUE + 1), *_LENGTHS, _COS, _SIN, _POSITIONS, _NEW_TOKENS}
-    return (
-        set(node.attributes) == _ATTENTION_ATTRIBUTES
-        and node.attributes["do_rotary"].as_int() == 1
-        and len(node.outputs) == 3
-        and all(value is None for place, value in enumerate(inputs) if place not in known)
-        and inputs[_NEW_TOKENS] is not None
-        and (inputs[_KEY] is None) == (inputs[_VALUE] is None)
-        and all(value in graph.inputs for value in (inputs[_PAST_KEY], inputs[_PAST_VALUE]))
-        and all(_is_float(inputs[place]) for place in (_QUERY, _PAST_KEY, _PAST_VALUE, _COS, _SIN))
+def _replace_attention(graph: ir.Graph, form: AttentionForm, lengths: list[ir.Value | None], op_type: str) -> None:
+    flattened: list[ir.Node] = []
+    parts = list(form.parts)
+    for place, width in enumerate(form.widths):
+        flattened += _flatten(parts[place], width)
+        parts[place] = flattened[-1].outputs[0]
+    new = ir.node(
+        op_type,
+        [*parts, *form.past, *form.tables, form.positions, *lengths, *form.cache_scales],
+        {"num_heads": form.num_heads, "num_kv_heads": form.num_kv_heads, "scale": form.scale},
+        domain=CPU_DOMAIN,
+        num_outputs=3,
+        name=form.name,
     )
+    ir.convenience.replace_nodes_and_values(
+        graph, form.nodes[0], form.nodes, [*flattened, new], form.results, new.outputs
+    )
+
+
+def _flatten(part: ir.Value | None, width: int) -> list[ir.Node]:
+    """[B, heads, S, D] -> [B, S, heads·D]."""
+    by_token = ir.node("Transpose", [part], {"perm": BY_HEAD})
+    shape = ir.node("Constant", [], {"value_ints": [0, 0, width]})
+    return [by_token, shape, ir.node("Reshape", [by_token.outputs[0], shape.outputs[0]])]
 
 
 def _padded(node: ir.Node, last: int) -> list[ir.Value | None]:

@@ -148,6 +148,10 @@ void merge(AttentionStep<T> const& step, Parts const& parts, float const* result
         for (int64_t d = 0; d < D; ++d)
         {
             result[d] /= weight;
+            if constexpr (kHasCodes<T>)
+            {
+                result[d] *= step.value_scales.scales[parts.kv_head * D + d];
+            }
         }
     }
 }
@@ -212,5 +216,6 @@ void attend(AttentionStep<T> const& step, Pool const& pool)
 
 template void attend(AttentionStep<float> const&, Pool const&);
 template void attend(AttentionStep<Half> const&, Pool const&);
+template void attend(AttentionStep<int8_t> const&, Pool const&);
 
 } // namespace qwen_aot::cpu

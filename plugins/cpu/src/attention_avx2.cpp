@@ -33,6 +33,10 @@ struct Avx2
     {
         return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<__m128i const*>(from)))};
     }
+    static Avx2 load(int8_t const* from)
+    {
+        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i const*>(from))))};
+    }
     static Avx2 load_part(float const* from, int64_t count) { return {_mm256_maskload_ps(from, lanes(count))}; }
     static Avx2 load_part(Half const* from, int64_t count)
     {
@@ -43,8 +47,18 @@ struct Avx2
         }
         return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<__m128i const*>(part)))};
     }
+    static Avx2 load_part(int8_t const* from, int64_t count)
+    {
+        int8_t part[8] = {};
+        for (int64_t i = 0; i < count; ++i)
+        {
+            part[i] = from[i];
+        }
+        return load(part);
+    }
     void store(float* to) const { _mm256_storeu_ps(to, v); }
     void store(Half* to) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves()); }
+    void store(int8_t* to) const { _mm_storel_epi64(reinterpret_cast<__m128i*>(to), codes()); }
     void store_part(float* to, int64_t count) const { _mm256_maskstore_ps(to, lanes(count), v); }
     void store_part(Half* to, int64_t count) const
     {
@@ -53,6 +67,15 @@ struct Avx2
         for (int64_t i = 0; i < count; ++i)
         {
             to[i].bits = part[i];
+        }
+    }
+    void store_part(int8_t* to, int64_t count) const
+    {
+        int8_t part[8];
+        store(part);
+        for (int64_t i = 0; i < count; ++i)
+        {
+            to[i] = part[i];
         }
     }
 
@@ -136,6 +159,13 @@ private:
         __m256 const lowest = _mm256_max_ps(_mm256_set1_ps(-65504), v); // of two numbers the second where one is NaN
         return _mm256_cvtps_ph(_mm256_min_ps(_mm256_set1_ps(65504), lowest), _MM_FROUND_TO_NEAREST_INT);
     }
+    __m128i codes() const
+    {
+        __m256 const highest = _mm256_min_ps(v, _mm256_set1_ps(127)); // which a NaN becomes
+        __m256i const whole = _mm256_cvtps_epi32(_mm256_max_ps(highest, _mm256_set1_ps(-128)));
+        __m128i const words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+        return _mm_packs_epi16(words, words);
+    }
 };
 
 } // namespace
@@ -150,6 +180,12 @@ template <>
 AttentionKernels<Half> attention_kernels<Instructions::avx2>()
 {
     return kernels_of<Avx2, Half>();
+}
+
+template <>
+AttentionKernels<int8_t> attention_kernels<Instructions::avx2>()
+{
+    return kernels_of<Avx2, int8_t>();
 }
 
 } // namespace qwen_aot::cpu

@@ -38,15 +38,25 @@ struct Avx512
     {
         return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<__m256i const*>(from)))};
     }
+    static Avx512 load(int8_t const* from)
+    {
+        return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<__m128i const*>(from))))};
+    }
     static Avx512 load_part(float const* from, int64_t count) { return {_mm512_maskz_loadu_ps(lanes(count), from)}; }
     static Avx512 load_part(Half const* from, int64_t count)
     {
         return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(count), from))};
     }
+    static Avx512 load_part(int8_t const* from, int64_t count)
+    {
+        return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes(count), from)))};
+    }
     void store(float* to) const { _mm512_storeu_ps(to, v); }
     void store(Half* to) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves()); }
+    void store(int8_t* to) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), codes()); }
     void store_part(float* to, int64_t count) const { _mm512_mask_storeu_ps(to, lanes(count), v); }
     void store_part(Half* to, int64_t count) const { _mm256_mask_storeu_epi16(to, lanes(count), halves()); }
+    void store_part(int8_t* to, int64_t count) const { _mm_mask_storeu_epi8(to, lanes(count), codes()); }
 
     Avx512 operator+(Avx512 other) const { return {_mm512_add_ps(v, other.v)}; }
     Avx512 operator-(Avx512 other) const { return {_mm512_sub_ps(v, other.v)}; }
@@ -131,6 +141,11 @@ private:
         __m512 const lowest = _mm512_max_ps(_mm512_set1_ps(-65504), v); // of two numbers the second where one is NaN
         return _mm512_cvtps_ph(_mm512_min_ps(_mm512_set1_ps(65504), lowest), _MM_FROUND_TO_NEAREST_INT);
     }
+    __m128i codes() const
+    {
+        __m512 const highest = _mm512_min_ps(v, _mm512_set1_ps(127)); // which a NaN becomes
+        return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_max_ps(highest, _mm512_set1_ps(-128))));
+    }
 };
 
 } // namespace
@@ -145,6 +160,12 @@ template <>
 AttentionKernels<Half> attention_kernels<Instructions::avx512>()
 {
     return kernels_of<Avx512, Half>();
+}
+
+template <>
+AttentionKernels<int8_t> attention_kernels<Instructions::avx512>()
+{
+    return kernels_of<Avx512, int8_t>();
 }
 
 } // namespace qwen_aot::cpu

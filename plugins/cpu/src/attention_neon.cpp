@@ -27,6 +27,13 @@ struct Neon
     {
         return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<uint16_t const*>(from))))};
     }
+    static Neon load(int8_t const* from)
+    {
+        int32_t four;
+        __builtin_memcpy(&four, from, 4);
+        int16x8_t const words = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+        return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(words)))};
+    }
     template <class T>
     static Neon load_part(T const* from, int64_t count)
     {
@@ -43,6 +50,13 @@ struct Neon
         // Both keep a NaN.
         float32x4_t const bound = vminq_f32(vmaxq_f32(v, vdupq_n_f32(-65504)), vdupq_n_f32(65504));
         vst1_u16(reinterpret_cast<uint16_t*>(to), vreinterpret_u16_f16(vcvt_f16_f32(bound)));
+    }
+    void store(int8_t* to) const
+    {
+        float32x4_t const highest = vminnmq_f32(v, vdupq_n_f32(127)); // which a NaN becomes
+        int16x4_t const words = vmovn_s32(vcvtnq_s32_f32(vmaxq_f32(highest, vdupq_n_f32(-128))));
+        int32_t const four = vget_lane_s32(vreinterpret_s32_s8(vmovn_s16(vcombine_s16(words, words))), 0);
+        __builtin_memcpy(to, &four, 4);
     }
     template <class T>
     void store_part(T* to, int64_t count) const
@@ -111,6 +125,12 @@ template <>
 AttentionKernels<Half> attention_kernels<Instructions::neon>()
 {
     return kernels_of<Neon, Half>();
+}
+
+template <>
+AttentionKernels<int8_t> attention_kernels<Instructions::neon>()
+{
+    return kernels_of<Neon, int8_t>();
 }
 
 } // namespace qwen_aot::cpu

@@ -1,5 +1,6 @@
 #include "attention_op.h"
 
+#include <cmath>
 #include <cstring>
 
 namespace qwen_aot::cpu
@@ -29,6 +30,22 @@ void require_within(int64_t least, int64_t found, int64_t most, char const* what
     }
 }
 
+/** Copies scales of channels, and fills in their reciprocals. */
+void read_scales(Tensor const& tensor, char const* name, std::vector<float>& scales, std::vector<float>& reciprocals)
+{
+    scales.assign(tensor.as<float>(), tensor.as<float>() + tensor.count());
+    for (float const scale : scales)
+    {
+        float const reciprocal = 1 / scale;
+        if (!(scale > 0) || !std::isfinite(scale) || !std::isfinite(reciprocal))
+        {
+            throw Error(std::string("QwenGQA: a number of ") + name + " is " + std::to_string(scale)
+                + "; accepted: above 0, and finite as its reciprocal");
+        }
+        reciprocals.push_back(reciprocal);
+    }
+}
+
 /** The present's memory, holding what the past's does. */
 template <class T>
 T* present(ort::Context* context, size_t index, Tensor const& past)
@@ -55,6 +72,11 @@ AttentionOp<T>::AttentionOp(ort::Info const* info)
     {
         throw Error("QwenGQA: " + std::to_string(num_heads_) + " heads and " + std::to_string(num_kv_heads_)
             + " of keys and values; accepted: a multiple");
+    }
+    if constexpr (kHasCodes<T>)
+    {
+        read_scales(constant(info, 10), "key_scale", key_scales_, key_reciprocals_);
+        read_scales(constant(info, 11), "value_scale", value_scales_, value_reciprocals_);
     }
 }
 
@@ -92,6 +114,15 @@ void AttentionOp<T>::compute(ort::Context* context) const
         step.B * step.S);
     require(held.count() == step.B, "the size of cache_length", held.count(), step.B);
     require(fresh.count() == step.B, "the size of new_tokens", fresh.count(), step.B);
+    if constexpr (kHasCodes<T>)
+    {
+        require(static_cast<int64_t>(key_scales_.size()) == kv_width, "the size of key_scale",
+            static_cast<int64_t>(key_scales_.size()), kv_width);
+        require(static_cast<int64_t>(value_scales_.size()) == kv_width, "the size of value_scale",
+            static_cast<int64_t>(value_scales_.size()), kv_width);
+        step.key_scales = {key_scales_.data(), key_reciprocals_.data()};
+        step.value_scales = {value_scales_.data(), value_reciprocals_.data()};
+    }
     step.position_ids = positions.as<int64_t>();
     for (int64_t b = 0; b < step.B; ++b)
     {
@@ -125,5 +156,6 @@ void AttentionOp<T>::compute(ort::Context* context) const
 
 template class AttentionOp<float>;
 template class AttentionOp<Half>;
+template class AttentionOp<int8_t>;
 
 } // namespace qwen_aot::cpu

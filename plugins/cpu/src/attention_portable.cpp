@@ -132,4 +132,10 @@ AttentionKernels<Half> attention_kernels<Instructions::portable>()
     return kernels_of<Portable, Half>();
 }
 
+template <>
+AttentionKernels<int8_t> attention_kernels<Instructions::portable>()
+{
+    return kernels_of<Portable, int8_t>();
+}
+
 } // namespace qwen_aot::cpu

@@ -5,8 +5,8 @@
  *  become the linker's choice for all.
  *
  *  V is a vector of V::kWidth floats with
- *  - load, load_part(from, count): from fp32 or fp16; what lies behind count isn't read, and is 0;
- *  - store, store_part; to fp16: rounded to nearest even, beyond +-65504 to that, NaN stays;
+ *  - load, load_part(from, count): from fp32, fp16 or codes; what lies behind count isn't read, and is 0;
+ *  - store, store_part; to fp16: rounded to nearest even, beyond +-65504 to that, NaN stays; to codes: as `stored`;
  *  - keep(count, rest): the first count lanes, and rest in the others;
  *  - exp2: for numbers up to 0, by a relative error of at most 2e-7 above 2^-126, and 0 or a subnormal below; NaN stays;
  *  - sums(vectors): the sum of each of kWidth vectors; transpose;
@@ -66,45 +66,60 @@ struct Workspace
     }
 };
 
-/** Rotates one head, half by half, times a factor.
- *  Source: RoFormer (arXiv 2104.09864), half-rotated as in Hugging Face. */
-template <class V, class To>
-void rotate(float const* head, float const* cos, float const* sin, int64_t half, float factor, To* rotated)
+/** The first `count` numbers; the others are 0. */
+template <class V, class From>
+inline V load(From const* from, int64_t count)
 {
-    auto const turn = [&](V x, V y, V c, V s, V& first, V& second) {
-        V const scale = V::broadcast(factor);
-        first = (x * c - y * s) * scale;
-        second = (y * c + x * s) * scale;
+    return count < V::kWidth ? V::load_part(from, count) : V::load(from);
+}
+
+template <class V, class To>
+inline void store(V numbers, To* to, int64_t count)
+{
+    count < V::kWidth ? numbers.store_part(to, count) : numbers.store(to);
+}
+
+/** Rotates one head, half by half, and calls put(numbers, where in the head, how many).
+ *  Source: RoFormer (arXiv 2104.09864), half-rotated as in Hugging Face. */
+template <class V, class Put>
+void rotate(float const* head, float const* cos, float const* sin, int64_t half, Put const& put)
+{
+    auto const turn = [&](int64_t d, int64_t count) {
+        V const x = load<V>(head + d, count), y = load<V>(head + half + d, count);
+        V const c = load<V>(cos + d, count), s = load<V>(sin + d, count);
+        put(x * c - y * s, d, count);
+        put(y * c + x * s, half + d, count);
     };
     int64_t d = 0;
-    V first, second;
     for (; d + V::kWidth <= half; d += V::kWidth)
     {
-        turn(V::load(head + d), V::load(head + half + d), V::load(cos + d), V::load(sin + d), first, second);
-        first.store(rotated + d);
-        second.store(rotated + half + d);
+        turn(d, V::kWidth);
     }
-    if (int64_t const rest = half - d; rest > 0)
+    if (d < half)
     {
-        turn(V::load_part(head + d, rest), V::load_part(head + half + d, rest), V::load_part(cos + d, rest),
-            V::load_part(sin + d, rest), first, second);
-        first.store_part(rotated + d, rest);
-        second.store_part(rotated + half + d, rest);
+        turn(d, half - d);
+    }
+}
+
+/** Calls put(numbers, where, how many) for all of them, a vector at a time. */
+template <class V, class From, class Put>
+void each_vector(From const* from, int64_t count, Put const& put)
+{
+    int64_t i = 0;
+    for (; i + V::kWidth <= count; i += V::kWidth)
+    {
+        put(V::load(from + i), i, V::kWidth);
+    }
+    if (i < count)
+    {
+        put(V::load_part(from + i, count - i), i, count - i);
     }
 }
 
 template <class V, class From, class To>
 void copy(From const* from, int64_t count, To* to)
 {
-    int64_t i = 0;
-    for (; i + V::kWidth <= count; i += V::kWidth)
-    {
-        V::load(from + i).store(to + i);
-    }
-    if (i < count)
-    {
-        V::load_part(from + i, count - i).store_part(to + i, count - i);
-    }
+    each_vector<V>(from, count, [&](V numbers, int64_t i, int64_t some) { store(numbers, to + i, some); });
 }
 
 template <class T>
@@ -117,6 +132,16 @@ template <class V, class T>
 void write(AttentionStep<T> const& step, int64_t b, int64_t first, int64_t count)
 {
     int64_t const half = step.D / 2;
+    auto const into = [&](T* cache, Scales const& scales, int64_t kv_head) {
+        float const* const reciprocals = kHasCodes<T> ? scales.reciprocals + kv_head * step.D : nullptr;
+        return [cache, reciprocals](V numbers, int64_t d, int64_t some) {
+            if constexpr (kHasCodes<T>)
+            {
+                numbers = numbers * load<V>(reciprocals + d, some);
+            }
+            store(numbers, cache + d, some);
+        };
+    };
     for (int64_t s = first; s < first + count; ++s)
     {
         int64_t const position = position_of(step, b, s);
@@ -124,9 +149,9 @@ void write(AttentionStep<T> const& step, int64_t b, int64_t first, int64_t count
         {
             int64_t const from = (b * step.S + s) * step.key_stride + kv_head * step.D;
             int64_t const to = ((b * step.Hkv + kv_head) * step.C + step.cache_length[b] + s) * step.D;
-            rotate<V>(
-                step.key + from, step.cos + position * half, step.sin + position * half, half, 1, step.key_cache + to);
-            copy<V>(step.value + from, step.D, step.value_cache + to);
+            rotate<V>(step.key + from, step.cos + position * half, step.sin + position * half, half,
+                into(step.key_cache + to, step.key_scales, kv_head));
+            each_vector<V>(step.value + from, step.D, into(step.value_cache + to, step.value_scales, kv_head));
         }
     }
 }
@@ -532,7 +557,14 @@ void attend_tile(AttentionStep<T> const& step, Tile const& tile, float* memory)
             query[d] = 0;
         }
         rotate<V>(step.query + (tile.b * step.S + s) * step.query_stride + head * D, step.cos + position * half,
-            step.sin + position * half, half, step.scale * log2_e, query);
+            step.sin + position * half, half, [&](V numbers, int64_t d, int64_t some) {
+                numbers = numbers * V::broadcast(step.scale * log2_e);
+                if constexpr (kHasCodes<T>)
+                {
+                    numbers = numbers * load<V>(step.key_scales.scales + tile.kv_head * D + d, some);
+                }
+                store(numbers, query + d, some);
+            });
         for (int64_t d = 0; d < width; ++d)
         {
             space.sums[r * width + d] = 0;
@@ -587,6 +619,10 @@ void attend_tile(AttentionStep<T> const& step, Tile const& tile, float* memory)
         for (int64_t d = 0; d < D; ++d)
         {
             result[d] = sums[d] / space.weights[r];
+            if constexpr (kHasCodes<T>)
+            {
+                result[d] *= step.value_scales.scales[tile.kv_head * D + d];
+            }
         }
     }
 }

@@ -18,7 +18,7 @@ namespace
 
 constexpr char kDomain[] = "qwen_aot.cpu";
 // Of the ops: their names, inputs, attributes. Whatever a graph could notice raises it.
-constexpr int32_t kInterface = 1;
+constexpr int32_t kInterface = 2;
 
 void fill(void const* table)
 {
@@ -43,6 +43,7 @@ ort::Domain* make_domain()
     check(ort::api.add_op(made, custom_op<LinearOp>()));
     check(ort::api.add_op(made, custom_op<AttentionOp<Half>>()));
     check(ort::api.add_op(made, custom_op<AttentionOp<float>>()));
+    check(ort::api.add_op(made, custom_op<AttentionOp<int8_t>>()));
     return owned.release();
 }
 

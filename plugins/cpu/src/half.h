@@ -1,4 +1,4 @@
-/** fp16 numbers as bits, for code that has no instruction for them. */
+/** What a cache holds: fp16 numbers as bits, and codes, for code that has no instruction for them. */
 #pragma once
 
 #include <cstdint>
@@ -67,8 +67,13 @@ inline float widen(float value)
 {
     return value;
 }
+inline float widen(int8_t code)
+{
+    return code;
+}
 
-/** As a cache holds it: what fp16 can't hold becomes its largest number, and NaN stays. */
+/** As a cache holds it: what fp16 can't hold becomes its largest number, and NaN stays. A code is the nearest whole
+ *  number, of two the even one, from -128 to 127; of NaN it is 127, as in ONNX Runtime's kernel. */
 template <class T>
 T stored(float value);
 template <>
@@ -80,6 +85,13 @@ template <>
 inline Half stored<Half>(float value)
 {
     return narrow(value > 65504 ? 65504 : value < -65504 ? -65504 : value);
+}
+template <>
+inline int8_t stored<int8_t>(float value)
+{
+    float const bound = value < 127 ? (value > -128 ? value : -128) : 127;
+    float const shifted = bound + 0x1.8p23F; // where fp32 has no fractions
+    return static_cast<int8_t>(shifted - 0x1.8p23F);
 }
 
 } // namespace qwen_aot::cpu

@@ -15,6 +15,7 @@ from qwen_aot.engines.build import build_bundle
 from qwen_aot.engines.onnxruntime import cpu
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.errors import BuildError, EngineMismatchError
+from qwen_aot.runtime.backends.cpu.kernels import OPS_VERSION
 from qwen_aot.runtime.bundle.load import load_bundle
 from qwen_aot.runtime.bundle.manifest import KernelGraph, Manifest
 from tests.checkpoints import MIN_TOKENIZER_VOCAB, save_tiny
@@ -44,7 +45,7 @@ def ops(bundle: Path, name: str = NAME) -> Counter[str]:
         ({"precision": "int4"}, 9, "QwenGQA", "float16"),
         ({"precision": "int8", "symmetric": False}, 9, "QwenGQA", "float16"),
         ({"precision": "fp32"}, 0, "QwenGQAFloat", "float32"),
-        ({"precision": "int4", "kv_precision": "int8"}, 9, "GroupQueryAttention", "int8"),
+        ({"precision": "int4", "kv_precision": "int8"}, 9, "QwenGQAInt8", "int8"),
         ({"precision": "int4", "speculate": 4}, 9, "QwenGQA", "float16"),
     ],
     ids=str,
@@ -55,12 +56,14 @@ def test_what_a_bundle_says_of_it(
     with named_kernels():
         manifest = build(checkpoint, tmp_path / "bundle", **options)
     text = manifest.engines.text
-    assert (text.file, text.kernels) == ("model.onnx", KernelGraph(NAME, 1, cache_dtype))
+    assert (text.file, text.kernels) == ("model.onnx", KernelGraph(NAME, OPS_VERSION, cache_dtype))
     found = ops(tmp_path / "bundle")
     assert (found["QwenLinear"], found[attention]) == (linears, 2)
     stored = {tensor.dtype for tensor in text.inputs if tensor.name.startswith("past")}
     assert stored == {text.cache_dtype} == {"int8" if cache_dtype == "int8" else "float32"}
-    assert {"QwenLinear", "QwenGQA", "QwenGQAFloat"} & ops(tmp_path / "bundle", "model.onnx").keys() == set()
+    assert {"QwenLinear", "QwenGQA", "QwenGQAFloat", "QwenGQAInt8"} & ops(
+        tmp_path / "bundle", "model.onnx"
+    ).keys() == set()
     read = load_bundle(tmp_path / "bundle").manifest
     assert read.engines == manifest.engines
     inside = read.engines.text.for_kernels()

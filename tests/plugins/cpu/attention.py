@@ -14,11 +14,18 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 
-from tests.plugins.cpu.nodes import FLOAT, FLOAT16, INT64, session_of
+from tests.plugins.cpu.nodes import FLOAT, FLOAT16, INT8, INT64, session_of
 
 FP16_LARGEST = 65504.0
+# By what the cache holds: the op, and its element type in ONNX.
+OPS = {
+    np.dtype(np.float16): ("QwenGQA", FLOAT16),
+    np.dtype(np.float32): ("QwenGQAFloat", FLOAT),
+    np.dtype(np.int8): ("QwenGQAInt8", INT8),
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Step:
     query: np.ndarray  # [B, S, H·D] fp32
     key: np.ndarray  # [B, S, Hkv·D] fp32
     value: np.ndarray  # likewise
-    past_key: np.ndarray  # [B, Hkv, C, D] fp16 or fp32
+    past_key: np.ndarray  # [B, Hkv, C, D] fp16, fp32 or int8
     past_value: np.ndarray
     cos: np.ndarray  # [P, D/2] fp32
     sin: np.ndarray
@@ -37,6 +44,14 @@ class Step:
     fresh: np.ndarray  # [B] int64
     scale: float
     is_packed: bool = True
+    key_scale: np.ndarray | None = None  # [Hkv·D] fp32, of a cache of codes
+    value_scale: np.ndarray | None = None
+
+    @property
+    def scales(self) -> list[tuple[str, np.ndarray]]:
+        """The op's inputs behind the others; of a cache that holds no codes none."""
+        pairs = [("key_scale", self.key_scale), ("value_scale", self.value_scale)]
+        return [(name, scale) for name, scale in pairs if scale is not None]
 
     @property
     def head_size(self) -> int:
@@ -87,6 +102,8 @@ def random_step(
 ) -> Step:
     """A step whose caches are NaN in all slots that hold nothing, and whose tokens that aren't valid are NaN.
 
+    Codes have no NaN; such slots hold 127. By their scales some keys and values are beyond the largest code.
+
     Args:
         seed: of the numbers.
         held: tokens in each row's cache.
@@ -105,10 +122,14 @@ def random_step(
     B, S = len(held), max([1, *fresh]) if S is None else S
     C = max(1, spare + max(n + f for n, f in zip(held, fresh, strict=True)))
     numbers = [spread * random.standard_normal((B, S, heads * D)).astype(np.float32) for heads in (H, Hkv, Hkv)]
-    caches: list[np.ndarray] = [np.full((B, Hkv, C, D), np.nan, dtype) for _ in range(2)]
+    has_codes = dtype is np.int8
+    scales: list[np.ndarray | None] = [None, None]
+    if has_codes:
+        scales = [(spread * random.uniform(0.01, 0.05, Hkv * D)).astype(np.float32) for _ in range(2)]
+    caches: list[np.ndarray] = [np.full((B, Hkv, C, D), 127 if has_codes else np.nan, dtype) for _ in range(2)]
     for b in range(B):
-        for cached in caches:
-            cached[b, :, : held[b]] = spread * random.standard_normal((Hkv, held[b], D))
+        for cached, scale in zip(caches, scales, strict=True):
+            cached[b, :, : held[b]] = stored(spread * random.standard_normal((Hkv, held[b], D)), dtype, scale)
         for number in numbers:
             number[b, fresh[b] :] = np.nan
     cos, sin = tables(C + 7, D)
@@ -119,7 +140,15 @@ def random_step(
     query, key, value = numbers
     past_key, past_value = caches
     counts = np.array(held), np.array(fresh)
-    return Step(query, key, value, past_key, past_value, cos, sin, positions, *counts, float(D**-0.5), is_packed)
+    scale = float(D**-0.5)
+    return Step(query, key, value, past_key, past_value, cos, sin, positions, *counts, scale, is_packed, *scales)
+
+
+def stored(numbers: np.ndarray, dtype: type, scale: np.ndarray | None) -> np.ndarray:
+    """Numbers [Hkv, tokens, D] as a cache has them."""
+    if scale is None:
+        return numbers.astype(dtype)
+    return np.clip(np.rint(numbers / scale.reshape(numbers.shape[0], 1, -1)), -128, 127).astype(dtype)
 
 
 # By the op, in a process of its own: the library looks up its instructions once.
@@ -141,13 +170,14 @@ def _session(
     H: int,
     Hkv: int,
     D: int,
-    is_half: bool,
+    dtype: np.dtype,
     has_positions: bool,
     is_packed: bool,
     scale: float,
+    scales: tuple[tuple[str, bytes], ...],
     threads: int,
 ) -> onnxruntime.InferenceSession:
-    cached = FLOAT16 if is_half else FLOAT
+    op, cached = OPS[dtype]
     slots: list[int | str] = ["B", Hkv, "C", D]
     inputs: list[tuple[str, int, Sequence[int | str]] | None] = [
         ("query", FLOAT, ["B", "S", (H + 2 * Hkv if is_packed else H) * D]),
@@ -160,6 +190,7 @@ def _session(
         ("position_ids", INT64, ["B", "S"]) if has_positions else None,
         ("cache_length", INT64, ["B"]),
         ("new_tokens", INT64, ["B"]),
+        *((name, FLOAT, [len(held) // 4]) for name, held in scales),
     ]
     outputs: list[tuple[str, int, Sequence[int | str]]] = [
         ("attention", FLOAT, ["B", "S", H * D]),
@@ -168,11 +199,11 @@ def _session(
     ]
     return session_of(
         library,
-        "QwenGQA" if is_half else "QwenGQAFloat",
+        op,
         inputs,
         outputs,
         {"num_heads": H, "num_kv_heads": Hkv, "scale": scale},
-        {},
+        {name: np.frombuffer(held, np.float32) for name, held in scales},
         threads=threads,
     )
 
@@ -234,16 +265,16 @@ def attend(
         is_in_place: whether past and present are one buffer.
         has_borders: whether all arrays end where memory does.
     """
-    is_half = step.past_key.dtype == np.float16
     session = _session(
         library,
         step.num_heads,
         step.num_kv_heads,
         step.head_size,
-        is_half,
+        step.past_key.dtype,
         step.positions is not None,
         step.is_packed,
         step.scale,
+        tuple((name, scale.tobytes()) for name, scale in step.scales),
         threads,
     )
     packed = np.concatenate([step.query, step.key, step.value], axis=2)
@@ -270,6 +301,42 @@ def attend(
     return Result(*(values[name].numpy().copy() for name in ("attention", "present_key", "present_value")))
 
 
+def stock_codes(step: Step) -> tuple[np.ndarray, np.ndarray]:
+    """The caches that ONNX Runtime's own kernel writes, of one row without a past."""
+    H, Hkv, D = step.num_heads, step.num_kv_heads, step.head_size
+    S, C = step.query.shape[1], step.past_key.shape[2]
+    int32 = onnx.TensorProto.INT32
+    slots: list[int | str] = [1, Hkv, C, D]
+    inputs: list[tuple[str, int, Sequence[int | str]] | None] = [
+        ("query", FLOAT, [1, S, H * D]),
+        ("key", FLOAT, [1, S, Hkv * D]),
+        ("value", FLOAT, [1, S, Hkv * D]),
+        ("past_key", INT8, slots),
+        ("past_value", INT8, slots),
+        ("seqlens_k", int32, [1]),
+        ("total_sequence_length", int32, []),
+        ("cos", FLOAT, ["P", D // 2]),
+        ("sin", FLOAT, ["P", D // 2]),
+        *[None] * 3,
+        *((name, FLOAT, [Hkv * D]) for name, _ in step.scales),
+    ]
+    outputs: list[tuple[str, int, Sequence[int | str]]] = [
+        ("attention", FLOAT, [1, S, H * D]),
+        ("present_key", INT8, slots),
+        ("present_value", INT8, slots),
+    ]
+    attributes = {"num_heads": H, "kv_num_heads": Hkv, "scale": step.scale, "do_rotary": 1, "kv_cache_bit_width": 8}
+    attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+    session = session_of(
+        None, "GroupQueryAttention", inputs, outputs, attributes, dict(step.scales), domain="com.microsoft"
+    )
+    names = ("query", "key", "value", "past_key", "past_value", "cos", "sin")
+    feeds = {name: getattr(step, name) for name in names}
+    feeds |= {"seqlens_k": np.array([S - 1], np.int32), "total_sequence_length": np.array(C, np.int32)}
+    _, keys, values = session.run(None, feeds)
+    return keys, values
+
+
 # By NumPy.
 
 
@@ -292,9 +359,15 @@ def _row(step: Step, b: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rotated(heads[0], cos, sin), rotated(heads[1], cos, sin), heads[2].astype(np.float64)
 
 
+def numbers_of(cached: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
+    """What a cache [B, Hkv, C, D] holds, in float64: codes times their scales."""
+    numbers = cached.astype(np.float64)
+    return numbers if scale is None else numbers * scale.astype(np.float64).reshape(cached.shape[1], 1, -1)
+
+
 def written(step: Step) -> tuple[np.ndarray, np.ndarray]:
     """The caches after the step, in float64, before they are rounded."""
-    keys, values = step.past_key.astype(np.float64), step.past_value.astype(np.float64)
+    keys, values = numbers_of(step.past_key, step.key_scale), numbers_of(step.past_value, step.value_scale)
     for b in range(len(step.held)):
         n, f = int(step.held[b]), int(step.fresh[b])
         _, key, value = _row(step, b)
@@ -308,26 +381,27 @@ def attended(step: Step, present_key: np.ndarray, present_value: np.ndarray) -> 
 
     Bound: a score is a sum of D products, each factor of q rounded 4 times: off by |q|·|k| scale (D + 4) 2^-24 at
     most, and its weight relatively by as much; a weight's exponential 2e-7; sums of n weights and products n 2^-24,
-    twice.
+    twice. The scale of a code is one more factor of both.
     """
     B, S, _ = step.query.shape
     group = step.num_heads // step.num_kv_heads
     attention = np.zeros((B, S, step.num_heads, step.head_size))
     bound = np.zeros_like(attention)
+    all_keys, all_values = numbers_of(present_key, step.key_scale), numbers_of(present_value, step.value_scale)
+    factors = len(step.scales) // 2
     for b in range(B):
         n, f = int(step.held[b]), int(step.fresh[b])
         queries = _row(step, b)[0]
         mask = np.arange(n + f)[None] > n + np.arange(f)[:, None]
         for head in range(step.num_heads):
-            keys = present_key[b, head // group, : n + f].astype(np.float64)
-            values = present_value[b, head // group, : n + f].astype(np.float64)
+            keys, values = (part[b, head // group, : n + f] for part in (all_keys, all_values))
             scores = np.where(mask, -np.inf, queries[:, head] @ keys.T * step.scale)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True, initial=-1e300))
             weights /= weights.sum(axis=1, keepdims=True)
             attention[b, :f, head] = weights @ values
             sizes = np.where(mask, 0, np.abs(queries[:, head]) @ np.abs(keys).T * step.scale)
-            largest = sizes.max(axis=1, initial=0) * (step.head_size + 4) * 2**-24
-            relative = 2 * largest + 4e-7 + 2 * (n + f) * 2**-24
+            largest = sizes.max(axis=1, initial=0) * (step.head_size + 4 + factors) * 2**-24
+            relative = 2 * largest + 4e-7 + (2 * (n + f) + factors) * 2**-24
             bound[b, :f, head] = relative[:, None] * np.abs(values).max(initial=0) + 1e-30
     return attention.reshape(B, S, -1), bound.reshape(B, S, -1)
 
@@ -342,16 +416,20 @@ def sweep() -> list[Step]:
         random_step(14, [70, 5], [13, 2], H=7, Hkv=1, D=6, dtype=np.float32),
         random_step(14, [9, 70], [1, 1], H=4, Hkv=1, D=74),
         random_step(15, [1100], [2], H=5, Hkv=1, D=128, dtype=np.float32, has_positions=True),
+        random_step(16, [3, 600], [1, 1], dtype=np.int8),
+        random_step(17, [0, 130], [40, 70], D=74, dtype=np.int8),
+        random_step(18, [513], [3], H=3, Hkv=1, D=74, dtype=np.int8, is_packed=False),
     ]
 
 
 def check(step: Step, result: Result) -> None:
     """Raises AssertionError: the result isn't the step's."""
     keys, values = written(step)
-    for name, found, past, exact, relative in (
-        ("key", result.present_key, step.past_key, keys, 4 * 2**-24),
-        ("value", result.present_value, step.past_value, values, 0),
+    for name, found, past, exact, scale, relative in (
+        ("key", result.present_key, step.past_key, keys, step.key_scale, 4 * 2**-24),
+        ("value", result.present_value, step.past_value, values, step.value_scale, 0),
     ):
+        numbers = numbers_of(found, scale)
         is_half = past.dtype == np.float16
         for b in range(len(step.held)):
             n, f = int(step.held[b]), int(step.fresh[b])
@@ -362,7 +440,11 @@ def check(step: Step, result: Result) -> None:
             new = exact[b, :, n : n + f]
             # A product's rounding is by its factors' size, which cos and sin keep below that of all.
             slack = relative * np.abs(new).max(initial=0) + (2**-11 * np.abs(new) + 2**-25 if is_half else 0)
-            far = np.abs(found[b, :, n : n + f].astype(np.float64) - new) > slack
+            if scale is not None:  # half a code, behind a rounded reciprocal and product
+                worth = scale.astype(np.float64).reshape(new.shape[0], 1, -1)
+                slack = slack + worth * (0.5 + 128 * 3 * 2**-24)
+                new = np.clip(new, -128 * worth, 127 * worth)
+            far = np.abs(numbers[b, :, n : n + f] - new) > slack
             assert not far.any(), f"{name} of row {b}: {np.argwhere(far)[0]} (head, token, number) is far off"
     attention, bound = attended(step, result.present_key, result.present_value)
     far = ~(np.abs(result.attention - attention) <= bound)

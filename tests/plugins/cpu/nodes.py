@@ -14,7 +14,7 @@ DOMAIN = "qwen_aot.cpu"
 
 
 def session_of(
-    library: Path,
+    library: Path | None,
     op: str,
     inputs: Sequence[tuple[str, int, Sequence[int | str]] | None],
     outputs: Sequence[tuple[str, int, Sequence[int | str]]],
@@ -27,7 +27,7 @@ def session_of(
     """A session of one node.
 
     Args:
-        library: of the kernels.
+        library: of the kernels; None: the node is ONNX Runtime's own.
         op: the node's type.
         inputs: name, element type and shape of each in the node's order; None: absent.
         outputs: likewise.
@@ -54,13 +54,15 @@ def session_of(
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.register_custom_ops_library(str(library))
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-FLOAT, FLOAT16, INT64, UINT8 = (
+FLOAT, FLOAT16, INT8, INT64, UINT8 = (
     onnx.TensorProto.FLOAT,
     onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.INT8,
     onnx.TensorProto.INT64,
     onnx.TensorProto.UINT8,
 )

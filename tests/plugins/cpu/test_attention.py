@@ -30,6 +30,7 @@ from tests.plugins.cpu.attention import (
     check,
     process_of,
     random_step,
+    stock_codes,
     sweep,
 )
 from tests.plugins.cpu.paths import PATHS
@@ -59,6 +60,7 @@ def portable(library: Path) -> Iterator[Kernels]:
         yield Kernels(library, process)
 
 
+CACHES = [np.float16, np.float32, np.int8]
 GROUPS = st.sampled_from([(1, 1), (4, 4), (4, 2), (3, 1), (6, 2), (7, 1), (14, 2), (8, 1), (10, 2)])
 SIZES = st.one_of(st.sampled_from([64, 80, 96, 128]), st.integers(1, 75).map(lambda half: 2 * half))
 
@@ -75,7 +77,7 @@ def steps(draw: st.DrawFn) -> dict[str, Any]:
         "H": H,
         "Hkv": Hkv,
         "D": draw(SIZES),
-        "dtype": draw(st.sampled_from([np.float16, np.float32])),
+        "dtype": draw(st.sampled_from(CACHES)),
         "S": S,
         "spare": draw(st.integers(0, 70)),
         "has_positions": draw(st.booleans()),
@@ -96,15 +98,21 @@ def test_any_step_is_that_of_the_reference(
     check(step, kernels.attend(step, threads=threads, is_in_place=is_in_place))
 
 
-def test_a_result_slightly_off_is_noticed(kernels: Kernels) -> None:
-    step = random_step(1, [70, 9], [3, 5])
+@pytest.mark.parametrize("dtype", CACHES)
+@pytest.mark.parametrize("token", [0, 72])  # of the past, and new
+def test_a_result_slightly_off_is_noticed(kernels: Kernels, dtype: type, token: int) -> None:
+    step = random_step(1, [70, 9], [3, 5], dtype=dtype)
     result = kernels.attend(step)
     check(step, result)
-    for name in ("attention", "present_key", "present_value"):
+    for name in ("present_key", "present_value"):
         wrong = getattr(result, name).copy()
-        wrong.reshape(-1)[3] += np.float16(0.01)
+        wrong[0, 1, token, 3] += 1 if dtype is np.int8 else np.float16(0.01)
         with pytest.raises(AssertionError):
             check(step, replace(result, **{name: wrong}))
+    attention = result.attention.copy()
+    attention[0, 2, 3] += np.float32(1e-3)
+    with pytest.raises(AssertionError):
+        check(step, replace(result, attention=attention))
 
 
 def test_past_and_present_in_one_buffer_or_two_is_the_same(kernels: Kernels) -> None:
@@ -116,7 +124,7 @@ def equal(one: Result, other: Result) -> bool:
     return all(getattr(one, name).tobytes() == getattr(other, name).tobytes() for name in Result.__dataclass_fields__)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("dtype", CACHES)
 @pytest.mark.parametrize("fresh", [[1, 1, 1], [3, 0, 90], [9, 8, 7]])
 def test_a_row_is_the_same_bit_for_bit_alone_and_among_others(kernels: Kernels, dtype: type, fresh: list[int]) -> None:
     step = random_step(3, [1500, 3, 650], fresh, dtype=dtype, H=6)
@@ -127,8 +135,9 @@ def test_a_row_is_the_same_bit_for_bit_alone_and_among_others(kernels: Kernels, 
             assert getattr(alone, name)[0].tobytes() == getattr(together, name)[b].tobytes()
 
 
-def test_a_prompt_in_chunks_is_the_prompt_at_once(kernels: Kernels) -> None:
-    whole = random_step(4, [0], [600], H=4, Hkv=2)
+@pytest.mark.parametrize("dtype", [np.float16, np.int8])
+def test_a_prompt_in_chunks_is_the_prompt_at_once(kernels: Kernels, dtype: type) -> None:
+    whole = random_step(4, [0], [600], H=4, Hkv=2, dtype=dtype)
     at_once = kernels.attend(whole)
     _, bound = attended(whole, at_once.present_key, at_once.present_value)
     for chunks in ([600 - 41, 32, 8, 1], [1, 2, 3, 594], [64] * 9 + [24]):
@@ -166,6 +175,62 @@ def test_what_fp16_cannot_hold_becomes_its_largest_number(kernels: Kernels, fres
     assert np.isfinite(result.attention).all()
 
 
+def test_codes_are_those_that_onnxruntimes_kernel_writes(kernels: Kernels) -> None:
+    """Halves, numbers beside them, beyond the last code, infinite and NaN; and rotated ones, whose sums are rounded."""
+    step = random_step(20, [0], [300], H=2, Hkv=2, D=64, dtype=np.int8)
+    value = step.value.copy()
+    halves = (np.random.default_rng(1).integers(-140, 140, (200, 128)) + 0.5) * step.value_scale
+    value[0, :200] = np.nextafter(halves, np.inf, dtype=np.float32)
+    value[0, :100] = halves[:100]
+    value[0, 200, :5] = [np.nan, np.inf, -np.inf, 1e30, -1e30]
+    step = replace(step, value=value)
+    written = kernels.attend(step)
+    for ours, theirs in zip((written.present_key, written.present_value), stock_codes(step), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert written.present_value[0, 0, 200, :5].tolist() == [127, 127, -128, 127, -128]
+
+
+@pytest.mark.parametrize("fresh", [1, 5, 40])
+def test_nan_is_a_code_like_others(kernels: Kernels, fresh: int) -> None:
+    """Of a key and a value; of a query it stays with its token."""
+    step = random_step(21, [70, 70], [fresh, fresh], dtype=np.int8)
+    clean = kernels.attend(step)
+    for name in ("query", "key", "value"):
+        hurt = getattr(step, name).copy()
+        hurt[0, fresh // 2] = np.nan
+        result = kernels.attend(replace(step, **{name: hurt}))
+        is_nan = np.isnan(result.attention[0]).all(axis=1)
+        assert is_nan.tolist() == [name == "query" and s == fresh // 2 for s in range(fresh)]
+        assert result.attention[0, : fresh // 2].tobytes() == clean.attention[0, : fresh // 2].tobytes()
+        assert result.attention[1].tobytes() == clean.attention[1].tobytes()
+        if name != "query":
+            assert (getattr(result, f"present_{name}")[0, :, 70 + fresh // 2] == 127).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"key_scale": np.full(128, 0, np.float32)},
+            "a number of key_scale is 0.000000; accepted: above 0, and finite",
+        ),
+        ({"value_scale": np.full(128, -1, np.float32)}, "a number of value_scale is -1"),
+        ({"value_scale": np.full(128, np.nan, np.float32)}, "a number of value_scale is -?nan"),
+        ({"key_scale": np.full(128, np.inf, np.float32)}, "a number of key_scale is inf"),
+        (
+            {"key_scale": np.full(128, 1e-40, np.float32)},
+            "a number of key_scale is 0.000000; .* finite as its reciprocal",
+        ),
+        ({"key_scale": np.full(64, 1, np.float32)}, "the size of key_scale is 64; accepted: 128"),
+        ({"value_scale": np.full(129, 1, np.float32)}, "the size of value_scale is 129; accepted: 128"),
+    ],
+)
+def test_scales_that_no_code_goes_with_are_refused(portable: Kernels, change: dict[str, Any], message: str) -> None:
+    step = random_step(22, [8], [2], dtype=np.int8)
+    with pytest.raises(Exception, match=message):
+        portable.attend(replace(step, **change))
+
+
 @pytest.mark.parametrize("fresh", [1, 5, 40])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_nan_stays_with_those_that_see_it(kernels: Kernels, fresh: int, dtype: type) -> None:
@@ -191,7 +256,7 @@ def test_extreme_scores_give_a_mean_of_values(kernels: Kernels, spread: float) -
 
 @pytest.mark.parametrize("D", [64, 74, 6, 128])
 @pytest.mark.parametrize("fresh", [1, 3, 45])
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("dtype", CACHES)
 def test_nothing_is_read_or_written_behind_an_array(kernels: Kernels, D: int, fresh: int, dtype: type) -> None:
     step = random_step(8, [83], [fresh], D=D, dtype=dtype, is_packed=False)
     last = 83 + fresh
@@ -286,7 +351,19 @@ FAULTS = {
     ),
     "the largest of parts": ("attention.cpp", "std::exp2(part(i)[D + 1] - largest)", "1.0F"),
     "what was summed before": ("attention_tile.h", "(V::load(sums + d) * factor)", "V::load(sums + d)"),
-    "the sign of a sine": ("attention_tile.h", "first = (x * c - y * s)", "first = (x * c + y * s)"),
+    "the sign of a sine": ("attention_tile.h", "put(x * c - y * s, d", "put(x * c + y * s, d"),
+    "the scale of a key": (
+        "attention_tile.h",
+        "step.key_scales.scales + tile.kv_head * D + d",
+        "step.key_scales.scales + d",
+    ),
+    "the scale of a value": ("attention_tile.h", "result[d] *= step.value_scales.scales[tile.kv_head * D + d];", ""),
+    "the scale of a value behind parts": (
+        "attention.cpp",
+        "step.value_scales.scales[parts.kv_head * D + d]",
+        "step.value_scales.scales[d]",
+    ),
+    "the reciprocal of a scale": ("attention_tile.h", "numbers = numbers * load<V>(reciprocals + d, some);", ""),
     "slots that hold nothing": ("attention_tile.h", "score = score.keep(count - key, -__builtin_inff());", ""),
 }
 

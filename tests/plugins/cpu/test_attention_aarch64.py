@@ -48,11 +48,12 @@ def run_attention(command: list[str | Path], step: Step, instructions: str) -> R
     """What the program computes of a step whose positions are its own."""
     B, S, _ = step.query.shape
     Hkv, C, D = step.past_key.shape[1:]
-    is_half = step.past_key.dtype == np.float16
-    asked = np.array([B, S, step.num_heads, Hkv, D, C, len(step.cos), is_half], np.int64).tobytes()
+    of_number = step.past_key.dtype.itemsize
+    asked = np.array([B, S, step.num_heads, Hkv, D, C, len(step.cos), of_number], np.int64).tobytes()
     asked += np.array(step.scale, np.float64).tobytes()
     arrays = (step.query, step.key, step.value, step.past_key, step.past_value, step.cos, step.sin)
     asked += b"".join(array.tobytes() for array in (*arrays, step.held.astype(np.int64), step.fresh.astype(np.int64)))
+    asked += b"".join(scale.tobytes() for _, scale in step.scales)
     environment = {**os.environ, "QWEN_AOT_CPU_INSTRUCTIONS": instructions}
     done = subprocess.run(
         list(map(str, command)), input=asked, capture_output=True, env=environment, timeout=500, check=False
@@ -64,7 +65,7 @@ def run_attention(command: list[str | Path], step: Step, instructions: str) -> R
     return Result(np.frombuffer(done.stdout[:size], np.float32).reshape(step.query.shape), *caches)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int8])
 @pytest.mark.parametrize("instructions", PATHS)
 def test_attention(attention: Path, emulator: list[str], instructions: str, dtype: type) -> None:
     steps = [

@@ -224,6 +224,7 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--context", "0", "max_context is 0; it must be at least 1"),
         ("--batch", "0", "max_batch is 0; it must be at least 1"),
         ("--kv-precision", "int2", "kv_precision 'int2' doesn't exist"),
+        ("--kernels", "auto", "'auto' is not one of 'own', 'onnxruntime'"),
         ("--speculate", "99", "speculate is 99; accepted: 2 to 16"),
     ],
     "gpu-check": [("--output", "", "it is empty")],

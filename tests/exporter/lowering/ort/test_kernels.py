@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qwen_aot.exporter.graph.save import DATA_FILE, save_beside, save_graph
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.ort import contrib as ort
 from qwen_aot.exporter.lowering.ort.contrib import OrtOptions
+from qwen_aot.exporter.lowering.ort.int8_cache import scale_names
 from qwen_aot.exporter.lowering.ort.kernels import CPU_DOMAIN, CPU_OPS_VERSION, Replaced, use_kernels
 from qwen_aot.exporter.lowering.ort.provider import Provider
 from qwen_aot.exporter.quantize.blockwise import BlockFormat, dequantize, quantize
@@ -33,7 +35,7 @@ from tests.exporter.stepper import Stepper
 
 HEADS_OF_16 = dataclasses.replace(DENSE, head_dim=16, hidden_size=64)  # whole blocks: no Split behind the embedding
 INT4, INT8 = BlockFormat(4, 32), BlockFormat(8, 32)
-FLOAT, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
+FLOAT, FLOAT16, CODES = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8
 
 
 def lowered(config: Any = HEADS_OF_16, **options: Any) -> Traced:
@@ -153,15 +155,119 @@ def test_one_attention_of_another_form_keeps_all_of_them(what: str) -> None:
     assert {v.dtype for v in traced.model.graph.inputs if str(v.name).startswith("past")} == {FLOAT}
 
 
-def test_an_int8_cache_keeps_its_attention() -> None:
+def caches(traced: Traced) -> set[ir.DataType | None]:
+    """The types of the caches' inputs and outputs."""
+    values = (*traced.model.graph.inputs, *traced.model.graph.outputs)
+    return {value.dtype for value in values if str(value.name).startswith(("past", "present"))}
+
+
+def test_an_int8_cache_keeps_its_codes_and_scales() -> None:
+    traced, layers = lowered(weights=INT4, int8_cache=True), HEADS_OF_16.num_hidden_layers
+    tensors = set(traced.model.graph.initializers)
+    assert use_kernels(traced.model, CODES) == Replaced(4 * layers + 1, layers)
+    assert caches(traced) == {CODES}
+    assert tensors == set(traced.model.graph.initializers)
+    nodes = [node for node in traced.model.graph if node.op_type == "QwenGQAInt8"]
+    assert [tuple(value.name for value in node.inputs[10:]) for node in nodes] == [  # type: ignore[union-attr]
+        scale_names(layer) for layer in range(layers)
+    ]
+    assert not counts(traced.model.graph)["GroupQueryAttention"]
+
+
+INT8_ATTENTION_EDITS: dict[str, Any] = {
+    "a scale for the whole tensor": lambda node: node.attributes.__setitem__(
+        "v_quant_type", ir.AttrString("v_quant_type", "PER_TENSOR")
+    ),
+    "codes of four bits": lambda node: node.attributes.__setitem__(
+        "kv_cache_bit_width", ir.AttrInt64("kv_cache_bit_width", 4)
+    ),
+    "a scale that is computed": lambda node: node.replace_input_with(12, node.inputs[0]),
+    "no scale": lambda node: node.replace_input_with(13, None),
+    "numbers as they are": lambda node: [
+        setattr(value, "type", ir.TensorType(FLOAT)) for value in (node.inputs[3], node.inputs[4])
+    ],
+}
+
+
+@pytest.mark.parametrize("what", INT8_ATTENTION_EDITS)
+def test_one_attention_over_other_codes_keeps_all_of_them(what: str) -> None:
     traced = lowered(weights=INT4, int8_cache=True)
-    assert use_kernels(traced.model, FLOAT16) == Replaced(4 * HEADS_OF_16.num_hidden_layers + 1, 0)
-    assert {v.dtype for v in traced.model.graph.inputs if str(v.name).startswith("past")} == {ir.DataType.INT8}
+    INT8_ATTENTION_EDITS[what](edit(traced, "GroupQueryAttention"))
+    assert use_kernels(traced.model, CODES).attentions == 0
+    assert counts(traced.model.graph)["GroupQueryAttention"] == HEADS_OF_16.num_hidden_layers
 
 
-def test_heads_that_no_kernel_of_onnxruntime_takes_keep_their_definition() -> None:
-    assert DENSE.head_dim == 8
-    assert use_kernels(lowered(DENSE, weights=INT4).model, FLOAT16).attentions == 0
+@pytest.mark.parametrize(("has_codes", "asked"), [(True, FLOAT16), (False, CODES)])
+def test_codes_become_no_numbers_and_numbers_no_codes(has_codes: bool, asked: ir.DataType) -> None:
+    traced = lowered(weights=INT4, int8_cache=has_codes)
+    assert use_kernels(traced.model, asked).attentions == 0
+    assert caches(traced) == {CODES if has_codes else FLOAT}
+
+
+WITH_NORMS = {"model_type": "qwen3", "attention_bias": False}
+DEFINED = {"plain": DENSE, "with norms of heads": dataclasses.replace(DENSE, **WITH_NORMS)}  # heads of 8
+
+
+@pytest.mark.parametrize("what", DEFINED)
+def test_heads_that_no_kernel_of_onnxruntime_takes_have_ours(what: str) -> None:
+    config = DEFINED[what]
+    assert config.head_dim == 8
+    traced = lowered(config, weights=INT4)
+    graph = traced.model.graph
+    ends = [[value.name for value in values] for values in (graph.inputs, graph.outputs)]
+    tensors = set(graph.initializers)
+    assert use_kernels(traced.model, FLOAT16).attentions == config.num_hidden_layers
+    found = counts(graph)
+    assert found["QwenGQA"] == config.num_hidden_layers
+    assert not found.keys() & {"Attention", "TensorScatter", "RotaryEmbedding", "Not"}
+    assert ends == [[value.name for value in values] for values in (graph.inputs, graph.outputs)]
+    assert tensors == set(graph.initializers)
+    assert caches(traced) == {FLOAT16}
+
+
+def attribute(value: ir.Attr) -> Callable[[ir.Node], None]:
+    return lambda node: node.attributes.__setitem__(value.name, value)
+
+
+def read_again(op_type: str) -> Callable[[Traced], None]:
+    """Its first result has another reader, the graph's caller."""
+    return lambda traced: traced.model.graph.outputs.append(edit(traced, op_type).outputs[0])
+
+
+def changed(op_type: str, change: Callable[[ir.Node], Any]) -> Callable[[Traced], None]:
+    return lambda traced: change(edit(traced, op_type))
+
+
+def make_constant(traced: Traced, values: list[int]) -> ir.Value:
+    node = ir.node("Constant", [], {"value_ints": values})
+    traced.model.graph.insert_before(traced.model.graph[0], node)
+    return node.outputs[0]
+
+
+def pick_other_heads(traced: Traced) -> None:
+    edit(traced, "Gather").replace_input_with(1, make_constant(traced, [5, 4, 3, 2, 1, 0]))
+
+
+DEFINITION_EDITS: dict[str, Callable[[Traced], None]] = {
+    "a cap of scores": changed("Attention", attribute(ir.AttrFloat32("softcap", 30.0))),
+    "another mask": changed("Not", lambda node: ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])),
+    "a mask of another position": changed("Greater", lambda node: node.replace_input_with(1, node.inputs[0])),
+    "values of another slot": changed("TensorScatter", lambda node: node.replace_input_with(2, node.inputs[0])),
+    "rotation by pairs": changed("RotaryEmbedding", attribute(ir.AttrInt64("interleaved", 1))),
+    "rotation by another table": changed("RotaryEmbedding", lambda node: node.replace_input_with(1, node.inputs[2])),
+    "heads in another order": pick_other_heads,
+    "heads of another axis": changed("Gather", attribute(ir.AttrInt64("axis", 2))),
+    "a context that is told": read_again("Attention"),
+}
+
+
+@pytest.mark.parametrize("what", DEFINITION_EDITS)
+def test_one_definition_of_another_form_keeps_all_of_them(what: str) -> None:
+    traced = lowered(DENSE, weights=INT4)
+    DEFINITION_EDITS[what](traced)
+    assert use_kernels(traced.model, FLOAT16).attentions == 0
+    assert counts(traced.model.graph)["Attention"] == DENSE.num_hidden_layers
+    assert caches(traced) == {FLOAT}
 
 
 def test_experts_stay_and_what_stands_around_them_does_not() -> None:
@@ -171,12 +277,17 @@ def test_experts_stay_and_what_stands_around_them_does_not() -> None:
     assert counts(traced.model.graph)["QMoE"] == before["QMoE"] > 0
 
 
-@pytest.mark.parametrize("options", [{"weights": INT4, "fast_prefill": True}, {"weights": INT4, "accuracy_level": 1}])
-def test_branches_and_exact_inputs_stay_as_they_are(options: dict[str, Any]) -> None:
-    traced = lowered(DENSE, **options)
+@pytest.mark.parametrize("config", [DENSE, HEADS_OF_16], ids=["defined", "fused"])
+def test_branches_stay_as_they_are(config: Any) -> None:
+    traced = lowered(config, weights=INT4, fast_prefill=True)
     before = ir.to_proto(traced.model).SerializeToString()
     assert not use_kernels(traced.model, FLOAT16)
     assert ir.to_proto(traced.model).SerializeToString() == before
+
+
+def test_projections_of_exact_inputs_stay() -> None:
+    traced = lowered(weights=INT4, accuracy_level=1)
+    assert use_kernels(traced.model, FLOAT16) == Replaced(0, HEADS_OF_16.num_hidden_layers)
 
 
 def test_a_graph_for_cuda_has_none() -> None:
@@ -199,10 +310,15 @@ def test_norms_of_heads_stay_in_front() -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """By case: checkpoint folder and transformers model."""
     root = tmp_path_factory.mktemp("kernels")
+    cases = {
+        **CASES,
+        "heads_of_24": {"heads": 4, "kv_heads": 2, "head_dim": 24},
+        "qwen3_heads_of_24": {"generation": "qwen3", "heads": 4, "kv_heads": 2, "head_dim": 24},
+    }
 
     @functools.cache
     def make(case: str) -> tuple[Path, Any]:
-        return root / case, save_tiny(root / case, **CASES[case])
+        return root / case, save_tiny(root / case, **cases[case])
 
     return make
 
@@ -249,7 +365,7 @@ def stepped(onnx_file: Path, ids: list[int], prompt: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("case", ["gqa", "tied", "odd_vocab", "qwen3"])
+@pytest.mark.parametrize("case", ["gqa", "tied", "odd_vocab", "qwen3", "heads_of_24", "qwen3_heads_of_24"])
 def test_quantized_logits_are_those_of_the_stored_weights(case: str, name: str, models: Any, tmp_path: Path) -> None:
     checkpoint, model = models(case)
     ids = np.random.default_rng(1).integers(0, model.config.vocab_size, 15).tolist()

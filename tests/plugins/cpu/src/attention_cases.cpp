@@ -1,8 +1,9 @@
 /** Computes steps of attention that it reads from standard input.
  *
- *  A case: int64 B, S, H, Hkv, D, C, P, is_half, and the scale as a double; then query, key, value, the caches of keys and
- *  values, cos, sin, cache_length and new_tokens as `AttentionStep` has them. The answer: attention and both caches. The
- *  instructions are those of QWEN_AOT_CPU_INSTRUCTIONS. */
+ *  A case: int64 B, S, H, Hkv, D, C, P, the bytes of a cached number, and the scale as a double; then query, key, value, the
+ *  caches of keys and values, cos, sin, cache_length and new_tokens as `AttentionStep` has them, and where numbers have one
+ *  byte the scales of keys and of values. The answer: attention and both caches. The instructions are those of
+ *  QWEN_AOT_CPU_INSTRUCTIONS. */
 #include "attention.h"
 
 #include <cstdio>
@@ -36,7 +37,7 @@ void write_numbers(std::vector<T> const& numbers)
 
 struct Case
 {
-    int64_t B, S, H, Hkv, D, C, P, is_half;
+    int64_t B, S, H, Hkv, D, C, P, of_number;
     double scale;
 };
 
@@ -54,6 +55,17 @@ void answer(Case const& asked)
     auto const new_tokens = read_numbers<int64_t>(asked.B);
     std::vector<float> attention(query.size());
     AttentionStep<T> step;
+    std::vector<float> scales[2], reciprocals[2];
+    for (int i = 0; i < 2 && kHasCodes<T>; ++i)
+    {
+        scales[i] = read_numbers<float>(asked.Hkv * asked.D);
+        for (float const scale : scales[i])
+        {
+            reciprocals[i].push_back(1 / scale);
+        }
+        Scales& given = i == 0 ? step.key_scales : step.value_scales;
+        given.scales = scales[i].data(), given.reciprocals = reciprocals[i].data();
+    }
     step.B = asked.B, step.S = asked.S, step.H = asked.H, step.Hkv = asked.Hkv;
     step.D = asked.D, step.C = asked.C, step.P = asked.P;
     step.scale = static_cast<float>(asked.scale);
@@ -76,7 +88,12 @@ int main()
     Case asked;
     while (std::fread(&asked, sizeof asked, 1, stdin) == 1)
     {
-        asked.is_half != 0 ? answer<Half>(asked) : answer<float>(asked);
+        switch (asked.of_number)
+        {
+        case 1: answer<int8_t>(asked); break;
+        case 2: answer<Half>(asked); break;
+        default: answer<float>(asked);
+        }
     }
     return 0;
 }
