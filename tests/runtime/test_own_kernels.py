@@ -21,11 +21,14 @@ from tests.shared import once
 
 TOKENS, ROWS = 64, 6
 CONFIG: dict[str, Any] = {"heads": 6, "kv_heads": 2, "hidden": 96, "vocab": 131}
+EXPERTS: dict[str, Any] = {"moe": {"num_experts": 6, "num_experts_per_tok": 2}}
 BUILDS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "int8": {"precision": "int8"},
     "int4": {"precision": "int4"},
     "int4-speculates": {"precision": "int4", "speculate": 4},
+    "int8-experts": {"precision": "int8"},
+    "int4-experts": {"precision": "int4"},
 }
 
 
@@ -38,7 +41,7 @@ def _kernels() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def bundle(shared_folder: Path) -> Callable[[str], Path]:
     def make(folder: Path, name: str) -> Path:
-        save_tiny(folder / "model", **CONFIG)
+        save_tiny(folder / "model", **CONFIG, **(EXPERTS if name.endswith("-experts") else {}))
         spec = BuildSpec(max_context=256, max_batch=ROWS, prefill_chunk=32, **BUILDS[name])
         return build_bundle(folder / "model", spec, folder / "bundle").out
 
@@ -67,7 +70,7 @@ def test_greedy_answers_of_fp32_are_transformers(bundle: Callable[[str], Path], 
         assert list(found) == wanted[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("name", ["fp32", "int8", "int4", "int8-experts", "int4-experts"])
 def test_answers_beside_others_are_those_alone(name: str, bundle: Callable[[str], Path]) -> None:
     """Six rows of unequal lengths in one step, which long steps' kernels run, and one, which a single token's do."""
     texts = prompts(ROWS)
@@ -75,7 +78,7 @@ def test_answers_beside_others_are_those_alone(name: str, bundle: Callable[[str]
     assert together == [answers(bundle(name), [text], "own")[0] for text in texts]
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int8-experts", "int4-experts"])
 def test_logits_are_near_those_of_onnxruntimes_kernels(name: str, bundle: Callable[[str], Path]) -> None:
     """As near as rounding of inputs leaves them (tests/exporter/lowering/ort/test_kernels.py): logits have std 1."""
     prompt = np.array(prompts(5)[4], np.int64)

@@ -60,12 +60,12 @@ MoeOp::MoeOp(ort::Info const* info)
     require(gate_up.rank == 3, "the rank of gate_up codes", static_cast<int64_t>(gate_up.rank), "3");
     require(down.rank == 3, "the rank of down codes", static_cast<int64_t>(down.rank), "3");
     int64_t const E = gate_up.sizes[0], double_F = gate_up.sizes[1], M = down.sizes[1];
-    constexpr int64_t kMost = int64_t{1} << 24; // with it, no product of sizes overflows
+    constexpr int64_t kMost = int64_t{1} << 20; // with it, no product of sizes overflows
     require(E > 0 && E <= int64_t{1} << 16, "the number of experts", E, "1 to 2^16");
     require("the experts of down codes", down.sizes[0], E);
     require(double_F > 0 && double_F <= kMost && double_F % 2 == 0, "the rows of gate_up codes", double_F,
-        "an even number up to 2^24");
-    require(M > 0 && M <= kMost, "the rows of down codes", M, "1 to 2^24");
+        "an even number up to 2^20");
+    require(M > 0 && M <= kMost, "the rows of down codes", M, "1 to 2^20");
     experts_.count = E;
     experts_.num_experts_per_tok = int_attribute(info, "num_experts_per_tok");
     experts_.norm_topk_prob = int_attribute(info, "norm_topk_prob") != 0;

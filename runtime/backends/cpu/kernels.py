@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 LIBRARY_VARIABLE = "QWEN_AOT_CPU_KERNELS"  # of the environment: the library's path
 INSTRUCTIONS_VARIABLE = "QWEN_AOT_CPU_INSTRUCTIONS"  # read by the library; which its kernels use
 FILE_NAME = "libqwen_aot_cpu.so"
-OPS_VERSION = 1  # of the ops' interface: what the library and the bundle's graph must have
+OPS_VERSION = 2  # of the ops' interface: what the library and the bundle's graph must have
 # ONNX Runtime's kernels are faster than those of one value at a time; neon hasn't run on hardware, and nobody knows.
 # The C library names the same (runtime/capi/src/engine/kernels_library.cpp).
 _SLOW_INSTRUCTIONS = ("portable", "neon")

@@ -15,6 +15,7 @@ from qwen_aot.engines.build import build_bundle
 from qwen_aot.engines.onnxruntime import cpu
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.errors import BuildError, EngineMismatchError
+from qwen_aot.runtime.backends.cpu.kernels import OPS_VERSION
 from qwen_aot.runtime.bundle.load import load_bundle
 from qwen_aot.runtime.bundle.manifest import KernelGraph, Manifest
 from tests.checkpoints import MIN_TOKENIZER_VOCAB, save_tiny
@@ -55,7 +56,7 @@ def test_what_a_bundle_says_of_it(
     with named_kernels():
         manifest = build(checkpoint, tmp_path / "bundle", **options)
     text = manifest.engines.text
-    assert (text.file, text.kernels) == ("model.onnx", KernelGraph(NAME, 1, cache_dtype))
+    assert (text.file, text.kernels) == ("model.onnx", KernelGraph(NAME, OPS_VERSION, cache_dtype))
     found = ops(tmp_path / "bundle")
     assert (found["QwenLinear"], found[attention]) == (linears, 2)
     stored = {tensor.dtype for tensor in text.inputs if tensor.name.startswith("past")}

@@ -397,10 +397,10 @@ def node_with(
     ("name", "shape", "message"),
     [
         ("gate_up_codes", (4, 64), "the rank of gate_up codes is 2; accepted: 3"),
-        ("gate_up_codes", (4, 63, 48), "the rows of gate_up codes is 63; accepted: an even number up to 2^24"),
+        ("gate_up_codes", (4, 63, 48), "the rows of gate_up codes is 63; accepted: an even number up to 2^20"),
         ("gate_up_codes", (0, 64, 48), "the number of experts is 0; accepted: 1 to 2^16"),
         ("down_codes", (3, 96, 16), "the experts of down codes is 3; accepted: 4"),
-        ("down_codes", (4, 0, 16), "the rows of down codes is 0; accepted: 1 to 2^24"),
+        ("down_codes", (4, 0, 16), "the rows of down codes is 0; accepted: 1 to 2^20"),
         ("down_codes", (4, 96, 15), "the size of down codes is 5760; accepted: 6144"),
         ("gate_up_scales", (4, 64, 2), "the size of gate_up scales is 512; accepted: 768"),
         ("down_scales", (4, 96, 2), "the size of down scales is 768; accepted: 384"),

@@ -139,7 +139,10 @@ def test_no_library_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         (lambda folder: folder, "there is no library of own CPU kernels at"),
         (lambda folder: text(folder), "can't be loaded: .*text.so.* It may be for another processor or another system"),
         (lambda folder: stub(folder, ""), "libstub.so isn't the library of own CPU kernels, or is an older one"),
-        (lambda folder: stub(folder, VERSIONED.format(version=1, text="no such CPU", code=1)), "run: no such CPU$"),
+        (
+            lambda folder: stub(folder, VERSIONED.format(version=OPS_VERSION, text="no such CPU", code=1)),
+            "run: no such CPU$",
+        ),
     ],
     ids=["no file", "a folder", "a text", "another library", "instructions that aren't there"],
 )
@@ -251,8 +254,8 @@ def test_a_bundle_without_a_graph_for_them(
 @pytest.mark.parametrize(
     ("library_version", "graph_version", "message"),
     [
-        (OPS_VERSION + 1, OPS_VERSION, "has version 2 of the ops, this qwen-aot has 1: compile it with"),
-        (OPS_VERSION, OPS_VERSION + 1, "wants version 2 of the ops, this qwen-aot has 1: build the bundle anew"),
+        (OPS_VERSION + 1, OPS_VERSION, "has version 3 of the ops, this qwen-aot has 2: compile it with"),
+        (OPS_VERSION, OPS_VERSION + 1, "wants version 3 of the ops, this qwen-aot has 2: build the bundle anew"),
     ],
     ids=["library", "graph"],
 )
