@@ -78,7 +78,10 @@ def finish(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> 
     replaced = use_kernels(model, ir.DataType[spec.own_kernels_cache_type])
     if not replaced:
         return None
-    logger.info("own kernels: %d projections, %d attentions", replaced.linears, replaced.attentions)
+    logger.info(
+        "own kernels: %d projections, %d attentions, experts of %d layers",
+        *(replaced.linears, replaced.attentions, replaced.experts),
+    )
     with explained(folder):
         save_beside(model, folder, KERNELS_MODEL_FILE)
     inputs, outputs = (

@@ -21,6 +21,7 @@ from tests.shared import once
 
 TOKENS, ROWS = 64, 6
 CONFIG: dict[str, Any] = {"heads": 6, "kv_heads": 2, "hidden": 96, "vocab": 131}
+EXPERTS: dict[str, Any] = {"moe": {"num_experts": 6, "num_experts_per_tok": 2}}
 BUILDS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "int8": {"precision": "int8"},
@@ -28,6 +29,8 @@ BUILDS: dict[str, dict[str, Any]] = {
     "int4-int8-cache": {"precision": "int4", "kv_precision": "int8"},
     "int4-odd-heads": {"precision": "int4"},
     "int4-speculates": {"precision": "int4", "speculate": 4},
+    "int8-experts": {"precision": "int8"},
+    "int4-experts": {"precision": "int4"},
 }
 # Beside CONFIG: scales of a cache are found by texts, and ONNX Runtime has no attention for a head size of 24.
 MODELS: dict[str, dict[str, Any]] = {
@@ -45,7 +48,8 @@ def _kernels() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def bundle(shared_folder: Path) -> Callable[[str], Path]:
     def make(folder: Path, name: str) -> Path:
-        save_tiny(folder / "model", **(CONFIG | MODELS.get(name, {})))
+        experts = EXPERTS if name.endswith("-experts") else {}
+        save_tiny(folder / "model", **(CONFIG | experts | MODELS.get(name, {})))
         spec = BuildSpec(max_context=256, max_batch=ROWS, prefill_chunk=32, **BUILDS[name])
         return build_bundle(folder / "model", spec, folder / "bundle").out
 
@@ -75,7 +79,7 @@ def test_greedy_answers_of_fp32_are_transformers(bundle: Callable[[str], Path], 
 
 
 @pytest.mark.parametrize(
-    ("name", "rows"), [("fp32", ROWS), ("int8", ROWS), ("int4", ROWS), ("int4-int8-cache", ROWS), ("int4-odd-heads", 4)]
+    ("name", "rows"), [("fp32", ROWS), ("int8", ROWS), ("int4", ROWS), ("int8-experts", ROWS), ("int4-experts", ROWS), ("int4-int8-cache", ROWS), ("int4-odd-heads", 4)]
 )
 def test_answers_beside_others_are_those_alone(name: str, rows: int, bundle: Callable[[str], Path]) -> None:
     """Six rows of unequal lengths in one step, which long steps' kernels run, and one, which a single token's do.
@@ -88,7 +92,9 @@ def test_answers_beside_others_are_those_alone(name: str, rows: int, bundle: Cal
     assert together == [answers(bundle(name), [text], "own")[0] for text in texts]
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "int4-int8-cache", "int4-odd-heads"])
+@pytest.mark.parametrize(
+    "name", ["int8", "int4", "int4-int8-cache", "int4-odd-heads", "int8-experts", "int4-experts"]
+)
 def test_logits_are_near_those_of_onnxruntimes_kernels(name: str, bundle: Callable[[str], Path]) -> None:
     """As near as rounding of inputs leaves them (tests/exporter/lowering/ort/test_kernels.py): logits have std 1."""
     prompt = np.array(prompts(5)[4], np.int64)

@@ -1,7 +1,8 @@
 """The graph for the project's own CPU kernels (`plugins/cpu`), made of the finished one for ONNX Runtime's.
 
-QwenLinear reads the very bytes of MatMulNBits, so both graphs name one data file. What no kernel covers stays as it is:
-a graph with one such op runs wherever the library is, and the graph that it was made of runs anywhere.
+QwenLinear reads the very bytes of MatMulNBits, and QwenMoE those of QMoE, so both graphs name one data file. What no
+kernel covers stays as it is: a graph with one such op runs wherever the library is, and the graph that it was made of
+runs anywhere.
 """
 
 from __future__ import annotations
@@ -22,9 +23,22 @@ CPU_OPS_VERSION = 2  # of the ops' interface, as `qwen_aot_cpu_version` of the l
 
 _BITS = (4, 8)
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
-_INT8_INPUTS = 4  # of MatMulNBits' accuracy_level: inputs are rounded to int8, block by block, as in QwenLinear
+_INT8_INPUTS = 4  # an accuracy_level: inputs are rounded to int8, block by block, as in QwenLinear and QwenMoE
 _LINEAR_ATTRIBUTES = ("K", "N", "bits", "block_size", "accuracy_level")
 _PERMUTATION, _BIAS = 4, 5  # of MatMulNBits' inputs; the first, g_idx, is deprecated
+# QMoE's inputs; those between and behind them are biases and a third projection, and must be absent.
+_HIDDEN, _ROUTER_PROBS, _ROUTER_WEIGHTS = 0, 1, 14
+_GATE_UP, _DOWN = (2, 3, 11), (5, 6, 12)  # codes, scales and zero points of each projection
+# QMoE's attributes that QwenMoE has not: SwiGLU is x * sigmoid(x) of gates, times ups, which stand by turns.
+_MOE_FORM = {
+    "activation_type": "swiglu",
+    "swiglu_fusion": 1,
+    "activation_alpha": 1.0,
+    "activation_beta": 0.0,
+    "accuracy_level": _INT8_INPUTS,
+    "weights_prepacked": 0,
+}
+_MOE_ATTRIBUTES = ("k", "normalize_routing_weights", "expert_weight_bits", "block_size")
 
 # The op for each type of the cache.
 _ATTENTION_OPS = {
@@ -41,13 +55,15 @@ class Replaced:
     Attributes:
         linears: projections.
         attentions: all of the graph's, or none: the cache has one type.
+        experts: layers of them.
     """
 
     linears: int
     attentions: int
+    experts: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.linears or self.attentions)
+        return bool(self.linears or self.attentions or self.experts)
 
 
 def use_kernels(model: ir.Model, cache_dtype: ir.DataType) -> Replaced:
@@ -63,10 +79,12 @@ def use_kernels(model: ir.Model, cache_dtype: ir.DataType) -> Replaced:
     graph = model.graph
     attentions = _replace_attentions(graph, cache_dtype)
     linears = sum(_replace_linear(graph, node) for node in [node for node in graph if _is_covered_linear(node)])
-    if attentions or linears:
+    experts = sum(_replace_experts(graph, node) for node in [node for node in graph if _are_covered_experts(node)])
+    replaced = Replaced(linears, attentions, experts)
+    if replaced:
         model.opset_imports[CPU_DOMAIN] = CPU_OPS_VERSION
         common.RemoveUnusedNodesPass()(model)
-    return Replaced(linears, attentions)
+    return replaced
 
 
 def _is_covered_linear(node: ir.Node) -> bool:
@@ -77,11 +95,8 @@ def _is_covered_linear(node: ir.Node) -> bool:
     _, _, bits, block_size, accuracy_level = _linear_attributes(node)
     if bits not in _BITS or block_size not in _BLOCK_SIZES or accuracy_level != _INT8_INPUTS or permutation is not None:
         return False
-    wanted = [(codes, ir.DataType.UINT8), (scales, ir.DataType.FLOAT)]
-    wanted += [
-        (value, dtype) for value, dtype in ((zero_points, ir.DataType.UINT8), (bias, ir.DataType.FLOAT)) if value
-    ]
-    return _is_float(x) and all(_is_constant(value, dtype) for value, dtype in wanted)
+    has_known_bias = bias is None or _is_constant(bias, ir.DataType.FLOAT)
+    return _is_float(x) and has_known_bias and _are_blocks(codes, scales, zero_points)
 
 
 def _linear_attributes(node: ir.Node) -> list[int]:
@@ -102,6 +117,44 @@ def _replace_linear(graph: ir.Graph, node: ir.Node) -> int:
         name=node.name,
     )
     ir.convenience.replace_nodes_and_values(graph, node, old, [new], old[-1].outputs, new.outputs)
+    return 1
+
+
+def _are_covered_experts(node: ir.Node) -> bool:
+    """Whether QwenMoE computes what this node does."""
+    if not _is_microsoft(node, "QMoE") or set(node.attributes) != {*_MOE_FORM, *_MOE_ATTRIBUTES}:
+        return False
+    inputs = _padded(node, _ROUTER_WEIGHTS)
+    known = {_HIDDEN, _ROUTER_PROBS, _ROUTER_WEIGHTS, *_GATE_UP, *_DOWN}
+    _, _, bits, block_size = _moe_attributes(node)
+    return (
+        all(node.attributes[name].value == wanted for name, wanted in _MOE_FORM.items())
+        and bits in _BITS
+        and block_size in _BLOCK_SIZES
+        and all(value is None for place, value in enumerate(inputs) if place not in known)
+        and _is_float(inputs[_HIDDEN])  # and so are the router's, which QMoE has of one type with it
+        and inputs[_ROUTER_PROBS] is not None
+        and inputs[_ROUTER_WEIGHTS] is not None
+        and all(_are_blocks(*(inputs[place] for place in places)) for places in (_GATE_UP, _DOWN))
+    )
+
+
+def _moe_attributes(node: ir.Node) -> list[int]:
+    return [node.attributes[name].as_int() for name in _MOE_ATTRIBUTES]
+
+
+def _replace_experts(graph: ir.Graph, node: ir.Node) -> int:
+    """QMoE -> QwenMoE. Returns 1."""
+    chosen, is_normalized, bits, block_size = _moe_attributes(node)
+    inputs = _padded(node, _ROUTER_WEIGHTS)
+    new = ir.node(
+        "QwenMoE",
+        [inputs[place] for place in (_HIDDEN, _ROUTER_PROBS, _ROUTER_WEIGHTS, *_GATE_UP, *_DOWN)],
+        {"num_experts_per_tok": chosen, "norm_topk_prob": is_normalized, "bits": bits, "block_size": block_size},
+        domain=CPU_DOMAIN,
+        name=node.name,
+    )
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
     return 1
 
 
@@ -193,6 +246,12 @@ def _is_microsoft(node: ir.Node, op_type: str) -> bool:
 
 def _is_float(value: ir.Value | None) -> bool:
     return value is not None and value.dtype == ir.DataType.FLOAT
+
+
+def _are_blocks(codes: ir.Value | None, scales: ir.Value | None, zero_points: ir.Value | None) -> bool:
+    """Whether a matrix, or each expert's, is constant codes and fp32 scales, with or without zero points as codes."""
+    has_known_zeros = zero_points is None or _is_constant(zero_points, ir.DataType.UINT8)
+    return has_known_zeros and _is_constant(codes, ir.DataType.UINT8) and _is_constant(scales, ir.DataType.FLOAT)
 
 
 def _is_constant(value: ir.Value | None, dtype: ir.DataType) -> bool:

@@ -2,6 +2,7 @@
 #include "attention_op.h"
 #include "instructions.h"
 #include "linear_op.h"
+#include "moe_op.h"
 #include "op.h"
 
 #include <cstdio>
@@ -10,9 +11,6 @@
 
 namespace qwen_aot::cpu
 {
-
-ort::Api ort::api;
-
 namespace
 {
 
@@ -41,6 +39,7 @@ ort::Domain* make_domain()
     check(ort::api.create_domain(kDomain, &made));
     std::unique_ptr<ort::Domain, Release> owned(made);
     check(ort::api.add_op(made, custom_op<LinearOp>()));
+    check(ort::api.add_op(made, custom_op<MoeOp>()));
     check(ort::api.add_op(made, custom_op<AttentionOp<Half>>()));
     check(ort::api.add_op(made, custom_op<AttentionOp<float>>()));
     check(ort::api.add_op(made, custom_op<AttentionOp<int8_t>>()));

@@ -22,7 +22,14 @@ struct Linear
     float const* scales = nullptr;
     uint8_t const* zero_points = nullptr;
     float const* bias = nullptr; // [N], or nullptr
-    bool has_swiglu = false;     // y [M, N / 2] = silu(first N / 2) * second N / 2
+    bool has_swiglu = false;     // y [M, N / 2] = silu(gates) * ups, of which each row of the weight gives one
+    bool is_interleaved = false; // gates and ups by turns, from a gate on; else all gates before all ups
+
+    int64_t block_bytes() const { return block * bits / 8; }
+    int64_t row_bytes() const { return blocks * block_bytes(); }         // of codes
+    int64_t zero_point_bytes() const { return (blocks * bits + 7) / 8; } // of a row
+    /** Columns of y. */
+    int64_t width() const { return has_swiglu ? N / 2 : N; }
 };
 
 /** Computes M rows of K floats into M rows of N (with SwiGLU N / 2) floats. What the other

@@ -218,8 +218,7 @@ void round_row(Linear const& linear, float const* x, int64_t m, RoundedRows cons
     for (int64_t b = 0; b < linear.blocks; ++b)
     {
         int64_t const first = b * linear.block;
-        scales[b] = round_block<V>(
-            x + m * linear.K + first, static_cast<int>(smaller(linear.block, linear.K - first)), codes + first);
+        scales[b] = round_block<V>(x + first, static_cast<int>(smaller(linear.block, linear.K - first)), codes + first);
     }
     std::memset(codes + linear.K, 0, rows.code_stride - linear.K);
     std::memset(scales + linear.blocks, 0, (rows.scale_stride - linear.blocks) * sizeof(float));
@@ -227,7 +226,7 @@ void round_row(Linear const& linear, float const* x, int64_t m, RoundedRows cons
     {
         split_halves(codes, rows.code_stride);
     }
-    if (rows.M > kFewRows)
+    if (rows.reading == Reading::by_panel)
     {
         linear.bits == 4 ? correct_blocks<V, 4>(linear, codes, corrections)
                          : correct_blocks<V, 8>(linear, codes, corrections);
@@ -355,6 +354,16 @@ inline void multiply_few(
     function(linear, rows, begin, end, result, stride);
 }
 
+/** Gates and ups [count] of numbers [2 * count] that stand by turns. */
+QWEN_AOT_INLINE void split_turns(float const* both, int64_t count, float* gates, float* ups)
+{
+    for (int64_t i = 0; i < count; ++i)
+    {
+        gates[i] = both[2 * i];
+        ups[i] = both[2 * i + 1];
+    }
+}
+
 template <class V>
 void few_rows(Linear const& linear, RoundedRows const& rows, int64_t begin, int64_t end, float* y)
 {
@@ -369,8 +378,20 @@ void few_rows(Linear const& linear, RoundedRows const& rows, int64_t begin, int6
     {
         int64_t const last = smaller(n + kColumns, end);
         float gates[kFewRows * kColumns] = {}, ups[kFewRows * kColumns] = {};
-        multiply_few<V>(linear, rows, n, last, gates, kColumns);
-        multiply_few<V>(linear, rows, half + n, half + last, ups, kColumns);
+        if (linear.is_interleaved)
+        {
+            float both[kFewRows * 2 * kColumns];
+            multiply_few<V>(linear, rows, 2 * n, 2 * last, both, 2 * kColumns);
+            for (int64_t m = 0; m < rows.M; ++m)
+            {
+                split_turns(both + m * 2 * kColumns, last - n, gates + m * kColumns, ups + m * kColumns);
+            }
+        }
+        else
+        {
+            multiply_few<V>(linear, rows, n, last, gates, kColumns);
+            multiply_few<V>(linear, rows, half + n, half + last, ups, kColumns);
+        }
         for (int64_t m = 0; m < rows.M; ++m)
         {
             for (int64_t i = 0; i < kColumns; i += V::kLanes)
@@ -568,18 +589,36 @@ inline void multiply_tile(Panel<V> const (&panels)[2], Linear const& linear, Rou
     multiply_tile<V, Bits, HasZeros, R>(panels, linear, rows, m, first_block, blocks, ahead, sums);
 }
 
+/** The first row of the weight in the panel p of a pair whose columns of y begin at n. */
+template <class V>
+QWEN_AOT_INLINE int64_t first_row(Linear const& linear, int64_t n, int p)
+{
+    if (!linear.has_swiglu)
+    {
+        return n + p * V::kLanes;
+    }
+    return linear.is_interleaved ? 2 * n + p * V::kLanes : p * (linear.N / 2) + n;
+}
+
+/** The end of the rows that panels p are made of. */
+template <class V>
+QWEN_AOT_INLINE int64_t panel_end(Linear const& linear, int p)
+{
+    return linear.has_swiglu && !linear.is_interleaved && p == 0 ? linear.N / 2 : linear.N;
+}
+
 /** Writes what a pair of panels gave to one row of y, from column n on. */
 template <class V>
 inline void finish_row(Linear const& linear, float const (&sums)[2][V::kLanes], int64_t n, float* y)
 {
     constexpr int L = V::kLanes;
     using F = typename V::F;
-    int64_t const width = linear.has_swiglu ? linear.N / 2 : linear.N;
+    int64_t const width = linear.width();
     F halves[2];
     for (int p = 0; p < 2; ++p)
     {
-        int64_t const row = linear.has_swiglu ? p * width + n : n + p * L;
-        int64_t const there = smaller(L, linear.has_swiglu ? width - n : width - row);
+        int64_t const row = first_row<V>(linear, n, p);
+        int64_t const there = smaller(L, panel_end<V>(linear, p) - row);
         halves[p] = V::load_floats(sums[p]);
         if (linear.bias != nullptr && there > 0)
         {
@@ -588,6 +627,14 @@ inline void finish_row(Linear const& linear, float const (&sums)[2][V::kLanes], 
     }
     if (linear.has_swiglu)
     {
+        if (linear.is_interleaved)
+        {
+            float both[2 * L], gates[L], ups[L];
+            V::store_floats(both, halves[0]);
+            V::store_floats(both + L, halves[1]);
+            split_turns(both, L, gates, ups);
+            halves[0] = V::load_floats(gates), halves[1] = V::load_floats(ups);
+        }
         halves[0] = swiglu<V>(halves[0], halves[1]);
     }
     for (int p = 0; p < (linear.has_swiglu ? 1 : 2) && n + p * L < width; ++p)
@@ -608,14 +655,15 @@ template <class V, int Bits, bool HasZeros>
 void multiply_many(Linear const& linear, RoundedRows const& rows, int64_t begin, int64_t end, float* y)
 {
     constexpr int L = V::kLanes;
-    int64_t const width = linear.has_swiglu ? linear.N / 2 : linear.N, blocks_a_time = kPanelColumns / linear.block;
+    int64_t const width = linear.width(), blocks_a_time = kPanelColumns / linear.block;
     int64_t const columns = linear.has_swiglu ? L : 2 * L, row_bytes = linear.blocks * linear.block * Bits / 8;
     Panel<V> panels[2];
     alignas(64) float sums[kPanelRows][2][L];
     for (int64_t pair = begin; pair < end; ++pair)
     {
-        int64_t const n = pair * columns, second = linear.has_swiglu ? width + n : n + L;
-        Ahead const ahead{{linear.codes + (n + columns) * row_bytes, linear.codes + (second + columns) * row_bytes}, 0};
+        int64_t const n = pair * columns, first = first_row<V>(linear, n, 0), second = first_row<V>(linear, n, 1);
+        uint8_t const* const next = linear.codes + (linear.is_interleaved ? 2 * L : columns) * row_bytes;
+        Ahead const ahead{{next + first * row_bytes, next + second * row_bytes}, 0};
         for (int64_t m = 0; m < rows.M; m += kPanelRows)
         {
             int64_t const count = smaller(kPanelRows, rows.M - m);
@@ -625,8 +673,8 @@ void multiply_many(Linear const& linear, RoundedRows const& rows, int64_t begin,
                 int64_t const blocks = smaller(blocks_a_time, linear.blocks - b);
                 if (m == 0 || linear.blocks > blocks_a_time)
                 {
-                    fill_panel<V, Bits, HasZeros>(panels[0], linear, n, width, b, blocks);
-                    fill_panel<V, Bits, HasZeros>(panels[1], linear, second, linear.N, b, blocks);
+                    fill_panel<V, Bits, HasZeros>(panels[0], linear, first, panel_end<V>(linear, 0), b, blocks);
+                    fill_panel<V, Bits, HasZeros>(panels[1], linear, second, panel_end<V>(linear, 1), b, blocks);
                 }
                 for (int64_t tile = 0; tile < count; tile += V::kTile)
                 {

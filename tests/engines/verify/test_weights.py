@@ -106,6 +106,25 @@ def test_a_graph_for_own_kernels_that_reads_other_weights_is_named(
     assert "model.kernels.onnx" in found.reason
 
 
+def test_experts_of_own_kernels_that_read_another_layers_weights_are_named(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", hidden=64, moe={})
+    bundle = build_bundle(tmp_path / "model", BuildSpec(max_context=128, precision="int4"), tmp_path / "bundle").out
+    manifest = load_bundle(bundle).manifest
+    path = bundle / "model.kernels.onnx"
+    model = onnx.load(path, load_external_data=False)
+    assert [node.op_type for node in model.graph.node].count("QwenMoE") == 2
+    first, second = (t for t in model.graph.initializer if t.name.endswith("experts_down_codes"))
+    places = [list(tensor.external_data) for tensor in (first, second)]
+    for tensor, place in zip((first, second), reversed(places), strict=True):
+        del tensor.external_data[:]
+        tensor.external_data.extend(place)
+    path.write_bytes(model.SerializeToString())
+    with open_checkpoint(tmp_path / "model") as source:
+        found = check_weights(bundle, manifest, source)
+    assert (found.verdict, found.differing) == (Verdict.FAILED, (first.name, second.name))
+    assert "model.kernels.onnx" in found.reason
+
+
 def test_a_hash_is_of_the_rows_that_follow_each_other(bundles: Callable[[str], Path]) -> None:
     """As docs/bundle.md says it, computed by hand: of a matrix whose rows lie along its last axis, of its transpose."""
     import hashlib

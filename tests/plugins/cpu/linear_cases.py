@@ -6,10 +6,11 @@ import multiprocessing
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -133,6 +134,12 @@ def weights(case: Case) -> Array:
     return (codes - zeros[..., None]) * case.scales[..., None].astype(np.float64)
 
 
+def sum_error(case: Case) -> float:
+    """How far rounding in fp32 may bring a result, over what the magnitudes of its terms add up to; see `expected`."""
+    blocks = case.scales.shape[1]
+    return float((8 + max(blocks, blocks * case.codes.shape[2] // 16)) * 2.0**-24)
+
+
 def expected(case: Case) -> tuple[Array, Array]:
     """Results by the definition, and how far rounding in fp32 may bring one from them, both [M, columns] float64.
 
@@ -146,8 +153,7 @@ def expected(case: Case) -> tuple[Array, Array]:
     if case.bias is not None:
         y = y + case.bias
         magnitude = magnitude + np.abs(case.bias)
-    blocks = case.scales.shape[1]
-    bound = magnitude * (8 + max(blocks, blocks * case.codes.shape[2] // 16)) * 2.0**-24
+    bound = magnitude * sum_error(case)
     if not case.has_swiglu:
         return y, bound
     half = case.columns
@@ -185,9 +191,13 @@ def session(library: Path, case: Case, *, threads: int = 1) -> onnxruntime.Infer
 
 def worst_share(cases: Sequence[Case], answers: Sequence[Array]) -> float:
     """How much of its bound the worst result took; beyond 1 something is wrong, NaN included."""
+    return worst_share_of([expected(case) for case in cases], answers)
+
+
+def worst_share_of(wanted: Sequence[tuple[Array, Array]], answers: Sequence[Array]) -> float:
+    """The same of results and their bounds, however they were found."""
     worst = 0.0
-    for case, answer in zip(cases, answers, strict=True):
-        y, bound = expected(case)
+    for (y, bound), answer in zip(wanted, answers, strict=True):
         assert answer.shape == y.shape
         assert np.isfinite(answer).all()
         off = np.abs(answer - y)
@@ -215,7 +225,11 @@ class Kernels:
 
     def compute(self, case: Case, *inputs: Array, threads: int = 1) -> list[Array]:
         """What one session of the case gives for each of the inputs (without any: for the case's own)."""
-        return self._process.submit(_compute, self._library, case, inputs or (case.x,), threads).result(timeout=500)
+        return self.call(_compute, case, inputs or (case.x,), threads)
+
+    def call(self, function: Callable[..., list[Array]], *arguments: Any) -> list[Array]:
+        """What a function of a module gives in that process, for the library and these arguments."""
+        return self._process.submit(function, self._library, *arguments).result(timeout=500)
 
     def __enter__(self) -> Kernels:
         return self
@@ -225,19 +239,30 @@ class Kernels:
 
 
 def compile_program(
-    folder: Path, *, compiler: Sequence[str] | None = None, flags: Sequence[str] = (), sources: Path = SOURCES
+    folder: Path,
+    *,
+    program: Path = PROGRAM,
+    compiler: Sequence[str] | None = None,
+    flags: Sequence[str] = (),
+    sources: Path = SOURCES,
 ) -> Path:
-    """The program `linear_cases`, linked with the kernels' sources."""
-    program = folder / "linear_cases"
-    command = [*(compiler or find_compiler()), "-std=c++17", "-O2", *flags, f"-I{sources}", str(PROGRAM)]
+    """A program of this folder, linked with the kernels' sources."""
+    made = folder / program.stem
+    command = [*(compiler or find_compiler()), "-std=c++17", "-O2", *flags, f"-I{sources}", str(program)]
     done = subprocess.run(
-        [*command, *map(str, sorted(sources.glob("*.cpp"))), "-o", str(program)],
+        [*command, *map(str, _of_kernels(sources)), "-o", str(made)],
         capture_output=True,
         text=True,
         timeout=500,
     )
     assert done.returncode == 0, done.stderr
-    return program
+    return made
+
+
+def _of_kernels(sources: Path) -> list[Path]:
+    """What projections and experts are made of, without the ops and all that these need."""
+    others = ("attention", "entry", "free_memory", "weights")
+    return sorted(path for path in sources.glob("*.cpp") if not path.stem.startswith(others) and "_op" not in path.stem)
 
 
 def run_program(command: Sequence[str | Path], cases: Sequence[Case], instructions: str | None = None) -> list[Array]:
@@ -249,15 +274,22 @@ def run_program(command: Sequence[str | Path], cases: Sequence[Case], instructio
         asked += np.array([rows, len(case.codes), width, case.bits, case.block, *flags], np.int64).tobytes()
         parts = [case.codes, case.scales, case.zero_points, case.bias, case.x]
         asked += b"".join(part.tobytes() for part in parts if part is not None)
+    return answers_of(command, asked, [(len(case.x), case.columns) for case in cases], instructions)
+
+
+def answers_of(
+    command: Sequence[str | Path], asked: bytes, shapes: Sequence[tuple[int, ...]], instructions: str | None = None
+) -> list[Array]:
+    """What a program answers to its standard input, as arrays of these shapes."""
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
     environment |= {} if instructions is None else {VARIABLE: instructions}
     done = subprocess.run(list(map(str, command)), input=asked, capture_output=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     answers, at = np.frombuffer(done.stdout, np.float32), 0
     found = []
-    for case in cases:
-        size = len(case.x) * case.columns
-        found.append(answers[at : at + size].reshape(len(case.x), case.columns))
+    for shape in shapes:
+        size = int(np.prod(shape))
+        found.append(answers[at : at + size].reshape(shape))
         at += size
     assert at == len(answers)
     return found

@@ -14,26 +14,35 @@ from tests.shared import once
 VARIABLE = "QWEN_AOT_CPU_WEIGHTS"
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
-# Prints what a projection gives, and the bytes of memory for which large pages are wanted: before the session, with it,
-# behind it. The weights lie in a file of their own, as in a bundle.
+# Prints what a projection or experts give, and the bytes of memory for which large pages are wanted: before the
+# session, with it, behind it. The weights lie in a file of their own, as in a bundle.
 PROGRAM = """
 import gc, json, re, sys
 import numpy as np, onnx, onnxruntime
 from onnx import helper, numpy_helper
 
-folder, library = sys.argv[1:]
-N, K, block = 2048, 1024, 64
+op, folder, library = sys.argv[1:]
+K, block = 1024, 64
 draws = np.random.default_rng(3)
-codes = draws.integers(0, 256, (N, K // block, block // 2), dtype=np.uint8)
-scales = draws.random((N, K // block), dtype=np.float32)
-types = {"x": onnx.TensorProto.FLOAT, "y": onnx.TensorProto.FLOAT}
+
+def matrices(name, *rows, width=K):
+    codes = draws.integers(0, 256, (*rows, width // 2), dtype=np.uint8)
+    scales = draws.random((*rows, width // block), dtype=np.float32)
+    return [numpy_helper.from_array(codes, f"{name}_codes"), numpy_helper.from_array(scales, f"{name}_scales")]
+
+if op == "QwenLinear":
+    feeds, N, stored = {"x": K}, 2048, matrices("weight", 2048)
+    names, attributes = ["x", *(tensor.name for tensor in stored)], {"K": K, "N": N, "swiglu": 0}
+else:
+    feeds, N = {"x": K, "logits": 4, "weights": 4}, K
+    stored = matrices("gate_up", 4, 1024) + matrices("down", 4, K, width=512)
+    names = [*feeds, *(tensor.name for tensor in stored)]
+    names.insert(5, "")
+    attributes = {"num_experts_per_tok": 2, "norm_topk_prob": 0}
+float_of = lambda name, width: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["M", width])
 graph = helper.make_graph(
-    [helper.make_node("QwenLinear", ["x", "codes", "scales"], ["y"], domain="qwen_aot.cpu",
-                      K=K, N=N, bits=4, block_size=block, swiglu=0)],
-    "g",
-    [helper.make_tensor_value_info("x", types["x"], ["M", K])],
-    [helper.make_tensor_value_info("y", types["y"], ["M", N])],
-    [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scales, "scales")])
+    [helper.make_node(op, names, ["y"], domain="qwen_aot.cpu", bits=4, block_size=block, **attributes)],
+    "g", [float_of(*feed) for feed in feeds.items()], [float_of("y", N)], stored)
 opsets = [helper.make_opsetid("", 21), helper.make_opsetid("qwen_aot.cpu", 1)]
 onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), f"{folder}/model.onnx",
           save_as_external_data=True, location="data", size_threshold=0)
@@ -51,12 +60,12 @@ options = onnxruntime.SessionOptions()
 options.register_custom_ops_library(library)
 sizes = [wanted()]
 sessions = [onnxruntime.InferenceSession(f"{folder}/model.onnx", options) for _ in range(2)]
-x = draws.standard_normal((2, K)).astype(np.float32)
-y = sessions[0].run(None, {"x": x})[0]
+fed = {name: draws.random((2, width), dtype=np.float32) for name, width in feeds.items()}
+y = sessions[0].run(None, fed)[0]
 sizes.append(wanted())
 del sessions[0]
 gc.collect()
-again = sessions[0].run(None, {"x": x})[0]  # the other session's weights are still there
+again = sessions[0].run(None, fed)[0]  # the other session's weights are still there
 sizes.append(wanted())
 sessions.clear()
 gc.collect()
@@ -65,12 +74,12 @@ print(json.dumps({"y": y.tobytes().hex(), "again": again.tobytes().hex(), "sizes
 """
 
 
-def run(folder: Path, library: Path, value: str | None) -> dict[str, object]:
+def run(folder: Path, library: Path, value: str | None, op: str = "QwenLinear") -> dict[str, object]:
     environment = {name: text for name, text in os.environ.items() if name != VARIABLE}
     environment |= {} if value is None else {VARIABLE: value}
     folder.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, folder, library],
+        [sys.executable, "-c", PROGRAM, op, folder, library],
         env=environment,
         capture_output=True,
         text=True,
@@ -81,10 +90,11 @@ def run(folder: Path, library: Path, value: str | None) -> dict[str, object]:
     return found
 
 
-def test_copies_have_the_numbers_of_the_file_and_end_with_their_sessions(tmp_path, library):
+@pytest.mark.parametrize("op", ["QwenLinear", "QwenMoE"])
+def test_copies_have_the_numbers_of_the_file_and_end_with_their_sessions(op, tmp_path, library):
     if not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text():
         pytest.skip("the system has no large pages")
-    copied, mapped = run(tmp_path / "copied", library, None), run(tmp_path / "mapped", library, "mapped")
+    copied, mapped = run(tmp_path / "copied", library, None, op), run(tmp_path / "mapped", library, "mapped", op)
     assert copied["y"] == copied["again"] == mapped["y"] == mapped["again"]
     before, two, one, none = copied["sizes"]
     assert two > before and one == two  # both sessions' copies share a region, which stays for the second
