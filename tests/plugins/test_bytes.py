@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.pairs import identifier, swept
+from tests.plugins.any_step import Step
 from tests.plugins.bounds import assert_close
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.gqa_cases import GqaStep
@@ -26,7 +27,7 @@ DECODE = {
 }
 
 
-def count(step: GqaStep | MoeStep) -> list[Traffic]:
+def count(step: Step) -> list[Traffic]:
     """The traffic of each launch."""
     tensors, launches = step.prepare(CPU)
     result = []

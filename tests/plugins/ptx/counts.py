@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from tests.plugins.any_step import Step
 from tests.plugins.gqa_cases import GqaStep
 from tests.plugins.moe_cases import MoeStep
 from tests.plugins.ptx.interpreter import Counts, Interpreter, PtxError, compile_interpreter
@@ -22,7 +23,7 @@ SECTOR_BYTES = 32
 # One key head (or group of heads) of Qwen1.5's 7B and 32B; one layer of A2.7B, all tokens on the same 4 experts.
 _CACHE = {"num_kv_heads": 1, "head_dim": 128, "sm_count": 58}
 _EXPERTS = {"hidden_size": 2048, "inner_size": 1408, "num_experts": 4, "k": 4}
-STEPS: dict[str, Callable[[str], GqaStep | MoeStep]] = {
+STEPS: dict[str, Callable[[str], Step]] = {
     "decode over 512, one head": lambda sm: GqaStep([(511, 1)], 1, sm=sm, **_CACHE),
     "decode over 512, five heads a group": lambda sm: GqaStep([(511, 1)], 1, group=5, sm=sm, **_CACHE),
     "the same, int8 cache": lambda sm: GqaStep([(511, 1)], 1, group=5, is_int8=True, sm=sm, **_CACHE),
