@@ -20,8 +20,8 @@ enum Input
     kOptional // zeros, where there are some; then the bias
 };
 
-constexpr int64_t kFloatBytes = 4;                 // fp32
-constexpr int64_t kUnusedBytes = 4 * kFloatBytes;  // of workspace that nothing is written to
+constexpr int64_t kFloatBytes = 4;                // fp32
+constexpr int64_t kUnusedBytes = 4 * kFloatBytes; // of workspace that nothing is written to
 constexpr int32_t kWholeGroup = -1;
 
 TensorTable table_of(LinearAttributes const& attributes)

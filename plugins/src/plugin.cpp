@@ -113,7 +113,8 @@ int32_t Plugin::setTactic(int32_t tactic) noexcept
         if (tactic < 0 || tactic > getNbTactics())
         {
             throw Error(text("this library has no tactic ", tactic, "; there are 0 (the first) to ", getNbTactics(),
-                ". The engine was built with another version of the library: build it again with this one, or load that"));
+                ". The engine was built with another version of the library: build it again with this one, or load "
+                "that"));
         }
         tactic_ = std::max(tactic, kFirstTactic);
         return 0;

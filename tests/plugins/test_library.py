@@ -16,7 +16,7 @@ from qwen_aot.errors import BuildError
 from qwen_aot.extras import install_command
 from qwen_aot.plugins import kernel_table, launch, library
 from qwen_aot.plugins.library import build_library, tensorrt_headers
-from qwen_aot.plugins.variants import variants
+from qwen_aot.plugins.variants import LINEAR_WIDEST_PROGRAM, variants
 from qwen_aot.whole_file import file_sha256
 from tests.plugins.builds import CPP_TESTS, SELECTION_SOURCES, compile_cpp_test, cpp_test_names
 from tests.shared import once
@@ -149,6 +149,35 @@ def test_workspace_of_experts_suffices_for_each_step(cpp_tests, plugin_library, 
         for steps in range(fewest, most + 1)
     ]
     assert given == max(needed)
+
+
+LINEAR_PROFILES = [  # rows, fewest and most tokens of a step, N, K
+    (1, 1, 1, 1024, 1024),
+    (8, 1, 1, 4096, 11008),
+    (4, 1, 8, 2048, 2048),
+    (1, 1, 512, 151936, 4096),
+    (1, 17, 512, 4096, 4096),  # never decodes
+    (1, 1, 1, 16, 128),
+]
+
+
+@pytest.mark.parametrize("profile", LINEAR_PROFILES)
+def test_workspace_of_a_projection_suffices_for_each_step_on_each_gpu(cpp_tests, plugin_library, profile):
+    batch, fewest, most, rows, columns = profile
+    given = int(output_of(cpp_tests, plugin_library, "workspace-linear", *map(str, profile)))
+    needed = {
+        block_n: max(
+            workspace_bytes(
+                launch.linear_workspace(
+                    num_tokens=tokens, rows=rows, splits=launch.linear_split(rows, columns, block_n, sm_count)[1]
+                )
+            )
+            for tokens in {fewest, max(fewest, min(batch * most, 16)), batch * most}
+            for sm_count in (8, 128, 10_000)
+        )
+        for block_n in (32, 64, LINEAR_WIDEST_PROGRAM)
+    }
+    assert given == max(needed.values()) == needed[LINEAR_WIDEST_PROGRAM]
 
 
 # ---- The file ----
