@@ -41,7 +41,7 @@ class LinearWeights:
 
     def _of_columns(self, blocks: torch.Tensor) -> torch.Tensor:
         """[N, K] fp32, of something for each block."""
-        return blocks.float().T.repeat_interleave(self.group_size, dim=1)
+        return blocks.float().transpose(0, 1).repeat_interleave(self.group_size, dim=1)
 
 
 def pack_rows(codes: torch.Tensor) -> torch.Tensor:
