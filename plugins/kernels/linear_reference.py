@@ -36,7 +36,7 @@ class LinearWeights:
         """[N, K] fp32: exact, since fp32 holds each product of a code and a scale."""
         if self.bits == 8:
             return self.codes.float() * self._of_columns(self.scale)
-        zero = 8.0 if self.zero is None else self._of_columns(self.zero)
+        zero = torch.tensor(8.0) if self.zero is None else self._of_columns(self.zero)
         return (unpack_rows(self.codes).float() - zero) * self._of_columns(self.scale)
 
     def _of_columns(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,8 @@ class LinearWeights:
 def pack_rows(codes: torch.Tensor) -> torch.Tensor:
     """Codes 0 … 15 [N, K] to bytes [N/2, K] int8: of 16 rows, the first 8 in low nibbles, the others in high ones."""
     low, high = codes.to(torch.uint8).unflatten(0, (-1, 2, _PAIR)).unbind(1)
-    return (low | (high << 4)).flatten(0, 1).view(torch.int8)
+    packed: torch.Tensor = low | (high << 4)
+    return packed.flatten(0, 1).view(torch.int8)
 
 
 def unpack_rows(packed: torch.Tensor) -> torch.Tensor:
