@@ -9,6 +9,7 @@ from typing import TypeVar
 from qwen_aot.engines.spec.flavours import capabilities_of, check_options, form_of
 from qwen_aot.engines.spec.kv_precision import DEFAULT_KV_PRECISION, check_kv_precision
 from qwen_aot.engines.spec.precisions import (
+    PRECISIONS,
     QUANTIZED_PRECISIONS,
     Choices,
     Combination,
@@ -120,6 +121,13 @@ class BuildSpec:
             raise BuildError(
                 f"quantize_head has nothing to quantize in {self.precision}; it goes with {', '.join(quantized())}"
             )
+        is_settled = "precision" in self.asked  # else a checkpoint's own codes may decide it
+        if self.linear == "plugin" and is_settled and not (self.own_codes or self.precision.row.has_plugin_linear):
+            able = ", ".join(row.name for row in PRECISIONS.values() if row.has_plugin_linear)
+            raise BuildError(
+                f"linear plugin doesn't read weights of {self.precision}; accepted: {able}, or the checkpoint's own "
+                "codes; leave it out or choose another precision"
+            )
         for name in ("max_context", "max_batch", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -161,6 +169,11 @@ class BuildSpec:
     def moe(self) -> Form:
         """Who computes routed experts: the project's "plugin", or the target's "native" layers."""
         return self._form(self.tensorrt.moe)
+
+    @property
+    def linear(self) -> Form:
+        """Who computes projections whose weights are codes: the project's "plugin", or the target's "native" layers."""
+        return self.tensorrt.linear or "native"
 
     @property
     def cache_type(self) -> str:

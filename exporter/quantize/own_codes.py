@@ -20,6 +20,9 @@ from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat
 
 TABLE_BLOCK = 32  # of an embedding and a head that are plain numbers, and are quantized on request
 EXPERT_BLOCK = 128  # of the QwenMoE plugin (`exporter.graph.plugin_ops`, whose import takes onnx)
+# Of the QwenLinear plugin: multiples of K and of N, and blocks by bits.
+LINEAR_COLUMNS, LINEAR_ROWS = 128, 16
+LINEAR_GROUPS = {4: (32, 64, 128), 8: (128,)}
 OFFSET_BYTES = 4  # of a block's offset: fp32
 AS_FLOATS = "--precision fp32 or fp16, whose floats are made of the same codes"
 
@@ -139,6 +142,51 @@ def plugin_experts(
         form.group_size >= intermediate_size for form in down
     )
     return PluginExperts(8, has_zeros=False) if has_rows and not has_zeros else None
+
+
+@dataclass(frozen=True, slots=True)
+class PluginLinear:
+    """How the QwenLinear plugin has a matrix.
+
+    Attributes:
+        bits: 4 or 8 of a code.
+        group_size: elements along K that share a scale; None: all of them.
+        has_zeros: blocks have zero points, of 4 bits.
+    """
+
+    bits: int
+    group_size: int | None
+    has_zeros: bool = False
+
+    def blocks(self, width: int) -> int:
+        """In a row of K = `width` elements."""
+        return 1 if self.group_size is None else width // self.group_size
+
+
+def takes_plugin_linear(heights: Sequence[int], width: int) -> bool:
+    """Whether the plugin reads matrices of stacked tensors of so many rows each, K = `width`."""
+    return width % LINEAR_COLUMNS == 0 and not any(rows % LINEAR_ROWS for rows in heights)
+
+
+def plugin_linear(forms: Sequence[CodeForm], heights: Sequence[int], width: int) -> PluginLinear | None:
+    """The plugin's form that holds codes of all these forms; None: there is none.
+
+    Args:
+        forms: of the stacked tensors.
+        heights: their rows.
+        width: K.
+    """
+    if any(form.has_offsets or form.has_input_scale or form.code_type is not CodeType.INTEGER for form in forms):
+        return None
+    if not takes_plugin_linear(heights, width):
+        return None
+    bits = 4 if all(form.bits <= 4 for form in forms) else 8
+    has_zeros = any(form.has_zero_points for form in forms)
+    groups = {form.group_size for form in forms if form.group_size < width}
+    if not groups:
+        return None if bits == 8 and has_zeros else PluginLinear(bits, None, has_zeros)
+    sizes = [size for size in LINEAR_GROUPS[bits] if not any(group % size for group in groups)]
+    return PluginLinear(bits, max(sizes), has_zeros) if sizes and not (bits == 8 and has_zeros) else None
 
 
 def may_hold_scales(stored: DTypeLike, scale_dtype: DTypeLike) -> bool:

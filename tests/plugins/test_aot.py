@@ -187,6 +187,7 @@ SOURCES = {
     "gqa_prefill": {"gqa_prefill", "codes"},
     "moe_align": {"moe_align"},
     "moe_gemm": {"moe_gemm", "codes"},
+    "linear_gemm": {"linear_gemm", "codes"},
 }
 
 

@@ -81,7 +81,8 @@ def lower_standard(traced: Traced, spec: BuildSpec) -> Traced:
 
 def lower_plugin(traced: Traced, spec: BuildSpec) -> Traced:
     quantized = spec.precision if spec.precision in get_args(standard.WeightFormat) else None
-    return plugin.lower(traced, plugin.PluginOptions(quantized, int8_cache=spec.cache_type == "INT8"))
+    options = plugin.PluginOptions(quantized, int8_cache=spec.cache_type == "INT8", linear=spec.linear)
+    return plugin.lower(traced, options)
 
 
 def tensorrt_spec(precision: str, **options: Any) -> BuildSpec:
@@ -127,6 +128,8 @@ FORMS: dict[str, tuple[BuildSpec, Lower]] = {
     "plugin-fp16": with_plugins(precision="fp16"),
     "plugin-int8": with_plugins(precision="int8", kv_precision="int8"),
     "plugin-int4": with_plugins(precision="int4"),
+    "plugin-int8-linear": with_plugins(precision="int8", tensorrt=TensorRtOptions(linear="plugin")),
+    "plugin-int4-linear": with_plugins(precision="int4", tensorrt=TensorRtOptions(linear="plugin")),
 }
 
 

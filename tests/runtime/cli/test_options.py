@@ -83,6 +83,8 @@ WRONG: dict[str, list[tuple[str, str, str] | tuple[str, str, str, tuple[str, ...
         ("--timing-cache", ".", "File '.' is a directory", TENSORRT),
         ("--attention", "fast", "attention 'fast' doesn't exist; accepted: plugin, native", TENSORRT),
         ("--moe", "fast", "moe 'fast' doesn't exist; accepted: plugin, native", TENSORRT),
+        ("--linear", "fast", "linear 'fast' doesn't exist; accepted: plugin, native", TENSORRT),
+        ("--linear", "plugin", "linear plugin doesn't read weights of fp16", (*TENSORRT, "--precision", "fp16")),
         ("--kv-precision", "int2", "kv_precision 'int2' doesn't exist; accepted: auto, fp32, fp16, bf16, int8"),
         ("--plugin-library", "no.so", "File 'no.so' does not exist", TENSORRT),
         ("--algorithm", "nearest", "algorithm is 'nearest'; accepted: rtn, awq, gptq, awq-gptq, smoothquant"),
