@@ -79,7 +79,16 @@ def test_greedy_answers_of_fp32_are_transformers(bundle: Callable[[str], Path], 
 
 
 @pytest.mark.parametrize(
-    ("name", "rows"), [("fp32", ROWS), ("int8", ROWS), ("int4", ROWS), ("int8-experts", ROWS), ("int4-experts", ROWS), ("int4-int8-cache", ROWS), ("int4-odd-heads", 4)]
+    ("name", "rows"),
+    [
+        ("fp32", ROWS),
+        ("int8", ROWS),
+        ("int4", ROWS),
+        ("int8-experts", ROWS),
+        ("int4-experts", ROWS),
+        ("int4-int8-cache", ROWS),
+        ("int4-odd-heads", 4),
+    ],
 )
 def test_answers_beside_others_are_those_alone(name: str, rows: int, bundle: Callable[[str], Path]) -> None:
     """Six rows of unequal lengths in one step, which long steps' kernels run, and one, which a single token's do.
@@ -92,9 +101,7 @@ def test_answers_beside_others_are_those_alone(name: str, rows: int, bundle: Cal
     assert together == [answers(bundle(name), [text], "own")[0] for text in texts]
 
 
-@pytest.mark.parametrize(
-    "name", ["int8", "int4", "int4-int8-cache", "int4-odd-heads", "int8-experts", "int4-experts"]
-)
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-int8-cache", "int4-odd-heads", "int8-experts", "int4-experts"])
 def test_logits_are_near_those_of_onnxruntimes_kernels(name: str, bundle: Callable[[str], Path]) -> None:
     """As near as rounding of inputs leaves them (tests/exporter/lowering/ort/test_kernels.py): logits have std 1."""
     prompt = np.array(prompts(5)[4], np.int64)
