@@ -401,7 +401,7 @@ def with_ptx_nan(form: str, values: np.ndarray) -> np.ndarray:
         words[np.isnan(words.view(np.float32))] = 0x7FFFFFFF
         return words.view(np.uint64)
     parts = form.split(".")
-    result = parts[2] if form.startswith("cvt.rn.") else parts[1] if form.startswith("cvt.") else parts[-1]
+    result = parts[2] if parts[1] == "rn" else parts[1] if form.startswith("cvt.") else parts[-1]
     if result in ("f16", "bf16", "f16x2", "bf16x2"):
         halves = values.view(np.uint16).copy()
         halves[np.isnan(halves.view(BFLOAT if "bf16" in form else np.float16))] = 0x7FFF
