@@ -399,6 +399,7 @@ def _manifest_maker(
                 profiles=profiles(spec.prefill_chunk, spec.speculate),
                 cache_dtype=cache_dtype,
                 logits_rows=spec.speculate,
+                kernels=None if made.facts is None else made.facts.kernels,
             ),
             vision=None
             if vision is None or made_vision is None

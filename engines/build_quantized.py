@@ -14,16 +14,20 @@ from qwen_aot.engines.bundle.progress import OnProgress, ignore_progress
 from qwen_aot.engines.bundle.writer import refuse_unless_replaceable
 from qwen_aot.engines.quantize import quantize_checkpoint
 from qwen_aot.engines.spec.build_spec import BuildSpec
+from qwen_aot.engines.spec.flavours import check_options
 from qwen_aot.engines.spec.own_codes import no_rounded_inputs
 from qwen_aot.engines.spec.precisions import QUANTIZED_PRECISIONS
 from qwen_aot.engines.spec.quantize_spec import QuantizeSpec
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.checkpoint.encoding import CodeType
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.rounding.algorithms import ALGORITHMS
+from qwen_aot.runtime.bundle.flavours import FLAVOURS
 from qwen_aot.whole_folder import explained
 
 _TABLE_BITS = 8  # of embedding and head, which the folder has as plain numbers
+_COUNTS_AS = {CodeType.INTEGER: "int8", CodeType.E4M3: "fp8"}  # what a build calls codes whose inputs are rounded too
 
 
 def settled_algorithm(precision: str | None, algorithm: str | None) -> tuple[str | None, str | None]:
@@ -32,14 +36,14 @@ def settled_algorithm(precision: str | None, algorithm: str | None) -> tuple[str
     Raises:
         BuildError: both are given, and the precision is of another algorithm.
     """
-    by_name = QUANTIZED_PRECISIONS.get(precision or "")
-    if by_name is None:
+    made = QUANTIZED_PRECISIONS.get(precision or "")
+    if made is None:
         return precision, algorithm
-    if algorithm not in (None, by_name):
+    if algorithm not in (None, made.algorithm):
         raise BuildError(
-            f"precision {precision} is made by algorithm {by_name}, and algorithm is {algorithm}; leave one out"
+            f"precision {precision} is made by algorithm {made.algorithm}, and algorithm is {algorithm}; leave one out"
         )
-    return None, by_name
+    return None, made.algorithm
 
 
 def quantize_spec_for(spec: BuildSpec, algorithm: str) -> QuantizeSpec:
@@ -48,15 +52,20 @@ def quantize_spec_for(spec: BuildSpec, algorithm: str) -> QuantizeSpec:
     Raises:
         BuildError: the algorithm isn't known, or what the build asks for has no codes by it.
     """
-    bits = {"int4": 4, "int8": 8}.get(spec.precision) if "precision" in spec.asked else None
+    row = ALGORITHMS.get(algorithm)
+    makes = {"fp8": 8} if row is not None and row.rounds_inputs is CodeType.E4M3 else {"int4": 4, "int8": 8}
+    bits = makes.get(spec.precision) if "precision" in spec.asked else None
     if bits is None and "precision" in spec.asked:
         raise BuildError(
-            f"algorithm {algorithm} makes integers, and precision is {spec.precision}; accepted: int4, int8"
+            f"algorithm {algorithm} makes {'E4M3 floats' if 'fp8' in makes else 'integers'}, and precision is "
+            f"{spec.precision}; accepted: {', '.join(makes)}"
         )
-    row = ALGORITHMS.get(algorithm)
-    if row is not None and row.rounds_inputs:
-        if not spec.facts.rounds_inputs:
-            raise BuildError(no_rounded_inputs(spec, f"algorithm is {algorithm}"))
+    if row is not None and row.rounds_inputs is not None:
+        if row.rounds_inputs not in spec.facts.rounds_inputs:
+            raise BuildError(no_rounded_inputs(spec, row.rounds_inputs, f"algorithm is {algorithm}"))
+        flavour = FLAVOURS.get(spec.target)
+        if flavour is not None:  # before minutes of calibration
+            check_options(flavour, spec.tensorrt, _COUNTS_AS[row.rounds_inputs])
         # Embedding and head, which it leaves plain, have sensitive_bits in the build.
         block_size = spec.block_size if "block_size" in spec.asked else None
         return QuantizeSpec(algorithm=algorithm, bits=bits, group_size=block_size, symmetric=spec.symmetric)

@@ -12,23 +12,25 @@ from qwen_aot.engines.bundle.stages import Advance
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.targets import TARGETS, Target
 from qwen_aot.exporter.weights.recipe import Traced
-from qwen_aot.runtime.bundle.manifest import IoTensor, Manifest, StepPlan, TensorRtFacts
+from qwen_aot.runtime.bundle.manifest import IoTensor, KernelGraph, Manifest, StepPlan, TensorRtFacts
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What a compiled engine says about itself; the manifest is made from it.
+    """What a finished engine says about itself; the manifest is made from it.
 
     Attributes:
         inputs, outputs: its I/O table.
-        tensorrt: what it can't be asked without its GPU.
+        tensorrt: what it can't be asked without its GPU; None: it isn't TensorRT's.
         plan: what the compiler made of each profile's step; None: the engine doesn't say.
+        kernels: the graph that was written beside it for own CPU kernels, if one was.
     """
 
     inputs: tuple[IoTensor, ...]
     outputs: tuple[IoTensor, ...]
-    tensorrt: TensorRtFacts
+    tensorrt: TensorRtFacts | None
     plan: Mapping[str, StepPlan] | None
+    kernels: KernelGraph | None = None
 
 
 class Builder(Protocol):
@@ -54,7 +56,7 @@ class Builder(Protocol):
             advance: called with percent done and 100.
 
         Returns:
-            What the engine says about itself; None where model.onnx is the engine.
+            What the engine says about itself; None where model.onnx is the engine and all there is.
 
         Raises:
             BuildError: the target's library refuses.

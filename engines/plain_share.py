@@ -39,7 +39,7 @@ def forms_but_plain(
         form = forms.get(role.tensor_name(layer, expert))
         return () if form is None else (form,)
 
-    losses = list(measure(checkpoint, hidden, ways, spec.sequence_length, advance, scales=True))
+    losses = list(measure(checkpoint, hidden, ways, spec.sequence_length, advance, scales=spec.how.scales))
     weights = {each: _weights(checkpoint, each) for each in losses}
     left = spec.plain_share * sum(weights.values())
     lost = math.fsum(each.losses[0] for each in losses)

@@ -123,7 +123,7 @@ def prepare_build(
 
 def _require_plugins(spec: BuildSpec) -> None:
     """In the place of a builder's `require`: the library may be another processor's."""
-    if FLAVOURS[spec.target].has_plugins and "plugin" in (spec.attention, spec.moe):
+    if FLAVOURS[spec.target].has_plugins and "plugin" in (spec.attention, spec.moe, spec.linear):
         find_plugin_library(spec.tensorrt.plugin_library)
 
 

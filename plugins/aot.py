@@ -47,8 +47,11 @@ _OPTIONS = {"enable_fp_fusion": True}  # of the compiler, for all variants
 # Variables by which a compiler is told to make other code, which no hash would know of.
 _COMPILER_VARIABLES = re.compile(r"TRITON_.*|PTXAS_.*|DISABLE_PTXAS_OPT|LLVM_.*|MLIR_.*")
 _PART_PREFIX = ".qwen-aot-"  # of a file that is being written
-_TENSOR_CORE_KERNELS = ("gqa_prefill", "moe_gate_up", "moe_down")
-_NO_SPILL_KERNELS = ("gqa_decode", "gqa_reduce", "moe_decode_gate_up", "moe_decode_down", "moe_sum")
+_TENSOR_CORE_KERNELS = ("gqa_prefill", "moe_gate_up", "moe_down", "linear_prefill")
+_NO_SPILL_KERNELS = (
+    *("gqa_decode", "gqa_reduce", "moe_decode_gate_up", "moe_decode_down", "moe_sum"),
+    *("linear_decode", "linear_reduce"),
+)
 # Spills that were looked at and accepted: (SM or "*", pattern of variant names) to the reason.
 ACCEPTED_SPILLS: dict[tuple[str, str], str] = {}
 

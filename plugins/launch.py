@@ -13,11 +13,23 @@ from typing import TYPE_CHECKING
 
 from qwen_aot.errors import BuildError
 from qwen_aot.plugins.signatures import KERNELS
-from qwen_aot.plugins.variants import DECODE_CHOICES, DECODE_TOKENS, MOE_BLOCK_M, SIZE_MULTIPLE, Variant, select
+from qwen_aot.plugins.variants import (
+    DECODE_CHOICES,
+    DECODE_TOKENS,
+    LARGE_BLOCKS,
+    LINEAR_ROW_MULTIPLE,
+    MOE_BLOCK_M,
+    SIZE_MULTIPLE,
+    SMALL_BLOCKS,
+    TACTICS,
+    Variant,
+    select,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from qwen_aot.plugins.kernels.linear_reference import LinearWeights
     from qwen_aot.plugins.kernels.moe_reference import ExpertWeights
 
     Arguments = dict[str, torch.Tensor | int | float | None]  # None: a pointer that the variant doesn't touch
@@ -30,6 +42,11 @@ MIN_SPLIT = 256  # slots: a part's start and its result cost about what 100 slot
 # A part's result, group · D fp32 values, is written and read once more. 40 slots a query head of a 16-bit cache, twice
 # that of an int8 one, keep that at 1/40 of the part's keys and values.
 MIN_SPLIT_PER_HEAD = 40
+# Programs of a projection's decode for each SM: five or more of two warps fit beside each other.
+LINEAR_PROGRAMS_PER_SM = 4
+LINEAR_MIN_SPLIT = 512  # columns of K: four steps, of which the loop has three in flight
+LINEAR_MOST_SMS = 256  # of which more are counted as so many, so that the workspace is bounded on a GPU not known yet
+WHOLE_SHIFT = 31  # of a column's number, which is the block 0 then: all of K has one scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,3 +318,127 @@ def moe_launches(
         Launch(select(sm, "moe_down", **facts), {**second, **many}, sizes),
         total,
     ]
+
+
+def is_linear_decode(num_tokens: int) -> bool:
+    """Whether `QwenLinear` takes the path for few tokens."""
+    return num_tokens <= DECODE_TOKENS
+
+
+def linear_split(rows: int, columns: int, block_n: int, sm_count: int) -> tuple[int, int]:
+    """How decode of [N, K] weights shares out K: columns of a part, a multiple of 128, and parts.
+
+    Args:
+        rows: N.
+        columns: K.
+        block_n: Rows of a program.
+        sm_count: Streaming multiprocessors of the GPU.
+    """
+    wanted = _cdiv(LINEAR_PROGRAMS_PER_SM * min(sm_count, LINEAR_MOST_SMS), _cdiv(rows, block_n))
+    parts = max(1, min(wanted, columns // LINEAR_MIN_SPLIT))
+    size = _cdiv(columns // SIZE_MULTIPLE, parts) * SIZE_MULTIPLE
+    return size, _cdiv(columns, size)
+
+
+def linear_workspace(*, num_tokens: int, rows: int, splits: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name to shape and dtype of what `linear_launches` needs besides inputs and outputs; splits from `linear_split`.
+
+    Where nothing is split, it is a pointer that kernels take and don't use.
+    """
+    is_split = is_linear_decode(num_tokens) and splits > 1
+    return {"partial": ((splits, num_tokens, rows) if is_split else (4,), "fp32")}
+
+
+def linear_request(dtype: str, weights: LinearWeights, tactic: int) -> dict[str, str | int]:
+    """The facts by which a projection's variants are chosen.
+
+    Raises:
+        BuildError: No kernel takes such sizes or blocks.
+    """
+    rows, columns = weights.shape
+    for name, size, multiple in (("N", rows, LINEAR_ROW_MULTIPLE), ("K", columns, SIZE_MULTIPLE)):
+        if size % multiple:
+            raise BuildError(f"{name} must be a multiple of {multiple}, not {size}")
+    group = weights.group_size
+    if group not in (*SMALL_BLOCKS, *LARGE_BLOCKS, columns):
+        accepted = ", ".join(map(str, (*SMALL_BLOCKS, *LARGE_BLOCKS)))
+        raise BuildError(f"blocks of {group} columns aren't served; accepted: {accepted}, or all of K, {columns}")
+    return {
+        "dtype": dtype,
+        "weight_bits": weights.bits,
+        "has_zeros": int(weights.zero is not None),
+        "blocks": "small" if group in SMALL_BLOCKS else "large",
+        "tactic": tactic,
+    }
+
+
+def linear_launches(
+    sm: str,
+    sm_count: int,
+    *,
+    x: torch.Tensor,
+    weights: LinearWeights,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    workspace: Mapping[str, torch.Tensor],
+    tactic: int = TACTICS[0],
+) -> list[Launch]:
+    """The launches of `QwenLinear`: one for many tokens; for few one, and the sum of its parts if it has several.
+
+    Args:
+        sm: Whose variants to take.
+        sm_count: Streaming multiprocessors of the GPU.
+        x: [T, K] fp16 or bf16.
+        weights: See `plugins.kernels.linear_reference`.
+        bias: [N] in x's dtype, or None.
+        output: [T, N] in x's dtype, written.
+        workspace: As `linear_workspace` describes.
+        tactic: Which tiles, where there is a choice.
+
+    Raises:
+        BuildError: If no variant serves the request.
+    """
+    num_tokens, (rows, columns) = x.shape[0], weights.shape
+    facts = linear_request(_dtype_name(x), weights, tactic)
+    is_whole = weights.group_size == columns
+    # Of what isn't there, the pointer is of its type, and nothing is read through it.
+    bias_or_any = output if bias is None else bias
+    shared: Arguments = {
+        "x_ptr": x,
+        "weight_ptr": weights.codes,
+        "scale_ptr": weights.scale,
+        "zero_ptr": weights.codes if weights.zero is None else weights.zero,
+        "bias_ptr": bias_or_any,
+        "output_ptr": output,
+        "num_tokens": num_tokens,
+        "group_shift": WHOLE_SHIFT if is_whole else weights.group_size.bit_length() - 1,
+        "has_zeros": facts["has_zeros"],  # type: ignore[dict-item]
+        "has_bias": int(bias is not None),
+        "N": rows,
+        "K": columns,
+    }
+    sizes = {"T": num_tokens, "N": rows}
+    if not is_linear_decode(num_tokens):
+        return [Launch(select(sm, "linear_prefill", **facts), shared, sizes)]
+    variant = select(sm, "linear_decode", **facts)
+    split_size, splits = linear_split(rows, columns, variant.constants["BLOCK_N"], sm_count)
+    partial = workspace["partial"]
+    decode = Launch(
+        variant, {**shared, "partial_ptr": partial, "split_size": split_size}, {**sizes, "num_splits": splits}
+    )
+    if splits == 1:
+        return [decode]
+    reduce: Arguments = {
+        "partial_ptr": partial,
+        "bias_ptr": bias_or_any,
+        "output_ptr": output,
+        "num_tokens": num_tokens,
+        "num_splits": splits,
+        "has_bias": shared["has_bias"],
+        "N": rows,
+    }
+    return [decode, Launch(select(sm, "linear_reduce", **facts), reduce, sizes)]
+
+
+def _cdiv(value: int, per: int) -> int:
+    return -(-value // per)

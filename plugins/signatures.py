@@ -58,6 +58,17 @@ _WEIGHTS = (
 )
 _BLOCKS = _pointers("sorted_entries", "block_experts", "num_blocks", to="i32")
 _EXPERT_SIZES = _sizes("M", "F", is_aligned=True)
+_LINEAR = (
+    *_pointers("x", to="{dtype}", is_aligned=True),
+    *_pointers("weight", to="{weight}", is_aligned=True),
+    *_pointers("scale", to="{dtype}", is_aligned=True),
+    *_pointers("zero", to="i8", is_aligned=True),
+    *_pointers("bias", to="{dtype}", is_aligned=True),
+)
+_LINEAR_SIZES = (
+    *_sizes("num_tokens", "group_shift", "has_zeros", "has_bias"),
+    *_sizes("N", "K", is_aligned=True),
+)
 
 KERNELS = {
     kernel.name: kernel
@@ -201,6 +212,39 @@ KERNELS = {
                 *_sizes("M", is_aligned=True),
             ),
             ((("T",), 1), (("M",), "BLOCK")),
+        ),
+        Kernel(
+            "linear_decode",
+            "qwen_aot.plugins.kernels.linear_gemm",
+            (
+                *_LINEAR,
+                *_pointers("partial", to="fp32", is_aligned=True),
+                *_pointers("output", to="{dtype}", is_aligned=True),
+                *_LINEAR_SIZES,
+                *_sizes("split_size", is_aligned=True),
+            ),
+            ((("N",), "BLOCK_N"), (("num_splits",), 1)),
+        ),
+        Kernel(
+            "linear_reduce",
+            "qwen_aot.plugins.kernels.linear_gemm",
+            (
+                *_pointers("partial", to="fp32", is_aligned=True),
+                *_pointers("bias", "output", to="{dtype}", is_aligned=True),
+                *_sizes("num_tokens", "num_splits", "has_bias"),
+                *_sizes("N", is_aligned=True),
+            ),
+            ((("T",), 1), (("N",), "BLOCK")),
+        ),
+        Kernel(
+            "linear_prefill",
+            "qwen_aot.plugins.kernels.linear_gemm",
+            (
+                *_LINEAR,
+                *_pointers("output", to="{dtype}", is_aligned=True),
+                *_LINEAR_SIZES,
+            ),
+            ((("T",), "BLOCK_M"), (("N",), "BLOCK_N")),
         ),
     )
 }

@@ -16,7 +16,7 @@ from qwen_aot.errors import BuildError
 from qwen_aot.plugins.signatures import KERNELS, Argument
 
 SMS = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0", "12.1")
-DTYPES = ("fp16", "bf16")  # what attention and experts compute in
+DTYPES = ("fp16", "bf16")  # what attention, experts and projections compute in
 CACHES = ("same", "int8")  # the cache's dtype: that of the computation, or int8 with a scale per head and token
 HEAD_DIMS = (64, 128)
 WEIGHT_BITS = (16, 8, 4)  # see plugins/kernels/moe_gemm.py
@@ -24,8 +24,14 @@ DECODE_TOKENS = 16  # most tokens of the experts' decode path: one tile of a ten
 DECODE_CHOICES = 8  # most experts per token of the decode path
 MOE_BLOCK_M = 64  # rows of a block of `moe_scatter`, which both grouped products must share
 QUANT_BLOCK = 128  # elements along K that share a scale of int4 weights
-# Sizes M and F must be multiples of it: no load along K is masked, and int4 blocks are whole.
+# Sizes M and F, and K of projections, must be multiples of it: no load along K is masked, and int4 blocks are whole.
 SIZE_MULTIPLE = 128
+LINEAR_ROW_MULTIPLE = 16  # of the outputs N of a projection: 16 rows of 4-bit codes lie in 8 of bytes
+# Blocks of K that share a scale of a projection: "small" ones are steps of 32 columns, of others a step has 64 or 128.
+LINEAR_BLOCKS = ("small", "large")
+SMALL_BLOCKS = (32, 64)  # columns
+LARGE_BLOCKS = (128,)  # columns; and all of K
+TACTICS = (1, 2)  # TensorRT's numbers of the tiles that it may choose among
 
 # Query heads of a group over the tile that holds them. A tensor-core tile has 16 rows, so 2 … 16 heads cost the same
 # loads and the same instructions; one head alone is cheaper without tensor cores.
@@ -75,7 +81,7 @@ class Variant:
 
 
 def _match_name(fact: str, value: str | int | tuple[int, int]) -> str:
-    prefix = {"head_dim": "d", "group": "g", "weight_bits": "w", "has_zeros": "z"}.get(fact, "")
+    prefix = {"head_dim": "d", "group": "g", "weight_bits": "w", "has_zeros": "z", "tactic": "t"}.get(fact, "")
     return prefix + ("_".join(map(str, value)) if isinstance(value, tuple) else str(value))
 
 
@@ -177,13 +183,54 @@ _PREFILL_INT8 = {
     128: Tile(block_m=128, block_n=32, num_warps=8, num_stages=1),
 }
 
+# Projections. In decode a warp has 32 columns of 4 bits, 16 or 32 of 8: programs of two warps fill SMs where a matrix
+# has few rows, those of more columns read the tokens less often; which of them is faster, TensorRT times (the tactics).
+# Blocks of 32 or 64 columns are scaled every 32, so that a step has less to do besides; zeros cost a tenth more
+# instructions, and have one tile each.
+_LINEAR_DECODE = {
+    (8, "large", 0): (
+        Tile(block_n=32, block_k=128, num_warps=2, num_stages=3),
+        Tile(block_n=64, block_k=128, num_warps=2, num_stages=3),
+    ),
+    (4, "large", 0): (
+        Tile(block_n=64, block_k=128, num_warps=2, num_stages=3),
+        Tile(block_n=128, block_k=128, num_warps=4, num_stages=3),
+    ),
+    (4, "large", 1): (Tile(block_n=64, block_k=128, num_warps=2, num_stages=3),),
+    (4, "small", None): (Tile(block_n=128, block_k=32, num_warps=4, num_stages=4),),
+}
+LINEAR_WIDEST_PROGRAM = max(tile.block_n for choices in _LINEAR_DECODE.values() for tile in choices)
+# 64 rows and columns, of which a short prompt makes many programs, or twice or four times that, which share conversions
+# of codes among more products.
+_LINEAR_PREFILL = {
+    (8, "large", 0): (
+        Tile(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
+        Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    ),
+    (4, "large", 0): (
+        Tile(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
+        Tile(block_m=128, block_n=64, block_k=64, num_warps=4, num_stages=3),
+    ),
+    (4, "large", 1): (Tile(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),),
+    (4, "small", None): (Tile(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=4),),
+}
+# Where tensor cores read weights from shared memory, four warps work on 64 rows each.
+_WARPGROUP_LINEAR_PREFILL = {
+    **_LINEAR_PREFILL,
+    (4, "large", 0): (
+        Tile(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
+        Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    ),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """Tiles of one SM family; those of attention by head size, those of experts by weight bits.
 
-    `prefill_int8` is prefill over an int8 cache, `decode_one` decode for groups of one head. What has a default is the
-    same for every family so far.
+    `prefill_int8` is prefill over an int8 cache, `decode_one` decode for groups of one head. Those of projections go by
+    weight bits, blocks, and whether there are zeros (None: both, told at run time); each has one, or one a tactic. What
+    has a default is the same for every family so far.
     """
 
     prefill: Mapping[int, Tile]
@@ -194,6 +241,12 @@ class Tiles:
     down: Mapping[int, Tile] = field(default_factory=lambda: _DOWN)
     decode_gate_up: Mapping[int, Tile] = field(default_factory=lambda: _DECODE_GATE_UP)
     decode_down: Mapping[int, Tile] = field(default_factory=lambda: _DECODE_DOWN)
+    linear_decode: Mapping[tuple[int, str, int | None], tuple[Tile, ...]] = field(
+        default_factory=lambda: _LINEAR_DECODE
+    )
+    linear_prefill: Mapping[tuple[int, str, int | None], tuple[Tile, ...]] = field(
+        default_factory=lambda: _LINEAR_PREFILL
+    )
 
 
 # SMs that differ only in how many there are and how fast their memory is share a row.
@@ -232,6 +285,7 @@ TILES = {
         },
         gate_up=_HOPPER_GATE_UP,
         down=_HOPPER_DOWN,
+        linear_prefill=_WARPGROUP_LINEAR_PREFILL,
     ),
     # tcgen05 wants 64 or 128 rows; the accumulator lives in tensor memory, not in registers. Three stages spill.
     "blackwell-large": Tiles(
@@ -241,6 +295,7 @@ TILES = {
         },
         gate_up=_WARPGROUP_GATE_UP,
         down=_WARPGROUP_DOWN,
+        linear_prefill=_WARPGROUP_LINEAR_PREFILL,
     ),
     # Ampere's instructions and 99 KiB.
     "blackwell-small": Tiles(prefill=_PREFILL_MMA, decode=_DECODE_SMALL),
@@ -297,6 +352,37 @@ def _expert_variants(tiles: Tiles, dtype: str, bits: int, has_zeros: int) -> lis
     return result
 
 
+def _linear_variants(tiles: Tiles, dtype: str) -> list[Variant]:
+    types = {"dtype": dtype, "weight": "i8"}
+    result = []
+    for kernel, listed in (("linear_decode", tiles.linear_decode), ("linear_prefill", tiles.linear_prefill)):
+        for (bits, blocks, has_zeros), choices in listed.items():
+            for tactic, tile in zip(TACTICS, choices, strict=False):
+                match: dict[str, str | int | tuple[int, int]] = {"dtype": dtype, "weight_bits": bits}
+                if bits == 4 and has_zeros is not None:
+                    match["has_zeros"] = has_zeros
+                match["blocks"] = blocks
+                if len(choices) > 1:
+                    match["tactic"] = tactic
+                constants = {
+                    "WEIGHT_BITS": bits,
+                    "HAS_ZEROS": int(has_zeros != 0),
+                    "BLOCK_M": DECODE_TOKENS if kernel == "linear_decode" else tile.block_m,
+                    "BLOCK_N": tile.block_n,
+                    "BLOCK_K": tile.block_k,
+                    "NUM_STAGES": tile.num_stages,
+                }
+                result.append(Variant(kernel, match, constants, types, tile.num_warps, tile.num_stages))
+    result.append(Variant("linear_reduce", {"dtype": dtype}, {"BLOCK": 1024}, {"dtype": dtype}, num_warps=4))
+    return result
+
+
+def num_tactics(bits: int, blocks: str, has_zeros: bool) -> int:
+    """Tiles that TensorRT may choose among for a form of a projection's weights; 1: there is nothing to choose."""
+    of_form = [choices for form, choices in _LINEAR_DECODE.items() if form[:2] == (bits, blocks)]
+    return len(of_form[0]) if len(of_form) == 1 else len(_LINEAR_DECODE[bits, blocks, int(has_zeros)])
+
+
 def variants(sm: str) -> tuple[Variant, ...]:
     """All variants of one SM ("8.9").
 
@@ -328,6 +414,7 @@ def variants(sm: str) -> tuple[Variant, ...]:
             for has_zeros in (0, 1) if bits == 4 else (0,):
                 result += _expert_variants(tiles, dtype, bits, has_zeros)
         result.append(Variant("moe_sum", facts, {"BLOCK": 1024}, {"dtype": dtype}, num_warps=4))
+        result += _linear_variants(tiles, dtype)
     return tuple(result)
 
 

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Makes what a user installs, into a folder (default: dist): the sdist and the wheel, the C library for both processors, the
-# plugins' library for both processors, and checksums. Needs g++, and g++-aarch64-linux-gnu for the second plugins' library.
+# Makes what a user installs, into a folder (default: dist): the sdist, the wheel of any platform, for both processors one with
+# own CPU kernels, the C library and the plugins' library, and checksums. Needs g++, and g++-aarch64-linux-gnu for the second
+# plugins' library.
 # A folder that an earlier run made is replaced when all is made. Variables:
 #   PLUGIN_SMS      architectures of the kernels, such as "8.7 8.9" (default: all; the whole takes minutes)
 #   RELEASE_PARTS   of "python capi plugins" (default: all three)
@@ -14,6 +15,11 @@ make_python() {
             exit 1
         }
         rm "$out.log"
+    done
+    for processor in x86_64 aarch64; do
+        library=build/release/$processor/libqwen_aot_cpu.so
+        $python -m qwen_aot.plugins.cpu.build --portable $processor -o "$library"
+        $python -m qwen_aot.plugins.cpu.wheel "$out.part/qwen_aot-$version-py3-none-any.whl" "$library" -o "$out.part"
     done
 }
 

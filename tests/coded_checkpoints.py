@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import TensorInfo, TokenizerFiles
-from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows, Encoding
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, CodeType, EncodedRows, Encoding
 from qwen_aot.exporter.checkpoint.hf.config import parse
+from tests import e4m3
 from tests.checkpoints import tiny_config, tiny_model
 from tests.exporter.checkpoint.test_formats import load
 from tests.gguf_files import hugging_face_state
@@ -47,6 +48,7 @@ class Coding:
     scale_dtype: np.dtype[Any] = HALF
     offsets: bool = False
     input_scale: float | None = None  # a number of float16
+    code_type: CodeType = CodeType.INTEGER
 
     def form(self, width: int) -> CodeForm:
         return CodeForm(
@@ -57,6 +59,7 @@ class Coding:
             self.permuted != "no",
             has_offsets=self.offsets,
             has_input_scale=self.input_scale is not None,
+            code_type=self.code_type,
         )
 
 
@@ -69,14 +72,16 @@ def drawn_rows(coding: Coding, name: str, shape: tuple[int, int], head_dim: int)
     rows, width = shape
     form, rng, top = coding.form(width), rng_of(name, coding.bits), (1 << coding.bits) - 1
     groups = -(-width // form.group_size)
-    codes = rng.integers(0, top + 1, shape, np.uint8)
+    is_float = coding.code_type is CodeType.E4M3
+    codes = rng.choice(e4m3.CODES, shape).astype(np.uint8) if is_float else rng.integers(0, top + 1, shape, np.uint8)
     middle = 1 << (coding.bits - 1)
     zeros = None
     if coding.zero_points:
         near = np.clip(np.rint(rng.normal(middle, middle / 8, (rows, groups))), 0, top)
         zeros = near.astype(np.uint8)
         zeros[0], zeros[1], zeros[2 % rows] = 0, top, middle
-    size = 1.2 * width**-0.5 / (0.58 * middle)  # a weight's deviation is then that of `tiny_model`
+    deviation = float(np.std(e4m3.NUMBERS)) if is_float else 0.58 * middle
+    size = 1.2 * width**-0.5 / deviation  # a weight's deviation is then that of `tiny_model`
     scales = (size * rng.uniform(0.7, 1.4, (rows, groups))).astype(coding.scale_dtype)
     offsets = None
     if coding.offsets:  # a minimum is an fp16 number, and an offset a few codes from it
@@ -99,6 +104,9 @@ def _permutation(permuted: Permuted, name: str, width: int, head_dim: int) -> ND
 
 def values_of(rows: EncodedRows) -> NDArray[np.float32]:
     """(code - zero point) * scale, one fp32 product, and the offset added in fp64, in the tensor's own columns."""
+    if rows.form.code_type is CodeType.E4M3:
+        numbers = np.vectorize(e4m3.number, otypes=[np.float32])(rows.codes)
+        return np.asarray(numbers * np.repeat(rows.scales.astype(np.float32), rows.form.group_size, 1))
     out = np.empty(rows.codes.shape, np.float32)
     for k in range(rows.codes.shape[1]):
         group = k // rows.form.group_size

@@ -30,6 +30,8 @@ class KeptReference:
         self._load = load
         self._folder = folder
 
+    unrounded = None  # what is kept here are answers of models that round no inputs
+
     @functools.cached_property
     def _reference(self) -> Reference:
         return self._load()

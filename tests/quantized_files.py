@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import save_tiny
 
@@ -216,6 +218,37 @@ def compressed_tensors_config(weights: Mapping[str, Any] | None = None, **change
     } | changed
 
 
+# Types that NumPy hasn't: as which bits torch gets them, and its own type.
+_NOT_NUMPYS: Mapping[Any, tuple[Any, torch.dtype]] = {
+    np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, torch.float8_e4m3fn),
+    np.dtype(ml_dtypes.bfloat16): (np.int16, torch.bfloat16),
+}
+
+
+def load_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """A safetensors file by its public package; safetensors.numpy can't load float8_e4m3fn."""
+
+    def array(tensor: torch.Tensor) -> NDArray[Any]:
+        for dtype, (bits, torchs) in _NOT_NUMPYS.items():
+            if tensor.dtype == torchs:
+                return tensor.view(getattr(torch, np.dtype(bits).name)).numpy().view(dtype)
+        return tensor.numpy()
+
+    return {name: array(tensor) for name, tensor in load_file(path).items()}
+
+
+def save_tensors(state: Mapping[str, NDArray[Any]], path: Path) -> None:
+    """Writes such a file, as transformers does."""
+
+    def tensor(array: NDArray[Any]) -> torch.Tensor:
+        if array.dtype in _NOT_NUMPYS:
+            bits, torchs = _NOT_NUMPYS[array.dtype]
+            return torch.from_numpy(np.array(array).view(bits)).view(torchs)
+        return torch.from_numpy(np.array(array))
+
+    save_file({name: tensor(array).contiguous() for name, array in state.items()}, path, {"format": "pt"})
+
+
 @dataclass(frozen=True)
 class Saved:
     """A quantized folder: its weights as codes and all other tensors, by the name by which readers give them."""
@@ -231,9 +264,9 @@ class Saved:
 
     def change(self, **changed: NDArray[Any] | None) -> None:
         """Writes other tensors, `__` for a dot; None takes one out."""
-        state: dict[str, Any] = load_file(self.safetensors)
+        state: dict[str, Any] = load_tensors(self.safetensors)
         state |= {name.replace("__", "."): array for name, array in changed.items()}
-        save_file({name: array for name, array in state.items() if array is not None}, self.safetensors)
+        save_tensors({name: array for name, array in state.items() if array is not None}, self.safetensors)
 
     def configure(self, quantization: Mapping[str, Any] | None, **keys: Any) -> None:
         """Writes another quantization_config, and other keys of config.json."""
@@ -276,7 +309,7 @@ def save_quantized(
                 plain.setdefault(f"{module}.bias", np.zeros(n, np.float16))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(config_json)
-    save_file(plain | packed, folder / "model.safetensors", {"format": "pt"})
+    save_tensors(plain | packed, folder / "model.safetensors")
     saved = Saved(folder, weights, plain)
     saved.configure(quantization)
     return saved
@@ -287,4 +320,4 @@ def _tiny(config: str) -> tuple[Mapping[str, NDArray[Any]], str]:
     """A random tiny model's tensors and its config.json, by what `tiny_config` gets."""
     with tempfile.TemporaryDirectory() as folder:
         save_tiny(Path(folder), dtype="float16", **json.loads(config))
-        return load_file(Path(folder) / "model.safetensors"), (Path(folder) / "config.json").read_text()
+        return load_tensors(Path(folder) / "model.safetensors"), (Path(folder) / "config.json").read_text()

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from qwen_aot.exporter.checkpoint.base import Checkpoint
-from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, CodeType, EncodedRows
 from qwen_aot.exporter.checkpoint.hf.saving.folder import QuantizedFolder
 from qwen_aot.exporter.model.tensors import Role, Tensor, WeightClass, checkpoint_tensors
+from tests import e4m3
 
 HALF = np.dtype(np.float16)
 MATRICES = (WeightClass.PROJECTION, WeightClass.DOWN, WeightClass.EXPERT)
@@ -31,7 +32,8 @@ def drawn(form: CodeForm, shape: tuple[int, int], seed: int = 0) -> EncodedRows:
     scales = (rng.uniform(0.5, 1.5, (n, groups)) / top / k**0.5).astype(np.float16)
     zeros = rng.integers(0, top, (n, groups)).astype(np.uint8) if form.has_zero_points else None
     input_scale = float(np.float16(rng.uniform(0.01, 0.1))) if form.has_input_scale else None
-    codes = rng.integers(0, top, (n, k)).astype(np.uint8)
+    is_float = form.code_type is CodeType.E4M3
+    codes = (rng.choice(e4m3.CODES, (n, k)) if is_float else rng.integers(0, top, (n, k))).astype(np.uint8)
     return EncodedRows(form, codes, scales, zeros, input_scale=input_scale)
 
 

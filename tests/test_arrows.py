@@ -52,6 +52,7 @@ PLUGINS = (
     ("plugins.aot | plugins.launch", "compiles variants, or launches them"),
     ("plugins.kernel_table", "what C++ reads of them"),
     ("plugins.library | plugins.performance | plugins.wheel", "the library of them all; a model of their speed"),
+    ("plugins.cpu", "the CPU's kernels, which share nothing with the others"),
 )
 
 ARROWS = (
@@ -60,6 +61,7 @@ ARROWS = (
     Arrow("", "figures", "one look of every plot"),
     Arrow("", "jetson", "one answer to which board this is"),
     Arrow("", "machine", "one answer to what the process may use"),
+    Arrow("", "portable_compiler", "one compiler of what is given to others"),
     Arrow("", "str_enum", "a class of newer Pythons"),
     Arrow("", "version", "one version"),
     Arrow("", "whole_file", "one way to write a file that may replace another"),
@@ -69,7 +71,9 @@ ARROWS = (
     Arrow("engines", "runtime.bundle", "bundles are written in the format that the runtime owns"),
     Arrow("engines.bundle", "runtime.text", "a build renders chat templates by the code that will render them"),
     Arrow("engines.verify", "runtime.engine", "a graph is fed what a step of any engine is"),
+    Arrow("engines.onnxruntime", "runtime.backends.cpu", "a build's graph for own kernels is opened by their library"),
     Arrow("plugins.wheel", "runtime.bundle", "where a runtime looks for the library"),
+    Arrow("runtime.capi", "plugins.cpu", "the C library is installed with own CPU kernels beside it"),
     Arrow("plugins.performance", "engines.planner", "the GPUs that `plan` knows"),
     Arrow("plugins.performance", "exporter.model", "the shapes of the variants"),
     # A target's row names its builder, which is imported when a build needs it: the target's library may be absent.
@@ -93,6 +97,7 @@ ARROWS = (
     Arrow("runtime.cli.compare", "engines", "the verb compares with what was built from", in_functions_only=True),
     Arrow("runtime.cli.compare", "exporter", "which is a checkpoint, and the texts", in_functions_only=True),
     Arrow("runtime.cli.comparison_table", "engines", "shows what was found", in_functions_only=True),
+    Arrow("runtime.cli.doctor", "plugins.cpu", "whether the library is of these sources", in_functions_only=True),
     Arrow("runtime.cli.gpu_check", "engines", "the verb builds and compares", in_functions_only=True),
     Arrow("runtime.cli.gpu_check", "exporter", "a model of its own", in_functions_only=True),
     Arrow("runtime.cli.gpu_check", "plugins", "it builds the library for this GPU", in_functions_only=True),
@@ -108,8 +113,9 @@ ARROWS = (
 FOLDERS = [
     folder for layers in (EXPORTER, ENGINES, RUNTIME, PLUGINS) for units, _ in layers for folder in units.split(" | ")
 ]
-# Seen from afar: the runtime in three parts, since builds write its format and its command line starts builds.
-PACKAGES = ["exporter", "engines", "plugins", "runtime.bundle", "runtime.cli", "runtime"]
+# Seen from afar: the runtime in four parts, since builds write its format, its command line starts builds, and what
+# installs the C library compiles kernels.
+PACKAGES = ["exporter", "engines", "plugins", "runtime.bundle", "runtime.capi", "runtime.cli", "runtime"]
 
 
 def innermost_folders(tree: Path) -> list[str]:
@@ -150,6 +156,7 @@ def test_every_folder_has_its_place_in_the_order() -> None:
         "figures",
         "jetson",
         "machine",
+        "portable_compiler",
         "str_enum",
         "version",
         "whole_file",
@@ -192,6 +199,7 @@ ALL = {  # one module for each place of the table, so that imports of it resolve
             "figures",
             "jetson",
             "machine",
+            "portable_compiler",
             "str_enum",
             "version",
             "whole_file",

@@ -12,7 +12,7 @@ import pytest
 
 from tests.engines.tensorrt import test_builder
 from tests.pairs import LARGEST_PRODUCT, covering, pairwise, product, swept
-from tests.plugins import test_bytes, test_compiled, test_enqueue, test_gqa, test_moe
+from tests.plugins import test_bytes, test_compiled, test_enqueue, test_gqa, test_linear, test_moe
 
 PARAMETERS = {"a": [1, 2, 3], "b": "xy", "c": [True, False], "d": [[0], [1], [2], [3]]}
 
@@ -69,6 +69,9 @@ SWEEPS = {
     "enqueue prefill": (test_enqueue.test_gqa_prefill, test_enqueue.PREFILL, None),
     "enqueue decode": (test_enqueue.test_gqa_decode, test_enqueue.DECODE, None),
     "enqueue experts": (test_enqueue.test_moe, test_enqueue.MOE, None),
+    "few, projections": (test_linear.test_few_tokens, test_linear.FEW, None),
+    "many, projections": (test_linear.test_many_tokens, test_linear.MANY, None),
+    "enqueue projections": (test_enqueue.test_linear, test_enqueue.LINEAR, None),
     "compiled prefill": (test_compiled.test_prefill_of_sm80, test_enqueue.PREFILL, None),
     "compiled decode": (test_compiled.test_decode_of_sm80, test_enqueue.DECODE, None),
     "compiled experts": (test_compiled.test_experts_of_sm80, test_enqueue.MOE, None),

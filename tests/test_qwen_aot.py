@@ -110,9 +110,9 @@ def test_load_hands_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(generator, "open_engine", open_engine)
     monkeypatch.setattr(generator, "load_bundle", load)
-    with qwen_aot.load(folder, threads=3, skip_hash_above=7, allow_bundle_code=True) as opened:
+    with qwen_aot.load(folder, threads=3, kernels="own", skip_hash_above=7, allow_bundle_code=True) as opened:
         assert list(opened.generate([1, 2], max_new_tokens=1).token_ids) == [5]
-    assert seen == {"threads": 3, "skip_hash_above": 7, "allow_bundle_code": True}
+    assert seen == {"threads": 3, "kernels": "own", "skip_hash_above": 7, "allow_bundle_code": True}
 
 
 def test_load_opens_a_bundle() -> None:

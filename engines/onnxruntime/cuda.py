@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from qwen_aot.engines.onnxruntime.cpu import block_formats, check, finish, require
+from pathlib import Path
+
+from qwen_aot.engines.bundle.stages import Advance
+from qwen_aot.engines.onnxruntime.cpu import block_formats, check, require
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.exporter.lowering.ort import contrib as ort
 from qwen_aot.exporter.lowering.ort.contrib import OrtOptions
 from qwen_aot.exporter.lowering.ort.provider import Provider
 from qwen_aot.exporter.weights.recipe import Traced
 
-# Nothing is done to model.onnx afterwards, and the session that checks it is one of the CPU provider: it proves that
-# the graph is valid and whole on a machine without a GPU.
+# The session that checks model.onnx is one of the CPU provider: it proves that the graph is valid and whole on a
+# machine without a GPU.
 __all__ = ["check", "finish", "lower", "require"]
 
 
@@ -23,3 +26,7 @@ def lower(traced: Traced, spec: BuildSpec) -> Traced:
     layout, sensitive = block_formats(spec)
     options = OrtOptions(layout, sensitive, accuracy_level=1, provider=Provider.CUDA, own_codes=spec.own_codes)
     return ort.lower(traced, options)
+
+
+def finish(folder: Path, spec: BuildSpec, lowered: Traced, advance: Advance) -> None:
+    """Nothing: ONNX Runtime runs model.onnx as it is."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qwen_aot.engines.planner.footprint import footprint
 from qwen_aot.engines.planner.plans import refusal_of_model
 from qwen_aot.engines.spec.build_spec import BuildSpec
-from qwen_aot.engines.spec.own_codes import settled
+from qwen_aot.engines.spec.own_codes import NoProductsError, precision_of, settled
 from qwen_aot.engines.spec.precisions import Precision
 from qwen_aot.engines.spec.targets import Target
 from qwen_aot.errors import BuildError, ExportError
@@ -35,7 +35,11 @@ class DefaultBuild:
 def default_builds(config: ModelConfig, storage: Storage) -> Iterator[DefaultBuild]:
     """A build for each target, in the targets' order."""
     for target in Target:
-        spec = settled(BuildSpec(target=target), storage)
+        try:
+            spec = settled(BuildSpec(target=target), storage)
+        except NoProductsError as error:
+            yield DefaultBuild(target, precision_of([each for _, each in storage.fixed]), True, str(error))
+            continue
         yield DefaultBuild(target, spec.precision, spec.own_codes, _refusal(config, spec, storage))
 
 

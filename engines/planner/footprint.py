@@ -63,7 +63,9 @@ class Footprint:
         return self.weight_bytes + self.cache_bytes + self.activation_bytes_estimated
 
 
-def footprint(config: ModelConfig, spec: BuildSpec, storage: Storage | None = None) -> Footprint:
+def footprint(
+    config: ModelConfig, spec: BuildSpec, storage: Storage | None = None, *, own_kernels: bool = True
+) -> Footprint:
     """Sizes up what `spec` builds of a model.
 
     A decode step reads every weight but these: of the embedding and the rotary tables one row a sequence, of routed
@@ -75,6 +77,8 @@ def footprint(config: ModelConfig, spec: BuildSpec, storage: Storage | None = No
         config: the model's facts.
         spec: what is built; `engines.spec.own_codes.settled` by the storage, where there is one.
         storage: the checkpoint's, which weights that keep its codes are stored by.
+        own_kernels: whether the project's kernels run it where a bundle has a graph for them, and not ONNX Runtime's:
+            their cache has another type.
 
     Raises:
         BuildError: the context is beyond the model's, or own codes are asked for without a checkpoint.
@@ -95,9 +99,10 @@ def footprint(config: ModelConfig, spec: BuildSpec, storage: Storage | None = No
         parts.append(Part.whole(4 * 2 * config.num_hidden_layers * config.key_value_size))
     return Footprint(
         weight_bytes=sum(part.stored for part in parts),
-        cache_bytes=_cache_bytes(config, spec, cache_capacity(context, spec.prefill_chunk)),
+        cache_bytes=_cache_bytes(config, spec, cache_capacity(context, spec.prefill_chunk), own_kernels),
         activation_bytes_estimated=activations,
-        step_bytes=sum(part.read for part in parts) + _window_passes(spec) * _cache_bytes(config, spec, context),
+        step_bytes=sum(part.read for part in parts)
+        + _window_passes(spec) * _cache_bytes(config, spec, context, own_kernels),
     )
 
 
@@ -113,8 +118,8 @@ def _window_passes(spec: BuildSpec) -> int:
     return 3 if spec.facts.memory.copies_window and spec.attention == "native" else 1
 
 
-def _cache_bytes(config: ModelConfig, spec: BuildSpec, tokens: int) -> int:
-    itemsize = _CACHE_BYTES[spec.cache_type]
+def _cache_bytes(config: ModelConfig, spec: BuildSpec, tokens: int, own_kernels: bool) -> int:
+    itemsize = _CACHE_BYTES[(own_kernels and spec.own_kernels_cache_type) or spec.cache_type]
     has_scales = spec.cache_type == "INT8" and not spec.has_calibrated_cache  # calibrated ones are weights
     scales = 2 * config.num_hidden_layers * config.num_key_value_heads if has_scales else 0
     return spec.max_batch * tokens * (config.kv_bytes_per_token(itemsize) + scales * _CACHE_SCALE_BYTES)

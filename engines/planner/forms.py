@@ -86,7 +86,7 @@ def is_blockwise(spec: BuildSpec) -> bool:
 
 def deciding_bits(spec: BuildSpec) -> int:
     """Of a number of routers and gates: TensorRT's standard lowering has them in fp32."""
-    is_standard = spec.facts.weight_layout == "dequantized" and spec.attention == "native" and spec.moe != "plugin"
+    is_standard = spec.facts.weight_layout == "dequantized" and "plugin" not in (spec.attention, spec.moe, spec.linear)
     return 32 if is_standard else 8 * COMPUTE_BYTES[spec.combination.compute_type]
 
 

@@ -26,6 +26,7 @@ from qwen_aot.exporter.quantize.own_codes import (
     no_experts,
     no_plugin_experts,
     plugin_experts,
+    plugin_linear,
     require_scales,
     signed_format,
 )
@@ -43,6 +44,7 @@ class OwnChoices:
         table_bits: of embedding and head where these are plain numbers; None: they stay so.
         always_zero_points: the quantized embedding has them in any case.
         has_plugin_experts: the QwenMoE plugin reads routed experts.
+        has_plugin_linear: the QwenLinear plugin reads projections that it has a form for.
         int8_head: the head is int8 with a scale a channel, beside the embedding if tied.
         fast_prefill: projections have a second form.
         rows: that decode at once.
@@ -54,6 +56,7 @@ class OwnChoices:
     table_bits: int | None
     always_zero_points: bool
     has_plugin_experts: bool
+    has_plugin_linear: bool
     int8_head: bool
     fast_prefill: bool
     rows: int
@@ -73,6 +76,7 @@ def own_choices(spec: BuildSpec) -> OwnChoices:
         spec.sensitive_bits,
         spec.facts.always_zero_points,
         spec.moe == "plugin",
+        spec.linear == "plugin",
         spec.tensorrt.quantize_head,
         spec.fast_prefill,
         spec.max_batch,
@@ -115,17 +119,17 @@ def _parts(
             groups = [tensors] if make_one_matrix(names, storage) else [[tensor] for tensor in tensors]
             for group in groups:
                 rows, width = sum(tensor.shape[0] for tensor in group), group[0].shape[1]
-                yield Part.whole(
-                    _matrix([tensor.name for tensor in group], width, choices, storage).bytes_of(rows, width)
-                )
+                heights = [tensor.shape[0] for tensor in group]
+                form_of_matrix = _matrix([tensor.name for tensor in group], heights, width, choices, storage)
+                yield Part.whole(form_of_matrix.bytes_of(rows, width))
                 is_seen = layer != config.num_hidden_layers - 1 or Role.QUERY in parameter.roles
                 form = storage.form(group[0].name)
                 if choices.fast_prefill and is_seen and form is not None and not form.has_input_scale:
                     yield Part(Form(8, 4).bytes_of(rows, width), 0)
 
 
-def _matrix(names: Sequence[str], width: int, choices: OwnChoices, storage: Storage) -> Form:
-    """How tensors of one matrix are stored."""
+def _matrix(names: Sequence[str], heights: Sequence[int], width: int, choices: OwnChoices, storage: Storage) -> Form:
+    """How tensors of one matrix, of so many rows each, are stored."""
     forms = [form for name in names if (form := storage.form(name)) is not None]
     if not forms:
         return Form(8 * choices.compute_bytes)
@@ -137,6 +141,10 @@ def _matrix(names: Sequence[str], width: int, choices: OwnChoices, storage: Stor
         if blocks is None:
             raise no_blocks(names[0], forms, BLOCK_SIZES)
         return _blocks(blocks, choices)
+    plugged = plugin_linear(forms, heights, width) if choices.has_plugin_linear else None
+    if plugged is not None:
+        zero_bits = 8 if plugged.has_zeros else 0
+        return Form(plugged.bits, choices.compute_bytes, plugged.group_size, zero_point_bits=zero_bits)
     signed = signed_format(forms, width)
     if signed is None:
         raise no_blocks(names[0], forms, BLOCK_SIZES)
@@ -177,13 +185,13 @@ def _table(tensor: Tensor, choices: OwnChoices, storage: Storage) -> Part:
     if is_embedding:
         return Part(form.bytes_of(rows, width), form.bytes_of(choices.rows, width))
     if not choices.has_blocks:
-        return Part.whole(_tensorrt_head(tensor.name, width, choices, storage).bytes_of(rows, width))
+        return Part.whole(_tensorrt_head(tensor.name, rows, width, choices, storage).bytes_of(rows, width))
     return Part(form.bytes_of(rows, width), rows * width * choices.compute_bytes)
 
 
-def _tensorrt_head(name: str, width: int, choices: OwnChoices, storage: Storage) -> Form:
+def _tensorrt_head(name: str, rows: int, width: int, choices: OwnChoices, storage: Storage) -> Form:
     if storage.form(name) is not None:
-        return _matrix([name], width, choices, storage)
+        return _matrix([name], [rows], width, choices, storage)
     return Form(8, choices.compute_bytes) if choices.int8_head else Form(8 * choices.compute_bytes)
 
 
@@ -198,7 +206,7 @@ def _tied_head(config: ModelConfig, choices: OwnChoices, storage: Storage) -> Pa
         zero_points = rows * -(-layout.blocks(width) * head.zero_point_bits // 8)
         offsets = rows * layout.blocks(width) * OFFSET_BYTES * layout.has_offsets  # in the order of a product's
         return Part(zero_points + offsets, head.bytes_of(rows, width))
-    head = _tensorrt_head(name, width, choices, storage)
+    head = _tensorrt_head(name, rows, width, choices, storage)
     is_shared = storage.form(name) is None and not choices.int8_head
     return Part(0 if is_shared else head.bytes_of(rows, width), head.bytes_of(rows, width))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from qwen_aot.engines.planner.footprint import Footprint, footprint
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.flavours import capability
 from qwen_aot.engines.spec.kv_precision import DEFAULT_KV_PRECISION
-from qwen_aot.engines.spec.own_codes import settled
+from qwen_aot.engines.spec.own_codes import NoProductsError, settled
 from qwen_aot.engines.spec.precisions import Precision, combinations
 from qwen_aot.engines.spec.targets import Target
 from qwen_aot.errors import BuildError, ExportError
@@ -33,6 +34,7 @@ class Plan:
         refusal: why this can't run there whatever its size; None: it can. Then the rest is as if nothing fitted.
         longest_context: tokens that fit at this batch; 0: not one.
         largest_batch: rows that fit at this context; 0: not one.
+        kernels: whose it counts with, "own" or "onnxruntime"; None: they are compiled into the engine.
         ceiling: tokens a second, of all rows together, at which decoding would use the whole bandwidth. No engine is
             faster with full contexts. None: it doesn't fit.
         remedy: what would fit, or by how much the smallest form doesn't; empty where this fits.
@@ -48,6 +50,7 @@ class Plan:
     largest_batch: int
     ceiling: float | None
     remedy: str
+    kernels: str | None
 
     @property
     def fits(self) -> bool:
@@ -60,7 +63,15 @@ class Plan:
         return max(0, self.footprint.total_bytes - DEVICES[self.device].usable_bytes)
 
 
-def plan(model: str, config: ModelConfig, spec: BuildSpec, device: str, storage: Storage | None = None) -> Plan:
+def plan(
+    model: str,
+    config: ModelConfig,
+    spec: BuildSpec,
+    device: str,
+    storage: Storage | None = None,
+    *,
+    own_kernels: bool = True,
+) -> Plan:
     """Plans one combination.
 
     Args:
@@ -69,24 +80,28 @@ def plan(model: str, config: ModelConfig, spec: BuildSpec, device: str, storage:
         spec: target, precision, context and batch; settled by the storage.
         device: a key of DEVICES.
         storage: of a checkpoint; None: of a model without one.
+        own_kernels: see `footprint`.
 
     Raises:
         BuildError: the context is beyond the model's.
     """
     facts = DEVICES[device]
     context = spec.context_for(config.max_position_embeddings)
-    needed = footprint(config, spec, storage)
+    needed = footprint(config, spec, storage, own_kernels=own_kernels)
     refusal = refusal_of(config, spec, facts)
     longest = largest = 0
     ceiling, remedy = None, ""
     if refusal is None:
-        longest = longest_context(config, spec, facts.usable_bytes, storage)
-        largest = largest_batch(config, spec, facts.usable_bytes, storage)
+        longest = longest_context(config, spec, facts.usable_bytes, storage, own_kernels=own_kernels)
+        largest = largest_batch(config, spec, facts.usable_bytes, storage, own_kernels=own_kernels)
         if needed.total_bytes <= facts.usable_bytes:
             ceiling = spec.max_batch * facts.bytes_per_second / needed.step_bytes
         else:
-            remedy = _remedy(config, spec, facts, longest, largest, storage)
-    return Plan(model, device, spec, context, needed, refusal, longest, largest, ceiling, remedy)
+            remedy = _remedy(config, spec, facts, longest, largest, storage, own_kernels)
+    kernels = None if spec.facts.compiles else "onnxruntime"
+    if own_kernels and spec.own_kernels_cache_type is not None:
+        kernels = "own"
+    return Plan(model, device, spec, context, needed, refusal, longest, largest, ceiling, remedy, kernels)
 
 
 def plans(
@@ -100,6 +115,7 @@ def plans(
     kv_precision: str = DEFAULT_KV_PRECISION,
     speculate: int | None = None,
     storages: Mapping[str, Storage] | None = None,
+    own_kernels: bool = True,
 ) -> Iterator[Plan]:
     """Plans every model at every precision on every device.
 
@@ -113,6 +129,7 @@ def plans(
         kv_precision: of the cache (`engines.spec.kv_precision.KV_PRECISIONS`).
         speculate: tokens of a row that a step checks; None: one.
         storages: of the models that have a checkpoint, by name.
+        own_kernels: see `footprint`.
 
     Raises:
         BuildError: a combination that doesn't exist, a context beyond a model's, or a count below 1.
@@ -133,17 +150,19 @@ def plans(
         for model, config in models:
             storage = (storages or {}).get(model)
             for spec in specs:
-                yield _settled_plan(model, config, spec, device, storage)
+                yield _settled_plan(model, config, spec, device, storage, own_kernels)
 
 
-def _settled_plan(model: str, config: ModelConfig, spec: BuildSpec, device: str, storage: Storage | None) -> Plan:
+def _settled_plan(
+    model: str, config: ModelConfig, spec: BuildSpec, device: str, storage: Storage | None, own_kernels: bool
+) -> Plan:
     """The plan of what a build would make of the spec; a conflict with the checkpoint is a refusal."""
     if storage is None:
-        return plan(model, config, spec, device)
+        return plan(model, config, spec, device, own_kernels=own_kernels)
     try:
-        return plan(model, config, settled(spec, storage), device, storage)
+        return plan(model, config, settled(spec, storage), device, storage, own_kernels=own_kernels)
     except (BuildError, ExportError) as error:
-        as_if = plan(model, config, spec, device)
+        as_if = plan(model, config, spec, device, own_kernels=own_kernels)
         return dataclasses.replace(
             as_if, refusal=str(error), longest_context=0, largest_batch=0, ceiling=None, remedy=""
         )
@@ -199,20 +218,36 @@ def _refusal_of_experts(config: ModelConfig, spec: BuildSpec) -> str | None:
     return None if row.has_plugin_experts else f"{spec.precision} experts don't exist in the plugin{instead}"
 
 
-def longest_context(config: ModelConfig, spec: BuildSpec, usable_bytes: int, storage: Storage | None = None) -> int:
+def longest_context(
+    config: ModelConfig,
+    spec: BuildSpec,
+    usable_bytes: int,
+    storage: Storage | None = None,
+    *,
+    own_kernels: bool = True,
+) -> int:
     """Tokens, at most the model's, of the longest context that fits in `usable_bytes` at the spec's batch; or 0."""
 
     def fits(context: int) -> bool:
-        return footprint(config, dataclasses.replace(spec, max_context=context), storage).total_bytes <= usable_bytes
+        other = dataclasses.replace(spec, max_context=context)
+        return footprint(config, other, storage, own_kernels=own_kernels).total_bytes <= usable_bytes
 
     return _largest(fits, config.max_position_embeddings)
 
 
-def largest_batch(config: ModelConfig, spec: BuildSpec, usable_bytes: int, storage: Storage | None = None) -> int:
+def largest_batch(
+    config: ModelConfig,
+    spec: BuildSpec,
+    usable_bytes: int,
+    storage: Storage | None = None,
+    *,
+    own_kernels: bool = True,
+) -> int:
     """Rows of the largest batch that fits in `usable_bytes` at the spec's context; or 0."""
 
     def fits(batch: int) -> bool:
-        return footprint(config, dataclasses.replace(spec, max_batch=batch), storage).total_bytes <= usable_bytes
+        other = dataclasses.replace(spec, max_batch=batch)
+        return footprint(config, other, storage, own_kernels=own_kernels).total_bytes <= usable_bytes
 
     bound = 1
     while bound < MAX_COUNT and fits(bound):
@@ -233,7 +268,13 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def _remedy(
-    config: ModelConfig, spec: BuildSpec, device: Device, longest: int, largest: int, storage: Storage | None
+    config: ModelConfig,
+    spec: BuildSpec,
+    device: Device,
+    longest: int,
+    largest: int,
+    storage: Storage | None,
+    own_kernels: bool,
 ) -> str:
     """What would fit in the place of `spec`: less context, fewer rows, a smaller precision; or that nothing does."""
     usable = device.usable_bytes
@@ -242,19 +283,20 @@ def _remedy(
     found = [f"{spec.precision} fits with {' or '.join(shorter)}"] if shorter else []
     smaller = _smaller(config, spec, device, storage)
     for other in smaller:
-        if footprint(config, other, storage).total_bytes <= usable:
+        if footprint(config, other, storage, own_kernels=own_kernels).total_bytes <= usable:
             return "; ".join([*found, f"{other.precision} fits"])
     if found:
         return found[0]
     least = (spec, *smaller)[-1]
-    if context := longest_context(config, least, usable, storage):
+    if context := longest_context(config, least, usable, storage, own_kernels=own_kernels):
         return f"{least.precision} fits with a context of {context}"
-    if batch := largest_batch(config, least, usable, storage):
+    if batch := largest_batch(config, least, usable, storage, own_kernels=own_kernels):
         return f"{least.precision} fits with a batch of {batch}"
     one_row = dataclasses.replace(least, max_batch=1)
-    if context := longest_context(config, one_row, usable, storage):
+    if context := longest_context(config, one_row, usable, storage, own_kernels=own_kernels):
         return f"{least.precision} fits with a batch of 1 and a context of {context}"
-    missing = footprint(config, dataclasses.replace(one_row, max_context=1), storage).total_bytes - usable
+    one_token = footprint(config, dataclasses.replace(one_row, max_context=1), storage, own_kernels=own_kernels)
+    missing = one_token.total_bytes - usable
     return f"nothing fits: even {least.precision} with one token in one row lacks {missing / 1e9:.3g} GB"
 
 
@@ -283,8 +325,10 @@ def _smaller(config: ModelConfig, spec: BuildSpec, device: Device, storage: Stor
             kv_precision=_kv_of(spec),
         )
 
+    others: list[BuildSpec] = []
     if storage is not None and any(storage.fixed):
-        others = [] if spec.own_codes else [settled(default(None), storage)]
+        with contextlib.suppress(NoProductsError):
+            others = [] if spec.own_codes else [settled(default(None), storage)]
     else:
         others = [default(other.precision) for other in combinations() if other.target == spec.target]
     kept = [other for other in others if size(other) < size(spec) and refusal_of(config, other, device) is None]

@@ -9,6 +9,7 @@ from typing import TypeVar
 from qwen_aot.engines.spec.flavours import capabilities_of, check_options, form_of
 from qwen_aot.engines.spec.kv_precision import DEFAULT_KV_PRECISION, check_kv_precision
 from qwen_aot.engines.spec.precisions import (
+    PRECISIONS,
     QUANTIZED_PRECISIONS,
     Choices,
     Combination,
@@ -33,6 +34,8 @@ IMAGES_OF_RUN = 4
 
 # What a checkpoint that fixes its precision decides, unless it was asked for.
 _DEFAULTS_BY_CHECKPOINT = ("precision", "block_size", "symmetric", "sensitive_bits")
+
+_OF_CODES = ("int4", "int8", "fp8")  # what a checkpoint's own codes may count as
 
 _Name = TypeVar("_Name", bound=str)
 
@@ -118,6 +121,13 @@ class BuildSpec:
             raise BuildError(
                 f"quantize_head has nothing to quantize in {self.precision}; it goes with {', '.join(quantized())}"
             )
+        is_settled = "precision" in self.asked  # else a checkpoint's own codes may decide it
+        if self.linear == "plugin" and is_settled and not (self.own_codes or self.precision.row.has_plugin_linear):
+            able = ", ".join(row.name for row in PRECISIONS.values() if row.has_plugin_linear)
+            raise BuildError(
+                f"linear plugin doesn't read weights of {self.precision}; accepted: {able}, or the checkpoint's own "
+                "codes; leave it out or choose another precision"
+            )
         for name in ("max_context", "max_batch", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -161,9 +171,26 @@ class BuildSpec:
         return self._form(self.tensorrt.moe)
 
     @property
+    def linear(self) -> Form:
+        """Who computes projections whose weights are codes: the project's "plugin", or the target's "native" layers."""
+        return self.tensorrt.linear or "native"
+
+    @property
     def cache_type(self) -> str:
         """Element type of the KV cache, by its ONNX name."""
         return "INT8" if self.kv_precision == "int8" else self.combination.compute_type
+
+    @property
+    def own_kernels_cache_type(self) -> str | None:
+        """Element type of the KV cache in the graph for own CPU kernels, by its ONNX name; None: there is none.
+
+        Beside rounded weights and inputs fp16 costs nothing that can be measured; fp32 stays fp32 throughout.
+        """
+        if not self.facts.has_own_kernels or self.fast_prefill:
+            return None
+        if self.cache_type == "INT8":
+            return "INT8"
+        return "FLOAT16" if self.own_codes or self.precision.row.is_quantized else self.cache_type
 
     @property
     def has_calibrated_cache(self) -> bool:
@@ -223,8 +250,8 @@ class BuildSpec:
             )
 
     def _check_own_codes(self) -> None:
-        if self.precision not in ("int4", "int8"):
-            raise BuildError(f"own_codes doesn't go with precision {self.precision}; accepted: int4, int8")
+        if self.precision not in _OF_CODES:
+            raise BuildError(f"own_codes doesn't go with precision {self.precision}; accepted: {', '.join(_OF_CODES)}")
         if self.block_size is not None or not self.symmetric:
             raise BuildError(
                 "own_codes takes blocks and zero points from the checkpoint; leave out block_size, asymmetric"
@@ -254,9 +281,11 @@ def _member(kind: Callable[[str], _Name], field: str, value: str) -> _Name:
     try:
         return kind(value)
     except ValueError:
-        if value in QUANTIZED_PRECISIONS:
+        made = QUANTIZED_PRECISIONS.get(value)
+        if made is not None:
             raise BuildError(
-                f"{field} {value} is made by `build-engine --precision {value}` alone; elsewhere it counts as int8"
+                f"{field} {value} is made by `build-engine --precision {value}` alone; elsewhere it counts as "
+                f"{made.counts_as}"
             ) from None
         raise BuildError(f"{field} {value!r} doesn't exist; what exists: {_listing()}") from None
 

@@ -17,7 +17,7 @@ def check_options(flavour: Flavour, options: TensorRtOptions, precision: str) ->
     for name, reason in flavour.refused.items():
         if getattr(options, name) != getattr(DEFAULT_OPTIONS, name):
             raise BuildError(f"target {flavour.target} doesn't take {name}: {reason}")
-    for name in ("attention", "moe"):
+    for name in ("attention", "moe", "linear"):
         if getattr(options, name) == "plugin" and not flavour.has_plugins:
             raise BuildError(
                 f"target {flavour.target} doesn't take {name} plugin: {flavour.title} has no plugin layers; leave it "

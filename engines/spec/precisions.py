@@ -57,6 +57,7 @@ class PrecisionRow:
         weight_format: of the quantized weights for TensorRT (`exporter.lowering.tensorrt.quantized`). None: there are
             none.
         has_plugin_experts: the project's plugin reads routed experts stored so.
+        has_plugin_linear: the project's plugin reads projections stored so.
         activations: how activations are quantized.
         lowest_capability: the oldest GPUs that have it.
         instead: a precision of the same size for GPUs and experts without this one; None: there is none.
@@ -73,6 +74,7 @@ class PrecisionRow:
     targets: Mapping[Target, Choices] = field(default_factory=dict)
     weight_format: WeightFormat | None = None
     has_plugin_experts: bool = False
+    has_plugin_linear: bool = False
     activations: Activations = "none"
     lowest_capability: str = "0.0"
     instead: str | None = None
@@ -168,6 +170,7 @@ PRECISIONS: dict[str, PrecisionRow] = {
             },
             weight_format="int8",  # weights alone, a scale for each output channel
             has_plugin_experts=True,
+            has_plugin_linear=True,
             lowest_capability="8.0",
             # The same model has 0.004 to 0.006 nats in blocks of 32, by the order of sums, 0.017 in blocks of 128, and
             # 0.03 with one scale a row; 1.004 to 1.012 (docs/performance.md). Models of 8B lose as much.
@@ -188,6 +191,7 @@ PRECISIONS: dict[str, PrecisionRow] = {
             },
             weight_format="int4",  # weights alone, symmetric
             has_plugin_experts=True,
+            has_plugin_linear=True,
             lowest_capability="8.0",
             # Small models feel 4 bits most, and coarse forms double it (docs/verify.md has where that comes from):
             # SmolLM2-135M has 0.17 to 0.24 nats, 0.93, 0.72 and 1.22 in the default form.
@@ -297,8 +301,23 @@ def combinations() -> list[Combination]:
     return found
 
 
-# Names that no rounding of weights alone gives: what a user asks for -> the algorithm that makes it.
-QUANTIZED_PRECISIONS: Mapping[str, str] = {"int8-sq": "smoothquant"}
+@dataclass(frozen=True, slots=True)
+class QuantizedPrecision:
+    """A name for what no rounding of weights alone gives.
+
+    Attributes:
+        algorithm: that makes it.
+        counts_as: the precision of its codes.
+    """
+
+    algorithm: str
+    counts_as: str
+
+
+QUANTIZED_PRECISIONS: Mapping[str, QuantizedPrecision] = {  # by what a user asks for
+    "int8-sq": QuantizedPrecision("smoothquant", "int8"),
+    "fp8-sq": QuantizedPrecision("gptq-fp8", "fp8"),
+}
 
 
 def quantized() -> list[str]:
@@ -327,6 +346,9 @@ def judged_as(precision: str, quantization: Mapping[str, int | str | bool], cach
 
     A checkpoint's own codes round no weight: what is lost is what rounded activations lose, less than int8 allows; and
     so does an int8 cache beside plain weights. What it adds to rounded weights is not allowed for.
+
+    Bounds can't tell whether a W8A8 bundle rounds its inputs: two roundings of the same inputs differ by as much as one
+    does from none. `engines.verify.scores.Scores.rounding_share` can.
     """
     is_kept = quantization.get("own_codes") and quantization.get("sensitive_bits", 8) == 8
     is_cache_alone = cache_dtype == "int8" and not row_of(precision).is_quantized

@@ -134,9 +134,11 @@ class QuantizeSpec:
             BuildError: no group divides the rows of a matrix.
         """
         found = {}
+        code_type = self.how.rounds_inputs
         for tensor in self.rounded(config):
-            if self.how.rounds_inputs:
-                found[tensor.name] = CodeForm(8, tensor.shape[1], SCALE_DTYPE, has_input_scale=True)
+            if code_type is not None:
+                width = tensor.shape[1]
+                found[tensor.name] = CodeForm(8, width, SCALE_DTYPE, has_input_scale=True, code_type=code_type)
                 continue
             is_down = tensor.role.weight_class is WeightClass.DOWN
             bits = self.sensitive_bits if is_down else self.bits

@@ -11,6 +11,7 @@ from typing import Literal
 
 from qwen_aot.engines.spec.kv_precision import Int8Cache
 from qwen_aot.errors import BuildError
+from qwen_aot.exporter.checkpoint.encoding import CodeType
 from qwen_aot.str_enum import StrEnum
 
 
@@ -71,8 +72,9 @@ class TargetFacts:
             speculation needs.
         has_rotary_tables: rows of a step may be rotated by tables of their own, which first-generation Qwen needs
             beyond its trained length.
-        rounds_inputs: it has products of 8-bit integers, for checkpoints whose inputs are rounded too (W8A8).
+        rounds_inputs: the types of codes that it has products of, for checkpoints whose inputs are rounded too (W8A8).
         always_zero_points: the quantized embedding has zero points even where the format is symmetric.
+        has_own_kernels: a second graph, for the kernels of `plugins/cpu`, stands beside the engine.
         layer_provider: ONNX Runtime's provider for comparing layers; the CPU's takes its place where it is absent.
         memory: how activations are estimated.
     """
@@ -93,8 +95,9 @@ class TargetFacts:
     int8_cache: Int8Cache
     checks_drafts: bool = True
     has_rotary_tables: bool = True
-    rounds_inputs: bool = True
+    rounds_inputs: tuple[CodeType, ...] = ()
     always_zero_points: bool = False
+    has_own_kernels: bool = False
     layer_provider: str = "CPUExecutionProvider"
     memory: MemoryModel
 
@@ -135,6 +138,7 @@ def _tensorrt(engine_file: str, vision_file: str) -> TargetFacts:
         weight_layout="dequantized",
         quantized_experts="plugin",
         int8_cache="plugin",
+        rounds_inputs=(CodeType.INTEGER, CodeType.E4M3),
         memory=MemoryModel(workspace_bytes=8_192_000, copies_window=True),  # of TensorRT-RTX 1.7.1
     )
 
@@ -151,6 +155,8 @@ TARGETS: Mapping[Target, TargetFacts] = {
         weight_layout="blocks",
         quantized_experts="yes",
         int8_cache="calibrated",
+        has_own_kernels=True,
+        rounds_inputs=(CodeType.INTEGER,),  # on cuda MatMulIntegerToFloat has no kernel
         memory=_ONNXRUNTIME_MEMORY,
     ),
     Target.CUDA: TargetFacts(
@@ -165,7 +171,6 @@ TARGETS: Mapping[Target, TargetFacts] = {
         int8_cache="no",
         checks_drafts=False,  # GroupQueryAttention there takes one row, or one token of each (`fuse_attention`)
         has_rotary_tables=False,  # `exporter.lowering.ort.provider`
-        rounds_inputs=False,  # MatMulIntegerToFloat has no kernel there
         always_zero_points=True,  # `exporter.lowering.ort.provider`
         layer_provider="CUDAExecutionProvider",
         memory=_ONNXRUNTIME_MEMORY,

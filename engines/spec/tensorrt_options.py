@@ -30,6 +30,7 @@ class TensorRtOptions:
         quantize_head: the head too is stored as the precision says, and not in the compute type.
         attention: computed by the project's plugin, or by TensorRT's own layers. None: the flavour's own.
         moe: the same of routed experts.
+        linear: the same of projections whose weights are codes. None: TensorRT's own layers.
         plugin_library: the plugins' library; None: as `runtime.bundle.plugin_library` finds it.
     """
 
@@ -43,6 +44,7 @@ class TensorRtOptions:
     quantize_head: bool = False
     attention: Form | None = None
     moe: Form | None = None
+    linear: Form | None = None
     plugin_library: Path | None = None
 
     def __post_init__(self) -> None:
@@ -55,7 +57,7 @@ class TensorRtOptions:
             raise BuildError(f"the workspace limit is {self.workspace_bytes} bytes; accepted: at least 1")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise BuildError(f"optimization level {self.optimization_level} doesn't exist; accepted: 0 to 5")
-        for name in ("attention", "moe"):
+        for name in ("attention", "moe", "linear"):
             value = getattr(self, name)
             if value is not None and value not in get_args(Form):
                 raise BuildError(f"{name} {value!r} doesn't exist; accepted: {', '.join(get_args(Form))}")

@@ -39,9 +39,9 @@ def require(spec: BuildSpec) -> None:
     flavour = FLAVOURS[spec.target]
     library = load(flavour)
     require_capabilities(library, flavour, spec.compute_capabilities)
-    if spec.attention == "plugin":
+    if "plugin" in (spec.attention, spec.linear):
         require_plugin_library(spec.tensorrt.plugin_library)
-    else:
+    if spec.attention == "native":
         require_standard_layers(library, flavour)
 
 
@@ -56,7 +56,8 @@ def lower(traced: Traced, spec: BuildSpec) -> Traced:
     if spec.own_codes:
         weights = None
     has_experts = traced.config.moe is not None
-    if spec.attention == "native" and not (spec.moe == "plugin" and has_experts):
+    has_plugin = "plugin" in (spec.attention, spec.linear) or (spec.moe == "plugin" and has_experts)
+    if not has_plugin:
         return standard.lower(traced, StandardOptions(weights, quantize_head, spec.own_codes))
     find_plugin_library(spec.tensorrt.plugin_library)
     options = plugin.PluginOptions(
@@ -66,6 +67,7 @@ def lower(traced: Traced, spec: BuildSpec) -> Traced:
         spec.moe,
         int8_cache=spec.cache_type == "INT8",
         own_codes=spec.own_codes,
+        linear=spec.linear,
     )
     return plugin.lower(traced, options)
 

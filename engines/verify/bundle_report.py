@@ -21,12 +21,14 @@ class BundleReport:
             this machine can't.
         reference_reader: who read the checkpoint for the reference; None: nobody did.
         not_run: why this machine can't run the engine; None: it can, or needn't.
+        kernels: whose ran it, "own" or "onnxruntime"; None: they are compiled into the engine, or it wasn't run.
     """
 
     weights: WeightCheck
     scores: Verification | None
     reference_reader: str | None
     not_run: str | None = None
+    kernels: str | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -60,6 +62,7 @@ class BundleReport:
             "reasons": list(self.reasons),
             "weights": self.weights.to_json(),
             "reference_reader": self.reference_reader,
+            "kernels": self.kernels,
         }
 
 

@@ -79,7 +79,8 @@ def require_declared_alias(manifest: Manifest) -> None:
     if plugins is not None:
         raise EngineMismatchError(
             f"the engine has the plugins {', '.join(plugins.ops)}, and Polygraphy's runner gives an attention plugin's "
-            "present other memory than past; accepted: an engine built with --attention native --moe native"
+            "present other memory than past; accepted: an engine built with --attention native --moe native "
+            "and without --linear plugin"
         )
 
 

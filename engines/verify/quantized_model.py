@@ -11,16 +11,18 @@ Sources, by format:
 - compressed-tensors: `weight_packed` int32 [N, ceil(K * bits / 32)], `weight_scale` [N, G], `weight_zero_point`
   [N * bits / 32, G], `weight_shape`, `weight_g_idx` (its `pack_to_int32`); or `weight` int8 [N, K], `weight_scale`,
   `weight_zero_point` int8 [N, G], and `input_scale` [1] of what is rounded in front of the product (its
-  `NaiveQuantizationCompressor`).
+  `NaiveQuantizationCompressor`); or `weight` float8_e4m3fn [N, K], `weight_scale` [N, 1] or [1], `input_scale` [1].
 
 The folder was opened before this is called, so that what is wrong with it has been said.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ _WORD_BITS = 32
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _Parts = Mapping[str, torch.Tensor]
 _WITH_BIASES = ("q_proj", "k_proj", "v_proj")
+_rounds: ContextVar[bool] = ContextVar("_rounds", default=True)
 
 
 def dequantized(path: Path, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -62,20 +65,45 @@ def dequantized(path: Path, stored: Mapping[str, torch.Tensor]) -> dict[str, tor
 
 
 def round_inputs(model: torch.nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
-    """Makes each linear round what it reads as a W8A8 folder says: to whole multiples of `input_scale`, -128 to 127.
+    """Makes each linear round what it reads as a W8A8 folder says, to multiples of `input_scale`.
+
+    Beside weights of int8 these are whole ones from -128 to 127; beside float8_e4m3fn its numbers, 448 at most.
 
     Args:
         model: whose linears are called as the folder's modules.
         stored: the folder's tensors by name.
     """
 
-    def rounded(scale: float, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+    def rounded(scale: float, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         return (torch.round(inputs[0] / scale).clamp(-128, 127) * scale,)
+
+    def rounded_to_floats(scale: float, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        return ((inputs[0] / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(inputs[0].dtype) * scale,)
+
+    def unless_switched_off(
+        form: Callable[[float, tuple[torch.Tensor, ...]], tuple[torch.Tensor]],
+        scale: float,
+        module: torch.nn.Module,
+        inputs: tuple[torch.Tensor, ...],
+    ) -> tuple[torch.Tensor, ...]:
+        return form(scale, inputs) if _rounds.get() else inputs
 
     for name, module in model.named_modules():
         scale = stored.get(f"{name}.input_scale")
         if scale is not None:
-            module.register_forward_pre_hook(functools.partial(rounded, float(scale)))
+            is_float = stored[f"{name}.weight"].dtype == torch.float8_e4m3fn
+            form = rounded_to_floats if is_float else rounded
+            module.register_forward_pre_hook(functools.partial(unless_switched_off, form, float(scale)))
+
+
+@contextlib.contextmanager
+def inputs_as_they_are() -> Iterator[None]:
+    """Inside, in this thread, models round no inputs (`round_inputs`): the same weights in ordinary products."""
+    token = _rounds.set(False)
+    try:
+        yield
+    finally:
+        _rounds.reset(token)
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -158,6 +186,8 @@ def _awq(parts: _Parts, settings: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _compressed_tensors(parts: _Parts, settings: Mapping[str, Any]) -> torch.Tensor:
+    if "weight" in parts and parts["weight"].dtype == torch.float8_e4m3fn:
+        return parts["weight"].float() * parts["weight_scale"].float()
     if "weight" in parts:
         codes, scales = parts["weight"].to(torch.int16), parts["weight_scale"]
         zeros = parts.get("weight_zero_point", torch.zeros(scales.shape))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qwen_aot.engines.verify.quantized_model import inputs_as_they_are
 from qwen_aot.engines.verify.reference_model import load_model
 from qwen_aot.errors import CheckpointError
-from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.checkpoint.base import Checkpoint, encodings_of
 
 
 class Reference:
@@ -21,20 +25,35 @@ class Reference:
         read_by: who read the checkpoint's files for it (`engines.verify.reference_model`).
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, rounds_inputs: bool = True) -> None:
         """Loads the whole model.
+
+        Args:
+            checkpoint: read here, and not kept.
+            rounds_inputs: as a W8A8 checkpoint says; false: its weights' floats, as builds of fp32 and fp16 have them.
 
         Raises:
             CheckpointError: transformers and the checkpoint's own reader disagree on what it holds.
         """
         self._model, self.read_by = load_model(checkpoint)
+        forms = [each.form for each in encodings_of(checkpoint).values()]
+        self._rounds_inputs = rounds_inputs and any(form is not None and form.has_input_scale for form in forms)
         self._lengths = (checkpoint.config.logn_attn_length, checkpoint.config.dynamic_ntk_length)
 
-    @torch.inference_mode()
     def logits(self, token_ids: NDArray[np.int64], first: int) -> NDArray[np.float32]:
         """Logits [T - first, V] of positions `first` … T-1 of one sequence [T]."""
+        return self._logits(token_ids, first, rounds_inputs=self._rounds_inputs)
+
+    @property
+    def unrounded(self) -> Callable[[NDArray[np.int64], int], NDArray[np.float32]] | None:
+        """`logits` of the same weights whose inputs aren't rounded; None: this reference rounds none."""
+        return functools.partial(self._logits, rounds_inputs=False) if self._rounds_inputs else None
+
+    @torch.inference_mode()
+    def _logits(self, token_ids: NDArray[np.int64], first: int, *, rounds_inputs: bool) -> NDArray[np.float32]:
         self._require_length(len(token_ids))
-        output = self._model(torch.from_numpy(token_ids)[None], logits_to_keep=len(token_ids) - first)
+        with contextlib.nullcontext() if rounds_inputs else inputs_as_they_are():
+            output = self._model(torch.from_numpy(token_ids)[None], logits_to_keep=len(token_ids) - first)
         logits: NDArray[np.float32] = output.logits[0].numpy()
         return logits
 
@@ -44,10 +63,11 @@ class Reference:
         self._require_length(len(prompt) + count)
         tokens: list[int] = []
         new, cache = torch.from_numpy(prompt)[None], None
-        for _ in range(count):
-            logits, cache = step(self._model, new, cache, logits_to_keep=1)
-            new = logits[:, -1:].argmax(-1)
-            tokens.append(int(new))
+        with contextlib.nullcontext() if self._rounds_inputs else inputs_as_they_are():
+            for _ in range(count):
+                logits, cache = step(self._model, new, cache, logits_to_keep=1)
+                new = logits[:, -1:].argmax(-1)
+                tokens.append(int(new))
         return tokens
 
     def _require_length(self, tokens: int) -> None:

@@ -93,6 +93,7 @@ def _tensorrt_options(folder: Path, manifest: Manifest) -> TensorRtOptions:
         DEFAULT_OPTIONS,
         attention="plugin" if PluginOp.GQA in ops else "native",
         moe="plugin" if PluginOp.MOE in ops else "native",
+        linear="plugin" if PluginOp.LINEAR in ops else "native",
         plugin_library=None if plugins is None else folder / plugins.file,
         quantize_head=bool(engine.quantization.get("quantize_head", False)),
     )

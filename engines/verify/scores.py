@@ -27,6 +27,10 @@ DECISIVE_PROBABILITY = 0.5
 # So few say too little: a share of 30 has a standard error of up to 0.09.
 LEAST_DECISIVE = 30
 
+# Of a W8A8 bundle, in what its reference has (`Scores.rounding_share`): one that rounds its inputs has 1.0 or more, one
+# that doesn't what its arithmetic alone adds (docs/verify.md).
+LEAST_ROUNDING_SHARE = 0.7
+
 _LARGEST_EXPONENT = math.log(sys.float_info.max)  # 709.8 nats
 
 SHORTEST_WINDOW = 4  # tokens: a quarter is the prompt
@@ -69,6 +73,8 @@ class Scores:
             near tie ends it, so it has no bound.
         perplexity, reference_perplexity: of the text's own next tokens.
         log_ratio_error: standard error of the logarithm of their ratio, from the pairs of one position each.
+        rounding_share: KL of the bundle from the model of the same weights whose inputs aren't rounded, over that of
+            the reference, which rounds them as the checkpoint says; None: it rounds none.
     """
 
     positions: int
@@ -84,6 +90,7 @@ class Scores:
     perplexity: float
     reference_perplexity: float
     log_ratio_error: float
+    rounding_share: float | None = None
 
     @property
     def perplexity_ratio(self) -> float:
@@ -222,6 +229,7 @@ def verify(
     limits: Limits,
     *,
     greedy_tokens: int = 32,
+    unrounded: Callable[[NDArray[np.int64], int], NDArray[np.float32]] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:
     """Compares over some sequences, on row 0 of the engine.
@@ -232,6 +240,7 @@ def verify(
         sequences: token ids [T] each, T >= 4; the first quarter is prompt, the rest is scored step by step.
         limits: what it is held to.
         greedy_tokens: generated freely after each prompt.
+        unrounded: logits like the reference's, of its weights with inputs that aren't rounded; None: it rounds none.
         on_progress: called with scored positions done and in all.
     """
     tally = _Tally()
@@ -240,9 +249,13 @@ def verify(
     for sequence in sequences:
         positions = scored_positions(len(sequence))
         expected = reference.logits(sequence, positions[0])
+        plain = None if unrounded is None else unrounded(sequence, positions[0])
         for position, found in zip(positions, engine_logits(engine, sequence), strict=True):
             target = int(sequence[position + 1]) if position + 1 < len(sequence) else None
-            tally.add(found, expected[position - positions[0]], target)
+            want = expected[position - positions[0]]
+            tally.add(found, want, target)
+            if plain is not None:
+                tally.add_unrounded(found, want, plain[position - positions[0]])
             on_progress(tally.positions, total)
         prompt = sequence[: _prompt_length(len(sequence))]
         same.append(_same_choices(engine, prompt, reference.greedy(prompt, greedy_tokens)))
@@ -319,6 +332,8 @@ def checks(scores: Scores, bounds: Bounds) -> tuple[Check, ...]:
         bound = getattr(bounds, name)
         if bound is not None and value is not None:
             result.append(Check(name, value, bound, is_upper, uncertainty.get(name, 0.0)))
+    if scores.rounding_share is not None:
+        result.append(Check("rounding_share", scores.rounding_share, LEAST_ROUNDING_SHARE, is_upper=False))
     return tuple(result)
 
 
@@ -361,7 +376,7 @@ def score_position(found: NDArray[np.float32], expected: NDArray[np.float32], ta
     ours, theirs = _log_softmax(found), _log_softmax(expected)
     first = int(expected.argmax())
     return PositionScore(
-        kl_divergence=float(np.sum(np.exp(theirs) * (theirs - ours))),
+        kl_divergence=_divergence(theirs, ours),
         is_same=int(found.argmax()) == first,
         is_decisive=bool(theirs[first] >= math.log(DECISIVE_PROBABILITY)),
         loss=0.0 if target is None else -float(ours[target]),
@@ -378,6 +393,7 @@ class _Tally:
         self._same = self._decisive = self._decisive_same = 0
         self._targets = 0
         self._nll = self._reference_nll = self._squared_loss = 0.0
+        self._from_unrounded = self._reference_from_unrounded = 0.0
 
     def add(self, found: NDArray[np.float32], expected: NDArray[np.float32], target: int | None) -> None:
         """Counts one position: logits [V] of both sides and the text's next token."""
@@ -396,6 +412,14 @@ class _Tally:
             self._nll += position.loss
             self._reference_nll += position.reference_loss
             self._squared_loss += (position.loss - position.reference_loss) ** 2
+
+    def add_unrounded(
+        self, found: NDArray[np.float32], expected: NDArray[np.float32], plain: NDArray[np.float32]
+    ) -> None:
+        """Beside `add`, of the same position: logits [V] of both sides, and of inputs that aren't rounded."""
+        base = _log_softmax(plain)
+        self._from_unrounded += _divergence(base, _log_softmax(found))
+        self._reference_from_unrounded += _divergence(base, _log_softmax(expected))
 
     def scores(self, same_choices: NDArray[np.bool_]) -> Scores:
         """The means, and those of greedy choices [texts, tokens]."""
@@ -416,6 +440,9 @@ class _Tally:
             perplexity=perplexity_of(self._nll / targets),
             reference_perplexity=perplexity_of(self._reference_nll / targets),
             log_ratio_error=math.sqrt(variance / targets),
+            rounding_share=self._from_unrounded / self._reference_from_unrounded
+            if self._reference_from_unrounded > 0
+            else None,
         )
 
 
@@ -427,6 +454,11 @@ def loss_of(logits: NDArray[np.float32], target: int) -> float:
 def perplexity_of(nats: float) -> float:
     """Of a mean loss in nats, at most what a float64 holds: a broken bundle gets a number, and JSON has no infinity."""
     return math.exp(min(nats, _LARGEST_EXPONENT))
+
+
+def _divergence(theirs: NDArray[np.float64], ours: NDArray[np.float64]) -> float:
+    """KL(theirs ‖ ours) in nats of logarithms of probabilities [V]."""
+    return float(np.sum(np.exp(theirs) * (theirs - ours)))
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -27,7 +27,7 @@ from qwen_aot.exporter.checkpoint.mapped import MappedFile
 from qwen_aot.exporter.lowering.ort.int8_cache import has_scales
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.stitch import Part, make_weights
-from qwen_aot.runtime.bundle.manifest import EngineEntry, Manifest
+from qwen_aot.runtime.bundle.manifest import EngineEntry, Manifest, TextEngine
 from qwen_aot.version import __version__
 
 BYTES, HASHES = "bytes", "hashes"
@@ -136,6 +136,8 @@ def _check_engine(
     with _Bundled(folder, manifest, engine) as bundled:
         hashes = make_weights(lowered, checkpoint, bundled.compare, on_progress=on_progress, threads=threads)
         differing = bundled.differing | bundled.left_over(hashes)
+        if isinstance(engine, TextEngine) and engine.kernels is not None:
+            differing = bundled.read_otherwise(folder / engine.kernels.file) | differing
     if recorded is not None:  # of the rotary tables the bytes were compared more closely
         computed = _computed(lowered)
         by_hash = {name: why for name, why in _differing_hashes(hashes, recorded).items() if name not in computed}
@@ -177,17 +179,26 @@ def _judge(manifest: Manifest, lowered: Traced, compared: str, differing: Mappin
     return WeightCheck(verdict, compared, len(outputs), sum(output.nbytes for output in outputs), names, reason)
 
 
+def _external_tensors(path: Path) -> dict[str, ir.ExternalTensor]:
+    """The weights of a graph that lie in data files, by name."""
+    return {
+        name: value.const_value
+        for name, value in ir.load(path).graph.initializers.items()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+
+
+def _place(tensor: ir.ExternalTensor) -> tuple[str, int | None, int | None, str, tuple[int, ...]]:
+    """Where a tensor lies, and as what its bytes are read."""
+    return str(tensor.location), tensor.offset, tensor.length, tensor.dtype.name, tuple(tensor.shape.numpy())
+
+
 class _Bundled:
     """The weights that a bundle's graph points at; `compare` may be called from several threads."""
 
     def __init__(self, folder: Path, manifest: Manifest, engine: EngineEntry) -> None:
         self.differing: dict[str, str] = {}
-        initializers = ir.load(folder / engine.file).graph.initializers
-        self._tensors: dict[str, ir.ExternalTensor] = {
-            name: value.const_value
-            for name, value in initializers.items()
-            if isinstance(value.const_value, ir.ExternalTensor)
-        }
+        self._tensors = _external_tensors(folder / engine.file)
         named = {str(tensor.location) for tensor in self._tensors.values()}
         self._files = {name: MappedFile(folder / name) for name in named & manifest.files.keys()}
 
@@ -201,6 +212,18 @@ class _Bundled:
     def left_over(self, made: Mapping[str, str]) -> dict[str, str]:
         """Weights of the graph that the checkpoint makes none for."""
         return {name: "the checkpoint makes none" for name in self._tensors if name not in made}
+
+    def read_otherwise(self, path: Path) -> dict[str, str]:
+        """Weights that the graph for own kernels reads from other places, or as other numbers."""
+        others = _external_tensors(path)
+        differing = {
+            name: f"{path.name} has no such weight outside itself" for name in self._tensors.keys() - others.keys()
+        }
+        for name, other in others.items():
+            ours = self._tensors.get(name)
+            if ours is None or _place(ours) != _place(other):
+                differing[name] = f"{path.name} reads it from another place"
+        return differing
 
     def compare(self, part: Part) -> None:
         """Notes the initializer if this part of it isn't what lies in the bundle."""

@@ -3,8 +3,9 @@
     value[r, permutation[k]] = (codes[r, k] - zero_points[r, g]) * scales[r, g] + offsets[r, g],  g = k // group_size
 
 A reader gives rows in this form, a lowering carries codes and scales into its kernels' layout without rounding them,
-and `dequantize` is the one way back to floats. Some checkpoints (W8A8) were quantized to multiply inputs that are codes
-too: such a form has one scale for all of a matrix's inputs (`rounded_input`).
+and `dequantize` is the one way back to floats. Codes are integers, or small floats (`CodeType`). Some checkpoints were
+quantized to multiply inputs that are codes too (W8A8): such a form has one scale for all of a matrix's inputs, which
+are rounded to the same type.
 """
 
 from __future__ import annotations
@@ -17,9 +18,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.errors import CheckpointError
+from qwen_aot.str_enum import StrEnum
 
 # Takes an array whose axis 0 are rows, and what fills the rows that it adds; gives the rows in another order.
 Arrange = Callable[[NDArray[Any], int], NDArray[Any]]
+
+
+E4M3_LARGEST = 448.0
+
+
+class CodeType(StrEnum):
+    """What the bits of a code are.
+
+    INTEGER: a whole number above or below a zero point. E4M3: a float of 8 bits, four of exponent and three of
+    fraction, without infinities (float8_e4m3fn of Micikevicius et al., "FP8 Formats for Deep Learning", arXiv
+    2209.05433); it has its own zero and sign, so that neither zero points nor offsets go with it.
+    """
+
+    INTEGER = "integer"
+    E4M3 = "e4m3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +50,8 @@ class CodeForm:
         has_zero_points: each group has its own; False: zero is the middle of the range, 2 ** (bits - 1).
         has_permutation: groups are made of columns in another order than the tensor's.
         has_offsets: each group has a number that is added: a zero that isn't a code (the minimums of GGUF's types).
-        has_input_scale: inputs are rounded to 8 bits by a scale that belongs to the codes.
+        has_input_scale: inputs are rounded to codes of the same type by a scale that belongs to the codes.
+        code_type: what a code's bits are; E4M3 has 8.
     """
 
     bits: int
@@ -43,11 +61,38 @@ class CodeForm:
     has_permutation: bool = False
     has_offsets: bool = False
     has_input_scale: bool = False
+    code_type: CodeType = CodeType.INTEGER
+
+    def __post_init__(self) -> None:
+        if self.code_type is CodeType.E4M3:
+            assert self.bits == 8
+            assert not (self.has_zero_points or self.has_offsets)
 
     @property
     def middle(self) -> int:
-        """Zero, where there are no zero points."""
-        return 1 << (self.bits - 1)
+        """The code of zero, where there are no zero points."""
+        return 1 << (self.bits - 1) if self.code_type is CodeType.INTEGER else 0
+
+    @property
+    def largest_number(self) -> float:
+        """The largest magnitude that a code, less its zero point, can have."""
+        if self.code_type is CodeType.E4M3:
+            return E4M3_LARGEST
+        return float(2**self.bits - 1)
+
+    def numbers(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """What codes of any shape are as numbers, before zero points and scales; an array of its own."""
+        if self.code_type is CodeType.E4M3:
+            import ml_dtypes  # a device has none, and needs none
+
+            numbers: NDArray[np.float32] = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+            return numbers
+        return codes.astype(np.float32)
+
+    @property
+    def kind(self) -> str:
+        """What its codes are, for messages."""
+        return f"{self.bits} bits" if self.code_type is CodeType.INTEGER else "E4M3 floats"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +116,12 @@ class EncodedRows:
     """Rows of a matrix [r, K] as codes; n = ceil(K / group_size) groups a row.
 
     Attributes:
-        codes: [r, K] uint8, one a byte.
+        codes: [r, K] uint8, one a byte: a number, or the bits of a float, by the form's type.
         scales: [r, n], of the form's `scale_dtype`; may be negative or 0.
         zero_points: [r, n] uint8; None: the form has none.
         permutation: [K] int64, the tensor's column that each column of codes stands for; None: its own.
         offsets: [r, n] float64, in which they are exact; None: the form has none.
-        input_scale: above 0, what a step of an input's code is worth (see `rounded_input`); None: the form has none.
+        input_scale: above 0, what 1 of an input's code is worth; None: the form has none.
     """
 
     form: CodeForm
@@ -99,7 +144,7 @@ def dequantize(rows: EncodedRows) -> NDArray[np.float32]:
     size = rows.form.group_size
     scales = rows.scales.astype(np.float32)
     zeros = np.asarray(rows.form.middle if rows.zero_points is None else rows.zero_points, np.float32)
-    values = rows.codes.astype(np.float32)
+    values = rows.form.numbers(rows.codes)
     if k % size == 0:  # a group's numbers aren't repeated: ten times as fast
         grouped = values.reshape(r, k // size, size)
         grouped -= zeros[..., None]

@@ -1,9 +1,10 @@
-"""The two ops that TensorRT plugins compute, `QwenGQA` and `QwenMoE`, with their definitions in standard ONNX.
+"""The ops that TensorRT plugins compute, `QwenGQA`, `QwenMoE` and `QwenLinear`, with definitions in standard ONNX.
 
 | op | inputs | outputs |
 | --- | --- | --- |
 | QwenGQA | qkv [B, S, (H+2Hkv)·D] laid q, k, v, past_key and past_value [B, Hkv, C, D] (qkv's type or int8), cos and sin [P, D/2] fp32, position_ids [B, S], cache_length [B], new_tokens [B] int64; of an int8 cache also key_scale and value_scale [B, Hkv, C]; last, of heads with norms, q_norm and k_norm [D] fp32 | attention [B, S, H·D], present_key, present_value; of an int8 cache also present_key_scale, present_value_scale |
 | QwenMoE | hidden [B, S, M], expert_ids [B, S, k] int32, expert_weights [B, S, k] fp32, gate_up [E, 2F, M], down [E, M, F]; of 8 and 4 bits also gate_up_scale, down_scale; with zeros also gate_up_zero, down_zero | y [B, S, M] |
+| QwenLinear | x [B, S, K], weight int8 [N, K], or of 4 bits [N/2, K], scale [blocks, N]; with zeros also zero [blocks, N] int8; with a bias last bias [N] | y [B, S, N] |
 
 A plugin reads and writes no cache slot, and no token of qkv, at and beyond a row's valid ones; neither do the
 definitions. Attention of padding is 0.
@@ -22,6 +23,7 @@ from qwen_aot.str_enum import StrEnum
 
 OPSET = 20  # the newest of the definitions' ops
 EXPERT_BLOCK = 128  # elements along K that share a scale of 4-bit experts
+PAIRED_ROWS = 8  # between two rows of a projection whose 4-bit codes share bytes
 
 # Where TensorRT's parser finds the plugin of a node: in a namespace and a version, and not in the node's domain.
 PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
@@ -32,6 +34,7 @@ class PluginOp(StrEnum):
 
     GQA = "QwenGQA"
     MOE = "QwenMoE"
+    LINEAR = "QwenLinear"
 
 
 # Attributes of the nodes, which are the plugins' fields: integers, but for the floats `norm_epsilon` and `scale`.
@@ -40,6 +43,8 @@ ATTRIBUTES: dict[PluginOp, tuple[str, ...]] = {
     # norm_epsilon: of the norms of queries and keys; 0: they have none, and the two inputs are absent
     PluginOp.GQA: ("num_heads", "num_kv_heads", "head_dim", "cache_bits", "norm_epsilon", "scale"),
     PluginOp.MOE: ("num_experts", "experts_per_token", "weight_bits", "has_zeros"),
+    # group_size: columns of K that share a scale; -1: all of them do
+    PluginOp.LINEAR: ("weight_bits", "group_size", "has_zeros", "has_bias"),
 }
 
 
@@ -407,3 +412,71 @@ def _scale_column(name: str) -> str:
         {name}_wide_scale = Cast <to = {_FLOAT}> ({name}_scale_of_expert)
         {name}_scales = Unsqueeze ({name}_wide_scale, last)
     """
+
+
+def linear_overload(*, weight_bits: int, has_zeros: bool, has_bias: bool) -> str:
+    """Which of the definitions of `QwenLinear` a node has; sizes and blocks are those of its tensors."""
+    return f"w{weight_bits}{'_zeros' if has_zeros else ''}{'_bias' if has_bias else ''}"
+
+
+def linear_plugin_definition(*, weight_bits: int, has_zeros: bool, has_bias: bool, opset: int = OPSET) -> ir.Function:
+    """X · weightᵀ (+ bias), where weight = (code - zero) · scale of the column's block, in fp32.
+
+    Of 4 bits, of every 16 rows the first PAIRED_ROWS are in low nibbles of int8 bytes and the others in high ones, and
+    zero is 8 where there are none; 8 bits are int8 codes.
+
+    Args:
+        weight_bits: 8 or 4.
+        has_zeros: 4 bits only.
+        has_bias: one is added.
+        opset: that the model imports, at least OPSET.
+    """
+    inputs = ["x", "weight", "scale", *(["zero"] if has_zeros else []), *(["bias"] if has_bias else [])]
+    zeros = f"""
+        zero_rows = Transpose <perm = [1, 0]> (zero)
+        wide_zero = Cast <to = {_FLOAT}> (zero_rows)
+        zero_column = Unsqueeze (wide_zero, last)
+    """
+    middle = "zero_column = Constant <value_float = 8.0> ()"
+    nibbles = f"""
+        signed = Cast <to = {_INT32}> (weight)
+        byte = Constant <value = int32 {{256}}> ()
+        nibble = Constant <value = int32 {{16}}> ()
+        bytes = Mod (signed, byte)
+        low = Mod (bytes, nibble)
+        high = Div (bytes, nibble)
+        paired = Constant <value_ints = [-1, {PAIRED_ROWS}]> ()
+        all_rows = Constant <value_ints = [-1]> ()
+        width = Shape <start = 1, end = 2> (weight)
+        unit_shape = Concat <axis = 0> (paired, width)
+        low_units = Reshape (low, unit_shape)
+        high_units = Reshape (high, unit_shape)
+        units = Concat <axis = 1> (low_units, high_units)
+        matrix_shape = Concat <axis = 0> (all_rows, width)
+        codes = Reshape (units, matrix_shape)
+    """
+    body = f"""
+        last = Constant <value_ints = [-1]> ()
+        {nibbles if weight_bits == 4 else "codes = Identity (weight)"}
+        wide_codes = Cast <to = {_FLOAT}> (codes)
+        scale_rows = Transpose <perm = [1, 0]> (scale)
+        wide_scale = Cast <to = {_FLOAT}> (scale_rows)
+        scale_column = Unsqueeze (wide_scale, last)
+        rows_and_blocks = Shape (scale_rows)
+        blocks_shape = Concat <axis = 0> (rows_and_blocks, last)
+        by_block = Reshape (wide_codes, blocks_shape)
+        {"" if weight_bits == 8 else zeros if has_zeros else middle}
+        {"centered = Identity (by_block)" if weight_bits == 8 else "centered = Sub (by_block, zero_column)"}
+        values = Mul (centered, scale_column)
+        codes_shape = Shape (codes)
+        matrix = Reshape (values, codes_shape)
+        columns = Transpose <perm = [1, 0]> (matrix)
+        wide_x = Cast <to = {_FLOAT}> (x)
+        product = MatMul (wide_x, columns)
+        {f"wide_bias = Cast <to = {_FLOAT}> (bias)" if has_bias else ""}
+        {"sum = Add (product, wide_bias)" if has_bias else "sum = Identity (product)"}
+        y = CastLike (sum, x)
+    """
+    function = _definition(PluginOp.LINEAR, inputs, ["y"], body, opset)
+    function.overload = linear_overload(weight_bits=weight_bits, has_zeros=has_zeros, has_bias=has_bias)
+    return function

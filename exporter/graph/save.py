@@ -13,6 +13,7 @@ from qwen_aot.exporter.weights.stitch import place
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+KERNELS_MODEL_FILE = "model.kernels.onnx"  # the same graph for own CPU kernels, over the same data
 VISION_MODEL_FILE = "vision.onnx"  # of a bundle's second engine
 
 
@@ -33,7 +34,16 @@ def save_graph(traced: Traced, folder: Path, name: str = MODEL_FILE) -> Path:
         ExportError: the ONNX checker refuses the graph.
     """
     place(traced, folder / data_file_of(name))
-    proto = ir.to_proto(traced.model)
+    return save_beside(traced.model, folder, name)
+
+
+def save_beside(model: ir.Model, folder: Path, name: str) -> Path:
+    """Writes a graph whose initializers lie in data files that are there already.
+
+    Raises:
+        ExportError: the ONNX checker refuses the graph.
+    """
+    proto = ir.to_proto(model)
     check(proto)
     path = folder / name
     path.write_bytes(proto.SerializeToString())

@@ -14,12 +14,15 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from qwen_aot.errors import ExportError
-from qwen_aot.exporter.checkpoint.encoding import CodeForm, Encoding
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, CodeType, Encoding
 from qwen_aot.exporter.checkpoint.storage import Storage
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat
 
 TABLE_BLOCK = 32  # of an embedding and a head that are plain numbers, and are quantized on request
 EXPERT_BLOCK = 128  # of the QwenMoE plugin (`exporter.graph.plugin_ops`, whose import takes onnx)
+# Of the QwenLinear plugin: multiples of K and of N, and blocks by bits.
+LINEAR_COLUMNS, LINEAR_ROWS = 128, 16
+LINEAR_GROUPS = {4: (32, 64, 128), 8: (128,)}
 OFFSET_BYTES = 4  # of a block's offset: fp32
 AS_FLOATS = "--precision fp32 or fp16, whose floats are made of the same codes"
 
@@ -32,11 +35,13 @@ def have_codes(names: Sequence[str], storage: Storage) -> bool:
 def make_one_matrix(names: Sequence[str], storage: Storage) -> bool:
     """Whether tensors that read one input can be stacked.
 
-    All are codes or all are numbers, in one order of columns, and of one input that is rounded or not.
+    All are codes of one type or all are numbers, in one order of columns, and of one input that is rounded or not.
     """
     if len({storage.form(name) is None for name in names}) > 1:
         return False
     if len({storage.input_scales.get(name) for name in names}) > 1:
+        return False
+    if len({form.code_type for name in names if (form := storage.form(name)) is not None}) > 1:
         return False
     orders = [storage.permutation(name) for name in names]
     found = [order for order in orders if order is not None]
@@ -56,7 +61,7 @@ def block_format(
         scale_bytes: of one stored scale.
         dividing: sizes that whole blocks must make up.
     """
-    if any(form.has_input_scale for form in forms):
+    if any(form.has_input_scale or form.code_type is not CodeType.INTEGER for form in forms):
         return None
     bits = 4 if all(form.bits <= 4 for form in forms) else 8
     symmetric = not any(form.has_zero_points for form in forms)
@@ -96,6 +101,8 @@ class SignedFormat:
 
 def signed_format(forms: Sequence[CodeForm], width: int) -> SignedFormat | None:
     """The largest blocks that hold rows of K = `width` codes of all these forms whole; None: there are none."""
+    if any(form.code_type is not CodeType.INTEGER for form in forms):
+        return None
     bits = 4 if all(form.bits <= 4 for form in forms) else 8
     groups = {form.group_size for form in forms if form.group_size < width}
     sizes = [size for size in BLOCK_SIZES if not any(whole % size for whole in (*groups, width))]
@@ -125,7 +132,7 @@ def plugin_experts(
     """The plugin's form that holds codes of all these forms; None: there is none."""
     forms = (*gate_up, *down)
     has_zeros = any(form.has_zero_points for form in forms)
-    if any(form.has_offsets or form.has_input_scale for form in forms):
+    if any(form.has_offsets or form.has_input_scale or form.code_type is not CodeType.INTEGER for form in forms):
         return None
     if hidden_size % EXPERT_BLOCK or intermediate_size % EXPERT_BLOCK:
         return None
@@ -135,6 +142,51 @@ def plugin_experts(
         form.group_size >= intermediate_size for form in down
     )
     return PluginExperts(8, has_zeros=False) if has_rows and not has_zeros else None
+
+
+@dataclass(frozen=True, slots=True)
+class PluginLinear:
+    """How the QwenLinear plugin has a matrix.
+
+    Attributes:
+        bits: 4 or 8 of a code.
+        group_size: elements along K that share a scale; None: all of them.
+        has_zeros: blocks have zero points, of 4 bits.
+    """
+
+    bits: int
+    group_size: int | None
+    has_zeros: bool = False
+
+    def blocks(self, width: int) -> int:
+        """In a row of K = `width` elements."""
+        return 1 if self.group_size is None else width // self.group_size
+
+
+def takes_plugin_linear(heights: Sequence[int], width: int) -> bool:
+    """Whether the plugin reads matrices of stacked tensors of so many rows each, K = `width`."""
+    return width % LINEAR_COLUMNS == 0 and not any(rows % LINEAR_ROWS for rows in heights)
+
+
+def plugin_linear(forms: Sequence[CodeForm], heights: Sequence[int], width: int) -> PluginLinear | None:
+    """The plugin's form that holds codes of all these forms; None: there is none.
+
+    Args:
+        forms: of the stacked tensors.
+        heights: their rows.
+        width: K.
+    """
+    if any(form.has_offsets or form.has_input_scale or form.code_type is not CodeType.INTEGER for form in forms):
+        return None
+    if not takes_plugin_linear(heights, width):
+        return None
+    bits = 4 if all(form.bits <= 4 for form in forms) else 8
+    has_zeros = any(form.has_zero_points for form in forms)
+    groups = {form.group_size for form in forms if form.group_size < width}
+    if not groups:
+        return None if bits == 8 and has_zeros else PluginLinear(bits, None, has_zeros)
+    sizes = [size for size in LINEAR_GROUPS[bits] if not any(group % size for group in groups)]
+    return PluginLinear(bits, max(sizes), has_zeros) if sizes and not (bits == 8 and has_zeros) else None
 
 
 def may_hold_scales(stored: DTypeLike, scale_dtype: DTypeLike) -> bool:
@@ -156,8 +208,13 @@ def require_scales(what: str, forms: Sequence[CodeForm], dtype: DTypeLike) -> No
     if wide is not None:
         raise ExportError(
             f"{what} has {wide.scale_dtype.name} scales, which {np.dtype(dtype).name} doesn't hold; accepted here: "
-            "float16 and bfloat16 scales; target cpu takes all of them"
+            f"float16 and bfloat16 scales; {elsewhere(wide)}"
         )
+
+
+def elsewhere(form: CodeForm) -> str:
+    """What takes any scale of such codes, for messages."""
+    return "target cpu takes all of them" if form.code_type is CodeType.INTEGER else f"or {AS_FLOATS}"
 
 
 def no_blocks(what: str, forms: Sequence[CodeForm], blocks: Sequence[int]) -> ExportError:
@@ -197,7 +254,7 @@ def no_expert_minimums(what: str, forms: Sequence[CodeForm]) -> ExportError:
 def _described(forms: Sequence[CodeForm]) -> str:
     return ", ".join(
         dict.fromkeys(
-            f"{form.bits} bits in groups of {form.group_size}{' with minimums' if form.has_offsets else ''}"
+            f"{form.kind} in groups of {form.group_size}{' with minimums' if form.has_offsets else ''}"
             f"{' whose inputs are rounded too' if form.has_input_scale else ''}"
             for form in forms
         )

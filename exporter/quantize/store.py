@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.exporter.checkpoint.encoding import Arrange, EncodedRows, arranged, dequantize, stack
 from qwen_aot.exporter.quantize.blockwise import BlockFormat, Quantized, pack, quantize, quantize_channels
-from qwen_aot.exporter.quantize.encoded import as_blocks, as_scales, in_form_of, may_overflow, obstacle
+from qwen_aot.exporter.quantize.encoded import as_blocks, as_scales, in_form_of, may_overflow, nearest_scales, obstacle
 from qwen_aot.exporter.quantize.formats import Formats
 from qwen_aot.exporter.weights.recipe import Arrays, Output, Recipe, Traced
 
@@ -103,7 +103,8 @@ class _Entry:
             rows = stack([in_form_of(layout, part) for part in parts])
             if may_overflow(rows):
                 inner(dequantize(rows))  # refuses values that the compute type can't hold
-            as_scales(rows.scales, scale_type.numpy())
+            dtype = scale_type.numpy()
+            as_scales(nearest_scales(rows.scales, dtype, lambda: rows.form.largest_number), dtype)
             made = _CodedRows(arranged(rows, arrange), layout)
             return tuple(pick(made) for pick in picks)
 

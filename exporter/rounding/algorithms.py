@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qwen_aot.exporter.checkpoint.encoding import CodeType
+
 
 @dataclass(frozen=True, slots=True)
 class Algorithm:
@@ -14,7 +16,8 @@ class Algorithm:
         summary: what it does, in a few words.
         uses_texts: it needs what layers read from texts; else weights alone.
         scales: inputs are scaled before matrices are rounded (`exporter.rounding.scaling`).
-        rounds_inputs: inputs are rounded to 8 bits too (`exporter.rounding.inputs`).
+        rounds_inputs: inputs are rounded too (`exporter.rounding.inputs`), to codes of this type, as weights are; None:
+            weights alone, to integers.
         compensates: later columns make up for the errors of earlier ones (`exporter.rounding.compensated`).
     """
 
@@ -22,7 +25,7 @@ class Algorithm:
     uses_texts: bool = True
     scales: bool = False
     compensates: bool = False
-    rounds_inputs: bool = False
+    rounds_inputs: CodeType | None = None
 
 
 ALGORITHMS: Mapping[str, Algorithm] = {
@@ -31,7 +34,12 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "gptq": Algorithm("make up for each column's error in the later ones", compensates=True),
     "awq-gptq": Algorithm("both", scales=True, compensates=True),
     "smoothquant": Algorithm(
-        "share large inputs with the weights, round both to 8 bits", scales=True, rounds_inputs=True
+        "share large inputs with the weights, round both to 8 bits", scales=True, rounds_inputs=CodeType.INTEGER
+    ),
+    "gptq-fp8": Algorithm(
+        "round inputs and weights to E4M3 floats, and make up for columns' errors",
+        compensates=True,
+        rounds_inputs=CodeType.E4M3,
     ),
 }
 DEFAULT_ALGORITHM = "awq-gptq"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_aot.exporter.calibration.moments import Moment
-from qwen_aot.exporter.rounding.grid import Grid
+from qwen_aot.exporter.rounding.grid import Grid, nearest_codes
 
 DAMPING = 0.01  # of the moment's mean diagonal, added to it: GPTQ's own default
 # Of moments with fewer tokens than this share of their width, an inverse says more of the texts than of the model.
@@ -60,7 +60,7 @@ class Compensation:
             stop = min(start + _BLOCK, len(rest))
             for column in range(start, stop):
                 group, exact = groups[column], rest[column]
-                found = torch.round(exact * inverse[group]).add_(zeros[group]).clamp_(0, grid.top)
+                found = nearest_codes(exact * inverse[group], zeros[group], grid.form)
                 error = errors[column - start]
                 torch.sub(exact, (found - zeros[group]).mul_(scales[group]), out=error)
                 error /= factor[column, column]

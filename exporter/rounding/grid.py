@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, CodeType, EncodedRows
+from qwen_aot.exporter.rounding.inputs import nearest_e4m3
 
 # Scales tried, as factors of the one whose range just holds a group. Above 1 a symmetric range is used less fully but
 # nothing is cut off at its shorter end; below 1 the ends are cut off, and what lies between is finer.
@@ -23,21 +25,19 @@ class Grid:
     """Scales and zero points of a matrix [N, K]; G = K / group size groups a row.
 
     Attributes:
-        form: bits, group size (it divides K), whether there are zero points; scales are stored as float16.
+        form: bits, group size (it divides K), whether there are zero points, the type of codes; scales are stored as
+            float16.
         scales: [N, G] float32, numbers of float16; negative where that uses the range better, but where inputs are
             rounded too. 0 where a group's
             weights are less than float16's least number, or all 0; infinite where float16 has none that is so large.
-        zeros: [N, G] float32, whole numbers of the range of codes.
+        zeros: [N, G] float32, whole numbers of the range of codes; of floats 0.
+
+    Codes are computed with as the numbers that they are, in float32; `encoded` makes bits of them.
     """
 
     form: CodeForm
     scales: Tensor
     zeros: Tensor
-
-    @property
-    def top(self) -> int:
-        """The largest code."""
-        return (1 << self.form.bits) - 1
 
     @property
     def inverse(self) -> Tensor:
@@ -52,8 +52,7 @@ class Grid:
     def nearest(self, weight: Tensor) -> Tensor:
         """The nearest codes [N, K] float32 of a matrix [N, K]."""
         groups = weight.reshape(len(weight), -1, self.form.group_size)
-        codes = torch.round(groups * self.inverse[..., None]).add_(self.zeros[..., None])
-        return codes.clamp_(0, self.top).flatten(1)
+        return nearest_codes(groups * self.inverse[..., None], self.zeros[..., None], self.form).flatten(1)
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes [N, K] float32 stand for."""
@@ -62,12 +61,27 @@ class Grid:
 
     def encoded(self, codes: Tensor) -> EncodedRows:
         """Codes [N, K] float32 as a checkpoint has them."""
+        is_float = self.form.code_type is CodeType.E4M3
+        stored = codes.numpy().astype(ml_dtypes.float8_e4m3fn).view(np.uint8) if is_float else codes.numpy()
         return EncodedRows(
             self.form,
-            codes.numpy().astype(np.uint8),
+            stored.astype(np.uint8),
             self.scales.numpy().astype(np.float16),
             self.zeros.numpy().astype(np.uint8) if self.form.has_zero_points else None,
         )
+
+
+def nearest_codes(scaled: Tensor, zeros: Tensor, form: CodeForm) -> Tensor:
+    """The nearest codes, float32, of weights over their scale.
+
+    Args:
+        scaled: of any shape; may be changed.
+        zeros: zero points, which broadcast to it.
+        form: of the codes.
+    """
+    if form.code_type is CodeType.E4M3:
+        return nearest_e4m3(scaled)
+    return torch.round(scaled).add_(zeros).clamp_(0, (1 << form.bits) - 1)
 
 
 def fit_grid(weight: Tensor, importance: Tensor, form: CodeForm, factors: Sequence[float] = FACTORS) -> Grid:
@@ -98,7 +112,8 @@ def _fit(weight: Tensor, importance: Tensor, form: CodeForm, factors: Sequence[f
         low, high = low.clamp_max(0), high.clamp_min(0)
         widest = (high - low) / top
     elif form.has_input_scale:  # for GPUs, whose libraries take scales above 0 alone
-        widest = torch.maximum(high, -low) / (middle - 1)
+        largest = form.largest_number if form.code_type is CodeType.E4M3 else middle - 1
+        widest = torch.maximum(high, -low) / largest
     else:
         widest = torch.where(high > -low, high, low) / -middle
     least = torch.full_like(widest, torch.inf)
@@ -107,7 +122,7 @@ def _fit(weight: Tensor, importance: Tensor, form: CodeForm, factors: Sequence[f
         tried = (widest * factor).half().float()
         inverse = _inverse(tried)
         zero = torch.round(-low * inverse).clamp_(0, top) if form.has_zero_points else torch.full_like(tried, middle)
-        codes = torch.round(groups * inverse[..., None]).add_(zero[..., None]).clamp_(0, top)
+        codes = nearest_codes(groups * inverse[..., None], zero[..., None], form)
         difference = (codes - zero[..., None]).mul_(tried[..., None]).sub_(groups)
         error = difference.square_().mul_(weights).sum(-1)
         is_better = error < least

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qwen_aot.exporter.calibration.decoder_layer import Place, Reading, Weights
 from qwen_aot.exporter.calibration.moments import Moment
-from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, CodeType, EncodedRows
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.rounding.algorithms import Algorithm
 from qwen_aot.exporter.rounding.compensated import compensation_for
@@ -85,7 +85,9 @@ def round_layer(
         if forms[reading.places[0]].has_input_scale:
             assert moment is not None and moment.sample is not None, "an input that all tokens reach"
             matrices = [weights[place] for place in reading.places]
-            scale = result.input_scales[reading] = fitted_scale(moment.largest, moment.sample, matrices)
+            scale = result.input_scales[reading] = fitted_scale(
+                moment.largest, moment.sample, matrices, forms[reading.places[0]].code_type
+            )
             if not math.isfinite(scale):
                 raise UnstorableError(reading.places[0])
         compensation = compensation_for(moment) if algorithm.compensates else None
@@ -98,11 +100,13 @@ def round_layer(
             codes = grid.nearest(matrix) if compensation is None else compensation.codes(matrix, grid)
             values = weights[place] = grid.values(codes)
             result.encoded[place] = dataclasses.replace(grid.encoded(codes), input_scale=scale)
-            result.errors[place] = _relative_error(values, matrix, moment, scale)
+            result.errors[place] = _relative_error(values, matrix, moment, scale, forms[place].code_type)
     return result
 
 
-def _relative_error(values: Tensor, matrix: Tensor, moment: Moment | None, scale: float | None) -> float:
+def _relative_error(
+    values: Tensor, matrix: Tensor, moment: Moment | None, scale: float | None, code_type: CodeType
+) -> float:
     step = -(-len(matrix) // _ERROR_ROWS)
     matrix = matrix[::step]
     difference = values[::step] - matrix
@@ -111,5 +115,5 @@ def _relative_error(values: Tensor, matrix: Tensor, moment: Moment | None, scale
     mean = moment.mean()
     lost = float(((difference @ mean) * difference).sum())
     if scale is not None and moment.sample is not None:
-        lost += input_error(moment.sample, matrix, scale)
+        lost += input_error(moment.sample, matrix, scale, code_type)
     return lost / max(float(((matrix @ mean) * matrix).sum()), 1e-30)

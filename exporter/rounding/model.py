@@ -114,7 +114,9 @@ def _rounding(rounded: RoundedLayer) -> RoundInput:
 
     def round_input(reading: Reading, x: Tensor) -> Tensor:
         scale = rounded.input_scales.get(reading)
-        return x if scale is None else rounded_input(x, scale)
+        if scale is None:
+            return x
+        return rounded_input(x, scale, rounded.encoded[reading.places[0]].form.code_type)
 
     return round_input
 

@@ -182,7 +182,9 @@ def _error(
             difference = (grid.values(grid.nearest(scaled)) - scaled) / factor
             lost = float(((difference @ mean) * difference).sum())
             if forms[place].has_input_scale:
-                lost += noise(scaled, input_scale(moment.largest / factor))
+                code_type = forms[place].code_type
+                squares = mean.diagonal() / factor.square()
+                lost += noise(scaled, input_scale(moment.largest / factor, code_type), squares, code_type)
             total += moment.tokens * every * lost
     return total
 

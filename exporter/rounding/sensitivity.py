@@ -119,7 +119,9 @@ def _rounding(matrix: Tensor, moment: Moment, form: CodeForm) -> float:
     mean = moment.mean()
     grid = fit_grid(matrix, mean.diagonal(), form, (1.0,) if form.has_input_scale else FACTORS)
     lost = _energy(grid.values(grid.nearest(matrix)) - matrix, mean)
-    return lost + noise(matrix, input_scale(moment.largest)) if form.has_input_scale else lost
+    if not form.has_input_scale:
+        return lost
+    return lost + noise(matrix, input_scale(moment.largest, form.code_type), mean.diagonal(), form.code_type)
 
 
 def _energy(matrix: Tensor, mean: Tensor) -> float:

@@ -10,8 +10,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qwen_aot.plugins.launch import is_moe_decode, min_split, most_blocks, num_splits
-from qwen_aot.plugins.variants import MOE_BLOCK_M, QUANT_BLOCK, Variant, select
+from qwen_aot.plugins.launch import (
+    is_linear_decode,
+    is_moe_decode,
+    linear_split,
+    min_split,
+    most_blocks,
+    num_splits,
+)
+from qwen_aot.plugins.variants import MOE_BLOCK_M, QUANT_BLOCK, SMALL_BLOCKS, TACTICS, Variant, select
 
 _SPLIT_UNIT = 128  # of plugins/kernels/gqa_decode.py
 _HALF = 2  # bytes of fp16 and bf16
@@ -387,3 +394,74 @@ def _weight_bytes(name: str, rows: int, depth: int, bits: int, has_zeros: bool) 
         if has_zeros:
             sizes[f"{name}_zero"] = rows * depth // QUANT_BLOCK
     return sizes
+
+
+def linear_costs(
+    sm: str,
+    sm_count: int,
+    *,
+    num_tokens: int,
+    rows: int,
+    columns: int,
+    bits: int,
+    group_size: int,
+    has_zeros: bool = False,
+    has_bias: bool = False,
+    tactic: int = TACTICS[0],
+    dtype: str = "fp16",
+) -> list[Cost]:
+    """The launches of `plugins.launch.linear_launches`.
+
+    Args:
+        sm: Whose variants to take.
+        sm_count: Streaming multiprocessors, for the number of parts of decode.
+        num_tokens: T.
+        rows: N.
+        columns: K.
+        bits: Of a weight.
+        group_size: Columns that share a scale: 32, 64, 128, or K.
+        has_zeros: Of 4 bits.
+        has_bias: Whether one is added.
+        tactic: Which tiles.
+        dtype: Of the computation.
+
+    Raises:
+        BuildError: No variant serves the shape.
+    """
+    facts: dict[str, str | int] = {"dtype": dtype, "weight_bits": bits, "has_zeros": int(has_zeros), "tactic": tactic}
+    facts["blocks"] = "small" if group_size in SMALL_BLOCKS else "large"
+    is_decode = is_linear_decode(num_tokens)
+    variant = select(sm, "linear_decode" if is_decode else "linear_prefill", **facts)
+    block_m, block_n, block_k = (variant.constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    programs_of_rows, blocks_m = _cdiv(rows, block_n), _cdiv(num_tokens, block_m)
+    size, parts = linear_split(rows, columns, block_n, sm_count) if is_decode else (columns, 1)
+    programs = math.prod(variant.grid({"T": num_tokens, "N": rows, "num_splits": parts}))
+    x, output = num_tokens * columns * _HALF, {"output": _once(num_tokens * rows * _HALF)}
+    blocks, steps = rows * columns // group_size, rows * columns // block_k  # a step loads what its block has
+    bias = {"bias": Access(blocks_m * rows * _HALF, rows * _HALF)} if has_bias else {}
+    partial = {"partial": _once(parts * num_tokens * rows * _FLOAT)}
+    codes = rows * columns * bits // 8
+    product = Cost(
+        variant,
+        programs,
+        programs,
+        reads={
+            "x": Access(x * programs_of_rows, x),
+            "codes": Access(codes * blocks_m, codes),
+            "scale": Access(steps * blocks_m * _HALF, blocks * _HALF),
+            **({"zero": Access(steps * blocks_m, blocks)} if has_zeros else {}),
+            **(bias if parts == 1 else {}),
+        },
+        writes=output if parts == 1 else partial,
+        tensor_flops=2 * blocks_m * block_m * programs_of_rows * block_n * columns,
+        useful_flops=2 * num_tokens * rows * columns,
+        steps=_cdiv(size, block_k),
+        total_steps=blocks_m * programs_of_rows * (columns // block_k),
+        splits=parts,
+    )
+    if parts == 1:
+        return [product]
+    variant = select(sm, "linear_reduce", **facts)
+    programs = math.prod(variant.grid({"T": num_tokens, "N": rows}))
+    bias = {"bias": Access(num_tokens * rows * _HALF, rows * _HALF)} if has_bias else {}
+    return [product, Cost(variant, programs, programs, reads={**partial, **bias}, writes=output)]

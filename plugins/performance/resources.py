@@ -20,7 +20,10 @@ from qwen_aot.plugins.variants import SMS, Variant, variants
 
 FILE = Path(__file__).with_name("resources.json")
 
-LOOPING = ("gqa_prefill", "gqa_decode", "moe_gate_up", "moe_down", "moe_decode_gate_up", "moe_decode_down")
+LOOPING = (
+    *("gqa_prefill", "gqa_decode", "moe_gate_up", "moe_down", "moe_decode_gate_up", "moe_decode_down"),
+    *("linear_decode", "linear_prefill"),
+)
 
 
 @dataclass(frozen=True, slots=True)

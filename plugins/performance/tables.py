@@ -10,14 +10,15 @@ from qwen_aot.errors import BuildError
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.variants import VARIANTS
 from qwen_aot.plugins.performance.bounds import Bound, Gpu, bound, occupancy
-from qwen_aot.plugins.performance.costs import Cost, attention_costs, even_counts, expert_costs
+from qwen_aot.plugins.performance.costs import Cost, attention_costs, even_counts, expert_costs, linear_costs
 from qwen_aot.plugins.performance.resources import LOOPING, recorded, resources_of
-from qwen_aot.plugins.variants import SMS, WEIGHT_BITS, variants
+from qwen_aot.plugins.variants import QUANT_BLOCK, SMS, TACTICS, WEIGHT_BITS, variants
 
 GPUS = ("orin-nano-8gb", "agx-orin-64gb", "rtx-4090", "l4")  # keys of qwen_aot.engines.planner.devices.DEVICES
 MODELS = ("qwen1.5-0.5b", "qwen1.5-7b", "qwen1.5-32b", "qwen1.5-moe-a2.7b")
 CAPACITY = 32768  # of the cache, in tokens
-TOKENS = (1, 8, 512)  # of experts' steps
+TOKENS = (1, 8, 512)  # of experts' and projections' steps
+LINEAR_BITS = (8, 4)  # with a scale a row; in blocks of 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,30 @@ def experts(gpu: Gpu, config: ModelConfig, num_tokens: int, bits: int) -> list[C
         inner_size=moe.moe_intermediate_size,
         bits=bits,
     )
+
+
+def projections(gpu: Gpu, config: ModelConfig, num_tokens: int, bits: int, tactic: int) -> list[list[Cost]]:
+    """The launches of each of a dense layer's projections: q, k and v as one, output, gate and up as one, down."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes = (
+        (config.query_size + 2 * config.key_value_size, hidden),
+        (hidden, config.query_size),
+        (2 * inner, hidden),
+        (hidden, inner),
+    )
+    return [
+        linear_costs(
+            gpu.sm,
+            gpu.sm_count,
+            num_tokens=num_tokens,
+            rows=rows,
+            columns=columns,
+            bits=bits,
+            group_size=columns if bits == 8 else QUANT_BLOCK,
+            tactic=tactic,
+        )
+        for rows, columns in shapes
+    ]
 
 
 def _bound(gpu: Gpu, cost: Cost) -> Bound:
@@ -220,6 +245,34 @@ def expert_bounds(device: str) -> str:
     return _table(["tokens", "bits", "gate_up", fill, "down", fill, "count, scatter, sum"], rows())
 
 
+def projection_bounds(device: str) -> str:
+    """What a dense layer's projections move and what bounds them on a device."""
+    gpu = gpu_of(device)
+
+    def rows() -> Iterator[Sequence[str]]:
+        for model in (model for model in MODELS if VARIANTS[model].moe is None):
+            for tokens in TOKENS:
+                for bits in LINEAR_BITS:
+                    by_tactic = [projections(gpu, VARIANTS[model], tokens, bits, tactic) for tactic in TACTICS]
+                    launches = [cost for costs in by_tactic[0] for cost in costs]
+                    yield (
+                        model.removeprefix("qwen1.5-"),
+                        str(tokens),
+                        str(bits),
+                        _number(sum(cost.distinct_bytes for cost in launches) / 1e6),
+                        *(_cell(gpu, product) for product, *_ in by_tactic[0]),
+                        _fill(gpu, by_tactic[0][1][0]),
+                        *(
+                            _number(sum(_bound(gpu, cost).seconds for costs in layer for cost in costs) * 1e6)
+                            for layer in by_tactic
+                        ),
+                    )
+
+    header = "model, tokens, bits, MB, q k v, output, gate and up, down"
+    fill = "programs, waves, occupancy (output)"
+    return _table([*header.split(", "), fill, "layer, first tiles", "layer, second tiles"], rows())
+
+
 def devices() -> str:
     """The figures of the devices."""
 
@@ -270,6 +323,7 @@ def tables() -> dict[str, str]:
         **{f"attention on {device}": attention_bounds(device) for device in GPUS},
         "expert bytes": expert_bytes(),
         **{f"experts on {device}": expert_bounds(device) for device in GPUS},
+        **{f"projections on {device}": projection_bounds(device) for device in GPUS},
         **{f"machine code of SM {sm}": machine_code(sm) for sm in SMS},
     }
 

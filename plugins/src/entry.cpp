@@ -1,5 +1,6 @@
 /** What TensorRT looks up in the library. */
 #include "gqa.h"
+#include "linear.h"
 #include "moe.h"
 
 #define QWEN_AOT_EXPORT extern "C" __attribute__((visibility("default")))
@@ -13,7 +14,8 @@ QWEN_AOT_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& c
 {
     static qwen_aot::Creator<qwen_aot::GqaPlugin> gqa;
     static qwen_aot::Creator<qwen_aot::MoePlugin> moe;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&gqa, &moe};
-    count = 2;
+    static qwen_aot::Creator<qwen_aot::LinearPlugin> linear;
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&gqa, &moe, &linear};
+    count = 3;
     return creators;
 }

@@ -1,5 +1,8 @@
 #include "plugin.h"
 
+#include <algorithm>
+#include <numeric>
+
 namespace qwen_aot
 {
 namespace
@@ -87,6 +90,37 @@ size_t Plugin::getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs,
     });
 }
 
+int32_t Plugin::getNbTactics() noexcept
+{
+    return num_tactics() > kFirstTactic ? num_tactics() : 0;
+}
+
+int32_t Plugin::getValidTactics(int32_t* tactics, int32_t count) noexcept
+{
+    return guarded(name_, kFailed, [&] {
+        if (count != getNbTactics())
+        {
+            throw Error(text(count, " tactics were asked for; there are ", getNbTactics()));
+        }
+        std::iota(tactics, tactics + count, kFirstTactic);
+        return 0;
+    });
+}
+
+int32_t Plugin::setTactic(int32_t tactic) noexcept
+{
+    return guarded(name_, kFailed, [&] {
+        if (tactic < 0 || tactic > getNbTactics())
+        {
+            throw Error(text("this library has no tactic ", tactic, "; there are 0 (the first) to ", getNbTactics(),
+                ". The engine was built with another version of the library: build it again with this one, or load "
+                "that"));
+        }
+        tactic_ = std::max(tactic, kFirstTactic);
+        return 0;
+    });
+}
+
 void Plugin::prepare_step(nvinfer1::PluginTensorDesc const* inputs, Extents const& extents)
 {
     nvinfer1::DataType const compute = inputs[0].type;
@@ -98,12 +132,13 @@ void Plugin::prepare_step(nvinfer1::PluginTensorDesc const* inputs, Extents cons
     check_known(table_, extents);
     check_extents(extents);
     std::shared_ptr<Kernels> kernels = Kernels::of_current_context();
-    if (kernels != kernels_ || compute != compute_)
+    if (kernels != kernels_ || compute != compute_ || tactic_ != loaded_tactic_)
     {
         std::shared_ptr<Kernels> const before = std::move(kernels_); // unloaded, if nothing else needs them, after that
         load(*kernels, compute);
         kernels_ = std::move(kernels);
         compute_ = compute;
+        loaded_tactic_ = tactic_;
     }
     checked_ = extents;
 }
@@ -123,7 +158,8 @@ int32_t Plugin::enqueue(nvinfer1::PluginTensorDesc const* input_descriptions, nv
 {
     return guarded(name_, kFailed, [&] {
         Extents const extents = bind(table_, input_descriptions, static_cast<int32_t>(table_.inputs.size()));
-        if (kernels_ == nullptr || input_descriptions[0].type != compute_ || !(extents == checked_))
+        if (kernels_ == nullptr || input_descriptions[0].type != compute_ || tactic_ != loaded_tactic_
+            || !(extents == checked_))
         {
             prepare_step(input_descriptions, extents);
         }

@@ -1,4 +1,4 @@
-/** What both plugins share: TensorRT's interfaces over a table of tensors, a workspace and a launch of kernels. */
+/** What all plugins share: TensorRT's interfaces over a table of tensors, a workspace and a launch of kernels. */
 #pragma once
 
 #include "fields.h"
@@ -74,8 +74,11 @@ public:
     int32_t getNbOutputs() const noexcept final;
     size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t num_inputs,
         nvinfer1::DynamicPluginTensorDesc const*, int32_t) const noexcept final;
+    int32_t getNbTactics() noexcept final;
+    int32_t getValidTactics(int32_t* tactics, int32_t num_tactics) noexcept final;
 
     // IPluginV3OneRuntime
+    int32_t setTactic(int32_t tactic) noexcept final;
     int32_t onShapeChange(nvinfer1::PluginTensorDesc const* inputs, int32_t num_inputs,
         nvinfer1::PluginTensorDesc const* outputs, int32_t num_outputs) noexcept final;
     int32_t enqueue(nvinfer1::PluginTensorDesc const* input_descriptions, nvinfer1::PluginTensorDesc const*,
@@ -94,6 +97,20 @@ protected:
      *  to time the layer: on memory of the builder's, whose content means nothing. */
     nvinfer1::TensorRTPhase phase() const { return phase_; }
 
+    /** Tiles that TensorRT may choose among, of which it times each; 1: there is nothing to choose. */
+    virtual int32_t num_tactics() const { return kFirstTactic; }
+
+    /** The one that was chosen, 1 … num_tactics(). */
+    int32_t tactic() const { return tactic_; }
+
+    /** A plugin that was just made, with this one's tactic; TensorRT deletes it. */
+    template <class P>
+    P* with_tactic(std::unique_ptr<P> made) const
+    {
+        made->tactic_ = tactic_;
+        return made.release();
+    }
+
     /** Throws Error if the kernels can't take these extents, of which some may be unknown. */
     virtual void check_extents(Extents const& extents) const = 0;
 
@@ -108,6 +125,8 @@ protected:
         CUstream stream) const = 0;
 
 private:
+    static constexpr int32_t kFirstTactic = 1; // TensorRT keeps 0 for plugins that offer none
+
     void prepare_step(nvinfer1::PluginTensorDesc const* inputs, Extents const& extents);
 
     char const* name_;
@@ -116,6 +135,8 @@ private:
     std::shared_ptr<Kernels> kernels_; // keeps the functions alive that `load` chose; null: none yet
     nvinfer1::DataType compute_{};     // what they compute in
     Extents checked_;                  // of the last step that may run with them
+    int32_t tactic_{kFirstTactic};
+    int32_t loaded_tactic_{0}; // that they are of
 };
 
 /** What a concrete plugin P declares: kName, its Attributes and their kFields, and a constructor from Attributes and the

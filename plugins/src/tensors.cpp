@@ -8,7 +8,7 @@ namespace
 {
 
 constexpr char const* kLetterNames[kNumLetters] = {
-    "B", "S", "C", "P", "Hkv", "D", "(H+2Hkv)D", "HD", "M", "F", "E", "k"};
+    "B", "S", "C", "P", "Hkv", "D", "(H+2Hkv)D", "HD", "M", "F", "E", "k", "N", "K", "blocks"};
 
 std::string axis_words(Axis const& axis)
 {

@@ -10,7 +10,8 @@
 namespace qwen_aot
 {
 
-/** Dimensions, in the letters of docs/architecture.md; `qkv` is (H + 2·Hkv)·D and `HD` is H·D. */
+/** Dimensions, in the letters of docs/architecture.md; `qkv` is (H + 2·Hkv)·D and `HD` is H·D,
+ *  `blocks` are those of K that have a scale each. */
 enum class Letter : int32_t
 {
     B,
@@ -24,9 +25,12 @@ enum class Letter : int32_t
     M,
     F,
     E,
-    k
+    k,
+    N,
+    K,
+    blocks
 };
-constexpr int32_t kNumLetters = 12;
+constexpr int32_t kNumLetters = 15;
 constexpr int64_t kUnknown = -1;
 
 /** The extent of each letter, or kUnknown. */

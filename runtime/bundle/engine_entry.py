@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qwen_aot.errors import BundleError
-from qwen_aot.runtime.bundle.checks import MAX_COUNT, require_counts, require_sha256, require_within
+from qwen_aot.runtime.bundle.checks import MAX_COUNT, require_counts, require_one_of, require_sha256, require_within
 from qwen_aot.runtime.bundle.step_plan import StepPlan
 from qwen_aot.runtime.bundle.tensorrt_facts import TensorRtFacts
 
@@ -24,6 +24,7 @@ __all__ = [
     "EngineEntry",
     "Engines",
     "IoTensor",
+    "KernelGraph",
     "Profile",
     "TextEngine",
     "VisionEngine",
@@ -35,6 +36,7 @@ DTYPES = ("int64", "int32", "float32", "float16", "bfloat16", "int8")
 CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8")
 DIMENSIONS = ("B", "S", "C", "W", "T", "I")
 CACHE_PREFIX = "past_key_values."  # of the cache inputs' names
+PRESENT_PREFIX = "present."  # of the outputs that share their memory
 LAST_LOGITS = "last_logits"  # the output that `logits_rows` bounds
 LOGITS_POSITIONS = "logits_positions"  # the input that says of how many tokens it is
 ROTARY_OFFSET = "rotary_offset."  # the input of the first row of each row's rotary table; a number of tokens follows
@@ -137,6 +139,27 @@ class EngineEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelGraph:
+    """The same decoder for the project's own CPU kernels, over the data files of the other graph (docs/cpu-kernels.md).
+
+    Its inputs and outputs are those of the engine, but for the type of the cache.
+
+    Attributes:
+        file: one of the bundle's files.
+        version: of the ops' interface, which the library must have.
+        cache_dtype: element type of keys and values in the cache.
+    """
+
+    file: str
+    version: int
+    cache_dtype: str
+
+    def __post_init__(self) -> None:
+        require_counts(self, "version")
+        require_one_of("cache_dtype of the kernels", self.cache_dtype, CACHE_DTYPES)
+
+
+@dataclass(frozen=True, slots=True)
 class TextEngine(EngineEntry):
     """The decoder, with a KV cache.
 
@@ -144,11 +167,13 @@ class TextEngine(EngineEntry):
         profiles: new tokens of the steps it takes, by name.
         cache_dtype: element type of keys and values in the cache.
         logits_rows: the largest T of the output `last_logits` [B, T, V]; None: it has none.
+        kernels: the graph for own CPU kernels; None: there is none, and the key may be absent.
     """
 
     profiles: tuple[Profile, ...]
     cache_dtype: str
     logits_rows: int | None
+    kernels: KernelGraph | None = None
 
     def __post_init__(self) -> None:
         EngineEntry.__post_init__(self)  # super() doesn't know a class with slots
@@ -157,6 +182,23 @@ class TextEngine(EngineEntry):
             raise BundleError(f"a profile is listed twice among {', '.join(names)}")
         self._check_plan(names)
         require_counts(self, "logits_rows")
+
+    def for_kernels(self) -> TextEngine:
+        """What the manifest would say if the graph for own CPU kernels, which there must be, were the engine."""
+        assert self.kernels is not None
+        dtype = self.kernels.cache_dtype
+
+        def stored(tensor: IoTensor) -> IoTensor:
+            is_cache = tensor.name.startswith((CACHE_PREFIX, PRESENT_PREFIX))
+            return replace(tensor, dtype=dtype) if is_cache and tensor.dtype == self.cache_dtype else tensor
+
+        return replace(
+            self,
+            file=self.kernels.file,
+            cache_dtype=dtype,
+            inputs=tuple(map(stored, self.inputs)),
+            outputs=tuple(map(stored, self.outputs)),
+        )
 
     @property
     def rotary_input(self) -> IoTensor | None:

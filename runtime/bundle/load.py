@@ -72,9 +72,11 @@ def load_bundle(path: str | Path, *, skip_hash_above: int | None = None) -> Bund
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
         _check_file(folder, name, entry, skip_hash_above)
-    engine = manifest.engines.text.file  # nothing here opens the other one
-    if PurePosixPath(engine).suffix == ".onnx":
-        check_data_files(folder, engine, manifest)
+    text = manifest.engines.text  # nothing here opens the other engine
+    if PurePosixPath(text.file).suffix == ".onnx":
+        check_data_files(folder, text.file, manifest)
+    if text.kernels is not None:
+        check_data_files(folder, text.kernels.file, manifest)
     return Bundle(folder, manifest)
 
 

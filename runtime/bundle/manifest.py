@@ -24,6 +24,7 @@ from qwen_aot.runtime.bundle.engine_entry import (
     EngineEntry,
     Engines,
     IoTensor,
+    KernelGraph,
     Profile,
     TextEngine,
     VisionEngine,
@@ -51,6 +52,7 @@ __all__ = [
     "Engines",
     "FileEntry",
     "IoTensor",
+    "KernelGraph",
     "Manifest",
     "MatrixProduct",
     "ModelFacts",
@@ -173,7 +175,11 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        document = asdict(self)
+        text = document["engines"]["text"]
+        if text["kernels"] is None:
+            del text["kernels"]  # readers that are older than the key take what has none
+        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -199,6 +205,13 @@ class Manifest:
             check_file_name(name)
         listed = ", ".join(self.files)
         named = [("engine file", engine.file) for engine in self.engines.all]
+        if (kernels := self.engines.text.kernels) is not None:
+            named.append(("graph for own kernels", kernels.file))
+            if self.target != "cpu":
+                raise BundleError(
+                    f"the bundle's target is {self.target!r}, and its text engine has kernels, a graph for own CPU "
+                    "kernels; accepted: with target 'cpu' alone"
+                )
         named += [(key.replace("_", " "), name) for key, name in asdict(self.text).items() if name is not None]
         for what, name in named:
             if name not in self.files:

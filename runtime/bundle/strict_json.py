@@ -82,22 +82,24 @@ def _require_depth(document: dict[str, Any], where: str) -> None:
     raise BundleError(f"{where} is nested deeper than {_MAX_DEPTH}; accepted: at most so deep")
 
 
-def require_keys(document: Mapping[str, Any], names: Iterable[str], where: str) -> None:
-    """An object's keys are exactly these.
+def require_keys(
+    document: Mapping[str, Any], names: Iterable[str], where: str, *, optional: Iterable[str] = ()
+) -> None:
+    """An object's keys are exactly these, and any of the optional ones.
 
     Raises:
         BundleError: names those that are unknown or missing.
     """
-    accepted = list(names)
-    unknown = sorted(set(document) - set(accepted))
+    accepted, extra = list(names), list(optional)
+    unknown = sorted(set(document) - {*accepted, *extra})
     missing = [name for name in accepted if name not in document]
     if unknown or missing:
         problem = f"unknown keys {unknown}" if unknown else f"no keys {missing}"
-        raise BundleError(f"{where} has {problem}; accepted: exactly {accepted}")
+        raise BundleError(f"{where} has {problem}; accepted: exactly {accepted}{_and_optional(extra)}")
 
 
 def parse_dataclass(cls: type[T], document: Mapping[str, Any], where: str) -> T:
-    """Makes a dataclass from a JSON object whose keys are exactly its fields.
+    """Makes a dataclass from a JSON object whose keys are exactly its fields; those with a default may be absent.
 
     Fields may be str, int, bool, float, another such dataclass, `X | None`, `tuple[X, ...]` and
     `Mapping[str, X]`.
@@ -106,13 +108,20 @@ def parse_dataclass(cls: type[T], document: Mapping[str, Any], where: str) -> T:
         BundleError: names the key, the value found and what is accepted.
     """
     hints = _type_hints(cls)  # type: ignore[arg-type]  # a class is hashable
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    require_keys(document, names, where)
-    values = {name: _parse(hints[name], document[name], f"{where}: {name}") for name in names}
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    optional = [field.name for field in fields if field.default is not dataclasses.MISSING]
+    required = [field.name for field in fields if field.name not in optional]
+    require_keys(document, required, where, optional=optional)
+    given = [field.name for field in fields if field.name in document]
+    values = {name: _parse(hints[name], document[name], f"{where}: {name}") for name in given}
     try:
         return cls(**values)
     except BundleError as error:
         raise BundleError(f"{where}: {error}") from error
+
+
+def _and_optional(names: list[str]) -> str:
+    return f", and {names} where they are wanted" if names else ""
 
 
 @functools.cache

@@ -1,13 +1,13 @@
 """Builds the C library and installs it under a prefix, from the sources that the package carries.
 
-The system's compiler makes a library for this machine. `ziglang` (PyPI) makes the one that is given to others: for
+Beside it comes the library of own CPU kernels, which it opens from there (`plugins.cpu`). The system's compiler makes
+both for this machine. `ziglang` (PyPI) makes those that are given to others: for
 another processor, and for every Linux with glibc 2.31 or later (Ubuntu 20.04, JetPack 5), whatever this machine has.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import platform
 import re
@@ -24,14 +24,14 @@ from pathlib import Path
 from qwen_aot.errors import BuildError
 from qwen_aot.extras import install_command
 from qwen_aot.machine import usable_cores
+from qwen_aot.plugins.cpu.build import FILE_NAME, FOR_OTHERS, build_library
+from qwen_aot.portable_compiler import OLDEST_GLIBC, PROCESSORS, portable_compiler, require_portable_compiler
 from qwen_aot.version import __version__
 
 __all__ = ["OLDEST_GLIBC", "PROCESSORS", "Installed", "Progress", "find_cmake", "install_library"]
 
 SOURCES = Path(__file__).parent
 OLDEST_CMAKE = (3, 20)
-OLDEST_GLIBC = "2.31"  # of JetPack 5 and Ubuntu 20.04
-PROCESSORS = ("x86_64", "aarch64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,9 @@ class Installed:
         shared: libqwen_aot.so, a link to the file of the version.
         static: libqwen_aot.a.
         pkg_config: qwen_aot.pc.
+        cpu_kernels: libqwen_aot_cpu.so, which runs bundles for the CPU that have a graph for it; None: the system's
+            compiler couldn't make it, and the C library does without.
+        no_cpu_kernels: why there is none; empty where there is.
     """
 
     prefix: Path
@@ -51,6 +54,8 @@ class Installed:
     shared: Path
     static: Path
     pkg_config: Path
+    cpu_kernels: Path | None
+    no_cpu_kernels: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ class Progress:
 
     stage: str
     index: int
-    count: int = 3
+    count: int = 4
     done: int = 0
     total: int = 0
     unit: str = "files"
@@ -103,7 +108,8 @@ def install_library(
 
     Raises:
         BuildError: a tool is missing, the prefix can't be written, or a step failed; the prefix is as it was, unless
-            the copying of finished files was what failed.
+            the copying of finished files was what failed. Not raised where only the CPU's kernels don't compile by the
+            system's compiler: `Installed.no_cpu_kernels` says so.
     """
     own = platform.machine()
     processor = processor or own
@@ -137,17 +143,24 @@ def install_library(
         else:
             _require_compiler()
         options = [*_generator(), *(f"-D{key}={value}" for key, value in settings.items())]
-        for stage in (
-            _Stage(tell, "configure", 1, [cmake, "-S", str(SOURCES), "-B", str(build), *options]),
-            _Stage(tell, "compile", 2, [cmake, "--build", str(build), "--parallel", str(jobs or usable_cores())]),
-            _Stage(tell, "install", 3, [cmake, "--install", str(build)]),
-        ):
-            stage.run()
+        _Stage(tell, "configure", 1, [cmake, "-S", str(SOURCES), "-B", str(build), *options]).run()
+        _Stage(tell, "compile", 2, [cmake, "--build", str(build), "--parallel", str(jobs or usable_cores())]).run()
+        tell(Progress("compile CPU kernels", 3))
+        compiler = portable_compiler("c++", processor) if is_portable else None
+        no_kernels = ""
+        try:
+            build_library(whole / "lib" / FILE_NAME, compiler=compiler, flags=FOR_OTHERS, jobs=jobs)
+        except BuildError as error:
+            if is_portable:  # others are given what this machine makes: it is whole
+                raise
+            no_kernels = str(error)
+        tell(Progress("compile CPU kernels", 3, done=1, total=1))
+        _Stage(tell, "install", 4, [cmake, "--install", str(build)]).run()
         try:
             _copy(whole, prefix)
         except OSError as error:
             raise BuildError(f"can't write into {prefix}: {error}") from error
-    tell(Progress("install", 3, done=1, total=1))
+    tell(Progress("install", 4, done=1, total=1))
     library = prefix / "lib"
     return Installed(
         prefix=prefix,
@@ -155,6 +168,8 @@ def install_library(
         shared=library / "libqwen_aot.so",
         static=library / "libqwen_aot.a",
         pkg_config=library / "pkgconfig" / "qwen_aot.pc",
+        cpu_kernels=None if no_kernels else library / FILE_NAME,
+        no_cpu_kernels=no_kernels,
     )
 
 
@@ -214,17 +229,13 @@ def _generator() -> list[str]:
 
 def _zig_settings(folder: Path, processor: str) -> dict[str, str]:
     """Wrappers of zig's compiler in a folder, and the settings that make CMake use them."""
-    if importlib.util.find_spec("ziglang") is None:
-        raise BuildError(
-            f"--portable compiles with the package ziglang, which isn't installed: `{install_command('release')}`"
-        )
-    target = f"{processor}-linux-gnu.{OLDEST_GLIBC}"
-    tools = {"cc": ["cc", "-target", target], "c++": ["c++", "-target", target], "ar": ["ar"], "ranlib": ["ranlib"]}
+    require_portable_compiler("--portable")
+    tools = {name: portable_compiler(name, processor) for name in ("cc", "c++")}
+    tools |= {name: [sys.executable, "-m", "ziglang", name] for name in ("ar", "ranlib")}
     paths = {}
-    for name, arguments in tools.items():
+    for name, command in tools.items():
         paths[name] = folder / f"zig-{name}"
-        command = shlex.join([sys.executable, "-m", "ziglang", *arguments])
-        paths[name].write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
+        paths[name].write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', encoding="utf-8")
         paths[name].chmod(0o755)
     return {
         # Given here, so that the environment's, which are meant for the system's compiler, don't count.

@@ -20,6 +20,7 @@ from qwen_aot.runtime.cli.options import (
     PlotPath,
     allow_bundle_code_option,
     json_option,
+    kernels_option,
     no_speculate_option,
     threads_option,
 )
@@ -100,6 +101,7 @@ def _seconds(ctx: click.Context, param: click.Parameter, value: float | None) ->
 @option("--plot", type=PlotPath(), help="Draw throughput against latency: a .png or .svg file.", group="Output")
 @json_option
 @threads_option
+@kernels_option
 @allow_bundle_code_option
 @no_speculate_option
 def command(
@@ -117,6 +119,7 @@ def command(
     plot: Path | None,
     as_json: bool,
     threads: int | None,
+    kernels: str | None,
     allow_bundle_code: bool,
     speculate: bool,
 ) -> int:
@@ -148,6 +151,7 @@ def command(
     of_server = {"--model": model, "--api-key-file": api_key_file, "--timeout": timeout}
     of_bundle = {
         "--threads": threads,
+        "--kernels": kernels,
         "--allow-bundle-code": allow_bundle_code or None,
         "--no-speculate": None if speculate else True,
     }
@@ -162,6 +166,7 @@ def command(
             gen_tokens,
             asked,
             threads,
+            kernels=kernels,
             allow_bundle_code=allow_bundle_code,
             speculate=speculate,
         )
@@ -171,7 +176,9 @@ def command(
         importlib.import_module("matplotlib")  # what is missing is said before the work
     shape = LoadShape.of(concurrency, rate, requests, prompt_tokens, gen_tokens)
     if bundle is not None:
-        report = measure_rows(bundle, shape, threads, allow_bundle_code=allow_bundle_code, speculate=speculate)
+        report = measure_rows(
+            bundle, shape, threads, kernels=kernels, allow_bundle_code=allow_bundle_code, speculate=speculate
+        )
     else:
         assert url is not None
         report = measure_server(url, shape, model, api_key_file, timeout or TIMEOUT_SECONDS)

@@ -110,6 +110,7 @@ def measure_rows(
     shape: LoadShape,
     threads: int | None = None,
     *,
+    kernels: str | None = None,
     allow_bundle_code: bool = False,
     speculate: bool = True,
 ) -> BenchReport:
@@ -119,6 +120,7 @@ def measure_rows(
         click.UsageError: prompt and answer don't fit the bundle's context, or it has fewer rows.
     """
     from qwen_aot.machine import peak_memory_bytes, reset_peak, usable_cores
+    from qwen_aot.runtime.backends.cpu.kernels import kernels_of
     from qwen_aot.runtime.bundle.load import load_bundle
     from qwen_aot.runtime.cli.bench_rounds import drafts_line, require_room
     from qwen_aot.runtime.cli.doctor import cpu
@@ -134,10 +136,13 @@ def measure_rows(
         )
     reset_peak()
     start = time.perf_counter()
-    opening = open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code, speculate=speculate)
+    opening = open_generator(
+        bundle, threads=threads, kernels=kernels, allow_bundle_code=allow_bundle_code, speculate=speculate
+    )
     with opening as generator:
         generator.engine.reserve(manifest.max_context)
         load_seconds = time.perf_counter() - start
+        ran = generator.engine.manifest
         loads = asyncio.run(_drive_rows(generator, shape, most))
         drafted = None if generator.speculation is None else asdict(generator.speculation)
     facts = {
@@ -148,6 +153,7 @@ def measure_rows(
         "quantization": dict(manifest.engines.text.quantization),
         "rows": manifest.max_batch,
         "cpu": cpu()["name"],
+        "kernels": kernels_of(ran),
         "threads": threads or usable_cores(),
         "prompt_tokens": shape.prompt_tokens,
         "gen_tokens": shape.gen_tokens,

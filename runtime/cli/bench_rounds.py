@@ -26,6 +26,7 @@ def measure_bundle(
     rounds: int,
     threads: int | None = None,
     *,
+    kernels: str | None = None,
     allow_bundle_code: bool = False,
     speculate: bool = True,
 ) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def measure_bundle(
         click.UsageError: prompt and answer don't fit the bundle's context.
     """
     from qwen_aot.machine import peak_memory_bytes, reset_peak, usable_cores
+    from qwen_aot.runtime.backends.cpu.kernels import kernels_of
     from qwen_aot.runtime.bundle.load import load_bundle
     from qwen_aot.runtime.cli.doctor import cpu
     from qwen_aot.runtime.measure.rounds import Spread, measure_rounds
@@ -43,9 +45,12 @@ def measure_bundle(
     require_room(manifest, prompt_tokens, gen_tokens)
     reset_peak()
     start = time.perf_counter()
-    opening = open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code, speculate=speculate)
+    opening = open_generator(
+        bundle, threads=threads, kernels=kernels, allow_bundle_code=allow_bundle_code, speculate=speculate
+    )
     with opening as generator:
         load_seconds = time.perf_counter() - start
+        ran = generator.engine.manifest
         greedy, sampled = measure_rounds(generator, prompt_tokens, gen_tokens, rounds)
         drafted = generator.speculation
     return {
@@ -55,6 +60,7 @@ def measure_bundle(
         "precision": manifest.engines.text.precision,
         "quantization": dict(manifest.engines.text.quantization),
         "cpu": cpu()["name"],
+        "kernels": kernels_of(ran),
         "threads": threads or usable_cores(),
         "prompt_tokens": prompt_tokens,
         "gen_tokens": gen_tokens,

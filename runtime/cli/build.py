@@ -39,10 +39,11 @@ def _precisions() -> str:
     for name, row in PRECISIONS.items():
         names.setdefault(row.summary, []).append(name)
     forms = "; ".join(f"{_either(found)}, {summary}" for summary, found in names.items())
-    made = "; ".join(
-        f"{name}, inputs of products too, by --algorithm {by}" for name, by in QUANTIZED_PRECISIONS.items()
+    others = "; ".join(
+        f"{name}, inputs of products too, by --algorithm {made.algorithm}"
+        for name, made in QUANTIZED_PRECISIONS.items()
     )
-    return f"The weights: {forms}; {made}.  [default: the target's]"
+    return f"The weights: {forms}; {others}.  [default: the target's]"
 
 
 def _max_batch() -> str:
@@ -162,6 +163,11 @@ def _kv_precisions() -> str:
 )
 @option("--moe", help="plugin or native: the same of routed experts.  [default: plugin with tensorrt]", group=_TENSORRT)
 @option(
+    "--linear",
+    help="plugin or native: the same of projections of int4 and int8.  [default: native]",
+    group=_TENSORRT,
+)
+@option(
     "--plugin-library",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help=f"{PLUGIN_LIBRARY}, as `python -m qwen_aot.plugins.library` writes it.  [default: ${PLUGIN_LIBRARY_VARIABLE}]",
@@ -203,6 +209,7 @@ def command(
     quantize_head: bool,
     attention: Any,  # TensorRtOptions refuses what isn't one of its forms
     moe: Any,
+    linear: Any,
     plugin_library: Path | None,
     prepare: bool,
     threads: int | None,
@@ -259,6 +266,7 @@ def command(
             quantize_head=quantize_head,
             attention=attention,
             moe=moe,
+            linear=linear,
             plugin_library=plugin_library,
         )
         spec = BuildSpec(tensorrt=options, **{name: value for name, value in request.items() if value is not None})

@@ -54,8 +54,9 @@ def command(
       qwen-aot capi --prefix ./qwen_aot
       qwen-aot capi --prefix ./jetson --portable --processor aarch64
 
-    libqwen_aot is installed under a prefix. Programs are compiled with what lib/pkgconfig/qwen_aot.pc or
-    find_package(qwen_aot) says; docs/capi.md goes on from there. Needs cmake and a C++ compiler.
+    libqwen_aot is installed under a prefix, and beside it libqwen_aot_cpu.so, own kernels for the CPU that it finds
+    there. Programs are compiled with what lib/pkgconfig/qwen_aot.pc or find_package(qwen_aot) says; docs/capi.md goes
+    on from there. Needs cmake and a C++ compiler.
     """
     if tensorrt_rtx and tensorrt_include is None:
         raise click.UsageError("--tensorrt-rtx says whose headers --tensorrt-include names; give that too")
@@ -82,11 +83,17 @@ def command(
                 "shared_bytes": bytes_,
                 "static": str(done.static),
                 "pkg_config": str(done.pkg_config),
+                "cpu_kernels": None if done.cpu_kernels is None else str(done.cpu_kernels),
+                "no_cpu_kernels": done.no_cpu_kernels or None,
                 "onnxruntime": None if runtime is None else str(runtime),
             }
         )
         return
-    say(stdout(), f"{done.shared}: {size(bytes_)}, and {done.static.name}, {done.header.name}, {done.pkg_config.name}")
+    paths = (done.static, done.cpu_kernels, done.header, done.pkg_config)
+    others = ", ".join(path.name for path in paths if path is not None)
+    say(stdout(), f"{done.shared}: {size(bytes_)}, and {others}")
+    if done.no_cpu_kernels:
+        say(stdout(), f"Own kernels for the CPU aren't installed (docs/cpu-kernels.md): {done.no_cpu_kernels}")
     if runtime is not None:
         say(stdout(), f"ONNX Runtime's library, which bundles for cpu and cuda run with: {runtime}")
 

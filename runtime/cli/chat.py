@@ -31,6 +31,7 @@ from qwen_aot.runtime.cli.options import (
     bundle_argument,
     generation_config,
     generation_options,
+    kernels_option,
     no_speculate_option,
     require_generation,
     threads_option,
@@ -72,6 +73,7 @@ MULTILINE_MARK = '"""'
 @allow_special_tokens_option
 @generation_options
 @threads_option
+@kernels_option
 @allow_bundle_code_option
 @no_speculate_option
 def command(
@@ -79,6 +81,7 @@ def command(
     system: str | None,
     allow_special_tokens: bool,
     threads: int | None,
+    kernels: str | None,
     allow_bundle_code: bool,
     speculate: bool,
     **settings: Any,
@@ -96,7 +99,9 @@ def command(
     show_logs()
     require_generation(settings)
     console = stdout()
-    opening = open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code, speculate=speculate)
+    opening = open_generator(
+        bundle, threads=threads, kernels=kernels, allow_bundle_code=allow_bundle_code, speculate=speculate
+    )
     with opening as generator:
         config = generation_config(generator.defaults, settings)
         conversation = Conversation(generator, config, system, console, allow_special_tokens=allow_special_tokens)

@@ -20,6 +20,7 @@ from qwen_aot.runtime.cli.options import (
     PlotPath,
     allow_bundle_code_option,
     json_option,
+    kernels_option,
     threads_option,
 )
 from qwen_aot.runtime.cli.tables import say
@@ -69,6 +70,7 @@ RANDOM_TOKENS = 1024  # where there is no tokenizer and so no text
         group="Output")  # fmt: skip
 @json_option
 @threads_option
+@kernels_option
 @allow_bundle_code_option
 def command(
     bundles: tuple[Path, ...],
@@ -81,6 +83,7 @@ def command(
     plot: Path | None,
     as_json: bool,
     threads: int | None,
+    kernels: str | None,
     allow_bundle_code: bool,
 ) -> None:
     """Compare bundles of a checkpoint: size, loss and speed.
@@ -112,7 +115,7 @@ def command(
 
     loaded = {name: load_bundle(path, skip_hash_above=0) for name, path in _named(bundles).items()}
     length = _window_length(window, {name: bundle.manifest.max_context for name, bundle in loaded.items()})
-    job = _Job(loaded, length, tokens, samples, threads, allow_bundle_code)
+    job = _Job(loaded, length, tokens, samples, threads, kernels, allow_bundle_code)
 
     with (
         open_source(reference, random_weights=random_weights, seed=weights_seed) as checkpoint,
@@ -230,6 +233,7 @@ class _Job:
         tokens: to score, at most; None: all.
         samples: kind and text of each; None: the built-in ones.
         threads: of bundles that run on the CPU.
+        kernels: likewise; see `Generator.open`.
         allow_bundle_code: see `Generator.open`.
     """
 
@@ -238,6 +242,7 @@ class _Job:
     tokens: int | None
     samples: Sequence[tuple[str, str]] | None
     threads: int | None
+    kernels: str | None
     allow_bundle_code: bool
 
     def run(
@@ -349,12 +354,11 @@ class _Job:
     def _open(self, bundle: Bundle) -> Generator:
         from qwen_aot.runtime.generation.generator import Generator
 
-        # An engine for a GPU refuses threads: it isn't given those of the others, and refuses them where it is alone.
+        # An engine for a GPU refuses both: it isn't given those of the others, and refuses them where it is alone.
         engines = [each.manifest.engines.text for each in self.bundles.values()]
         is_given = bundle.manifest.engines.text.tensorrt is None or all(each.tensorrt for each in engines)
-        return Generator.open(
-            bundle.path, threads=self.threads if is_given else None, allow_bundle_code=self.allow_bundle_code
-        )
+        threads, kernels = (self.threads, self.kernels) if is_given else (None, None)
+        return Generator.open(bundle.path, threads=threads, kernels=kernels, allow_bundle_code=self.allow_bundle_code)
 
     def _score(
         self,

@@ -22,6 +22,7 @@ from qwen_aot.errors import BuildError, EngineMismatchError
 from qwen_aot.extras import install_command, obstacle
 from qwen_aot.jetson import Jetson, find_jetson
 from qwen_aot.machine import available_memory_bytes, free_disk_bytes, physical_memory_bytes, usable_cores
+from qwen_aot.runtime.backends.cpu.kernels import find_library, require_library, why_not_by_default
 from qwen_aot.runtime.bundle.flavours import FLAVOURS, Flavour
 from qwen_aot.runtime.bundle.plugin_library import require_plugin_library
 from qwen_aot.runtime.cli.command import VerbCommand
@@ -137,6 +138,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": cpu(),
+        "own_kernels": own_kernels(),
         "memory": {
             "total_bytes": physical_memory_bytes(),
             "available_bytes": available_memory_bytes(),
@@ -308,6 +310,26 @@ def cpu() -> dict[str, Any]:
     }
 
 
+def own_kernels() -> dict[str, Any]:
+    """The library of own CPU kernels that a bundle of target cpu would run by here, or why there is none."""
+    from qwen_aot.plugins.cpu.build import is_stale
+
+    path = find_library()
+    facts: dict[str, Any] = {
+        "library": None if path is None else str(path),
+        "version": None,
+        "instructions": None,
+        "is_stale": path is not None and path.is_file() and is_stale(path),
+    }
+    try:
+        library = require_library()
+    except EngineMismatchError as error:
+        return {**facts, "problem": str(error)}
+    why = why_not_by_default(library)
+    problem = None if why is None else f"ONNX Runtime's are used: {why}"
+    return {**facts, "version": library.version, "instructions": library.instructions, "problem": problem}
+
+
 def processor() -> dict[str, Any]:
     """The processor's name, and the features that decide which kernels run."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
@@ -322,7 +344,7 @@ def processor() -> dict[str, Any]:
 
 def _show(facts: Mapping[str, Any], lacking: Mapping[str, Mapping[str, Sequence[Lack]]]) -> None:
     console = stdout()
-    processor, memory = facts["cpu"], facts["memory"]
+    processor, kernels, memory = facts["cpu"], facts["own_kernels"], facts["memory"]
     jetson = find_jetson()
     board = [] if jetson is None else [("board", jetson.text)]
     listed = [f"{gpu['name']} (SM {gpu['compute_cap']}, driver {gpu['driver_version']})" for gpu in facts["gpus"]]
@@ -335,6 +357,7 @@ def _show(facts: Mapping[str, Any], lacking: Mapping[str, Mapping[str, Sequence[
             ("cpu", f"{processor['name']}, {count(processor['logical_cores'], 'logical core')}"),
             ("threads", f"{processor['threads']} by default (physical cores we may use)"),
             ("cpu features", ", ".join(processor["features"]) or "none that matter here"),
+            ("own kernels", _own_kernels_text(kernels)),
             ("memory", f"{size(memory['available_bytes'])} available of {size(memory['total_bytes'])}"),
             ("free disk", size(facts["free_disk_bytes"])),
             ("gpus", ", ".join(listed) or NO_GPU),
@@ -362,6 +385,13 @@ def _show(facts: Mapping[str, Any], lacking: Mapping[str, Mapping[str, Sequence[
     for remedy in remedies:
         brought = dict.fromkeys(lack.name for lack in found if lack.remedy == remedy)
         say(console, f"{', '.join(brought)}: {remedy}")
+
+
+def _own_kernels_text(kernels: Mapping[str, Any]) -> str:
+    text: str = kernels["problem"] or f"{kernels['library']}, using {kernels['instructions']}"
+    if not kernels["is_stale"]:
+        return text
+    return f"{text}; it was compiled of other sources than this package's: `python -m qwen_aot.plugins.cpu.build`"
 
 
 def _names(missing: Iterable[Lack]) -> str:

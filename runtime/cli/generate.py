@@ -23,6 +23,7 @@ from qwen_aot.runtime.cli.options import (
     generation_config,
     generation_options,
     json_option,
+    kernels_option,
     no_speculate_option,
     require_generation,
     threads_option,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 @generation_options
 @json_option
 @threads_option
+@kernels_option
 @allow_bundle_code_option
 @no_speculate_option
 def command(
@@ -72,6 +74,7 @@ def command(
     allow_special_tokens: bool,
     as_json: bool,
     threads: int | None,
+    kernels: str | None,
     allow_bundle_code: bool,
     speculate: bool,
     **settings: Any,
@@ -102,7 +105,9 @@ def command(
     from qwen_aot.runtime.vision.pictures import open_picture
 
     start = time.perf_counter()
-    opening = open_generator(bundle, threads=threads, allow_bundle_code=allow_bundle_code, speculate=speculate)
+    opening = open_generator(
+        bundle, threads=threads, kernels=kernels, allow_bundle_code=allow_bundle_code, speculate=speculate
+    )
     with opening as generator:
         load_seconds = time.perf_counter() - start
         config = generation_config(generator.defaults, settings)

@@ -32,7 +32,7 @@ def facts(path: Path, *, with_hash: bool) -> dict[str, Any]:
         "quantization": engine["quantization"],
         "engine": engine["file"],
         **{name: values[name] for name in ("max_context", "max_batch", "prefill_chunk", "default_max_new_tokens")},
-        **{name: engine[name] for name in ("cache_dtype", "logits_rows", "weight_encodings")},
+        **{name: engine[name] for name in ("cache_dtype", "kernels", "logits_rows", "weight_encodings")},
         "format_version": manifest.format_version,
         **values["text"],
         "total_bytes": sum(entry.bytes for entry in manifest.files.values()),

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 
 def open_generator(
-    bundle: Path, *, threads: int | None, allow_bundle_code: bool = False, speculate: bool = True
+    bundle: Path,
+    *,
+    threads: int | None,
+    kernels: str | None,
+    allow_bundle_code: bool = False,
+    speculate: bool = True,
 ) -> Generator:
     """A bundle's generator: every verb that runs one gets it here.
 
@@ -23,4 +28,6 @@ def open_generator(
     from qwen_aot.runtime.generation.generator import Generator
 
     with busy(f"loading {bundle}"):  # it redraws itself over whatever is typed, so it ends before a conversation
-        return Generator.open(bundle, threads=threads, allow_bundle_code=allow_bundle_code, speculate=speculate)
+        return Generator.open(
+            bundle, threads=threads, kernels=kernels, allow_bundle_code=allow_bundle_code, speculate=speculate
+        )

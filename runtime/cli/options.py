@@ -76,6 +76,12 @@ threads_option: Decorator = option(
     help="CPU threads.  [default: one for each core that this process may use]",
     group="Machine",
 )
+kernels_option: Decorator = option(
+    "--kernels",
+    type=click.Choice(["auto", "own", "onnxruntime"]),
+    help="Whose kernels run it on the CPU.  [default: auto, which is own where this machine has them]",
+    group="Machine",
+)
 allow_special_tokens_option: Decorator = option(
     "--allow-special-tokens",
     is_flag=True,

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _HEADINGS = "model", "precision", "context", "weights", "cache", "other*", "total", "fits", "longest", "batch", "tok/s"
 
 
+_KERNELS = {"own": "own kernels", "onnxruntime": "ONNX Runtime's kernels"}
+
+
 def _targets() -> str:
     from qwen_aot.engines.spec.targets import Target
 
@@ -59,6 +62,13 @@ def _kv_precisions() -> str:
     help=_kv_precisions,
     group="What",
 )
+@option(
+    "--kernels",
+    type=click.Choice(["own", "onnxruntime"]),
+    default="own",
+    help="Whose run it, of target cpu.  [default: own, which halve a quantized model's cache]",
+    group="What",
+)
 @option("--speculate", type=int, metavar="K", help="Tokens that a step can check, as of build-engine.", group="What")
 @json_option
 def command(
@@ -69,6 +79,7 @@ def command(
     context: int | None,
     batch: int,
     kv_precision: str | None,
+    kernels: str,
     speculate: int | None,
     as_json: bool,
 ) -> None:
@@ -105,6 +116,7 @@ def command(
                 kv_precision=DEFAULT_KV_PRECISION if kv_precision is None else kv_precision,
                 speculate=speculate,
                 storages=storages,
+                own_kernels=kernels == "own",
             )
         )
     except BuildError as error:
@@ -178,6 +190,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "target": plan.spec.target,
         "precision": plan.spec.precision,
         "kv_precision": plan.spec.kv_precision,
+        "kernels": plan.kernels,
         "context": plan.context,
         "batch": plan.spec.max_batch,
         "prefill_chunk": plan.spec.prefill_chunk,
@@ -201,10 +214,12 @@ def _show(key: str, found: Sequence[Plan]) -> None:
     """One table for a device, and below it what to do about what doesn't fit."""
     console = stdout()
     device, spec = _device_facts(key), found[0].spec
+    kernels = f" by {_KERNELS[found[0].kernels]}" if found[0].kernels and not spec.facts.runs_on_gpu else ""
+    by = f"target {spec.target}{kernels}"
     about = Text.assemble(
         (key, "bold"),
         f": {device['name']}, SM {device['compute_capability']}, {device['bandwidth_bytes_per_second'] / 1e9:g} GB/s, "
-        f"{size(device['usable_bytes'])} usable of {size(device['memory_bytes'])}; target {spec.target}, batch "
+        f"{size(device['usable_bytes'])} usable of {size(device['memory_bytes'])}; {by}, batch "
         f"{spec.max_batch}; sizes in GB",
     )
     say(console, about)

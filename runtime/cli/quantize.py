@@ -36,11 +36,11 @@ def _formats() -> str:
 @option("--algorithm", help=_algorithms, group="Main")
 @option("--format", help=_formats, group="Main")
 @option("--restart", is_flag=True, help="Give up an unfinished job of this output, and start anew.", group="Main")
-@option("--bits", type=int, help="4 or 8 of most matrices.  [default: 4; smoothquant: 8]", group="Codes")
+@option("--bits", type=int, help="4 or 8 of most matrices.  [default: 4; with rounded inputs: 8]", group="Codes")
 @option(
     "--group-size",
     type=int,
-    help="Weights that share a scale, at most.  [default: 64; smoothquant: whole rows]",
+    help="Weights that share a scale, at most.  [default: 64; with rounded inputs: whole rows]",
     group="Codes",
 )
 @option(
@@ -70,7 +70,8 @@ def _formats() -> str:
 @option(
     "--plain-share",
     type=float,
-    help="smoothquant: share of the weights that may stay plain, those that would lose most.  [default: 0.15]",
+    help="With rounded inputs (smoothquant, gptq-fp8): share of the weights that may stay plain, those that would lose "
+    "most.  [default: 0.15]",
     group="Codes",
 )
 @option(

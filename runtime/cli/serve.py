@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from pathlib import Path
@@ -18,6 +17,7 @@ from qwen_aot.runtime.cli.options import (
     GivenPath,
     allow_bundle_code_option,
     bundle_argument,
+    kernels_option,
     no_speculate_option,
     threads_option,
 )
@@ -108,6 +108,7 @@ _LISTENING, _WHO, _MODEL, _HOW_MUCH = "Address", "Who may ask", "Model", "Limits
     group="Output",
 )
 @threads_option
+@kernels_option
 @allow_bundle_code_option
 @no_speculate_option
 def command(
@@ -129,6 +130,7 @@ def command(
     grace_seconds: float,
     log_format: str,
     threads: int | None,
+    kernels: str | None,
     allow_bundle_code: bool,
     speculate: bool,
 ) -> int:
@@ -142,6 +144,7 @@ def command(
     It is ready when standard output says its URL; requests that come before get 503. SIGTERM and Ctrl-C let requests
     finish (exit code 0), a second one cuts them (143, 130). docs/serving.md has the rest.
     """
+    from qwen_aot.runtime.server.event_loop import run
     from qwen_aot.runtime.server.lifecycle import Lifecycle, bind, url_of
     from qwen_aot.runtime.server.logs import show_server_logs
     from qwen_aot.runtime.server.settings import ServerSettings, SettingsError
@@ -175,7 +178,12 @@ def command(
         from qwen_aot.runtime.generation.generator import Generator
 
         generator = Generator.open(
-            bundle, threads=threads, allow_bundle_code=allow_bundle_code, rows=rows, speculate=speculate
+            bundle,
+            threads=threads,
+            kernels=kernels,
+            allow_bundle_code=allow_bundle_code,
+            rows=rows,
+            speculate=speculate,
         )
         if generator.tokenizer is None:
             generator.close()
@@ -199,7 +207,7 @@ def command(
     with listener:
         if log_format == "text":
             tell(f"loading {bundle} ...")
-        return asyncio.run(Lifecycle(settings, listener, load, on_ready).run())
+        return run(Lifecycle(settings, listener, load, on_ready).run())
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

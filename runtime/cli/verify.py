@@ -11,7 +11,14 @@ import click
 from qwen_aot.errors import BuildError, EngineMismatchError
 from qwen_aot.runtime.cli.command import EXIT_FAILED, EXIT_INCONCLUSIVE, VerbCommand, option
 from qwen_aot.runtime.cli.console import busy, count, print_json, progress_on_stderr, show_logs, size, stdout
-from qwen_aot.runtime.cli.options import CONTEXT, allow_bundle_code_option, bundle_argument, json_option, threads_option
+from qwen_aot.runtime.cli.options import (
+    CONTEXT,
+    allow_bundle_code_option,
+    bundle_argument,
+    json_option,
+    kernels_option,
+    threads_option,
+)
 from qwen_aot.runtime.cli.tables import print_table, say
 from qwen_aot.runtime.cli.text_file import read_text
 from qwen_aot.runtime.cli.visible import visible
@@ -100,6 +107,7 @@ def _bound_options(command: Any) -> Any:
 @_bound_options
 @json_option
 @threads_option
+@kernels_option
 @allow_bundle_code_option
 def command(
     bundle: Path,
@@ -115,6 +123,7 @@ def command(
     layer_bound: float | None,
     as_json: bool,
     threads: int | None,
+    kernels: str | None,
     allow_bundle_code: bool,
     **bounds: float | None,
 ) -> None:
@@ -140,6 +149,8 @@ def command(
         raise click.UsageError("--layer-bound goes with --per-layer")
     if skip_weights and per_layer:
         raise click.UsageError("--skip-weights doesn't go with --per-layer, which compares no weights")
+    if kernels is not None and per_layer:
+        raise click.UsageError("--kernels doesn't go with --per-layer, which runs the graph for ONNX Runtime's")
     content = TEXT if text is None else read_text(text)
     if per_layer:
         _run_per_layer(bundle, reference, random_weights, weights_seed, content, window, layer_bound, as_json)
@@ -160,6 +171,7 @@ def command(
             windows=windows,
             greedy_tokens=greedy_tokens,
             threads=threads,
+            kernels=kernels,
             skip_weights=skip_weights,
             allow_bundle_code=allow_bundle_code,
             on_progress=show,
@@ -213,6 +225,7 @@ def verify_bundle(
     windows: int = 4,
     greedy_tokens: int = 32,
     threads: int | None = None,
+    kernels: str | None = None,
     skip_weights: bool = False,
     allow_bundle_code: bool = False,
     on_progress: OnProgress,
@@ -231,6 +244,7 @@ def verify_bundle(
         windows: pieces at most.
         greedy_tokens: generated after each prompt.
         threads: of the engine, and that make weights again.
+        kernels: see `Generator.open`.
         skip_weights: leave the weights out, and be inconclusive.
         allow_bundle_code: see `Generator.open`.
         on_progress: told about each step.
@@ -244,6 +258,7 @@ def verify_bundle(
     from qwen_aot.engines.verify.same_model import require_same_model
     from qwen_aot.engines.verify.verdict import Verdict
     from qwen_aot.engines.verify.weights import SKIPPED
+    from qwen_aot.runtime.backends.cpu.kernels import kernels_of
     from qwen_aot.runtime.bundle.load import load_bundle
     from qwen_aot.runtime.generation.generator import Generator
 
@@ -255,14 +270,15 @@ def verify_bundle(
     if weights.verdict is Verdict.FAILED:
         return BundleReport(weights, None, None)
     try:
-        opened = Generator.open(path, threads=threads, allow_bundle_code=allow_bundle_code)
+        opened = Generator.open(path, threads=threads, kernels=kernels, allow_bundle_code=allow_bundle_code)
     except EngineMismatchError as error:
         return BundleReport(weights, None, None, not_run=str(error))
     with opened as generator:
+        ran = generator.engine.manifest
         scores, read_by = _score(
             generator, checkpoint, text, length, windows, greedy_tokens, bounds, count, on_progress
         )
-    return BundleReport(weights, scores, read_by)
+    return BundleReport(weights, scores, read_by, kernels=kernels_of(ran))
 
 
 def _window_length(manifest: Manifest, window: int, greedy_tokens: int) -> int:
@@ -327,7 +343,8 @@ def _score(
         ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, RANDOM_TOKENS).tolist()
     pieces = verify.windows(ids, length, windows)
     on_progress(ProgressEvent("load reference", count - 1, count))
-    reference = Reference(checkpoint)
+    # Floats made of the codes have nothing to do with how the checkpoint rounds inputs.
+    reference = Reference(checkpoint, rounds_inputs=bool(engine.quantization.get("own_codes")))
     on_progress(ProgressEvent("load reference", count - 1, count, 1, 1))
     found = verify.verify(
         generator.engine,
@@ -335,6 +352,7 @@ def _score(
         pieces,
         limits,
         greedy_tokens=greedy_tokens,
+        unrounded=reference.unrounded,
         on_progress=lambda done, total: on_progress(ProgressEvent("compare", count, count, done, total, POSITIONS)),
     )
     return found, reference.read_by
@@ -411,6 +429,8 @@ def _show_scores(result: Verification) -> None:
         "perplexity of the reference": scores.reference_perplexity,
         "perplexity_ratio": scores.perplexity_ratio,
     }
+    if scores.rounding_share is not None:
+        measures["rounding_share"] = scores.rounding_share
     rows = []
     for name, found in measures.items():
         check = checked.get(name.partition(" ")[0]) if "(all)" not in name else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -174,7 +175,8 @@ def check_finite(logits: NDArray[np.float32], first_row: int, counts: NDArray[np
     for offset, row in enumerate(logits):
         count = 1 if counts is None else int(counts[offset])
         told = row if row.ndim == 1 else row[len(row) - count :]
-        if count and not np.isfinite(told).all():
+        # NaN is the largest and the smallest of what it is among. Together half the time of asking each.
+        if count and not (math.isfinite(told.max()) and math.isfinite(told.min())):
             rows.append(first_row + offset)
     if rows:
         raise NonFiniteLogitsError(rows)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_aot.errors import ConstraintError
+from qwen_aot.runtime.text.thoughts import ThoughtReader
 
 __all__ = ["Constraint", "ConstraintSource", "HeldOutput"]
 
@@ -55,18 +56,26 @@ class ConstraintSource(Protocol):
 
 
 class HeldOutput:
-    """One output that is held to a constraint, and the ids that end it."""
+    """One output that is held to a constraint, and the ids that end it.
 
-    def __init__(self, source: ConstraintSource, ending_ids: Collection[int]) -> None:
+    A thought before the answer may be anything, but the output doesn't end in it. One begins only where its mark is
+    what the model would rather say than anything else: what the constraint leaves would make an unlikely one likely.
+    """
+
+    def __init__(
+        self, source: ConstraintSource, ending_ids: Collection[int], thoughts: ThoughtReader | None = None
+    ) -> None:
         """Starts before the first token; the constraint starts with it.
 
         Args:
             source: the request's.
             ending_ids: ids that end the request; such a token may come only where the output may end.
+            thoughts: of this output; whoever has it gives it each token behind `accept`.
         """
         self._source = source
         self._constraint: Constraint | None = None
         self._ending = np.array(sorted(ending_ids), np.int64)
+        self._thoughts = thoughts or ThoughtReader(None)
 
     @property
     def may_end(self) -> bool:
@@ -76,7 +85,7 @@ class HeldOutput:
     @property
     def is_finished(self) -> bool:
         """Whether nothing may follow."""
-        return self._started().is_finished
+        return not self._thoughts.is_in_thought and self._started().is_finished
 
     def hold(self, logits: NDArray[np.float32]) -> bool:
         """Makes impossible, -inf, what may not come next.
@@ -90,10 +99,18 @@ class HeldOutput:
         Raises:
             ConstraintError: none is, and the output may not end here; or see `Constraint`.
         """
-        constraint = self._started()
-        mask, may_end = constraint.mask(), constraint.may_end
-        mask[self._ending[self._ending < len(mask)]] = 0 if may_end else -np.inf
-        logits += mask  # a third of the time that writing -inf where a bool says so takes
+        ending = self._ending[self._ending < len(logits)]
+        if self._thoughts.is_in_thought:
+            may_end = False
+            logits[ending] = -np.inf
+        else:
+            constraint = self._started()
+            mask, may_end = constraint.mask(), constraint.may_end
+            mask[ending] = 0 if may_end else -np.inf
+            opening = self._thoughts.may_open
+            if opening is not None:
+                mask[opening] = 0 if logits[opening] == logits.max() else -np.inf
+            logits += mask  # a third of the time that writing -inf where a bool says so takes
         if logits.max() > -np.inf:
             return True
         if not may_end:
@@ -109,7 +126,8 @@ class HeldOutput:
         Raises:
             ConstraintError: see `Constraint`.
         """
-        self._started().accept(token_id)
+        if not self._thoughts.is_in_thought and token_id != self._thoughts.may_open:
+            self._started().accept(token_id)
 
     def _started(self) -> Constraint:
         if self._constraint is None:

@@ -90,6 +90,7 @@ class Generator:
         allow_bundle_code: bool = False,
         rows: int | None = None,
         speculate: bool = True,
+        kernels: str | None = None,
     ) -> Generator:
         """Opens a bundle.
 
@@ -102,10 +103,12 @@ class Generator:
             rows: use no more of the bundle's rows than so many, for less memory; None: all of them.
             speculate: draft tokens from the text itself and check several in a step, where the bundle can
                 (`build-engine --speculate`) and measurements say that it pays. Answers are the same.
+            kernels: whose run it on the CPU: "own" (this project's), "onnxruntime", or "auto", which None is too: own
+                ones where this machine has them and the bundle a graph for them.
 
         Raises:
             BundleError: the bundle is damaged.
-            EngineMismatchError: this machine can't run it, or it has code that isn't allowed.
+            EngineMismatchError: this machine can't run it, it has code that isn't allowed, or own kernels can't be had.
             GenerationError: the bundle has fewer rows, or an engine whose rows are fixed.
         """
         bundle = load_bundle(path, skip_hash_above=skip_hash_above)
@@ -113,7 +116,7 @@ class Generator:
             bundle = _with_rows(bundle, rows)
         tokenizer = load_tokenizer(bundle)
         defaults = GenerationDefaults.from_bundle(bundle)
-        engine = open_engine(bundle, threads=threads, allow_bundle_code=allow_bundle_code)
+        engine = open_engine(bundle, threads=threads, allow_bundle_code=allow_bundle_code, kernels=kernels)
         open_vision = functools.partial(
             open_vision_engine, bundle, threads=threads, allow_bundle_code=allow_bundle_code
         )

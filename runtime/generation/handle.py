@@ -18,6 +18,8 @@ from qwen_aot.runtime.generation.request import Completion, Event, Request
 
 __all__ = ["Channel", "RequestHandle", "settle"]
 
+_CallWhen = Callable[[int, Callable[[], None]], bool]  # of a channel: call_when_more or call_when_completed
+
 
 class Channel:
     """What the worker and the handle of a request share. The worker writes, everyone reads.
@@ -49,7 +51,8 @@ class Channel:
         self._is_cancelled = False
         self._failure: GenerationError | None = None
         self._is_ended = False
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._waiting: deque[Callable[[], None]] = deque()  # for an event
+        self._waiting_to_end: deque[Callable[[], None]] = deque()  # for a completion
 
     @property
     def is_cancelled(self) -> bool:
@@ -76,34 +79,38 @@ class Channel:
 
     def put(self, event: Event) -> None:
         """Adds an event; the last completion ends it."""
-        if isinstance(event, Completion):
+        if is_completion := isinstance(event, Completion):
             self.completions.append(event)
         self.events.append(event)
         if len(self.completions) == self.choices:
             self._is_ended = True
-        self._wake()
+        _call_all(self._waiting)
+        if is_completion:
+            _call_all(self._waiting_to_end)
 
     def fail(self, error: GenerationError) -> None:
         """Ends it without its completions."""
         if not self._is_ended:
             self._failure = error
             self._is_ended = True
-            self._wake()
+            _call_all(self._waiting)
+            _call_all(self._waiting_to_end)
 
     def call_when_more(self, seen: int, wake: Callable[[], None]) -> bool:
         """Has `wake` called once there are more than `seen` events, or the end. False: that is so already."""
         self._waiting.append(wake)
         return not (len(self.events) > seen or self._is_ended)  # looked at last: what comes later wakes
 
+    def call_when_completed(self, seen: int, wake: Callable[[], None]) -> bool:
+        """Has `wake` called once there are more than `seen` completions, or the end. False: that is so already."""
+        self._waiting_to_end.append(wake)
+        return not (len(self.completions) > seen or self._is_ended)
+
     def call_no_more(self, wake: Callable[[], None]) -> None:
         """Forgets one that nobody waits for."""
-        with contextlib.suppress(ValueError, IndexError):  # the worker has called it, or is at the deque
-            self._waiting.remove(wake)
-
-    def _wake(self) -> None:
-        while self._waiting:
-            with contextlib.suppress(IndexError, RuntimeError):  # another thread was first; an event loop is closed
-                self._waiting.popleft()()
+        for waiting in (self._waiting, self._waiting_to_end):
+            with contextlib.suppress(ValueError, IndexError):  # the worker has called it, or is at the deque
+                waiting.remove(wake)
 
 
 class RequestHandle:
@@ -144,6 +151,11 @@ class RequestHandle:
         """The events that are there by now, from the one with this number (the first is 0) on; waits for none."""
         return self._channel.events[start:]
 
+    @property
+    def completion_count(self) -> int:
+        """How many of its choices have ended by now."""
+        return len(self._channel.completions)
+
     def call_when_more(self, seen: int, wake: Callable[[], None]) -> bool:
         """For whoever reads many handles at once: has `wake` called, by the service's thread, when something changes.
 
@@ -155,6 +167,13 @@ class RequestHandle:
             False: there are more events already, or the end, and it won't be called.
         """
         if self._channel.call_when_more(seen, wake):
+            return True
+        self._channel.call_no_more(wake)
+        return False
+
+    def call_when_completed(self, seen: int, wake: Callable[[], None]) -> bool:
+        """The same of completions: whoever wants no token before the last isn't woken for each."""
+        if self._channel.call_when_completed(seen, wake):
             return True
         self._channel.call_no_more(wake)
         return False
@@ -180,7 +199,7 @@ class RequestHandle:
         """Waits for the completions of all its choices (`n`), by choice; else as `result`."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._channel.is_ended:
-            self._wait(len(self._channel.events), deadline)
+            self._wait(self._channel.call_when_completed, len(self._channel.completions), deadline)
         return self._outcome()
 
     def __iter__(self) -> Iterator[Event]:
@@ -196,7 +215,7 @@ class RequestHandle:
     async def wait(self) -> list[Completion]:
         """`results` for a task; the request is cancelled with the task."""
         while not self._channel.is_ended:
-            await self._wait_async(len(self._channel.events))
+            await self._wait_async(self._channel.call_when_completed, len(self._channel.completions))
         return self._outcome()
 
     def __del__(self) -> None:
@@ -225,18 +244,18 @@ class RequestHandle:
                 raise _again(completion.error)
         return completions
 
-    def _wait(self, seen: int, deadline: float | None) -> None:
-        """Waits for more events than `seen`, or the end."""
+    def _wait(self, call_when: _CallWhen, seen: int, deadline: float | None) -> None:
+        """Waits for more than `seen` of the channel's events or completions, or the end."""
         self._check_process()
         gate = threading.Lock()
         gate.acquire()
-        if self._channel.call_when_more(seen, gate.release):
+        if call_when(seen, gate.release):
             left = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
             if not gate.acquire(timeout=left):
                 self._channel.call_no_more(gate.release)
                 raise TimeoutError("the request isn't done yet")
 
-    async def _wait_async(self, seen: int) -> None:
+    async def _wait_async(self, call_when: _CallWhen, seen: int) -> None:
         self._check_process()
         loop = asyncio.get_running_loop()
         more: asyncio.Future[None] = loop.create_future()
@@ -244,7 +263,7 @@ class RequestHandle:
         def wake() -> None:
             loop.call_soon_threadsafe(settle, more)
 
-        if self._channel.call_when_more(seen, wake):
+        if call_when(seen, wake):
             try:
                 await more
             except asyncio.CancelledError:
@@ -268,7 +287,7 @@ class _Events:
             if channel.is_read(self._seen):
                 self._handle._outcome()
                 raise StopIteration
-            self._handle._wait(self._seen, None)
+            self._handle._wait(channel.call_when_more, self._seen, None)
         self._seen += 1
         return channel.events[self._seen - 1]
 
@@ -289,9 +308,16 @@ class _AsyncEvents:
             if channel.is_read(self._seen):
                 self._handle._outcome()
                 raise StopAsyncIteration
-            await self._handle._wait_async(self._seen)
+            await self._handle._wait_async(channel.call_when_more, self._seen)
         self._seen += 1
         return channel.events[self._seen - 1]
+
+
+def _call_all(waiting: deque[Callable[[], None]]) -> None:
+    """Calls those who wait now: one who is called may wait again at once, on another thread, for what comes next."""
+    for _ in range(len(waiting)):
+        with contextlib.suppress(IndexError, RuntimeError):  # another thread was first; an event loop is closed
+            waiting.popleft()()
 
 
 def settle(future: asyncio.Future[None]) -> None:

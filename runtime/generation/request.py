@@ -11,6 +11,7 @@ from qwen_aot.runtime.generation.config import GenerationConfig
 from qwen_aot.runtime.generation.constraint import ConstraintSource
 from qwen_aot.runtime.generation.images import PlacedImage
 from qwen_aot.runtime.generation.sampling import TokenLogprobs
+from qwen_aot.runtime.text.thoughts import Part, ThoughtTokens
 from qwen_aot.str_enum import StrEnum
 
 __all__ = ["Completion", "Event", "FinishReason", "Request", "Timings", "TokenEvent"]
@@ -42,6 +43,9 @@ class Request:
         constraint: what the text of each choice may be; None: anything. An output ends only where its constraint lets
             it, at once where nothing may follow (before `min_new_tokens` too), or where there is no more room.
         images: that stand among the tokens of a prompt that is given as ids, in their order.
+        thoughts: an output may begin with a thought between these tokens, or go on in one that the prompt begins: stop
+            strings and the constraint count only behind it, and with a constraint the output doesn't end in it. None:
+            all of it is answer.
     """
 
     prompt: str | Sequence[int]
@@ -52,6 +56,7 @@ class Request:
     is_chat: bool = False
     constraint: ConstraintSource | None = None
     images: tuple[PlacedImage, ...] = ()
+    thoughts: ThoughtTokens | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,9 @@ class TokenEvent:
         text: what became certain with it: whole characters, and nothing that may belong to a stop string.
         logprobs: if asked for.
         choice: which of the request's outputs it belongs to, 0 to n - 1.
+        part: what of the output the token and its text belong to; ANSWER unless the request has `thoughts`.
+        cut: leading characters of a closing mark's text that are the thought's: where the mark cuts a character, the
+            U+FFFD that stands for it; else 0.
     """
 
     index: int
@@ -86,6 +94,8 @@ class TokenEvent:
     text: str
     logprobs: TokenLogprobs | None
     choice: int = 0
+    part: Part = Part.ANSWER
+    cut: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +117,9 @@ class Completion:
         prompt_logprobs: one for each token of the prompt, if asked for, the first None; fewer if the request ended
             before its prompt was done. None: not asked for. The same in each choice, as are `cached_tokens` and the
             prefill's time: also in one that ended before it began.
+        thought: what of `text` is a thought, without its marks; empty unless the request has `thoughts`.
+        thought_characters: the leading ones of `text` that are the thought's, its marks among them.
+        thought_tokens: the same of `token_ids`.
     """
 
     index: int
@@ -121,6 +134,20 @@ class Completion:
     error: GenerationError | None = None
     choice: int = 0
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    thought: str = ""
+    thought_characters: int = 0
+    thought_tokens: int = 0
+
+    @property
+    def answer(self) -> str | None:
+        """`text` without the thought and its marks."""
+        return None if self.text is None else self.text[self.thought_characters :]
+
+    @property
+    def last_part(self) -> Part:
+        """What `last_text` belongs to."""
+        is_cut = self.thought_tokens > 0 and self.text is not None and self.thought_characters == len(self.text)
+        return Part.THOUGHT if is_cut else Part.ANSWER
 
 
 Event = TokenEvent | Completion

@@ -18,6 +18,7 @@ from qwen_aot.runtime.generation.sampling import Sampler, TokenLogprobs, log_pro
 from qwen_aot.runtime.generation.speculation import Drafter
 from qwen_aot.runtime.generation.stopping import StopMatcher, ending_ids
 from qwen_aot.runtime.text.detokenizer import make_detokenizer
+from qwen_aot.runtime.text.thoughts import Part, ThoughtReader
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 
 __all__ = ["ActiveSequence", "PromptWork"]
@@ -75,11 +76,17 @@ class ActiveSequence:
         self._prompt = prompt
         self._limit = config.max_new_tokens
         self._ending_ids = ending_ids(config, tokenizer)
-        self._held = None if request.constraint is None else HeldOutput(request.constraint, self._ending_ids)
+        self._thoughts = ThoughtReader(request.thoughts, self.prompt_ids, tokenizer)
+        self._held: HeldOutput | None = None
+        if request.constraint is not None:
+            self._held = HeldOutput(request.constraint, self._ending_ids, self._thoughts)
         self._sampler = Sampler(config, self.prompt_ids, self._ending_ids, choice, self._held)
         self._detokenizer = make_detokenizer(tokenizer) if tokenizer else None
         self._stop = StopMatcher(config.stop)
         self._text: list[str] = []
+        self._thought: list[str] = []  # what of the text is the thought
+        self._thought_characters = self._thought_tokens = 0  # with its marks
+        self._answer_has_begun = False  # behind a thought, with other text than line ends
         self._logprobs: list[TokenLogprobs] = []
         self._arrived = time.perf_counter()
         self._first_token: float | None = None
@@ -171,10 +178,14 @@ class ActiveSequence:
         if self.config.logprobs is not None:
             logprobs = log_probabilities(logits, token_id, self.config.logprobs)
             self._logprobs.append(logprobs)
-        piece = self._detokenizer.push(token_id) if self._detokenizer else ""
-        text, is_stopped = self._pass(piece)
-        self._text.append(text)
-        events: list[Event] = [TokenEvent(self.index, token_id, text, logprobs, self.choice)]
+        cut = ""
+        if self._detokenizer is not None and self._thoughts.ends_thought(token_id):
+            cut, _ = self._pass(self._detokenizer.flush(), Part.THOUGHT)
+        piece, part = self._thoughts.push(token_id, self._detokenizer.push(token_id) if self._detokenizer else "")
+        text, is_stopped = self._pass(piece, part)
+        if part is not Part.ANSWER:
+            self._thought_tokens = len(self.token_ids)
+        events: list[Event] = [TokenEvent(self.index, token_id, cut + text, logprobs, self.choice, part, len(cut))]
         if is_stopped:
             events.append(self._complete(FinishReason.STOP, ""))
         elif self._held is not None and self._held.is_finished:
@@ -185,19 +196,39 @@ class ActiveSequence:
 
     def finish(self, reason: FinishReason) -> Completion:
         """Ends the output; text that was held back comes out with it."""
-        tail = self._detokenizer.flush() if self._detokenizer else ""
-        text, is_stopped = self._pass(tail)
-        return self._complete(FinishReason.STOP if is_stopped else reason, text + self._stop.flush())
+        tail = self._thoughts.flush(self._detokenizer.flush() if self._detokenizer else "")
+        text, is_stopped = self._pass(*tail)
+        rest = self._stop.flush()
+        self._text.append(rest)
+        return self._complete(FinishReason.STOP if is_stopped else reason, text + rest)
 
     def fail(self, error: GenerationError) -> Completion:
         """Ends the output with what it had given out before its step failed."""
         return self._complete(FinishReason.ERROR, "", error)
 
-    def _pass(self, text: str) -> tuple[str, bool]:
-        """What of further text may be given out, and whether a stop string ends it; a constraint has to let it."""
-        if self._held is None or not text or not self.config.stop:
-            return self._stop.push(text)
-        return self._stop.push(text, may_stop=self._held.may_end)
+    def _pass(self, text: str, part: Part) -> tuple[str, bool]:
+        """Notes what of further text may be given out; whether a stop string ends it, if a constraint lets it."""
+        is_stopped = False
+        if part is not Part.ANSWER:  # no stop string counts in a thought
+            self._thought_characters += len(text)
+            if part is Part.THOUGHT:
+                self._thought.append(text)
+        elif text and self.config.stop:
+            blank, text = self._blank_before_answer(text)
+            blank, _ = self._stop.push(blank, may_stop=False)
+            if text:
+                text, is_stopped = self._stop.push(text, may_stop=self._held is None or self._held.may_end)
+            text = blank + text
+        self._text.append(text)
+        return text, is_stopped
+
+    def _blank_before_answer(self, text: str) -> tuple[str, str]:
+        """Parts from an answer's text the line ends that stand between a thought and it: a stop of them is none."""
+        if self._answer_has_begun or not self._thought_tokens:
+            return "", text
+        answer = text.lstrip("\n")
+        self._answer_has_begun = bool(answer)
+        return text[: len(text) - len(answer)], answer
 
     def _complete(self, reason: FinishReason, last_text: str, error: GenerationError | None = None) -> Completion:
         now = time.perf_counter()
@@ -205,7 +236,7 @@ class ActiveSequence:
         return Completion(
             index=self.index,
             token_ids=tuple(self.token_ids),
-            text="".join(self._text) + last_text if self._detokenizer else None,
+            text="".join(self._text) if self._detokenizer else None,
             last_text=last_text,
             finish_reason=reason,
             prompt_tokens=len(self.prompt_ids),
@@ -215,4 +246,7 @@ class ActiveSequence:
             error=error,
             choice=self.choice,
             prompt_logprobs=tuple(self._prompt.logprobs) if self.has_prompt_logprobs else None,
+            thought="".join(self._thought),
+            thought_characters=self._thought_characters,
+            thought_tokens=self._thought_tokens,
         )

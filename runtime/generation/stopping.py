@@ -49,8 +49,14 @@ class StopMatcher:
         """
         if not self._stops:
             return text, False
+        held = len(self._held)
         text = self._held + text
-        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        # Only what the new text completes: what is held may have one in it that was not to stop.
+        found = [
+            (start + len(stop), start)
+            for stop in self._stops
+            if (start := text.find(stop, max(0, held - len(stop) + 1))) >= 0
+        ]
         if found and may_stop:
             self._held = ""
             return text[: min(found)[1]], True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
@@ -109,16 +110,21 @@ class _PlainEndpoints:
         return JSONResponse(self._description)
 
     async def version(self, request: Request) -> JSONResponse:
-        return JSONResponse({"version": __version__})
+        """Of qwen-aot, and whose kernels run the model; before it is loaded that isn't known."""
+        model = self._state.loaded
+        return JSONResponse({"version": __version__, "kernels": None if model is None else model.kernels})
 
 
-def _model_entry(model: Model, name: str) -> dict[str, str | int]:
+def _model_entry(model: Model, name: str) -> dict[str, Any]:
+    images = {} if model.image_tokens is None else {"image_tokens": model.image_tokens}
     return {
         "id": name,
         "object": "model",
         "created": model.created,
         "owned_by": "qwen-aot",
         "max_model_len": model.max_context,
+        "input_modalities": ["text", "image"] if images else ["text"],
+        **images,
     }
 
 

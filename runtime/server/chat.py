@@ -43,6 +43,7 @@ from qwen_aot.runtime.server.generation_fields import (
     refuse_stops,
 )
 from qwen_aot.runtime.server.image_parts import check_images, without_images
+from qwen_aot.runtime.server.reasoning import ThoughtSplitter, answer_of, reasoning_of
 from qwen_aot.runtime.server.requested import check_choices, check_length, check_model, check_room, usage
 from qwen_aot.runtime.server.response_format import RESPONSE_FORMAT
 from qwen_aot.runtime.server.state import Model
@@ -245,13 +246,17 @@ class ChatJob:
         pending = self.model.generator.pending_chat_request(
             conversation.messages, self.config, tools=conversation.tools, template_variables=self.variables
         )
-        prompt = [*pending.request.prompt, *conversation.begun_ids(self.model)]
+        assert not isinstance(pending.request.prompt, str)
+        prompt = conversation.continued(pending.request.prompt, self.model)
         if len(prompt) > self.model.max_context:
             raise ContextFullError(
                 f"the conversation has {len(prompt)} tokens, and {self.model.max_context} fit the context: shorten it"
             )
         check_room(self.config, len(prompt), self.model)
-        return [replace(pending, request=replace(pending.request, prompt=prompt, constraint=constraint))]
+        # An answer that goes on behind its beginning is past its thought.
+        thoughts = None if conversation.begun else self.model.generator.chat_encoder.thoughts
+        request = replace(pending.request, prompt=prompt, constraint=constraint, thoughts=thoughts)
+        return [replace(pending, request=request)]
 
     def answer(self, handles: Sequence[RequestHandle]) -> ChatAnswer:
         """See `Job`."""
@@ -274,6 +279,7 @@ class ChatAnswer:
             "model": job.name,
         }
         self._calls: dict[int, _Calls] = {}
+        self._splitters: dict[int, ThoughtSplitter] = {}
 
     def opening(self) -> list[dict[str, Any]]:
         """See `Answer`."""
@@ -283,11 +289,13 @@ class ChatAnswer:
         """See `Answer`."""
         choice = event.choice
         calls = self._calls.setdefault(choice, _Calls(self._job))
+        reasoning, content = self._splitters.setdefault(choice, ThoughtSplitter()).push(event)
+        deltas: list[dict[str, Any]] = [{"reasoning_content": reasoning}] if reasoning else []
         if isinstance(event, Completion):
-            deltas = calls.deltas(event.last_text, is_last=True)
+            deltas += calls.deltas(content, is_last=True)
             end = self._chunk(choice, {}, finish_reason=calls.finish_reason(event))
             return [*(self._chunk(choice, delta) for delta in deltas), end]
-        deltas = calls.deltas(event.text)
+        deltas += calls.deltas(content)
         if event.logprobs is None:
             return [self._chunk(choice, delta) for delta in deltas]
         logprobs = [self._texts.chat_entry(event.token_id, event.logprobs)]
@@ -314,9 +322,10 @@ class ChatAnswer:
             pairs = zip(completion.token_ids, completion.logprobs, strict=True)
             logprobs = {"content": [self._texts.chat_entry(*pair) for pair in pairs], "refusal": None}
         calls = _Calls(self._job)
+        reasoning = reasoning_of(completion)
         return {
             "index": completion.choice,
-            "message": calls.message(completion.text or ""),
+            "message": calls.message(answer_of(completion)) | ({"reasoning_content": reasoning} if reasoning else {}),
             "logprobs": logprobs,
             "finish_reason": calls.finish_reason(completion),
         }

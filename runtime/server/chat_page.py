@@ -15,11 +15,12 @@ _FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page/chat.css": ("chat.css", "text/css; charset=utf-8"),
     "/page/chat.js": ("chat.js", "text/javascript; charset=utf-8"),
+    "/page/images.js": ("images.js", "text/javascript; charset=utf-8"),
 }
 PAGE_PATHS = frozenset(_FILES)
 
 # Nothing from elsewhere, nothing inline, no frame around it, and no text of a model becomes markup or code: the last
-# line makes a browser refuse that wherever the script would do it. data: is the empty icon's.
+# line makes a browser refuse that wherever the script would do it. data: is the empty icon's, and a user's images'.
 # Source: https://www.w3.org/TR/CSP3/, https://www.w3.org/TR/trusted-types/
 _POLICY = "; ".join(
     (

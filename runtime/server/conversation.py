@@ -31,13 +31,17 @@ class Conversation:
     begun: str = ""
     tool_format: ToolFormat | None = None
 
-    def begun_ids(self, model: Model) -> list[int]:
-        """The tokens of `begun`; a control token that it spells is text."""
-        tokenizer = model.generator.tokenizer
+    def continued(self, ids: Sequence[int], model: Model) -> list[int]:
+        """The tokens of the messages, and those of `begun` behind them; a control token that it spells is text.
+
+        Where the template begins a thought, `begun` stands behind an empty one.
+        """
+        tokenizer, thoughts = model.generator.tokenizer, model.generator.chat_encoder.thoughts
         assert tokenizer is not None
         if not self.begun:
-            return []
-        return tokenizer.encode(self.begun, add_special_tokens=False, allow_special_tokens=False)
+            return list(ids)
+        behind = list(ids) if thoughts is None else thoughts.closed(ids, tokenizer)
+        return [*behind, *tokenizer.encode(self.begun, add_special_tokens=False, allow_special_tokens=False)]
 
 
 def make_conversation(messages: Sequence[Mapping[str, Any]], offer: Offer | None, model: Model) -> Conversation:

@@ -25,7 +25,7 @@ from qwen_aot.runtime.server.constraints.grammar import Grammar
 from qwen_aot.runtime.server.errors import ApiError, draining, failed, not_held
 from qwen_aot.runtime.server.feed import Feed
 from qwen_aot.runtime.server.generation_fields import StreamOptions
-from qwen_aot.runtime.server.http_protocol import ABORT
+from qwen_aot.runtime.server.http_protocol import ABORT, MUST_WAIT
 from qwen_aot.runtime.server.json_body import BodyReader, json_in_pieces
 from qwen_aot.runtime.server.metrics import Metrics
 from qwen_aot.runtime.server.slow_readers import SlowReaders, Stream
@@ -119,7 +119,7 @@ class GenerationEndpoint:
             handles: list[RequestHandle] = []
             async with _cancelled_on_disconnect(receive, handles) as gone:
                 handles += await self._submit(model, job, constraint, gone, scope)
-                feed = Feed(handles)
+                feed = Feed(handles, waits_for_completions=job.stream is None)
                 with self._state.at_work(handles):
                     ended: list[tuple[int, Completion]] = []
                     try:
@@ -190,27 +190,31 @@ class GenerationEndpoint:
         assert job.stream is not None
         answer = job.answer(handles)
         abort = scope.get("extensions", {}).get(ABORT, lambda: None)
+        must_wait = scope.get("extensions", {}).get(MUST_WAIT, lambda: True)
         stream = Stream(feed, handles, abort)
 
         async def put(data: bytes, *, more: bool = True) -> None:
-            with stream.sending():
-                await send({"type": "http.response.body", "body": data, "more_body": more})
+            message = {"type": "http.response.body", "body": data, "more_body": more}
+            if must_wait():
+                with self._slow_readers.watch(stream):
+                    await send(message)
+            else:
+                await send(message)
 
-        with self._slow_readers.watch(stream):
-            await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
-            await put(_events(answer.opening()))
-            try:
-                while batch := await feed.next():
-                    ended += _completions(batch)
-                    _check_ends(_completions(batch), gone)
-                    data = _events(chunk for prompt, event in batch for chunk in answer.chunks(prompt, event))
-                    if data:
-                        await put(data)
-                if job.stream.include_usage:
-                    await put(_events([answer.usage_chunk(ended)]))
-            except ApiError as error:  # the status was sent: a stream says it in an event
-                await put(_events([error.body()]))
-            await put(END, more=False)
+        await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+        await put(_events(answer.opening()))
+        try:
+            while batch := await feed.next():
+                ended += _completions(batch)
+                _check_ends(_completions(batch), gone)
+                data = _events(chunk for prompt, event in batch for chunk in answer.chunks(prompt, event))
+                if data:
+                    await put(data)
+            if job.stream.include_usage:
+                await put(_events([answer.usage_chunk(ended)]))
+        except ApiError as error:  # the status was sent: a stream says it in an event
+            await put(_events([error.body()]))
+        await put(END, more=False)
 
 
 @contextlib.asynccontextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from qwen_aot.errors import GenerationError, ServiceClosedError
 from qwen_aot.runtime.generation.handle import RequestHandle
-from qwen_aot.runtime.generation.request import Event
+from qwen_aot.runtime.generation.request import Completion, Event
 from qwen_aot.runtime.server.errors import draining, failed
 
 __all__ = ["Feed"]
@@ -16,10 +16,17 @@ __all__ = ["Feed"]
 class Feed:
     """Reads handles at once. What it has given out counts as delivered when the next batch is asked for."""
 
-    def __init__(self, handles: Sequence[RequestHandle]) -> None:
-        """Starts with each handle's first event."""
+    def __init__(self, handles: Sequence[RequestHandle], *, waits_for_completions: bool = False) -> None:
+        """Starts with each handle's first event.
+
+        Args:
+            handles: to be read.
+            waits_for_completions: a batch is there once a completion is, and not with each token.
+        """
+        self._waits_for_completions = waits_for_completions
         self._handles = list(handles)
         self._read = [0] * len(handles)
+        self._completed = [0] * len(handles)  # choices, among what was read
         self._delivered = 0
         self._is_waiting_for = [False] * len(handles)
         self._more = asyncio.Event()
@@ -46,6 +53,7 @@ class Feed:
             for number, handle in enumerate(self._handles):
                 events = handle.events_from(self._read[number])
                 self._read[number] += len(events)
+                self._completed[number] += sum(isinstance(event, Completion) for event in events)
                 batch += [(number, event) for event in events]
             if batch:
                 return batch
@@ -63,10 +71,16 @@ class Feed:
             is_left = True
             if not self._is_waiting_for[number]:
                 self._is_waiting_for[number] = True
-                if not handle.call_when_more(self._read[number], self._waker(number)):
+                if not self._call_when_more(number):
                     self._is_waiting_for[number] = False
                     self._more.set()
         return is_left
+
+    def _call_when_more(self, number: int) -> bool:
+        handle, waker = self._handles[number], self._waker(number)
+        if not self._waits_for_completions:
+            return handle.call_when_more(self._read[number], waker)
+        return handle.call_when_completed(self._completed[number], waker)
 
     def _check(self, handle: RequestHandle) -> None:
         """Raises why a handle that is done has no completion, if it has none."""

@@ -15,9 +15,10 @@ from uvicorn.server import ServerState
 
 from qwen_aot.runtime.server.errors import ApiError
 
-__all__ = ["ABORT", "HttpProtocol"]
+__all__ = ["ABORT", "MUST_WAIT", "HttpProtocol"]
 
 ABORT = "qwen_aot.abort"  # in a scope's extensions: a function that ends its connection at once
+MUST_WAIT = "qwen_aot.must_wait"  # the same: tells whether who sends now has to wait until the client has read more
 HEADER_SECONDS = 10.0  # in which a request's headers must be there, the first byte of a connection included
 WRITE_SECONDS = 30.0  # that a client may read nothing of what waits for it
 MAX_CONNECTIONS = 1000
@@ -40,7 +41,7 @@ class HttpProtocol(H11Protocol):
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             self._stop_timer()
-            scope.setdefault("extensions", {})[ABORT] = self._abort
+            scope.setdefault("extensions", {}).update({ABORT: self._abort, MUST_WAIT: lambda: self.flow.write_paused})
             await inner(scope, receive, send)
 
         self.app = app

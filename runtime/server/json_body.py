@@ -38,6 +38,7 @@ class BodyReader:
 
     def __init__(self) -> None:
         self._held = 0  # bytes
+        self._parsing = asyncio.Lock()  # one long body at a time: more threads would take turns with the event loop
 
     async def read(self, request: Request, make: Callable[[dict[str, Any]], T]) -> T:
         """What `make` makes of the body's object. Where that may take long, it runs in a thread.
@@ -66,7 +67,8 @@ class BodyReader:
                 await self._fill(request, body)
             if len(body) <= INLINE_BYTES:
                 return make(_parse(bytes(body)))
-            return await asyncio.to_thread(lambda: make(_parse(bytes(body))))
+            async with self._parsing:
+                return await asyncio.to_thread(lambda: make(_parse(bytes(body))))
         except DeployError as error:
             raise of_request(error) from error
         except TimeoutError:

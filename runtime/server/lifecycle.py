@@ -24,6 +24,7 @@ from qwen_aot.runtime.server.state import Model, ServerState
 __all__ = ["Lifecycle", "bind", "url_of"]
 
 LOOK_SECONDS = 0.1  # between looks at what may have changed
+ENGINE_LOOK_SECONDS = 1.0  # the same, at whether the engine has failed; each look costs an answer at work its caches
 CLOSE_SECONDS = 5.0  # for streams to say that they were cut, and for the step at work to end
 FLUSH_SECONDS = 1  # for connections to end behind that: one may be in the middle of a body
 SEND_BUFFER_BYTES = 64 << 10  # of the system, for each connection: what is in it, no reader has read
@@ -102,6 +103,8 @@ class Lifecycle:
         self._load = load
         self._on_ready = on_ready
         self._stops = 0
+        self._loop: asyncio.AbstractEventLoop | None = None  # while it runs
+        self._stopping = asyncio.Event()
         self._last_signal: int = signal.SIGTERM
         self._is_cut = False
 
@@ -110,6 +113,9 @@ class Lifecycle:
         self._stops += 1
         self._last_signal = number
         self.state.drain()
+        if (loop := self._loop) is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+                loop.call_soon_threadsafe(self._stopping.set)
 
     async def run(self) -> int:
         """Serves until it is stopped.
@@ -121,6 +127,7 @@ class Lifecycle:
         Raises:
             Exception: what loading raised.
         """
+        self._loop = asyncio.get_running_loop()
         server = _Uvicorn(self._config())
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         try:
@@ -130,6 +137,7 @@ class Lifecycle:
                     await self._load_and_serve()
                 await self._drain()
         finally:
+            self._loop = None
             server.should_exit = True
             await asyncio.wait([serving])
             failed = await self._close()
@@ -177,7 +185,8 @@ class Lifecycle:
         model = self.state.start(loading.result())
         self._on_ready(model)
         while not self._stops:
-            await asyncio.sleep(LOOK_SECONDS)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), ENGINE_LOOK_SECONDS)
             if not model.service.statistics().is_accepting:
                 log.error("the engine has failed: the server stops")
                 self.state.drain()

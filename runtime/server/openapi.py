@@ -49,7 +49,10 @@ def describe(settings: ServerSettings) -> dict[str, Any]:
         "/health": _get("Whether the process answers", _object(status=_TEXT, phase=_TEXT)),
         "/ready": _get("Whether requests are taken", _object(status=_TEXT), _MODEL),
         "/metrics": _get("For Prometheus", {"type": "string"}, kind="text/plain"),
-        "/version": _get("The version of qwen-aot", _object(version=_TEXT)),
+        "/version": _get(
+            "The version of qwen-aot, and whose kernels run the model",
+            _object(version=_TEXT, kernels=_or_null("string")),
+        ),
         "/openapi.json": _get("This description", {"type": "object"}),
     }
     document: dict[str, Any] = {
@@ -87,13 +90,22 @@ _USAGE = _object(
     total_tokens=_COUNT,
     prompt_tokens_details=_object(cached_tokens=_COUNT),
 )
+_USAGE["properties"]["completion_tokens_details"] = _object(reasoning_tokens=_COUNT)
 _REASON: Schema = {"type": "string", "enum": ["stop", "length", "tool_calls"]}
 _CALL = _object(id=_TEXT, type={"const": "function"}, function=_object(name=_TEXT, arguments=_TEXT))
 _MESSAGE = _object(role={"const": "assistant"}, content=_or_null("string"))
-_MESSAGE["properties"] |= {"reasoning_content": _or_null("string"), "tool_calls": _list(_CALL)}
+_MESSAGE["properties"] |= {"reasoning_content": _TEXT, "tool_calls": _list(_CALL)}
 _MESSAGE_CHOICE = _object(index=_COUNT, message=_MESSAGE, finish_reason=_REASON, logprobs=_or_null("object"))
 _TEXT_CHOICE = _object(index=_COUNT, text=_TEXT, finish_reason=_REASON, logprobs=_or_null("object"))
-_MODEL_ENTRY = _object(id=_TEXT, object=_TEXT, created=_COUNT, owned_by=_TEXT, max_model_len=_COUNT)
+_MODEL_ENTRY = _object(
+    id=_TEXT,
+    object=_TEXT,
+    created=_COUNT,
+    owned_by=_TEXT,
+    max_model_len=_COUNT,
+    input_modalities=_list({"type": "string", "enum": ["text", "image"]}),
+)
+_MODEL_ENTRY["properties"]["image_tokens"] = _COUNT
 _TOKENIZED = _object(tokens=_list(_COUNT), count=_COUNT, max_model_len=_COUNT)
 _DETOKENIZED = _object(prompt=_TEXT)
 

@@ -88,7 +88,7 @@ def check_room(config: GenerationConfig, prompt_tokens: int, model: Model) -> No
 
 
 def usage(completions: Sequence[tuple[int, Completion]], uncounted: int = 0) -> dict[str, Any]:
-    """Tokens of all prompts and answers; a prompt counts once, however many choices it has.
+    """Tokens of all prompts and answers, and those of thoughts if there are any; a prompt counts once.
 
     Args:
         completions: pairs of a prompt's number and one of its completions.
@@ -97,7 +97,7 @@ def usage(completions: Sequence[tuple[int, Completion]], uncounted: int = 0) -> 
     prompts = dict(completions)
     prompt = sum(completion.prompt_tokens for completion in prompts.values())
     generated = sum(len(completion.token_ids) for _, completion in completions) - uncounted
-    return {
+    told: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
@@ -105,3 +105,5 @@ def usage(completions: Sequence[tuple[int, Completion]], uncounted: int = 0) -> 
             "cached_tokens": sum(completion.cached_tokens for completion in prompts.values()),
         },
     }
+    thought = sum(completion.thought_tokens for _, completion in completions)
+    return told | {"completion_tokens_details": {"reasoning_tokens": thought}} if thought else told

@@ -31,28 +31,10 @@ class Stream:
         self._feed = feed
         self._handles = handles
         self._abort = abort
-        self._sends = 0  # begun
-        self._is_sending = False
-        self._seen = -1  # the send that was under way when it was looked at last
-
-    @contextlib.contextmanager
-    def sending(self) -> Iterator[None]:
-        """While something is being sent."""
-        self._sends += 1
-        self._is_sending = True
-        try:
-            yield
-        finally:
-            self._is_sending = False
 
     def look(self) -> None:
-        """Cuts it if one and the same send has waited since the last look, and too much has come since.
-
-        An event loop that was busy itself finds many events at once, and sends them.
-        """
-        is_stuck = self._is_sending and self._seen == self._sends
-        self._seen = self._sends
-        if is_stuck and not self.is_cut and self._feed.backlog > MAX_BACKLOG:
+        """Cuts it if too much has come while it waits for its reader."""
+        if not self.is_cut and self._feed.backlog > MAX_BACKLOG:
             self.is_cut = True
             log.warning("a reader fell %d events behind: its request is cancelled", self._feed.backlog)
             for handle in self._handles:
@@ -61,22 +43,25 @@ class Stream:
 
 
 class SlowReaders:
-    """Looks at all streams of an event loop from time to time, while there are some."""
+    """Looks from time to time at the streams of an event loop that wait for their readers, while there are some.
+
+    Where all readers keep up, it costs nothing.
+    """
 
     def __init__(self) -> None:
-        self._streams: set[Stream] = set()
+        self._waiting: dict[Stream, bool] = {}  # whether it was looked at since it waits
         self._timer: asyncio.TimerHandle | None = None
 
     @contextlib.contextmanager
     def watch(self, stream: Stream) -> Iterator[None]:
-        """Looks after a stream meanwhile."""
-        self._streams.add(stream)
+        """Looks after a stream while something is sent on it."""
+        self._waiting[stream] = False
         self._arm()
         try:
             yield
         finally:
-            self._streams.discard(stream)
-            if not self._streams and self._timer is not None:
+            del self._waiting[stream]
+            if not self._waiting and self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
 
@@ -85,8 +70,14 @@ class SlowReaders:
             self._timer = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
 
     def _look(self) -> None:
+        """Lets those be cut that one and the same sending has kept since the last look.
+
+        An event loop that was busy itself finds many events at once, and sends them.
+        """
         self._timer = None
-        for stream in list(self._streams):
-            stream.look()
-        if self._streams:
-            self._arm()
+        for stream, has_waited in list(self._waiting.items()):
+            if has_waited:
+                stream.look()
+            else:
+                self._waiting[stream] = True
+        self._arm()

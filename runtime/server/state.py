@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from qwen_aot.errors import DeployError
+from qwen_aot.runtime.backends.cpu.kernels import kernels_of
+from qwen_aot.runtime.engine.vision_table import vision_table
 from qwen_aot.runtime.generation.constraint import ConstraintSource
 from qwen_aot.runtime.generation.generator import Generator
 from qwen_aot.runtime.generation.handle import RequestHandle
@@ -22,6 +24,7 @@ from qwen_aot.runtime.server.constraints.compiler import GrammarCompiler
 from qwen_aot.runtime.server.constraints.grammar import Grammar
 from qwen_aot.runtime.server.errors import ApiError, draining, loading, of_request, queue_full
 from qwen_aot.runtime.server.settings import ServerSettings
+from qwen_aot.runtime.text.image_tokens import ImageTokens
 
 __all__ = ["Model", "Phase", "ServerState"]
 
@@ -59,6 +62,10 @@ class Model:
         self.rows = manifest.max_batch
         self.max_context = manifest.max_context
         self.vocab_size = manifest.model.vocab_size
+        self.image_tokens = _image_tokens(generator)
+        self.kernels = kernels_of(
+            manifest
+        )  # whose run it: "own", "onnxruntime"; None: they are compiled into the engine
         assert generator.tokenizer is not None
         # Characters; of byte-level tokens bytes.
         self.longest_token = max(map(len, generator.tokenizer.backend.get_vocab()), default=1)
@@ -66,6 +73,16 @@ class Model:
         # `ServerState.admit` decides who may wait. A row that was cancelled is free only after its step, so that the
         # service may see some more for a moment.
         self.service = GenerationService(generator, max_waiting=4 * (manifest.max_batch + settings.max_queue))
+
+
+def _image_tokens(generator: Generator) -> int | None:
+    """Of the context, that an image takes; None: the model can't be shown any."""
+    if not generator.takes_images:
+        return None
+    try:
+        return len(ImageTokens.of(generator.tokenizer).span(vision_table(generator.engine.manifest).rows))
+    except DeployError:
+        return None  # whoever sends one is told why
 
 
 class ServerState:

@@ -99,7 +99,7 @@ def _encode(fields: Mapping[str, Any], model: Model) -> list[int]:
         conversation = make_conversation(fields["messages"], read_offer(fields), model)
         variables = template_variables(fields, model)
         ids = model.generator.chat_encoder.encode(conversation.messages, tools=conversation.tools, variables=variables)
-        return ids + conversation.begun_ids(model)
+        return conversation.continued(ids, model)
     tokenizer = model.generator.tokenizer
     assert tokenizer is not None
     return tokenizer.encode(

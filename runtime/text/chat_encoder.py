@@ -11,6 +11,7 @@ from qwen_aot.errors import GenerationError
 from qwen_aot.runtime.text.chat_template import RESERVED, ChatTemplate, Message, template_tokens
 from qwen_aot.runtime.text.control_tokens import ControlTokens, How, Marks, placeholder_absent_from
 from qwen_aot.runtime.text.image_tokens import ImageTokens, picture_label
+from qwen_aot.runtime.text.thoughts import ThoughtTokens
 from qwen_aot.runtime.text.tokenizer import Tokenizer, check_unicode
 
 __all__ = ["ChatEncoder", "EncodedConversation"]
@@ -42,6 +43,7 @@ class ChatEncoder:
         self._control = ControlTokens(
             tokenizer.backend, others=tokenizer.chat_control_tokens, literals=template.literals
         )
+        self._thoughts = ThoughtTokens.of(tokenizer, template)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer | None) -> ChatEncoder:
@@ -63,6 +65,11 @@ class ChatEncoder:
     def template(self) -> ChatTemplate:
         """The chat template."""
         return self._template
+
+    @property
+    def thoughts(self) -> ThoughtTokens | None:
+        """What the model's thoughts stand between; None: it has none."""
+        return self._thoughts
 
     def encode(
         self,

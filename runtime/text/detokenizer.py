@@ -20,7 +20,10 @@ class Detokenizer(Protocol):
         """The text that this token completes; empty inside a character and for special tokens."""
 
     def flush(self) -> str:
-        """The rest, where the sequence ended inside a character: U+FFFD, as decoding the whole gives."""
+        """The rest, where the sequence ended inside a character: U+FFFD, as decoding the whole gives.
+
+        Tokens may follow: the character is cut there.
+        """
 
 
 def make_detokenizer(tokenizer: Tokenizer) -> Detokenizer:
@@ -102,7 +105,7 @@ class _WindowDetokenizer:
     def flush(self) -> str:
         """See `Detokenizer.flush`."""
         before, after = self._texts()
-        self._window, self._given = [], 0
+        self._given = len(self._window)  # it stays what the next token is decoded behind
         return after[len(before) :]
 
     def _texts(self) -> tuple[str, str]:

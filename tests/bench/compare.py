@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_aot.runtime.backends.cpu.kernels import Kernels
 from tests.bench.results import new_file, write_new
 from tests.bench.workers.protocol import READY
 
@@ -136,13 +137,17 @@ def commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
             str(arguments.threads),
         ]
     for spec in arguments.bundle:
-        label, _, path = spec.rpartition("=")
-        result[label or Path(path).name] = [
+        named, _, path = spec.rpartition("=")
+        label, at, kernels = named.rpartition("@")
+        if at and kernels not in set(Kernels):
+            raise SystemExit(f"--bundle {spec!r}: kernels are {kernels!r}; accepted: {', '.join(Kernels)}")
+        result[(label if at else named) or Path(path).name] = [
             sys.executable,
             "-m",
             "tests.bench.workers.ours",
             str(Path(path).resolve()),
             str(arguments.threads),
+            kernels if at else Kernels.AUTO,
         ]
     return result
 
@@ -162,7 +167,9 @@ def run(workers: Sequence[Worker], load: Load, rounds: int) -> list[dict[str, di
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", action="append", default=[], metavar="[LABEL=]PATH")
+    parser.add_argument(
+        "--bundle", action="append", default=[], metavar="[LABEL[@KERNELS]=]PATH", help=", ".join(Kernels)
+    )
     parser.add_argument(
         "--peer", action="append", default=[], metavar="[LABEL@]KIND=PYTHON:MODEL", help=", ".join(PEERS)
     )

@@ -4,17 +4,18 @@
     python -m tests.bench.tensorrt_plans --rows 4 --only 1.8b
 
 Needs a TensorRT-RTX package (pip install tensorrt-rtx-cu13), no GPU, and some two minutes. The widths are the published
-ones, weights are random, the vocabulary has 4,096 words, and MoE-A2.7B 8 experts of its 60. int8-sq is given as a
-checkpoint whose codes and scales are random too: plans don't depend on numbers. A build that is refused prints why.
+ones, weights are random, the vocabulary has 4,096 words, and MoE-A2.7B 8 experts of its 60. int8-sq and fp8-sq are
+given as checkpoints whose codes and scales are random too: plans don't depend on numbers. A build that is refused
+prints why.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.errors import DeployError
 from qwen_aot.exporter.checkpoint.base import Checkpoint
+from qwen_aot.exporter.checkpoint.encoding import CodeType
 from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
 from qwen_aot.exporter.model.variants import variant_config
 from qwen_aot.runtime.cli.inspect import show
@@ -31,9 +33,9 @@ from tests.coded_checkpoints import LINEAR, WHOLE_ROW, CodedCheckpoint, Coding
 
 LAYERS, VOCABULARY, EXPERTS = 2, 4096, 8
 DENSE, MOE = "qwen1.5-1.8b", "qwen1.5-moe-a2.7b"
-SMOOTH = "int8-sq"
-CASES = [*((DENSE, precision) for precision in ("fp16", "int8", SMOOTH, "int4"))]
-CASES += [(MOE, precision) for precision in ("fp16", SMOOTH, "int8")]
+ROUNDED = {"int8-sq": CodeType.INTEGER, "fp8-sq": CodeType.E4M3}
+CASES = [*((DENSE, precision) for precision in ("fp16", "int8", *ROUNDED, "int4"))]
+CASES += [(MOE, precision) for precision in ("fp16", *ROUNDED, "int8")]
 
 
 def cut(variant: str) -> Checkpoint:
@@ -47,7 +49,7 @@ def cut(variant: str) -> Checkpoint:
     return RandomCheckpoint(dataclasses.replace(config, **shape, **ids))
 
 
-def smooth_cut(variant: str) -> Checkpoint:
+def rounded_cut(variant: str, code_type: CodeType) -> Checkpoint:
     """The same whose projections are codes of 8 bits with scales of their inputs; experts and gates are plain."""
     config = variant_config(variant)
     shape: dict[str, Any] = {
@@ -67,26 +69,26 @@ def smooth_cut(variant: str) -> Checkpoint:
             "moe_intermediate_size": config.moe.moe_intermediate_size,
             "shared_expert_intermediate_size": config.moe.shared_expert_intermediate_size,
         }
-    return CodedCheckpoint(_smooth, **shape)
+    return CodedCheckpoint(functools.partial(_coding, code_type), **shape)
 
 
-def _smooth(name: str) -> Coding | None:
+def _coding(code_type: CodeType, name: str) -> Coding | None:
     is_rounded = LINEAR.search(name) is not None and ".experts." not in name
-    return Coding(8, WHOLE_ROW, input_scale=0.0625) if is_rounded else None
+    return Coding(8, WHOLE_ROW, input_scale=0.0625, code_type=code_type) if is_rounded else None
 
 
 def print_plan(variant: str, precision: str, rows: int, folder: Path) -> None:
     """Builds one case and prints the tables of its plan, or why it isn't built."""
     print(f"\n## {variant}, {LAYERS} layers, {precision}, {rows} rows\n", flush=True)
-    make: Callable[[str], Checkpoint] = smooth_cut if precision == SMOOTH else cut
+    code_type = ROUNDED.get(precision)
     spec = BuildSpec(
         target="tensorrt-rtx",
-        precision=None if precision == SMOOTH else precision,
+        precision=precision if code_type is None else None,
         max_batch=rows,
         tensorrt=TensorRtOptions(compute_capabilities=("8.9",)),
     )
     try:
-        build_bundle(make(variant), spec, folder)
+        build_bundle(cut(variant) if code_type is None else rounded_cut(variant, code_type), spec, folder)
     except DeployError as error:
         print(f"refused: {error}", flush=True)
         return

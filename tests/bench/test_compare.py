@@ -65,3 +65,14 @@ def test_a_peer_of_unknown_kind_is_refused_with_the_kinds_there_are():
 def test_a_worker_that_fails_to_load_is_named():
     with pytest.raises(RuntimeError, match=r"broken: .* did not become ready"):
         Worker("broken", [sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_a_bundle_is_run_by_the_kernels_that_are_named():
+    found = commands(parse(["--bundle", "stock@onnxruntime=b", "--bundle", "plain=b", "--bundle", "@own=c"]))
+    assert {name: command[-1] for name, command in found.items()} == {
+        "stock": "onnxruntime",
+        "plain": "auto",
+        "c": "own",
+    }
+    with pytest.raises(SystemExit, match="'mine'; accepted: auto, own, onnxruntime"):
+        commands(parse(["--bundle", "x@mine=b"]))

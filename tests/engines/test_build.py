@@ -50,6 +50,7 @@ def test_a_bundle_is_whole_and_says_what_it_is(checkpoint: Path, tmp_path: Path)
     manifest = json.loads((out / "manifest.json").read_text())
     assert set(manifest["files"]) == {
         "model.onnx",
+        "model.kernels.onnx",
         "model.onnx.data",
         "tokenizer.json",
         "tokenizer_config.json",

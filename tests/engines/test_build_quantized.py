@@ -14,6 +14,7 @@ from qwen_aot.engines.export import export_graph
 from qwen_aot.engines.quantize import quantize_checkpoint
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.quantize_spec import QuantizeSpec
+from qwen_aot.engines.spec.tensorrt_options import TensorRtOptions
 from qwen_aot.errors import BuildError, ExportError
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.bundle.load import load_bundle
@@ -154,6 +155,28 @@ def test_tensorrt_gets_codes_whose_scales_are_above_0(model: Path, tmp_path: Pat
             export_graph(folder.config, tmp_path / f"{name}-graph", checkpoint=folder, threads=1)
 
 
+def test_floats_of_8_bits_are_refused_before_they_are_made() -> None:
+    def of(precision: str | None = None, *capabilities: str) -> BuildSpec:
+        options = TensorRtOptions(compute_capabilities=capabilities)
+        return BuildSpec(target="tensorrt-rtx", precision=precision, tensorrt=options)
+
+    found = quantize_spec_for(of(), "gptq-fp8")
+    assert (found.bits, found.group_size, found.plain_share) == (8, None, 0.15)
+    assert quantize_spec_for(of("fp8", "8.9"), "gptq-fp8") == found
+    with pytest.raises(BuildError, match=r"fp8 needs compute capability 8\.9 or later, and 8\.6 is asked for"):
+        quantize_spec_for(of(None, "8.6", "8.9"), "gptq-fp8")
+    with pytest.raises(BuildError, match=r"int8 needs compute capability 8\.0 or later, and 7\.5 is asked for"):
+        quantize_spec_for(of(None, "7.5"), "smoothquant")
+    with pytest.raises(BuildError, match="gptq-fp8 makes E4M3 floats, and precision is int8; accepted: fp8"):
+        quantize_spec_for(of("int8"), "gptq-fp8")
+    for target in ("cpu", "cuda"):
+        message = (
+            rf"is gptq-fp8, .*E4M3 floats\), and target {target} has none; accepted: target tensorrt-rtx, tensorrt;"
+        )
+        with pytest.raises(BuildError, match=message):
+            quantize_spec_for(BuildSpec(target=target), "gptq-fp8")
+
+
 def test_floats_have_no_algorithm(model: Path) -> None:
     with pytest.raises(BuildError, match="algorithm awq makes integers, and precision is fp32; accepted: int4, int8"):
         quantize_spec_for(BuildSpec(precision="fp32"), "awq")
@@ -161,6 +184,7 @@ def test_floats_have_no_algorithm(model: Path) -> None:
 
 def test_a_precision_that_an_algorithm_makes() -> None:
     assert settled_algorithm("int8-sq", None) == settled_algorithm("int8-sq", "smoothquant") == (None, "smoothquant")
+    assert settled_algorithm("fp8-sq", None) == settled_algorithm("fp8-sq", "gptq-fp8") == (None, "gptq-fp8")
     assert settled_algorithm("int8", "awq") == ("int8", "awq")
     assert settled_algorithm(None, None) == (None, None)
     with pytest.raises(BuildError, match=r"int8-sq is made by algorithm smoothquant, and algorithm is gptq; leave one"):

@@ -29,6 +29,7 @@ from qwen_aot.exporter.model.variants import VARIANTS
 from qwen_aot.runtime.backends.open import open_engine
 from qwen_aot.runtime.bundle.load import load_bundle
 from tests.checkpoints import save_tokenizer
+from tests.cpu_kernels import named_kernels
 from tests.first_qwen import CONFIG, LAYERS, SEQ_LENGTH, VOCAB, Statement, make_weights, save_folder
 from tests.quantized_files import gptq, gptq_config, random_codes
 
@@ -51,10 +52,12 @@ def text(count: int) -> np.ndarray:
     return np.random.default_rng(count).integers(0, VOCAB, count)
 
 
-def loss(bundle: Path, statement: Statement, first_step_of: Any = lambda count: count) -> float:
+def loss(
+    bundle: Path, statement: Statement, first_step_of: Any = lambda count: count, kernels: str = "onnxruntime"
+) -> float:
     """Of the logits behind prompts, as a share of their spread; `first_step_of`: which alpha is expected."""
     errors, spreads = [], []
-    with open_engine(load_bundle(bundle), threads=1) as engine:
+    with open_engine(load_bundle(bundle), threads=1, kernels=kernels) as engine:
         for count in FIRST_STEPS:
             engine.truncate(0, 0)
             wanted = statement.logits(text(count).tolist(), first_step_of(count))[-1]
@@ -72,6 +75,10 @@ def test_every_stored_form(form: str, tmp_path: Path) -> None:
     found = loss(tmp_path / "bundle", statement())
     assert found < bound, found
     assert loss(tmp_path / "bundle", statement(), lambda _: 1) > 0.7
+    if report.manifest.engines.text.kernels is not None:
+        with named_kernels():
+            assert loss(tmp_path / "bundle", statement(), kernels="own") < bound
+            assert loss(tmp_path / "bundle", statement(), lambda _: 1, "own") > 0.7
     with open_checkpoint(folder) as checkpoint:
         assert check_weights(tmp_path / "bundle", report.manifest, checkpoint).verdict is Verdict.PASSED
 

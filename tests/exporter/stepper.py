@@ -1,4 +1,7 @@
-"""Steps a lowered graph on ONNX Runtime with plain NumPy: the exporter's tests need no runtime package of ours."""
+"""Steps a lowered graph on ONNX Runtime with plain NumPy: the exporter's tests need no runtime package of ours.
+
+A graph with own CPU kernels gets their library.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
+
+from qwen_aot.exporter.lowering.ort.kernels import CPU_DOMAIN
+from tests.cpu_kernels import own_kernels
 
 _NUMPY = {
     onnx.TensorProto.FLOAT: np.float32,
@@ -27,6 +33,9 @@ def open_session(model: Path | bytes) -> ort.InferenceSession:
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # Else signed activations become unsigned ones, whose products with int8 saturate on CPUs without VNNI.
     options.add_session_config_entry("session.qdqisint8allowed", "1")
+    content = onnx.load(model, load_external_data=False) if isinstance(model, Path) else onnx.load_from_string(model)
+    if any(opset.domain == CPU_DOMAIN for opset in content.opset_import):
+        options.register_custom_ops_library(str(own_kernels()))
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -101,6 +101,7 @@ VISION: dict[str, Any] = {
     "plan": None,
     "max_batch": 4,
 }
+KERNELS = {"file": "model.onnx", "version": 1, "cache_dtype": "float16"}
 LAST_LOGITS = {"name": "last_logits", "dtype": "float32", "shape": ["B", "T", 151936]}
 POSITIONS = {"name": "logits_positions", "dtype": "int64", "shape": ["T"]}
 ROTARY = {"dtype": "int64", "shape": ["B"]}
@@ -225,6 +226,23 @@ EDITS: list[tuple[str, KeyPath, Any, bool]] = [
     ("positions of another type", TEXT, speculative(8, [LAST_LOGITS], (POSITIONS | {"dtype": "int32"},)), False),
     ("positions of another shape", TEXT, speculative(8, [LAST_LOGITS], (POSITIONS | {"shape": ["B"]},)), False),
     ("no key for the rows of logits", [*TEXT, "logits_rows"], REMOVED, False),
+    # The graph for own kernels: the one key that may be absent, as it is in the base.
+    ("a graph for own kernels", [*TEXT, "kernels"], KERNELS, True),
+    (
+        "a graph for own kernels with a cache of another type",
+        [*TEXT, "kernels"],
+        KERNELS | {"cache_dtype": "int8"},
+        True,
+    ),
+    ("no graph for own kernels", [*TEXT, "kernels"], None, True),
+    ("a graph for own kernels that isn't a file", [*TEXT, "kernels"], KERNELS | {"file": "model.kernels.onnx"}, False),
+    ("a graph for kernels of version 0", [*TEXT, "kernels"], KERNELS | {"version": 0}, False),
+    ("a graph for kernels of a version that is text", [*TEXT, "kernels"], KERNELS | {"version": "1"}, False),
+    ("a graph for kernels with a cache of lengths", [*TEXT, "kernels"], KERNELS | {"cache_dtype": "int64"}, False),
+    ("a graph for own kernels with a key too many", [*TEXT, "kernels"], KERNELS | {"library": "x.so"}, False),
+    ("a graph for own kernels without a version", [*TEXT, "kernels"], {"file": "model.onnx"}, False),
+    ("the name of a graph for own kernels", [*TEXT, "kernels"], "model.onnx", False),
+    ("kernels of the vision engine", VISION_KEY, VISION | {"kernels": None}, False),
     # Plans.
     ("a plan", [*TEXT, "plan"], {"prefill": STEP}, True),
     ("a plan of nothing", [*TEXT, "plan"], {}, True),
@@ -432,6 +450,9 @@ def main() -> None:
         {"what": what, "text": json.dumps(edited(BASE, path, value)), "accepted": accepted}
         for what, path, value, accepted in EDITS
     ]
+    with_kernels = edited(BASE, [*TEXT, "kernels"], KERNELS)
+    what = "a graph for own CPU kernels of target cuda"
+    cases += [{"what": what, "text": json.dumps(edited(with_kernels, ["target"], "cuda")), "accepted": False}]
     cases += [version_1_case(*edit) for edit in EDITS_1]
     text = json.dumps(BASE)
     cases += [

@@ -170,7 +170,7 @@ def test_the_c_library_is_built_from_the_wheel(device: Path, own_folder: Path, t
     done = run("sh", "-c", command, device.parent / "qwen-aot", tmp_path / "a prefix", cwd=own_folder)
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
-    assert "[2/3] compile" in done.stderr
+    assert "[2/4] compile" in done.stderr
     program = own_folder / "program.c"
     program.write_text(
         "#include <qwen_aot.h>\n#include <stdio.h>\nint main(void) { puts(qwen_aot_version()); return 0; }\n"

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,8 @@ def release(checkout: Path, out: Path, **variables: str) -> subprocess.Completed
 @pytest.fixture(scope="module")
 def made(archives: Archives, shared_folder: Path) -> Path:
     """The folder of a release."""
-    require_package("ziglang", remedy="pip install 'qwen-aot[release]'")
+    for package in ("ziglang", "wheel"):
+        require_package(package, remedy="pip install 'qwen-aot[release]'")
 
     def make(folder: Path) -> Path:
         done = release(archives.checkout, folder / "dist", RELEASE_PARTS="python capi")
@@ -78,12 +80,38 @@ def portable(processor: str, made: Path, shared_folder: Path) -> Installed:
         lib / "libqwen_aot.so",
         lib / "libqwen_aot.a",
         lib / "pkgconfig" / "qwen_aot.pc",
+        lib / "libqwen_aot_cpu.so",
     )
 
 
 def test_what_is_there(made: Path) -> None:
     archives = {f"libqwen_aot-{__version__}-linux-{processor}.tar.gz" for processor in PROCESSORS}
-    assert {path.name for path in made.iterdir()} == {WHEEL, SDIST, "SHA256SUMS", *archives}
+    wheels = {wheel_of(made, processor).name for processor in PROCESSORS}
+    assert {path.name for path in made.iterdir()} == {WHEEL, SDIST, "SHA256SUMS", *archives, *wheels}
+
+
+def wheel_of(made: Path, processor: str) -> Path:
+    """The wheel with own CPU kernels, whose tag says which glibc it needs."""
+    (wheel,) = made.glob(f"qwen_aot-{__version__}-py3-none-manylinux_2_*_{processor}.whl")
+    return wheel
+
+
+def test_wheels_with_own_kernels(made: Path, processor: str, tmp_path: Path) -> None:
+    """The library is of the processor, and older systems have all that it needs."""
+    place = "qwen_aot/plugins/cpu/lib/libqwen_aot_cpu.so"
+    with zipfile.ZipFile(wheel_of(made, processor)) as own, zipfile.ZipFile(made / WHEEL) as pure:
+        assert set(own.namelist()) - set(pure.namelist()) == {place}
+        own.extract(place, tmp_path)
+    assert MACHINES[processor] in run(["readelf", "--file-header", tmp_path / place])
+    assert newest_glibc(tmp_path / place) <= tuple(map(int, OLDEST_GLIBC.split(".")))
+    assert needed(tmp_path / place) <= OF_GLIBC
+
+
+def test_own_kernels_beside_the_c_library(portable: Installed, processor: str) -> None:
+    assert portable.cpu_kernels is not None
+    assert MACHINES[processor] in run(["readelf", "--file-header", portable.cpu_kernels])
+    assert newest_glibc(portable.cpu_kernels) <= tuple(map(int, OLDEST_GLIBC.split(".")))
+    assert needed(portable.cpu_kernels) <= OF_GLIBC
 
 
 def test_checksums(made: Path) -> None:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from qwen_aot.plugins.launch import gqa_workspace, moe_workspace, num_splits
+from qwen_aot.plugins.launch import gqa_workspace, linear_workspace, moe_workspace, num_splits
+from tests.plugins.any_step import Step
 from tests.plugins.driver.execution import DTYPES, LAUNCH_FAILED, Code, Executor, Gpu, Memory, Recorded, Region
 from tests.plugins.gqa_cases import GqaStep
 from tests.plugins.harness import POISON, Call, Harness, prepare
-from tests.plugins.moe_cases import MoeStep
+from tests.plugins.linear_cases import LinearStep
 
 DRIVER = Path(__file__).parent / "driver"
 GUARD_BYTES = 4096  # after the workspace
@@ -58,7 +59,7 @@ class Enqueue:
     """One call of `enqueue`.
 
     Attributes:
-        batch: B of a MoeStep, whose tokens are [B, S].
+        batch: B of a MoeStep or LinearStep, whose tokens are [B, S].
         gpu: Which of `run`'s, in whose context it happens.
         is_copied: Present lies elsewhere than past, which the plugin must refuse, but where the builder times it.
         code: What of the kernels is executed; None: the launches are only looked at.
@@ -66,7 +67,7 @@ class Enqueue:
         in_new_context: Its context was destroyed before, and another one stands at its address.
     """
 
-    step: GqaStep | MoeStep
+    step: Step
     batch: int = 1
     fault: Fault | None = None
     gpu: int = 0
@@ -125,13 +126,15 @@ def _host(paths: Paths) -> _Host:
     return _Host(paths)
 
 
-def _buffer_bytes(step: GqaStep | MoeStep, gpu: Gpu) -> dict[str, int]:
+def _buffer_bytes(step: Step, gpu: Gpu) -> dict[str, int]:
     """Bytes of each part of the workspace."""
     if isinstance(step, GqaStep):
         cache, batch = "int8" if step.is_int8 else "same", len(step.lengths)
         splits = num_splits(batch, step.num_kv_heads, step.capacity, step.group, cache, gpu.multiprocessors)
         heads = {"num_heads": step.num_heads, "head_dim": step.head_dim}
         shapes = gqa_workspace(batch=batch, steps=step.steps, splits=splits, dtype=step.dtype, **heads)
+    elif isinstance(step, LinearStep):
+        shapes = linear_workspace(num_tokens=step.num_tokens, rows=step.rows, splits=step.splits)
     else:
         shapes = moe_workspace(
             num_tokens=step.num_tokens,
@@ -223,6 +226,9 @@ def _enqueue(
     executor.driver.double_set_current(context)
     if enqueue.in_new_context:
         executor.driver.double_replace_context(context)
+    if isinstance(enqueue.step, LinearStep):
+        offered = harness.tactics(plugin)
+        assert harness.set_tactic(plugin, enqueue.step.tactic if offered else 0) == 0
     regions = {name: Region.of(tensor) for name, tensor in call.named.items()}
     memory = Memory(regions, workspace, _buffer_bytes(enqueue.step, gpus[enqueue.gpu]))
     harness.take_log()

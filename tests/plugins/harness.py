@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from tests.plugins.any_step import Step
 from tests.plugins.gqa_cases import GqaStep
-from tests.plugins.moe_cases import MoeStep
+from tests.plugins.linear_cases import LinearStep
 
 POISON = 0xFF  # NaN in every floating-point type, -1 in integers
 
@@ -57,13 +58,13 @@ class Call:
     named: dict[str, torch.Tensor]
 
 
-def prepare(step: GqaStep | MoeStep, device: torch.device, *, batch: int = 1, is_copied: bool = False) -> Call:
+def prepare(step: Step, device: torch.device, *, batch: int = 1, is_copied: bool = False) -> Call:
     """Copies of a step's tensors on a device, and poisoned outputs.
 
     Args:
         step: what to compute.
         device: where.
-        batch: B of a MoeStep, whose tokens are [B, S].
+        batch: B of a MoeStep or LinearStep, whose tokens are [B, S].
         is_copied: present lies elsewhere than past.
     """
     named = {name: tensor.to(device, copy=True) for name, tensor in step.tensors.items() if tensor is not None}
@@ -79,6 +80,14 @@ def prepare(step: GqaStep | MoeStep, device: torch.device, *, batch: int = 1, is
         return Call(inputs, [named["output"], *present], named)
     steps = step.num_tokens // batch
     assert step.num_tokens == batch * steps
+    if isinstance(step, LinearStep):
+        for part in ("codes", "scale", "zero"):
+            if (tensor := getattr(step.weights, part)) is not None:
+                named[part] = tensor.to(device)
+        x = named["x"].view(batch, steps, step.columns)
+        inputs = [x, *(named[name] for name in ("codes", "scale", "zero", "bias") if name in named)]
+        named["output"] = _poisoned_like(torch.empty(step.num_tokens, step.rows, dtype=named["x"].dtype, device=device))
+        return Call(inputs, [named["output"].view(batch, steps, step.rows)], named)
     tokens = [named[name] for name in ("hidden", "expert_ids", "expert_weights")]
     inputs = [tensor.view(batch, steps, tensor.shape[-1]) for tensor in tokens]
     for part in ("codes", "scale", "zero"):
@@ -107,7 +116,7 @@ class Harness:
         """What was logged since the last time."""
         return str(self._api.harness_take_log().decode())
 
-    def create(self, step: GqaStep | MoeStep) -> ctypes.c_void_p:
+    def create(self, step: Step) -> ctypes.c_void_p:
         """A plugin of the build phase that computes such steps."""
         name, attributes = _plugin(step)
         fields, kept = [], []
@@ -133,6 +142,17 @@ class Harness:
         """The plugin, gone through a plan into an execution context; the given one is no more."""
         return self._made(self._api.harness_restore(plugin))
 
+    def tactics(self, plugin: ctypes.c_void_p) -> list[int]:
+        """What TensorRT may choose among; none: there is nothing to choose."""
+        found = (ctypes.c_int32 * 8)()
+        count = int(self._api.harness_tactics(plugin, found, len(found)))
+        assert count >= 0, self.take_log()
+        return list(found[:count])
+
+    def set_tactic(self, plugin: ctypes.c_void_p, tactic: int) -> int:
+        """What `setTactic` returned: 0 is success."""
+        return int(self._api.harness_set_tactic(plugin, tactic))
+
     def enqueue(self, plugin: ctypes.c_void_p, call: Call, workspace: int, stream: ctypes.c_void_p) -> int:
         """What `onShapeChange`, or after it `enqueue`, returned: 0 is success."""
         described = (_descriptions(call.inputs), len(call.inputs), _descriptions(call.outputs), len(call.outputs))
@@ -151,12 +171,17 @@ class Harness:
         return ctypes.c_void_p(handle)
 
 
-def _plugin(step: GqaStep | MoeStep) -> tuple[str, dict[str, int | float]]:
+def _plugin(step: Step) -> tuple[str, dict[str, int | float]]:
     """A plugin's name and attributes."""
     if isinstance(step, GqaStep):
         heads = {"num_heads": step.num_heads, "num_kv_heads": step.num_kv_heads, "head_dim": step.head_dim}
         floats = {"norm_epsilon": float(step.norm_epsilon), "scale": float(step.scale)}
         return "QwenGQA", {**heads, "cache_bits": 8 if step.is_int8 else 16, **floats}
+    if isinstance(step, LinearStep):
+        weights = step.weights
+        group_size = -1 if weights.group_size == step.columns else weights.group_size
+        options = {"has_zeros": int(weights.zero is not None), "has_bias": int(step.has_bias)}
+        return "QwenLinear", {"weight_bits": weights.bits, "group_size": group_size, **options}
     sizes = {"num_experts": step.num_experts, "experts_per_token": step.tensors["expert_ids"].shape[1]}
     return "QwenMoE", {**sizes, "weight_bits": step.gate_up.bits, "has_zeros": int(step.gate_up.zero is not None)}
 

@@ -2,7 +2,7 @@
 
 A process of its own, because TensorRT-RTX has no plugin layers: after it has created the plugin, it ends the process.
 NODE is JSON: `op`, `attributes`, and `inputs` and `outputs` as lists of (TensorProto type, shape). Prints one JSON
-array a line: ["creator", name, namespace, version, [[field, type] …]] for both, and each message as ["log", severity,
+array a line: ["creator", name, namespace, version, [[field, type] …]] for all, and each message as ["log", severity,
 text].
 """
 
@@ -50,7 +50,7 @@ builder = trt.Builder(logger)
 registry = trt.get_plugin_registry()
 if registry.load_library(sys.argv[1]) is None:
     sys.exit("the registry didn't load the library")
-for name in ("QwenGQA", "QwenMoE"):
+for name in ("QwenGQA", "QwenMoE", "QwenLinear"):
     creator = registry.get_creator(name, "1", "qwen_aot")
     fields = [(field.name, field.type.name) for field in creator.field_names]
     say("creator", creator.name, creator.plugin_namespace, creator.plugin_version, fields)

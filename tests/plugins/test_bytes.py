@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from tests.pairs import identifier, swept
+from tests.plugins.any_step import Step
 from tests.plugins.bounds import assert_close
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.gqa_cases import GqaStep
+from tests.plugins.linear_cases import LinearStep
 from tests.plugins.moe_cases import MoeStep
 
 if not IS_INTERPRETED:
@@ -26,7 +28,7 @@ DECODE = {
 }
 
 
-def count(step: GqaStep | MoeStep) -> list[Traffic]:
+def count(step: Step) -> list[Traffic]:
     """The traffic of each launch."""
     tensors, launches = step.prepare(CPU)
     result = []
@@ -95,6 +97,31 @@ def test_decode_experts_read_each_chosen_expert_once(form, num_tokens, routing):
     if num_tokens == 1 and bits == 16:  # with activations; those are read from cache, once a program
         assert sum(traffic.read.values()) <= ALLOWED * expected
     assert traffic.written["output"] == num_tokens * hidden_size * 2
+
+
+@pytest.mark.parametrize(("form", "group_size"), [("8", -1), ("8", 128), ("4", 32), ("4", 128), ("4z", 64), ("4z", -1)])
+@pytest.mark.parametrize("num_tokens", [1, 16])
+def test_decode_of_a_projection_reads_each_weight_once(form, group_size, num_tokens):
+    rows, columns = 208, 2048
+    step = LinearStep(num_tokens=num_tokens, rows=rows, columns=columns, form=form, group_size=group_size, sm_count=64)
+    assert step.splits > 1
+    traffic = total(count(step))
+    bits = int(form[0])
+    assert traffic.read["codes"] == rows * columns * bits // 8
+    assert traffic.written["output"] == num_tokens * rows * 2
+
+
+@pytest.mark.parametrize(
+    ("form", "group_size", "bits_of_scale"),
+    [("8", -1, 16), ("8", 128, 16), ("4", 32, 16), ("4", 128, 16), ("4z", 32, 20), ("4z", 128, 20)],
+)
+def test_stored_weights_have_hardly_more_bytes_than_codes_scales_and_zeros(form, group_size, bits_of_scale):
+    """Zeros, 4 bits in a checkpoint, take a byte; nothing else is added."""
+    weights = LinearStep(num_tokens=1, rows=208, columns=2048, form=form, group_size=group_size).weights
+    rows, columns = weights.shape
+    least = rows * columns * weights.bits / 8 + rows * columns / weights.group_size * bits_of_scale / 8
+    stored = sum(part.nbytes for part in (weights.codes, weights.scale, weights.zero) if part is not None)
+    assert least <= stored <= ALLOWED * least
 
 
 @pytest.mark.slow

@@ -15,13 +15,15 @@ from collections.abc import Callable
 import pytest
 
 from qwen_aot.plugins.library import FILE_NAME
-from qwen_aot.plugins.variants import variants
+from qwen_aot.plugins.variants import TACTICS, num_tactics, variants
 from tests.pairs import identifier, swept
+from tests.plugins.any_step import Step
 from tests.plugins.conftest import IS_INTERPRETED, kept_library
 from tests.plugins.device import check
 from tests.plugins.driver.execution import Gpu
 from tests.plugins.enqueue import Enqueue, Outcome, Paths
 from tests.plugins.gqa_cases import GqaStep
+from tests.plugins.linear_cases import LinearStep
 from tests.plugins.moe_cases import MoeStep
 from tests.plugins.test_enqueue import (
     CPU,
@@ -49,11 +51,17 @@ ATTENTION_STEPS = {
     "head-norms": {"lengths": [(3, 2), (0, 1)], "steps": 2, "group": 2, "has_norms": True},  # as Qwen3 has
 }
 EXPERT_STEPS = {"few": {"num_tokens": 3}, "many": {"num_tokens": 33}}
+# Of two shapes, so that K is in parts in one of them, and rows beyond a program's are in both.
+LINEAR_STEPS = {
+    "few": {"num_tokens": 3, "rows": 80, "columns": 1152},
+    "many": {"num_tokens": 70, "rows": 144, "columns": 256, "has_bias": True},
+}
+LINEAR_WEIGHTS = (("8", -1), ("8", 128), ("4", -1), ("4", 128), ("4z", 128), ("4", 32), ("4z", 64))
 
 
-def steps_of(sm: str) -> dict[str, Callable[[], GqaStep | MoeStep]]:
+def steps_of(sm: str) -> dict[str, Callable[[], Step]]:
     """By name, what makes each step."""
-    result: dict[str, Callable[[], GqaStep | MoeStep]] = {}
+    result: dict[str, Callable[[], Step]] = {}
     for dtype, (name, step) in itertools.product(("fp16", "bf16"), ATTENTION_STEPS.items()):
         for is_int8, head_dim in itertools.product((False, True), (64, 128)):
             facts = {"dtype": dtype, "is_int8": is_int8, "head_dim": head_dim, "sm": sm, "sm_count": MULTIPROCESSORS}
@@ -63,6 +71,13 @@ def steps_of(sm: str) -> dict[str, Callable[[], GqaStep | MoeStep]]:
         for form in ("16", "8", "4", "4z"):
             facts = {"dtype": dtype, "form": form, "sm": sm, "hidden_size": 256}
             result[f"{name}-{dtype}-w{form}"] = functools.partial(MoeStep, **step, **facts)
+    for dtype, (name, step) in itertools.product(("fp16", "bf16"), LINEAR_STEPS.items()):
+        for tactic, (form, group_size) in itertools.product(TACTICS, LINEAR_WEIGHTS):
+            if tactic > num_tactics(int(form[0]), "small" if 0 < group_size < 128 else "large", form == "4z"):
+                continue
+            facts = {"dtype": dtype, "form": form, "group_size": group_size, "tactic": tactic, "sm": sm}
+            name_of_step = f"linear-{name}-{dtype}-w{form}-k{group_size}-t{tactic}"
+            result[name_of_step] = functools.partial(LinearStep, **step, **facts, sm_count=MULTIPROCESSORS)
     return result
 
 
@@ -79,7 +94,7 @@ def enqueuer_of(plugin_build, driver_files, ptx_interpreter, other_process, pyte
     return enqueuer
 
 
-def check_compiled(outcome: Outcome, step: GqaStep | MoeStep, target: str) -> None:
+def check_compiled(outcome: Outcome, step: Step, target: str) -> None:
     """The result is the reference's, every launch is what it should be, and its PTX was executed."""
     assert_clean(outcome)
     check(step, outcome.tensors)
@@ -89,8 +104,8 @@ def check_compiled(outcome: Outcome, step: GqaStep | MoeStep, target: str) -> No
         assert launch.counts is not None and launch.counts.executed("ret") > 0
 
 
-def enqueue_compiled(enqueuer: Enqueuer, step: GqaStep | MoeStep, sm: str, *, batch: int = 1, phase: str = "runtime"):
-    multiprocessors = step.sm_count if isinstance(step, GqaStep) else MULTIPROCESSORS
+def enqueue_compiled(enqueuer: Enqueuer, step: Step, sm: str, *, batch: int = 1, phase: str = "runtime"):
+    multiprocessors = MULTIPROCESSORS if isinstance(step, MoeStep) else step.sm_count
     gpu = Gpu(sm=sm, multiprocessors=multiprocessors)
     (outcome,) = enqueuer([Enqueue(step, batch=batch, code="ptx")], gpus=[gpu], phase=phase)
     return outcome

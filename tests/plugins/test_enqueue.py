@@ -17,15 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_aot.plugins.launch import Launch, is_moe_decode
+from qwen_aot.plugins.launch import Launch, is_linear_decode, is_moe_decode
 from qwen_aot.plugins.library import cuda_headers, tensorrt_headers
 from qwen_aot.plugins.signatures import KERNELS
 from tests.pairs import identifier, swept
+from tests.plugins.any_step import Step
 from tests.plugins.bounds import assert_close, assert_same_cache
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.driver.execution import LAUNCH_FAILED, Gpu, Recorded
 from tests.plugins.enqueue import Enqueue, Fault, Outcome, Paths, compile_driver, destroy_during_capture, run
 from tests.plugins.gqa_cases import GqaStep
+from tests.plugins.linear_cases import LinearStep
 from tests.plugins.moe_cases import MoeStep
 
 if not IS_INTERPRETED:
@@ -57,6 +59,16 @@ MOE = {
     "experts": [(2, 1), (5, 3)],
     "tokens": [(1, 1), (3, 2), (1, 17)],  # B, S
     "sizes": [(128, 128), (256, 128), (128, 256)],
+    "phase": ["build", "runtime"],
+}
+LINEAR = {
+    "dtype": ["fp16", "bf16"],
+    "weights": [("8", 128), ("8", -1), ("4", 32), ("4", 128), ("4", -1), ("4z", 64), ("4z", 128)],
+    "tokens": [(1, 1), (3, 2), (1, 17)],  # B, S
+    "sizes": [(16, 128), (80, 1152), (208, 256)],
+    "has_bias": [False, True],
+    "tactic": [1, 2],
+    "multiprocessors": [1, 64],  # one part of K, or several
     "phase": ["build", "runtime"],
 }
 
@@ -123,10 +135,17 @@ def check_gqa(outcome: Outcome, step: GqaStep) -> None:
     assert_same_as_launch(outcome.launches, *reversed(step.prepare(CPU)))
 
 
-def check_moe(outcome: Outcome, step: MoeStep) -> None:
+def check_product(outcome: Outcome, step: MoeStep | LinearStep) -> None:
     assert_clean(outcome)
     assert_close(outcome.tensors["output"], step.expected())
     assert_same_as_launch(outcome.launches, *reversed(step.prepare(CPU)))
+
+
+def check_step(outcome: Outcome, step: Step) -> None:
+    if isinstance(step, GqaStep):
+        check_gqa(outcome, step)
+    else:
+        check_product(outcome, step)
 
 
 @pytest.mark.parametrize("case", swept(PREFILL), ids=identifier)
@@ -182,8 +201,52 @@ def test_moe(case, enqueuer):
         form=case["form"],
     )
     (outcome,) = enqueuer([Enqueue(step, batch=batch)], phase=case["phase"])
-    check_moe(outcome, step)
+    check_product(outcome, step)
     assert any("decode" in launch.variant for launch in outcome.launches) == is_moe_decode(step.num_tokens, k)
+
+
+@pytest.mark.parametrize("case", swept(LINEAR), ids=identifier)
+def test_linear(case, enqueuer):
+    (form, group_size), (rows, columns), (batch, steps) = case["weights"], case["sizes"], case["tokens"]
+    step = LinearStep(
+        num_tokens=batch * steps,
+        rows=rows,
+        columns=columns,
+        dtype=case["dtype"],
+        form=form,
+        group_size=group_size,
+        has_bias=case["has_bias"],
+        tactic=case["tactic"],
+        sm_count=case["multiprocessors"],
+    )
+    gpus = [Gpu(multiprocessors=case["multiprocessors"])]
+    (outcome,) = enqueuer([Enqueue(step, batch=batch)], gpus=gpus, phase=case["phase"])
+    check_product(outcome, step)
+    assert any("decode" in launch.variant for launch in outcome.launches) == is_linear_decode(step.num_tokens)
+
+
+def test_a_tactic_is_taken_from_the_next_step_on(enqueuer):
+    """As the builder does when it times one after the other, with no change of shape between them."""
+    steps = [LinearStep(num_tokens=3, tactic=tactic) for tactic in (1, 2, 2, 1)]
+    outcomes = enqueuer([Enqueue(step) for step in steps], phase="build")
+    for outcome, step in zip(outcomes, steps, strict=True):
+        check_product(outcome, step)
+        assert outcome.launches[0].variant.endswith(f"-t{step.tactic}")
+
+
+def test_linear_workspace_of_any_gpu_and_shape_fits_what_the_profile_gave(enqueuer):
+    gpus = [Gpu(multiprocessors=count) for count in (1, 7, 200, 1000)]
+    enqueues = [
+        Enqueue(
+            LinearStep(num_tokens=tokens, columns=4096, tactic=tactic, sm_count=of.multiprocessors), gpu=gpu, code=None
+        )
+        for gpu, of in enumerate(gpus)
+        for tactic in (1, 2)
+        for tokens in (1, 16, 17, 100)
+    ]
+    for outcome, enqueue in zip(enqueuer(enqueues, gpus=gpus), enqueues, strict=True):
+        assert_clean(outcome)
+        assert_same_as_launch(outcome.launches, *reversed(enqueue.step.prepare(CPU)))
 
 
 def test_one_plugin_takes_prefill_and_decode_in_turn(enqueuer):
@@ -200,7 +263,7 @@ def test_one_plugin_takes_prefill_and_decode_in_turn(enqueuer):
     tokens = [MoeStep(num_tokens=number) for number in (3, 17, 16)]
     outcomes = enqueuer([Enqueue(step) for step in tokens])
     for outcome, step in zip(outcomes, tokens, strict=True):
-        check_moe(outcome, step)
+        check_product(outcome, step)
 
 
 @pytest.mark.parametrize("is_int8", [False, True], ids=["same", "int8"])
@@ -230,7 +293,11 @@ def test_moe_workspace_of_each_shape_fits_what_the_profile_gave(enqueuer):
             assert_same_as_launch(outcome.launches, *reversed(step.prepare(CPU)))
 
 
-@pytest.mark.parametrize("step", [GqaStep(lengths=[(7, 0)], steps=0), MoeStep(num_tokens=0)], ids=["gqa", "moe"])
+@pytest.mark.parametrize(
+    "step",
+    [GqaStep(lengths=[(7, 0)], steps=0), MoeStep(num_tokens=0), LinearStep(num_tokens=0)],
+    ids=["gqa", "moe", "linear"],
+)
 @pytest.mark.parametrize("phase", ["build", "runtime"])
 def test_a_step_without_tokens_launches_nothing(step, phase, enqueuer):
     (outcome,) = enqueuer([Enqueue(step)], phase=phase)
@@ -252,6 +319,8 @@ CAPTURED = {
     "prefill": GqaStep(lengths=[(47, 9), (9, 0)], steps=9, is_int8=True),
     "few": MoeStep(num_tokens=3, form="4z"),
     "many": MoeStep(num_tokens=33),
+    "linear, few": LinearStep(num_tokens=3, columns=1152, sm_count=64),
+    "linear, many": LinearStep(num_tokens=33, form="8", tactic=2),
 }
 
 
@@ -263,7 +332,7 @@ def test_the_first_enqueue_of_all_may_be_captured(name, phase, enqueuer):
     gpus = [Gpu(multiprocessors=64)]
     first, second = enqueuer([Enqueue(step, is_captured=True)] * 2, gpus=gpus, phase=phase)
     for outcome in (first, second):
-        check_gqa(outcome, step) if isinstance(step, GqaStep) else check_moe(outcome, step)
+        check_step(outcome, step)
     assert first.calls.count("cuThreadExchangeStreamCaptureMode") == 2 * first.calls.count("cuModuleLoadData") > 0
     assert set(second.calls) <= {"cuCtxGetCurrent", "cuCtxGetId", "cuLaunchKernel"}
 
@@ -303,12 +372,16 @@ def test_two_contexts(enqueuer):
         check_gqa(outcome, enqueue.step)
 
 
-@pytest.mark.parametrize("step", [GqaStep(lengths=[(300, 1)], steps=1), MoeStep(num_tokens=3)], ids=["gqa", "moe"])
+@pytest.mark.parametrize(
+    "step",
+    [GqaStep(lengths=[(300, 1)], steps=1), MoeStep(num_tokens=3), LinearStep(num_tokens=3)],
+    ids=["gqa", "moe", "linear"],
+)
 def test_a_new_context_where_another_one_was(step, enqueuer):
     """Its kernels went with it, though a plugin that used them stands."""
     first, second, third = enqueuer([Enqueue(step), Enqueue(step, in_new_context=True), Enqueue(step)])
     for outcome in (first, second, third):
-        check_gqa(outcome, step) if isinstance(step, GqaStep) else check_moe(outcome, step)
+        check_step(outcome, step)
     assert second.calls.count("cuModuleLoadData") == first.calls.count("cuModuleLoadData") > 0
     assert "cuModuleUnload" not in second.calls and "cuModuleLoadData" not in third.calls
 
@@ -383,7 +456,9 @@ def test_the_builder_may_time_experts_with_any_ids(tokens, form, enqueuer):
 
 
 @pytest.mark.parametrize(
-    "step", [GqaStep(lengths=[(7, 1)], steps=1), MoeStep(num_tokens=3, form="4")], ids=["gqa", "moe"]
+    "step",
+    [GqaStep(lengths=[(7, 1)], steps=1), MoeStep(num_tokens=3, form="4"), LinearStep(num_tokens=3)],
+    ids=["gqa", "moe", "linear"],
 )
 @pytest.mark.parametrize("sm", ["7.5", "8.6", "9.0"])
 def test_a_gpu_that_no_variant_is_for(step, sm, enqueuer):
@@ -428,8 +503,9 @@ def calls_of(outcome: Outcome) -> list[Fault]:
         GqaStep(lengths=[(7, 5)], steps=5, is_int8=True),
         MoeStep(num_tokens=3),
         MoeStep(num_tokens=20, form="8"),
+        LinearStep(num_tokens=3, columns=1152, sm_count=4),
     ],
-    ids=["decode", "prefill", "few", "many"],
+    ids=["decode", "prefill", "few", "many", "linear"],
 )
 def test_a_driver_that_fails_at_any_call(step, enqueuer):
     """The error is logged and returned, nothing is launched after it, and the next enqueue works."""

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from qwen_aot.plugins.kernels.linear_reference import LinearWeights
 from qwen_aot.plugins.kernels.moe_reference import ExpertWeights, moe_reference
-from qwen_aot.plugins.launch import Launch, gqa_launches, gqa_workspace, moe_launches
+from qwen_aot.plugins.launch import Launch, gqa_launches, gqa_workspace, linear_launches, moe_launches
 from qwen_aot.plugins.variants import MOE_BLOCK_M
 from tests.plugins.bounds import assert_close
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.gqa_cases import SM, GqaStep
+from tests.plugins.linear_cases import LinearStep
 from tests.plugins.moe_cases import make_weights
 
 if not IS_INTERPRETED:
@@ -181,3 +183,39 @@ def test_the_last_expert_and_the_last_tokens(form, num_tokens, place):
         run(launch, {"T": tokens, "blocks": 1}, everything)
     of_near = torch.zeros(tokens, 1, dtype=torch.int32)
     assert_close(output[-tokens:], moe_reference(few, of_near, routing[-tokens:], **near))
+
+
+@pytest.mark.parametrize("form", ["8", "4z"])
+@pytest.mark.parametrize("num_tokens", [3, FAR // 128 + 20])
+def test_the_last_rows_of_a_projection_and_the_last_tokens(form, num_tokens, place):
+    """The last 16 rows of weights, whose codes (and, of many tokens, x) pass 2^31 elements before them."""
+    tokens, columns = min(num_tokens, 20), 128
+    near = LinearStep(num_tokens=tokens, rows=128, columns=columns, form=form, group_size=32 if form == "4z" else 128)
+    rows = (FAR // columns * (2 if form == "4z" else 1) + 256) // 128 * 128 if num_tokens == 3 else 128
+    x = sparse(num_tokens, columns, dtype=torch.float16)
+    x[-tokens:] = near.tensors["x"]
+    parts = {}
+    for name in ("codes", "scale", "zero"):
+        tensor = getattr(near.weights, name)
+        if tensor is None:
+            parts[name] = None
+            continue
+        shape = (rows // (128 // tensor.shape[0]), columns) if name == "codes" else (tensor.shape[0], rows)
+        parts[name] = sparse(*shape, dtype=tensor.dtype)
+        if name == "codes":
+            parts[name][-tensor.shape[0] :] = tensor
+        else:
+            parts[name][:, -128:] = tensor
+    weights = LinearWeights(**parts, bits=near.weights.bits, group_size=near.weights.group_size)
+    output = sparse(num_tokens, rows, dtype=torch.float16)
+    partial = torch.zeros(4)
+    launches = linear_launches(SM, 1, x=x, weights=weights, bias=None, output=output, workspace={"partial": partial})
+    (launch,) = launches
+    constants = launch.variant.constants
+    if num_tokens == 3:
+        place |= {0: (rows - 128) // constants["BLOCK_N"]}
+    else:
+        place |= {0: num_tokens // constants["BLOCK_M"] - 1}
+    names = {"x": x, **parts, "output": output, "partial": partial}
+    run(launch, {"T": 2 * constants["BLOCK_M"], "N": 128}, names)
+    assert_close(output[-tokens:, -128:], near.expected())

@@ -16,7 +16,7 @@ from qwen_aot.errors import BuildError
 from qwen_aot.extras import install_command
 from qwen_aot.plugins import kernel_table, launch, library
 from qwen_aot.plugins.library import build_library, tensorrt_headers
-from qwen_aot.plugins.variants import variants
+from qwen_aot.plugins.variants import LINEAR_WIDEST_PROGRAM, variants
 from qwen_aot.whole_file import file_sha256
 from tests.plugins.builds import CPP_TESTS, SELECTION_SOURCES, compile_cpp_test, cpp_test_names
 from tests.shared import once
@@ -149,6 +149,35 @@ def test_workspace_of_experts_suffices_for_each_step(cpp_tests, plugin_library, 
         for steps in range(fewest, most + 1)
     ]
     assert given == max(needed)
+
+
+LINEAR_PROFILES = [  # rows, fewest and most tokens of a step, N, K
+    (1, 1, 1, 1024, 1024),
+    (8, 1, 1, 4096, 11008),
+    (4, 1, 8, 2048, 2048),
+    (1, 1, 512, 151936, 4096),
+    (1, 17, 512, 4096, 4096),  # never decodes
+    (1, 1, 1, 16, 128),
+]
+
+
+@pytest.mark.parametrize("profile", LINEAR_PROFILES)
+def test_workspace_of_a_projection_suffices_for_each_step_on_each_gpu(cpp_tests, plugin_library, profile):
+    batch, fewest, most, rows, columns = profile
+    given = int(output_of(cpp_tests, plugin_library, "workspace-linear", *map(str, profile)))
+    needed = {
+        block_n: max(
+            workspace_bytes(
+                launch.linear_workspace(
+                    num_tokens=tokens, rows=rows, splits=launch.linear_split(rows, columns, block_n, sm_count)[1]
+                )
+            )
+            for tokens in {fewest, max(fewest, min(batch * most, 16)), batch * most}
+            for sm_count in (8, 128, 10_000)
+        )
+        for block_n in (32, 64, LINEAR_WIDEST_PROGRAM)
+    }
+    assert given == max(needed.values()) == needed[LINEAR_WIDEST_PROGRAM]
 
 
 # ---- The file ----
@@ -416,6 +445,19 @@ MOE = {
     "outputs": [(HALF, ["B", "S", 2048])],
 }
 
+LINEAR = {
+    "op": "QwenLinear",
+    "attributes": {"weight_bits": 4, "group_size": 128, "has_zeros": 1, "has_bias": 1},
+    "inputs": [
+        (HALF, ["B", "S", 2048]),
+        (INT8, [1024, 2048]),
+        (HALF, [16, 2048]),
+        (INT8, [16, 2048]),
+        (HALF, [2048]),
+    ],
+    "outputs": [(HALF, ["B", "S", 2048])],
+}
+
 
 def parse(plugin_library: Path, node: dict | None = None) -> list[list]:
     """What the child printed. It ends with an abort where a plugin was created: TensorRT-RTX has no plugin layers."""
@@ -430,7 +472,7 @@ def parse(plugin_library: Path, node: dict | None = None) -> list[list]:
 
 @pytest.mark.tools
 @pytest.mark.trt
-def test_a_real_registry_finds_both_creators(plugin_library):
+def test_a_real_registry_finds_all_creators(plugin_library):
     assert [line for line in parse(plugin_library) if line[0] == "creator"] == [
         [
             "creator",
@@ -439,7 +481,7 @@ def test_a_real_registry_finds_both_creators(plugin_library):
             "1",
             [[name, "FLOAT32" if isinstance(value, float) else "INT32"] for name, value in node["attributes"].items()],
         ]
-        for node in (GQA, MOE)
+        for node in (GQA, MOE, LINEAR)
     ]
 
 
@@ -450,8 +492,9 @@ def test_a_real_registry_finds_both_creators(plugin_library):
     [
         (GQA, "num_heads=40, num_kv_heads=8, head_dim=128, cache_bits=8, norm_epsilon=0, scale=0.0625"),
         (MOE, "num_experts=60, experts_per_token=4, weight_bits=4, has_zeros=1"),
+        (LINEAR, "weight_bits=4, group_size=128, has_zeros=1, has_bias=1"),
     ],
-    ids=["gqa", "moe"],
+    ids=["gqa", "moe", "linear"],
 )
 def test_a_real_parser_creates_the_plugin_with_the_nodes_attributes(plugin_library, node, fields):
     lines = parse(plugin_library, node)
@@ -468,6 +511,7 @@ def test_a_real_parser_creates_the_plugin_with_the_nodes_attributes(plugin_libra
         (GQA, "scale", None, "field scale, one float32, is missing"),
         (GQA, "scale", 1, "field scale must be one float32"),
         (MOE, "weight_bits", 3, "field weight_bits is 3; it must be 16, 8 or 4"),
+        (LINEAR, "group_size", 96, "field group_size is 96; it must be 32, 64, 128, or -1 for all of K"),
     ],
 )
 def test_what_is_wrong_with_a_node_reaches_tensorrts_logger(plugin_library, node, name, value, message):

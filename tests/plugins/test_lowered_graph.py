@@ -48,6 +48,8 @@ DENSE = {"heads": 6, "kv_heads": 2, "head_dim": 64, "hidden": 128, "layers": 1}
 MOE = DENSE | {"moe": {"moe_intermediate_size": 128}}
 GQA = "QwenGQA: created with num_heads=6, num_kv_heads=2, head_dim=64, cache_bits={}, norm_epsilon={}, scale=0.125"
 EXPERTS = "QwenMoE: created with num_experts=4, experts_per_token=2, weight_bits={}, has_zeros=0"
+WIDE = DENSE | {"intermediate": 256}
+LINEAR = "QwenLinear: created with weight_bits={}, group_size={}, has_zeros=0, has_bias=1"
 
 
 @pytest.mark.parametrize(
@@ -59,8 +61,10 @@ EXPERTS = "QwenMoE: created with num_experts=4, experts_per_token=2, weight_bits
         (MOE, {"attention": "native"}, EXPERTS.format(16)),
         (MOE, {"attention": "native", "weights": "int8"}, EXPERTS.format(8)),
         (MOE, {"attention": "native", "weights": "int4"}, EXPERTS.format(4)),
+        (WIDE, {"attention": "native", "weights": "int8", "linear": "plugin"}, LINEAR.format(8, -1)),
+        (WIDE, {"attention": "native", "weights": "int4", "linear": "plugin"}, LINEAR.format(4, 128)),
     ],
-    ids=["gqa", "gqa-int8", "gqa-norms", "moe", "moe-int8", "moe-int4"],
+    ids=["gqa", "gqa-int8", "gqa-norms", "moe", "moe-int8", "moe-int4", "linear-int8", "linear-int4"],
 )
 def test_the_parser_creates_the_plugins(
     config: dict[str, Any], options: dict[str, Any], created: str, plugin_library: Path, tmp_path: Path

@@ -1,5 +1,6 @@
 import ast
 import importlib.util
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,18 @@ from qwen_aot.plugins.signatures import KERNELS
 from qwen_aot.plugins.variants import (
     FAMILIES,
     HEAD_DIMS,
+    LINEAR_BLOCKS,
+    LINEAR_ROW_MULTIPLE,
     MOE_BLOCK_M,
     QUANT_BLOCK,
     SHARED_BYTES,
     SIZE_MULTIPLE,
+    SMALL_BLOCKS,
     SMS,
+    TACTICS,
     TILES,
     Variant,
+    num_tactics,
     select,
     variants,
 )
@@ -24,7 +30,7 @@ from qwen_aot.plugins.variants import (
 @pytest.mark.parametrize("sm", SMS)
 def test_few_variants_with_names_of_their_own(sm):
     listed = variants(sm)
-    assert len({variant.name for variant in listed}) == len(listed) <= 66
+    assert len({variant.name for variant in listed}) == len(listed) <= 92
     assert {variant.kernel for variant in listed} == set(KERNELS)
 
 
@@ -55,7 +61,10 @@ def test_tiles_divide_what_the_kernels_leave_unmasked(sm):
         constants = variant.constants
         if "BLOCK_K" in constants:
             assert SIZE_MULTIPLE % constants["BLOCK_K"] == 0
-            assert QUANT_BLOCK % constants["BLOCK_K"] == 0  # one scale a step
+            smallest = SMALL_BLOCKS[0] if variant.match.get("blocks") == "small" else QUANT_BLOCK
+            assert smallest % constants["BLOCK_K"] == 0  # one scale a step
+        if variant.kernel.startswith("linear") and variant.kernel != "linear_reduce":
+            assert constants["BLOCK_N"] % LINEAR_ROW_MULTIPLE == 0
         if variant.kernel in ("moe_gate_up", "moe_down"):
             assert constants["BLOCK_M"] == MOE_BLOCK_M
         if variant.kernel == "gqa_decode":
@@ -72,6 +81,24 @@ def test_every_group_has_one_decode_variant(sm, dtype, cache, head_dim):
         serving = [variant for variant in variants(sm) if variant.kernel == "gqa_decode" and variant.serves(request)]
         assert len(serving) == 1 and serving[0].constants["GROUP"] >= group
         assert select(sm, "gqa_decode", **request) == serving[0]
+
+
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("kernel", ["linear_decode", "linear_prefill"])
+def test_every_tactic_of_a_projection_has_one_variant_on_every_sm(sm, dtype, kernel):
+    """So that a tactic that was timed on one GPU exists on another."""
+    for bits, has_zeros, blocks in itertools.product((8, 4), (0, 1), LINEAR_BLOCKS):
+        if bits == 8 and (has_zeros or blocks == "small"):
+            continue  # such codes aren't served
+        found = []
+        for tactic in TACTICS:
+            request = {"dtype": dtype, "weight_bits": bits, "has_zeros": has_zeros, "blocks": blocks, "tactic": tactic}
+            serving = [variant for variant in variants(sm) if variant.kernel == kernel and variant.serves(request)]
+            assert len(serving) == 1
+            assert serving[0].constants["HAS_ZEROS"] >= has_zeros
+            found.append(serving[0])
+        assert len(set(map(lambda variant: variant.name, found))) == num_tactics(bits, blocks, bool(has_zeros))
 
 
 def test_grid_rounds_up():

@@ -40,11 +40,12 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# Of quantized checkpoints alone: packed codes and indices.
-_INTEGER_DTYPES: Mapping[str, np.dtype[Any]] = {
+# Of quantized checkpoints alone: codes, packed ones and indices.
+_CODE_DTYPES: Mapping[str, np.dtype[Any]] = {
     "I8": np.dtype("i1"),
     "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 
 
@@ -281,7 +282,7 @@ def _parse_header(
         raise CheckpointError(f"{path}: the safetensors header is not valid JSON ({error})") from error
     if not is_quantized:
         refuse_quantized(path, entries)
-    dtypes = {**_DTYPES, **(_INTEGER_DTYPES if is_quantized else {})}
+    dtypes = {**_DTYPES, **(_CODE_DTYPES if is_quantized else {})}
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in entries.items():

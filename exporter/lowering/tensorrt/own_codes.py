@@ -28,13 +28,14 @@ from qwen_aot.exporter.lowering.kept_codes import initializers_of_codes
 from qwen_aot.exporter.lowering.own_codes import block_sums
 from qwen_aot.exporter.lowering.passes import decides
 from qwen_aot.exporter.quantize.blockwise import pack
-from qwen_aot.exporter.quantize.encoded import as_scales
+from qwen_aot.exporter.quantize.encoded import as_scales, nearest_scales
 from qwen_aot.exporter.quantize.formats import ByCodes
 from qwen_aot.exporter.quantize.own_codes import AS_FLOATS, SignedFormat, no_experts
 from qwen_aot.exporter.quantize.store import dims
 from qwen_aot.exporter.weights.recipe import Arrays, OutOfRangeError, Output, Recipe, Traced
 
 _STORED = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+_LEAST_NORMAL = 2.0**-126  # of bfloat16 and float32: a smaller one times a unit would be 0 in float32
 _HIGH = 16  # what the upper half of a split code counts
 _MIDDLE_OF_LOW = 8  # of the lower half's range, 0 to 15
 
@@ -125,7 +126,7 @@ def _signed(part: EncodedRows, form: SignedFormat, dtype: ir.DataType, first_row
 
     A block's offset is (middle - zero point) * scale, or the checkpoint's own; with a split's 8 * scale.
 
-    A scale of 0, which TensorRT refuses, becomes the smallest there is, with codes of 0.
+    Scales are those of `positive_scales`.
 
     `first_row`: of the part in its chunk.
 
@@ -141,22 +142,24 @@ def _signed(part: EncodedRows, form: SignedFormat, dtype: ir.DataType, first_row
     if form.has_offsets:
         zeros = np.full(part.scales.shape, middle, np.uint8) if part.zero_points is None else part.zero_points
         rest = np.float32(_MIDDLE_OF_LOW * form.is_split)
-        from_zero_points = (np.float32(middle) + rest - zeros[:, group].astype(np.float32)) * scales
-        from_zero_points = np.where(scales == 0, rest * above_0, from_zero_points)
+        from_zero_points = (np.float32(middle) - zeros[:, group].astype(np.float32)) * scales + rest * above_0
         found.append((from_zero_points + part.found_offsets[:, group]).astype(np.float32))
     return tuple(found)
 
 
 def positive_scales(
-    scales: NDArray[np.float32], codes: NDArray[np.int8], dtype: ir.DataType, first_row: int
+    scales: NDArray[np.float32], codes: NDArray[Any], dtype: ir.DataType, first_row: int, unit: float = 1.0
 ) -> NDArray[np.float32]:
     """Scales that TensorRT takes: 0 becomes the smallest there is, with codes of 0.
 
+    Others are those of `nearest_scales`.
+
     Args:
         scales: [r, n].
-        codes: [r, K], signed; changed where a scale is 0.
+        codes: [r, K], signed; changed where a scale becomes 0.
         dtype: in which scales are stored.
         first_row: of these rows in their chunk.
+        unit: in multiples of which they are stored.
 
     Raises:
         OutOfRangeError: a scale is negative.
@@ -168,11 +171,12 @@ def positive_scales(
             f"a scale of {scales[row].min():.6g} is negative, and TensorRT takes scales above 0 alone; accepted: codes "
             f"with zero points (qwen-aot quantize --asymmetric), target cpu, or {AS_FLOATS}",
         )
-    is_zero = scales == 0
-    if is_zero.any():
-        codes.reshape(*scales.shape, -1)[is_zero] = 0
+    grouped = codes.reshape(*scales.shape, -1)  # a view: codes are made for this
+    nearest = nearest_scales(scales, dtype.numpy(), lambda: np.abs(grouped.astype(np.float32)).max(axis=-1), unit)
+    is_zero = nearest == 0
+    grouped[is_zero] = 0
     least = ml_dtypes.finfo(dtype.numpy()).smallest_subnormal  # type: ignore[no-untyped-call]  # its stub has no types
-    return np.where(is_zero, np.float32(least), scales)
+    return np.where(is_zero, np.float32(max(float(least), _LEAST_NORMAL) * unit), nearest)
 
 
 def _add_offsets(traced: Traced, node: ir.Node, weight: ir.Value, offsets: ir.Value, form: SignedFormat) -> None:

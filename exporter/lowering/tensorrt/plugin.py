@@ -1,8 +1,9 @@
-"""The `plugin` lowering: what TensorRT parses where the project's plugins compute attention and experts.
+"""The `plugin` lowering: what TensorRT parses where the project's plugins compute attention, experts and projections.
 
-A layer's cached attention is one QwenGQA, its routed experts are one QwenMoE; routing, shared experts and everything
-else are the standard lowering's. Each of the two nodes has its definition as a model-local function, so that
-the graph runs on any ONNX runtime as it is; `strip_definitions` makes what TensorRT parses.
+A layer's cached attention is one QwenGQA, its routed experts are one QwenMoE, each projection that is asked for is one
+QwenLinear; routing and everything else are the standard lowering's. Each of these nodes has its definition as a
+model-local function, so that the graph runs on any ONNX runtime as it is; `strip_definitions` makes what TensorRT
+parses.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from qwen_aot.exporter.graph.plugin_ops import PLUGIN_ATTRIBUTES, PluginOp, is_p
 from qwen_aot.exporter.lowering.tensorrt import standard
 from qwen_aot.exporter.lowering.tensorrt.own_codes import refuse_own_experts
 from qwen_aot.exporter.lowering.tensorrt.plugin_experts import ExpertBits, expert_bits, plug_experts
+from qwen_aot.exporter.lowering.tensorrt.plugin_linear import PLUGIN_LINEAR_FORMS, no_plugin_linear, plug_linears
 from qwen_aot.exporter.lowering.tensorrt.plugin_own_experts import own_expert_form
 from qwen_aot.exporter.lowering.tensorrt.quantized import WeightFormat, has_blocks, refuse_experts
 from qwen_aot.exporter.model.io_spec import TensorSpec, io_spec
@@ -43,6 +45,8 @@ class PluginOptions:
         quantize_head: the head too is stored so.
         attention: by the QwenGQA plugin, or as the standard lowering has it.
         moe: by the QwenMoE plugin, or as the standard lowering has it.
+        linear: projections whose weights are codes, by the QwenLinear plugin where it has a form for them; or all as
+            the standard lowering has them.
         int8_cache: the plugin's attention keeps keys and values as int8, with a scale for each head and token.
         own_codes: see `StandardOptions`.
 
@@ -56,9 +60,10 @@ class PluginOptions:
     moe: Form = "plugin"
     int8_cache: bool = False
     own_codes: bool = False
+    linear: Form = "native"
 
     def __post_init__(self) -> None:
-        for name in ("attention", "moe"):
+        for name in ("attention", "moe", "linear"):
             if getattr(self, name) not in get_args(Form):
                 raise ExportError(
                     f"{name} {getattr(self, name)!r} doesn't exist; accepted: {', '.join(get_args(Form))}"
@@ -68,6 +73,9 @@ class PluginOptions:
                 "an int8 cache needs the plugin's attention: ONNX's own reads keys and values in the compute type "
                 "alone; choose attention plugin, or a cache in the compute type"
             )
+
+        if self.linear == "plugin" and not self.own_codes and self.weights not in PLUGIN_LINEAR_FORMS:
+            raise no_plugin_linear(self.weights)
 
     @property
     def standard(self) -> standard.StandardOptions:
@@ -108,6 +116,11 @@ def passes(
     """
     opset = _BLOCK_OPSET if options.own_codes or has_blocks(options.weights) else plugin_ops.OPSET
     steps = standard.quantizing_passes(options.standard)  # first: a router is told by the experts that it feeds
+    if options.linear == "plugin":
+        names = [name for name, _ in steps]
+        place = names.index("order_columns") + 1 if options.own_codes else 0  # what it leaves, the next ones store
+        weights, quantize_head = options.weights, options.quantize_head
+        steps.insert(place, ("plug_linears", lambda traced: plug_linears(traced, weights, quantize_head=quantize_head)))
     if options.attention == "plugin":
         steps.append(("plug_attention", lambda traced: plug_attention(traced, int8_cache=options.int8_cache)))
     if bits is not None:
@@ -250,6 +263,13 @@ def attach_definitions(traced: Traced) -> int:
                 norm_epsilon=attributes["norm_epsilon"].as_float(),
                 opset=opset,
             )
+        elif node.op_type == PluginOp.LINEAR:
+            definition = plugin_ops.linear_plugin_definition(
+                weight_bits=attributes["weight_bits"].as_int(),
+                has_zeros=bool(attributes["has_zeros"].as_int()),
+                has_bias=bool(attributes["has_bias"].as_int()),
+                opset=opset,
+            )
         else:
             assert config.moe is not None
             definition = plugin_ops.moe_definition(
@@ -275,6 +295,7 @@ def strip_definitions(traced: Traced) -> int:
     nodes = [node for node in traced.model.graph if is_plugin(node)]
     for node in nodes:
         traced.model.functions.pop(node.op_identifier(), None)
+        node.overload = ""  # of the definition
         for name, value in PLUGIN_ATTRIBUTES.items():
             node.attributes[name] = ir.AttrString(name, value)
     return len(nodes)

@@ -10,7 +10,7 @@ from qwen_aot.exporter.graph import ops
 from qwen_aot.exporter.graph.plugin_ops import EXPERT_BLOCK
 from qwen_aot.exporter.lowering.kept_codes import initializers_of_codes
 from qwen_aot.exporter.quantize.blockwise import pack
-from qwen_aot.exporter.quantize.encoded import as_scales
+from qwen_aot.exporter.quantize.encoded import as_scales, nearest_scales
 from qwen_aot.exporter.quantize.formats import ByCodes
 from qwen_aot.exporter.quantize.own_codes import PluginExperts, no_plugin_experts, plugin_experts
 from qwen_aot.exporter.quantize.store import dims
@@ -72,7 +72,8 @@ def keep_expert_codes(traced: Traced, weight: ir.Value, form: PluginExperts) -> 
 
 def _stored(part: EncodedRows, form: PluginExperts, scale_type: ir.DataType, first_row: int) -> Arrays:
     """Rows in the plugin's layout (docs/plugins.md)."""
-    middle, scales = part.form.middle, as_scales(part.scales, scale_type.numpy(), first_row)
+    middle, dtype = part.form.middle, scale_type.numpy()
+    scales = as_scales(nearest_scales(part.scales, dtype, lambda: part.form.largest_number), dtype, first_row)
     if form.bits == 8:
         codes = (part.codes.astype(np.int16) - middle).astype(np.int8)
         return codes, scales[:, 0]

@@ -145,9 +145,25 @@ def _quantize_channels(traced: Traced, node: ir.Node, weight: ir.Value, form: st
         Output(f"{weight.name}_scales", dtype, (rows,)),
         lambda values: make(values, unit, dtype.numpy()),
     )
-    step = ir.node("Constant", [], {"value": ir.tensor(np.array(unit, dtype.numpy()))}, name=f"{node.name}_unit")
+    multiply_channels(traced, node, codes, scales, unit)
+
+
+def multiply_channels(traced: Traced, node: ir.Node, codes: ir.Value, scales: ir.Value, unit: float) -> None:
+    """Linear(x, weight, bias?) -> Linear(x, DequantizeLinear(codes, unit)) * scales (+ bias).
+
+    Args:
+        traced: worked on in place.
+        node: the Linear.
+        codes: [N, K], of its weight.
+        scales: [N], in multiples of `unit`.
+        unit: what all codes are dequantized by, a power of two.
+    """
+    x, weight, *bias = node.inputs
+    assert weight is not None
+    step = ir.node(
+        "Constant", [], {"value": ir.tensor(np.array(unit, dtype_of(weight).numpy()))}, name=f"{node.name}_unit"
+    )
     dequantize = _dequantize(node, weight, codes, step.outputs[0], {})
-    x, _, *bias = node.inputs
     (result,) = node.outputs
     product = ir.node(ops.Op.LINEAR, [x, dequantize.outputs[0]], domain=ops.DOMAIN, name=f"{node.name}_product")
     product.outputs[0].type, product.outputs[0].shape = result.type, result.shape

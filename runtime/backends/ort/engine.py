@@ -13,6 +13,7 @@ from qwen_aot.errors import EngineMismatchError, GenerationError, onnxruntime_er
 from qwen_aot.machine import usable_cores
 from qwen_aot.runtime.backends.cpu.features import NO_VNNI, has_exact_integer_products
 from qwen_aot.runtime.backends.cpu.huge_pages import collapse_new_memory
+from qwen_aot.runtime.backends.cpu.kernels import CpuLibrary, Kernels, choose_kernels
 from qwen_aot.runtime.backends.ort.devices import (
     DEVICES,
     Device,
@@ -37,12 +38,14 @@ class OrtOptions:
     Attributes:
         threads: for one operator, this thread included; None: one for each of `usable_cores`.
         optimize: let ONNX Runtime rewrite the graph.
+        kernels: whose; own ones are of the CPU alone.
         config: session config entries, e.g. {"session.qdq_matmulnbits_accuracy_level": "1"}, which keeps
             ONNX Runtime from computing DequantizeLinear + MatMul with int8 activations.
     """
 
     threads: int | None = None
     optimize: bool = True
+    kernels: Kernels = Kernels.AUTO
     config: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -54,7 +57,10 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
     """`runtime.engine.protocol.Engine` for the targets whose engine file is an ONNX graph."""
 
     def __init__(self, bundle: Bundle, options: OrtOptions | None = None, device: Device | None = None) -> None:
-        """Opens the bundle's graph; on the CPU, weights stay memory-mapped where ONNX Runtime doesn't repack them.
+        """Opens the bundle's graph.
+
+        On the CPU, weights stay memory-mapped where neither ONNX Runtime repacks them nor own kernels copy them into
+        large pages (QWEN_AOT_CPU_WEIGHTS, docs/cpu-kernels.md).
 
         Args:
             bundle: checked.
@@ -63,8 +69,10 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
 
         Raises:
             EngineMismatchError: ONNX Runtime is missing, too old or another build, can't run this graph, or finds no
-                GPU where the target needs one.
+                GPU where the target needs one; or own kernels were asked for and can't be had.
         """
+        options = options or OrtOptions()
+        bundle, self._library = choose_kernels(bundle, options.kernels, _try_ops)
         manifest = bundle.manifest
         if manifest.engines.text.quantization.get("fast_prefill") and not has_exact_integer_products():
             raise EngineMismatchError(
@@ -75,7 +83,7 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
         device = device or _device_of(manifest)
         # The weights that ONNX Runtime packed for the CPU.
         with contextlib.nullcontext() if device.is_gpu else collapse_new_memory():
-            session = open_session(bundle.engine_path, options or OrtOptions(), device)
+            session = open_session(bundle.engine_path, options, device, self._library)
         self._session: Any = session
         cache = KvCache(
             cache_inputs(manifest),
@@ -99,6 +107,11 @@ class OnnxRuntimeEngine(RowEngine[Step, KvCache]):
         """The onnxruntime.InferenceSession, to inspect; None once closed."""
         return self._session
 
+    @property
+    def library(self) -> CpuLibrary | None:
+        """The own kernels that run the graph; None: ONNX Runtime's do."""
+        return self._library
+
     def _free_resources(self) -> None:
         self._session = None
         self._cache.release()
@@ -112,11 +125,36 @@ def _device_of(manifest: Manifest) -> Device:
     return DEVICES[manifest.target]
 
 
-def open_session(path: Path, options: OrtOptions, device: Device) -> Any:
-    """An onnxruntime.InferenceSession of a graph.
+def _try_ops(library: CpuLibrary) -> None:
+    """Registers the library's ops with options of no session: whether it can be done is known before a graph is chosen.
 
     Raises:
-        EngineMismatchError: ONNX Runtime is missing, too old or another build, or can't load the graph on the device.
+        EngineMismatchError: ONNX Runtime is missing or too old, or refuses the ops, or the library refuses it.
+    """
+    _register_ops(library, import_onnxruntime(DEVICES["cpu"]).SessionOptions())
+
+
+def _register_ops(library: CpuLibrary, session_options: Any) -> None:
+    try:
+        session_options.register_custom_ops_library(str(library.path))
+    except onnxruntime_errors() as error:
+        raise EngineMismatchError(
+            f"own CPU kernels can't be used: {error}. Let kernels be onnxruntime, whose can"
+        ) from error
+
+
+def open_session(path: Path, options: OrtOptions, device: Device, library: CpuLibrary | None = None) -> Any:
+    """An onnxruntime.InferenceSession of a graph.
+
+    Args:
+        path: of the graph.
+        options: how it is made.
+        device: what runs it.
+        library: has ops that the graph needs.
+
+    Raises:
+        EngineMismatchError: ONNX Runtime is missing, too old or another build, can't load the graph on the device, or
+            can't have the library's ops.
     """
     ort = import_onnxruntime(device)
     session_options = ort.SessionOptions()
@@ -131,6 +169,8 @@ def open_session(path: Path, options: OrtOptions, device: Device) -> Any:
         session_options.add_session_config_entry(key, value)
     if device.is_gpu:
         preload_libraries(ort)
+    if library is not None:
+        _register_ops(library, session_options)
     try:
         session = ort.InferenceSession(str(path), session_options, providers=device.providers)
     except onnxruntime_errors() as error:

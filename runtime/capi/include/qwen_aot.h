@@ -115,7 +115,18 @@ enum
     QWEN_AOT_LIBRARY_ONNXRUNTIME = 1, /**< libonnxruntime.so.1.*, of ONNX Runtime 1.32 or later (target cuda: 1.31) */
     QWEN_AOT_LIBRARY_TENSORRT = 2,    /**< libnvinfer.so.10 or libtensorrt_rtx.so: targets tensorrt, tensorrt-rtx */
     QWEN_AOT_LIBRARY_CUDA_DRIVER = 3, /**< libcuda.so.1 */
-    QWEN_AOT_LIBRARY_PLUGINS = 4      /**< libqwen_aot_plugins.so: the installed one, that bundles' are compared with */
+    QWEN_AOT_LIBRARY_PLUGINS = 4,     /**< libqwen_aot_plugins.so: the installed one, that bundles' are compared with */
+    QWEN_AOT_LIBRARY_CPU_KERNELS = 5 /**< libqwen_aot_cpu.so: own kernels for the CPU, which bundles have a graph for */
+};
+
+/** Which kernels run a bundle on the CPU, for qwen_aot_options_set_kernels. */
+typedef int32_t qwen_aot_kernels;
+enum
+{
+    QWEN_AOT_KERNELS_AUTO =
+        0,                    /**< own ones where bundle and machine have them, else ONNX Runtime's; the log says why */
+    QWEN_AOT_KERNELS_OWN = 1, /**< own ones, or ENGINE_MISMATCH */
+    QWEN_AOT_KERNELS_ONNXRUNTIME = 2 /**< ONNX Runtime's */
 };
 
 /** How important a message of the log is. */
@@ -142,9 +153,17 @@ QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_options_set_threads(
 
 /** The full path of a library to open, copied; "" takes it back. A "~" is a name like others. Not given: for ONNX Runtime
  *  the environment's QWEN_AOT_ONNXRUNTIME, for the plugins QWEN_AOT_PLUGIN_LIBRARY, else the system's search for the
- *  name. */
+ *  name; for the CPU's kernels QWEN_AOT_CPU_KERNELS, else the file libqwen_aot_cpu.so in the folder that this library was
+ *  loaded from (of a static one: the program's), and no search. */
 QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_options_set_library(
     qwen_aot_options* options, qwen_aot_library library, char const* path, size_t length, qwen_aot_error** error);
+
+/** Which kernels run a bundle whose manifest has a graph for own ones; the default is AUTO. With AUTO, a library of them that
+ *  isn't there, is of another version, or serves another ONNX Runtime in this process already is no failure: the log tells
+ *  it, and ONNX Runtime's kernels run. (One that the option or the environment names is wanted, as with OWN.)
+ *  QWEN_AOT_FACT_HAS_OWN_KERNELS says what came of it. */
+QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_options_set_kernels(
+    qwen_aot_options* options, qwen_aot_kernels kernels, qwen_aot_error** error);
 
 /** Files of more bytes than this are checked by their size alone, and smaller ones by SHA-256 too: 0 checks sizes only,
  *  UINT64_MAX, the default, hashes all. (Files that lie in a model hub's cache are always hashed.) */
@@ -161,7 +180,8 @@ QWEN_AOT_CHECK QWEN_AOT_API qwen_aot_status qwen_aot_options_set_log(
     qwen_aot_options* options, qwen_aot_log_callback callback, void* user, qwen_aot_error** error);
 
 /** Opens a bundle's folder: checks its manifest and files, maps its text tables, loads the engine's library and the
- *  engine. Takes seconds for large weights; they are mapped or shared with ONNX Runtime, not copied. While the model
+ *  engine. Takes seconds for large weights: they are mapped, but for those that ONNX Runtime repacks and those that own
+ *  CPU kernels copy into large pages (where memory allows it, and QWEN_AOT_CPU_WEIGHTS isn't "mapped"). While the model
  *  lives, the bundle's files may be deleted, or replaced by renaming others over them; one that is cut where it
  *  lies ends the process with SIGBUS, and one that is overwritten there was checked before and isn't again: write to none.
  *  path: of the folder; may lie in a model hub's cache, whose links into its own blobs are followed.
@@ -189,7 +209,8 @@ enum
     QWEN_AOT_FACT_DEFAULT_MAX_NEW_TOKENS = 10, /**< of a request that doesn't say; -1: see docs/generation.md */
     QWEN_AOT_FACT_HAS_TOKENIZER = 11,          /**< 1: text is compiled; 0: this library takes and gives ids only */
     QWEN_AOT_FACT_HAS_CHAT_TEMPLATE = 12,      /**< 1: conversations without tools can be rendered */
-    QWEN_AOT_FACT_HAS_VISION = 13 /**< 1: the bundle takes images too, which this library doesn't: text alone */
+    QWEN_AOT_FACT_HAS_VISION = 13,     /**< 1: the bundle takes images too, which this library doesn't: text alone */
+    QWEN_AOT_FACT_HAS_OWN_KERNELS = 14 /**< 1: own kernels for the CPU run it, 0: the engine's library alone */
 };
 
 /** UNSUPPORTED: no such fact. Any thread. */

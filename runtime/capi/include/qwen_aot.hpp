@@ -108,6 +108,11 @@ public:
         detail::call(qwen_aot_options_set_library, get(), library, path.data(), path.size());
         return *this;
     }
+    Options& kernels(qwen_aot_kernels kernels)
+    {
+        detail::call(qwen_aot_options_set_kernels, get(), kernels);
+        return *this;
+    }
     Options& hash_limit(uint64_t bytes)
     {
         detail::call(qwen_aot_options_set_hash_limit, get(), bytes);

@@ -1,4 +1,4 @@
-// The chat page: a client of /v1/models and /v1/chat/completions, and of nothing else.
+// The chat page: a client of /v1/models and /v1/chat/completions, and of nothing else. images.js is loaded before.
 // What the model or the server says is only ever set as text.
 "use strict";
 
@@ -7,7 +7,9 @@ const RETRY_MS = 2000; // while the server loads
 const NUMBERS = ["temperature", "top_p", "max_tokens"]; // settings, by their names in the API
 const at = (id) => document.getElementById(id);
 const messages = []; // what the next request sends, without the system prompt
+let models = []; // entries of /v1/models
 let stopping = null; // the AbortController of the answer at work
+const images = new Images(say, () => messages.flatMap(urlsOf));
 
 class ApiError extends Error {
   constructor(status, body) {
@@ -30,7 +32,9 @@ async function call(path, options = {}) {
 async function loadModels() {
   try {
     const listed = (await (await call("/v1/models")).json()).data;
+    models = listed;
     at("model").replaceChildren(...listed.map((model) => new Option(model.id, model.id)));
+    modelChosen();
     at("model").disabled = at("send").disabled = false;
     at("key-form").hidden = true;
     say("Ready");
@@ -43,6 +47,21 @@ async function loadModels() {
       failed(error);
     }
   }
+}
+
+function modelChosen() {
+  images.setModel(models.find((model) => model.id === at("model").value));
+}
+
+// A message's content: a text, or images and a text behind them.
+function contentOf(text, pictures) {
+  if (!pictures.length) return text;
+  const parts = pictures.map((picture) => ({ type: "image_url", image_url: { url: picture.url } }));
+  return text.trim() ? [...parts, { type: "text", text }] : parts;
+}
+
+function urlsOf(message) {
+  return Array.isArray(message.content) ? message.content.flatMap((part) => (part.image_url ? [part.image_url.url] : [])) : [];
 }
 
 // Whether all settings are numbers in their ranges; else the browser says which isn't.
@@ -90,17 +109,20 @@ async function* events(response) {
 }
 
 async function ask(text) {
-  messages.push({ role: "user", content: text });
-  const question = show("user", text);
+  const pictures = images.take();
+  messages.push({ role: "user", content: contentOf(text, pictures) });
+  const question = show("user", text, pictures);
   const answer = show("assistant", "");
   const speed = new Speed();
   const draw = onceAFrame(() => {
+    writeThought(answer, thought, !said && stopping !== null);
     write(answer, said);
     speed.draw();
   });
   stopping = new AbortController();
   working(true);
   let said = "";
+  let thought = "";
   let end = "Done";
   try {
     const body = {
@@ -118,8 +140,9 @@ async function ask(text) {
     for await (const event of events(response)) {
       if (event.error) throw new ApiError(200, event);
       const choice = event.choices[0];
-      if (choice && choice.delta.content) {
-        said += choice.delta.content;
+      if (choice && (choice.delta.content || choice.delta.reasoning_content)) {
+        said += choice.delta.content || "";
+        thought += choice.delta.reasoning_content || "";
         speed.piece();
         draw();
       }
@@ -131,14 +154,16 @@ async function ask(text) {
     else end = failed(error);
   }
   if (!said && end === "Done") end = "The model answered nothing";
-  if (said) {
-    messages.push({ role: "assistant", content: said });
+  if (said || thought) {
+    messages.push({ role: "assistant", content: said, ...(thought ? { reasoning_content: thought } : {}) });
+    writeThought(answer, thought, false);
     write(answer, said);
   } else { // as if it hadn't been asked
     messages.pop();
     question.remove();
     answer.remove();
     if (!at("message").value) at("message").value = text;
+    images.restore([...pictures, ...images.chosen]);
   }
   speed.draw();
   working(false);
@@ -206,16 +231,31 @@ function failed(error) {
 
 const NAMES = { user: "You", assistant: "Model", error: "Error" };
 
-function show(role, text) {
+function show(role, text, pictures = []) {
   const article = document.createElement("article");
   article.className = role;
   if (role === "error") article.setAttribute("role", "alert");
   const heading = document.createElement("h2");
   heading.textContent = NAMES[role];
-  article.append(heading, document.createElement("div"));
+  article.append(heading, ...pictures.map(thumbnail), document.createElement("div"));
   at("conversation").append(article);
   write(article, text);
   return article;
+}
+
+// Writes what a model thought before it answered, folded, above its answer.
+function writeThought(article, text, isThinking) {
+  if (!text) return;
+  let box = article.querySelector("details");
+  if (!box) {
+    box = document.createElement("details");
+    box.append(document.createElement("summary"), document.createElement("p"));
+    article.lastElementChild.before(box);
+  }
+  const [summary, inside] = box.children;
+  const title = isThinking ? "Thinking" : "Thought";
+  if (summary.textContent !== title) summary.textContent = title;
+  if (inside.textContent !== text) inside.textContent = text;
 }
 
 // Writes a message's text: code between lines that begin with ``` stands in <pre>, all else in <p>.
@@ -268,7 +308,7 @@ function working(isWorking) {
   at("conversation").setAttribute("aria-busy", String(isWorking)); // a screen reader waits for the whole answer
   at("send").hidden = isWorking;
   at("stop").hidden = !isWorking;
-  at("clear").disabled = at("model").disabled = isWorking;
+  at("clear").disabled = at("model").disabled = at("add-images").disabled = isWorking;
   if (isWorking) say("Answering");
   else stopping = null;
   at("message").focus();
@@ -281,7 +321,9 @@ function stop() {
 at("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = at("message").value;
-  if (!text.trim() || stopping || at("send").disabled || !areSettingsRight()) return;
+  const isEmpty = !text.trim() && !images.chosen.length;
+  if (images.reading) return say("An image is still being read: send the message when it is shown");
+  if (isEmpty || stopping || at("send").disabled || !areSettingsRight()) return;
   at("message").value = "";
   ask(text);
 });
@@ -297,10 +339,35 @@ document.addEventListener("keydown", (event) => {
 });
 
 at("stop").addEventListener("click", stop);
+at("model").addEventListener("change", modelChosen);
+at("add-images").addEventListener("click", () => at("files").click());
+
+at("files").addEventListener("change", async () => {
+  const files = [...at("files").files];
+  at("files").value = ""; // so that the same file can be chosen again
+  await images.add(files);
+  at("message").focus();
+});
+
+at("message").addEventListener("paste", (event) => {
+  const copied = event.clipboardData;
+  if (!hasFiles(copied) || [...copied.types].includes("text/plain")) return; // office programs copy text as both
+  if (images.most) event.preventDefault();
+  images.add([...copied.files]);
+});
+
+for (const kind of ["dragover", "drop"]) { // else the browser would leave the page and show the file
+  document.addEventListener(kind, (event) => {
+    if (!hasFiles(event.dataTransfer)) return;
+    event.preventDefault();
+    if (kind === "drop") images.add([...event.dataTransfer.files]);
+  });
+}
 
 at("clear").addEventListener("click", () => {
   messages.length = 0;
   at("conversation").replaceChildren();
+  images.draw();
   at("speed").textContent = "";
   say("A new conversation");
   at("message").focus();

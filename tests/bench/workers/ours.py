@@ -1,4 +1,4 @@
-"""Benchmark worker for a bundle of this project: `python -m tests.bench.workers.ours BUNDLE THREADS`."""
+"""Benchmark worker for a bundle of this project: `python -m tests.bench.workers.ours BUNDLE THREADS KERNELS`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen_aot.runtime.backends.cpu.kernels import kernels_named
 from qwen_aot.runtime.backends.ort.engine import OnnxRuntimeEngine, OrtOptions
 from qwen_aot.runtime.bundle.load import load_bundle
 from tests.bench.workers.protocol import Measured, serve
 
 
-def main(bundle: str, threads: str) -> None:
+def main(bundle: str, threads: str, kernels: str) -> None:
     """Prefill and greedy decoding through the engine, without a tokenizer, as the peers' workers do."""
-    engine = OnnxRuntimeEngine(load_bundle(Path(bundle)), OrtOptions(threads=int(threads)))
+    engine = OnnxRuntimeEngine(
+        load_bundle(Path(bundle)), OrtOptions(threads=int(threads), kernels=kernels_named(kernels))
+    )
 
     def start(ids: list[int]) -> int:
         engine.truncate(0, 0)

@@ -97,7 +97,7 @@ def open_on_cpu(bundle: Path) -> OnnxRuntimeEngine:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "qwen_aot.runtime.backends.ort.engine.open_session",
-            lambda path, options, _: CopyingSession(open_session(path, options, cpu)),
+            lambda path, options, _, *library: CopyingSession(open_session(path, options, cpu, *library)),
         )
         return OnnxRuntimeEngine(load_bundle(bundle), OrtOptions(threads=1), device)
 

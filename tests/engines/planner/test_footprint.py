@@ -81,7 +81,8 @@ def lower_standard(traced: Traced, spec: BuildSpec) -> Traced:
 
 def lower_plugin(traced: Traced, spec: BuildSpec) -> Traced:
     quantized = spec.precision if spec.precision in get_args(standard.WeightFormat) else None
-    return plugin.lower(traced, plugin.PluginOptions(quantized, int8_cache=spec.cache_type == "INT8"))
+    options = plugin.PluginOptions(quantized, int8_cache=spec.cache_type == "INT8", linear=spec.linear)
+    return plugin.lower(traced, options)
 
 
 def tensorrt_spec(precision: str, **options: Any) -> BuildSpec:
@@ -127,6 +128,8 @@ FORMS: dict[str, tuple[BuildSpec, Lower]] = {
     "plugin-fp16": with_plugins(precision="fp16"),
     "plugin-int8": with_plugins(precision="int8", kv_precision="int8"),
     "plugin-int4": with_plugins(precision="int4"),
+    "plugin-int8-linear": with_plugins(precision="int8", tensorrt=TensorRtOptions(linear="plugin")),
+    "plugin-int4-linear": with_plugins(precision="int4", tensorrt=TensorRtOptions(linear="plugin")),
 }
 
 
@@ -251,15 +254,33 @@ def test_a_quantized_head_is_stored_apart_from_the_embedding() -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize(("target", "dtype"), [("cpu", "float32"), ("tensorrt", "float16")])
-def test_cache_is_what_the_runtime_allocates(name: str, target: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "precision", "own_kernels", "dtype"),
+    [
+        ("cpu", "int4", True, "float16"),
+        ("cpu", "int4", False, "float32"),
+        ("cpu", "fp32", True, "float32"),
+        ("tensorrt", "fp16", True, "float16"),
+    ],
+)
+def test_cache_is_what_the_runtime_allocates(
+    name: str, target: str, precision: str, own_kernels: bool, dtype: str
+) -> None:
+    """What the graph for own kernels holds, tests/engines/onnxruntime/test_cpu.py compares with a build."""
     config = cut(VARIANTS[name], 2)
-    spec = BuildSpec(target=target, max_context=700, max_batch=3)  # type: ignore[arg-type]
+    spec = BuildSpec(target=target, precision=precision, max_context=700, max_batch=3)  # type: ignore[arg-type]
     capacity = cache_capacity(700, spec.prefill_chunk)
     shape = ("B", config.num_key_value_heads, capacity, config.head_dim)
     tensors = [IoTensor(f"past_key_values.{i}.{part}", dtype, shape) for i in range(2) for part in ("key", "value")]
     cache = KvCache(tensors, max_batch=3, max_capacity=capacity)
-    assert footprint(config, spec).cache_bytes == cache.nbytes
+    assert footprint(config, spec, own_kernels=own_kernels).cache_bytes == cache.nbytes
+
+
+def test_a_fast_prefill_has_the_cache_of_onnxruntimes_kernels() -> None:
+    """Its bundles have no graph for own ones."""
+    spec = BuildSpec(precision=Precision.INT4, max_context=700, fast_prefill=True)
+    without = dataclasses.replace(spec, fast_prefill=False)
+    assert footprint(tiny(), spec).cache_bytes == footprint(tiny(), without, own_kernels=False).cache_bytes
 
 
 @pytest.mark.parametrize("target", [Target.TENSORRT, Target.CPU])
@@ -338,7 +359,7 @@ def test_a_decode_step_reads_the_chosen_experts_alone(batch: int, experts_read: 
 
 def test_prefill_alone_reads_the_second_form_of_its_projections() -> None:
     slow, fast = (
-        footprint(tiny(), BuildSpec(precision="int4", max_context=64, fast_prefill=fast))  # type: ignore[arg-type]
+        footprint(tiny(), BuildSpec(precision=Precision.INT4, max_context=64, fast_prefill=fast), own_kernels=False)
         for fast in (False, True)
     )
     assert fast.weight_bytes > slow.weight_bytes

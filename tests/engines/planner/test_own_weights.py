@@ -37,7 +37,7 @@ def lower_standard(traced: Traced, spec: BuildSpec) -> Traced:
 
 
 def lower_plugin(traced: Traced, spec: BuildSpec) -> Traced:
-    return plugin.lower(traced, plugin.PluginOptions(None, own_codes=True))
+    return plugin.lower(traced, plugin.PluginOptions(None, own_codes=True, linear=spec.linear))
 
 
 TARGETS: dict[str, tuple[dict[str, Any], Lower]] = {
@@ -51,6 +51,10 @@ TARGETS: dict[str, tuple[dict[str, Any], Lower]] = {
     ),
     "tensorrt": ({"target": Target.TENSORRT_RTX}, lower_standard),
     "tensorrt, plugins": ({"target": Target.TENSORRT}, lower_plugin),
+    "tensorrt, plugins, projections too": (
+        {"target": Target.TENSORRT, "tensorrt": TensorRtOptions(linear="plugin")},
+        lower_plugin,
+    ),
     "tensorrt, int8 head": (
         {
             "target": Target.TENSORRT_RTX,
@@ -86,6 +90,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe": MOE | {"moe_intermediate_size": 256},
     },
     "8 bits": {"coding": Coding(8, 32)},
+    "wide": {"coding": Coding(4, 64, zero_points=True), "intermediate": 256},  # blocks and sizes of QwenLinear
+    "wide, 8 bits": {"coding": Coding(8, 128), "intermediate": 256},
     "rounded inputs": {"coding": Coding(8, WHOLE_ROW, input_scale=0.0625), "tied": True},
     "minimums": {"coding": CODINGS["minimums"], "tied": True},
     "minimums, table in codes": {"coding": with_minimums_of_halves, "tied": True},
@@ -98,13 +104,14 @@ FIRST = (
     "experts",
     "experts of the plugin",
     "minimums, table in codes",
+    "wide",
 )
 CASES = [
     pytest.param(model, target, marks=() if model in FIRST or target == "cpu" else pytest.mark.deep)
     for model in MODELS
     for target, (options, _) in TARGETS.items()
     if not ("experts" in model and "cpu" not in target and ("plugin" not in model or "plugin" not in target))
-    and not (model in ("8 bits", "rounded inputs") and "precision" in options)
+    and not (model in ("8 bits", "wide, 8 bits", "rounded inputs") and "precision" in options)
     and not (model == "rounded inputs" and ("cuda" in target or "fast" in target))
     and not ("in codes" in model and "of 8 bits" in target)
 ]

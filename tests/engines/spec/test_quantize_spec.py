@@ -57,7 +57,7 @@ def test_defaults_follow_the_format(given: dict[str, Any], symmetric: bool, sens
         ({"algorithm": "smoothquant", "tokens": 100}, "tokens is 100; it must be at least 256"),
         (
             {"plain_share": 0.1},
-            "plain_share is of algorithms that round inputs too (smoothquant), and algo",
+            "plain_share is of algorithms that round inputs too (smoothquant, gptq-fp8), and algo",
         ),
         ({"format": "awq", "bits": 8}, "bits is 8; accepted: 4, or another format"),
         ({"format": "awq", "symmetric": True}, "symmetric is True; accepted: False, or another format"),

@@ -228,6 +228,76 @@ def test_experts(
     assert list(codes.dims) == [4, 256, 128 * min(bits, 8) // 8]
 
 
+@pytest.fixture(scope="module")
+def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoints") / "wide"
+    save_tiny(path, layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2)
+    return path
+
+
+@pytest.mark.usefixtures("trt")
+@pytest.mark.parametrize(("precision", "bits", "group_size"), [("int8", 8, -1), ("int4", 4, 128)])
+@pytest.mark.parametrize("attention", ["plugin", "native"])
+def test_projections(
+    wide_checkpoint: Path,
+    library: Path,
+    parsed: list[onnx.ModelProto],
+    tmp_path: Path,
+    attention: str,
+    precision: str,
+    bits: int,
+    group_size: int,
+) -> None:
+    options = {"plugin_library": library, "attention": attention, "linear": "plugin"}
+    manifest = build(wide_checkpoint, tmp_path / "bundle", precision, **options)
+    nodes = [node for node in parsed[0].graph.node if node.op_type == "QwenLinear"]
+    assert len(nodes) == 8 and not parsed[0].functions
+    for node in nodes:
+        fields = {attribute.name: attribute.i for attribute in node.attribute}
+        assert (fields["weight_bits"], fields["group_size"]) == (bits, group_size)
+    facts = manifest.engines.text.tensorrt
+    assert facts is not None and facts.plugins is not None and "QwenLinear" in facts.plugins.ops
+    assert ("QwenGQA" in facts.plugins.ops) == (attention == "plugin")
+    assert facts.layers["QWENLINEAR"] == 8
+    assert (tmp_path / "bundle" / PLUGIN_LIBRARY).read_bytes() == CONTENT
+
+
+@pytest.mark.usefixtures("trt")
+def test_a_bundle_with_projections_of_the_plugin_is_made_again_for_its_layers(
+    wide_checkpoint: Path, library: Path, tmp_path: Path
+) -> None:
+    build(wide_checkpoint, tmp_path / "bundle", "int4", plugin_library=library, linear="plugin")
+    bundle = load_bundle(tmp_path / "bundle")
+    with open_checkpoint(wide_checkpoint) as source:
+        report = compare_bundle_layers(bundle.path, bundle.manifest, source, list(range(20)), bound_for("int4"))
+    assert report.first_failed is None
+    assert [row.layer for row in report.layers] == [0, 1, -1]
+
+
+@pytest.mark.usefixtures("trt", "library")
+def test_projections_need_the_library_whatever_attention_is(wide_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="none is named; build it with"):
+        build(wide_checkpoint, tmp_path / "bundle", "int4", attention="native", linear="plugin")
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "message"),
+    [
+        (
+            "tensorrt",
+            "fp16",
+            "linear plugin doesn't read weights of fp16; accepted: int8, int4, or the checkpoint's own",
+        ),
+        ("tensorrt", "fp8", "linear plugin doesn't read weights of fp8"),
+        ("tensorrt-rtx", "int4", "target tensorrt-rtx doesn't take linear plugin: .* has no plugin layers"),
+    ],
+)
+def test_projections_that_the_plugin_does_not_compute_are_refused(target: str, precision: str, message: str) -> None:
+    with pytest.raises(BuildError, match=message):
+        BuildSpec(target=target, precision=precision, tensorrt=TensorRtOptions(linear="plugin"))  # type: ignore[arg-type]
+    assert BuildSpec(target="tensorrt", precision="int4").linear == "native"  # type: ignore[arg-type]
+
+
 @pytest.mark.usefixtures("trt", "library")
 def test_quantized_experts_of_the_native_form_are_refused_and_the_plugin_is_named(
     moe_checkpoint: Path, tmp_path: Path

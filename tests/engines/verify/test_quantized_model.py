@@ -32,6 +32,7 @@ from qwen_aot.runtime.bundle.load import load_bundle
 from tests.checkpoints import reference_logits, tiny_config, tiny_model
 from tests.coded_checkpoints import MOE, load
 from tests.decisive import TOKENS, decisive_text, save_decisive
+from tests.exporter.checkpoint.hf.quantized import test_float_quantized as float_quantized
 from tests.exporter.checkpoint.hf.quantized import test_int_quantized as int_quantized
 from tests.exporter.checkpoint.hf.quantized.test_golden import CASES, MODULE, READABLE, save, values_of
 from tests.exporter.lowering.test_rounded_inputs import rounding_model
@@ -90,6 +91,16 @@ FOLDERS: dict[str, Folder] = {
         int_quantized.pack,
         {"make": functools.partial(random_codes, bits=8, group_size=-1)},
     ),
+    "compressed-tensors, floats": (
+        float_quantized.config(),
+        float_quantized.pack,
+        {"make": float_quantized.random_floats},
+    ),
+    "compressed-tensors, floats with one scale": (
+        float_quantized.config(strategy="tensor"),
+        functools.partial(float_quantized.pack, one_scale=True),
+        {"make": functools.partial(float_quantized.random_floats, one_scale=True)},
+    ),
 }
 
 
@@ -132,8 +143,9 @@ def test_a_quantized_folder_is_read_past_our_own_reader(
     np.testing.assert_allclose(reference.logits(IDS, 0), expected, rtol=0, atol=1e-5)
 
 
-def test_inputs_are_rounded_as_the_folder_says(tmp_path: Path) -> None:
-    saved = int_quantized.save(tmp_path)
+@pytest.mark.parametrize("module", [int_quantized, float_quantized], ids=["integers", "floats"])
+def test_inputs_are_rounded_as_the_folder_says(module: Any, tmp_path: Path) -> None:
+    saved = module.save(tmp_path)
     with open_checkpoint(tmp_path) as checkpoint:
         found = Reference(checkpoint).logits(IDS, 0)
     expected, unrounded = (

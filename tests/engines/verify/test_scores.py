@@ -179,6 +179,28 @@ def test_a_perplexity_ratio_fails_beyond_two_standard_errors(bound: float, has_p
     assert check.has_passed is has_passed
 
 
+def test_a_bundle_as_near_to_unrounded_inputs_as_arithmetic_fails() -> None:
+    """Its distance from the reference is that of a sound one, and its share of what rounding does is not."""
+    plain = table(0)
+    rounded, other = (plain + 0.3 * table(seed, 1.0) for seed in (1, 2))  # two roundings of the same inputs
+    texts, limits = sequences(60, 17), Limits(Bounds(kl_divergence=1.0))
+
+    def share(logits: NDArray[np.float32]) -> Verification:
+        reference, base = TableReference(rounded), TableReference(plain)
+        return verify(TableEngine(logits), reference, texts, limits, greedy_tokens=4, unrounded=base.logits)
+
+    assert share(rounded).scores.rounding_share == 1
+    sound = share(other)
+    assert [check.name for check in sound.checks if not check.has_passed] == []
+    wrong = share((plain + 0.01 * table(3, 1.0)).astype(np.float32))
+    assert wrong.scores.kl_divergence < sound.scores.kl_divergence
+    assert wrong.verdict is Verdict.FAILED
+    assert wrong.reasons[0].startswith("rounding_share is 0.00")
+    same = TableReference(rounded)  # inputs that lie on codes already: nothing to tell
+    found = verify(TableEngine(rounded), same, texts, limits, greedy_tokens=4, unrounded=same.logits)
+    assert found.scores.rounding_share is None
+
+
 def test_greedy_choices_are_judged_on_the_references_own_text() -> None:
     # After token i of 11 the reference says i + 1; the bundle does too, but for 3 -> 0.
     expected = np.full((VOCAB, VOCAB), 0, np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -80,6 +82,47 @@ def test_what_was_built_is_made_again(
     assert (found.verdict, found.compared, found.differing, found.reason) == (Verdict.PASSED, "bytes", (), "")
     assert found.tensors == len(tensors)
     assert found.bytes == sum(tensor.length or 0 for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("change", ["elsewhere", "inside"])
+def test_a_graph_for_own_kernels_that_reads_other_weights_is_named(
+    change: str, bundles: Callable[[str], Path], checkpoint: Path, tmp_path: Path
+) -> None:
+    """Whoever's kernels run here: both graphs read each weight from one place."""
+    bundle = shutil.copytree(bundles("int4"), tmp_path / "bundle")
+    path = bundle / "model.kernels.onnx"
+    model = onnx.load(path, load_external_data=False)
+    first, second = (t for t in model.graph.initializer if t.name.endswith("self_attn.o_proj.weight_codes"))
+    if change == "elsewhere":
+        del first.external_data[:]
+        first.external_data.extend(second.external_data)
+    else:
+        first.CopyFrom(onnx.numpy_helper.from_array(np.zeros(list(first.dims), np.uint8), first.name))
+    path.write_bytes(model.SerializeToString())
+    manifest = load_bundle(bundles("int4")).manifest
+    with open_checkpoint(checkpoint) as source:
+        found = check_weights(bundle, manifest, source)
+    assert (found.verdict, found.differing) == (Verdict.FAILED, (first.name,))
+    assert "model.kernels.onnx" in found.reason
+
+
+def test_experts_of_own_kernels_that_read_another_layers_weights_are_named(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", hidden=64, moe={})
+    bundle = build_bundle(tmp_path / "model", BuildSpec(max_context=128, precision="int4"), tmp_path / "bundle").out
+    manifest = load_bundle(bundle).manifest
+    path = bundle / "model.kernels.onnx"
+    model = onnx.load(path, load_external_data=False)
+    assert [node.op_type for node in model.graph.node].count("QwenMoE") == 2
+    first, second = (t for t in model.graph.initializer if t.name.endswith("experts_down_codes"))
+    places = [list(tensor.external_data) for tensor in (first, second)]
+    for tensor, place in zip((first, second), reversed(places), strict=True):
+        del tensor.external_data[:]
+        tensor.external_data.extend(place)
+    path.write_bytes(model.SerializeToString())
+    with open_checkpoint(tmp_path / "model") as source:
+        found = check_weights(bundle, manifest, source)
+    assert (found.verdict, found.differing) == (Verdict.FAILED, (first.name, second.name))
+    assert "model.kernels.onnx" in found.reason
 
 
 def test_a_hash_is_of_the_rows_that_follow_each_other(bundles: Callable[[str], Path]) -> None:

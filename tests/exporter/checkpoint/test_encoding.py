@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_aot.errors import CheckpointError
-from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows, arranged, dequantize, stack
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, CodeType, EncodedRows, arranged, dequantize, stack
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.checkpoint.synthetic import RandomCheckpoint
 from qwen_aot.exporter.model.variants import VARIANTS
+from tests import e4m3
 from tests.checkpoints import save_tiny
 
 SCALES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
@@ -56,6 +57,28 @@ def by_hand(rows: EncodedRows) -> np.ndarray:
 def test_codes_stand_for_what_the_definition_says(form, rows, width):
     encoded = random_rows(form, rows, width)
     np.testing.assert_array_equal(dequantize(encoded), by_hand(encoded))
+
+
+@pytest.mark.parametrize("group_size", [253, 100, 11])
+def test_codes_of_e4m3_are_the_formats_numbers(group_size):
+    """All 254 of them but NaN, in groups that fill a row and in some that don't."""
+    form = CodeForm(8, group_size, np.dtype(np.float32), code_type=CodeType.E4M3)
+    codes = np.array([e4m3.CODES] * 2, np.uint8)
+    groups = -(-codes.shape[1] // group_size)
+    scales = np.arange(1, 2 * groups + 1, dtype=np.float32).reshape(2, groups) / 7
+    want = np.array(e4m3.NUMBERS, np.float32) * np.repeat(scales, group_size, 1)[:, : codes.shape[1]]
+    found = dequantize(EncodedRows(form, codes, scales))
+    np.testing.assert_array_equal(found, want)
+    assert (found != dequantize(EncodedRows(replace(form, code_type=CodeType.INTEGER), codes, scales))).any()
+    assert form.largest_number == max(e4m3.NUMBERS)
+    assert e4m3.number(form.middle) == 0
+
+
+def test_rows_that_are_added_are_zeros_of_their_type():
+    form = CodeForm(8, 4, np.dtype(np.float16), code_type=CodeType.E4M3)
+    rows = EncodedRows(form, np.full((1, 4), 0x38, np.uint8), np.ones((1, 1), np.float16))
+    found = arranged(rows, lambda array, fill: np.concatenate((np.full_like(array, fill), array)))
+    np.testing.assert_array_equal(dequantize(found), [[0] * 4, [1] * 4])
 
 
 def test_one_changed_code_or_scale_is_seen():

@@ -1,4 +1,4 @@
-"""The definitions of QwenGQA and QwenMoE, run by ONNX Runtime, against the references of the kernels.
+"""The definitions of QwenGQA, QwenMoE and QwenLinear, run by ONNX Runtime, against the references of the kernels.
 
 Inputs are poisoned as the kernels' tests poison them: NaN in padding and in every unused cache slot.
 """
@@ -14,8 +14,18 @@ import torch
 from onnx import TensorProto
 
 from qwen_aot.exporter.graph.ops import DOMAIN, VERSION
-from qwen_aot.exporter.graph.plugin_ops import ATTRIBUTES, OPSET, PluginOp, gqa_definition, is_plugin, moe_definition
+from qwen_aot.exporter.graph.plugin_ops import (
+    ATTRIBUTES,
+    OPSET,
+    PluginOp,
+    gqa_definition,
+    is_plugin,
+    linear_overload,
+    linear_plugin_definition,
+    moe_definition,
+)
 from tests.plugins.gqa_cases import GqaStep
+from tests.plugins.linear_cases import LinearStep
 from tests.plugins.moe_cases import MoeStep
 
 _ONNX_TYPES = {
@@ -45,7 +55,9 @@ def run(
         [onnx.helper.make_tensor_value_info(name, _ONNX_TYPES[tensor.dtype], tensor.shape) for name, tensor in group]
         for group in (inputs.items(), outputs.items())
     ]
-    node = onnx.helper.make_node(op, list(inputs), list(outputs), domain=DOMAIN, **attributes)
+    node = onnx.helper.make_node(
+        op, list(inputs), list(outputs), domain=DOMAIN, overload=definition.overload, **attributes
+    )
     model = onnx.helper.make_model(
         onnx.helper.make_graph([node], "step", *infos),
         functions=[ir.serde.serialize_function(definition)],
@@ -186,10 +198,34 @@ def test_moe_counts_choices_outside_as_zero(expert_ids: list[list[int]]) -> None
     assert (got[[all(not 0 <= i < 5 for i in row) for row in expert_ids]] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("form", "group_size"),
+    [("8", -1), ("8", 128), ("4", -1), ("4", 32), ("4", 128), ("4z", -1), ("4z", 64), ("4z", 128)],
+)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_linear_equals_the_kernels_reference(form: str, group_size: int, has_bias: bool, dtype: str) -> None:
+    step = LinearStep(6, rows=48, columns=256, dtype=dtype, form=form, group_size=group_size, has_bias=has_bias)
+    weights, has_zeros = step.weights, form == "4z"
+    inputs = {"x": step.tensors["x"].view(2, 3, -1), "weight": weights.codes, "scale": weights.scale}
+    if weights.zero is not None:
+        inputs["zero"] = weights.zero
+    if has_bias:
+        inputs["bias"] = step.tensors["bias"]
+    forms = {"weight_bits": weights.bits, "has_zeros": has_zeros, "has_bias": has_bias}
+    definition = linear_plugin_definition(**forms)
+    assert definition.overload == linear_overload(**forms)
+    attributes = {"weight_bits": weights.bits, "group_size": group_size, "has_zeros": int(has_zeros)}
+    outputs = {"y": torch.empty(2, 3, 48, dtype=inputs["x"].dtype)}
+    got = run(definition, attributes | {"has_bias": int(has_bias)}, inputs, outputs)["y"]
+    assert_near(got.view(6, 48), step.expected())
+
+
 def test_attributes_are_the_definitions() -> None:
     gqa = gqa_definition(num_heads=2, num_kv_heads=1, head_dim=8, scale=0.5)
     moe = moe_definition(hidden_size=8, intermediate_size=8, num_experts=2, experts_per_token=1)
-    for op, definition in ((PluginOp.GQA, gqa), (PluginOp.MOE, moe)):
+    linear = linear_plugin_definition(weight_bits=4, has_zeros=True, has_bias=True)
+    for op, definition in ((PluginOp.GQA, gqa), (PluginOp.MOE, moe), (PluginOp.LINEAR, linear)):
         assert (definition.domain, definition.name) == (DOMAIN, op)
         assert tuple(definition.attributes) == ATTRIBUTES[op]
         assert is_plugin(ir.node(op, [], domain=DOMAIN)) and not is_plugin(ir.node(op, []))

@@ -12,15 +12,25 @@ from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.ort import contrib as ort
+from qwen_aot.exporter.lowering.ort.kernels import use_kernels
 from qwen_aot.exporter.lowering.tensorrt import plugin, standard
 from qwen_aot.exporter.weights.recipe import Traced
 from qwen_aot.exporter.weights.stitch import stitch
+
+
+def own_kernels(traced: Traced) -> Traced:
+    """Of fp32 weights: their attentions alone, over a cache of fp32."""
+    lowered = ort.lower(traced)
+    use_kernels(lowered.model, ir.DataType.FLOAT)
+    return lowered
+
 
 LOWERINGS: dict[str, Callable[[Traced], Traced]] = {
     "traced": lambda traced: traced,  # our own ops, run through their model-local definitions
     "standard": standard.lower,
     "plugin": plugin.lower,  # both plugins, run through their model-local functions
     "ort": ort.lower,
+    "kernels": own_kernels,
 }
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qwen_aot.exporter.checkpoint.encoding import CodeForm
 from qwen_aot.exporter.quantize import blockwise
 from qwen_aot.exporter.quantize.blockwise import BLOCK_SIZES, BlockFormat
-from qwen_aot.exporter.quantize.encoded import as_blocks, as_scales, in_form_of, obstacle
+from qwen_aot.exporter.quantize.encoded import as_blocks, as_scales, in_form_of, nearest_scales, obstacle
 from qwen_aot.exporter.weights.recipe import OutOfRangeError
 from tests.exporter.checkpoint.test_encoding import FORMS, by_hand, random_rows
 
@@ -83,3 +83,21 @@ def test_scales_beyond_float16_are_refused_by_their_place(scale):
     with pytest.raises(OutOfRangeError, match=r"is no float16 number.*target cpu takes all") as caught:
         as_scales(scales, np.float16, first_row=7)
     assert caught.value.row == 9
+
+
+@pytest.mark.parametrize("unit", [1.0, 2.0**-14])
+def test_scales_of_next_to_nothing_are_the_nearest_of_the_type(unit):
+    """A change of a weight by half of float16's smallest number, 2^-25, is one too many."""
+    fine = np.float32(unit * 2.0**-24 * 1.25)  # a quarter of the smallest scale is lost, times what a code is
+    scales = np.array([[1e-12], [0.0], [fine], [fine], [100.0], [1.1]], np.float32)
+    lost = np.float32(unit) * 2.0**-26
+    largest = np.array([[448], [448], [2.0**-26 / lost], [2.0**-25 / lost], [0], [448]], np.float32)
+    found = nearest_scales(scales, np.float16, lambda: largest, unit)
+    held = np.float16(100.0 / unit) if unit == 1 else np.float16(0)  # 100 is beyond float16 times 2^-14
+    want = [0, 0, unit * 2.0**-24, fine, held * unit, np.float32(1.1)]
+    np.testing.assert_array_equal(found[:, 0], np.array(want, np.float32))
+
+    def never():
+        raise AssertionError("all of these are numbers of the type")
+
+    np.testing.assert_array_equal(nearest_scales(np.array([[0.5]]), np.float16, never), [[0.5]])

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from qwen_aot.exporter.calibration.moments import Moment
-from qwen_aot.exporter.checkpoint.encoding import CodeForm
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, CodeType
 from qwen_aot.exporter.rounding import compensated
 from qwen_aot.exporter.rounding.compensated import Compensation, compensation_for
 from qwen_aot.exporter.rounding.grid import Grid, fit_grid
+from tests import e4m3
 
 SIZE = 16
 FORM = CodeForm(4, SIZE, np.dtype(np.float16), has_zero_points=True)
@@ -42,11 +43,22 @@ def obq(weight: NDArray[np.float64], damped: NDArray[np.float64], grid: Grid) ->
         inverse = np.linalg.inv(damped[np.ix_(left, left)])
         with np.errstate(divide="ignore", invalid="ignore"):
             steps = np.where(scales[:, group] == 0, 0, rest[:, column] / scales[:, group])
-        codes[:, column] = np.clip(np.rint(steps) + zeros[:, group], 0, grid.top)
+        codes[:, column] = np.clip(np.rint(steps) + zeros[:, group], 0, 2**grid.form.bits - 1)
         values = (codes[:, column] - zeros[:, group]) * scales[:, group]
         rest[:, left] -= np.outer((rest[:, column] - values) / inverse[0, 0], inverse[0])
         left = left[1:]
     return codes
+
+
+def test_codes_of_e4m3_change_the_outputs_less_than_the_nearest() -> None:
+    weight, moment = drawn(3, 24, 4 * SIZE)
+    form = CodeForm(8, 4 * SIZE, FORM.scale_dtype, has_input_scale=True, code_type=CodeType.E4M3)
+    grid = fit_grid(weight, moment.diagonal(), form)
+    found = Compensation(moment).codes(weight, grid)
+    assert set(found.flatten().tolist()) <= set(e4m3.NUMBERS)
+    nearest = output_error(grid.values(grid.nearest(weight)), weight, moment)
+    assert output_error(grid.values(found), weight, moment) < 0.7 * nearest
+    assert torch.equal(Compensation(moment.diagonal().diag()).codes(weight, grid), grid.nearest(weight))
 
 
 def output_error(values: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor) -> float:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from qwen_aot.exporter.checkpoint.encoding import CodeForm, dequantize
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, CodeType, dequantize
 from qwen_aot.exporter.rounding.grid import FACTORS, Grid, fit_grid
+from tests import e4m3
 
 HALF = np.dtype(np.float16)
 SIZE = 16
@@ -225,3 +226,23 @@ def test_the_larger_end_of_a_group_has_the_wider_side_of_the_range(sign: int) ->
     grid = fit_grid(weight, torch.ones(SIZE), form(), (1.0,))
     assert grid.scales.tolist() == [[-0.125 * sign]]
     assert torch.equal(grid.values(grid.nearest(weight)), weight)
+
+
+def test_codes_of_e4m3_are_the_nearest_numbers() -> None:
+    """Every code against a search over all numbers of the format, in float64; scales are above 0 and hold the row."""
+    rng = np.random.default_rng(2)
+    weight = torch.from_numpy((rng.normal(0, 0.05, (6, SIZE)) * np.exp(rng.normal(0, 2, (6, 1)))).astype(np.float32))
+    floats = CodeForm(8, SIZE, HALF, has_input_scale=True, code_type=CodeType.E4M3)
+    grid = fit_grid(weight, torch.ones(SIZE), floats, (1.0,))
+    numbers, scales = np.array(e4m3.NUMBERS), grid.scales.double().numpy()
+    assert (scales > 0).all()
+    step = np.spacing(scales[:, 0].astype(np.float16)).astype(np.float64)  # of float16
+    assert (np.abs(scales[:, 0] - weight.abs().amax(1).double().numpy() / 448) <= step / 2).all()
+    codes = grid.nearest(weight)
+    distances = np.abs(numbers[None, None] - weight.double().numpy()[..., None] / scales[..., None])
+    chosen = np.abs(codes.double().numpy() - weight.double().numpy() / scales)
+    np.testing.assert_allclose(chosen, distances.min(-1), atol=1e-4)
+    assert set(codes.flatten().tolist()) <= set(e4m3.NUMBERS)
+    np.testing.assert_array_equal(dequantize(grid.encoded(codes)), grid.values(codes).numpy())
+    tried = fit_grid(weight, torch.ones(SIZE), floats)
+    assert errors_of(tried, weight, torch.ones(SIZE)).sum() < errors_of(grid, weight, torch.ones(SIZE)).sum()

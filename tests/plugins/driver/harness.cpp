@@ -273,7 +273,24 @@ void* harness_restore(void* plugin)
     return restored ? attach(std::move(restored)) : nullptr;
 }
 
+// What the builder times one after the other: writes at most `most`, and returns how many; -1: it was refused.
+int32_t harness_tactics(void const* plugin, int32_t* tactics, int32_t most)
+{
+    auto* build = static_cast<Plugin const*>(plugin)->capability<IPluginV3OneBuild>(PluginCapabilityType::kBUILD);
+    int32_t const count = build->getNbTactics();
+    if (count < 0 || count > most || build->getValidTactics(tactics, count) != 0)
+        return -1;
+    return count;
+}
+
 // What the library returned: 0 is success.
+int32_t harness_set_tactic(void const* plugin, int32_t tactic)
+{
+    auto* runtime = static_cast<Plugin const*>(plugin)->capability<IPluginV3OneRuntime>(PluginCapabilityType::kRUNTIME);
+    return runtime->setTactic(tactic);
+}
+
+// Likewise.
 int32_t harness_change_shape(void const* plugin, harness_tensor const* inputs, int32_t num_inputs,
     harness_tensor const* outputs, int32_t num_outputs)
 {

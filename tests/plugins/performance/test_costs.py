@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from qwen_aot.plugins.launch import Launch
-from qwen_aot.plugins.performance.costs import Cost, attention_costs, even_counts, expert_costs
+from qwen_aot.plugins.performance.costs import Cost, attention_costs, even_counts, expert_costs, linear_costs
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.gqa_cases import SM, GqaStep
+from tests.plugins.linear_cases import LinearStep
 from tests.plugins.moe_cases import MoeStep
 
 if not IS_INTERPRETED:
@@ -148,6 +149,27 @@ def test_experts(form, num_tokens):
         bits=int(form[:2].rstrip("z")),
         has_zeros=form == "4z",
     )
+    check(costs, launches, tensors)
+
+
+LINEAR = [
+    # T, N, K, form, group, bias, tactic
+    (1, 80, 256, "4", 128, True, 1),
+    (5, 208, 2048, "4", 128, True, 2),  # in parts
+    (16, 48, 1152, "8", 1152, False, 1),
+    (3, 144, 256, "4z", 32, False, 1),
+    (80, 80, 256, "4", 64, True, 1),
+    (130, 208, 256, "8", 128, True, 2),
+    (70, 48, 256, "4z", 128, False, 1),
+]
+
+
+@pytest.mark.parametrize(("num_tokens", "rows", "columns", "form", "group_size", "has_bias", "tactic"), LINEAR)
+def test_linear(num_tokens, rows, columns, form, group_size, has_bias, tactic):
+    sizes = {"rows": rows, "columns": columns, "group_size": group_size, "has_bias": has_bias, "tactic": tactic}
+    step = LinearStep(num_tokens=num_tokens, form=form, sm_count=20, **sizes)
+    tensors, launches = step.prepare(CPU)
+    costs = linear_costs(SM, 20, num_tokens=num_tokens, bits=int(form[0]), has_zeros=form == "4z", **sizes)
     check(costs, launches, tensors)
 
 

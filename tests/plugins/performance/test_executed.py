@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_aot.plugins.performance.costs import Cost, attention_costs, expert_costs
+from qwen_aot.plugins.performance.costs import Cost, attention_costs, expert_costs, linear_costs
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.gqa_cases import GqaStep
+from tests.plugins.linear_cases import LinearStep
 from tests.plugins.moe_cases import MoeStep
 from tests.plugins.ptx.interpreter import Counts, Interpreter
 from tests.plugins.ptx.steps import CompiledSteps
@@ -23,7 +24,7 @@ MMA_FLOPS = 2 * 16 * 8 * 16  # of an m16n8k16, all threads of a warp together
 
 # Tensors that make up nearly all of a launch's bytes. Of them each sector is asked for once by each program that needs
 # it: loads are whole, and none is repeated. Of the others several warps ask for the same few.
-BULK_READ = ("qkv", "key", "value", "hidden", "inner", "gate_up", "down")
+BULK_READ = ("qkv", "key", "value", "hidden", "inner", "gate_up", "down", "x", "codes")
 BULK_WRITTEN = ("query", "key", "value", "output", "inner")
 
 
@@ -90,4 +91,23 @@ def test_experts(form: str, num_tokens: int, compiled: CompiledSteps) -> None:
         has_zeros=form == "4z",
         **sizes,
     )
+    check(costs, compiled.run(step)[1])
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "form", "group_size", "columns", "tactic"),
+    [
+        (1, "4", 128, 256, 1),
+        (5, "4", 128, 2048, 2),
+        (16, "8", 256, 256, 2),
+        (3, "4z", 32, 256, 1),
+        (80, "4z", 128, 256, 1),
+    ],
+)
+def test_linear(
+    num_tokens: int, form: str, group_size: int, columns: int, tactic: int, compiled: CompiledSteps
+) -> None:
+    sizes = {"rows": 80, "columns": columns, "group_size": group_size, "has_bias": True, "tactic": tactic}
+    step = LinearStep(num_tokens=num_tokens, form=form, sm_count=20, sm=SM, **sizes)
+    costs = linear_costs(SM, 20, num_tokens=num_tokens, bits=int(form[0]), has_zeros=form == "4z", **sizes)
     check(costs, compiled.run(step)[1])

@@ -71,6 +71,11 @@ def narrow_loads(used: Resources) -> float:
     return sum(count for width, count in used.loop.loads.items() if width < 16)
 
 
+def loads_of_bytes(used: Resources) -> float:
+    """Loads of less than 4 bytes."""
+    return sum(count for width, count in used.loop.loads.items() if width < 4)
+
+
 def instructions(used: Resources) -> float:
     return used.loop.instructions
 
@@ -96,6 +101,23 @@ BOUNDS: list[tuple[tuple[str, ...], str, Callable[[Resources], float], float]] =
     (SMS, "moe_decode_*-w4-z?", instructions, 370),
     (SMS, "moe_decode_*-w4-z0", narrow_loads, 1),  # a scale
     (SMS, "moe_decode_*-w4-z1", narrow_loads, 2),  # and a zero
+    (SMS, "linear_decode-*-w4-z0-large-t?", instructions, 450),
+    (SMS, "linear_decode-*-w4-z1-large", instructions, 480),
+    (SMS, "linear_decode-*-w4-small", instructions, 235),
+    (SMS, "linear_decode-*-w8-large-t1", instructions, 450),
+    (SMS, "linear_decode-*-w8-large-t2", instructions, 700),
+    (SMS, "linear_decode-*", barriers, 2),
+    (SMS, "linear_*-w4-z0-large-t?", loads_of_bytes, 0),
+    (SMS, "linear_*-w8-large-t?", loads_of_bytes, 1),  # a scale
+    (SMS, "linear_*-w4-z1-large", loads_of_bytes, 8),  # zeros
+    (SMS, "linear_*-w4-small", loads_of_bytes, 8),
+    (MMA, "linear_prefill-*-large*", per_product, 16),
+    (MMA, "linear_prefill-*-w4-z0-large-t2", per_product, 9),
+    (MMA, "linear_prefill-*-w8-large-t2", per_product, 10.2),
+    (MMA, "linear_prefill-*", barriers, 2),
+    (WARPGROUP, "linear_prefill-*", barriers, 4),
+    (TENSOR_MEMORY, "linear_prefill-*-w8-*", barriers, 4),
+    (TENSOR_MEMORY, "linear_prefill-*-w4-*", barriers, 7),  # two products, each through tensor memory
     *(
         row
         for kernel in ("moe_gate_up", "moe_down")

@@ -12,7 +12,9 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from tests.plugins.any_step import Step
 from tests.plugins.gqa_cases import GqaStep
+from tests.plugins.linear_cases import LinearStep
 from tests.plugins.moe_cases import MoeStep
 from tests.plugins.ptx.interpreter import Counts, Interpreter, PtxError, compile_interpreter
 from tests.plugins.ptx.steps import CompiledSteps
@@ -22,7 +24,8 @@ SECTOR_BYTES = 32
 # One key head (or group of heads) of Qwen1.5's 7B and 32B; one layer of A2.7B, all tokens on the same 4 experts.
 _CACHE = {"num_kv_heads": 1, "head_dim": 128, "sm_count": 58}
 _EXPERTS = {"hidden_size": 2048, "inner_size": 1408, "num_experts": 4, "k": 4}
-STEPS: dict[str, Callable[[str], GqaStep | MoeStep]] = {
+_LINEAR = {"rows": 2048, "columns": 2048, "sm_count": 58}  # the output projection of attention in 1.8B
+STEPS: dict[str, Callable[[str], Step]] = {
     "decode over 512, one head": lambda sm: GqaStep([(511, 1)], 1, sm=sm, **_CACHE),
     "decode over 512, five heads a group": lambda sm: GqaStep([(511, 1)], 1, group=5, sm=sm, **_CACHE),
     "the same, int8 cache": lambda sm: GqaStep([(511, 1)], 1, group=5, is_int8=True, sm=sm, **_CACHE),
@@ -34,8 +37,15 @@ STEPS: dict[str, Callable[[str], GqaStep | MoeStep]] = {
     "64 tokens, 4 experts": lambda sm: MoeStep(64, sm=sm, **_EXPERTS),
     "64 tokens, int8 experts": lambda sm: MoeStep(64, form="8", sm=sm, **_EXPERTS),
     "64 tokens, int4 experts": lambda sm: MoeStep(64, form="4", sm=sm, **_EXPERTS),
+    "one token, a projection of 4 bits": lambda sm: LinearStep(1, sm=sm, **_LINEAR),
+    "one token, of 8 bits": lambda sm: LinearStep(1, form="8", sm=sm, **_LINEAR),
+    "64 tokens, of 4 bits": lambda sm: LinearStep(64, sm=sm, **_LINEAR),
+    "64 tokens, of 8 bits": lambda sm: LinearStep(64, form="8", sm=sm, **_LINEAR),
 }
-_KERNELS = ("gqa_prefill", "gqa_decode", "moe_gate_up", "moe_down", "moe_decode_gate_up", "moe_decode_down")
+_KERNELS = (
+    *("gqa_prefill", "gqa_decode", "moe_gate_up", "moe_down", "moe_decode_gate_up", "moe_decode_down"),
+    *("linear_decode", "linear_prefill"),
+)
 
 # Column: how it is counted. A warp's instruction counts once.
 _COLUMNS: Mapping[str, Callable[[Counts], int]] = {

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.plugins.gqa_cases import GqaStep
-from tests.plugins.moe_cases import MoeStep
+from tests.plugins.any_step import Step
 from tests.plugins.ptx.interpreter import Counts, Interpreter, Range, pointers
 
 _ALIGNMENT = 256  # of the driver's allocations
@@ -40,9 +39,7 @@ class CompiledSteps:
         """The PTX of a variant."""
         return (self._kernels / f"{variant}.ptx").read_text()
 
-    def run(
-        self, step: GqaStep | MoeStep, texts: dict[str, str] | None = None
-    ) -> tuple[dict[str, torch.Tensor], dict[str, Counts]]:
+    def run(self, step: Step, texts: dict[str, str] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Counts]]:
         """The tensors after a step, and what each variant's launch did.
 
         Args:

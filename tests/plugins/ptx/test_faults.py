@@ -11,6 +11,7 @@ import pytest
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.device import check
 from tests.plugins.gqa_cases import GqaStep
+from tests.plugins.linear_cases import LinearStep
 from tests.plugins.moe_cases import MoeStep
 from tests.plugins.ptx.interpreter import Interpreter, PtxError
 from tests.plugins.ptx.steps import CompiledSteps
@@ -27,6 +28,8 @@ ROTATE = "gqa_rotate-fp16-same-d64_128"
 GATE_UP, GATE_UP_INT4, DOWN_INT4 = "moe_gate_up-fp16-w16", "moe_gate_up-fp16-w4-z1", "moe_down-fp16-w4-z1"
 FEW_INT8 = "moe_decode_gate_up-fp16-w8"
 SCATTER = "moe_scatter"
+LINEAR_FEW, LINEAR_MANY = "linear_decode-fp16-w4-z0-large-t1", "linear_prefill-fp16-w8-large-t1"
+LINEAR_ZEROS, LINEAR_REDUCE = "linear_decode-fp16-w4-small", "linear_reduce-fp16"
 
 # Rows of several blocks, of which some are full: then no instruction works on nothing alone.
 STEPS = {
@@ -42,6 +45,10 @@ STEPS = {
     DOWN_INT4: MoeStep(num_tokens=80, num_experts=1, k=1, inner_size=256, form="4z"),
     FEW_INT8: MoeStep(num_tokens=5, num_experts=3, hidden_size=512, form="8"),
     SCATTER: MoeStep(num_tokens=300, num_experts=40),
+    LINEAR_FEW: LinearStep(num_tokens=5, rows=80, columns=640, has_bias=True, sm=SM),
+    LINEAR_MANY: LinearStep(num_tokens=70, rows=80, columns=384, form="8", sm=SM),
+    LINEAR_ZEROS: LinearStep(num_tokens=5, rows=144, columns=384, form="4z", group_size=32, sm=SM),
+    LINEAR_REDUCE: LinearStep(num_tokens=5, rows=80, columns=2048, sm_count=64, has_bias=True, sm=SM),
 }
 
 MMA = r"(mma\.sync\S+ \{[^}]*\}), \{ (%r\d+), (%r\d+), (%r\d+), (%r\d+) \}, \{ (%r\d+), (%r\d+) \}"
@@ -129,6 +136,18 @@ FAULTS = {
     "a sum that lacks a neighbour's": Fault(
         SCATTER, r"(shfl\.sync\.up\S+ \t%r\d+, %r\d+), 1,", r"\1, 2,", f"{WRONG}|{STRAY}|{RACE}"
     ),
+    "another block of K": Fault(LINEAR_ZEROS, r"shr\.s32 (\t%r\d+), (%r\d+), %r\d+", r"shr.s32 \1, \2, 30", WRONG, -1),
+    "a bias that isn't added": Fault(LINEAR_FEW, r"cvt\.f32\.f16 (\t?%r\d+), %rs\d+", r"mov.b32 \1, 0", WRONG, -1),
+    "a projection's byte of another place": Fault(
+        LINEAR_FEW, r"(prmt\.b32 pair, low, 0x64), 0x4342", r"\1, 0x4243", WRONG
+    ),
+    "a projection's scale that isn't used": Fault(
+        LINEAR_MANY, r"fma\.rn\.f32 \t(%r\d+), %r\d+, (%r\d+)", r"fma.rn.f32 \t\1, 0f3F800000, \2", WRONG
+    ),
+    "a wait missing, of a projection": Fault(LINEAR_FEW, r"\tcp\.async\.wait_group.*\n", "", IN_FLIGHT),
+    "a part that isn't added": Fault(
+        LINEAR_REDUCE, r"add\.f32 \t(%r\d+), (%r\d+), (%r\d+)", r"mov.b32 \t\1, \2", WRONG
+    ),
     "a form that isn't known": Fault(
         DECODE, r"ex2\.approx\.ftz\.f32", "ex2.approx.ftz.f16", r"know: ex2\.approx\.ftz\.f16 at line"
     ),
@@ -165,7 +184,7 @@ def test_noticed(name: str, compiled: CompiledSteps) -> None:
 
 
 # Kernels in which each barrier orders something that these steps do; none of them may be missed.
-EVERY_BARRIER = (DECODE, PREFILL_INT8, GATE_UP, GATE_UP_INT4, DOWN_INT4, FEW_INT8, SCATTER)
+EVERY_BARRIER = (DECODE, PREFILL_INT8, GATE_UP, GATE_UP_INT4, DOWN_INT4, FEW_INT8, SCATTER, LINEAR_MANY)
 
 
 @pytest.mark.parametrize("variant", EVERY_BARRIER)

@@ -290,6 +290,8 @@ CASES = [
     Case("abs.f32", SINGLE, np.abs, F, keeps_nan=True),
     Case("neg.f32", SINGLE, np.negative, F, keeps_nan=True),
     Case("add.f32", TWO, np.add, F),
+    Case("add.rn.f32.f16", crossed(SHORT, FLOATS), lambda a, b: a.view(np.float16).astype(F) + b, F),
+    Case("add.rn.f32.bf16", crossed(SHORT, FLOATS), lambda a, b: a.view(BFLOAT).astype(F) + b, F),
     Case("sub.f32", TWO, np.subtract, F),
     Case("mul.f32", TWO, np.multiply, F),
     Case("fma.rn.f32", THREE, fused, F),
@@ -399,7 +401,7 @@ def with_ptx_nan(form: str, values: np.ndarray) -> np.ndarray:
         words[np.isnan(words.view(np.float32))] = 0x7FFFFFFF
         return words.view(np.uint64)
     parts = form.split(".")
-    result = parts[2] if form.startswith("cvt.rn.") else parts[1] if form.startswith("cvt.") else parts[-1]
+    result = parts[2] if parts[1] == "rn" else parts[1] if form.startswith("cvt.") else parts[-1]
     if result in ("f16", "bf16", "f16x2", "bf16x2"):
         halves = values.view(np.uint16).copy()
         halves[np.isnan(halves.view(BFLOAT if "bf16" in form else np.float16))] = 0x7FFF
@@ -712,7 +714,7 @@ def test_matrix_products(kind: str, interpreter: Interpreter) -> None:
     assert (np.abs(product(interpreter, kind, a, b, c) - exact) <= 17 * 2.0**-24 * largest).all()
 
 
-@pytest.mark.parametrize(("count", "suffix"), [(1, ""), (4, ""), (2, ".trans"), (4, ".trans")])
+@pytest.mark.parametrize(("count", "suffix"), [(1, ""), (2, ""), (4, ""), (2, ".trans"), (4, ".trans")])
 def test_loading_matrices(count: int, suffix: str, interpreter: Interpreter) -> None:
     """Rows lie in an order of their own; thread i has two elements of row i / 4, transposed of column i / 4."""
     rows = RANDOM.integers(0, 2**16, (32, 8), dtype=np.uint16)  # 8 for each of 4 matrices
@@ -776,7 +778,7 @@ ELSEWHERE = {  # tested in a function of their own, here or in test_execution.py
     ),
     *("shfl.sync.bfly.b32 5", "shfl.sync.idx.b32 5", "shfl.sync.up.b32 5"),
     *(f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 14" for kind in ("f16", "bf16")),
-    *(f"ldmatrix.sync.aligned.m8n8.x{count}.shared.b16 {count + 1}" for count in (1, 4)),
+    *(f"ldmatrix.sync.aligned.m8n8.x{count}.shared.b16 {count + 1}" for count in (1, 2, 4)),
     *(f"ldmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 {count + 1}" for count in (2, 4)),
     *(f"stmatrix.sync.aligned.m8n8.x{count}.shared.b16 {count + 1}" for count in (1, 2, 4)),
     *(f"stmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 {count + 1}" for count in (2, 4)),

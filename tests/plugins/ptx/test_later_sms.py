@@ -17,6 +17,7 @@ from qwen_aot.plugins.variants import variants
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.device import check
 from tests.plugins.gqa_cases import GqaStep
+from tests.plugins.linear_cases import LinearStep
 from tests.plugins.moe_cases import MoeStep
 from tests.plugins.ptx.interpreter import Interpreter
 from tests.plugins.ptx.steps import CompiledSteps
@@ -28,8 +29,8 @@ pytestmark = pytest.mark.deep
 
 # What an SM's tensor cores are driven by, and the kernels that have it.
 OWN_INSTRUCTIONS = {"9.0": "wgmma.", "10.0": "tcgen05.", "11.0": "tcgen05.", "12.1": None}
-LARGE_PRODUCTS = ("gqa_prefill", "moe_gate_up", "moe_down")
-ATTENTION, EXPERTS = "gqa_*-fp16-*", "moe_*-fp16*"
+LARGE_PRODUCTS = ("gqa_prefill", "moe_gate_up", "moe_down", "linear_prefill")
+ATTENTION, EXPERTS, LINEAR = "gqa_*-fp16-*", "moe_*-fp16*", "linear_*-fp16*"
 
 Compiled = Callable[[str, str], CompiledSteps]
 
@@ -48,7 +49,7 @@ def compiled(interpreter: Interpreter, pytestconfig: pytest.Config) -> Compiled:
     return of
 
 
-@pytest.mark.parametrize("only", [ATTENTION, EXPERTS], ids=["attention", "experts"])
+@pytest.mark.parametrize("only", [ATTENTION, EXPERTS, LINEAR], ids=["attention", "experts", "projections"])
 @pytest.mark.parametrize("sm", OWN_INSTRUCTIONS)
 def test_what_is_not_executed(sm: str, only: str, compiled: Compiled, interpreter: Interpreter) -> None:
     steps = compiled(sm, only)
@@ -87,3 +88,20 @@ def test_few_tokens(sm: str, form: str, compiled: Compiled) -> None:
 def test_prefill_of_sm121(is_int8: bool, head_dim: int, compiled: Compiled) -> None:
     step = GqaStep([(47, 9), (1, 8), (9, 0)], 9, is_int8=is_int8, head_dim=head_dim, group=3, sm="12.1")
     check(step, compiled("12.1", ATTENTION).run(step)[0])
+
+
+LINEAR_WEIGHTS = [("8", -1, 1), ("8", 128, 2), ("4", 128, 1), ("4", -1, 2), ("4z", 128, 1), ("4z", 32, 1)]
+
+
+@pytest.mark.parametrize(("form", "group_size", "tactic"), LINEAR_WEIGHTS)
+@pytest.mark.parametrize("sm", OWN_INSTRUCTIONS)
+def test_few_tokens_of_a_projection(sm: str, form: str, group_size: int, tactic: int, compiled: Compiled) -> None:
+    sizes = {"columns": 1152, "group_size": group_size, "tactic": tactic, "sm_count": 64}
+    step = LinearStep(3, form=form, has_bias=True, sm=sm, **sizes)
+    check(step, compiled(sm, LINEAR).run(step)[0])
+
+
+@pytest.mark.parametrize(("form", "group_size", "tactic"), LINEAR_WEIGHTS)
+def test_many_tokens_of_a_projection_of_sm121(form: str, group_size: int, tactic: int, compiled: Compiled) -> None:
+    step = LinearStep(70, form=form, group_size=group_size, tactic=tactic, has_bias=True, sm="12.1")
+    check(step, compiled("12.1", LINEAR).run(step)[0])

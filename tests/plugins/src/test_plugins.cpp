@@ -132,6 +132,12 @@ Attributes moe_attributes(int weight_bits = 16, int has_zeros = 0)
         {"has_zeros", double(has_zeros)}};
 }
 
+Attributes linear_attributes(int weight_bits = 4, int group_size = 128, int has_zeros = 0, int has_bias = 0)
+{
+    return {{"weight_bits", double(weight_bits)}, {"group_size", double(group_size)}, {"has_zeros", double(has_zeros)},
+        {"has_bias", double(has_bias)}};
+}
+
 Attributes with(Attributes attributes, std::string const& name, double value)
 {
     for (auto& [field, old] : attributes)
@@ -241,6 +247,25 @@ Node moe_node(DataType compute = kHalf, int weight_bits = 16, bool has_zeros = f
     return node;
 }
 
+/** The output projection of attention in Qwen1.5-1.8B, N = K = 2048. */
+Node linear_node(
+    DataType compute = kHalf, int weight_bits = 4, int group_size = 128, bool has_zeros = false, bool has_bias = false)
+{
+    int64_t const blocks = group_size < 0 ? 1 : 2048 / group_size;
+    Node node;
+    node.inputs = {{compute, {3, 5, 2048}}, {kInt8, {weight_bits == 4 ? 1024 : 2048, 2048}}, {compute, {blocks, 2048}}};
+    if (has_zeros)
+    {
+        node.inputs.push_back({kInt8, {blocks, 2048}});
+    }
+    if (has_bias)
+    {
+        node.inputs.push_back({compute, {2048}});
+    }
+    node.outputs = {{compute, {3, 5, 2048}}};
+    return node;
+}
+
 struct Case
 {
     std::string name;
@@ -261,6 +286,12 @@ std::vector<Case> all_cases()
         cases.push_back({"QwenMoE", moe_attributes(8), moe_node(compute, 8)});
         cases.push_back({"QwenMoE", moe_attributes(4), moe_node(compute, 4)});
         cases.push_back({"QwenMoE", moe_attributes(4, 1), moe_node(compute, 4, true)});
+        cases.push_back({"QwenLinear", linear_attributes(8, -1), linear_node(compute, 8, -1)});
+        cases.push_back({"QwenLinear", linear_attributes(8, 128, 0, 1), linear_node(compute, 8, 128, false, true)});
+        cases.push_back({"QwenLinear", linear_attributes(4, -1), linear_node(compute, 4, -1)});
+        cases.push_back({"QwenLinear", linear_attributes(4, 128), linear_node(compute, 4, 128)});
+        cases.push_back({"QwenLinear", linear_attributes(4, 64, 1), linear_node(compute, 4, 64, true)});
+        cases.push_back({"QwenLinear", linear_attributes(4, 32, 1, 1), linear_node(compute, 4, 32, true, true)});
     }
     return cases;
 }
@@ -295,10 +326,10 @@ size_t workspace_of(Case const& of)
 
 // ---- Creators and fields ----
 
-TEST(creators_are_two_of_version_3_in_the_namespace)
+TEST(creators_are_three_of_version_3_in_the_namespace)
 {
-    CHECK(num_creators == 2);
-    for (char const* const name : {"QwenGQA", "QwenMoE"})
+    CHECK(num_creators == 3);
+    for (char const* const name : {"QwenGQA", "QwenMoE", "QwenLinear"})
     {
         auto& of = creator(name);
         CHECK(std::strcmp(of.getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0);
@@ -311,7 +342,8 @@ TEST(field_names_and_types)
 {
     std::map<std::string, std::vector<std::string>> const expected{
         {"QwenGQA", {"num_heads", "num_kv_heads", "head_dim", "cache_bits", "norm_epsilon", "scale"}},
-        {"QwenMoE", {"num_experts", "experts_per_token", "weight_bits", "has_zeros"}}};
+        {"QwenMoE", {"num_experts", "experts_per_token", "weight_bits", "has_zeros"}},
+        {"QwenLinear", {"weight_bits", "group_size", "has_zeros", "has_bias"}}};
     for (auto const& [name, fields] : expected)
     {
         auto const* const collection = creator(name).getFieldNames();
@@ -330,7 +362,8 @@ TEST(field_names_and_types)
 TEST(a_missing_field_is_refused_by_name)
 {
     for (auto const& [name, attributes] : {std::pair<std::string, Attributes>("QwenGQA", gqa_attributes()),
-             std::pair<std::string, Attributes>("QwenMoE", moe_attributes())})
+             std::pair<std::string, Attributes>("QwenMoE", moe_attributes()),
+             std::pair<std::string, Attributes>("QwenLinear", linear_attributes())})
     {
         for (size_t i = 0; i < attributes.size(); ++i)
         {
@@ -411,6 +444,59 @@ TEST(a_bad_value_is_refused_by_name)
     CHECK(moe("has_zeros", 1, "field has_zeros is 1; it must be 0, or 1 with weight_bits 4"));
     CHECK(create("QwenMoE", with(moe_attributes(4), "has_zeros", 2)) == nullptr);
     CHECK(has(last_error(), "field has_zeros is 2"));
+    auto const linear = [](Attributes const& attributes, std::string const& words) {
+        return create("QwenLinear", attributes) == nullptr && has(last_error(), words);
+    };
+    CHECK(linear(linear_attributes(16), "field weight_bits is 16; it must be 8 or 4"));
+    CHECK(linear(linear_attributes(4, 96), "field group_size is 96; it must be 32, 64, 128, or -1 for all of K"));
+    CHECK(linear(linear_attributes(4, 0), "field group_size is 0"));
+    CHECK(linear(linear_attributes(8, 64), "field group_size is 64; with weight_bits 8 it must be 128, or -1"));
+    CHECK(linear(linear_attributes(8, 128, 1), "field has_zeros is 1; it must be 0, or 1 with weight_bits 4"));
+    CHECK(linear(linear_attributes(4, 128, 2), "field has_zeros is 2"));
+    CHECK(linear(linear_attributes(4, 128, 0, 2), "field has_bias is 2; it must be 0 or 1"));
+}
+
+// ---- Tactics ----
+
+TEST(tactics_are_offered_where_there_is_a_choice)
+{
+    for (Case const& of : all_cases())
+    {
+        auto const plugin = create(of.name, of.attributes);
+        auto& build = build_of(*plugin);
+        auto const value = [&](char const* field) {
+            return std::find_if(of.attributes.begin(), of.attributes.end(), [&](auto const& attribute) {
+                return attribute.first == field;
+            })->second;
+        };
+        bool const has_choice = of.name == "QwenLinear" && value("has_zeros") == 0
+            && (value("group_size") == 128 || value("group_size") == -1);
+        std::vector<int32_t> tactics(static_cast<size_t>(build.getNbTactics()), -1);
+        CHECK(tactics.size() == (has_choice ? 2U : 0U));
+        CHECK(build.getValidTactics(tactics.data(), static_cast<int32_t>(tactics.size())) == 0);
+        CHECK(tactics == (has_choice ? std::vector<int32_t>{1, 2} : std::vector<int32_t>{})); // unique, and not 0
+        CHECK(build.getValidTactics(tactics.data(), 7) != 0);
+        CHECK(has(last_error(), "7 tactics were asked for"));
+    }
+}
+
+TEST(a_tactic_that_the_library_does_not_know_is_refused)
+{
+    for (Case const& of : all_cases())
+    {
+        auto const plugin = create(of.name, of.attributes);
+        int32_t const last = build_of(*plugin).getNbTactics();
+        for (int32_t tactic = 0; tactic <= last; ++tactic)
+        {
+            CHECK(runtime_of(*plugin).setTactic(tactic) == 0);
+        }
+        for (int32_t const unknown : {-1, last + 1, 1000})
+        {
+            CHECK(runtime_of(*plugin).setTactic(unknown) != 0);
+            CHECK(has(last_error(), "this library has no tactic " + std::to_string(unknown) + "; there are 0"));
+            CHECK(has(last_error(), "build it again"));
+        }
+    }
 }
 
 TEST(creation_is_logged_with_all_fields)
@@ -570,6 +656,25 @@ TEST(moe_output_shape_is_that_of_hidden)
     CHECK(output.d[0] == B && output.d[1] == S && output.d[2] == M);
 }
 
+TEST(linear_output_shape_has_the_rows_of_its_weights)
+{
+    for (int const group_size : {128, -1})
+    {
+        Builder builder;
+        auto const* const B = builder.make("B");
+        auto const* const S = builder.make("S");
+        auto const* const N = builder.make("N", 4096);
+        auto const constant = [&](int64_t value) { return builder.make("given", value); };
+        std::vector<nvinfer1::DimsExprs> const inputs{builder.shape({B, S, constant(2048)}),
+            builder.shape({constant(2048), constant(2048)}), builder.shape({constant(group_size < 0 ? 1 : 16), N})};
+        nvinfer1::DimsExprs output{};
+        auto const plugin = create("QwenLinear", linear_attributes(4, group_size));
+        CHECK(build_of(*plugin).getOutputShapes(inputs.data(), 3, nullptr, 0, &output, 1, builder) == 0);
+        CHECK(output.nbDims == 3);
+        CHECK(output.d[0] == B && output.d[1] == S && output.d[2] == N);
+    }
+}
+
 // ---- Formats ----
 
 TEST(formats_are_the_contracts_and_no_other)
@@ -672,8 +777,45 @@ TEST(a_shape_that_contradicts_is_refused_by_tensor_and_dimension)
     }
 }
 
+TEST(a_projections_shape_that_contradicts_is_refused)
+{
+    struct Bad
+    {
+        size_t input;
+        std::vector<int64_t> shape;
+        char const* words;
+    };
+    for (Bad const& bad : std::vector<Bad>{
+             {0, {15, 2048}, "x has 2 dimensions; it must be [B, S, K]"},
+             {1, {1024, 1024}, "dimension 1 of weight is 1024; with K 2048 it must be K"},
+             {1, {2048, 2048}, "dimension 1 of scale is 2048; with N 4096 it must be N"},
+             {2, {8, 2048}, "dimension 0 of scale is 8; with K 2048 it must be K/128"},
+             {3, {16, 1024}, "dimension 1 of zero is 1024; with N 2048"},
+             {4, {1024}, "dimension 0 of bias is 1024; with N 2048"},
+         })
+    {
+        Node node = linear_node(kHalf, 4, 128, true, true);
+        node.inputs[bad.input].largest = bad.shape;
+        CHECK(refuses({"QwenLinear", linear_attributes(4, 128, 1, 1), node}, bad.words));
+    }
+    Node node = linear_node(kHalf, 8, -1);
+    node.inputs[2].largest = {16, 2048};
+    CHECK(refuses({"QwenLinear", linear_attributes(8, -1), node}, "dimension 0 of scale is 16; with blocks 1"));
+}
+
 TEST(sizes_that_kernels_cannot_take_are_refused)
 {
+    Node projection = linear_node(kHalf, 8, -1);
+    projection.inputs[1].largest[0] = projection.inputs[2].largest[1] = 2040;
+    CHECK(refuses({"QwenLinear", linear_attributes(8, -1), projection},
+        "the number of outputs is 2040; it must be a multiple of 16"));
+    projection = linear_node(kHalf, 8, -1);
+    projection.inputs[0].largest[2] = projection.inputs[1].largest[1] = 2000;
+    CHECK(refuses({"QwenLinear", linear_attributes(8, -1), projection},
+        "the number of inputs is 2000; it must be a multiple of 128"));
+    projection = linear_node(kHalf, 8, -1);
+    projection.inputs[0].largest[0] = projection.inputs[0].largest[1] = int64_t{1} << 16;
+    CHECK(refuses({"QwenLinear", linear_attributes(8, -1), projection}, "4294967296 tokens are too many"));
     Node node = moe_node();
     node.inputs[0].largest[2] = node.inputs[3].largest[2] = node.inputs[4].largest[1] = 2000;
     CHECK(refuses({"QwenMoE", moe_attributes(), node}, "the hidden size is 2000; it must be a multiple of 128"));
@@ -750,7 +892,7 @@ TEST(without_a_driver_a_step_is_a_logged_error)
 
 // ---- For comparison with plugins/launch.py: prints bytes of workspace ----
 
-/** workspace-gqa B SMIN SMAX H Hkv D BITS C, or workspace-moe B SMIN SMAX E K BITS M F (16-bit weights). */
+/** workspace-linear B SMIN SMAX N K, or workspace-gqa B SMIN SMAX H Hkv D BITS C, or workspace-moe B SMIN SMAX E K BITS M F (16-bit weights). */
 static int print_workspace(std::string const& which, std::vector<int64_t> const& n)
 {
     Case of;
@@ -772,6 +914,14 @@ static int print_workspace(std::string const& which, std::vector<int64_t> const&
         {
             inputs[8] = inputs[9] = {kHalf, {B, Hkv, C}, {1, Hkv, C}};
         }
+    }
+    else if (which == "workspace-linear")
+    {
+        int64_t const B = n[0], low = n[1], high = n[2], N = n[3], K = n[4];
+        of.name = "QwenLinear";
+        of.attributes = linear_attributes();
+        of.node.inputs = {{kHalf, {B, high, K}, {1, low, K}}, {kInt8, {N / 2, K}}, {kHalf, {K / 128, N}}};
+        of.node.outputs = {{kHalf, {B, high, N}, {1, low, N}}};
     }
     else
     {

@@ -71,7 +71,7 @@ class CallError(Exception):
 class Library:
     """The loaded library; `lib.name(...)` calls `qwen_aot_name`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         self.dll = ctypes.CDLL(str(path))
         functions, self.numbers = read_header(HEADER.read_text(encoding="utf-8"))
         self._checked = set()
@@ -146,7 +146,7 @@ class Model:
     """An open bundle."""
 
     def __init__(self, library: Library, path: Path, **options: Any) -> None:
-        """Options: threads, onnxruntime (a path), hash_limit, log (a list that takes messages)."""
+        """Options: threads, kernels, onnxruntime and cpu_kernels (paths), hash_limit, log (a list of messages)."""
         self.library = library
         self.handle = ctypes.c_void_p()
         chosen = ctypes.c_void_p()
@@ -157,9 +157,11 @@ class Model:
                 library.options_set_threads(chosen, options["threads"])
             if "hash_limit" in options:
                 library.options_set_hash_limit(chosen, options["hash_limit"])
-            if "onnxruntime" in options:
-                name = str(options["onnxruntime"]).encode()
-                library.options_set_library(chosen, library.number("LIBRARY_ONNXRUNTIME"), name, len(name))
+            if "kernels" in options:
+                library.options_set_kernels(chosen, options["kernels"])
+            for kind in options.keys() & {"onnxruntime", "cpu_kernels"}:
+                name = str(options[kind]).encode()
+                library.options_set_library(chosen, library.number(f"LIBRARY_{kind.upper()}"), name, len(name))
             if "log" in options:
                 messages = options["log"]
                 self._log = LogCallback(

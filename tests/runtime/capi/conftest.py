@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from qwen_aot.engines.build import build_bundle
 from qwen_aot.engines.spec.build_spec import BuildSpec
 from qwen_aot.engines.spec.precisions import Precision
 from tests.checkpoints import save_tiny
+from tests.cpu_kernels import own_kernels
 from tests.runtime.capi.client import Library
 from tests.runtime.capi.native import Native
 from tests.shared import once
@@ -44,8 +46,22 @@ def onnxruntime() -> Path:
 
 
 @pytest.fixture(scope="session")
+def cpu_kernels(shared_folder: Path) -> Path:
+    """A copy of the library of own kernels: one serves one ONNX Runtime, and that of Python is in this process too."""
+
+    def make(folder: Path) -> Path:
+        return Path(shutil.copy(own_kernels(), folder))
+
+    return once(shared_folder / "capi_cpu_kernels", make)
+
+
+@pytest.fixture(scope="session")
 def text_bundle(shared_folder: Path) -> Path:
-    """A tiny model with a tokenizer and a chat template, four rows, fp32."""
+    """A tiny model with a tokenizer and a chat template, four rows, fp32.
+
+    No library of own kernels lies beside the library that `library` loads: ONNX Runtime's kernels run it, and what is
+    compared with Python is asked for with `kernels="onnxruntime"` there.
+    """
 
     def make(folder: Path) -> Path:
         save_tiny(folder / "tiny", with_tokenizer=True)

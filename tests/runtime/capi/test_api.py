@@ -31,7 +31,7 @@ def generator(model: Model) -> Iterator[Generator]:
 
 @pytest.fixture(scope="module")
 def python(text_bundle: Path) -> Iterator[PythonGenerator]:
-    with PythonGenerator.open(text_bundle, threads=1) as opened:
+    with PythonGenerator.open(text_bundle, threads=1, kernels="onnxruntime") as opened:
         yield opened
 
 

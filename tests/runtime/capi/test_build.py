@@ -1,6 +1,7 @@
 """What `install_library` does around CMake's steps: what is refused before them, and what a failure leaves behind.
 
-CMake is a script here that does what it is told in a moment; tests/runtime/capi/test_install.py has the real one.
+CMake is a script here that does what it is told in a moment, and own CPU kernels are a line of text;
+tests/runtime/capi/test_install.py has the real ones.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen_aot.errors import BuildError
+from qwen_aot.runtime.capi import build
 from qwen_aot.runtime.capi.build import SOURCES, Progress, find_cmake, install_library
 
 CMAKE = r"""#!/bin/sh
@@ -50,10 +53,16 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "tools"
     folder.mkdir()
     write(folder / "cmake", CMAKE)
+    monkeypatch.setattr(build, "build_library", write_kernels)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     for name in ("CXX", "CC", "CMAKE_GENERATOR"):
         monkeypatch.delenv(name, raising=False)
     return folder
+
+
+def write_kernels(library: Path, **_: object) -> None:
+    library.parent.mkdir(parents=True)
+    library.write_text("kernels\n")
 
 
 def write(path: Path, text: str) -> None:
@@ -73,6 +82,7 @@ NEW = {
     "include/qwen_aot.h": "new\n",
     "lib/libqwen_aot.so": "libqwen_aot.so.1.0",
     "lib/libqwen_aot.so.1.0": "new\n",
+    "lib/libqwen_aot_cpu.so": "kernels\n",
     "lib/pkgconfig/qwen_aot.pc": "new\n",
 }
 
@@ -100,10 +110,12 @@ def test_what_is_told(tmp_path: Path) -> None:
         ("compile", 2, 0, files),
         *(("compile", 2, n, files) for n in (1, 2, 3)),
         ("compile", 2, 1, 1),
-        ("install", 3, 0, 0),
-        ("install", 3, 1, 1),
+        ("compile CPU kernels", 3, 0, 0),
+        ("compile CPU kernels", 3, 1, 1),
+        ("install", 4, 0, 0),
+        ("install", 4, 1, 1),
     ]
-    assert {event.count for event in told} == {3}
+    assert {event.count for event in told} == {4}
 
 
 @pytest.mark.usefixtures("tools")
@@ -112,6 +124,41 @@ def test_a_failed_step_leaves_the_prefix_as_it_was(tmp_path: Path, monkeypatch: 
     with pytest.raises(BuildError, match="compile failed:\nthe compiler's own words"):
         install_library(tmp_path / "prefix")
     assert not (tmp_path / "prefix").exists()
+
+
+@pytest.mark.usefixtures("tools")
+def test_without_kernels_that_do_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(library: Path, **_: object) -> None:
+        raise BuildError("compiling the CPU's kernels failed")
+
+    monkeypatch.setattr(build, "build_library", fail)
+    done = install_library(tmp_path / "own")
+    assert done.cpu_kernels is None and done.no_cpu_kernels == "compiling the CPU's kernels failed"
+    assert done.header.is_file() and not (tmp_path / "own" / "lib" / "libqwen_aot_cpu.so").exists()
+    # What is made for others has them, or isn't made.
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "ziglang" or None)
+    with pytest.raises(BuildError, match="the CPU's kernels failed"):
+        install_library(tmp_path / "prefix", is_portable=True)
+    assert not (tmp_path / "prefix").exists()
+
+
+@pytest.mark.usefixtures("tools")
+def test_who_compiles_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def note(library: Path, **options: Any) -> None:
+        asked.append(options)
+        write_kernels(library)
+
+    monkeypatch.setattr(build, "build_library", note)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "ziglang" or None)
+    install_library(tmp_path / "own", jobs=3)
+    install_library(tmp_path / "arm", processor="aarch64", is_portable=True)
+    zig = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-gnu.2.31"]
+    assert asked == [
+        {"compiler": None, "flags": ("-g0", "-s"), "jobs": 3},
+        {"compiler": zig, "flags": ("-g0", "-s"), "jobs": None},
+    ]
 
 
 @pytest.mark.usefixtures("tools")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import shlex
@@ -14,6 +15,8 @@ import pytest
 
 from qwen_aot.errors import BuildError
 from qwen_aot.runtime.capi.build import Installed, find_cmake, install_library
+from tests.cpu_kernels import named_kernels
+from tests.runtime.capi.client import Library, Model
 from tests.runtime.capi.native import run
 from tests.shared import once
 from tests.tools import require_tool
@@ -29,8 +32,9 @@ def installed(shared_folder: Path) -> Installed:
     def make(folder: Path) -> Installed:
         done = install_library(folder / "first", jobs=2)
         shutil.move(folder / "first", folder / "moved")
-        paths = {name: folder / "moved" / getattr(done, name).relative_to(done.prefix) for name in done.__slots__}
-        return Installed(**paths)
+        paths = {name: value for name, value in dataclasses.asdict(done).items() if isinstance(value, Path)}
+        moved = {name: folder / "moved" / path.relative_to(done.prefix) for name, path in paths.items()}
+        return dataclasses.replace(done, **moved)
 
     return once(shared_folder / "capi_prefix", make)
 
@@ -73,10 +77,10 @@ def answer(command: list[str | Path], installed: Installed, onnxruntime: Path) -
 
 @pytest.fixture(scope="module")
 def expected(text_bundle: Path) -> str:
-    """What the Python runtime answers."""
+    """What the Python runtime answers by own kernels, which the installed library finds beside it."""
     from qwen_aot.runtime.generation.generator import Generator
 
-    with Generator.open(text_bundle) as generator:
+    with named_kernels(), Generator.open(text_bundle, kernels="own") as generator:
         text = generator.chat([{"role": "user", "content": "Hello"}]).text
     assert text
     return text
@@ -91,6 +95,7 @@ def test_what_is_there(installed: Installed) -> None:
         "lib/libqwen_aot.so",
         "lib/libqwen_aot.so.1",
         "lib/libqwen_aot.so.1.0",
+        "lib/libqwen_aot_cpu.so",
         "lib/cmake/qwen_aot/qwen_aotConfig.cmake",
         "lib/cmake/qwen_aot/qwen_aotConfigVersion.cmake",
         "lib/cmake/qwen_aot/qwen_aotTargets.cmake",
@@ -121,7 +126,17 @@ def test_the_static_library(
     program = tmp_path / "stream"
     include = f"-I{installed.header.parent}"
     run(["gcc", EXAMPLES / "stream.c", include, installed.static, "-ldl", "-lm", "-pthread", "-o", program])
+    assert installed.cpu_kernels is not None, installed.no_cpu_kernels
+    shutil.copy(installed.cpu_kernels, tmp_path)  # beside the program, where that is what the library is in
     assert answer([program, text_bundle, "Hello"], installed, onnxruntime) == f"{expected}\n"
+
+
+def test_own_kernels_are_used(installed: Installed, text_bundle: Path, onnxruntime: Path) -> None:
+    library = Library(installed.shared)
+    for name, is_own in (("AUTO", 1), ("OWN", 1), ("ONNXRUNTIME", 0)):
+        options = {"kernels": library.number(f"KERNELS_{name}"), "onnxruntime": onnxruntime, "threads": 1}
+        with Model(library, text_bundle, **options) as model:
+            assert model.fact("HAS_OWN_KERNELS") == is_own
 
 
 def test_the_cpp_example(installed: Installed, text_bundle: Path, onnxruntime: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qwen_aot.errors import BundleError
-from qwen_aot.runtime.bundle.engine_entry import IoTensor
+from qwen_aot.runtime.bundle.engine_entry import IoTensor, TextEngine
 from qwen_aot.runtime.bundle.files import check_file_name
 from qwen_aot.runtime.bundle.manifest import DTYPES, Manifest
 from tests.golden import make_manifests as golden
@@ -75,6 +75,7 @@ def kept(manifest: Manifest, format_version: int) -> dict[str, Any]:
             "cache_bytes": facts.cache_bytes,
             "plugins": None if plugins is None else [plugins.file, plugins.sha256, int(plugins.in_engine)],
         },
+        "kernels": None if text.kernels is None else shown_kernels(text),
         "has_vision": int(manifest.engines.vision is not None),
         "max_context": manifest.max_context,
         "max_batch": manifest.max_batch,
@@ -85,6 +86,14 @@ def kept(manifest: Manifest, format_version: int) -> dict[str, Any]:
         "default_max_new_tokens": or_none(manifest.default_max_new_tokens),
         "files": [[name, manifest.files[name].bytes, manifest.files[name].sha256] for name in sorted(manifest.files)],
     }
+
+
+def shown_kernels(text: TextEngine) -> list[Any]:
+    """What is said of the graph for own kernels, and the types of the inputs and outputs that it has."""
+    assert text.kernels is not None
+    chosen = text.for_kernels()
+    types = [[tensor.dtype for tensor in table] for table in (chosen.inputs, chosen.outputs)]
+    return [text.kernels.version, chosen.file, chosen.cache_dtype, *types]
 
 
 def compare(program: Path, texts: Sequence[str]) -> list[bool]:
@@ -112,6 +121,7 @@ def rich() -> dict[str, Any]:
     """A manifest in which nothing is null or empty that may be something."""
     document = copy.deepcopy(golden.BASE)
     document["files"] |= {"tokenizer.qtok": golden.FILE, "chat.qtpl": golden.FILE, "tokenizer.json": golden.FILE}
+    document["files"]["model.kernels.onnx"] = golden.FILE
     document["text"] = {
         "tokenizer": "tokenizer.json",
         "compiled_tokenizer": "tokenizer.qtok",
@@ -125,13 +135,15 @@ def rich() -> dict[str, Any]:
     text["plan"] = {"prefill": golden.STEP | {"weight_scratch": [golden.COPY]}}
     text["profiles"] = [*golden.PROFILES, {"name": "decode", "min_tokens": 1, "max_tokens": 1}]
     text["logits_rows"] = 8
+    text["kernels"] = {"file": "model.kernels.onnx", "version": 1, "cache_dtype": "float32"}
     text["inputs"] = [
         *golden.INPUTS,
         {"name": "past_key_values.0.value", "dtype": "float16", "shape": ["B", 16, "C", 64]},
         {"name": "past_key_values.0.key_scale", "dtype": "float32", "shape": ["B", 16, "C"]},
         golden.POSITIONS,
     ]
-    text["outputs"] = [golden.LOGITS, golden.LAST_LOGITS]
+    present = [{**text["inputs"][i], "name": f"present.0.{part}"} for i, part in ((1, "key"), (2, "value"))]
+    text["outputs"] = [golden.LOGITS, golden.LAST_LOGITS, *present]
     document["engines"]["vision"] = golden.VISION | {
         "plan": {"encode": golden.STEP},
         "tensorrt": golden.TENSORRT | {"plugins": golden.PLUGINS},
@@ -304,6 +316,13 @@ def test_rules_between_keys(program: Path) -> None:
         (("engines", "vision", "inputs", 0, "shape"), [], False),
         (("engines", "vision", "inputs", 0, "shape"), ["B", "I"], False),
         (("prefill_chunk",), 2**31 - 1, True),
+        ((*text, "kernels"), None, True),
+        ((*text, "kernels", "file"), "model.onnx", True),
+        ((*text, "kernels", "file"), "none", False),
+        ((*text, "kernels", "version"), 2**31 - 1, True),
+        ((*text, "kernels", "version"), 0, False),
+        ((*text, "kernels", "cache_dtype"), "int8", True),
+        ((*text, "kernels", "cache_dtype"), "int64", False),
     ]
     texts = []
     for path, value, _ in edits:
@@ -390,8 +409,29 @@ def test_file_names(program: Path) -> None:
         (("engines", "text", "quantization", "a"), None, "quantization['a'] is null; accepted: an integer, a string"),
         (("files", "../x"), {"bytes": 1}, "files has the key '../x'; accepted: a relative path with '/' inside"),
         (("files", "chat.qtpl", "sha256"), "AB", "['chat.qtpl']: sha256 is 'AB'; accepted: 64 lower-case hex digits"),
-        (("engines", "text", "file"), "y", "engines: text: the engine file 'y' is not among the bundle's 4 files"),
+        (("engines", "text", "file"), "y", "engines: text: the engine file 'y' is not among the bundle's 5 files"),
         (("engines", "text", "cache_dtype"), "int8", "cache_dtype is 'int8', but 'past_key_values.0.key' is float16"),
+        (
+            ("engines", "text", "kernels", "cache_dtype"),
+            "int64",
+            "kernels: cache_dtype is 'int64'; accepted: float32, f",
+        ),
+        (
+            ("engines", "text", "kernels", "file"),
+            "y",
+            "engines: text: the graph for own kernels 'y' is not among the b",
+        ),
+        (
+            ("engines", "text", "kernels", "more"),
+            1,
+            "kernels has an unknown key 'more'; accepted: exactly file, version,",
+        ),
+        (("engines", "text", "more"), 1, "has an unknown key 'more'; accepted: exactly file, precision, quantization,"),
+        (
+            ("target",),
+            "cuda",
+            "text: the bundle's target is 'cuda', and there are kernels, a graph for own CPU kernels; accepted: with ",
+        ),
         (("max_context",), 1.5, "manifest.json: max_context is 1.5; accepted: an integer"),
         (("format_version",), 3, "manifest.json has format_version '3', this library reads 1 and 2: rebuild"),
         (

@@ -15,10 +15,11 @@ WRAP = ["-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc"]
 FEWEST = {"open": 40, "generate": 60}  # allocations: that the program reaches the library's own
 
 
-def run(native: Native, what: str, bundle: Path, onnxruntime: Path) -> None:
+def run(native: Native, what: str, bundle: Path, onnxruntime: Path, cpu_kernels: Path | None = None) -> None:
     environment = {
         **os.environ,
         "QWEN_AOT_ONNXRUNTIME": str(onnxruntime),
+        **({} if cpu_kernels is None else {"QWEN_AOT_CPU_KERNELS": str(cpu_kernels)}),
         "LSAN_OPTIONS": "suppressions=" + str(Path(__file__).with_name("leaks.txt")),
     }
     program = native.program("no_memory", flags=WRAP)
@@ -33,7 +34,17 @@ def test_every_allocation_may_fail(native: Native, text_bundle: Path, onnxruntim
     run(native, what, text_bundle, onnxruntime)
 
 
+def test_every_allocation_may_fail_with_own_kernels(
+    native: Native, text_bundle: Path, onnxruntime: Path, cpu_kernels: Path
+) -> None:
+    run(native, "open", text_bundle, onnxruntime, cpu_kernels)
+
+
 @pytest.mark.deep
 @pytest.mark.parametrize("what", ["open", "generate"])
-def test_nothing_leaks(native_folder: Path, text_bundle: Path, onnxruntime: Path, what: str) -> None:
-    run(Native(native_folder, "address"), what, text_bundle, onnxruntime)
+@pytest.mark.parametrize("is_own", [False, True], ids=["onnxruntime", "own"])
+def test_nothing_leaks(
+    native_folder: Path, text_bundle: Path, onnxruntime: Path, cpu_kernels: Path, what: str, is_own: bool
+) -> None:
+    kernels = cpu_kernels if is_own else None
+    run(Native(native_folder, "address"), what, text_bundle, onnxruntime, kernels)

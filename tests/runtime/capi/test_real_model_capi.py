@@ -14,6 +14,7 @@ import pytest
 from qwen_aot.engines.verify.reference import Reference
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
 from qwen_aot.runtime.generation.generator import Generator as PythonGenerator
+from tests.cpu_kernels import named_kernels
 from tests.real_model import ROOT, real_bundle, real_model
 from tests.runtime.capi.client import Generator, Library, Model
 
@@ -93,9 +94,11 @@ def settings_of(each: Asked, length: int) -> dict[str, Any]:
     return {"temperature": 0.0, "max_new_tokens": length, **each.settings}
 
 
-def python_answers(bundle: Path, cases: Sequence[Asked], length: int = LENGTH) -> list[Answer]:
+def python_answers(
+    bundle: Path, cases: Sequence[Asked], length: int = LENGTH, kernels: str = "onnxruntime"
+) -> list[Answer]:
     """By the Python runtime, on as many rows as the bundle has."""
-    with PythonGenerator.open(bundle, threads=1) as generator:
+    with PythonGenerator.open(bundle, threads=1, kernels=kernels) as generator:
         prompts: list[Any] = []
         for each in cases:
             if isinstance(each.prompt, str):
@@ -109,10 +112,20 @@ def python_answers(bundle: Path, cases: Sequence[Asked], length: int = LENGTH) -
 
 
 def c_answers(
-    library: Library, onnxruntime: Path, bundle: Path, cases: Sequence[Asked], length: int = LENGTH
+    library: Library,
+    onnxruntime: Path,
+    bundle: Path,
+    cases: Sequence[Asked],
+    length: int = LENGTH,
+    cpu_kernels: Path | None = None,
 ) -> list[Answer]:
-    """By the C library; what it streams is what it gives in the end."""
-    with Model(library, bundle, onnxruntime=onnxruntime, threads=1) as model, Generator(model) as generator:
+    """By the C library, with own kernels if their library is given; what it streams is what it gives in the end."""
+    kernels = {"kernels": library.number("KERNELS_ONNXRUNTIME")}
+    if cpu_kernels is not None:
+        kernels = {"kernels": library.number("KERNELS_OWN"), "cpu_kernels": cpu_kernels}
+    options = {"onnxruntime": onnxruntime, "threads": 1, **kernels}
+    with Model(library, bundle, **options) as model, Generator(model) as generator:
+        assert model.fact("HAS_OWN_KERNELS") == (cpu_kernels is not None)
         numbers = [generator.submit(each.prompt, **settings_of(each, length)) for each in cases]
         outputs = generator.run()
     found = []
@@ -136,6 +149,21 @@ def test_some_answers_are_the_python_runtimes(library: Library, onnxruntime: Pat
     expected = python_answers(bundle, cases, 4)
     assert_equal(c_answers(library, onnxruntime, bundle, cases, 4), expected, cases)
     # The control: answers to other prompts aren't taken for these.
+    with pytest.raises(AssertionError, match="answers differ"):
+        assert_equal(expected[1:] + expected[:1], expected, cases)
+
+
+@pytest.mark.parametrize(("precision", "step"), [("int4", 24), pytest.param("int8", 6, marks=pytest.mark.deep)])
+def test_own_kernels_answers_are_the_python_runtimes(
+    library: Library, onnxruntime: Path, cpu_kernels: Path, shared_folder: Path, precision: str, step: int
+) -> None:
+    cases = asked()[::step]
+    assert len(cases) >= 9
+    bundle = real_bundle(shared_folder, precision)
+    with named_kernels():
+        expected = python_answers(bundle, cases, kernels="own")
+    found = c_answers(library, onnxruntime, bundle, cases, cpu_kernels=cpu_kernels)
+    assert_equal(found, expected, cases)
     with pytest.raises(AssertionError, match="answers differ"):
         assert_equal(expected[1:] + expected[:1], expected, cases)
 
@@ -164,7 +192,8 @@ def test_fp32_answers_are_those_of_transformers(library: Library, onnxruntime: P
     bundle = real_bundle(shared_folder, "fp32")
     with open_checkpoint(MODEL) as checkpoint:
         reference = Reference(checkpoint)
-    with Model(library, bundle, onnxruntime=onnxruntime, threads=1) as model, Generator(model) as generator:
+    options = {"onnxruntime": onnxruntime, "threads": 1, "kernels": library.number("KERNELS_ONNXRUNTIME")}
+    with Model(library, bundle, **options) as model, Generator(model) as generator:
         for text in texts:
             ids = model.tokenize(text)
             found = generator.generate(ids, temperature=0.0, max_new_tokens=12, ignore_eos=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         prefix.mkdir(parents=True)
         (prefix / "libqwen_aot.so").write_bytes(bytes(1234))
         on_progress(Progress("compile", 2, done=1, total=1))
-        return Installed(
-            prefix, prefix / "qwen_aot.h", prefix / "libqwen_aot.so", prefix / "libqwen_aot.a", prefix / "qwen_aot.pc"
-        )
+        names = ("qwen_aot.h", "libqwen_aot.so", "libqwen_aot.a", "qwen_aot.pc", "libqwen_aot_cpu.so")
+        return Installed(prefix, *(prefix / name for name in names))
 
     monkeypatch.setattr(build, "install_library", install)
     return asked
@@ -38,10 +38,13 @@ def test_what_is_said(run: Run, asked: list[dict[str, Any]], tmp_path: Path) -> 
     result = run("capi", "--prefix", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     first, second = result.stdout.splitlines()
-    assert first == f"{tmp_path}/out/libqwen_aot.so: 1.23 kB, and libqwen_aot.a, qwen_aot.h, qwen_aot.pc"
+    assert (
+        first
+        == f"{tmp_path}/out/libqwen_aot.so: 1.23 kB, and libqwen_aot.a, libqwen_aot_cpu.so, qwen_aot.h, qwen_aot.pc"
+    )
     assert second.startswith("ONNX Runtime's library, which bundles for cpu and cuda run with: /")
     assert Path(second.rpartition(": ")[2]).is_file()
-    assert "[2/3] compile ..." in result.stderr
+    assert "[2/4] compile ..." in result.stderr
     assert asked == [
         {
             "prefix": tmp_path / "out",
@@ -80,8 +83,25 @@ def test_json(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "shared_bytes": 1234,
         "static": f"{tmp_path}/out/libqwen_aot.a",
         "pkg_config": f"{tmp_path}/out/qwen_aot.pc",
+        "cpu_kernels": f"{tmp_path}/out/libqwen_aot_cpu.so",
+        "no_cpu_kernels": None,
         "onnxruntime": None,
     }
+
+
+@pytest.mark.usefixtures("asked")
+def test_kernels_that_did_not_compile_are_told(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = build.install_library
+
+    def without(*arguments: Any, **options: Any) -> Installed:
+        return replace(whole(*arguments, **options), cpu_kernels=None, no_cpu_kernels="the compiler is too old")
+
+    monkeypatch.setattr(build, "install_library", without)
+    first, second, *_ = run("capi", "--prefix", tmp_path / "one").stdout.splitlines()
+    assert first.endswith("and libqwen_aot.a, qwen_aot.h, qwen_aot.pc")
+    assert second == "Own kernels for the CPU aren't installed (docs/cpu-kernels.md): the compiler is too old"
+    printed = json.loads(run("capi", "--prefix", tmp_path / "two", "--json").stdout)
+    assert (printed["cpu_kernels"], printed["no_cpu_kernels"]) == (None, "the compiler is too old")
 
 
 @pytest.mark.usefixtures("asked")

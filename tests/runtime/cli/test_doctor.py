@@ -12,6 +12,7 @@ import pytest
 
 from qwen_aot.extras import install_command
 from qwen_aot.jetson import Jetson
+from qwen_aot.runtime.backends.cpu.kernels import CpuLibrary
 from qwen_aot.runtime.cli import doctor
 from qwen_aot.runtime.cli.doctor import Need, gpus, lack
 from tests.doubles.gpu import Gpu
@@ -32,6 +33,30 @@ def test_table(run: Run) -> None:
     text = run("doctor").stdout
     assert re.search(r"^cpu build +ready$", text, re.MULTILINE)
     assert "onnxruntime" in text
+
+
+def test_own_kernels_of_other_sources(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library = tmp_path / "own.so"
+    found = CpuLibrary(library, 1, "avx2")
+    monkeypatch.setattr(doctor, "find_library", lambda: library)
+    monkeypatch.setattr(doctor, "require_library", lambda: found)
+    library.write_text("kernels")
+    note = tmp_path / "own.so.made-of"
+    for noted, is_stale in ((None, False), ("sources of something else", True)):
+        if noted is not None:
+            note.write_text(noted)
+        assert json.loads(run("doctor", "--json").stdout)["own_kernels"] == {
+            "library": str(library), "version": 1, "instructions": "avx2", "is_stale": is_stale, "problem": None,
+        }  # fmt: skip
+        told = " ".join(run("doctor").stdout.split())
+        assert ("compiled of other sources than this package's" in told) is is_stale
+
+
+def test_own_kernels_that_are_not_taken_by_default(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("QWEN_AOT_CPU_INSTRUCTIONS", raising=False)
+    monkeypatch.setattr(doctor, "require_library", lambda: CpuLibrary(tmp_path / "own.so", 1, "neon"))
+    problem = json.loads(run("doctor", "--json").stdout)["own_kernels"]["problem"]
+    assert problem == "ONNX Runtime's are used: own ones would use neon here, which isn't known to be faster"
 
 
 def test_what_the_tensorrt_targets_lack(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

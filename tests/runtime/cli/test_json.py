@@ -247,7 +247,7 @@ def test_gpu_check(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_capi(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "libqwen_aot.so").write_bytes(b"")
-    files = [tmp_path / name for name in ("qwen_aot.h", "libqwen_aot.so", "libqwen_aot.a", "qwen_aot.pc")]
+    files = [tmp_path / name for name in ("qwen_aot.h", "libqwen_aot.so", "libqwen_aot.a", "qwen_aot.pc", "it.so")]
     monkeypatch.setattr(capi_build, "install_library", lambda *_, **__: capi_build.Installed(tmp_path, *files))
     outputs = [printed(run("capi", "--prefix", tmp_path, "--json"))]
     monkeypatch.setattr(capi, "_onnxruntime_library", lambda: None)

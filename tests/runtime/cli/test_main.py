@@ -48,7 +48,7 @@ def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
                 "--target TEXT cpu, cuda, tensorrt-rtx or tensorrt: where it runs. [default: cpu]",
                 "--precision TEXT The weights: fp32, fp16 or bf16, as computed; int8 or int4, integers that share "
                 "scales; fp8, E4M3 floats that share scales; int8-sq, inputs of products too, by --algorithm "
-                "smoothquant. [default: the target's]",
+                "smoothquant; fp8-sq, inputs of products too, by --algorithm gptq-fp8. [default: the target's]",
                 "--max-batch INTEGER Rows that run together. [default: 1]",
                 "--kv-precision TEXT auto, fp32, fp16, bf16, int8: the KV cache; auto is the compute type; int8 is for "
                 "cpu, and for tensorrt's attention plugin. [default: auto]",

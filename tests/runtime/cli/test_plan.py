@@ -111,6 +111,21 @@ def test_bytes_are_those_of_the_built_bundle(run: Run, checkpoint: Path, bundle:
         assert plan["cache_bytes"] == engine.cache.nbytes
 
 
+def test_the_cache_is_of_the_kernels_that_are_asked_for(run: Run) -> None:
+    arguments = ("qwen1.5-7b", "--device", "orin-nx-16gb", "--target", "cpu")
+    (own,), (theirs,) = planned(run, *arguments), planned(run, *arguments, "--kernels", "onnxruntime")
+    assert (own["kernels"], theirs["kernels"]) == ("own", "onnxruntime")
+    assert 2 * own["cache_bytes"] == theirs["cache_bytes"]
+    read = own["decode_step_bytes"] - theirs["decode_step_bytes"]
+    assert read == -2 * 2 * 32 * 4096 * 32768  # fp16 of 32 layers' keys and values, at the whole context
+    assert own["longest_context"] > theirs["longest_context"]
+    assert "target cpu by own kernels, batch 1" in " ".join(run("plan", *arguments).stdout.split())
+    table = " ".join(run("plan", *arguments, "--kernels", "onnxruntime").stdout.split())
+    assert "target cpu by ONNX Runtime's kernels, batch 1" in table
+    (compiled,) = planned(run, "qwen1.5-7b", "--device", "orin-nx-16gb", "--kernels", "onnxruntime")
+    assert compiled["target"] == "tensorrt" and compiled["kernels"] is None
+
+
 def test_an_int8_cache(run: Run) -> None:
     arguments = ("qwen1.5-7b", "--device", "agx-orin-64gb", "--target", "tensorrt")
     (own,), (int8,) = planned(run, *arguments), planned(run, *arguments, "--kv-precision", "int8")

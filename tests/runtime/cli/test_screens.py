@@ -43,6 +43,13 @@ MACHINE: dict[str, Any] = {
     "python": "3.11.7",
     "system": "Linux-6.18.44-x86_64-with-glibc2.36",
     "cpu": {"name": "Some CPU", "features": ["avx2", "avx512_vnni"], "logical_cores": 8, "threads": 4},
+    "own_kernels": {
+        "library": "/opt/libqwen_aot_cpu.so",
+        "version": 1,
+        "instructions": "avx512_vnni",
+        "is_stale": False,
+        "problem": None,
+    },
     "memory": {"total_bytes": 25_300_000_000, "available_bytes": 21_000_000_000},
     "free_disk_bytes": 82_300_000_000,
     "jetson": None,
@@ -112,7 +119,7 @@ def compare(name: str, columns: int, text: str) -> None:
 def installed(prefix: Path, **options: Any) -> Installed:
     """An installation of the C library that is done at once."""
     prefix.mkdir(exist_ok=True)
-    names = ("qwen_aot.h", "libqwen_aot.so", "libqwen_aot.a", "qwen_aot.pc")
+    names = ("qwen_aot.h", "libqwen_aot.so", "libqwen_aot.a", "qwen_aot.pc", "libqwen_aot_cpu.so")
     (prefix / "libqwen_aot.so").write_bytes(bytes(250_000))
     return Installed(prefix, *(prefix / name for name in names))
 

@@ -110,7 +110,7 @@ def test_compare_gives_threads_to_the_bundles_that_take_them(
 ) -> None:
     given = {}
 
-    def refuse(path: Path, *, threads: int | None, allow_bundle_code: bool) -> None:
+    def refuse(path: Path, *, threads: int | None, kernels: str | None, allow_bundle_code: bool) -> None:
         given[path.name] = threads
         raise EngineMismatchError("it is only asked")
 

@@ -112,6 +112,8 @@ def test_without_the_weights_nothing_passes(run: Run, decisive: tuple[Path, Path
     assert "[1/2] load reference ..." in result.stderr
     refused = run("verify", bundle, "--reference", checkpoint, "--skip-weights", "--per-layer")
     assert refused.exit_code == 2 and "--skip-weights doesn't go with --per-layer" in refused.stderr
+    refused = run("verify", bundle, "--reference", checkpoint, "--kernels", "own", "--per-layer")
+    assert refused.exit_code == 2 and "--kernels doesn't go with --per-layer" in refused.stderr
 
 
 def test_a_cpu_bundles_numbers_are_said_to_be_this_cpus(

@@ -26,3 +26,17 @@ def test_of_rows_of_several_tokens_the_last_ones() -> None:
         with pytest.raises(NonFiniteLogitsError) as caught:
             check_finite(logits, 0, np.array(counts))
         assert caught.value.rows == rows
+
+
+@pytest.mark.parametrize("wrong", [NAN, float("inf"), float("-inf")])
+@pytest.mark.parametrize("size", [1, 7, 64, 1000, 4099])
+def test_whatever_stands_around_it(wrong: float, size: int) -> None:
+    """At each end and in between, among numbers and the largest ones that are still finite."""
+    largest = np.finfo(np.float32).max
+    for row in (np.linspace(-9, 9, size, dtype=np.float32), np.full(size, largest), np.full(size, -largest)):
+        check_finite(row[None], 0)
+        for place in {0, size // 2, size - 1}:
+            spoiled = row.copy()
+            spoiled[place] = wrong
+            with pytest.raises(NonFiniteLogitsError):
+                check_finite(spoiled[None], 0)

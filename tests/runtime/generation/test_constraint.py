@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,8 +19,10 @@ from qwen_aot.runtime.generation.config import GenerationConfig, GenerationDefau
 from qwen_aot.runtime.generation.request import Completion, FinishReason, Request, TokenEvent
 from qwen_aot.runtime.generation.sampling import log_probabilities
 from qwen_aot.runtime.generation.stopping import StopMatcher
+from qwen_aot.runtime.text.thoughts import ThoughtTokens
 from qwen_aot.runtime.text.tokenizer import Tokenizer
 from tests.runtime.fakes import FakeEngine
+from tests.runtime.server.servers import make_tokenizer
 from tests.runtime.texts import byte_tokenizer
 from tests.runtime.toys import make_manifest
 
@@ -87,11 +89,13 @@ def run(
     engine: Callable[..., FakeEngine] = RandomEngine,
     vocab_size: int = V,
     eos: tuple[int, ...] = (END,),
+    thoughts: ThoughtTokens | None = None,
     **options: Any,
 ) -> tuple[list[Completion], list[TokenEvent]]:
     manifest = make_manifest(max_batch=rows, max_context=100, vocab_size=vocab_size, eos_token_ids=eos)
     batch = Batch(engine(manifest), tokenizer, GenerationDefaults(eos_token_ids=eos))
-    batch.add(Request(prompt, GenerationConfig(**{"max_new_tokens": 30} | options), constraint=constraint))
+    config = GenerationConfig(**{"max_new_tokens": 30} | options)
+    batch.add(Request(prompt, config, constraint=constraint, thoughts=thoughts))
     events: list[Any] = []
     while not batch.is_idle:
         events += batch.step()
@@ -144,6 +148,76 @@ def test_every_output_is_of_the_language(
         assert completion.finish_reason is FinishReason.STOP
         assert said in language and stop_ids.isdisjoint(said)
         assert [event.token_id for event in events if event.choice == completion.choice] == list(said)
+
+
+OPENING, CLOSING = 257, 258
+
+
+@given(
+    language=st.sets(words, min_size=1, max_size=8),
+    prompt=st.sampled_from([(1, 2), (1, OPENING), (1, OPENING, CLOSING)]),
+    opens=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_thought_before_it_may_be_anything(
+    language: set[tuple[int, ...]], prompt: tuple[int, ...], opens: bool, seed: int
+) -> None:
+    bias = {OPENING: 100.0 if opens else -100.0, CLOSING: 17.0, 256: 17.0}
+    (completion,), events = run(
+        Words(language, 300), prompt=(seed, *prompt), tokenizer=make_tokenizer(), vocab_size=300, eos=(256,),
+        thoughts=ThoughtTokens(OPENING, CLOSING), logit_bias=bias, temperature=1.0, seed=seed,
+    )  # fmt: skip
+    said = list(completion.token_ids)
+    blank = next((n for n, token_id in enumerate(said) if token_id not in (9, 10, 11)), len(said))  # \t, \n, \v
+    thought: list[int] = []
+    if prompt[-1] == OPENING:
+        blank, thought = 0, said[: said.index(CLOSING) + 1 if CLOSING in said else len(said)]
+    elif prompt[-1] == 2 and said[blank : blank + 1] == [OPENING]:
+        thought = said[blank : said.index(CLOSING) + 1 if CLOSING in said else len(said)]
+    assert not opens or prompt[-1] != 2 or OPENING in thought
+    answer = tuple(said[:blank] + said[blank + len(thought) :])
+    if CLOSING in thought or not thought:
+        assert completion.finish_reason is FinishReason.STOP and answer in language
+    else:  # it doesn't end in the thought
+        assert completion.finish_reason is FinishReason.LENGTH
+    assert completion.thought_tokens == (blank + len(thought) if thought else 0)
+    assert [event.token_id for event in events] == said
+    assert "".join(event.text for event in events) + completion.last_text == completion.text
+
+
+class SayingEngine(FakeEngine):
+    """Its logits are always the same: those of `LIKES`, 0 for every other token."""
+
+    LIKES: ClassVar[dict[int, float]] = {}
+
+    def _logits(self, row: int) -> NDArray[np.float32]:
+        found = np.zeros(self.manifest.model.vocab_size, np.float32)
+        found[list(self.LIKES)] = list(self.LIKES.values())
+        return found
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("likes", "options", "opens"),
+    [
+        ({65: 40.0, OPENING: 30.0}, {}, False),  # it would rather say A, so it doesn't think
+        ({65: 40.0, OPENING: 50.0}, {}, True),
+        ({65: 40.0, OPENING: 30.0}, {"suppress_tokens": (65,)}, True),
+        ({65: 40.0, OPENING: 50.0}, {"suppress_tokens": (OPENING,)}, False),
+    ],
+)
+def test_a_mask_makes_no_thought_likelier(
+    likes: dict[int, float], options: dict[str, Any], opens: bool, temperature: float
+) -> None:
+    """A mark that is far behind what the model would say is far before what the constraint leaves of that."""
+    engine = type("Engine", (SayingEngine,), {"LIKES": likes})
+    (completion,), _ = run(
+        Words({(3, 4)}, 300), engine=engine, tokenizer=make_tokenizer(), vocab_size=300, eos=(256,),
+        thoughts=ThoughtTokens(OPENING, CLOSING), max_new_tokens=9, temperature=temperature, seed=1, **options,
+    )  # fmt: skip
+    assert (completion.token_ids[0] == OPENING) == opens
+    if not opens:
+        assert (completion.token_ids, completion.finish_reason) == ((3, 4), FinishReason.STOP)
 
 
 def test_without_a_constraint_it_would_not_be() -> None:
@@ -286,6 +360,13 @@ def test_stop_texts_that_may_not_stop_lose_no_character(pieces: list[tuple[str, 
             return
         assert whole.startswith(given_out)
     assert given_out + matcher.flush() == whole
+
+
+def test_a_stop_text_that_was_held_while_it_might_not_stop_is_text() -> None:
+    matcher = StopMatcher(["a", "aab"])
+    assert matcher.push("aa", may_stop=False) == ("", False)
+    assert matcher.push("c") == ("aac", False)
+    assert matcher.push("ca") == ("c", True)
 
 
 def test_a_cancelled_request_starts_no_constraint() -> None:

@@ -102,3 +102,44 @@ def test_and_for_an_end_without_an_event() -> None:
     assert handle.call_when_more(0, lambda: woken.append("end"))
     channel.fail(GenerationError("no"))
     assert woken == ["end"] and handle.event_count == 0
+
+
+def test_who_waits_again_at_once_is_not_called_for_the_same_event() -> None:
+    """As an event loop on another thread does, while the worker is still at those who wait: it was woken five times."""
+    channel, handle = make()
+    calls = 0
+
+    def wait_again() -> None:
+        nonlocal calls
+        calls += 1
+        assert calls < 10
+        handle.call_when_more(handle.event_count, wait_again)
+
+    assert handle.call_when_more(0, wait_again)
+    channel.put(TokenEvent(0, 1, "a", None, 0))
+    assert calls == 1
+    channel.put(TokenEvent(0, 2, "b", None, 0))
+    assert calls == 2
+
+
+def test_who_waits_for_completions_is_not_woken_for_tokens() -> None:
+    channel = Channel(Request([1]), [1], 2, None)
+    handle = RequestHandle(channel, lambda: None, None)
+    calls: list[int] = []
+    assert handle.call_when_completed(0, lambda: calls.append(1))
+    channel.put(TokenEvent(0, 1, "a", None, 0))
+    assert calls == []
+    channel.put(completion())
+    assert calls == [1] and handle.completion_count == 1
+    assert not handle.call_when_completed(0, lambda: calls.append(2))
+    assert handle.call_when_completed(1, lambda: calls.append(3))
+    channel.fail(GenerationError("gone"))
+    assert calls == [1, 3]
+    assert not handle.call_when_completed(1, lambda: calls.append(4))
+    assert calls == [1, 3]
+
+
+def test_a_completion_is_not_lost_if_it_comes_while_somebody_begins_to_wait_for_it() -> None:
+    channel, handle = make()
+    channel.completions = _Counted(lambda: channel.put(completion()))  # type: ignore[assignment]
+    assert handle.result(5).finish_reason is FinishReason.STOP

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import queue
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -16,10 +17,12 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 from starlette.types import ASGIApp
+from tokenizers import AddedToken
 
 from qwen_aot.runtime.generation.config import GenerationDefaults
 from qwen_aot.runtime.generation.generator import Generator
 from qwen_aot.runtime.server.app import make_app
+from qwen_aot.runtime.server.event_loop import run
 from qwen_aot.runtime.server.lifecycle import Lifecycle, bind, url_of
 from qwen_aot.runtime.server.settings import ServerSettings
 from qwen_aot.runtime.server.state import ServerState
@@ -30,6 +33,7 @@ from tests.runtime.toys import make_manifest
 
 VOCABULARY = 300
 END = 256  # <|end|>, the one special token
+MARKS = {257: "<think>", 258: "</think>"}  # tokens that are text
 TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}]{{ message.content }}<|end|>{% endfor %}[assistant]"
     "{% if enable_thinking %}think{% endif %}"
@@ -48,6 +52,17 @@ def letters(prompt: list[int], count: int) -> str:
     for _ in range(count):
         row.append(next_letter(row))
     return bytes(row[len(prompt) :]).decode()
+
+
+def script_ids(script: str) -> list[int]:
+    """The tokens of a script: bytes, one of `surrogateescape`'s characters each for half a character, and marks."""
+    pieces = re.split(f"({'|'.join(MARKS.values())})", script)
+    ids = {mark: token_id for token_id, mark in MARKS.items()}
+    return [
+        token_id
+        for piece in pieces
+        for token_id in ([ids[piece]] if piece in ids else piece.encode(errors="surrogateescape"))
+    ]
 
 
 def rendered(*messages: tuple[str, str]) -> list[int]:
@@ -79,7 +94,7 @@ class SpellingEngine(FakeEngine):
             logits_rows=logits_rows,
         )
 
-        said = [*(script or "").encode(), END]
+        said = [*script_ids(script or ""), END]
 
         def next_token(row: list[int]) -> int:
             if script is not None:  # from the answer's beginning
@@ -110,8 +125,9 @@ class SpellingEngine(FakeEngine):
 
 
 def make_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
-    """Bytes, and a chat template."""
+    """Bytes, the marks of thoughts, and a chat template."""
     tokenizer = byte_tokenizer(VOCABULARY)
+    tokenizer.backend.add_tokens([AddedToken(mark, normalized=False) for mark in MARKS.values()])
     return Tokenizer(tokenizer.backend, {"chat_template": template}, vocab_size=VOCABULARY)
 
 
@@ -225,21 +241,26 @@ def running(
     end_after: int | None = None,
     script: str | None = None,
     template: str | None = TEMPLATE,
+    generator: Generator | None = None,
     **settings: Any,
 ) -> Iterator[Running]:
-    """A server at a port of 127.0.0.1, ready; it is stopped at the end, and has to end."""
-    generator, engine = make_generator(
+    """A server at a port of 127.0.0.1, ready; it is stopped at the end, and has to end.
+
+    A generator given takes the place of the one that spells.
+    """
+    spelling, engine = make_generator(
         rows=rows, max_context=max_context, end_after=end_after, script=script, template=template
     )
+    served = generator or spelling
     chosen = ServerSettings(**{"port": 0, "grace_seconds": 0.0} | settings)
     ready = threading.Event()
     with bind(chosen) as listener:
-        lifecycle = Lifecycle(chosen, listener, lambda: generator, lambda model: ready.set())
+        lifecycle = Lifecycle(chosen, listener, lambda: served, lambda model: ready.set())
         server = Running(lifecycle, engine, url_of(listener, chosen), listener.getsockname()[1])
 
         def serve() -> None:
             try:
-                server.exit_codes.put(asyncio.run(lifecycle.run()))
+                server.exit_codes.put(run(lifecycle.run()))
             except BaseException as error:
                 server.exit_codes.put(error)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from qwen_aot.runtime.bundle.manifest import KernelGraph
 from qwen_aot.version import __version__
 from tests.runtime.server.servers import App
 
@@ -15,6 +18,7 @@ def test_models() -> None:
         assert [entry["id"] for entry in listed["data"]] == ["gpt", "a/b"]
         assert app.ask("GET", "/v1/models/a/b").json() == listed["data"][1]
         assert listed["data"][0]["max_model_len"] == 400
+        assert listed["data"][0]["input_modalities"] == ["text"] and "image_tokens" not in listed["data"][0]
         missing = app.ask("GET", "/v1/models/toy")
         assert missing.status_code == 404
         assert missing.json()["error"] == {
@@ -29,7 +33,23 @@ def test_health_ready_and_version() -> None:
     with App() as app:
         assert app.ask("GET", "/health").json() == {"status": "ok", "phase": "ready"}
         assert app.ask("GET", "/ready").status_code == 200
-        assert app.ask("GET", "/version").json() == {"version": __version__}
+        assert app.ask("GET", "/version").json() == {"version": __version__, "kernels": "onnxruntime"}
+
+
+def test_version_names_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    with App(is_loaded=False) as app:
+        manifest = app.engine.manifest
+        text = manifest.engines.text
+        text = replace(text, kernels=KernelGraph(text.file, 1, "float16"))  # as a runtime that chose its graph has it
+        chosen = replace(manifest, engines=replace(manifest.engines, text=text))
+        monkeypatch.setattr(type(app.engine), "manifest", property(lambda _: chosen))
+        app.state.start(app.generator)
+        assert app.ask("GET", "/version").json()["kernels"] == "own"
+
+
+def test_version_names_no_kernels_before_there_are_any() -> None:
+    with App(is_loaded=False) as app:
+        assert app.ask("GET", "/version").json() == {"version": __version__, "kernels": None}
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/toy", "/ready"])

@@ -10,6 +10,8 @@ import pytest
 
 from qwen_aot.runtime.server import chat_page
 from qwen_aot.runtime.server.chat_page import PAGE_PATHS
+from qwen_aot.runtime.server.json_body import MAX_BODY_BYTES
+from qwen_aot.runtime.vision.pictures import FORMATS, MAX_BYTES
 from tests.runtime.server.servers import App
 
 FOLDER = Path(chat_page.__file__).parent / "page"
@@ -17,6 +19,7 @@ TYPES = {
     "/": "text/html; charset=utf-8",
     "/page/chat.css": "text/css; charset=utf-8",
     "/page/chat.js": "text/javascript; charset=utf-8",
+    "/page/images.js": "text/javascript; charset=utf-8",
 }
 KEY = "the-key-0123456789"
 # What makes markup or code of a text, or keeps something beyond the tab.
@@ -36,6 +39,8 @@ class Page(HTMLParser):
         self.references: list[str] = []
         self.labelled: set[str] = set()
         self.fields: set[str] = set()
+        self.hidden_labels: set[str] = set()
+        self.hidden_fields: set[str] = set()
         self.inline: list[str] = []
         self.feed(text)
 
@@ -46,8 +51,10 @@ class Page(HTMLParser):
         self.inline += [name for name in given if name.startswith("on") or name == "style"]
         if tag == "label":
             self.labelled.add(given.get("for") or "")
+            self.hidden_labels |= {given.get("for") or ""} if "hidden" in given else set()
         if tag in ("input", "select", "textarea"):
             self.fields.add(given.get("id") or "")
+            self.hidden_fields |= {given.get("id") or ""} if "hidden" in given else set()
         if (tag == "script" and "src" not in given) or tag == "style":
             self.inline.append(tag)
 
@@ -107,9 +114,9 @@ def test_pages_of_other_names_get_it_as_little_as_anything_else() -> None:
 
 def test_nothing_comes_from_elsewhere_and_nothing_is_inline() -> None:
     found = page()
-    assert set(found.references) == {"data:,", "/page/chat.css", "/page/chat.js"}
+    assert set(found.references) == {"data:,", "/page/chat.css", "/page/chat.js", "/page/images.js"}
     assert found.inline == []
-    for name in ("chat.css", "chat.js"):
+    for name in ("chat.css", "chat.js", "images.js"):
         text = (FOLDER / name).read_text(encoding="utf-8")
         without_comments = re.sub(r"//.*|/\*.*?\*/", "", text, flags=re.DOTALL if name == "chat.css" else 0)
         assert re.findall(r"https?:|url\(|@import|import\b", without_comments) == []
@@ -118,16 +125,28 @@ def test_nothing_comes_from_elsewhere_and_nothing_is_inline() -> None:
 def test_every_field_has_a_label() -> None:
     found = page()
     assert found.fields and found.fields <= found.labelled <= set(found.ids)
+    assert found.hidden_labels == found.hidden_fields == {"files"}  # a screen reader reads what isn't hidden
     assert len(set(found.ids)) == len(found.ids)
 
 
 def test_the_script_uses_ids_that_are_there_and_no_sink() -> None:
-    script = (FOLDER / "chat.js").read_text(encoding="utf-8")
+    script = "".join((FOLDER / name).read_text(encoding="utf-8") for name in ("chat.js", "images.js"))
     used = set(re.findall(r'\bat\("([a-z_-]+)"\)', script))
     assert len(used) > 8 and used <= set(page().ids)
     numbers = re.search(r"NUMBERS = (\[.*?\])", script)
     assert numbers is not None and set(re.findall(r'"(\w+)"', numbers[1])) <= set(page().ids)
     assert re.findall(SINKS, script) == []
+
+
+def test_the_script_knows_the_servers_limits() -> None:
+    script = (FOLDER / "images.js").read_text(encoding="utf-8")
+    said = {name: int(number) << int(bits) for name, number, bits in re.findall(r"(\w+) = (\d+) << (\d+);", script)}
+    assert said["MAX_BODY_BYTES"] == MAX_BODY_BYTES and said["MAX_FILE_BYTES"] == MAX_BYTES
+    written = re.findall(r'toDataURL\("image/(\w+)"', script)
+    assert written and {each.upper() for each in written} <= set(FORMATS)
+    told = re.search(r"can't be read as an image: ([\w, ]+) can", script)
+    assert told is not None and {each.upper() for each in re.findall(r"[A-Z]\w+", told[1])} == set(FORMATS)
+    assert f"at most {MAX_BODY_BYTES * 7 / 8 / 2**20:g} MiB" in script
 
 
 @pytest.mark.parametrize(

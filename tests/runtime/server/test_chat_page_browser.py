@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from qwen_aot.runtime.generation.generator import Generator
+from qwen_aot.runtime.vision.pictures import open_picture
 from tests.browser import ENTER, ESCAPE, SHIFT, TAB, Browser, browser, until
 from tests.runtime.server.servers import Running, letters, rendered, running
+from tests.runtime.server.test_reasoning import THINKS
+from tests.vl_checkpoints import SeeingModel, noise, png
 
 pytestmark = [pytest.mark.tools, pytest.mark.slow]
 CUT = "The answer was cut at its longest"
@@ -175,6 +184,7 @@ def test_nothing_is_asked_of_another_place(page: Browser) -> None:
         assert {name.removeprefix(server.url) for name in names} == {
             "/page/chat.css",
             "/page/chat.js",
+            "/page/images.js",
             "/v1/models",
             "/v1/chat/completions",
         }
@@ -193,6 +203,251 @@ def test_the_policy_refuses_markup_and_code(page: Browser) -> None:
             "return found"
         )
         assert page.log() and refused == ["TypeError"] * 3
+
+
+def test_a_thought_is_folded_above_its_answer(page: Browser) -> None:
+    said = "<think>\nLet me <b>see</b>.\n\nYes.\n</think>\n\nThree."
+    with running(max_context=2000, script=said, template=THINKS) as server:
+        opened(page, server)
+        record_requests(page)
+        asked(page, "Hi")
+        assert page.text("article.assistant > div") == ["Three."] and page.text("article.assistant summary") == [
+            "Thought"
+        ]
+        assert not page.run("return document.querySelector('article.assistant details').open")
+        page.click("article.assistant summary")
+        assert page.text("article.assistant details p") == ["Let me <b>see</b>.\n\nYes."]
+        asked(page, "And?")
+        assert sent(page)[-1]["messages"][1] == {
+            "role": "assistant",
+            "content": "Three.",
+            "reasoning_content": "Let me <b>see</b>.\n\nYes.",
+        }
+        page.run("document.getElementById('max_tokens').value = '12'")
+        asked(page, "Cut", CUT)  # in the thought
+        assert page.text("article.assistant summary") == ["Thought"] * 3
+        assert page.text("article.assistant > div")[-1] == "" and not page.run(
+            "return document.querySelector('article:last-child details').open"
+        )
+
+
+# Files in a page: what a paste or a drop brings.
+FILES = """
+const transfer = new DataTransfer();
+for (const [name, type, bytes] of arguments[0])
+  transfer.items.add(new File([Uint8Array.from(atob(bytes), c => c.charCodeAt(0))], name, {type}));
+"""
+PASTE = FILES + (
+    "return document.getElementById('message').dispatchEvent("
+    "new ClipboardEvent('paste', {clipboardData: transfer, bubbles: true, cancelable: true}))"
+)
+DROP = FILES + (
+    "return ['dragover', 'drop'].map(kind => document.body.dispatchEvent("
+    "new DragEvent(kind, {dataTransfer: transfer, bubbles: true, cancelable: true})))"
+)
+SMALL, LARGE = png(noise(40, 60, 1)), png(noise(900, 1300, 2))
+
+
+def files(*given: tuple[str, bytes], kind: str = "image/png") -> list[list[str]]:
+    return [[name, kind, base64.b64encode(content).decode()] for name, content in given]
+
+
+@pytest.fixture
+def seeing_server(seeing: tuple[SeeingModel, Path]) -> Iterator[Running]:
+    with (
+        Generator.open(seeing[1], threads=1) as generator,
+        running(generator=generator, model_names=("toy",)) as server,
+    ):
+        yield server
+
+
+def chosen(page: Browser, names: list[str]) -> None:
+    """Waits until these are shown, each with a button that names it."""
+    shown = "[...document.querySelectorAll('#images img')].map(e => e.complete && e.naturalWidth > 0 && e.alt).join()"
+    page.wait(f"{shown} === arguments[0]", ",".join(names))
+    labels = "return [...document.querySelectorAll('#images button')].map(e => e.getAttribute('aria-label'))"
+    assert page.run(labels) == [f"Remove {name}" for name in names]
+
+
+def test_images(page: Browser, seeing_server: Running, tmp_path: Path) -> None:
+    file = tmp_path / "cat.png"
+    file.write_bytes(SMALL)
+    opened(page, seeing_server)
+    record_requests(page)
+    assert page.run("return document.getElementById('add-images').checkVisibility()")
+    page.type("#files", str(file))
+    chosen(page, ["cat.png"])
+    assert page.run("return document.activeElement.id") == "message"
+    page.run(PASTE, files(("pasted.png", SMALL)))
+    chosen(page, ["cat.png", "pasted.png"])
+    assert page.run(DROP, files(("large.png", LARGE))) == [False, False]  # the browser doesn't leave the page
+    page.wait("document.querySelectorAll('#images img').length === 3")
+    assert page.text("#images-note")[0].startswith("3 of at most ")
+    assert page.text("#status") == ["1 image added"]
+    page.click("#images button")
+    chosen(page, ["pasted.png", "large.png"])
+    assert page.text("#status") == ["cat.png removed"]
+    page.run("document.getElementById('max_tokens').value = '3'")
+    page.run("document.getElementById('temperature').value = '0'")
+    page.type("#message", f"Which?{ENTER}")
+    page.wait("!document.getElementById('send').hidden && document.querySelectorAll('article').length >= 2")
+    (request,) = sent(page)
+    small, large, text = request["messages"][0]["content"]
+    assert text == {"type": "text", "text": "Which?"}
+    kind, _, content = small["image_url"]["url"].partition(";base64,")
+    exact, given = (
+        np.array(Image.open(io.BytesIO(file)).convert("RGB")) for file in (base64.b64decode(content), SMALL)
+    )
+    assert kind == "data:image/png" and np.array_equal(exact, given)
+    kind, _, content = large["image_url"]["url"].partition(";base64,")
+    assert kind == "data:image/webp" and open_picture(base64.b64decode(content)).size == (1024, 709)
+    assert page.text("article.error") == [] and page.text("#images li") == []
+    assert page.run("return [...document.querySelectorAll('article.user img')].map(e => e.alt)") == [
+        "pasted.png",
+        "large.png",
+    ]
+
+
+def test_images_that_cant_be_sent_are_told_before(page: Browser, seeing_server: Running) -> None:
+    opened(page, seeing_server)
+    most = page.run("return images.most")
+    assert most > 1
+    given = files(("a.txt", b"text"), kind="text/plain") + files(("b.png", b"no image")) + files(("c.png", SMALL))
+    page.run(DROP, given)
+    chosen(page, ["c.png"])
+    assert page.text("#status") == [
+        "1 image added; a.txt: isn't an image; b.png: can't be read as an image: JPEG, PNG, WebP, GIF and BMP can"
+    ]
+    page.run(PASTE, files(*[(f"{n}.png", SMALL) for n in range(most)]))
+    chosen(page, ["c.png", *(f"{n}.png" for n in range(most - 1))])
+    why = f"at most {most} images fit this model's context, earlier ones included"
+    wanted = f"{most - 1} images added; {most - 1}.png: {why}"
+    assert page.text("#status") == [wanted]
+    page.run("images.chosen = [{name: 'x', note: '', url: 'data:,' + 'a'.repeat(3.4 * 2 ** 20)}]; images.draw()")
+    page.run("images.most = 99")
+    page.run(PASTE, files(("more.png", png(noise(256, 300, 3)))))
+    page.wait("document.getElementById('status').innerText.startsWith('more.png: the images of a conversation are')")
+    page.run("images.restore([])")
+    page.type("#message", "x" + ENTER)  # and without any it is a plain text
+    page.wait("document.querySelector('article.user')")
+    page.press(ESCAPE)
+
+
+def test_a_text_that_is_copied_as_an_image_too_is_pasted_as_text(page: Browser, seeing_server: Running) -> None:
+    """Office programs put both on the clipboard: the browser has to paste the text."""
+    opened(page, seeing_server)
+    assert page.run(PASTE, files(("c.png", SMALL))) is False  # an image alone
+    chosen(page, ["c.png"])
+    both = PASTE.replace("return ", "transfer.setData('text/plain', 'Table'); return ")
+    assert page.run(both, files(("d.png", SMALL))) is True
+    chosen(page, ["c.png"])
+
+
+def test_a_message_waits_for_an_image_that_is_read(page: Browser, seeing_server: Running) -> None:
+    """Two pastes, and only one of them is decoded at a time."""
+    opened(page, seeing_server)
+    page.run(
+        "window.goOn = []; window.begun = 0; const real = window.createImageBitmap;"
+        "window.createImageBitmap = file => { window.begun += 1;"
+        " return new Promise(go => window.goOn.push(go)).then(() => real(file)) }"
+    )
+    page.run(PASTE, files(("c.png", SMALL)))
+    page.run(PASTE, files(("d.png", SMALL)))
+    page.wait("window.begun === 1")
+    page.type("#message", f"Which?{ENTER}")
+    page.wait("document.getElementById('status').innerText.startsWith('An image is still being read')")
+    assert page.text("article") == [] and page.run("return document.getElementById('message').value") == "Which?"
+    assert page.run("return window.begun") == 1
+    page.run("window.goOn[0]()")
+    page.wait("window.begun === 2")
+    page.run("window.goOn[1]()")
+    chosen(page, ["c.png", "d.png"])
+    page.wait("!images.reading")
+    page.type("#message", ENTER)
+    page.wait("document.querySelectorAll('article.user img').length === 2")
+    page.press(ESCAPE)
+
+
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "JPEG upright", "PNG", "WEBP", "WEBP lossless", "WEBP with EXIF", "GIF", "BMP"]
+)
+def test_what_a_camera_notes_is_not_sent(page: Browser, seeing_server: Running, kind: str) -> None:
+    """Where and when a picture was made isn't sent, however small it is; its sides are read from its header."""
+    opened(page, seeing_server)
+    name = kind.partition(" ")[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6 if kind == "JPEG upright" else 1  # 6: turned
+    exif[0x010F] = "The maker of the camera"
+    options = {"exif": exif} if name in ("JPEG", "PNG") or kind == "WEBP with EXIF" else {}
+    made = io.BytesIO()
+    Image.fromarray(noise(30, 50, 4)).save(made, name, **options, **({"lossless": True} if "less" in kind else {}))
+    assert (b"maker of the camera" in made.getvalue()) == bool(options)
+    given = files(("c", made.getvalue()), kind=f"image/{name.lower()}")
+    size = "return sizeOf(new DataView(Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0)).buffer))"
+    assert page.run(size, given[0][2]) == [50, 30]
+    assert page.run(size, base64.b64encode(made.getvalue()[:9]).decode()) is None
+    page.run(PASTE, given)
+    chosen(page, ["c"])
+    content = base64.b64decode(page.run("return images.chosen[0].url").partition(",")[2])
+    assert b"maker of the camera" not in content
+    assert open_picture(content).size == ((30, 50) if kind == "JPEG upright" else (50, 30))
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(page: Browser, seeing_server: Running) -> None:
+    opened(page, seeing_server)
+    page.run("window.createImageBitmap = () => { throw new Error('decoded') }")
+    huge = bytearray(SMALL)
+    huge[16:24] = struct.pack(">II", 40_000, 40_000)
+    page.run(PASTE, files(("huge.png", bytes(huge))))
+    said = "huge.png: has 40000 x 40000 pixels, and at most 64 Mi are read"
+    page.wait("document.getElementById('status').innerText === arguments[0]", said)
+
+
+def test_a_context_that_holds_no_image(page: Browser, seeing_server: Running) -> None:
+    """A button that could only lead to a refusal isn't there."""
+    opened(page, seeing_server)
+    entry = "{input_modalities: ['text', 'image'], image_tokens: 300, max_model_len: arguments[0]}"
+    shown = "document.getElementById('add-images').checkVisibility()"
+    for context, most in ((300 + 64, 1), (300 + 63, 0), (200, 0)):
+        page.run(f"images.setModel({entry})", context)
+        assert page.run(f"return [images.most, {shown}]") == [most, most > 0]
+    page.run(PASTE, files(("c.png", SMALL)))
+    page.wait("document.getElementById('status').innerText.startsWith('An image and a question are longer')")
+
+
+def test_a_question_that_fails_gives_its_images_back(page: Browser, seeing_server: Running) -> None:
+    opened(page, seeing_server)
+    page.run(PASTE, files(("c.png", SMALL)))
+    chosen(page, ["c.png"])
+    page.run("images.chosen[0].url = 'data:image/png;base64,AAAA'")
+    page.type("#message", f"Which?{ENTER}")
+    page.wait("document.querySelector('article.error')")
+    assert page.run("return images.chosen.map(each => each.name)") == ["c.png"]
+    assert page.run("return document.getElementById('message').value") == "Which?"
+
+
+def test_a_model_that_takes_no_images(page: Browser) -> None:
+    with running(max_context=400) as server:
+        opened(page, server)
+        assert not page.run("return document.getElementById('add-images').checkVisibility()")
+        assert page.run(DROP, files(("c.png", SMALL))) == [False, False]
+        page.wait("document.getElementById('status').innerText === 'This model takes no images'")
+        assert page.text("#images li") == []
+        assert page.run(PASTE, files(("c.png", SMALL))) is True  # nothing is taken from the browser
+
+
+def record_requests(page: Browser) -> None:
+    page.run(
+        "window.sent = []; const real = window.fetch;"
+        "window.fetch = (path, options) => { if (options.body) window.sent.push(JSON.parse(options.body));"
+        " return real(path, options); }"
+    )
+
+
+def sent(page: Browser) -> list[dict[str, Any]]:
+    """The bodies of the requests since then."""
+    found: list[dict[str, Any]] = page.run("return window.sent")
+    return found
 
 
 def contrast(one: list[float], other: list[float]) -> float:
@@ -227,16 +482,28 @@ return [...document.querySelectorAll('h1, label, summary, button, select, textar
 """
 
 
+# What a page has whose model takes images, with some that were chosen.
+PRETEND = """
+images.most = 9;
+const url = document.createElement('canvas').toDataURL();
+images.chosen = [1, 2, 3, 4, 5].map(number => ({name: `cat${number}.png`, url, note: ''}));
+document.getElementById('add-images').hidden = false;
+images.draw();
+"""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_can_be_read(page: Browser, scheme: str) -> None:
-    with running(max_context=2000, script=HOSTILE) as server:
+    with running(max_context=2000, script=f"<think>Hm.</think>{HOSTILE}", template=THINKS) as server:
         page.scheme(scheme)
         opened(page, server)
         page.click("#settings summary")
         asked(page, "Hi")
+        page.click("article details summary")
+        page.run(PRETEND)
         page.run("document.getElementById('key-form').hidden = false")
         found: list[Any] = page.run(COLOURS)
-        assert len(found) > 15
+        assert len(found) > 15 and {"add-images", "images-note"} <= {each[1] for each in found}
         assert [each for each in found if contrast(each[2], each[3]) < 4.5] == []
         is_dark = (
             sum(page.run("return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")) < 384
@@ -246,11 +513,13 @@ def test_every_text_can_be_read(page: Browser, scheme: str) -> None:
 
 @pytest.mark.parametrize("width", [360, 800])
 def test_it_fits_and_every_control_is_reached_by_keyboard(page: Browser, width: int) -> None:
-    with running(max_context=2000, script=HOSTILE) as server:
+    with running(max_context=2000, script=f"<think>{'W' * 80}</think>{HOSTILE}", template=THINKS) as server:
         page.size(width, 640)
         opened(page, server)
         page.click("#settings summary")
         asked(page, "W" * 60)
+        page.click("article details summary")
+        page.run(PRETEND)
         assert page.run("return document.documentElement.scrollWidth") <= width
         assert page.run("return document.documentElement.scrollHeight") <= 640
         box = "const box = document.getElementById('conversation');"
@@ -262,13 +531,13 @@ def test_it_fits_and_every_control_is_reached_by_keyboard(page: Browser, width: 
         assert [each for each in sizes if each[1] < 0 or each[2] > width] == []
         reached = []
         page.run("document.activeElement.blur()")
-        for _ in range(20):
+        for _ in range(24):
             page.press(TAB)
             reached.append(page.run("return document.activeElement.id || document.activeElement.tagName"))
             outline = "return getComputedStyle(document.activeElement).outlineStyle"
             assert reached[-1] == "BODY" or page.run(outline) != "none", reached[-1]
         wanted = {"model", "clear", "SUMMARY", "system", "temperature", "top_p", "max_tokens", "conversation", "PRE"}
-        assert wanted | {"message", "send"} <= set(reached)
+        assert wanted | {"message", "send", "add-images", "BUTTON"} <= set(reached)  # BUTTON removes an image
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

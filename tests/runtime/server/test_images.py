@@ -47,6 +47,15 @@ class Seeing:
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
             return await client.post(path, json=body, headers=headers, timeout=60)
 
+    def models(self) -> list[dict[str, Any]]:
+        async def ask() -> httpx.Response:
+            transport = httpx.ASGITransport(self.asgi)
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+                return await client.get("/v1/models")
+
+        found: list[dict[str, Any]] = asyncio.run(ask()).json()["data"]
+        return found
+
     def post(self, path: str, body: dict[str, Any], key: str = "") -> httpx.Response:
         return asyncio.run(self.ask(path, body, key))
 
@@ -82,6 +91,14 @@ def test_answers_are_the_generators(seeing: tuple[SeeingModel, Path], server: Se
     text = "".join(choice["delta"].get("content") or "" for each in streamed for choice in each["choices"])
     assert text == expected.text
     assert server.generator.image_encoder.runs == 1  # the same picture
+
+
+def test_the_model_says_what_an_image_takes(server: Seeing) -> None:
+    (entry,) = server.models()
+    assert entry["input_modalities"] == ["text", "image"]
+    one, two = (server.chat(*[image()] * number, TEXT).json()["usage"]["prompt_tokens"] for number in (1, 2))
+    label = len("Picture 2: \n")  # each a token or less
+    assert 0 < two - one - entry["image_tokens"] <= label
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import random
 import socket
@@ -15,6 +14,7 @@ import pytest
 
 from qwen_aot.errors import BundleError
 from qwen_aot.runtime.generation.generator import Generator
+from qwen_aot.runtime.server.event_loop import run
 from qwen_aot.runtime.server.lifecycle import Lifecycle, bind, url_of
 from qwen_aot.runtime.server.settings import ServerSettings, SettingsError
 from tests.runtime.generation.schedules import check_rows
@@ -94,7 +94,7 @@ def test_while_it_loads() -> None:
     with bind(settings) as listener:
         lifecycle = Lifecycle(settings, listener, load, lambda model: None)
         with ThreadPoolExecutor() as pool:
-            running_ = pool.submit(lambda: asyncio.run(lifecycle.run()))
+            running_ = pool.submit(lambda: run(lifecycle.run()))
             url = url_of(listener, settings)
 
             def is_listening() -> bool:
@@ -118,7 +118,7 @@ def test_a_bundle_that_can_not_be_opened() -> None:
     with bind(settings) as listener:
         lifecycle = Lifecycle(settings, listener, load, lambda model: None)
         with pytest.raises(BundleError, match="it is damaged"):
-            asyncio.run(lifecycle.run())
+            run(lifecycle.run())
 
 
 def test_addresses() -> None:

@@ -36,6 +36,21 @@ def test_an_unfinished_character_is_replaced_at_the_end() -> None:
     assert pieces(BYTES, list("😀".encode())[:3]) == ["", "", "", "�"]
 
 
+@pytest.mark.parametrize("tokenizer", [BYTES, SENTENCEPIECE], ids=["bytes", "sentencepiece"])
+def test_behind_a_character_that_is_cut_the_text_goes_on(tokenizer: Tokenizer) -> None:
+    is_bytes = tokenizer is BYTES
+    vocabulary = tokenizer.backend.get_vocab()
+    half, before, behind = (
+        (0xC3, list(b"Hello"), list(b" wor"))
+        if is_bytes
+        else (vocabulary["<0xC3>"], [vocabulary["▁Hello"]], [vocabulary["▁wor"]])
+    )
+    detokenizer = make_detokenizer(tokenizer)
+    assert [detokenizer.push(token_id) for token_id in [*before, half]][-1] == ""
+    assert detokenizer.flush() == "�" and detokenizer.flush() == ""
+    assert "".join(map(detokenizer.push, behind)) == " wor"  # with its space, which only a text's first word loses
+
+
 def test_special_tokens_and_padding_ids_have_no_text() -> None:
     assert pieces(BYTES, [97, 256, 98, 299]) == ["a", "", "b", "", ""]
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qwen_aot.errors import CheckpointError
 from qwen_aot.exporter.checkpoint.base import TensorInfo
-from qwen_aot.exporter.checkpoint.hf.quantized.linear import INT8, INT32, INT64, StoredLinear
+from qwen_aot.exporter.checkpoint.hf.quantized.linear import E4M3, INT8, INT32, INT64, StoredLinear
 from qwen_aot.exporter.checkpoint.hf.quantized.settings import Quantization
 from qwen_aot.exporter.checkpoint.hf.quantized.tensor_names import refuse_quantized
 
@@ -23,7 +23,7 @@ def collect(stored: Mapping[str, TensorInfo], quantization: Quantization) -> Map
 
     Raises:
         CheckpointError: there is none, a module also has a plain weight, the configuration says that it isn't
-            quantized, or another tensor is one of another method, or of integers.
+            quantized, or another tensor is one of another method, or of codes.
     """
     modules: dict[str, dict[str, TensorInfo]] = {}
     for name, info in stored.items():
@@ -37,7 +37,7 @@ def collect(stored: Mapping[str, TensorInfo], quantization: Quantization) -> Map
         )
     for module, parts in modules.items():
         weight = stored.get(module + WEIGHT)
-        if weight is not None and weight.dtype == INT8 and quantization.format.has_integers:
+        if weight is not None and weight.dtype in quantization.format.weight_dtypes:
             parts["weight"] = weight
         elif weight is not None:
             raise CheckpointError(f"{module} has a plain weight and {', '.join(sorted(parts))}; accepted: one of them")
@@ -48,8 +48,10 @@ def collect(stored: Mapping[str, TensorInfo], quantization: Quantization) -> Map
     rest = {name: info for name, info in stored.items() if name not in taken}
     refuse_quantized(quantization.where, rest)
     for name, info in rest.items():
-        if info.dtype in (INT8, INT32, INT64):
-            raise CheckpointError(f"tensor {name} has dtype {info.dtype.name}; accepted: floating point")
+        if info.dtype in (INT8, INT32, INT64, E4M3):
+            raise CheckpointError(
+                f"tensor {name} has dtype {info.dtype.name}; accepted: floating point of 16 bits or more"
+            )
     return modules
 
 

@@ -1,4 +1,4 @@
-"""compressed-tensors' two forms of integers. `pack-quantized`: codes with 2 ** (bits - 1) added, packed along K.
+"""compressed-tensors' three forms of codes. `pack-quantized`: integers with 2 ** (bits - 1) added, packed along K.
 
     weight_packed      int32 [N, ceil(K * bits / 32)]   low bits are the first code along K
     weight_scale       fp16, bf16 or fp32 [N, G]
@@ -13,6 +13,12 @@
     weight_zero_point  int8 [N, G]                      of asymmetric ones
     input_scale        fp16, bf16 or fp32 [1] or []     where inputs are rounded
 
+`float-quantized`, with inputs that are rounded too (W8A8):
+
+    weight             float8_e4m3fn [N, K]
+    weight_scale       fp16, bf16 or fp32 [N, 1], or [1] or [] for all rows
+    input_scale        fp16, bf16 or fp32 [1] or []
+
 Source: compressed-tensors 0.20.1 `compressors/pack_quantized` (`pack_to_int32`, `decompress`),
 `compressors/naive_quantized` and `quantization/lifecycle/initialize.py`; weight_g_idx: releases before its removal in
 August 2026.
@@ -26,14 +32,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_aot.exporter.checkpoint.encoding import CodeForm, EncodedRows, Encoding
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, CodeType, EncodedRows, Encoding
 from qwen_aot.exporter.checkpoint.hf.quantized.compressed_tensors_config import (
+    FLOATS,
     INTEGERS,
     PACKED,
     CompressedTensorsSettings,
 )
 from qwen_aot.exporter.checkpoint.hf.quantized.group_index import permutation_of
 from qwen_aot.exporter.checkpoint.hf.quantized.linear import (
+    E4M3,
     INT8,
     INT32,
     INT64,
@@ -43,6 +51,9 @@ from qwen_aot.exporter.checkpoint.hf.quantized.linear import (
 )
 from qwen_aot.exporter.checkpoint.hf.quantized.scheme import scheme_of
 from qwen_aot.exporter.checkpoint.hf.quantized.words import WORD_BITS, fields_of, unpack, words_of
+from qwen_aot.exporter.model.tensors import Role
+
+_E4M3_NAN = 0x7F  # without its sign
 
 PARTS = frozenset({"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale"})
 
@@ -90,21 +101,48 @@ class IntegerLinear:
         return EncodedRows(self.form, unsigned("weight"), scales, zeros, input_scale=self.input_scale)
 
 
+@dataclass(frozen=True, slots=True)
+class FloatLinear:
+    """One weight (see `linear.QuantizedLinear`)."""
+
+    stored: StoredLinear
+    encoding: Encoding
+    form: CodeForm
+    input_scale: float
+
+    def rows(self, start: int, stop: int) -> EncodedRows:
+        """Rows `start` to `stop`.
+
+        Raises:
+            CheckpointError: a code isn't a number, or a scale is negative.
+        """
+        codes = self.stored.array("weight")[start:stop].view(np.uint8)
+        is_number = (codes & _E4M3_NAN) != _E4M3_NAN
+        if not is_number.all():
+            row, column = np.argwhere(~is_number)[0]
+            raise self.stored.error(
+                "weight", f"is NaN in row {start + row}, column {column}; accepted: numbers; download the file again"
+            )
+        scales = self.stored.array("weight_scale")
+        scales = scales[start:stop] if scales.ndim == 2 else np.full((stop - start, 1), scales.reshape(-1)[0])
+        if (scales < 0).any():
+            raise self.stored.error("weight_scale", f"holds {scales.min()}; accepted: numbers from 0 on")
+        return EncodedRows(self.form, codes, scales, input_scale=self.input_scale)
+
+
 def open_linears(linears: Sequence[StoredLinear], settings: CompressedTensorsSettings) -> list[QuantizedLinear]:
     """Checks every linear's tensors; weight_shape and weight_g_idx are read.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape or dtype than the configurations say (named).
     """
-    open_linear = _open_packed if settings.format == PACKED else _open_integers
+    open_linear = {PACKED: _open_packed, INTEGERS: _open_integers, FLOATS: _open_floats}[settings.format]
     return [open_linear(linear, settings) for linear in linears]
 
 
 def _open_integers(linear: StoredLinear, settings: CompressedTensorsSettings) -> QuantizedLinear:
     n, k = linear.shape
-    for suffix in ("weight_packed", "weight_shape", "weight_g_idx"):
-        if suffix in linear.parts:
-            raise linear.error(suffix, f"is of {PACKED}, and the configuration says {INTEGERS}: which is right?")
+    _refuse_parts(linear, ("weight_packed", "weight_shape", "weight_g_idx"), INTEGERS)
     is_symmetric, rounds_inputs = "weight_zero_point" not in linear.parts, "input_scale" in linear.parts
     shape = linear.require("weight_scale").shape
     groups = shape[1] if len(shape) == 2 else 0
@@ -116,9 +154,7 @@ def _open_integers(linear: StoredLinear, settings: CompressedTensorsSettings) ->
         and k == groups * each.scheme.group_of(k)
     ]
     if not fitting:
-        accepted = "; or ".join(
-            f"{each.scheme}{', with input_scale' if each.rounds_inputs else ''}" for each in settings.schemes
-        )
+        accepted = "; or ".join(str(each) for each in settings.schemes)
         raise linear.error(
             "weight_scale",
             f"has shape {list(shape)}, with {'no ' if is_symmetric else ''}weight_zero_point and "
@@ -134,12 +170,44 @@ def _open_integers(linear: StoredLinear, settings: CompressedTensorsSettings) ->
     return IntegerLinear(linear, encoding, form, _input_scale(linear) if rounds_inputs else None)
 
 
+def _open_floats(linear: StoredLinear, settings: CompressedTensorsSettings) -> QuantizedLinear:
+    n, k = linear.shape
+    _refuse_parts(linear, ("weight_packed", "weight_shape", "weight_g_idx", "weight_zero_point"), FLOATS)
+    shape = linear.require("weight_scale").shape
+    has_one_scale = shape in ((), (1,))
+    if not any(each.has_one_scale == has_one_scale for each in settings.schemes):
+        accepted = "; or ".join(str(each) for each in settings.schemes)
+        raise linear.error(
+            "weight_scale",
+            f"has shape {list(shape)}; accepted by the configuration for a weight of {[n, k]}: {accepted}",
+        )
+    linear.check("weight", (n, k), E4M3)
+    scale_dtype = linear.check("weight_scale", shape if has_one_scale else (n, 1), *SCALE_DTYPES)
+    form = CodeForm(8, k, scale_dtype, has_input_scale=True, code_type=CodeType.E4M3)
+    encoding = Encoding("compressed-tensors-w8a8-fp8", form, fixes_precision=True)
+    return FloatLinear(linear, encoding, form, _input_scale(linear))
+
+
+def _refuse_parts(linear: StoredLinear, suffixes: Sequence[str], said: str) -> None:
+    """Refuses tensors of another of the formats."""
+    for suffix in suffixes:
+        if suffix in linear.parts:
+            others = f"{PACKED} or {INTEGERS}" if suffix == "weight_zero_point" else PACKED
+            raise linear.error(suffix, f"is of {others}, and the configuration says {said}: which is right?")
+
+
 def _input_scale(linear: StoredLinear) -> float:
     """The one scale of an input.
 
     Raises:
-        CheckpointError: it isn't one, or not above 0.
+        CheckpointError: it isn't one, or not above 0, or a table has it, which is no product of an input.
     """
+    if linear.weight == Role.EMBEDDING.tensor_name():
+        raise linear.error(
+            "input_scale",
+            "is of an embedding, which has no input to round; accepted: an embedding of plain numbers, or in "
+            f"{INTEGERS} and {PACKED} codes without it",
+        )
     info = linear.require("input_scale")
     linear.check("input_scale", () if not info.shape else (1,), *SCALE_DTYPES)
     scale = float(linear.array("input_scale").reshape(-1)[0])

@@ -1,4 +1,6 @@
-"""quantization_config of compressed-tensors checkpoints: `pack-quantized`, or `int-quantized` with rounded inputs.
+"""quantization_config of compressed-tensors checkpoints: `pack-quantized`, `int-quantized`, `float-quantized`.
+
+The last two may say that inputs are rounded; `float-quantized` is read with such alone.
 
 Source: compressed-tensors 0.20.1 `quantization/quant_config.py`, `quant_scheme.py` and `quant_args.py`.
 """
@@ -33,21 +35,25 @@ _ACCEPTED: Mapping[str, tuple[object, ...]] = {
 _HARMLESS = frozenset(
     {"global_compression_ratio", "version", "run_compressed", "dequantize", "use_optimized_inference"}
 )
-PACKED, INTEGERS = "pack-quantized", "int-quantized"
-_GROUP_READ = {PACKED: ("targets", "weights"), INTEGERS: ("targets", "weights", "input_activations")}
+PACKED, INTEGERS, FLOATS = "pack-quantized", "int-quantized", "float-quantized"
+_GROUP_READ = {
+    PACKED: ("targets", "weights"),
+    INTEGERS: ("targets", "weights", "input_activations"),
+    FLOATS: ("targets", "weights", "input_activations"),
+}
+_TYPE = {PACKED: "int", INTEGERS: "int", FLOATS: "float"}
+_BITS_OF = {PACKED: BITS, INTEGERS: (8,), FLOATS: (8,)}
 _GROUP_ACCEPTED: Mapping[str, tuple[object, ...]] = {"input_activations": (), "output_activations": ()}
-_WEIGHTS_READ = frozenset({"num_bits", "symmetric", "strategy", "group_size", "actorder"})
+_WEIGHTS_READ = frozenset({"type", "num_bits", "symmetric", "strategy", "group_size", "actorder"})
 _WEIGHTS_ACCEPTED: Mapping[str, tuple[object, ...]] = {
-    "type": ("int",),
     "dynamic": (),
     "block_structure": (),
     "scale_dtype": ("torch.float16", "torch.bfloat16", "torch.float32", "float16", "bfloat16", "float32"),
-    "zp_dtype": ("torch.int8", "int8"),
+    "zp_dtype": ("torch.int8", "int8", "torch.float8_e4m3fn", "float8_e4m3fn"),
 }
 _WEIGHTS_HARMLESS = frozenset({"observer", "observer_kwargs"})
 _INPUTS_ACCEPTED: Mapping[str, tuple[object, ...]] = {
     "num_bits": (8,),
-    "type": ("int",),
     "strategy": ("tensor",),
     "symmetric": (True,),
     "scale_dtype": _WEIGHTS_ACCEPTED["scale_dtype"],
@@ -64,12 +70,18 @@ class LinearScheme:
     Attributes:
         scheme: of its weights.
         has_act_order: their columns may be in any group.
-        rounds_inputs: what they multiply is rounded to 8 bits by a scale of the whole input.
+        rounds_inputs: what they multiply is rounded to codes of their type by a scale of the whole input.
+        has_one_scale: all rows of a weight have the same.
     """
 
     scheme: Scheme
     has_act_order: bool
     rounds_inputs: bool
+    has_one_scale: bool = False
+
+    def __str__(self) -> str:
+        scales = "one scale" if self.has_one_scale else str(self.scheme)
+        return f"{scales}{', with input_scale' if self.rounds_inputs else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +89,7 @@ class CompressedTensorsSettings:
     """What a compressed-tensors configuration says of its tensors.
 
     Attributes:
-        format: PACKED or INTEGERS, of all weights.
+        format: PACKED, INTEGERS or FLOATS, of all weights.
         schemes: of all groups. Which modules are of which is told by the tensors.
         plain: `ignore`.
     """
@@ -99,8 +111,8 @@ def parse(raw: Mapping[str, Any]) -> CompressedTensorsSettings:
     """
     check_keys(raw, read=READ, accepted=_ACCEPTED, harmless=_HARMLESS)
     found = word_of(raw, "format", "dense")
-    if found not in (PACKED, INTEGERS):
-        raise CheckpointError(f"format is {raw.get('format')!r}; not supported; accepted: {PACKED}, {INTEGERS}")
+    if found not in _TYPE:
+        raise CheckpointError(f"format is {raw.get('format')!r}; not supported; accepted: {', '.join(_TYPE)}")
     if word_of(object_of(raw, "sparsity_config"), "format", "dense") != "dense":
         raise CheckpointError("sparsity_config says that weights are sparse; not supported; accepted: dense ones")
     groups = object_of(raw, "config_groups")
@@ -117,12 +129,18 @@ def _group(groups: Mapping[str, Any], name: str, format_name: str) -> LinearSche
     try:
         group = object_of(groups, name)
         check_keys(group, read=_GROUP_READ[format_name], accepted={**_GROUP_ACCEPTED, "format": (format_name,)})
-        return _linear(object_of(group, "weights"), _rounds_inputs(group), format_name)
+        rounds_inputs = _rounds_inputs(group, _TYPE[format_name])
+        if format_name == FLOATS and not rounds_inputs:
+            raise CheckpointError(
+                "input_activations is null: weights of float8 alone; not supported; accepted: inputs that are rounded "
+                "too, by one input_scale a linear"
+            )
+        return _linear(object_of(group, "weights"), rounds_inputs, format_name)
     except CheckpointError as error:
         raise CheckpointError(f"config_groups, {shown(name)}: {error}") from error
 
 
-def _rounds_inputs(group: Mapping[str, Any]) -> bool:
+def _rounds_inputs(group: Mapping[str, Any], type_name: str) -> bool:
     raw = object_of(group, "input_activations")
     if not raw:
         return False
@@ -134,7 +152,8 @@ def _rounds_inputs(group: Mapping[str, Any]) -> bool:
             )
         if raw.get("symmetric") is False:
             raise CheckpointError("symmetric is false; not supported; accepted: true")
-        check_keys(raw, read=("dynamic",), accepted=_INPUTS_ACCEPTED, harmless=_WEIGHTS_HARMLESS)
+        _check_type(raw, type_name)
+        check_keys(raw, read=("dynamic", "type"), accepted=_INPUTS_ACCEPTED, harmless=_WEIGHTS_HARMLESS)
         if raw.get("num_bits") is None or word_of(raw, "strategy") is None:
             raise CheckpointError("num_bits or strategy is missing; accepted: 8, tensor")
     except CheckpointError as error:
@@ -142,10 +161,20 @@ def _rounds_inputs(group: Mapping[str, Any]) -> bool:
     return True
 
 
+def _check_type(raw: Mapping[str, Any], accepted: str) -> None:
+    """What codes are; compressed-tensors takes them for integers where nothing is said."""
+    found = word_of(raw, "type", "int")
+    if found != accepted:
+        raise CheckpointError(f'type is "{found}"; not supported; accepted: "{accepted}"')
+
+
 def _linear(raw: Mapping[str, Any], rounds_inputs: bool, format_name: str) -> LinearScheme:
+    _check_type(raw, _TYPE[format_name])
     check_keys(raw, read=_WEIGHTS_READ, accepted=_WEIGHTS_ACCEPTED, harmless=_WEIGHTS_HARMLESS)
-    bits = bits_of(raw, "num_bits", (8,) if format_name == INTEGERS else BITS)
+    bits = bits_of(raw, "num_bits", _BITS_OF[format_name])
     strategy = word_of(raw, "strategy")
+    if format_name == FLOATS:
+        return _floats(raw, bits, strategy, rounds_inputs)
     group_size = None if raw.get("group_size") is None else group_size_of(raw, "group_size", WHOLE_ROW)
     if strategy is None and group_size is not None:
         strategy = "channel" if group_size == WHOLE_ROW else "group"
@@ -166,3 +195,15 @@ def _linear(raw: Mapping[str, Any], rounds_inputs: bool, format_name: str) -> Li
     if has_act_order and format_name == INTEGERS:
         raise CheckpointError(f"actorder is {shown(order)}; {INTEGERS} has no weight_g_idx; accepted: weight, null")
     return LinearScheme(Scheme(bits, group_size, flag(raw, "symmetric", True)), has_act_order, rounds_inputs)
+
+
+def _floats(raw: Mapping[str, Any], bits: int, strategy: str | None, rounds_inputs: bool) -> LinearScheme:
+    """Floats have a scale a row or one for all; they have their own zero, and columns in their order."""
+    for key in ("group_size", "actorder"):
+        if raw.get(key) not in (None, False):
+            raise CheckpointError(f"{key} is {shown(raw[key])}; not supported with {FLOATS}; accepted: null")
+    if not flag(raw, "symmetric", True):
+        raise CheckpointError(f"symmetric is false; not supported with {FLOATS}; accepted: true")
+    if strategy not in ("channel", "tensor"):
+        raise CheckpointError(f"strategy is {strategy!r}; not supported with {FLOATS}; accepted: channel, tensor")
+    return LinearScheme(Scheme(bits, WHOLE_ROW, True), False, rounds_inputs, strategy == "tensor")

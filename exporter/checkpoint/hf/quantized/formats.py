@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
+
 from qwen_aot.exporter.checkpoint.hf.quantized import (
     awq,
     awq_config,
@@ -14,7 +16,7 @@ from qwen_aot.exporter.checkpoint.hf.quantized import (
     gptq,
     gptq_config,
 )
-from qwen_aot.exporter.checkpoint.hf.quantized.linear import QuantizedLinear, StoredLinear
+from qwen_aot.exporter.checkpoint.hf.quantized.linear import E4M3, INT8, QuantizedLinear, StoredLinear
 
 
 class Settings(Protocol):
@@ -38,7 +40,7 @@ class Format(Generic[S]):
         open_linears: all linears, checked -> what gives their rows.
         synonyms: other names of keys in a file beside config.json.
         has_tables: the embedding may be quantized too.
-        has_integers: codes may be called `weight`, as plain numbers are, where they are int8.
+        weight_dtypes: of codes that are called `weight`, as plain numbers are.
     """
 
     parts: Collection[str]
@@ -47,7 +49,7 @@ class Format(Generic[S]):
     open_linears: Callable[[Sequence[StoredLinear], S], list[QuantizedLinear]]
     synonyms: Mapping[str, str] = field(default_factory=dict)
     has_tables: bool = False
-    has_integers: bool = False
+    weight_dtypes: Collection[np.dtype[Any]] = ()
 
 
 FORMATS: Mapping[str, Format[Any]] = {  # by `quant_method`
@@ -59,6 +61,6 @@ FORMATS: Mapping[str, Format[Any]] = {  # by `quant_method`
         compressed_tensors_config.parse,
         compressed_tensors.open_linears,
         has_tables=True,
-        has_integers=True,
+        weight_dtypes=(INT8, E4M3),
     ),
 }

@@ -17,6 +17,7 @@ from qwen_aot.exporter.checkpoint.encoding import EncodedRows, Encoding, dequant
 INT8 = np.dtype("i1")
 INT32 = np.dtype("<i4")
 INT64 = np.dtype("<i8")
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 SCALE_DTYPES: tuple[np.dtype[Any], ...] = (np.dtype("<f2"), np.dtype(ml_dtypes.bfloat16), np.dtype("<f4"))
 _CHUNK_ELEMENTS = 4 << 20  # dequantized at once, with temporaries several times as large
 

@@ -1,4 +1,6 @@
-"""compressed-tensors written: `pack-quantized` in any mix of schemes, and the embedding too; or `int-quantized` W8A8.
+"""compressed-tensors written: `pack-quantized` in any mix of schemes, and the embedding too; or W8A8.
+
+W8A8 is `int-quantized` or `float-quantized`, by the type of codes.
 
 The layout is that of `hf.quantized.compressed_tensors`. Source of the keys: compressed-tensors 0.20.1
 `quantization/quant_config.py`, `quant_scheme.py` and `quant_args.py`; a target that is a name goes before one that is a
@@ -10,20 +12,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_aot.exporter.checkpoint.encoding import EncodedRows
-from qwen_aot.exporter.checkpoint.hf.quantized.compressed_tensors_config import INTEGERS, PACKED
+from qwen_aot.exporter.checkpoint.encoding import CodeType, EncodedRows
+from qwen_aot.exporter.checkpoint.hf.quantized.compressed_tensors_config import FLOATS, INTEGERS, PACKED
 from qwen_aot.exporter.checkpoint.hf.quantized.scheme import WHOLE_ROW, Scheme
 from qwen_aot.exporter.checkpoint.hf.quantized.words import pack
 from qwen_aot.exporter.checkpoint.hf.saving.matrix import SCALE_DTYPE, Matrix, check_matrix, patterns, schemes_of
 from qwen_aot.exporter.model.tensors import WeightClass
 
 _BITS = (4, 8)
+_TYPES: Mapping[CodeType, str] = {CodeType.INTEGER: "int", CodeType.E4M3: "float"}
 _INPUTS: Mapping[str, Any] = {
     "num_bits": 8,
-    "type": "int",
     "symmetric": True,
     "strategy": "tensor",
     "group_size": None,
@@ -45,6 +48,12 @@ def check(matrices: Sequence[Matrix]) -> None:
                 f"has {'' if matrix.form.has_input_scale else 'no '}scale of its input, other than "
                 f"{matrices[0].name}; accepted: one kind in a folder"
             )
+        if matrix.form.code_type is not matrices[0].form.code_type:
+            raise matrix.error(
+                f"is {matrix.form.kind}, and {matrices[0].name} {matrices[0].form.kind}; accepted: one kind in a folder"
+            )
+        if matrix.form.code_type is CodeType.E4M3 and not (matrix.form.has_input_scale and matrix.is_whole_row):
+            raise matrix.error(f"is {matrix.form.kind}; accepted of these: a scale a row, and one of its input")
         if matrix.form.has_input_scale and (matrix.form.has_zero_points or matrix.form.bits != 8):
             raise matrix.error("has a scale of its input; accepted beside it: 8 bits without zero points")
 
@@ -52,8 +61,11 @@ def check(matrices: Sequence[Matrix]) -> None:
 def pack_matrix(rows: EncodedRows) -> dict[str, NDArray[Any]]:
     """All rows [N, K] of a matrix that was checked -> tensors by the last segment of their names."""
     if rows.form.has_input_scale:
+        is_float = rows.form.code_type is CodeType.E4M3
         return {
-            "weight": (rows.codes ^ np.uint8(128)).view(np.int8),
+            "weight": rows.codes.view(ml_dtypes.float8_e4m3fn)
+            if is_float
+            else (rows.codes ^ np.uint8(128)).view(np.int8),
             "weight_scale": rows.scales,
             "input_scale": np.array([rows.input_scale], SCALE_DTYPE),
         }
@@ -88,8 +100,10 @@ def configuration(matrices: Sequence[Matrix], plain: Sequence[str], quantizer: s
             groups.setdefault(scheme, []).extend(f"re:{pattern}" for pattern in patterns([m.module for m in theirs]))
         named = groups.pop(default, [])
         groups[default] = [*named, "Linear"]  # last: a target that comes after it is warned of as one of no module
-    rounds_inputs = matrices[0].form.has_input_scale
-    format_name = INTEGERS if rounds_inputs else PACKED
+    rounds_inputs, code_type = matrices[0].form.has_input_scale, matrices[0].form.code_type
+    type_name = _TYPES[code_type]
+    of_inputs = FLOATS if code_type is CodeType.E4M3 else INTEGERS
+    format_name = of_inputs if rounds_inputs else PACKED
     return {
         "quant_method": "compressed-tensors",
         "format": format_name,
@@ -97,8 +111,8 @@ def configuration(matrices: Sequence[Matrix], plain: Sequence[str], quantizer: s
         "config_groups": {
             f"group_{index}": {
                 "targets": targets,
-                "weights": _weights(scheme),
-                "input_activations": _INPUTS if rounds_inputs else None,
+                "weights": _weights(scheme, type_name),
+                "input_activations": {**_INPUTS, "type": type_name} if rounds_inputs else None,
                 "output_activations": None,
                 "format": format_name,
             }
@@ -109,11 +123,11 @@ def configuration(matrices: Sequence[Matrix], plain: Sequence[str], quantizer: s
     }
 
 
-def _weights(scheme: Scheme) -> Mapping[str, Any]:
+def _weights(scheme: Scheme, type_name: str) -> Mapping[str, Any]:
     is_row = scheme.group_size == WHOLE_ROW
     return {
         "num_bits": scheme.bits,
-        "type": "int",
+        "type": type_name,
         "symmetric": scheme.is_symmetric,
         "strategy": "channel" if is_row else "group",
         "group_size": None if is_row else scheme.group_size,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qwen_aot.errors import BuildError
-from qwen_aot.exporter.checkpoint.encoding import CodeForm
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, CodeType
 from qwen_aot.whole_file import write_whole
 
 _KEYS = {"request", "forms", "dtype", "files"}
@@ -103,7 +103,7 @@ def _form(form: CodeForm | None) -> str:
     more = (" with zero points" if form.has_zero_points else "") + (
         " and an input's scale" if form.has_input_scale else ""
     )
-    return f"{form.bits} bits in groups of {form.group_size}{more}"
+    return f"{form.kind} in groups of {form.group_size}{more}"
 
 
 def _shown(value: object) -> str:
@@ -112,11 +112,24 @@ def _shown(value: object) -> str:
 
 
 def _to_json(form: CodeForm) -> list[Any]:
-    return [form.bits, form.group_size, form.scale_dtype.name, form.has_zero_points, form.has_input_scale]
+    return [
+        form.bits,
+        form.group_size,
+        form.scale_dtype.name,
+        form.has_zero_points,
+        form.has_input_scale,
+        form.code_type.value,
+    ]
 
 
 def _from_json(raw: list[Any]) -> CodeForm:
-    bits, group_size, scale_dtype, has_zero_points, has_input_scale = raw
+    bits, group_size, scale_dtype, has_zero_points, has_input_scale, *rest = raw
+    (code_type,) = rest or [CodeType.INTEGER.value]  # versions before E4M3 wrote none
     return CodeForm(
-        bits, group_size, np.dtype(scale_dtype), has_zero_points=has_zero_points, has_input_scale=has_input_scale
+        bits,
+        group_size,
+        np.dtype(scale_dtype),
+        has_zero_points=has_zero_points,
+        has_input_scale=has_input_scale,
+        code_type=CodeType(code_type),
     )

@@ -29,6 +29,7 @@ _NAMES: Mapping[np.dtype[Any], str] = {
     np.dtype(np.int64): "I64",
     np.dtype(np.int32): "I32",
     np.dtype(np.int8): "I8",
+    np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
     np.dtype(np.float16): "F16",
     np.dtype(ml_dtypes.bfloat16): "BF16",
 }
@@ -40,7 +41,7 @@ class StoredTensor:
     """One tensor of a file.
 
     Attributes:
-        dtype: int64, int32, int8, float16 or bfloat16.
+        dtype: int64, int32, int8, float8_e4m3fn, float16 or bfloat16.
         shape: its sizes.
         chunks: makes its elements, row-major, in arrays of that dtype.
     """

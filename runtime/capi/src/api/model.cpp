@@ -21,6 +21,7 @@ Status set_library(qwen_aot_options& options, qwen_aot_library library, std::str
     case QWEN_AOT_LIBRARY_TENSORRT: target = &options.engine.tensorrt_path; break;
     case QWEN_AOT_LIBRARY_CUDA_DRIVER: target = &options.engine.cuda_driver_path; break;
     case QWEN_AOT_LIBRARY_PLUGINS: target = &options.engine.plugins_path; break;
+    case QWEN_AOT_LIBRARY_CPU_KERNELS: target = &options.engine.cpu_kernels_path; break;
     default:
         return error.fail(
             Status::invalid_argument, "library is %d; accepted: one of QWEN_AOT_LIBRARY_*", static_cast<int>(library));
@@ -132,6 +133,21 @@ extern "C" qwen_aot_status qwen_aot_options_set_library(
     });
 }
 
+extern "C" qwen_aot_status qwen_aot_options_set_kernels(
+    qwen_aot_options* options, qwen_aot_kernels kernels, qwen_aot_error** error)
+{
+    return api::run(error, [&](Error& failure) {
+        QWEN_AOT_TRY(api::given(options, "options", failure));
+        if (kernels < QWEN_AOT_KERNELS_AUTO || kernels > QWEN_AOT_KERNELS_ONNXRUNTIME)
+        {
+            return failure.fail(Status::invalid_argument, "kernels is %d; accepted: one of QWEN_AOT_KERNELS_*",
+                static_cast<int>(kernels));
+        }
+        options->engine.kernels = static_cast<Kernels>(kernels);
+        return Status::ok;
+    });
+}
+
 extern "C" qwen_aot_status qwen_aot_options_set_hash_limit(
     qwen_aot_options* options, uint64_t bytes, qwen_aot_error** error)
 {
@@ -214,6 +230,7 @@ extern "C" qwen_aot_status qwen_aot_model_fact(
         case QWEN_AOT_FACT_HAS_TOKENIZER: *value = model->has_tokenizer ? 1 : 0; break;
         case QWEN_AOT_FACT_HAS_CHAT_TEMPLATE: *value = model->has_template ? 1 : 0; break;
         case QWEN_AOT_FACT_HAS_VISION: *value = manifest.has_vision ? 1 : 0; break;
+        case QWEN_AOT_FACT_HAS_OWN_KERNELS: *value = model->backend->has_own_kernels() ? 1 : 0; break;
         default:
             return failure.fail(
                 Status::unsupported, "fact is %d; accepted: one of QWEN_AOT_FACT_*", static_cast<int>(fact));

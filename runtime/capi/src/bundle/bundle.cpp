@@ -198,9 +198,8 @@ Status resolve_location(std::string_view graph, std::string_view location, Text&
 }
 
 /** A graph may read its weights from listed files only: whatever opens it follows the names in it. */
-Status check_data_files(std::string_view folder, Manifest const& manifest, Error& error)
+Status check_data_files(std::string_view folder, Manifest const& manifest, std::string_view graph, Error& error)
 {
-    std::string_view const graph = manifest.text_engine.file.view();
     Text path;
     Place place{};
     QWEN_AOT_NEED(join_path(folder, graph, path), error, "a path");
@@ -245,9 +244,14 @@ Status Bundle::open(std::string_view path, uint64_t hash_limit, Bundle& bundle, 
     {
         QWEN_AOT_TRY(check_file(path, entry, hash_limit, error));
     }
-    if (suffix_of(opened.manifest_.text_engine.file.view()) == ".onnx") // nothing here opens the vision engine
+    TextEngine const& engine = opened.manifest_.text_engine; // nothing here opens the vision engine
+    if (suffix_of(engine.file.view()) == ".onnx")
     {
-        QWEN_AOT_TRY(check_data_files(path, opened.manifest_, error));
+        QWEN_AOT_TRY(check_data_files(path, opened.manifest_, engine.file.view(), error));
+    }
+    if (engine.has_kernels)
+    {
+        QWEN_AOT_TRY(check_data_files(path, opened.manifest_, engine.kernels.file.view(), error));
     }
     bundle = std::move(opened);
     return Status::ok;

@@ -20,7 +20,10 @@ public:
      *  IO, BUNDLE: the message names the file and what to do. */
     static Status open(std::string_view path, uint64_t hash_limit, Bundle& bundle, Error& error);
 
+    /** What its manifest says; the text engine is that of own kernels once they are used. */
     Manifest const& manifest() const { return manifest_; }
+    /** Makes the graph for own kernels, which there must be, the text engine's. While nothing else uses the manifest. */
+    void use_kernels() { manifest_.text_engine.use_kernels(); }
     /** The folder as it was given. */
     std::string_view path() const { return path_.view(); }
     bool has(std::string_view name) const { return manifest_.find_file(name) != nullptr; }

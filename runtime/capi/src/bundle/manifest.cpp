@@ -45,6 +45,12 @@ bool is_dimension(std::string_view text)
     return text.size() == 1 && std::string_view("BSCWTI").find(text[0]) != std::string_view::npos;
 }
 
+bool is_cache_dtype(std::string_view text)
+{
+    DType type;
+    return find_dtype(text, type) && facts_of(type).is_of_cache;
+}
+
 bool is_product_dtype(std::string_view text)
 {
     constexpr std::string_view kNames[] = {
@@ -201,6 +207,10 @@ constexpr SchemaField kStepFields[] = {{"kernels", &kCountOrNone}, {"layer_kerne
 constexpr SchemaType kStep = record_of(kStepFields);
 constexpr SchemaType kPlan = or_null(map_of(kStep));
 
+constexpr SchemaType kCacheDType = text_of(is_cache_dtype, kCacheDTypeWords);
+constexpr SchemaField kKernelsFields[] = {{"file", &kText}, {"version", &kCount}, {"cache_dtype", &kCacheDType}};
+constexpr SchemaType kKernels = or_null(record_of(kKernelsFields));
+
 // What every engine has.
 #define ENGINE_FIELDS                                                                                                  \
     {"file", &kText}, {"precision", &kText}, {"quantization", &kScalarMap}, {"weight_encodings", &kWeightEncodings},   \
@@ -209,8 +219,8 @@ constexpr SchemaType kPlan = or_null(map_of(kStep));
     {                                                                                                                  \
         "plan", &kPlan                                                                                                 \
     }
-constexpr SchemaField kTextEngineFields[] = {
-    ENGINE_FIELDS, {"profiles", &kProfiles}, {"cache_dtype", &kText}, {"logits_rows", &kCountOrNull}};
+constexpr SchemaField kTextEngineFields[] = {ENGINE_FIELDS, {"profiles", &kProfiles}, {"cache_dtype", &kText},
+    {"logits_rows", &kCountOrNull}, {"kernels", &kKernels, true}};
 constexpr SchemaType kTextEngine = record_of(kTextEngineFields);
 constexpr SchemaField kVisionEngineFields[] = {ENGINE_FIELDS, {"max_batch", &kCount}};
 #undef ENGINE_FIELDS
@@ -459,6 +469,7 @@ private:
     {
         manifest_.text_engine.logits_rows = or_none(member(entry, "logits_rows"));
         QWEN_AOT_TRY(check_logits());
+        QWEN_AOT_TRY(read_kernels(entry));
         Array<std::string_view> steps;
         for (Profile const& profile : manifest_.text_engine.profiles)
         {
@@ -466,6 +477,30 @@ private:
         }
         std::sort(steps.begin(), steps.end());
         return check_plan(member(entry, "plan"), {steps.data(), steps.size()}, manifest_.num_hidden_layers);
+    }
+
+    Status read_kernels(JsonValue entry)
+    {
+        TextEngine& engine = manifest_.text_engine;
+        JsonValue value;
+        engine.has_kernels = entry.find("kernels", value) && !value.is_null();
+        if (!engine.has_kernels)
+        {
+            return Status::ok;
+        }
+        if (manifest_.target.view() != "cpu")
+        {
+            return error_.fail(Status::bundle,
+                "%s: the bundle's target is %s, and there are kernels, a graph for own CPU kernels; accepted: with "
+                "target "
+                "'cpu' alone",
+                where_, Quoted(manifest_.target.view()).c_str());
+        }
+        QWEN_AOT_TRY(require_file("graph for own kernels", member(value, "file").string()));
+        QWEN_AOT_TRY(copy(member(value, "file"), engine.kernels.file));
+        engine.kernels.version = member(value, "version").integer();
+        static_cast<void>(find_dtype(member(value, "cache_dtype").string(), engine.kernels.cache_dtype));
+        return Status::ok;
     }
 
     Status read_tensors(JsonValue list, char const* kind, Array<IoTensor>& tensors)
@@ -786,6 +821,22 @@ int64_t TextEngine::rotary_table(int64_t tokens) const
         ++table;
     }
     return table;
+}
+
+void TextEngine::use_kernels()
+{
+    for (Array<IoTensor>* const tensors : {&inputs, &outputs})
+    {
+        for (IoTensor& tensor : *tensors)
+        {
+            std::string_view const name = tensor.name.view();
+            bool const is_cache = starts_with(name, kCachePrefix) || starts_with(name, kPresentPrefix);
+            tensor.dtype = is_cache && tensor.dtype == cache_dtype ? kernels.cache_dtype : tensor.dtype;
+        }
+    }
+    file = std::move(kernels.file);
+    cache_dtype = kernels.cache_dtype;
+    has_kernels = false;
 }
 
 int64_t Manifest::max_capacity() const

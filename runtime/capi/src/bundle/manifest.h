@@ -29,6 +29,7 @@ bool find_dtype(std::string_view name, DType& type);
 
 constexpr char kManifestName[] = "manifest.json";
 constexpr char kCachePrefix[] = "past_key_values.";     // of the cache inputs' names
+constexpr char kPresentPrefix[] = "present.";           // of the outputs that share their memory
 constexpr char kLastLogits[] = "last_logits";           // the output that `logits_rows` bounds
 constexpr char kLogitsPositions[] = "logits_positions"; // the input that says of how many tokens it is
 constexpr char kRotaryOffset[] = "rotary_offset.";      // of the name of an input; a number of tokens follows
@@ -67,6 +68,15 @@ struct TensorRtFacts
     bool has_plugins_in_engine;
 };
 
+/** The same decoder for this project's own CPU kernels, over the data files of the other graph. Its inputs and outputs are
+ *  those of the engine, but for the type of the cache. */
+struct KernelGraph
+{
+    Text file;
+    int64_t version; // of the ops' interface, which the library must have
+    DType cache_dtype;
+};
+
 struct TextEngine
 {
     Text file;
@@ -82,9 +92,14 @@ struct TextEngine
     DType cache_dtype; // without meaning where no input is of the cache
     bool has_tensorrt;
     TensorRtFacts tensorrt;
+    bool has_kernels;
+    KernelGraph kernels;
 
     /** The index of the rotary table of a row whose first step has so many tokens, 1 on. */
     int64_t rotary_table(int64_t tokens) const;
+
+    /** Makes it what it would be if `kernels`, which there must be, were the engine. */
+    void use_kernels();
 };
 
 struct FileEntry

@@ -152,7 +152,7 @@ private:
         return Status::ok;
     }
 
-    /** The keys are exactly the fields'. */
+    /** The keys are exactly the fields', less optional ones that aren't there. */
     Status check_keys(JsonValue value, SchemaType const& type)
     {
         JsonValue found;
@@ -170,7 +170,7 @@ private:
         }
         for (size_t j = 0; j < type.num_fields; ++j)
         {
-            if (!value.find(type.fields[j].name, found))
+            if (!type.fields[j].is_optional && !value.find(type.fields[j].name, found))
             {
                 return keys_differ("no key", type.fields[j].name, type);
             }
@@ -184,8 +184,8 @@ private:
         size_t length = 0;
         for (size_t j = 0; j < type.num_fields && length < sizeof names; ++j)
         {
-            length += static_cast<size_t>(
-                std::snprintf(names + length, sizeof names - length, "%s%s", j == 0 ? "" : ", ", type.fields[j].name));
+            length += static_cast<size_t>(std::snprintf(names + length, sizeof names - length, "%s%s%s",
+                j == 0 ? "" : ", ", type.fields[j].name, type.fields[j].is_optional ? " (or not)" : ""));
         }
         return error_.fail(
             Status::bundle, "%s has %s %s; accepted: exactly %s", path(), problem, Quoted(key).c_str(), names);

@@ -19,7 +19,7 @@ enum class Shape : uint8_t
     scalar, // an integer, a text or a boolean
     list,
     map,   // an object of any keys
-    record // an object of exactly these keys
+    record // an object of exactly these keys, optional ones left out or not
 };
 
 struct SchemaField;
@@ -46,6 +46,7 @@ struct SchemaField
 {
     char const* name;
     SchemaType const* type;
+    bool is_optional = false;
 };
 
 /** A document has this type. Records, lists and maps of a type may nest at most 12 deep, which the type decides and no

@@ -8,7 +8,6 @@ namespace qwen_aot
 namespace
 {
 
-constexpr std::string_view kPresentPrefix = "present.";
 // In the order of StepInput; the rotary offset's goes on with a number.
 constexpr char const* kStepInputNames[kStepInputs] = {"input_ids", "position_ids", "cache_length", "new_tokens",
     "key_positions", "logits_positions", kRotaryOffset, "image_positions", "image_embeddings"};

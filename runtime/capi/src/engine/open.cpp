@@ -28,9 +28,17 @@ bool is_tensorrt(std::string_view suffix)
 
 } // namespace
 
-Status open_backend(Bundle const& bundle, EngineOptions const& options, BackendBox& backend, Error& error)
+Status open_backend(Bundle& bundle, EngineOptions const& options, BackendBox& backend, Error& error)
 {
     Manifest const& manifest = bundle.manifest();
+    if (options.kernels == Kernels::own && !manifest.text_engine.has_kernels)
+    {
+        return error.fail(Status::engine_mismatch,
+            "the bundle for target %s has no graph for own CPU kernels%s. Let kernels be auto or onnxruntime, or build "
+            "it anew",
+            Quoted(manifest.target.view()).c_str(),
+            manifest.text_engine.has_fast_prefill ? ": --fast-prefill builds have none" : "");
+    }
     std::string_view const file = manifest.text_engine.file.view();
     // As the bundle told them apart when it checked what the file reads (Bundle::open): ".onnx" alone has no suffix.
     std::string_view const suffix = suffix_of(file);

@@ -6,17 +6,16 @@
 namespace qwen_aot::ort
 {
 
-namespace
-{
-
-constexpr uint32_t kInterfaceVersion = 17;
-
-/** OrtApiBase. */
 struct ApiBase
 {
     void* const* (*get_api)(uint32_t version);
     char const* (*get_version_string)();
 };
+
+namespace
+{
+
+constexpr uint32_t kInterfaceVersion = 17;
 
 } // namespace
 
@@ -61,6 +60,7 @@ Status Api::open(char const* path, int32_t minor, char const* target, Api& api, 
             "that does",
             version, Quoted(path).c_str(), kInterfaceVersion, minor);
     }
+    api.base_ = base;
     std::snprintf(api.version_, sizeof api.version_, "%.31s", version);
 #define QWEN_AOT_ORT_TAKE(place, name, result, parameters)                                                             \
     api.name = reinterpret_cast<decltype(api.name)>(table[place]);

@@ -15,6 +15,7 @@ namespace qwen_aot::ort
 {
 
 struct Allocator;
+struct ApiBase; // OrtApiBase: where a library of ops takes the interface from
 struct CudaOptions;
 struct Env;
 struct Failure; // OrtStatus: nullptr is success
@@ -117,6 +118,8 @@ public:
     /** "1.32.0". */
     char const* version() const { return version_; }
 
+    ApiBase const* base() const { return base_; }
+
     /** Turns a failure into an error, and frees it. `where`: what failed, with what to do behind the library's own words
      *  in `remedy`. */
     Status check(Failure* failure, Status status, char const* where, char const* remedy, Error& error) const;
@@ -126,6 +129,7 @@ public:
 #undef QWEN_AOT_ORT_MEMBER
 
 private:
+    ApiBase const* base_ = nullptr;
     char version_[32] = "";
 };
 

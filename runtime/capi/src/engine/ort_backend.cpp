@@ -3,6 +3,7 @@
 #include "engine/cpu_features.h"
 #include "engine/cuda_stream.h"
 #include "engine/io_table.h"
+#include "engine/kernels_library.h"
 #include "engine/ort_step.h"
 #include "engine/rows.h"
 #include "system/system.h"
@@ -115,17 +116,19 @@ private:
 class OrtBackend final : public Backend
 {
 public:
-    explicit OrtBackend(Bundle const& bundle)
+    explicit OrtBackend(Bundle& bundle)
         : bundle_(bundle)
     {
     }
 
     Status open(EngineOptions const& options, Error& error);
     Status make_engine(EngineBox& engine, Error& error) override;
+    bool has_own_kernels() const override { return has_own_kernels_; }
     void release() override;
 
 private:
-    Status open_session(EngineOptions const& options, Device const& device, Text const& path, Error& error);
+    Status open_session(EngineOptions const& options, Device const& device, Error& error);
+    Status create_session(ort::SessionOptions const* session_options, Error& error);
     Status check_provider(Device const& device, Error& error);
     Status add_provider(ort::SessionOptions* session_options, Device const& device, Error& error);
     Status check_signature(bool is_input, Array<IoTensor> const& table, Error& error);
@@ -133,7 +136,8 @@ private:
 
     static inline OrtBackend* left_behind_ = nullptr; // of the parent process
 
-    Bundle const& bundle_;
+    Bundle& bundle_;
+    bool has_own_kernels_ = false;
     Log log_;
     cuda::Gpu gpu_; // of target cuda only
     ort::SharedSession shared_;
@@ -169,27 +173,23 @@ Status OrtBackend::open(EngineOptions const& options, Error& error)
     path = *path != '\0' ? path : system::environment(kPathVariable);
     path = *path != '\0' ? path : "libonnxruntime.so.1";
     QWEN_AOT_TRY(Api::open(path, device->oldest_minor, device->target, shared_.api, error));
-    // The graph's weights lie in files beside it, so it is opened where it stands and not where a link leads.
-    Text graph;
-    QWEN_AOT_NEED(graph.append(bundle_.path()) && graph.append("/") && graph.append(manifest.text_engine.file.view()),
-        error, "a path");
     if (device->is_gpu)
     {
         QWEN_AOT_TRY(check_provider(*device, error));
         QWEN_AOT_TRY(gpu_.open(options.cuda_driver_path.c_str(), error));
-        QWEN_AOT_TRY(open_session(options, *device, graph, error));
+        QWEN_AOT_TRY(open_session(options, *device, error));
     }
     else
     {
         system::HugePages pages; // under the weights that ONNX Runtime packs for the CPU
-        QWEN_AOT_TRY(open_session(options, *device, graph, error));
+        QWEN_AOT_TRY(open_session(options, *device, error));
         pages.collapse_new_memory();
     }
     QWEN_AOT_TRY(check_signature(true, manifest.text_engine.inputs, error));
     return check_signature(false, manifest.text_engine.outputs, error);
 }
 
-Status OrtBackend::open_session(EngineOptions const& options, Device const& device, Text const& path, Error& error)
+Status OrtBackend::open_session(EngineOptions const& options, Device const& device, Error& error)
 {
     Api const& api = shared_.api;
     constexpr char kMemory[] = "If memory ran out, end other programs";
@@ -226,6 +226,21 @@ Status OrtBackend::open_session(EngineOptions const& options, Device const& devi
     {
         QWEN_AOT_TRY(add_provider(session_options, device, error));
     }
+    else
+    {
+        QWEN_AOT_TRY(choose_kernels(bundle_, options, api, session_options, has_own_kernels_, error));
+    }
+    return create_session(session_options, error);
+}
+
+Status OrtBackend::create_session(ort::SessionOptions const* session_options, Error& error)
+{
+    Api const& api = shared_.api;
+    // The graph's weights lie in files beside it, so it is opened where it stands and not where a link leads.
+    Text path;
+    QWEN_AOT_NEED(
+        path.append(bundle_.path()) && path.append("/") && path.append(bundle_.manifest().text_engine.file.view()),
+        error, "a path");
     char where[200];
     std::snprintf(where, sizeof where, "onnxruntime %s can't load %.140s", api.version(), Quoted(path.view()).c_str());
     return api.check(
@@ -398,7 +413,7 @@ void OrtBackend::release()
 
 } // namespace
 
-Status open_ort_backend(Bundle const& bundle, EngineOptions const& options, BackendBox& backend, Error& error)
+Status open_ort_backend(Bundle& bundle, EngineOptions const& options, BackendBox& backend, Error& error)
 {
     Box<OrtBackend> opened = make<OrtBackend>(bundle);
     QWEN_AOT_NEED(opened, error, "an engine");

@@ -6,10 +6,11 @@
 namespace qwen_aot
 {
 
-/** Opens the bundle's ONNX graph; on the CPU, weights stay memory-mapped where ONNX Runtime doesn't repack them.
+/** Opens the bundle's ONNX graph; on the CPU, weights stay memory-mapped where neither ONNX Runtime repacks them nor own
+ *  kernels copy them into large pages.
  *  bundle: must outlive the backend.
  *  ENGINE_MISMATCH: ONNX Runtime is missing, too old or another build, can't run this graph, or finds no GPU where the target
  *  needs one. */
-Status open_ort_backend(Bundle const& bundle, EngineOptions const& options, BackendBox& backend, Error& error);
+Status open_ort_backend(Bundle& bundle, EngineOptions const& options, BackendBox& backend, Error& error);
 
 } // namespace qwen_aot

@@ -216,7 +216,16 @@ int32_t cpu_quota()
     return least;
 }
 
-/** Calls `take(start, end)` for each private, writable, anonymous mapping; false if `take` stopped it. */
+/** What lies in a range of this process's addresses. */
+struct Mapping
+{
+    uint64_t start;
+    uint64_t end;
+    bool is_own_memory; // private, writable, and of no file
+    char const* name;   // of its file as the system knows it, whatever folder is the current one; "": it has none
+};
+
+/** Calls `take(mapping)` for each; false if `take` stopped it. */
 template <class Take>
 bool each_mapping(Take take)
 {
@@ -239,15 +248,25 @@ bool each_mapping(Take take)
         int name = 0;
         int const read = std::sscanf(
             line, "%llx-%llx %4s %llx %x:%x %llu %n", &start, &end, rights, &offset, &major, &minor, &inode, &name);
-        bool const is_anonymous = read == 7 && major == 0 && minor == 0 && inode == 0
-            && (line[name] == '\0' || line[name] == '\n' || std::strncmp(line + name, "[heap]", 6) == 0);
-        if (is_anonymous && std::strcmp(rights, "rw-p") == 0)
+        if (read != 7)
         {
-            goes_on = take(static_cast<uint64_t>(start), static_cast<uint64_t>(end));
+            continue;
         }
+        line[std::strcspn(line, "\n")] = '\0';
+        bool const is_anonymous = major == 0 && minor == 0 && inode == 0
+            && (line[name] == '\0' || std::strncmp(line + name, "[heap]", 6) == 0);
+        goes_on = take(Mapping{start, end, is_anonymous && std::strcmp(rights, "rw-p") == 0, line + name});
     }
     std::fclose(maps);
     return goes_on;
+}
+
+/** Calls `take(start, end)` for each mapping of this process's own memory; false if `take` stopped it. */
+template <class Take>
+bool each_own_memory(Take take)
+{
+    return each_mapping(
+        [&](Mapping const& mapping) { return !mapping.is_own_memory || take(mapping.start, mapping.end); });
 }
 
 } // namespace
@@ -497,11 +516,31 @@ void* Library::find(char const* name) const
     return handle_ == nullptr ? nullptr : dlsym(handle_, name);
 }
 
+Status own_folder(Text& folder, Error& error)
+{
+    // Not dladdr: it gives the name by which a file was opened, which may begin in a folder that was the current one then.
+    auto const place = reinterpret_cast<uint64_t>(&own_folder);
+    Text found;
+    bool had_memory = true;
+    each_mapping([&](Mapping const& mapping) {
+        if (place < mapping.start || place >= mapping.end)
+        {
+            return true;
+        }
+        char const* const slash = std::strrchr(mapping.name, '/');
+        had_memory = mapping.name[0] != '/' || found.append({mapping.name, static_cast<size_t>(slash - mapping.name)});
+        return false;
+    });
+    QWEN_AOT_NEED(had_memory, error, "a path");
+    folder = std::move(found);
+    return Status::ok;
+}
+
 HugePages::HugePages()
 {
     // Without memory for the list nothing is collapsed: a list in part would take old memory for new.
     bool const is_whole =
-        each_mapping([this](uint64_t start, uint64_t end) { return before_.push(start) && before_.push(end); });
+        each_own_memory([this](uint64_t start, uint64_t end) { return before_.push(start) && before_.push(end); });
     if (!is_whole)
     {
         before_.clear();
@@ -515,7 +554,7 @@ void HugePages::collapse_new_memory()
         return;
     }
     Array<uint64_t> grown;
-    bool const is_whole = each_mapping([&](uint64_t start, uint64_t end) {
+    bool const is_whole = each_own_memory([&](uint64_t start, uint64_t end) {
         for (size_t i = 0; i < before_.size(); i += 2)
         {
             if (before_[i] == start && before_[i + 1] == end)

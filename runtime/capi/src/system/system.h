@@ -143,6 +143,10 @@ private:
     void* handle_ = nullptr;
 };
 
+/** The folder of the file that this code is in: of the shared library, or of the program that it is linked into. "" where that
+ *  can't be told. (For "/" too: nobody installs there.) */
+Status own_folder(Text& folder, Error& error);
+
 /** Asks for huge pages under the private memory that this process gained since the object was made; what runs meanwhile on
  *  other threads is not harmed. Does nothing where the system can't. */
 class HugePages

@@ -1,7 +1,8 @@
-"""An int8 cache on ONNX Runtime's CPU kernel equals transformers with keys and values rounded by the same formula."""
+"""An int8 cache on the CPU equals transformers with keys and values rounded by the same formula, by either kernels."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from transformers import DynamicCache
 from qwen_aot.errors import ExportError
 from qwen_aot.exporter.calibration.cache_scales import CacheScales
 from qwen_aot.exporter.checkpoint.open import open_checkpoint
-from qwen_aot.exporter.graph.save import DATA_FILE, save_graph
+from qwen_aot.exporter.graph.save import DATA_FILE, KERNELS_MODEL_FILE, save_beside, save_graph
 from qwen_aot.exporter.graph.trace import trace
 from qwen_aot.exporter.lowering.ort import contrib as ort
 from qwen_aot.exporter.lowering.ort.contrib import OrtOptions
 from qwen_aot.exporter.lowering.ort.int8_cache import scale_names, set_scales
+from qwen_aot.exporter.lowering.ort.kernels import use_kernels
 from qwen_aot.exporter.lowering.ort.prefill import FROM_TOKENS
 from qwen_aot.exporter.lowering.ort.provider import Provider
 from qwen_aot.exporter.quantize.blockwise import BlockFormat
@@ -68,15 +70,22 @@ def random_scales(config: Any, factor: float = 1.0) -> CacheScales:
     return CacheScales(keys.astype(np.float32), values.astype(np.float32))
 
 
-def save(path: Path, folder: Path, scales: Any = random_scales, **options: Any) -> tuple[Path, CacheScales]:
-    """The checkpoint's graph with an int8 cache, and its scales."""
+def save(
+    path: Path, folder: Path, scales: Any = random_scales, *, has_kernels: bool = False, **options: Any
+) -> tuple[Path, CacheScales]:
+    """The checkpoint's graph with an int8 cache, by own kernels or ONNX Runtime's, and its scales."""
     folder.mkdir()
     with open_checkpoint(path) as checkpoint:
         lowered = ort.lower(trace(checkpoint.config), OrtOptions(int8_cache=True, **options))
         found = scales(checkpoint.config)
         set_scales(lowered, found)
         stitch(lowered, checkpoint, folder / DATA_FILE)
-    return save_graph(lowered, folder), found
+    graph = save_graph(lowered, folder)
+    if has_kernels:
+        model = ir.load(graph)
+        assert use_kernels(model, ir.DataType.INT8).attentions == checkpoint.config.num_hidden_layers
+        graph = save_beside(model, folder, KERNELS_MODEL_FILE)
+    return graph, found
 
 
 def expected(model: Any, scales: CacheScales, tokens: Sequence[int]) -> np.ndarray:
@@ -103,27 +112,34 @@ def worst(stepper: Stepper, model: Any, scales: CacheScales) -> float:
     return float(max(found))
 
 
+KERNELS = pytest.mark.parametrize("has_kernels", [False, True], ids=["onnxruntime", "own"])
+
+
+@KERNELS
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_the_model_with_rounded_keys_and_values(case: str, tmp_path: Path) -> None:
+def test_it_is_the_model_with_rounded_keys_and_values(case: str, has_kernels: bool, tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "tiny", **CASES[case])
-    graph, scales = save(tmp_path / "tiny", tmp_path / "graph")
+    graph, scales = save(tmp_path / "tiny", tmp_path / "graph", has_kernels=has_kernels)
     stepper = Stepper(graph, 2, 64, fill=np.nan)  # unused slots hold 127
     assert {array.dtype for array in stepper.cache.values()} == {np.dtype(np.int8)}
     assert not any(name.endswith("_scale") for name in stepper.names)
     assert worst(stepper, model, scales) < BOUND
 
 
-def test_what_lies_beyond_the_codes_is_saturated(tmp_path: Path) -> None:
+@KERNELS
+def test_what_lies_beyond_the_codes_is_saturated(has_kernels: bool, tmp_path: Path) -> None:
     """By scales a quarter as large most numbers are beyond; wrapped round, they would have the other sign."""
     model = save_tiny(tmp_path / "tiny")
-    graph, scales = save(tmp_path / "tiny", tmp_path / "graph", lambda config: random_scales(config, 0.25))
+    few = functools.partial(random_scales, factor=0.25)
+    graph, scales = save(tmp_path / "tiny", tmp_path / "graph", few, has_kernels=has_kernels)
     stepper = Stepper(graph, 2, 64)
     assert worst(stepper, model, scales) < BOUND
     codes = np.concatenate([array[:, :, :20].reshape(-1) for array in stepper.cache.values()])
     assert {codes.min(), codes.max()} == {-128, 127} and np.isin(codes, (-128, 127)).mean() > 0.2
 
 
-def test_swapped_doubled_and_shifted_scales_are_noticed(tmp_path: Path) -> None:
+@KERNELS
+def test_swapped_doubled_and_shifted_scales_are_noticed(has_kernels: bool, tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "tiny", layers=1)
     wrong = {
         "swapped": lambda right: CacheScales(right.values, right.keys),
@@ -133,7 +149,8 @@ def test_swapped_doubled_and_shifted_scales_are_noticed(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path / "tiny") as checkpoint:
         right = random_scales(checkpoint.config)
     for name, change in wrong.items():
-        graph, other = save(tmp_path / "tiny", tmp_path / name, lambda config, c=change: c(random_scales(config)))
+        scales = lambda config, c=change: c(random_scales(config))  # noqa: E731
+        graph, other = save(tmp_path / "tiny", tmp_path / name, scales, has_kernels=has_kernels)
         assert worst(Stepper(graph, 2, 64), model, other) < BOUND
         assert worst(Stepper(graph, 2, 64), model, right) > CLEARLY_WRONG, name
 

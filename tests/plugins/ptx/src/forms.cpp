@@ -411,6 +411,13 @@ float widen(From a)
     return to_float(a);
 }
 
+// A short value and fp32, which are added as fp32.
+template <typename From>
+float add_mixed(From a, float b)
+{
+    return add<float>(to_float(a), b);
+}
+
 Half convert_to_half(int16_t a)
 {
     return to_half(static_cast<float>(a));
@@ -708,6 +715,8 @@ constexpr Form kForms[] = {
     lanes<for_both_short<add_short<Half>, Half, uint32_t, uint32_t>>("add.f16x2"),
     lanes<add<float>>("add.f32"),
     lanes<for_both<add<float>, uint64_t, uint64_t>>("add.f32x2"),
+    lanes<add_mixed<BFloat>>("add.rn.f32.bf16"),
+    lanes<add_mixed<Half>>("add.rn.f32.f16"),
     lanes<add<int32_t>>("add.s32"),
     lanes<add<int64_t>>("add.s64"),
     lanes<bit_and<uint16_t>>("and.b16"),
@@ -844,6 +853,7 @@ constexpr Form kForms[] = {
     {"cp.async.commit_group", 0, 0, commit_copies},
     {"cp.async.wait_group", 0, 1, wait_for_copies},
     {"ldmatrix.sync.aligned.m8n8.x1.shared.b16", 1, 1, load_matrices<1, false>},
+    {"ldmatrix.sync.aligned.m8n8.x2.shared.b16", 2, 1, load_matrices<2, false>},
     {"ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16", 2, 1, load_matrices<2, true>},
     {"ldmatrix.sync.aligned.m8n8.x4.shared.b16", 4, 1, load_matrices<4, false>},
     {"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", 4, 1, load_matrices<4, true>},

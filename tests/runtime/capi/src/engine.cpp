@@ -57,9 +57,14 @@ std::string open(JsonValue request)
     options.threads = static_cast<int32_t>(requests::integer(request, "threads"));
     options.log = qwen_aot::Log(take_log, nullptr);
     options.allow_bundle_code = requests::has(request, "allow_bundle_code");
+    if (requests::has(request, "kernels"))
+    {
+        options.kernels = static_cast<qwen_aot::Kernels>(requests::integer(request, "kernels"));
+    }
     if (!assign(request, "onnxruntime", options.onnxruntime_path) || !assign(request, "tensorrt", options.tensorrt_path)
         || !assign(request, "cuda_driver", options.cuda_driver_path)
-        || !assign(request, "plugins", options.plugins_path))
+        || !assign(request, "plugins", options.plugins_path)
+        || !assign(request, "cpu_kernels", options.cpu_kernels_path))
     {
         std::abort();
     }
@@ -265,6 +270,11 @@ std::string answer(JsonValue request)
         std::string const all = "{\"status\": 0, \"messages\": [" + logged + "]}";
         logged.clear();
         return all;
+    }
+    if (action == "has_own_kernels")
+    {
+        return std::string("{\"status\": 0, \"is_own\": ") + (held->backend->has_own_kernels() ? "true" : "false")
+            + "}";
     }
     if (action == "peak")
     {

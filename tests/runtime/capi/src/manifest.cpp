@@ -38,9 +38,33 @@ std::string shown(TensorRtFacts const& facts)
         + "}";
 }
 
-std::string shown(Manifest const& manifest)
+std::string types(Array<IoTensor> const& tensors)
 {
-    TextEngine const& engine = manifest.text_engine;
+    std::string result;
+    for (IoTensor const& tensor : tensors)
+    {
+        result += (result.empty() ? "" : ", ") + answers::quoted(dtype_name(tensor.dtype));
+    }
+    return "[" + result + "]";
+}
+
+/** Of the graph for own kernels, which becomes the engine. */
+std::string shown_kernels(TextEngine& engine)
+{
+    if (!engine.has_kernels)
+    {
+        return "null";
+    }
+    std::string const version = std::to_string(engine.kernels.version);
+    engine.use_kernels();
+    return "[" + version + ", " + answers::quoted(engine.file.view()) + ", "
+        + answers::quoted(dtype_name(engine.cache_dtype)) + ", " + types(engine.inputs) + ", " + types(engine.outputs)
+        + "]";
+}
+
+std::string shown(Manifest& manifest)
+{
+    TextEngine& engine = manifest.text_engine;
     std::string profiles;
     for (Profile const& profile : engine.profiles)
     {
@@ -54,7 +78,7 @@ std::string shown(Manifest const& manifest)
             + ", " + answers::quoted(Sha256Text(file.sha256).c_str()) + "]";
     }
     auto const number = [](int64_t value) { return std::to_string(value); };
-    return "{\"format_version\": " + number(manifest.format_version) + ", \"model_name\": "
+    std::string shown_manifest = "{\"format_version\": " + number(manifest.format_version) + ", \"model_name\": "
         + answers::quoted(manifest.model_name.view()) + ", \"num_parameters\": " + number(manifest.num_parameters)
         + ", \"vocab_size\": " + number(manifest.vocab_size) + ", \"num_hidden_layers\": "
         + number(manifest.num_hidden_layers) + ", \"bos_token_id\": " + number(manifest.bos_token_id)
@@ -71,7 +95,8 @@ std::string shown(Manifest const& manifest)
         + ", \"max_capacity\": " + number(manifest.max_capacity())
         + ", \"compiled_tokenizer\": " + answers::quoted(manifest.compiled_tokenizer.view())
         + ", \"compiled_chat_template\": " + answers::quoted(manifest.compiled_chat_template.view())
-        + ", \"default_max_new_tokens\": " + number(manifest.default_max_new_tokens) + ", \"files\": [" + files + "]}";
+        + ", \"default_max_new_tokens\": " + number(manifest.default_max_new_tokens) + ", \"files\": [" + files + "]";
+    return shown_manifest + ", \"kernels\": " + shown_kernels(engine) + "}";
 }
 
 } // namespace

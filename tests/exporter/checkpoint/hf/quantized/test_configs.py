@@ -148,12 +148,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "awq modules": ("awq", {"modules_to_not_convert": "lm_head"}, "modules_to_not_convert is .*a list of names"),
     "awq dynamic": ("awq", {"dynamic": {"x": {"bits": 8}}}, "dynamic is .*; not supported"),
     "awq unknown": ("awq", {"zeta": [0]}, "zeta is .*not known here"),
-    "fp8": (
+    "nvfp4": (
         "compressed-tensors",
-        {"format": "float-quantized"},
-        "'float-quantized'; not supported; accepted: pack-quan",
+        {"format": "nvfp4-pack-quantized"},
+        "'nvfp4-pack-quantized'; not supported; accepted: pack-quantized, int-quantized, float-quantized",
     ),
-    "nvfp4": ("compressed-tensors", {"format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'; not supported"),
     "marlin-24": ("compressed-tensors", {"format": "marlin-24"}, "'marlin-24'; not supported"),
     "mixed": ("compressed-tensors", {"format": "mixed-precision"}, "'mixed-precision'; not supported"),
     "no format": ("compressed-tensors", {"format": None}, "format is None; not supported"),

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_aot.errors import BuildError
-from qwen_aot.exporter.checkpoint.encoding import CodeForm
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, CodeType
 from qwen_aot.exporter.checkpoint.hf.quantized.formats import FORMATS
 from qwen_aot.exporter.checkpoint.hf.saving.formats import SAVED_FORMATS, saved_format
 from qwen_aot.exporter.checkpoint.hf.saving.matrix import Matrix, patterns
@@ -24,6 +24,7 @@ PLAIN = ("lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate")
 
 
 W8A8 = CodeForm(8, 64, np.dtype(np.float16), has_input_scale=True)
+FLOATS = dataclasses.replace(W8A8, code_type=CodeType.E4M3)
 
 
 def matrix(role: Role, layer: int | None, each: CodeForm, shape: tuple[int, int] = (64, 64)) -> Matrix:
@@ -149,6 +150,17 @@ def test_awq_names_whole_modules() -> None:
             [matrix(Role.QUERY, 0, dataclasses.replace(W8A8, has_zero_points=True))],
             "accepted beside it: 8 bits without zero points",
         ),
+        (
+            "compressed-tensors",
+            [matrix(Role.QUERY, 0, W8A8), matrix(Role.KEY, 0, FLOATS)],
+            "k_proj.weight is E4M3 floats, and .*q_proj.weight 8 bits; accepted: one kind in a folder",
+        ),
+        (
+            "compressed-tensors",
+            [matrix(Role.QUERY, 0, dataclasses.replace(FLOATS, group_size=32))],
+            "q_proj.weight is E4M3 floats; accepted of these: a scale a row, and one of its input",
+        ),
+        ("gptq", [matrix(Role.QUERY, 0, FLOATS)], "a scale of its input; accepted: none, or format compressed-tensors"),
     ],
 )
 def test_what_a_folder_cant_hold_is_refused_by_name(name: str, matrices: Sequence[Matrix], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import subprocess
@@ -11,12 +12,13 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
 
 from qwen_aot.errors import BuildError
-from qwen_aot.exporter.checkpoint.encoding import CodeForm
+from qwen_aot.exporter.checkpoint.encoding import CodeForm, CodeType
 from qwen_aot.exporter.checkpoint.hf.config import read_folder
 from qwen_aot.exporter.checkpoint.hf.saving import folder as saving
 from qwen_aot.exporter.checkpoint.hf.saving.folder import SEAL_NAME, QuantizedFolder
@@ -26,6 +28,7 @@ from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.tensors import Role, Tensor, WeightClass
 from tests.checkpoints import save_tiny, tiny_config
 from tests.gguf_files import save_gguf
+from tests.quantized_files import load_tensors
 from tests.saved_folders import (
     EMBEDDING,
     HALF,
@@ -125,10 +128,12 @@ def test_a_folder_gives_back_every_number(
             assert {name for name, each in index["weight_map"].items() if each == shard.name} == set(file.keys())
 
 
-def test_a_folder_with_rounded_inputs_gives_back_every_number(dense: Path, tmp_path: Path) -> None:
-    """W8A8, one matrix left plain: codes by the public package too, which are signed there."""
+@pytest.mark.parametrize("code_type", CodeType)
+def test_a_folder_with_rounded_inputs_gives_back_every_number(code_type: CodeType, dense: Path, tmp_path: Path) -> None:
+    """W8A8, one matrix left plain: codes by the public package too, where integers are signed."""
     with open_checkpoint(dense) as checkpoint:
-        every = forms_of(checkpoint, lambda tensor: CodeForm(8, tensor.shape[1], HALF, has_input_scale=True))
+        of_rows = functools.partial(CodeForm, 8, scale_dtype=HALF, has_input_scale=True, code_type=code_type)
+        every = forms_of(checkpoint, lambda tensor: of_rows(group_size=tensor.shape[1]))
         plain = next(name for name in every if "down_proj" in name)
         forms = {name: each for name, each in every.items() if name != plain}
         codes = write(tmp_path / "out", checkpoint, "compressed-tensors", forms)
@@ -138,12 +143,20 @@ def test_a_folder_with_rounded_inputs_gives_back_every_number(dense: Path, tmp_p
             assert written.tensors[plain].encoding is None
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert plain.removesuffix(".weight") in config["ignore"]
+    is_float = code_type is CodeType.E4M3
+    assert config["format"] == ("float-quantized" if is_float else "int-quantized")
+    for key in ("input_activations", "weights"):
+        assert config["config_groups"]["group_0"][key]["type"] == ("float" if is_float else "int")
     assert config["config_groups"]["group_0"]["input_activations"]["strategy"] == "tensor"
     name, rows = next(iter(codes.items()))
-    with safe_open(tmp_path / "out" / "model-00001-of-00003.safetensors", "np") as file:
-        np.testing.assert_array_equal(file.get_tensor(name), rows.codes.astype(np.int16) - 128)
-        assert file.get_tensor(name).dtype == np.int8
-        assert file.get_tensor(name.replace("weight", "input_scale")).tolist() == [rows.input_scale]
+    stored = load_tensors(tmp_path / "out" / "model-00001-of-00003.safetensors")
+    if is_float:
+        assert stored[name].dtype == ml_dtypes.float8_e4m3fn
+        np.testing.assert_array_equal(stored[name].view(np.uint8), rows.codes)
+    else:
+        assert stored[name].dtype == np.int8
+        np.testing.assert_array_equal(stored[name], rows.codes.astype(np.int16) - 128)
+    assert stored[name.replace("weight", "input_scale")].tolist() == [rows.input_scale]
 
 
 def test_tensors_may_be_given_anew(dense: Path, tmp_path: Path) -> None:
@@ -257,6 +270,22 @@ def test_a_damaged_job_is_no_start(damage: str, dense: Path, tmp_path: Path) -> 
             job(out, checkpoint, 2)
         write(out, checkpoint, "gptq", forms_of(checkpoint), restart=True)
     assert neighbours(out) == []
+
+
+def test_a_job_that_a_version_without_types_of_codes_began_goes_on(dense: Path, tmp_path: Path) -> None:
+    """Its record has five values for each matrix, all of integers; one with a value too few is damaged."""
+    out = tmp_path / "out"
+    with open_checkpoint(dense) as checkpoint:
+        job(out, checkpoint, 1)
+        path = tmp_path / ".out.quantizing" / "job.json"
+        record = json.loads(path.read_text())
+        record["forms"] = {name: values[:5] for name, values in record["forms"].items()}
+        path.write_text(json.dumps(record))
+        job(out, checkpoint, 2)
+        record["forms"] = {name: values[:4] for name, values in record["forms"].items()}
+        path.write_text(json.dumps(record))
+        with pytest.raises(BuildError, match="is damaged"):
+            job(out, checkpoint, 2)
 
 
 def test_a_job_with_nothing_done_leaves_nothing(dense: Path, tmp_path: Path) -> None:

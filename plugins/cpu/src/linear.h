@@ -1,0 +1,44 @@
+/** y = x · weightᵀ + bias on block-quantized weights, with inputs rounded to 8 bits block by block. */
+#pragma once
+
+#include "tensors.h"
+
+namespace qwen_aot::cpu
+{
+
+/** A matrix as MatMulNBits has it, which is what GatherBlockQuantized reads too; nothing of it is owned.
+ *
+ *  codes: [N, K / block, block * bits / 8]; of 4 bits, the lower half of a byte is the first of two along K.
+ *  scales: [N, K / block]. zero_points: [N, ceil(K / block * bits / 8)], packed alike; nullptr: the middle, 8 or 128.
+ *  K is whole blocks: `blocks` of them; the input's columns beyond K count as 0. */
+struct Linear
+{
+    int64_t N = 0;
+    int64_t K = 0;
+    int64_t block = 0; // 16, 32, 64, 128 or 256
+    int64_t blocks = 0;
+    int32_t bits = 0; // 4 or 8
+    uint8_t const* codes = nullptr;
+    float const* scales = nullptr;
+    uint8_t const* zero_points = nullptr;
+    float const* bias = nullptr; // [N], or nullptr
+    bool has_swiglu = false;     // y [M, N / 2] = silu(gates) * ups, of which each row of the weight gives one
+    bool is_interleaved = false; // gates and ups by turns, from a gate on; else all gates before all ups
+
+    int64_t block_bytes() const { return block * bits / 8; }
+    int64_t row_bytes() const { return blocks * block_bytes(); }         // of codes
+    int64_t zero_point_bytes() const { return (blocks * bits + 7) / 8; } // of a row
+    /** Columns of y. */
+    int64_t width() const { return has_swiglu ? N / 2 : N; }
+};
+
+/** Computes M rows of K floats into M rows of N (with SwiGLU N / 2) floats. What the other
+ *  rows hold never changes a row's result; inputs of a block are rounded to -127 … 127 by the block's largest magnitude.
+ *
+ *  How many rows there are changes the order of its sums in one place: between 4 and 5 (`kFewRows`). On either side a row's
+ *  result is the same to the bit; each side's is within (8 + n) 2^-24 of what the magnitudes of all its terms add up to from
+ *  the exact sum of rounded inputs (with SwiGLU: each half before it), where n is the larger of the blocks and the 16-byte
+ *  vectors in a row of the weight. So the two differ by at most twice that. */
+void multiply(Linear const& linear, float const* x, int64_t M, float* y, Pool const& pool);
+
+} // namespace qwen_aot::cpu
