@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -137,3 +140,29 @@ def test_ten_to_the_ninth_numbers_are_never_made() -> None:
         response = app.ask("POST", "/v1/completions", content=content, headers=JSON)
         assert response.json()["error"]["code"] == "context_length_exceeded"
         assert app.complete({"n": 10**9}).status_code == 400
+
+
+def test_long_bodies_are_parsed_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In threads, which would otherwise all take turns with the event loop."""
+    parse, lock, most, at_work = json_body._parse, threading.Lock(), 0, 0
+
+    def slowly(body: bytes) -> dict[str, Any]:
+        nonlocal most, at_work
+        with lock:
+            at_work += 1
+            most = max(most, at_work)
+        time.sleep(0.05)
+        with lock:
+            at_work -= 1
+        return parse(body)
+
+    monkeypatch.setattr(json_body, "_parse", slowly)
+    long = b'{"model": "' + b"x" * (json_body.INLINE_BYTES + 1) + b'"}'
+    with App() as app:
+
+        async def ask_all() -> list[int]:
+            asked = [app.ask_async("POST", "/tokenize", content=long, headers=JSON) for _ in range(4)]
+            return [response.status_code for response in await asyncio.gather(*asked)]
+
+        assert asyncio.run(ask_all()) == [404] * 4  # no such model
+    assert most == 1
