@@ -37,19 +37,27 @@ MEASURES = ("prefill", "decode")
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What every contender does in a round: a prompt to its first token; `gen` greedy tokens after a short prompt."""
+    """What every contender does in a round.
+
+    A prompt to its first token; `gen` greedy tokens of each of `rows` rows after its short prompt, all in each step.
+    """
 
     prompt_tokens: int
     short_prompt_tokens: int
     gen_tokens: int
     vocab_size: int
+    rows: int = 1
 
     def request(self, seed: int) -> dict[str, object]:
         """One round's token ids."""
         draws = random.Random(seed)
-        prompt = [draws.randrange(self.vocab_size) for _ in range(self.prompt_tokens)]
-        short = [draws.randrange(self.vocab_size) for _ in range(self.short_prompt_tokens)]
-        return {"prompt": prompt, "short_prompt": short, "count": self.gen_tokens}
+
+        def ids(count: int) -> list[int]:
+            return [draws.randrange(self.vocab_size) for _ in range(count)]
+
+        prompt = ids(self.prompt_tokens)
+        short = [ids(self.short_prompt_tokens) for _ in range(self.rows)]
+        return {"prompt": prompt, "short_prompts": short, "count": self.gen_tokens}
 
 
 class Worker:
@@ -91,10 +99,10 @@ class Worker:
 
 
 def rates(answer: Mapping[str, float], load: Load) -> dict[str, float]:
-    """Tokens a second of one round."""
+    """Tokens a second of one round; decode's are of all rows together."""
     return {
         "prefill": load.prompt_tokens / answer["prefill_seconds"],
-        "decode": load.gen_tokens / answer["decode_seconds"],
+        "decode": load.rows * load.gen_tokens / answer["decode_seconds"],
         "peak_memory_bytes": answer["peak_memory_bytes"],
     }
 
@@ -135,6 +143,7 @@ def commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
             str(WORKERS / PEERS[kind_name]),
             str(Path(model).resolve()),
             str(arguments.threads),
+            str(arguments.rows),
         ]
     for spec in arguments.bundle:
         named, _, path = spec.rpartition("=")
@@ -175,6 +184,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=1, help="that decode at once (bundles: up to their --max-batch)")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--short-prompt-tokens", type=int, default=128)
     parser.add_argument("--gen-tokens", type=int, default=128)
@@ -186,14 +196,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the comparison and prints a table."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    load = Load(options.prompt_tokens, options.short_prompt_tokens, options.gen_tokens, options.vocab_size)
+    load = Load(
+        options.prompt_tokens, options.short_prompt_tokens, options.gen_tokens, options.vocab_size, options.rows
+    )
     workers = [Worker(name, command) for name, command in commands(options).items()]
     load_average = os.getloadavg()[0]
     rounds = run(workers, load, options.rounds)
     for worker in workers:
         worker.close()
     summary = summarize(rounds, workers[0].name)
-    print(f"{options.threads} threads, {options.rounds} rounds, load average before {load_average:.1f}")
+    print(
+        f"{options.threads} threads, {options.rows} rows, {options.rounds} rounds, "
+        f"load average before {load_average:.1f}"
+    )
     print(f"{'':28}{'prefill tokens/s':>28}{'ratio':>18}{'decode tokens/s':>28}{'ratio':>18}{'memory':>10}")
     for name, row in summary.items():
         cells = []

@@ -15,7 +15,7 @@ import sys
 sys.path.insert(0, "tests/bench/workers")
 from protocol import Measured, serve
 speed = float(sys.argv[1])
-serve(lambda prompt, short_prompt, count: Measured(len(prompt) / speed, count / (2 * speed)))
+serve(lambda prompt, short_prompts, count: Measured(len(prompt) / speed, count / (2 * speed)))
 """
 
 

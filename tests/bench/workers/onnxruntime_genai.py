@@ -1,4 +1,4 @@
-"""Benchmark worker for onnxruntime-genai: `PYTHON …/onnxruntime_genai.py MODEL_FOLDER THREADS`, PYTHON having it."""
+"""Benchmark worker for onnxruntime-genai: `PYTHON …/onnxruntime_genai.py FOLDER THREADS ROWS`, PYTHON having it."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ sys.path.append(_HERE)
 from protocol import Measured, serve  # noqa: E402
 
 
-def main(folder: str, threads: str) -> None:
+def main(folder: str, threads: str, rows: str) -> None:
     """Greedy search over token ids; the model's own settings but for the number of threads."""
     config = genai.Config(folder)
     options = {"session_options": {"intra_op_num_threads": int(threads)}}
     config.overlay(json.dumps({"model": {"decoder": options}}))
     model = genai.Model(config)
 
-    def start(ids: list[int], new_tokens: int) -> genai.Generator:
+    def start(prompts: list[list[int]], new_tokens: int) -> genai.Generator:
         parameters = genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=len(ids) + new_tokens + 1, do_sample=False, batch_size=1)
+        length = len(prompts[0]) + new_tokens + 1
+        parameters.set_search_options(max_length=length, do_sample=False, batch_size=len(prompts))
         generator = genai.Generator(model, parameters)
-        generator.append_tokens(np.array([ids], np.int32))
+        generator.append_tokens(np.array(prompts, np.int32))
         generator.generate_next_token()
         return generator
 
-    def measure(prompt: list[int], short_prompt: list[int], count: int) -> Measured:
+    def measure(prompt: list[int], short_prompts: list[list[int]], count: int) -> Measured:
         begun = time.perf_counter()
-        start(prompt, 1)
+        start([prompt], 1)
         prefill_seconds = time.perf_counter() - begun
-        generator = start(short_prompt, count + 1)
+        generator = start(short_prompts, count + 1)
         begun = time.perf_counter()
         for _ in range(count):
             generator.generate_next_token()

@@ -20,18 +20,18 @@ def main(bundle: str, threads: str, kernels: str) -> None:
         load_bundle(Path(bundle)), OrtOptions(threads=int(threads), kernels=kernels_named(kernels))
     )
 
-    def start(ids: list[int]) -> int:
-        engine.truncate(0, 0)
-        return int(engine.prefill(0, np.array(ids, np.int64)).argmax())
+    def start(row: int, ids: list[int]) -> int:
+        engine.truncate(row, 0)
+        return int(engine.prefill(row, np.array(ids, np.int64)).argmax())
 
-    def measure(prompt: list[int], short_prompt: list[int], count: int) -> Measured:
+    def measure(prompt: list[int], short_prompts: list[list[int]], count: int) -> Measured:
         begun = time.perf_counter()
-        start(prompt)
+        start(0, prompt)
         prefill_seconds = time.perf_counter() - begun
-        token = start(short_prompt)
+        tokens = np.array([start(row, ids) for row, ids in enumerate(short_prompts)], np.int64)
         begun = time.perf_counter()
         for _ in range(count):
-            token = int(engine.decode(0, np.array([token], np.int64))[0].argmax())
+            tokens = engine.decode(0, tokens).argmax(axis=1)
         return Measured(prefill_seconds, time.perf_counter() - begun)
 
     serve(measure)

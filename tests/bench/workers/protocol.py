@@ -1,7 +1,8 @@
 """What `compare` and its workers say to each other: one JSON object a line. Standard library only.
 
-A worker loads its model, prints READY, then answers each request {"prompt", "short_prompt", "count"} on standard
-input with seconds for the prompt and for `count` greedy tokens behind the short prompt, until the input ends.
+A worker loads its model, prints READY, then answers each request {"prompt", "short_prompts", "count"} on standard
+input with seconds for the prompt and for `count` greedy tokens of every row behind its short prompt, until the input
+ends. Short prompts are of one length, one for each of the rows that the worker's command line names.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ READY = "ready"
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Seconds until the prompt's first token is known, and for the tokens decoded after the short prompt."""
+    """Seconds until the prompt's first token is known, and for steps that decode a token of each row."""
 
     prefill_seconds: float
     decode_seconds: float
 
 
-def serve(measure: Callable[[list[int], list[int], int], Measured]) -> None:
+def serve(measure: Callable[[list[int], list[list[int]], int], Measured]) -> None:
     """Answers requests until there are no more."""
     print(READY, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        measured = measure(request["prompt"], request["short_prompt"], request["count"])
+        measured = measure(request["prompt"], request["short_prompts"], request["count"])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(asdict(measured) | {"peak_memory_bytes": peak}), flush=True)
