@@ -13,7 +13,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 
-#include "linear_simd.h"
+#include "linear_panels.h"
 #include "vectors_avx2.h"
 
 namespace qwen_aot::cpu

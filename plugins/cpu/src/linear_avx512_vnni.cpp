@@ -14,7 +14,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")
 #endif
 
-#include "linear_simd.h"
+#include "linear_panels.h"
 #include "vectors_avx512.h"
 
 namespace qwen_aot::cpu

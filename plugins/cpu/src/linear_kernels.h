@@ -14,7 +14,7 @@ constexpr int64_t kFewRows = 4;
 enum class Reading
 {
     by_row,  // few_rows
-    by_panel // many_rows
+    by_panel // many_rows, packed_rows
 };
 
 /** M rows of x, rounded to 8 bits block by block: x[m, k] is about codes[m, k] * scales[m, k / block].
@@ -65,6 +65,9 @@ struct LinearKernels
 
     /** For any number of rows: columns of y from begin * panel_columns(linear) on, before end * panel_columns(linear). */
     void (*many_rows)(Linear const& linear, RoundedRows const& rows, int64_t begin, int64_t end, float* y);
+
+    /** The same of a packed matrix, which it reads as it lies in memory. */
+    void (*packed_rows)(Linear const& linear, RoundedRows const& rows, int64_t begin, int64_t end, float* y);
 
     /** Columns of y that come of one pair of panels. */
     int64_t panel_columns(Linear const& linear) const { return linear.has_swiglu ? bytes / 4 : bytes / 2; }

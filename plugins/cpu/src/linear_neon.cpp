@@ -1,7 +1,7 @@
 /** Projections with aarch64's Advanced SIMD, which has no 8-bit dot products. */
 #if defined(__aarch64__)
 
-#include "linear_simd.h"
+#include "linear_panels.h"
 #include "vectors_neon.h"
 
 namespace qwen_aot::cpu

@@ -13,7 +13,7 @@
 #pragma GCC target("arch=armv8.2-a+dotprod")
 #endif
 
-#include "linear_simd.h"
+#include "linear_panels.h"
 #include "vectors_neon.h"
 
 namespace qwen_aot::cpu

@@ -40,12 +40,19 @@ LinearOp::LinearOp(ort::Info const* info)
     require(!zeros || zeros.count() == linear_.N * ((linear_.blocks * linear_.bits + 7) / 8), "the size of zero_points",
         zeros.count(), "N x blocks * bits / 8, rounded up to bytes");
     require(!bias || bias.count() == linear_.N, "the size of bias", bias.count(), "N");
-    codes_ = Weights(codes.data, codes.count());
-    scales_ = Weights(scales.data, scales.count() * sizeof(float));
-    linear_.codes = codes_.data();
-    linear_.scales = reinterpret_cast<float const*>(scales_.data());
+    linear_.codes = codes.as<uint8_t>();
+    linear_.scales = scales.as<float>();
     linear_.zero_points = zeros.as<uint8_t>();
     linear_.bias = bias.as<float>();
+    Packed const form = packed_form(linear_);
+    packed_ = Weights::room(form.bytes());
+    if (packed_ != nullptr)
+    {
+        linear_.packed = pack(linear_, form, static_cast<uint8_t*>(packed_.get()));
+        Weights::forget(codes.data, codes.count());
+        Weights::forget(scales.data, scales.count() * sizeof(float));
+        Weights::forget(zeros.data, zeros ? zeros.count() : 0);
+    }
 }
 
 void LinearOp::compute(ort::Context* context) const

@@ -24,7 +24,7 @@ public:
 
 private:
     Linear linear_;
-    Weights codes_, scales_; // what linear_ reads
+    std::shared_ptr<void> packed_; // what linear_ reads; nullptr: the constants themselves
 };
 
 } // namespace qwen_aot::cpu

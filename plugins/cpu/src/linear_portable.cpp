@@ -1,5 +1,5 @@
 /** Projections in C++ alone: four lanes, which compilers know how to spread over any machine's vectors. */
-#include "linear_simd.h"
+#include "linear_panels.h"
 
 #include <cmath>
 
@@ -11,6 +11,7 @@ namespace
 struct Portable : Vectors<Integers16, Floats16>
 {
     static constexpr int kTile = 2;
+    static constexpr int kPackedTile = 2;
     static constexpr int kOffset = 0;
 
     static inline I dot_4_bits(I sums, I codes, I x)

@@ -38,6 +38,13 @@ struct Vectors
         return loaded;
     }
     static QWEN_AOT_INLINE void store(void* memory, I value) { std::memcpy(memory, &value, kBytes); }
+    /** A byte, 0 to 255, for each lane. */
+    static QWEN_AOT_INLINE I load_bytes(uint8_t const* memory)
+    {
+        uint8_t loaded __attribute__((vector_size(kLanes)));
+        std::memcpy(&loaded, memory, kLanes);
+        return __builtin_convertvector(loaded, I);
+    }
     static QWEN_AOT_INLINE F load_floats(float const* memory)
     {
         F loaded;

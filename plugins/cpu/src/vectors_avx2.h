@@ -11,6 +11,7 @@ namespace
 struct Avx2 : Vectors<Integers32, Floats32>
 {
     static constexpr int kTile = 4;
+    static constexpr int kPackedTile = 4;
 
     static QWEN_AOT_INLINE I load_part(void const* memory, int count)
     {

@@ -11,6 +11,7 @@ namespace
 struct Avx512 : Vectors<Integers64, Floats64>
 {
     static constexpr int kTile = 6;
+    static constexpr int kPackedTile = 8;
 
     static QWEN_AOT_INLINE I load_part(void const* memory, int count)
     {

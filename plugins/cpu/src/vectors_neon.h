@@ -13,6 +13,7 @@ namespace
 struct Neon : Vectors<Integers16, Floats16>
 {
     static constexpr int kTile = 6;
+    static constexpr int kPackedTile = 6;
     static constexpr int kOffset = 128;
 
     static QWEN_AOT_INLINE I bytes_of_8_bits(I codes) { return codes ^ static_cast<int32_t>(0x80808080); }

@@ -159,20 +159,25 @@ Copies& copies()
 
 Weights::Weights(void const* data, size_t bytes)
     : data_(static_cast<uint8_t const*>(data))
+    , copy_(data != nullptr && bytes >= kLeastBytes ? room(bytes) : nullptr)
+{
+    if (copy_ != nullptr)
+    {
+        std::memcpy(copy_.get(), data, bytes);
+        forget(data, bytes);
+        data_ = static_cast<uint8_t const*>(copy_.get());
+    }
+}
+
+std::shared_ptr<void> Weights::room(size_t bytes)
 {
     static bool const wanted = wants_copies();
-    if (!wanted || data == nullptr || bytes < kLeastBytes)
-    {
-        return;
-    }
-    copy_ = copies().take(bytes);
-    if (copy_ == nullptr)
-    {
-        return;
-    }
-    std::memcpy(copy_.get(), data, bytes);
+    return wanted ? copies().take(bytes) : nullptr;
+}
+
+void Weights::forget(void const* data, size_t bytes)
+{
     forget_file_pages(data, bytes);
-    data_ = static_cast<uint8_t const*>(copy_.get());
 }
 
 #else
@@ -181,6 +186,13 @@ Weights::Weights(void const* data, size_t)
     : data_(static_cast<uint8_t const*>(data))
 {
 }
+
+std::shared_ptr<void> Weights::room(size_t)
+{
+    return nullptr;
+}
+
+void Weights::forget(void const*, size_t) { }
 
 #endif
 

@@ -23,6 +23,13 @@ public:
      *  Throws Error: the environment variable is neither "mapped" nor "copied". */
     Weights(void const* data, size_t bytes);
 
+    /** Memory for `bytes` of constants in another order than they were given in, as for a copy; nullptr: nothing is to be
+     *  copied, or no longer. At an address that 64 divides. It is given back with its last owner. Any thread.
+     *  Throws Error: as above. */
+    static std::shared_ptr<void> room(size_t bytes);
+    /** Says that constants of which there is a copy won't be read any more: a file's pages no longer count as this process's. */
+    static void forget(void const* data, size_t bytes);
+
     uint8_t const* data() const { return data_; }
 
 private:

@@ -24,6 +24,7 @@ FEW_ROWS = 4  # up to so many, and beyond, sums are made in another order (`kFew
 
 Array = np.ndarray
 VARIABLE = "QWEN_AOT_CPU_INSTRUCTIONS"
+WEIGHTS = ("copied", "mapped")  # of QWEN_AOT_CPU_WEIGHTS: packed, or as they are given
 
 _NEEDED = {
     "avx2": {"avx2", "fma", "f16c"},
@@ -210,17 +211,19 @@ def _compute(library: Path, case: Case, inputs: Sequence[Array], threads: int) -
     return [found.run(None, {"x": x})[0] for x in inputs]
 
 
-def _force(instructions: str) -> None:
+def _force(instructions: str, weights: str) -> None:
     os.environ[VARIABLE] = instructions
+    os.environ["QWEN_AOT_CPU_WEIGHTS"] = weights
 
 
 class Kernels:
-    """The library in a process of its own, where one set of instructions is forced: it is chosen once a process."""
+    """The library in a process of its own, where instructions and the weights' form are forced, once for all."""
 
-    def __init__(self, library: Path, instructions: str) -> None:
+    def __init__(self, library: Path, instructions: str, weights: str = "copied") -> None:
+        self.weights = weights
         self._library = library
         self._process = ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), initializer=_force, initargs=(instructions,)
+            1, multiprocessing.get_context("spawn"), initializer=_force, initargs=(instructions, weights)
         )
 
     def compute(self, case: Case, *inputs: Array, threads: int = 1) -> list[Array]:
@@ -266,7 +269,7 @@ def _of_kernels(sources: Path) -> list[Path]:
 
 
 def run_program(command: Sequence[str | Path], cases: Sequence[Case], instructions: str | None = None) -> list[Array]:
-    """What the program computes, each [M, columns]."""
+    """What the program computes, each [M, columns]: of each case with the matrix as it is, then with the packed one."""
     asked = b""
     for case in cases:
         rows, width = case.x.shape
@@ -274,7 +277,14 @@ def run_program(command: Sequence[str | Path], cases: Sequence[Case], instructio
         asked += np.array([rows, len(case.codes), width, case.bits, case.block, *flags], np.int64).tobytes()
         parts = [case.codes, case.scales, case.zero_points, case.bias, case.x]
         asked += b"".join(part.tobytes() for part in parts if part is not None)
-    return answers_of(command, asked, [(len(case.x), case.columns) for case in cases], instructions)
+    return answers_of(command, asked, [(len(case.x), case.columns) for case in cases for _ in range(2)], instructions)
+
+
+def worst_share_of_program(
+    command: Sequence[str | Path], cases: Sequence[Case], instructions: str | None = None
+) -> float:
+    """`worst_share` of what the program computes."""
+    return worst_share([case for case in cases for _ in range(2)], run_program(command, cases, instructions))
 
 
 def answers_of(

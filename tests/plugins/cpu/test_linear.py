@@ -20,14 +20,15 @@ from tests.plugins.cpu.linear_cases import (
     FEW_ROWS,
     PATHS,
     SMALLEST,
+    WEIGHTS,
     Case,
     Kernels,
     compile_program,
     expected,
     random_case,
-    run_program,
     session,
     worst_share,
+    worst_share_of_program,
 )
 from tests.plugins.cpu.nodes import FLOAT, UINT8, session_of
 from tests.tools import require_tool
@@ -36,9 +37,9 @@ BLOCKS = (16, 32, 64, 128, 256)
 ROWS = (1, 2, 3, 4, 5, 13)
 
 
-@pytest.fixture(scope="module", params=PATHS)
+@pytest.fixture(scope="module", params=[(path, weights) for path in PATHS for weights in WEIGHTS], ids="-".join)
 def kernels(request: pytest.FixtureRequest, library: Path) -> Iterator[Kernels]:
-    with Kernels(library, request.param) as running:
+    with Kernels(library, *request.param) as running:
         yield running
 
 
@@ -57,7 +58,7 @@ def sweep() -> list[Case]:
             for bits in (4, 8)
             for block in BLOCKS
             for kind in kinds
-            for size in ((600, 1), (2 * block + 5, 3), (1500, 7), (block, 13))
+            for size in ((600, 1), (2 * block + 5, 3), (1500, 7), (block, 13), (block + 7, 37))
         )
     ]
 
@@ -124,21 +125,34 @@ def test_no_rows(kernels: Kernels) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("has_swiglu", [False, True])
 def test_rows_are_independent(kernels: Kernels, bits: int, has_swiglu: bool) -> None:
-    """Bit for bit among few rows and among many; between the two the bound of sums holds for each."""
-    case = random_case(5, 12, 90, 700, bits, 64, has_zeros=True, has_bias=True, has_swiglu=has_swiglu)
-    few = [[row] for row in range(12)] + [[3, 1], [5, 9, 2], [8, 8, 0, 1]]
-    many = [list(range(12)), [11, 3, 0, 7, 3], [4] * 5]
+    """Bit for bit: of packed weights among any rows, else among few and among many; between the two by the bound."""
+    case = random_case(5, 40, 90, 700, bits, 64, has_zeros=True, has_bias=True, has_swiglu=has_swiglu)
+    few = [[row] for row in range(40)] + [[3, 1], [5, 9, 2], [8, 8, 0, 1]]
+    many = [list(range(40)), [11, 3, 0, 7, 3], [4] * 5, list(range(9)), list(range(30, 13, -1)), list(range(7, 40))]
+    assert max(map(len, few)) <= FEW_ROWS < min(map(len, many))
     answers = kernels.compute(case, *(case.x[rows] for rows in few + many))
-    alone = np.concatenate(answers[:12])
+    alone = np.concatenate(answers[:40])
     among = answers[len(few)]
     for rows, answer in zip(few, answers[: len(few)], strict=True):
-        assert len(rows) <= FEW_ROWS
         np.testing.assert_array_equal(answer, alone[rows])
     for rows, answer in zip(many, answers[len(few) :], strict=True):
-        assert len(rows) > FEW_ROWS
         np.testing.assert_array_equal(answer, among[rows])
+    if kernels.weights == "copied":
+        np.testing.assert_array_equal(alone, among)
     _, bound = expected(case)
     assert (np.abs(alone - among) <= 2 * bound).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_packed_weights_are_those_that_are_mapped(library: Path, path: str) -> None:
+    """Among many rows bit for bit: what packing moves, it doesn't change."""
+    case = random_case(17, 40, 90, 700, 4, 32, has_zeros=True, has_bias=True, has_swiglu=True)
+    found = []
+    for weights in WEIGHTS:
+        with Kernels(library, path, weights) as running:
+            found.append(running.compute(case, case.x, case.x[: FEW_ROWS + 1]))
+    for packed, mapped in zip(*found, strict=True):
+        np.testing.assert_array_equal(packed, mapped)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -147,7 +161,7 @@ def test_rows_are_independent(kernels: Kernels, bits: int, has_swiglu: bool) -> 
 def test_four_rows_and_five_differ_by_the_bound_of_sums(
     kernels: Kernels, bits: int, has_zeros: bool, has_swiglu: bool
 ) -> None:
-    """What `linear.h` states: a row's result depends on their number, within twice the bound of either."""
+    """What `linear.h` states: without packed weights a row's result depends on their number, within twice the bound."""
     case = random_case(16, 5, 130, 1300, bits, 32, has_zeros=has_zeros, has_bias=True, has_swiglu=has_swiglu)
     four, five = kernels.compute(case, case.x[:FEW_ROWS], case.x)
     _, bound = expected(case)
@@ -325,7 +339,7 @@ def test_nothing_outside_the_arrays_is_touched(tmp_path: Path) -> None:
     cases = sweep()
     program = compile_program(tmp_path)
     for name in PATHS:
-        assert worst_share(cases, run_program([program], cases, name)) < 1
+        assert worst_share_of_program([program], cases, name) < 1
 
 
 @pytest.mark.deep
@@ -334,7 +348,7 @@ def test_sanitizers(tmp_path: Path) -> None:
     cases = sweep()
     program = compile_program(tmp_path, flags=flags)
     for name in PATHS:
-        assert worst_share(cases, run_program([program], cases, name)) < 1
+        assert worst_share_of_program([program], cases, name) < 1
 
 
 @pytest.mark.deep
@@ -345,7 +359,7 @@ def test_aarch64(tmp_path: Path) -> None:
     cases = sweep()
     program = compile_program(tmp_path, compiler=[compiler], flags=["-static"])
     for name in ("portable", "neon", "neon_dot"):
-        assert worst_share(cases, run_program([emulator, program], cases, name)) < 1
+        assert worst_share_of_program([emulator, program], cases, name) < 1
 
 
 def copy_with(folder: Path, kept: str) -> Path:
@@ -381,7 +395,7 @@ def test_avx_vnni_in_the_other_encoding(tmp_path: Path) -> None:
     place.write_text(stub)
     cases = sweep()
     program = compile_program(tmp_path, sources=sources)
-    assert worst_share(cases, run_program([program], cases, "avx2")) < 1
+    assert worst_share_of_program([program], cases, "avx2") < 1
 
 
 FAULTS = {
@@ -397,15 +411,41 @@ FAULTS = {
         "corrections[b] = 0 * sum * factor",
     ),
     "the end of a row is skipped": ("linear_simd.h", "if (at < bytes)", "if (at < 0)"),
-    "the last blocks of a panel are skipped": ("linear_simd.h", "b < blocks; ++b)", "b < blocks - (blocks > 1); ++b)"),
-    "rows behind the matrix are read": ("linear_simd.h", "smaller(n + r, end - 1)", "n + r + 0 * end"),
+    "the last blocks of a panel are skipped": (
+        "linear_panels.h",
+        "b < blocks; ++b)\n    {\n        if (m == ahead",
+        "b < blocks - (blocks > 1); ++b)\n    {\n        if (m == ahead",
+    ),
+    "rows behind the matrix are read": ("linear_panels.h", "smaller(n + r, end - 1)", "n + r + 0 * end"),
     "scales behind the matrix are read": (
         "linear_simd.h",
         "blocks == L ? V::load_floats(from)",
         "true ? V::load_floats(from)",
     ),
-    "the second panel is the first": ("linear_simd.h", "panels[1].codes[step]", "panels[0].codes[step]"),
-    "bias of another row": ("linear_simd.h", "linear.bias + row,", "linear.bias + row / 2,"),
+    "the second panel is the first": ("linear_panels.h", "panels[1].codes[step]", "panels[0].codes[step]"),
+    "the second packed panel is the first": ("linear_panels.h", "V::load(at + p * V::kBytes)", "V::load(at)"),
+    "the last rows of a packed tile are skipped": (
+        "linear_panels.h",
+        "for (int r = 0; r < R; ++r)\n            {\n                I const four",
+        "for (int r = 0; r < R - (R > 2); ++r)\n            {\n                I const four",
+    ),
+    "no zero points with packed panels": (
+        "linear_panels.h",
+        "V::multiply_16(load_zeros<V, Bits>(zeros",
+        "V::multiply_16(0 * load_zeros<V, Bits>(zeros",
+    ),
+    "zero points of another block are packed": (
+        "linear.cpp",
+        "zeros[b / 2] >> (b % 2 * 4) & 15",
+        "zeros[b / 2] >> 4 & 15",
+    ),
+    "rows behind the matrix are packed": ("linear.cpp", "(is_there ? row : end - 1)", "row"),
+    "scales of packed panels by turns": (
+        "linear_panels.h",
+        "reinterpret_cast<float const*>(at + p * V::kBytes)",
+        "reinterpret_cast<float const*>(at)",
+    ),
+    "bias of another row": ("linear_panels.h", "linear.bias + row,", "linear.bias + row / 2,"),
     "rounding down": ("vectors_avx512.h", "_mm512_cvtps_epi32((", "_mm512_cvttps_epi32(("),
 }
 
@@ -424,7 +464,7 @@ def right_copy_passes(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Without a fault a copy is right: what fails with one, fails by it."""
     cases = sweep()
     program = compile_copy(tmp_path_factory.mktemp("copy"))
-    assert worst_share(cases, run_program([program], cases, "avx512")) < 1
+    assert worst_share_of_program([program], cases, "avx512") < 1
 
 
 @pytest.mark.deep
@@ -435,7 +475,7 @@ def test_seeded_faults_are_noticed(tmp_path: Path, fault: str) -> None:
     cases = sweep()
     program = compile_copy(tmp_path, *FAULTS[fault])
     try:
-        share = worst_share(cases, run_program([program], cases, "avx512"))
+        share = worst_share_of_program([program], cases, "avx512")
     except AssertionError:  # it crashed, or gave what isn't finite
         return
     assert share > 1

@@ -469,9 +469,9 @@ FAULTS = {
     ),
     "ups are gates": ("linear_simd.h", "ups[i] = both[2 * i + 1]", "ups[i] = both[2 * i]"),
     "the second panel's rows": (
-        "linear_simd.h",
-        "return linear.is_interleaved ? 2 * n + p",
-        "return linear.is_interleaved ? n + p",
+        "linear.h",
+        "return is_interleaved ? 2 * n + p",
+        "return is_interleaved ? n + p",
     ),
     "another expert's weights": (
         "moe.cpp",
