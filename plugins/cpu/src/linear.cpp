@@ -1,5 +1,6 @@
 #include "linear.h"
 
+#include "half.h"
 #include "instructions.h"
 #include "linear_work.h"
 
@@ -64,13 +65,31 @@ void multiply(Linear const& linear, float const* x, int64_t M, float* y, Pool co
     });
 }
 
+namespace
+{
+
+bool fits_halves(float const* numbers, int64_t count)
+{
+    for (int64_t i = 0; i < count; ++i)
+    {
+        if (!(widen(narrow(numbers[i])) == numbers[i]))
+        {
+            return false;
+        }
+    }
+    return true;
+}
+
+} // namespace
+
 Packed packed_form(Linear const& linear)
 {
     LinearKernels const& with = linear_kernels();
     Packed form;
     form.lanes = with.bytes / 4;
     form.count = (linear.width() + with.panel_columns(linear) - 1) / with.panel_columns(linear);
-    form.block_bytes = 2 * form.lanes * (linear.block_bytes() + static_cast<int64_t>(sizeof(float)));
+    form.has_half_scales = fits_halves(linear.scales, linear.N * linear.blocks);
+    form.block_bytes = 2 * form.lanes * (linear.block_bytes() + (form.has_half_scales ? 2 : 4));
     int64_t const zeros = linear.zero_points != nullptr ? linear.blocks * 2 * form.lanes : 0;
     form.pair_bytes = rounded_up(linear.blocks * form.block_bytes + zeros, 64);
     return form;
@@ -97,13 +116,16 @@ void pack_panel(Linear const& linear, Packed const& form, int64_t first, int64_t
         float const* const scales = linear.scales + row * linear.blocks;
         for (int64_t b = 0; b < linear.blocks; ++b)
         {
-            uint8_t* to = pair + b * form.block_bytes + (p * lanes + lane) * 4;
-            for (int64_t step = 0; step < steps; ++step, from += 4, to += 2 * lanes * 4)
+            uint8_t* const block = pair + b * form.block_bytes;
+            uint8_t* const behind = block + steps * 2 * lanes * 4;
+            for (uint8_t* to = block + (p * lanes + lane) * 4; to < behind; to += 2 * lanes * 4, from += 4)
             {
                 std::memcpy(to, from, 4);
             }
             float const scale = is_there ? scales[b] : 0;
-            std::memcpy(to, &scale, sizeof scale);
+            Half const half = narrow(scale);
+            form.has_half_scales ? std::memcpy(behind + (p * lanes + lane) * 2, &half, sizeof half)
+                                 : std::memcpy(behind + (p * lanes + lane) * 4, &scale, sizeof scale);
         }
         uint8_t* zeros = pair + linear.blocks * form.block_bytes + p * lanes + lane;
         for (int64_t b = 0; linear.zero_points != nullptr && b < linear.blocks; ++b, zeros += 2 * lanes)

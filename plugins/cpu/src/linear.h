@@ -8,12 +8,14 @@ namespace qwen_aot::cpu
 
 /** A matrix in the order in which steps read it: pairs of panels behind one another; see `Linear`.
  *
- *  Of a pair, block after block: codes [block * bits / 32, 2 panels, lanes, 4 bytes of a row], then scales [2, lanes] fp32;
+ *  Of a pair, block after block: codes [block * bits / 32, 2 panels, lanes, 4 bytes of a row], then scales [2, lanes], fp16
+ *  where that holds each of the matrix's as it is, else fp32;
  *  behind all blocks, where the matrix has zero points, these [blocks, 2, lanes] uint8. Rows behind the matrix have the scale 0. */
 struct Packed
 {
     uint8_t const* pairs = nullptr; // nullptr: the matrix isn't packed
     int64_t lanes = 0;
+    bool has_half_scales = false;
     int64_t count = 0;       // of pairs
     int64_t block_bytes = 0; // of both panels' codes and scales of a block
     int64_t pair_bytes = 0;  // a multiple of 64

@@ -4,7 +4,8 @@
  *  V is what linear_simd.h says, with
  *      I zip_low(I a, I b), zip_high: a's and b's lanes in turns, of their lower and upper halves
  *      kTile: rows of x whose sums fit into registers beside a pair of panels
- *      kPackedTile: beside a pair of packed ones */
+ *      kPackedTile: beside a pair of packed ones
+ *      F load_halves(uint8_t const*): fp16 numbers of kLanes lanes */
 #pragma once
 
 #include "linear_simd.h"
@@ -322,6 +323,7 @@ inline void multiply_pair(Linear const& linear, RoundedRows const& rows, int64_t
     int64_t const steps = linear.block * Bits / 32 / (Bits == 4 ? 1 : 2), block_bytes = linear.packed.block_bytes;
     int8_t const* x = rows.codes + m * rows.code_stride;
     uint8_t const* at = pair;
+    bool const has_half_scales = linear.packed.has_half_scales;
     uint8_t const* zeros = pair + linear.blocks * block_bytes;
     F totals[R][2] = {};
     for (int64_t b = 0; b < linear.blocks; ++b)
@@ -367,17 +369,22 @@ inline void multiply_pair(Linear const& linear, RoundedRows const& rows, int64_t
                 }
             }
         }
+        F weight_scales[2];
+        for (int p = 0; p < 2; ++p)
+        {
+            weight_scales[p] = has_half_scales ? V::load_halves(at + p * V::kBytes / 2)
+                                               : V::load_floats(reinterpret_cast<float const*>(at + p * V::kBytes));
+        }
+        at += has_half_scales ? V::kBytes : 2 * V::kBytes;
         for (int r = 0; r < R; ++r)
         {
             F const scale = V::broadcast(rows.scales[(m + r) * rows.scale_stride + b]);
             for (int p = 0; p < 2; ++p)
             {
                 I const sum = kSums == 1 ? products[r][p][0] : products[r][p][0] + products[r][p][kSums - 1];
-                F const weight_scales = V::load_floats(reinterpret_cast<float const*>(at + p * V::kBytes));
-                totals[r][p] = V::multiply_add(V::to_float(sum) * scale, weight_scales, totals[r][p]);
+                totals[r][p] = V::multiply_add(V::to_float(sum) * scale, weight_scales[p], totals[r][p]);
             }
         }
-        at += 2 * V::kBytes;
     }
     for (int r = 0; r < R; ++r)
     {

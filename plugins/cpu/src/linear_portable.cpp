@@ -1,4 +1,5 @@
 /** Projections in C++ alone: four lanes, which compilers know how to spread over any machine's vectors. */
+#include "half.h"
 #include "linear_panels.h"
 
 #include <cmath>
@@ -29,6 +30,17 @@ struct Portable : Vectors<Integers16, Floats16>
     }
     static inline I dot_8_bits(I sums, I codes, I x) { return dot_4_bits(sums, codes, x); }
     static inline I bytes_of_8_bits(I codes) { return codes; }
+    static inline F load_halves(uint8_t const* memory)
+    {
+        F widened{};
+        for (int i = 0; i < kLanes; ++i)
+        {
+            Half half;
+            std::memcpy(&half, memory + 2 * i, sizeof half);
+            widened[i] = widen(half);
+        }
+        return widened;
+    }
     static inline I multiply_16(I a, I b) { return a * b; }
     static inline F multiply_add(F a, F b, F c)
     {

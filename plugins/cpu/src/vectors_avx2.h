@@ -25,6 +25,10 @@ struct Avx2 : Vectors<Integers32, Floats32>
     {
         _mm256_maskstore_ps(memory, mask_of(count), (__m256)value);
     }
+    static QWEN_AOT_INLINE F load_halves(uint8_t const* memory)
+    {
+        return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<__m128i const*>(memory)));
+    }
     static QWEN_AOT_INLINE I multiply_16(I a, I b) { return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
     static QWEN_AOT_INLINE F multiply_add(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
     static QWEN_AOT_INLINE I to_int(F value) { return (I)_mm256_cvtps_epi32((__m256)value); }

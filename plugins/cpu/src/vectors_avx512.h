@@ -25,6 +25,10 @@ struct Avx512 : Vectors<Integers64, Floats64>
     {
         _mm512_mask_storeu_ps(memory, mask_of(count), (__m512)value);
     }
+    static QWEN_AOT_INLINE F load_halves(uint8_t const* memory)
+    {
+        return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<__m256i const*>(memory)));
+    }
     static QWEN_AOT_INLINE I multiply_16(I a, I b) { return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
     static QWEN_AOT_INLINE F multiply_add(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
     static QWEN_AOT_INLINE I to_int(F value) { return (I)_mm512_cvtps_epi32((__m512)value); }

@@ -17,6 +17,10 @@ struct Neon : Vectors<Integers16, Floats16>
     static constexpr int kOffset = 128;
 
     static QWEN_AOT_INLINE I bytes_of_8_bits(I codes) { return codes ^ static_cast<int32_t>(0x80808080); }
+    static QWEN_AOT_INLINE F load_halves(uint8_t const* memory)
+    {
+        return (F)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(memory)));
+    }
     static QWEN_AOT_INLINE I multiply_16(I a, I b)
     {
         // The upper half of `a` is 0; only the lower one's sign counts.

@@ -86,14 +86,16 @@ def random_case(
     has_zeros: bool = False,
     has_bias: bool = False,
     has_swiglu: bool = False,
+    has_half_scales: bool = False,
 ) -> Case:
-    """A case of M `rows`, N `columns` and K `width`."""
+    """A case of M `rows`, N `columns` and K `width`; half scales are such as fp16 holds."""
     rng = np.random.default_rng(seed)
     blocks = -(-width // block)
+    scales = rng.uniform(-1, 1, (columns, blocks)).astype(np.float32) / np.float32(2**bits)
     return Case(
         rng.standard_normal((rows, width), dtype=np.float32),
         rng.integers(0, 256, (columns, blocks, block * bits // 8), dtype=np.uint8),
-        rng.uniform(-1, 1, (columns, blocks)).astype(np.float32) / np.float32(2**bits),
+        scales.astype(np.float16).astype(np.float32) if has_half_scales else scales,
         rng.integers(0, 256, (columns, -(-blocks * bits // 8)), dtype=np.uint8) if has_zeros else None,
         rng.standard_normal(columns, dtype=np.float32) if has_bias else None,
         bits,

@@ -46,10 +46,10 @@ def kernels(request: pytest.FixtureRequest, library: Path) -> Iterator[Kernels]:
 def sweep() -> list[Case]:
     """Every block with everything that a projection may have, of odd sizes, for few and many rows."""
     kinds = [
-        {},
+        {"has_half_scales": True},
         {"has_zeros": True, "has_bias": True},
         {"has_swiglu": True, "has_bias": True},
-        {"has_swiglu": True, "has_zeros": True},
+        {"has_swiglu": True, "has_zeros": True, "has_half_scales": True},
     ]
     return [
         random_case(seed, rows, 70 if "has_swiglu" in kind else 33, width, bits, block, **kind)
@@ -103,6 +103,7 @@ def projections(draw: st.DrawFn) -> Case:
         has_zeros=draw(st.booleans()),
         has_bias=draw(st.booleans()),
         has_swiglu=has_swiglu,
+        has_half_scales=draw(st.booleans()),
     )
 
 
@@ -141,6 +142,15 @@ def test_rows_are_independent(kernels: Kernels, bits: int, has_swiglu: bool) -> 
         np.testing.assert_array_equal(alone, among)
     _, bound = expected(case)
     assert (np.abs(alone - among) <= 2 * bound).all()
+
+
+def test_one_scale_that_fp16_lacks_keeps_all_of_them(kernels: Kernels) -> None:
+    case = random_case(18, 9, 70, 300, 4, 32, has_half_scales=True)
+    for scale in (1 / 3, 1e6, 1e-9, -0.0):
+        scales = case.scales.copy()
+        scales[35, 3] = scale
+        other = replace(case, scales=scales)
+        assert worst_share([other], kernels.compute(other)) < 1
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -444,6 +454,16 @@ FAULTS = {
         "linear_panels.h",
         "reinterpret_cast<float const*>(at + p * V::kBytes)",
         "reinterpret_cast<float const*>(at)",
+    ),
+    "scales of packed panels in fp16 by turns": (
+        "linear_panels.h",
+        "V::load_halves(at + p * V::kBytes / 2)",
+        "V::load_halves(at)",
+    ),
+    "scales that fp16 doesn't hold are packed so": (
+        "linear.cpp",
+        "!(widen(narrow(numbers[i])) == numbers[i])",
+        "numbers[i] > 1",
     ),
     "bias of another row": ("linear_panels.h", "linear.bias + row,", "linear.bias + row / 2,"),
     "rounding down": ("vectors_avx512.h", "_mm512_cvtps_epi32((", "_mm512_cvttps_epi32(("),
