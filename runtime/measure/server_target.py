@@ -22,6 +22,8 @@ from qwen_aot.runtime.measure.outcome import Answer, Failure, FailureKind, Outco
 __all__ = ["ServerError", "ServerTarget", "open_server"]
 
 MAX_BODY_BYTES = 1 << 20  # of an answer that isn't streamed
+# An idle connection is given up before a server closes it, which many do after 5 s: a request would meet the closing.
+IDLE_SECONDS = 1.0
 PROBE_WORDS = 32  # of the first request, which shows how many tokens a word has
 _LONGEST_WORD = 8  # letters
 
@@ -124,7 +126,7 @@ async def open_server(
         base_url=url,
         headers=headers,
         timeout=None,  # each request has its own, from its start to its end
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS),
         verify=ssl.create_default_context(),  # httpx reads SSL_CERT_FILE itself only where it trusts the environment
         trust_env=False,  # a proxy would be measured too
     ) as client:

@@ -62,6 +62,7 @@ class Scripted:
         bodies: of completions, in the order in which they came.
         headers: of all requests, lower case.
         most_at_once: completions at work at one time.
+        connections: that were made.
     """
 
     def __init__(self) -> None:
@@ -71,10 +72,12 @@ class Scripted:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.most_at_once = 0
+        self.connections = 0
         self.url = ""
         self._at_work = 0
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         with contextlib.suppress(OSError, asyncio.IncompleteReadError), contextlib.closing(writer):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()

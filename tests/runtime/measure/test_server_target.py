@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qwen_aot.runtime.measure.outcome import Answer, Failure, FailureKind, Outcome
-from qwen_aot.runtime.measure.server_target import ServerError, ServerTarget, open_server
+from qwen_aot.runtime.measure.server_target import IDLE_SECONDS, ServerError, ServerTarget, open_server
 from tests.runtime.measure.scripted import (
     CUT,
     DONE,
@@ -249,3 +249,19 @@ def test_no_proxy_of_the_environment_stands_between(server: Scripted, monkeypatc
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
     assert opened(server).model == "m"
+
+
+def test_a_connection_that_was_idle_for_long_is_not_used_again(server: Scripted) -> None:
+    """A server that closes it at that moment would count as one that drops requests."""
+
+    async def ask() -> list[int]:
+        found = []
+        async with open_server(server.url, model="m", key=None, prompt_tokens=8, gen_tokens=4, timeout=20.0) as target:
+            for pause in (0.0, IDLE_SECONDS + 0.2):
+                await asyncio.sleep(pause)
+                assert isinstance(await target.ask("a", time.perf_counter()), Answer)
+                found.append(server.connections)
+        return found
+
+    soon, later = asyncio.run(ask())
+    assert later == soon + 1
