@@ -88,7 +88,7 @@ class ServerTarget:
         }
         if self.ignores_eos:
             body["ignore_eos"] = True
-        async with self._client.stream("POST", "completions", json=body) as response:
+        async with self._answered(body) as response:
             if response.status_code != 200:
                 message = _message(await _read(response))
                 return Failure(FailureKind.STATUS, message, start, time.perf_counter(), response.status_code)
@@ -102,6 +102,31 @@ class ServerTarget:
             raise StreamError(FailureKind.INCOMPLETE, f"the stream ended behind {len(stream.pieces)} pieces of text")
         prompt_tokens, completion_tokens = stream.counts()
         return Answer(start, tuple(stream.pieces), end, prompt_tokens, completion_tokens)
+
+    @contextlib.asynccontextmanager
+    async def _answered(self, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
+        """The response to a request, once its head is there.
+
+        A server may close a connection that it has answered on, and a request that is sent meanwhile is lost
+        (RFC 9112, 9.5). It says nothing about the server, so it is sent anew; what a new connection loses counts.
+        """
+        events: list[str] = []
+
+        async def note(event: str, _: Any) -> None:
+            events.append(event)
+
+        extensions = {"trace": note}
+        async with contextlib.AsyncExitStack() as stack:
+            while True:
+                events.clear()
+                try:
+                    stream = self._client.stream("POST", "completions", json=body, extensions=extensions)
+                    response = await stack.enter_async_context(stream)
+                    break
+                except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+                    if any(event.startswith("connection.connect_") for event in events):
+                        raise  # the connection was new
+            yield response
 
 
 @contextlib.asynccontextmanager

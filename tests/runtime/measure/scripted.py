@@ -63,6 +63,7 @@ class Scripted:
         headers: of all requests, lower case.
         most_at_once: completions at work at one time.
         connections: that were made.
+        answers_a_connection: behind which it is closed, without a word to the client.
     """
 
     def __init__(self) -> None:
@@ -73,13 +74,14 @@ class Scripted:
         self.headers: list[dict[str, str]] = []
         self.most_at_once = 0
         self.connections = 0
+        self.answers_a_connection = 1 << 30
         self.url = ""
         self._at_work = 0
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         with contextlib.suppress(OSError, asyncio.IncompleteReadError), contextlib.closing(writer):
-            while True:
+            for _ in range(self.answers_a_connection):
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 request, *lines = head.split("\r\n")
                 headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}

@@ -265,3 +265,17 @@ def test_a_connection_that_was_idle_for_long_is_not_used_again(server: Scripted)
 
     soon, later = asyncio.run(ask())
     assert later == soon + 1
+
+
+def test_a_connection_that_the_server_closes_behind_an_answer_is_no_fault_of_it(server: Scripted) -> None:
+    server.answers_a_connection = 1
+
+    async def ask() -> list[Outcome]:
+        async with open_server(server.url, model="m", key=None, prompt_tokens=8, gen_tokens=4, timeout=20.0) as target:
+            return [await target.ask("a", time.perf_counter()) for _ in range(20)]
+
+    assert all(isinstance(outcome, Answer) for outcome in asyncio.run(ask()))
+    assert server.connections >= 20
+    # Negative control: what a new connection loses is lost.
+    found = asked(server, [CUT])
+    assert isinstance(found, Failure) and found.kind is FailureKind.DROPPED
