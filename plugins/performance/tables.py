@@ -99,15 +99,19 @@ def experts(gpu: Gpu, config: ModelConfig, num_tokens: int, bits: int) -> list[C
     )
 
 
-def projections(gpu: Gpu, config: ModelConfig, num_tokens: int, bits: int, tactic: int) -> list[list[Cost]]:
-    """The launches of each of a dense layer's projections: q, k and v as one, output, gate and up as one, down."""
+def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Name to outputs N and inputs K of a dense layer's projections: q, k and v are one, gate and up are one."""
     hidden, inner = config.hidden_size, config.intermediate_size
-    shapes = (
-        (config.query_size + 2 * config.key_value_size, hidden),
-        (hidden, config.query_size),
-        (2 * inner, hidden),
-        (hidden, inner),
-    )
+    return {
+        "q k v": (config.query_size + 2 * config.key_value_size, hidden),
+        "output": (hidden, config.query_size),
+        "gate and up": (2 * inner, hidden),
+        "down": (hidden, inner),
+    }
+
+
+def projections(gpu: Gpu, config: ModelConfig, num_tokens: int, bits: int, tactic: int) -> list[list[Cost]]:
+    """The launches of each of `projection_shapes`, in their order."""
     return [
         linear_costs(
             gpu.sm,
@@ -119,7 +123,7 @@ def projections(gpu: Gpu, config: ModelConfig, num_tokens: int, bits: int, tacti
             group_size=columns if bits == 8 else QUANT_BLOCK,
             tactic=tactic,
         )
-        for rows, columns in shapes
+        for rows, columns in projection_shapes(config).values()
     ]
 
 

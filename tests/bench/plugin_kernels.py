@@ -8,12 +8,16 @@ together exceed L2 several times, and the graph is replayed between two CUDA eve
 the model's bound. Bandwidth is that of engines/planner/devices.py, or else the memory clock times the bus width that
 the driver reports; a Jetson reports another, and must be named. What a kernel reads of the one before it (parts, inner
 activations) may be in L2, as in a real step.
+
+A plugin that offers TensorRT tactics is measured with each. A second table has a step's kernels together, tactic beside
+tactic: TensorRT times the same and keeps the fastest.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import math
 import statistics
 import sys
@@ -26,18 +30,39 @@ from qwen_aot.engines.planner.devices import DEVICES, Device, find_device
 from qwen_aot.errors import BuildError
 from qwen_aot.exporter.model.config import ModelConfig
 from qwen_aot.exporter.model.variants import VARIANTS
+from qwen_aot.plugins.kernels.linear_reference import LinearWeights
 from qwen_aot.plugins.kernels.moe_reference import ExpertWeights
-from qwen_aot.plugins.launch import Launch, gqa_launches, gqa_workspace, moe_launches, moe_workspace, num_splits
+from qwen_aot.plugins.launch import (
+    Launch,
+    gqa_launches,
+    gqa_workspace,
+    linear_launches,
+    linear_workspace,
+    moe_launches,
+    moe_workspace,
+    num_splits,
+)
 from qwen_aot.plugins.performance.bounds import Gpu, bound
 from qwen_aot.plugins.performance.costs import Cost
 from qwen_aot.plugins.performance.resources import recorded, resources_of
-from qwen_aot.plugins.performance.tables import CAPACITY, MODELS, STEPS, TOKENS, Step, attention, experts
-from qwen_aot.plugins.variants import QUANT_BLOCK, WEIGHT_BITS
+from qwen_aot.plugins.performance.tables import (
+    CAPACITY,
+    LINEAR_BITS,
+    MODELS,
+    STEPS,
+    TOKENS,
+    Step,
+    attention,
+    experts,
+    projection_shapes,
+    projections,
+)
+from qwen_aot.plugins.variants import QUANT_BLOCK, TACTICS, WEIGHT_BITS
 from tests.bench.results import new_file, write_new
 
 _TYPES = {"fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32}
 L2_TIMES = 4  # the copies of a kernel's tensors exceed L2 so many times
-MOST_COPIES = 32
+MOST_COPIES = 256  # of a small projection's weights (1.6 MB) it takes 190 to exceed the L2 of an RTX 4090 (72 MB)
 
 # Of cuDeviceGetAttribute. Source: CUDA driver API, CUdevice_attribute.
 _CLOCK_KHZ, _SM_COUNT, _MEMORY_KHZ, _BUS_BITS, _L2_BYTES = 13, 16, 36, 37, 38
@@ -48,6 +73,7 @@ class Row:
     """One kernel's measurement.
 
     Attributes:
+        tactic: TensorRT's number of the tiles; None where the plugin offers no choice.
         seconds: Of a launch, the median of the rounds.
         bytes: That the model counts, each once.
         share: Of the card's bandwidth.
@@ -62,6 +88,7 @@ class Row:
     share: float
     predicted_seconds: float
     reason: str
+    tactic: int | None = None
 
 
 def known_device(name: str) -> Device | None:
@@ -91,26 +118,50 @@ def predicted(gpu: Gpu, cost: Cost) -> tuple[float, str]:
     return cost.distinct_bytes / gpu.bytes_per_second, "memory"
 
 
-def measured(case: str, gpu: Gpu, cost: Cost, seconds: float) -> Row:
+def measured(case: str, gpu: Gpu, cost: Cost, seconds: float, tactic: int | None = None) -> Row:
     """A row of the report."""
     prediction, reason = predicted(gpu, cost)
     share = cost.distinct_bytes / seconds / gpu.bytes_per_second
-    return Row(case, cost.variant.kernel, seconds, cost.distinct_bytes, share, prediction, reason)
+    return Row(case, cost.variant.kernel, seconds, cost.distinct_bytes, share, prediction, reason, tactic)
 
 
 def report(gpu: Gpu, name: str, rows: Sequence[Row]) -> str:
     """A Markdown table."""
     lines = [
         f"{name}: SM {gpu.sm}, {gpu.sm_count} SMs, {gpu.bytes_per_second / 1e9:.0f} GB/s\n",
-        "| case | kernel | µs | GB/s | of the card's | model µs | bound by | measured / model |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| case | kernel | tactic | µs | GB/s | of the card's | model µs | bound by | measured / model |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {row.case} | {row.kernel} | {row.seconds * 1e6:.1f} | {row.bytes / row.seconds / 1e9:.0f}"
+        f"| {row.case} | {row.kernel} | {row.tactic or '–'} | {row.seconds * 1e6:.1f}"
+        f" | {row.bytes / row.seconds / 1e9:.0f}"
         f" | {100 * row.share:.0f} % | {row.predicted_seconds * 1e6:.1f} | {row.reason}"
         f" | {row.seconds / row.predicted_seconds:.2f} |"
         for row in rows
     ]
+    return "\n".join(lines)
+
+
+def tactics_report(rows: Sequence[Row]) -> str:
+    """A Markdown table of the steps that were measured with tactics: microseconds of all kernels of a step by tactic.
+
+    A step that lacks a tactic has a dash there, and none is called the fastest.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row.tactic is not None:
+            of_step = found.setdefault(row.case, {})
+            of_step[row.tactic] = of_step.get(row.tactic, 0.0) + row.seconds
+    lines = [
+        f"| step | {' | '.join(f'tactic {tactic}, µs' for tactic in TACTICS)} | fastest | slowest / fastest |",
+        f"| --- |{' --- |' * len(TACTICS)} --- | --- |",
+    ]
+    for case, seconds in found.items():
+        cells = [f"{seconds[tactic] * 1e6:.1f}" if tactic in seconds else "–" for tactic in TACTICS]
+        is_whole = set(seconds) == set(TACTICS)
+        fastest = str(min(seconds, key=lambda tactic: seconds[tactic])) if is_whole else "–"
+        ratio = f"{max(seconds.values()) / min(seconds.values()):.2f}" if is_whole else "–"
+        lines.append(f"| {' | '.join([case, *cells, fastest, ratio])} |")
     return "\n".join(lines)
 
 
@@ -188,6 +239,38 @@ def expert_launches(gpu: Gpu, config: ModelConfig, num_tokens: int, bits: int, d
     )
 
 
+def projection_launches(
+    gpu: Gpu, cost: Cost, shape: tuple[int, int], num_tokens: int, bits: int, tactic: int, device: torch.device
+) -> list[Launch]:
+    """The launches of one projection over random tensors of its own: weights [N, K] in the blocks of `tables`.
+
+    Args:
+        gpu: Whose variants to take.
+        cost: What the model counts of the product, for the number of its parts.
+        shape: N and K.
+        num_tokens: T.
+        bits: Of a weight: 8 with a scale a row, or 4 in blocks of 128.
+        tactic: Which tiles.
+        device: Where the tensors are.
+    """
+    rows, columns = shape
+    group_size = columns if bits == 8 else QUANT_BLOCK
+    codes = torch.randint(-127, 128, (rows * bits // 8, columns), dtype=torch.int8, device=device)
+    step = columns**-0.5 / (73 if bits == 8 else 5)
+    scale = torch.full((columns // group_size, rows), step, dtype=torch.float16, device=device)
+    x = torch.randn(num_tokens, columns, dtype=torch.float16, device=device)
+    return linear_launches(
+        gpu.sm,
+        gpu.sm_count,
+        x=x,
+        weights=LinearWeights(codes, scale, None, bits, group_size),
+        bias=None,
+        output=torch.empty(num_tokens, rows, dtype=torch.float16, device=device),
+        workspace=_workspace(linear_workspace(num_tokens=num_tokens, rows=rows, splits=cost.splits), device),
+        tactic=tactic,
+    )
+
+
 def time_launches(launches: Sequence[Launch], rounds: int) -> float:
     """Seconds of one launch: the same kernel over several copies of its tensors, captured once and replayed."""
     repeats = max(1, 50 // len(launches))
@@ -208,14 +291,21 @@ def time_launches(launches: Sequence[Launch], rounds: int) -> float:
     return statistics.median(found)
 
 
-def time_step(case: str, gpu: Gpu, costs: Sequence[Cost], copies: Sequence[list[Launch]], rounds: int) -> list[Row]:
+def time_step(
+    case: str,
+    gpu: Gpu,
+    costs: Sequence[Cost],
+    copies: Sequence[list[Launch]],
+    rounds: int,
+    tactic: int | None = None,
+) -> list[Row]:
     """A row for each kernel of a step."""
     for launches in copies:  # each kernel's inputs are the results of those before it
         for launch in launches:
             launch.run()
     torch.cuda.synchronize()
     return [
-        measured(case, gpu, cost, time_launches([launches[index] for launches in copies], rounds))
+        measured(case, gpu, cost, time_launches([launches[index] for launches in copies], rounds), tactic)
         for index, cost in enumerate(costs)
     ]
 
@@ -263,6 +353,19 @@ def run(gpu: Gpu, models: Sequence[str], rounds: int) -> Iterator[Row]:
         most = max(cost.distinct_bytes for cost in costs)
         return min(copies_for(most, gpu.l2_bytes, free), max(1, int(0.6 * free / tensor_bytes)))
 
+    def time_projections(model: str) -> Iterator[Row]:
+        config = VARIANTS[model]
+        for bits, tokens, tactic in itertools.product(LINEAR_BITS, TOKENS, TACTICS):
+            by_projection = projections(gpu, config, tokens, bits, tactic)
+            for (name, shape), costs in zip(projection_shapes(config).items(), by_projection, strict=True):
+                copies = [
+                    projection_launches(gpu, costs[0], shape, tokens, bits, tactic, device)
+                    for _ in range(copies_of(costs, math.prod(shape) * bits // 8))
+                ]
+                yield from time_step(f"{model} {name}, {tokens} tokens {bits} bits", gpu, costs, copies, rounds, tactic)
+                del copies
+                torch.cuda.empty_cache()
+
     for model in models:
         config = VARIANTS[model]
         for step in STEPS:
@@ -284,6 +387,7 @@ def run(gpu: Gpu, models: Sequence[str], rounds: int) -> Iterator[Row]:
                 del copies
                 torch.cuda.empty_cache()
         if config.moe is None:
+            yield from time_projections(model)
             continue
         for bits in WEIGHT_BITS:
             for tokens in TOKENS:
@@ -319,7 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     rows = list(run(gpu, options.model or MODELS, options.rounds))
-    print(report(gpu, name, rows))
+    print(report(gpu, name, rows), tactics_report(rows), sep="\n\n")
     if options.json is not None:
         write_new(options.json, {"name": name, "gpu": asdict(gpu), "rows": [asdict(row) for row in rows]})
     return 0

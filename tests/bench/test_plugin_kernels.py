@@ -10,10 +10,21 @@ from qwen_aot.exporter.model.variants import VARIANTS
 from qwen_aot.plugins.performance.bounds import bound
 from qwen_aot.plugins.performance.costs import attention_costs
 from qwen_aot.plugins.performance.resources import resources_of
-from qwen_aot.plugins.performance.tables import Step, attention, experts, gpu_of
+from qwen_aot.plugins.performance.tables import (
+    MODELS,
+    TOKENS,
+    Step,
+    attention,
+    experts,
+    gpu_of,
+    projection_shapes,
+    projections,
+)
+from qwen_aot.plugins.variants import TACTICS
 from tests.bench.plugin_kernels import (
     L2_TIMES,
     MOST_COPIES,
+    Row,
     attention_launches,
     bandwidth_of,
     copies_for,
@@ -22,7 +33,9 @@ from tests.bench.plugin_kernels import (
     main,
     measured,
     predicted,
+    projection_launches,
     report,
+    tactics_report,
 )
 from tests.plugins.conftest import IS_INTERPRETED
 
@@ -82,7 +95,9 @@ def test_the_report_has_bandwidth_and_prediction():
     row = measured("7b", GPU, cost(), seconds)
     assert row.share == pytest.approx(0.5)
     line = report(GPU, "NVIDIA L4", [row]).splitlines()[-1]
-    assert line.startswith("| 7b | gqa_decode |") and "| 150 | 50 % |" in line and line.endswith("| memory | 2.00 |")
+    assert (
+        line.startswith("| 7b | gqa_decode | – |") and "| 150 | 50 % |" in line and line.endswith("| memory | 2.00 |")
+    )
 
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="kernels are interpreted without a GPU")
@@ -110,6 +125,48 @@ def test_experts_run_and_are_what_the_model_counts(tokens, bits):
         (tokens * 2 // 4 + (e < tokens * 2 % 4)) for e in range(4)
     )
     assert torch.isfinite(launches[-1].arguments["output_ptr"]).all()
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="kernels are interpreted without a GPU")
+@pytest.mark.parametrize("tactic", TACTICS)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_projections_run_and_are_what_the_model_counts(tokens, bits, tactic):
+    shape, *_ = projection_shapes(SMALL).values()
+    costs, *_ = projections(GPU, SMALL, tokens, bits, tactic)
+    launches = projection_launches(GPU, costs[0], shape, tokens, bits, tactic, CPU)
+    for launch in launches:
+        launch.run()
+    assert [launch.variant for launch in launches] == [c.variant for c in costs]
+    assert f"-t{tactic}" in launches[0].variant.name
+    codes = launches[0].arguments["weight_ptr"]
+    assert codes.nbytes == costs[0].reads["codes"].distinct
+    assert torch.isfinite(launches[-1].arguments["output_ptr"]).all()
+
+
+def test_each_projection_of_a_dense_model_differs_in_its_tiles_by_tactic():
+    for model in (model for model in MODELS if VARIANTS[model].moe is None):
+        for tokens in TOKENS:
+            first, second = (projections(GPU, VARIANTS[model], tokens, 4, tactic) for tactic in TACTICS)
+            assert len(first) == len(second) == len(projection_shapes(VARIANTS[model]))
+            assert all(a[0].variant != b[0].variant for a, b in zip(first, second, strict=True))
+
+
+def tactic_row(case: str, kernel: str, microseconds: float, tactic: int | None) -> Row:
+    return Row(case, kernel, microseconds * 1e-6, 1, 0.5, 1e-6, "memory", tactic)
+
+
+def test_tactics_stand_side_by_side_with_all_kernels_of_a_step():
+    rows = [
+        tactic_row("attention", "gqa_decode", 7.0, None),
+        tactic_row("down", "linear_decode", 10.0, 1),
+        tactic_row("down", "linear_reduce", 3.0, 1),  # with which the first, whose product is faster, is slower
+        tactic_row("down", "linear_decode", 12.0, 2),
+        tactic_row("output", "linear_decode", 2.0, 2),
+    ]
+    header, rule, *lines = tactics_report(rows).splitlines()
+    assert header.count("|") == rule.count("|") == 6
+    assert lines == ["| down | 13.0 | 12.0 | 2 | 1.08 |", "| output | – | 2.0 | – | – |"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

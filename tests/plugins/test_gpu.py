@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qwen_aot.plugins.library import build_library, cuda_headers, tensorrt_headers
-from qwen_aot.plugins.variants import SMS
+from qwen_aot.plugins.variants import SMS, TACTICS
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.enqueue import compile_driver
 from tests.plugins.sanitizer_cases import CASES, ENVIRONMENT, run
@@ -93,6 +93,9 @@ def test_benchmark_reaches_a_sound_share_of_the_bandwidth(environment, tmp_path)
     long = [row for row in rows if row["reason"] == "memory" and row["predicted_seconds"] > 50e-6]
     assert long
     assert all(LEAST_SHARE <= row["share"] <= MOST_SHARE for row in long), done.stdout
+    tactics = {case: {row["tactic"] for row in rows if row["case"] == case} for case in {row["case"] for row in rows}}
+    projections = [found for found in tactics.values() if found != {None}]
+    assert projections and all(found == set(TACTICS) for found in projections), tactics
 
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="kernels are interpreted without a GPU")
