@@ -119,7 +119,7 @@ def test_int8_loses_little_whatever_the_cpu_and_the_kernels(
     assert found.scores.positions == 194 * count
     assert found.scores.kl_divergence <= MOST_LOST_BY_INT8
     (ratio,) = (check for check in found.checks if check.name == "perplexity_ratio")
-    # Two standard errors, which the verdict allows. A few positions make most of them: 0.0061 to 0.0071 were seen on 1552.
+    # Two standard errors, which the verdict allows. A few positions make most of them: on 1552, 0.0061 to 0.0071.
     assert ratio.bound == 1.01 and ratio.uncertainty < 0.008 * math.sqrt(8 / count)
 
 

@@ -156,12 +156,21 @@ def as_columns(rows: NDArray[np.float32], n: int, b: int) -> NDArray[np.float32]
     return np.ascontiguousarray(rows.reshape(r * n, b).T)
 
 
+_SMALLEST_HALF = np.float32(2**-18)  # fp16's numbers lie 2^-24 apart there
+
+
 def as_stored(scales: NDArray[np.float32], dtype: DTypeLike) -> NDArray[Any]:
     """Scales rounded to the type that they are stored in; away from 0 where that has few digits left.
 
     Below 6e-5 fp16 loses digits, and half of a scale at its end: rounded down, the largest weights of the block would
-    be cut off by as much.
+    be cut off by as much. Of fp32, those become such as fp16 holds that it holds within 2^-6: own CPU kernels then read
+    them in half of the bytes.
     """
+    if np.dtype(dtype) == np.float32:
+        size = np.abs(scales)
+        is_held = (size == 0) | (size >= _SMALLEST_HALF) & (size <= np.finfo(np.float16).max)
+        halves = as_stored(np.where(is_held, scales, np.float32(0)), np.float16).astype(np.float32)
+        return np.where(is_held, halves, scales)
     stored: NDArray[Any] = scales.astype(dtype)
     # bfloat16 has the exponents of float32.
     normal = np.finfo(np.float16 if np.dtype(dtype) == np.float16 else np.float32).smallest_normal

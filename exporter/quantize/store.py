@@ -43,9 +43,7 @@ class _FloatRows:
 
     @cached_property
     def blocks(self) -> Quantized:
-        # fp32 ones are such as fp16 holds: own CPU kernels then read them in half of the bytes.
-        is_float = self.scale_type == ir.DataType.FLOAT
-        return quantize(self.values, self.layout, np.float16 if is_float else self.scale_type.numpy())
+        return quantize(self.values, self.layout, self.scale_type.numpy())
 
 
 @dataclass(frozen=True)

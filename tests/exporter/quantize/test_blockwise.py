@@ -113,7 +113,8 @@ def test_error_is_no_larger_than_that_of_plain_rounding(bits, block):
     rows = weights(40, 256)
     layout = BlockFormat(bits, block)
     ours = np.square(dequantize(quantize(rows, layout), layout, 256) - rows).sum()
-    assert ours <= np.square(plain(rows, bits, block) - rows).sum() * 1.0001
+    # At 8 bits, scales that fp16 holds cost up to 0.08 %.
+    assert ours <= np.square(plain(rows, bits, block) - rows).sum() * 1.001
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -164,3 +165,22 @@ def test_codes_are_of_the_scale_that_fp16_holds(bits: int, symmetric: bool, size
     assert np.isfinite(error).all()
     assert (error <= steps * (1.0 if symmetric else 0.5) + 1e-3 * size).all()  # the shorter end is cut off by a step
     assert (steps <= size * 2.4 / ((1 << bits) - 1) * 1.2 + 6.1e-8).all()
+
+
+@formats
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), power=st.integers(-60, 60))
+def test_scales_are_such_as_fp16_holds_where_it_holds_them_closely(layout: BlockFormat, seed: int, power: int) -> None:
+    """Beyond, they are what they would be: a model of very small or very large weights loses nothing."""
+    rows = weights(3, 3 * layout.block_size, seed) * np.float32(2.0**power)
+    scales = quantize(rows, layout).scales
+    sizes = np.abs(scales)
+    is_held = (sizes >= 2.0**-18) & (sizes <= 65504)
+    np.testing.assert_array_equal(scales[is_held], scales[is_held].astype(np.float16).astype(np.float32))
+    # A power of two moves fp32's scales and nothing else.
+    wide = quantize((rows * np.float32(2.0 ** (-60 - power))).astype(np.float32), layout).scales
+    exact = wide * np.float32(2.0 ** (60 + power))
+    np.testing.assert_array_equal(
+        scales[~is_held & (np.abs(exact) < 2.0**-18)], exact[~is_held & (np.abs(exact) < 2.0**-18)]
+    )
+    assert (np.abs(scales - exact) <= np.abs(exact) * 2.0**-6).all()
