@@ -110,9 +110,9 @@ void pack_panel(Linear const& linear, Packed const& form, int64_t first, int64_t
     int64_t const lanes = form.lanes, steps = linear.block_bytes() / 4;
     for (int64_t lane = 0; lane < lanes; ++lane)
     {
-        int64_t const row = first + lane;
-        bool const is_there = row < end;
-        uint8_t const* from = linear.codes + (is_there ? row : end - 1) * linear.row_bytes();
+        bool const is_there = first + lane < end;
+        int64_t const row = is_there ? first + lane : end - 1; // whose codes are as good as any
+        uint8_t const* from = linear.codes + row * linear.row_bytes();
         float const* const scales = linear.scales + row * linear.blocks;
         for (int64_t b = 0; b < linear.blocks; ++b)
         {

@@ -303,6 +303,7 @@ QWEN_AOT_INLINE typename V::I load_zeros(uint8_t const* zeros)
     typename V::I const found = V::load_bytes(zeros);
     return Bits == 8 ? (found - V::kOffset) & 0xffff : found;
 }
+
 /** What is fetched from memory as a pair is read: of each `turns` blocks the one at `turn`, `distance` bytes further on. */
 struct Fetch
 {

@@ -449,7 +449,7 @@ FAULTS = {
         "zeros[b / 2] >> (b % 2 * 4) & 15",
         "zeros[b / 2] >> 4 & 15",
     ),
-    "rows behind the matrix are packed": ("linear.cpp", "(is_there ? row : end - 1)", "row"),
+    "rows behind the matrix are packed": ("linear.cpp", "is_there ? first + lane : end - 1", "first + lane"),
     "scales of packed panels by turns": (
         "linear_panels.h",
         "reinterpret_cast<float const*>(at + p * V::kBytes)",
