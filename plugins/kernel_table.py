@@ -8,6 +8,7 @@ and facts, each kernel's arguments and grid, each variant's match, thresholds. T
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -39,19 +40,21 @@ FACTS: dict[str, tuple[str, ...] | None] = {
 CONSTANTS = {
     "kDecodeTokens": variants.DECODE_TOKENS,
     "kDecodeChoices": variants.DECODE_CHOICES,
-    "kMoeBlockM": variants.MOE_BLOCK_M,
+    "kMoeLargestBlock": max(variants.MOE_BLOCKS_M),
+    "kMoeSmallestBlock": min(variants.MOE_BLOCKS_M),
     "kQuantBlock": variants.QUANT_BLOCK,
     "kSizeMultiple": variants.SIZE_MULTIPLE,
     "kProgramsPerSm": launch.PROGRAMS_PER_SM,
     "kMinSplit": launch.MIN_SPLIT,
     "kMinSplitPerHead": launch.MIN_SPLIT_PER_HEAD,
+    "kTimedSlots": launch.TIMED_SLOTS,
     "kLinearRowMultiple": variants.LINEAR_ROW_MULTIPLE,
     "kLargestSmallBlock": variants.SMALL_BLOCKS[-1],
     "kLinearProgramsPerSm": launch.LINEAR_PROGRAMS_PER_SM,
     "kLinearMinSplit": launch.LINEAR_MIN_SPLIT,
     "kLinearMostSms": launch.LINEAR_MOST_SMS,
     "kLinearWidestProgram": variants.LINEAR_WIDEST_PROGRAM,
-    "kLinearTactics": len(variants.TACTICS),
+    "kTactics": len(variants.TACTICS),
     "kWholeShift": launch.WHOLE_SHIFT,
 }
 
@@ -183,19 +186,21 @@ def source_and_assembly(kernels: Path, sms: Sequence[str]) -> tuple[str, str]:
     compiled = [(f"sm_{_number(sm)}", sm, "false") for sm in sorted(sms, key=_number)]
     if PTX_SM in sms:
         compiled.append(("ptx", PTX_SM, "true"))
-    declarations, tables, targets, assembly = "", "", "", ".section .rodata\n"
+    declarations, tables, targets, images, assembly = "", "", "", "", ".section .rodata\n"
     for name, sm, is_ptx in compiled:
         entries = _manifest(kernels / name)
         declared, table, code = _target(name, entries)
+        images += "".join(f"{name} {entry['name']} {entry['sha256']}\n" for entry in entries)
         declarations += declared
         tables += table
         assembly += code
         targets += f"{{{_number(sm)}, {is_ptx}, {len(entries)}, {name}_variants}},\n"
     inner, outer = _common_tables()
+    digest = hashlib.sha256((header() + inner + outer + images).encode()).hexdigest()[:16]
     source = (
         f'{_ORIGIN}#include "kernels.h"\n\n{declarations}\nnamespace qwen_aot\n{{\nnamespace\n{{\n{inner}{tables}'
         f"}} // namespace\n\n{outer}Target const kTargets[] = {{\n{targets}}};\n"
-        f"int32_t const kNumTargets = {len(compiled)};\n}} // namespace qwen_aot\n"
+        f'int32_t const kNumTargets = {len(compiled)};\nchar const kDigest[] = "{digest}";\n}} // namespace qwen_aot\n'
     )
     return source, assembly + '.section .note.GNU-stack, "", %progbits\n'
 

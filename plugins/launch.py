@@ -18,7 +18,7 @@ from qwen_aot.plugins.variants import (
     DECODE_TOKENS,
     LARGE_BLOCKS,
     LINEAR_ROW_MULTIPLE,
-    MOE_BLOCK_M,
+    MOE_BLOCKS_M,
     SIZE_MULTIPLE,
     SMALL_BLOCKS,
     TACTICS,
@@ -42,6 +42,10 @@ MIN_SPLIT = 256  # slots: a part's start and its result cost about what 100 slot
 # A part's result, group · D fp32 values, is written and read once more. 40 slots a query head of a 16-bit cache, twice
 # that of an int8 one, keep that at 1/40 of the part's keys and values.
 MIN_SPLIT_PER_HEAD = 40
+# Slots that the cache of each row holds while TensorRT times the tactics: a conversation's. A full cache has the same
+# parts with each.
+TIMED_SLOTS = 1024
+TIMED_PARTS = ("position_ids", "cache_length", "new_tokens")  # of the workspace, in the place of the inputs
 # Programs of a projection's decode for each SM: five or more of two warps fit beside each other.
 LINEAR_PROGRAMS_PER_SM = 4
 LINEAR_MIN_SPLIT = 512  # columns of K: four steps, of which the loop has three in flight
@@ -78,15 +82,27 @@ def _dtype_name(tensor: torch.Tensor) -> str:
     return name
 
 
-def min_split(group: int, cache: str) -> int:
-    """Fewest slots of a part of decode attention."""
-    return max(MIN_SPLIT, MIN_SPLIT_PER_HEAD * group * (2 if cache == "int8" else 1))
+def min_split(group: int, cache: str, tactic: int = TACTICS[0]) -> int:
+    """Fewest slots of a part of decode attention.
+
+    The second tactic has half of them: a short context over few key heads then has more programs, and reads more.
+    """
+    slots = max(MIN_SPLIT, MIN_SPLIT_PER_HEAD * group * (2 if cache == "int8" else 1))
+    return slots if tactic == TACTICS[0] else slots // 2
 
 
-def num_splits(batch: int, num_kv_heads: int, capacity: int, group: int, cache: str, sm_count: int) -> int:
+def num_splits(
+    batch: int,
+    num_kv_heads: int,
+    capacity: int,
+    group: int,
+    cache: str,
+    sm_count: int,
+    tactic: int = TACTICS[0],
+) -> int:
     """Parts that a row of full length is split into: enough programs for every SM, none smaller than `min_split`."""
     wanted = math.ceil(PROGRAMS_PER_SM * sm_count / (batch * num_kv_heads))
-    return max(1, min(wanted, capacity // min_split(group, cache)))
+    return max(1, min(wanted, capacity // min_split(group, cache, tactic)))
 
 
 def gqa_launches(
@@ -110,6 +126,8 @@ def gqa_launches(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     norm_epsilon: float = 0.0,
+    tactic: int = TACTICS[0],
+    is_timed: bool = False,
 ) -> list[Launch]:
     """The launches of `QwenGQA`: normalise, rotate and write, then prefill, or decode and reduce where S is 1.
 
@@ -134,6 +152,9 @@ def gqa_launches(
         q_norm: [D] fp32, gains of the queries' norms; None: heads have no norms.
         k_norm: Like q_norm.
         norm_epsilon: Of these norms, above 0; 0 without them.
+        tactic: Which tiles of prefill, and parts of decode.
+        is_timed: As TensorRT's builder times it: on lengths and positions that are written before, since those given
+            mean nothing.
 
     Raises:
         BuildError: If no variant serves the request.
@@ -144,6 +165,14 @@ def gqa_launches(
     dtype, cache = _dtype_name(qkv), "same" if key_scale is None else "int8"
     facts: dict[str, str | int] = {"dtype": dtype, "cache": cache, "head_dim": head_dim, "group": group}
     sizes = {"B": batch, "S": steps, "H": num_heads, "Hkv": num_kv_heads, "all_heads": num_heads + 2 * num_kv_heads}
+    before: list[Launch] = []
+    if is_timed:
+        position_ids, cache_length, new_tokens = (workspace[name] for name in TIMED_PARTS)
+        timed: Arguments = {"position_ids_ptr": position_ids, "cache_length_ptr": cache_length}
+        added = min(steps, capacity)
+        timed |= {"new_tokens_ptr": new_tokens, "num_rows": batch, "S": steps, "added": added}
+        timed["cached"] = min(TIMED_SLOTS, capacity - added)
+        before = [Launch(select(sm, "gqa_timed_lengths"), timed, sizes)]
     cached: Arguments = {
         "query_ptr": workspace["query"],
         "key_ptr": key,
@@ -180,9 +209,9 @@ def gqa_launches(
     }
     if steps > 1:
         attend: Arguments = {**cached, "output_ptr": output, **scaled, "S": steps}
-        return [rotate, Launch(select(sm, "gqa_prefill", **facts), attend, sizes)]
-    splits = num_splits(batch, num_kv_heads, capacity, group, cache, sm_count)
-    split: Arguments = {"num_splits": splits, "min_split": min_split(group, cache)}
+        return [*before, rotate, Launch(select(sm, "gqa_prefill", tactic=tactic, **facts), attend, sizes)]
+    splits = num_splits(batch, num_kv_heads, capacity, group, cache, sm_count, tactic)
+    split: Arguments = {"num_splits": splits, "min_split": min_split(group, cache, tactic)}
     partial: Arguments = {"partial_ptr": workspace["partial"], "partial_lse_ptr": workspace["partial_lse"]}
     lengths: Arguments = {"cache_length_ptr": cache_length, "new_tokens_ptr": new_tokens}
     decode = Launch(
@@ -191,7 +220,7 @@ def gqa_launches(
         {**sizes, "num_splits": splits},
     )
     if splits == 1:  # no row has parts to join
-        return [rotate, decode]
+        return [*before, rotate, decode]
     reduce: Arguments = {
         **partial,
         **lengths,
@@ -200,17 +229,20 @@ def gqa_launches(
         "head_dim": head_dim,
         **split,
     }
-    return [rotate, decode, Launch(select(sm, "gqa_reduce", **facts), reduce, sizes)]
+    return [*before, rotate, decode, Launch(select(sm, "gqa_reduce", **facts), reduce, sizes)]
 
 
 def gqa_workspace(
-    *, batch: int, steps: int, num_heads: int, head_dim: int, splits: int, dtype: str
+    *, batch: int, steps: int, num_heads: int, head_dim: int, splits: int, dtype: str, is_timed: bool = False
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name to shape and dtype of what `gqa_launches` needs besides inputs and outputs; splits from `num_splits`."""
     shapes: dict[str, tuple[tuple[int, ...], str]] = {"query": ((batch, steps, num_heads, head_dim), dtype)}
     if steps == 1:
         shapes["partial"] = ((batch, num_heads, splits, head_dim), "fp32")
         shapes["partial_lse"] = ((batch, num_heads, splits), "fp32")
+    if is_timed:
+        timed = ((batch, steps), (batch,), (batch,))
+        shapes |= {name: (shape, "i64") for name, shape in zip(TIMED_PARTS, timed, strict=True)}
     return shapes
 
 
@@ -219,27 +251,36 @@ def is_moe_decode(num_tokens: int, k: int) -> bool:
     return num_tokens <= DECODE_TOKENS and k <= DECODE_CHOICES
 
 
-def most_blocks(num_entries: int, num_experts: int) -> int:
-    """Most blocks that `moe_scatter` can fill: each expert that is chosen pads less than a block."""
+def most_blocks(num_entries: int, num_experts: int, block_m: int) -> int:
+    """Most blocks of block_m that `moe_scatter` can fill: each expert that is chosen pads less than a block."""
     chosen = min(num_experts, num_entries)
-    return (num_entries + chosen * (MOE_BLOCK_M - 1)) // MOE_BLOCK_M
+    return (num_entries + chosen * (block_m - 1)) // block_m
 
 
 def moe_workspace(
-    *, num_tokens: int, k: int, num_experts: int, hidden_size: int, inner_size: int, dtype: str
+    *,
+    num_tokens: int,
+    k: int,
+    num_experts: int,
+    hidden_size: int,
+    inner_size: int,
+    dtype: str,
+    is_timed: bool = False,
 ) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name to shape and dtype of what `moe_launches` needs besides inputs and outputs."""
+    """Name to shape and dtype of what `moe_launches` needs besides inputs and outputs, for blocks of any tactic."""
     entries = num_tokens * k
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
         "inner": ((entries, inner_size), dtype),
         "partial": ((entries, hidden_size), "fp32"),
     }
     if not is_moe_decode(num_tokens, k):
-        blocks = most_blocks(entries, num_experts)
+        places = max(most_blocks(entries, num_experts, block_m) * block_m for block_m in MOE_BLOCKS_M)
         shapes["counts"] = ((num_experts,), "i32")
-        shapes["sorted_entries"] = ((blocks * MOE_BLOCK_M,), "i32")
-        shapes["block_experts"] = ((blocks,), "i32")
+        shapes["sorted_entries"] = ((places,), "i32")
+        shapes["block_experts"] = ((most_blocks(entries, num_experts, min(MOE_BLOCKS_M)),), "i32")
         shapes["num_blocks"] = ((1,), "i32")
+    if is_timed:
+        shapes["expert_ids"] = ((num_tokens, k), "i32")
     return shapes
 
 
@@ -261,6 +302,8 @@ def moe_launches(
     down: ExpertWeights,
     output: torch.Tensor,
     workspace: Mapping[str, torch.Tensor],
+    tactic: int = TACTICS[0],
+    is_timed: bool = False,
 ) -> list[Launch]:
     """The launches of `QwenMoE`: both products by chosen expert for few tokens, by blocks for many; then the sum.
 
@@ -273,6 +316,8 @@ def moe_launches(
         down: [E, M, F].
         output: [T, M] in hidden's dtype, written.
         workspace: As `moe_workspace` describes.
+        tactic: Which tiles, where there is a choice.
+        is_timed: As TensorRT's builder times it: ids are looked at before, and those that mean nothing replaced.
 
     Raises:
         BuildError: If no variant serves the request, or M or F isn't a multiple of 128.
@@ -283,11 +328,17 @@ def moe_launches(
     for name, size in (("hidden size", hidden_size), ("expert's intermediate size", inner_size)):
         if size % SIZE_MULTIPLE:
             raise BuildError(f"the {name} must be a multiple of {SIZE_MULTIPLE}, not {size}")
-    facts: dict[str, str | int] = {"dtype": _dtype_name(hidden), "weight_bits": gate_up.bits}
+    facts: dict[str, str | int] = {"dtype": _dtype_name(hidden), "weight_bits": gate_up.bits, "tactic": tactic}
     facts["has_zeros"] = int(gate_up.zero is not None)
     entries = num_tokens * k
-    blocks = most_blocks(entries, num_experts)
-    sizes = {"T": num_tokens, "k": k, "E": num_experts, "M": hidden_size, "F": inner_size, "blocks": blocks}
+    block_m = select(sm, "moe_gate_up", **facts).constants["BLOCK_M"]
+    padded = most_blocks(entries, num_experts, block_m) * block_m
+    sizes = {"T": num_tokens, "k": k, "E": num_experts, "M": hidden_size, "F": inner_size, "padded_entries": padded}
+    before: list[Launch] = []
+    if is_timed:
+        given: Arguments = {"given_ids_ptr": expert_ids, "expert_ids_ptr": workspace["expert_ids"]}
+        before = [Launch(select(sm, "moe_timed_ids"), {**given, "k": k, "num_experts": num_experts}, sizes)]
+        expert_ids = workspace["expert_ids"]
     widths: Arguments = {"M": hidden_size, "F": inner_size}
     first: Arguments = {"hidden_ptr": hidden, **_weights(gate_up), "inner_ptr": workspace["inner"], **widths}
     second: Arguments = {
@@ -303,15 +354,17 @@ def moe_launches(
     if is_moe_decode(num_tokens, k):
         few: Arguments = {**chosen, "num_tokens": num_tokens, "k": k}
         return [
+            *before,
             Launch(select(sm, "moe_decode_gate_up", **facts), {**first, **few}, sizes),
             Launch(select(sm, "moe_decode_down", **facts), {**second, **few}, sizes),
             total,
         ]
     counts: Arguments = {"expert_ids_ptr": expert_ids, "counts_ptr": workspace["counts"], "num_entries": entries}
     grouped: Arguments = {f"{name}_ptr": workspace[name] for name in ("sorted_entries", "block_experts", "num_blocks")}
-    scatter: Arguments = {**counts, **grouped, "num_experts": num_experts, "block_m": MOE_BLOCK_M}
+    scatter: Arguments = {**counts, **grouped, "num_experts": num_experts, "block_m": block_m}
     many: Arguments = {**grouped, "num_entries": entries}
     return [
+        *before,
         Launch(select(sm, "moe_count", **facts), counts, sizes),
         Launch(select(sm, "moe_scatter", **facts), scatter, sizes),
         Launch(select(sm, "moe_gate_up", **facts), {**first, **many, "k": k}, sizes),

@@ -90,6 +90,12 @@ KERNELS = {
             ((("B", "S"), 1), (("all_heads",), "HEADS")),
         ),
         Kernel(
+            "gqa_timed_lengths",
+            "qwen_aot.plugins.kernels.timed",
+            (*_pointers("position_ids", to="i64"), *_LENGTHS, *_sizes("num_rows", "S", "cached", "added")),
+            ((("B", "S"), "BLOCK"),),
+        ),
+        Kernel(
             "gqa_prefill",
             "qwen_aot.plugins.kernels.gqa_prefill",
             (
@@ -132,6 +138,12 @@ KERNELS = {
             ((("H",), 1), (("B",), 1)),
         ),
         Kernel(
+            "moe_timed_ids",
+            "qwen_aot.plugins.kernels.timed",
+            (*_pointers("given_ids", "expert_ids", to="i32"), *_sizes("k", "num_experts")),
+            ((("T",), 1),),
+        ),
+        Kernel(
             "moe_count",
             "qwen_aot.plugins.kernels.moe_align",
             (*_pointers("expert_ids", "counts", to="i32"), *_sizes("num_entries")),
@@ -158,7 +170,7 @@ KERNELS = {
                 *_sizes("num_entries", "k"),
                 *_EXPERT_SIZES,
             ),
-            ((("blocks",), 1), (("F",), "BLOCK_N")),
+            ((("padded_entries",), "BLOCK_M"), (("F",), "BLOCK_N")),
         ),
         Kernel(
             "moe_down",
@@ -172,7 +184,7 @@ KERNELS = {
                 *_sizes("num_entries"),
                 *_EXPERT_SIZES,
             ),
-            ((("blocks",), 1), (("M",), "BLOCK_N")),
+            ((("padded_entries",), "BLOCK_M"), (("M",), "BLOCK_N")),
         ),
         Kernel(
             "moe_decode_gate_up",

@@ -9,7 +9,7 @@ add it to `SMS` and `FAMILIES` (and, if no row of `TILES` suits it, a row).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from qwen_aot.errors import BuildError
@@ -22,7 +22,8 @@ HEAD_DIMS = (64, 128)
 WEIGHT_BITS = (16, 8, 4)  # see plugins/kernels/moe_gemm.py
 DECODE_TOKENS = 16  # most tokens of the experts' decode path: one tile of a tensor-core instruction
 DECODE_CHOICES = 8  # most experts per token of the decode path
-MOE_BLOCK_M = 64  # rows of a block of `moe_scatter`, which both grouped products must share
+# Rows of a block of `moe_scatter`, which both grouped products share, by tactic.
+MOE_BLOCKS_M = (64, 32)
 QUANT_BLOCK = 128  # elements along K that share a scale of int4 weights
 # Sizes M and F, and K of projections, must be multiples of it: no load along K is masked, and int4 blocks are whole.
 SIZE_MULTIPLE = 128
@@ -99,7 +100,8 @@ def _cdiv(value: int, per: int) -> int:
 class Tile:
     """Tile sizes of one kernel: M rows of queries or tokens, N slots or output columns, K the summed axis.
 
-    With `is_ordered`, int4 codes are put in the order of K, instead of a product of even and one of odd columns.
+    With `is_ordered`, int4 codes are put in the order of K, instead of a product of even and one of odd columns. With
+    `is_halved`, prefill attention multiplies with the halves of values one after the other.
     """
 
     num_warps: int
@@ -108,6 +110,7 @@ class Tile:
     block_n: int = 0
     block_k: int = 0
     is_ordered: bool = False
+    is_halved: bool = False
 
 
 # The decode products read weights and little else. 16 or 32 columns a program make hundreds of programs out of one
@@ -115,47 +118,67 @@ class Tile:
 # 128 elements of K are 256 bytes a row, two full lines of L2. Two warps: a tile of 16 tokens has no work for more.
 # Integer weights take twice the columns: fewer bytes, and what each step does once is work that an Orin is short of
 # (but for gate and up of int8, bound by memory as they are; of down, 32 columns of int8 spill on SM 9.0).
+# Second, two more steps in flight: a card of much bandwidth asks for them where programs are few.
+def _deeper(tile: Tile) -> tuple[Tile, ...]:
+    return tile, replace(tile, num_stages=5)
+
+
 _DECODE_GATE_UP = {
-    16: Tile(block_n=16, block_k=128, num_warps=2, num_stages=3),
-    8: Tile(block_n=16, block_k=128, num_warps=2, num_stages=3),
-    4: Tile(block_n=32, block_k=128, num_warps=2, num_stages=3),
+    16: _deeper(Tile(block_n=16, block_k=128, num_warps=2, num_stages=3)),
+    8: _deeper(Tile(block_n=16, block_k=128, num_warps=2, num_stages=3)),
+    4: _deeper(Tile(block_n=32, block_k=128, num_warps=2, num_stages=3)),
 }
 _DECODE_DOWN = {
-    16: Tile(block_n=32, block_k=128, num_warps=2, num_stages=3),
-    8: Tile(block_n=64, block_k=128, num_warps=2, num_stages=3),
-    4: Tile(block_n=64, block_k=128, num_warps=2, num_stages=3),
+    16: _deeper(Tile(block_n=32, block_k=128, num_warps=2, num_stages=3)),
+    8: _deeper(Tile(block_n=64, block_k=128, num_warps=2, num_stages=3)),
+    4: _deeper(Tile(block_n=64, block_k=128, num_warps=2, num_stages=3)),
 }
 
 # The grouped products: 64 rows, because 512 tokens choosing 4 of 60 experts leave each 34 rows. 64 elements of K, so
-# that three stages fit 99 KiB. int4 scales each step's result, in twice the registers: 4 warps spill, 8 don't.
+# that three stages fit 99 KiB. int4 scales each step's result, in twice the registers: 4 warps spill, 8 don't. Second,
+# 32 rows, of which fewer are padding where a prompt is short or its experts are uneven: half of the instructions of
+# int4. Their products are those of one warp on every SM (wgmma and tcgen05 take 64 rows), at two barriers a step.
+_LARGE_BLOCK, _SMALL_BLOCK = MOE_BLOCKS_M
+_GATE_UP_OF_32 = Tile(block_m=_SMALL_BLOCK, block_n=64, block_k=64, num_warps=4, num_stages=3)
+_DOWN_OF_32 = Tile(block_m=_SMALL_BLOCK, block_n=128, block_k=64, num_warps=4, num_stages=3)
 _GATE_UP = {
-    16: Tile(block_m=MOE_BLOCK_M, block_n=64, block_k=64, num_warps=4, num_stages=3),
-    8: Tile(block_m=MOE_BLOCK_M, block_n=64, block_k=64, num_warps=4, num_stages=3),
-    4: Tile(block_m=MOE_BLOCK_M, block_n=64, block_k=64, num_warps=8, num_stages=3),
+    16: (Tile(block_m=_LARGE_BLOCK, block_n=64, block_k=64, num_warps=4, num_stages=3), _GATE_UP_OF_32),
+    8: (Tile(block_m=_LARGE_BLOCK, block_n=64, block_k=64, num_warps=4, num_stages=3), _GATE_UP_OF_32),
+    4: (Tile(block_m=_LARGE_BLOCK, block_n=64, block_k=64, num_warps=8, num_stages=3), _GATE_UP_OF_32),
 }
 _DOWN = {
-    16: Tile(block_m=MOE_BLOCK_M, block_n=128, block_k=64, num_warps=4, num_stages=3),
-    8: Tile(block_m=MOE_BLOCK_M, block_n=128, block_k=64, num_warps=4, num_stages=3),
-    4: Tile(block_m=MOE_BLOCK_M, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    16: (Tile(block_m=_LARGE_BLOCK, block_n=128, block_k=64, num_warps=4, num_stages=3), _DOWN_OF_32),
+    8: (Tile(block_m=_LARGE_BLOCK, block_n=128, block_k=64, num_warps=4, num_stages=3), _DOWN_OF_32),
+    4: (Tile(block_m=_LARGE_BLOCK, block_n=128, block_k=64, num_warps=8, num_stages=3), _DOWN_OF_32),
 }
 
 # Where tensor cores read weights from shared memory (wgmma, tcgen05), low and high nibbles are put in order in
 # registers and stored there once. Four warps load each scale once; eight would load it 16 or 32 times.
-_WARPGROUP_INT4 = Tile(block_m=MOE_BLOCK_M, block_n=64, block_k=64, num_warps=4, num_stages=3, is_ordered=True)
-_WARPGROUP_GATE_UP = {**_GATE_UP, 4: _WARPGROUP_INT4}
-_WARPGROUP_DOWN = {**_DOWN, 4: replace(_WARPGROUP_INT4, block_n=128)}
+_WARPGROUP_INT4 = Tile(block_m=_LARGE_BLOCK, block_n=64, block_k=64, num_warps=4, num_stages=3, is_ordered=True)
+_WARPGROUP_GATE_UP = {**_GATE_UP, 4: (_WARPGROUP_INT4, _GATE_UP_OF_32)}
+_WARPGROUP_DOWN = {**_DOWN, 4: (replace(_WARPGROUP_INT4, block_n=128), _DOWN_OF_32)}
 # A whole block of K, whose scale is applied once.
-_HOPPER_GATE_UP = {**_GATE_UP, 4: replace(_WARPGROUP_INT4, block_k=QUANT_BLOCK)}
-_HOPPER_DOWN = {**_DOWN, 4: replace(_WARPGROUP_INT4, block_n=128, block_k=QUANT_BLOCK)}
+_HOPPER_GATE_UP = {**_GATE_UP, 4: (replace(_WARPGROUP_INT4, block_k=QUANT_BLOCK), _GATE_UP_OF_32)}
+_HOPPER_DOWN = {**_DOWN, 4: (replace(_WARPGROUP_INT4, block_n=128, block_k=QUANT_BLOCK), _DOWN_OF_32)}
 
 # Prefill attention with warps' own tensor-core instructions (mma), on SM 8.x and 12.x. 128 queries halve the traffic of
 # K and V against 64. Eight warps of 16 queries each: a row of scores lies within a warp, so that its softmax needs no
 # shared memory. As many slots a step as registers hold, because what a step does besides products is then shared by
 # more of them. Up to 254 registers and 64 KiB; what other tiles take: docs/plugins-performance.md.
+# Second, 64 queries and four warps: twice the programs, for prompts of few heads that don't fill a card, and two beside
+# each other on an SM. At head size 128 a warp keeps its own rows in both products only if values are taken in halves.
 _PREFILL_MMA = {
-    64: Tile(block_m=128, block_n=128, num_warps=8, num_stages=2),
-    128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+    64: (
+        Tile(block_m=128, block_n=128, num_warps=8, num_stages=2),
+        Tile(block_m=64, block_n=64, num_warps=4, num_stages=2),
+    ),
+    128: (
+        Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+        Tile(block_m=64, block_n=64, num_warps=4, num_stages=2, is_halved=True),
+    ),
 }
+# Where tensor cores work on 64 rows at least, those of four warps.
+_PREFILL_OF_64 = Tile(block_m=64, block_n=64, num_warps=4, num_stages=2)
 
 # Decode attention: 64 slots a step are 39 KiB at head size 128, so that three or four programs fit an SM of 163 KiB or
 # more. Where one has 99 KiB, 32 slots in three stages: two programs, or three with an int8 cache, and as many slots in
@@ -179,8 +202,8 @@ _DECODE_ONE = {
 # A quantized cache is loaded ahead into registers and converted once, before it is shared: no stages. 64 slots spill at
 # head size 128.
 _PREFILL_INT8 = {
-    64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=1),
-    128: Tile(block_m=128, block_n=32, num_warps=8, num_stages=1),
+    64: (Tile(block_m=128, block_n=64, num_warps=8, num_stages=1),),
+    128: (Tile(block_m=128, block_n=32, num_warps=8, num_stages=1),),
 }
 
 # Projections. In decode a warp has 32 columns of 4 bits, 16 or 32 of 8: programs of two warps fill SMs where a matrix
@@ -229,18 +252,19 @@ class Tiles:
     """Tiles of one SM family; those of attention by head size, those of experts by weight bits.
 
     `prefill_int8` is prefill over an int8 cache, `decode_one` decode for groups of one head. Those of projections go by
-    weight bits, blocks, and whether there are zeros (None: both, told at run time); each has one, or one a tactic. What
-    has a default is the same for every family so far.
+    weight bits, blocks, and whether there are zeros (None: both, told at run time). Where there are several, each has
+    one tile for all tactics, or one a tactic; of experts with zeros the first is taken. What has a default is the same
+    for every family so far.
     """
 
-    prefill: Mapping[int, Tile]
-    prefill_int8: Mapping[int, Tile] = field(default_factory=lambda: _PREFILL_INT8)
+    prefill: Mapping[int, tuple[Tile, ...]]
+    prefill_int8: Mapping[int, tuple[Tile, ...]] = field(default_factory=lambda: _PREFILL_INT8)
     decode: Mapping[int, Tile] = field(default_factory=lambda: _DECODE)
     decode_one: Mapping[int, Tile] = field(default_factory=lambda: _DECODE_ONE)
-    gate_up: Mapping[int, Tile] = field(default_factory=lambda: _GATE_UP)
-    down: Mapping[int, Tile] = field(default_factory=lambda: _DOWN)
-    decode_gate_up: Mapping[int, Tile] = field(default_factory=lambda: _DECODE_GATE_UP)
-    decode_down: Mapping[int, Tile] = field(default_factory=lambda: _DECODE_DOWN)
+    gate_up: Mapping[int, tuple[Tile, ...]] = field(default_factory=lambda: _GATE_UP)
+    down: Mapping[int, tuple[Tile, ...]] = field(default_factory=lambda: _DOWN)
+    decode_gate_up: Mapping[int, tuple[Tile, ...]] = field(default_factory=lambda: _DECODE_GATE_UP)
+    decode_down: Mapping[int, tuple[Tile, ...]] = field(default_factory=lambda: _DECODE_DOWN)
     linear_decode: Mapping[tuple[int, str, int | None], tuple[Tile, ...]] = field(
         default_factory=lambda: _LINEAR_DECODE
     )
@@ -280,8 +304,8 @@ TILES = {
     # wgmma works on 64 rows for each group of four warps, and reads K and V from shared memory.
     "hopper": Tiles(
         prefill={
-            64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
-            128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+            64: (Tile(block_m=128, block_n=64, num_warps=8, num_stages=3), _PREFILL_OF_64),
+            128: (Tile(block_m=128, block_n=64, num_warps=8, num_stages=2), _PREFILL_OF_64),
         },
         gate_up=_HOPPER_GATE_UP,
         down=_HOPPER_DOWN,
@@ -290,8 +314,8 @@ TILES = {
     # tcgen05 wants 64 or 128 rows; the accumulator lives in tensor memory, not in registers. Three stages spill.
     "blackwell-large": Tiles(
         prefill={
-            64: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
-            128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+            64: (Tile(block_m=128, block_n=64, num_warps=8, num_stages=2), _PREFILL_OF_64),
+            128: (Tile(block_m=128, block_n=64, num_warps=8, num_stages=2), _PREFILL_OF_64),
         },
         gate_up=_WARPGROUP_GATE_UP,
         down=_WARPGROUP_DOWN,
@@ -302,19 +326,28 @@ TILES = {
 }
 
 
+Match = dict[str, str | int | tuple[int, int]]
+
+
+def _by_tactic(match: Match, choices: Sequence[Tile]) -> Iterator[tuple[Match, Tile]]:
+    """A row for each tile, told by the tactic where there are several."""
+    for tactic, tile in zip(TACTICS, choices, strict=False):
+        yield {**match, "tactic": tactic} if len(choices) > 1 else match, tile
+
+
 def _attention_variants(tiles: Tiles, dtype: str, cache: str) -> list[Variant]:
     types = {"dtype": dtype, "cache": "i8" if cache == "int8" else dtype}
-    facts: dict[str, str | int | tuple[int, int]] = {"dtype": dtype, "cache": cache}
+    facts: Match = {"dtype": dtype, "cache": cache}
     is_int8 = int(cache == "int8")
     # 16 heads of 64 pairs: 8 pairs a thread. One variant serves every head size up to 128.
     rotate = {"IS_INT8": is_int8, "HEADS": 16, "HALF": 64}
     result = [Variant("gqa_rotate", {**facts, "head_dim": (64, 128)}, rotate, types, num_warps=4)]
     for head_dim in HEAD_DIMS:
-        tile = (tiles.prefill_int8 if is_int8 else tiles.prefill)[head_dim]
-        constants = {"IS_INT8": is_int8, "D": head_dim, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-        constants["NUM_STAGES"] = tile.num_stages
-        match = {**facts, "head_dim": head_dim}
-        result.append(Variant("gqa_prefill", match, constants, types, tile.num_warps, tile.num_stages))
+        choices = (tiles.prefill_int8 if is_int8 else tiles.prefill)[head_dim]
+        for match, tile in _by_tactic({**facts, "head_dim": head_dim}, choices):
+            constants = {"IS_INT8": is_int8, "IS_HALVED": int(tile.is_halved), "D": head_dim}
+            constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "NUM_STAGES": tile.num_stages}
+            result.append(Variant("gqa_prefill", match, constants, types, tile.num_warps, tile.num_stages))
         for group_tile, groups in GROUP_TILES.items():
             tile = (tiles.decode_one if group_tile == 1 else tiles.decode)[head_dim]
             constants = {"IS_INT8": is_int8, "D": head_dim, "GROUP": group_tile, "BLOCK_N": tile.block_n}
@@ -326,29 +359,30 @@ def _attention_variants(tiles: Tiles, dtype: str, cache: str) -> list[Variant]:
 
 def _expert_variants(tiles: Tiles, dtype: str, bits: int, has_zeros: int) -> list[Variant]:
     types = {"dtype": dtype, "weight": dtype if bits == 16 else "i8"}
+    facts: Match = {"dtype": dtype, "weight_bits": bits}
+    if bits == 4:
+        facts["has_zeros"] = has_zeros
     result = []
-    for kernel, tile in (
-        ("moe_gate_up", tiles.gate_up[bits]),
-        ("moe_down", tiles.down[bits]),
-        ("moe_decode_gate_up", tiles.decode_gate_up[bits]),
-        ("moe_decode_down", tiles.decode_down[bits]),
+    for kernel, by_bits in (
+        ("moe_gate_up", tiles.gate_up),
+        ("moe_down", tiles.down),
+        ("moe_decode_gate_up", tiles.decode_gate_up),
+        ("moe_decode_down", tiles.decode_down),
     ):
         is_decode = kernel.startswith("moe_decode")
-        constants = {
-            "WEIGHT_BITS": bits,
-            "HAS_ZEROS": has_zeros,
-            "IS_ORDERED": int(tile.is_ordered),
-            "BLOCK_M": DECODE_TOKENS if is_decode else tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_K": tile.block_k,
-            "NUM_STAGES": tile.num_stages,
-        }
-        if is_decode:
-            constants["CHOICES"] = DECODE_CHOICES
-        match: dict[str, str | int | tuple[int, int]] = {"dtype": dtype, "weight_bits": bits}
-        if bits == 4:
-            match["has_zeros"] = has_zeros
-        result.append(Variant(kernel, match, constants, types, tile.num_warps, tile.num_stages))
+        for match, tile in _by_tactic(facts, by_bits[bits][: expert_tactics(bool(has_zeros))]):
+            constants = {
+                "WEIGHT_BITS": bits,
+                "HAS_ZEROS": has_zeros,
+                "IS_ORDERED": int(tile.is_ordered),
+                "BLOCK_M": DECODE_TOKENS if is_decode else tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "BLOCK_K": tile.block_k,
+                "NUM_STAGES": tile.num_stages,
+            }
+            if is_decode:
+                constants["CHOICES"] = DECODE_CHOICES
+            result.append(Variant(kernel, match, constants, types, tile.num_warps, tile.num_stages))
     return result
 
 
@@ -357,13 +391,10 @@ def _linear_variants(tiles: Tiles, dtype: str) -> list[Variant]:
     result = []
     for kernel, listed in (("linear_decode", tiles.linear_decode), ("linear_prefill", tiles.linear_prefill)):
         for (bits, blocks, has_zeros), choices in listed.items():
-            for tactic, tile in zip(TACTICS, choices, strict=False):
-                match: dict[str, str | int | tuple[int, int]] = {"dtype": dtype, "weight_bits": bits}
-                if bits == 4 and has_zeros is not None:
-                    match["has_zeros"] = has_zeros
-                match["blocks"] = blocks
-                if len(choices) > 1:
-                    match["tactic"] = tactic
+            facts: Match = {"dtype": dtype, "weight_bits": bits}
+            if bits == 4 and has_zeros is not None:
+                facts["has_zeros"] = has_zeros
+            for match, tile in _by_tactic({**facts, "blocks": blocks}, choices):
                 constants = {
                     "WEIGHT_BITS": bits,
                     "HAS_ZEROS": int(has_zeros != 0),
@@ -377,10 +408,15 @@ def _linear_variants(tiles: Tiles, dtype: str) -> list[Variant]:
     return result
 
 
-def num_tactics(bits: int, blocks: str, has_zeros: bool) -> int:
+def linear_tactics(bits: int, blocks: str, has_zeros: bool) -> int:
     """Tiles that TensorRT may choose among for a form of a projection's weights; 1: there is nothing to choose."""
     of_form = [choices for form, choices in _LINEAR_DECODE.items() if form[:2] == (bits, blocks)]
     return len(of_form[0]) if len(of_form) == 1 else len(_LINEAR_DECODE[bits, blocks, int(has_zeros)])
+
+
+def expert_tactics(has_zeros: bool) -> int:
+    """As `linear_tactics`, of experts' weights."""
+    return 1 if has_zeros else len(TACTICS)
 
 
 def variants(sm: str) -> tuple[Variant, ...]:
@@ -395,6 +431,8 @@ def variants(sm: str) -> tuple[Variant, ...]:
     result = [
         Variant("moe_count", {}, {"BLOCK": 1024}, {}, num_warps=4),
         Variant("moe_scatter", {}, {"BLOCK": 1024}, {}, num_warps=4),
+        Variant("gqa_timed_lengths", {}, {"BLOCK": 1024}, {}, num_warps=4),
+        Variant("moe_timed_ids", {}, {}, {}, num_warps=1),
     ]
     for dtype in DTYPES:
         for cache in CACHES:

@@ -7,14 +7,13 @@ from qwen_aot.plugins.kernels.codes import widen_int8
 
 
 @triton.jit
-def load_tile(key_base, value_base, slot, offs_d, end, D: tl.constexpr, IS_MASKED: tl.constexpr):
-    """Keys and values [BLOCK_N, D] of slots [BLOCK_N], 0 at and beyond end if masked."""
+def load_tile(base, slot, offs_d, end, D: tl.constexpr, IS_MASKED: tl.constexpr):
+    """Elements offs_d of keys or values of D, of slots [BLOCK_N]; 0 at and beyond end if masked."""
     place = slot[:, None] * D + offs_d[None, :]
     if IS_MASKED:
-        mask = (slot < end)[:, None]
-        return tl.load(key_base + place, mask=mask, other=0), tl.load(value_base + place, mask=mask, other=0)
+        return tl.load(base + place, mask=(slot < end)[:, None], other=0)
     else:
-        return tl.load(key_base + place), tl.load(value_base + place)
+        return tl.load(base + place)
 
 
 @triton.jit
@@ -41,6 +40,7 @@ def gqa_prefill(
     num_heads,
     group,
     IS_INT8: tl.constexpr,
+    IS_HALVED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -52,7 +52,9 @@ def gqa_prefill(
     [B, Hkv, C] fp16, this step's tokens already in them; cache_length, new_tokens [B] int64. Written: output
     [B, S, H, D], zeros at and beyond new_tokens[b]. Everything is contiguous; group is H / Hkv; scale_log2e is the
     softmax scale times log2(e). The softmax and both sums are fp32. An index inside one head of the cache is 32 bits
-    (C·D < 2^31). Grid: (cdiv(S, BLOCK_M), H, B).
+    (C·D < 2^31). IS_HALVED, not with an int8 cache: values are multiplied in two halves of D, because the compiler lays
+    a warp's rows across the warps of a product that is wider than high, and the softmax then needs shared memory.
+    Grid: (cdiv(S, BLOCK_M), H, B).
     Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1.
     """
     start_m = tl.program_id(0) * BLOCK_M
@@ -81,13 +83,18 @@ def gqa_prefill(
     shared_end = (cached + start_m + 1) // BLOCK_N * BLOCK_N
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    VALUES: tl.constexpr = D // 2 if IS_HALVED else D
+    offs_v = tl.arange(0, VALUES)  # [VALUES]
+    acc = tl.zeros([BLOCK_M, VALUES], tl.float32)
+    if IS_HALVED:
+        acc_high = tl.zeros([BLOCK_M, VALUES], tl.float32)
     for is_edge in tl.static_range(2):
         first = shared_end if is_edge else 0
         last = end if is_edge else shared_end
         if IS_INT8:
             slot = first + offs_n
-            next_key, next_value = load_tile(key_base, value_base, slot, offs_d, last, D, True)
+            next_key = load_tile(key_base, slot, offs_d, last, D, True)
+            next_value = load_tile(value_base, slot, offs_d, last, D, True)
             next_key_scale, next_value_scale = load_scales(key_scale_ptr, value_scale_ptr, entry, slot, last)
         for start_n in tl.range(first, last, BLOCK_N, num_stages=NUM_STAGES):
             slot = start_n + offs_n  # [BLOCK_N]
@@ -99,10 +106,14 @@ def gqa_prefill(
                 value = value.to(compute_dtype)
                 key_scale = next_key_scale.to(tl.float32)
                 ahead = slot + BLOCK_N
-                next_key, next_value = load_tile(key_base, value_base, ahead, offs_d, last, D, True)
+                next_key = load_tile(key_base, ahead, offs_d, last, D, True)
+                next_value = load_tile(value_base, ahead, offs_d, last, D, True)
                 next_key_scale, next_value_scale = load_scales(key_scale_ptr, value_scale_ptr, entry, ahead, last)
             else:
-                key, value = load_tile(key_base, value_base, slot, offs_d, end, D, is_edge)
+                key = load_tile(key_base, slot, offs_d, end, D, is_edge)
+                value = load_tile(value_base, slot, offs_v, end, D, is_edge)
+                if IS_HALVED:
+                    value_high = load_tile(value_base + VALUES, slot, offs_v, end, D, is_edge)
             scores = tl.dot(query, tl.trans(key)) * scale_log2e  # [BLOCK_M, BLOCK_N]
             if IS_INT8:
                 scores *= key_scale[None, :]
@@ -114,7 +125,13 @@ def gqa_prefill(
             weights = tl.exp2(scores - new_largest[:, None])  # [BLOCK_M, BLOCK_N]
             total = total * rescale + tl.sum(weights, axis=1)
             acc = tl.dot(weights.to(compute_dtype), value, acc=acc * rescale[:, None])
+            if IS_HALVED:
+                acc_high = tl.dot(weights.to(compute_dtype), value_high, acc=acc_high * rescale[:, None])
             largest = new_largest
 
+    place = row[:, None] * D + offs_v[None, :]  # [BLOCK_M, VALUES]
     output = tl.where((offs_m < new)[:, None], acc / total[:, None], 0.0)
-    tl.store(output_ptr + tile, output.to(compute_dtype), mask=(offs_m < S)[:, None])
+    tl.store(output_ptr + place, output.to(compute_dtype), mask=(offs_m < S)[:, None])
+    if IS_HALVED:
+        output_high = tl.where((offs_m < new)[:, None], acc_high / total[:, None], 0.0)
+        tl.store(output_ptr + place + VALUES, output_high.to(compute_dtype), mask=(offs_m < S)[:, None])

@@ -18,7 +18,7 @@ from qwen_aot.plugins.launch import (
     most_blocks,
     num_splits,
 )
-from qwen_aot.plugins.variants import MOE_BLOCK_M, QUANT_BLOCK, SMALL_BLOCKS, TACTICS, Variant, select
+from qwen_aot.plugins.variants import QUANT_BLOCK, SMALL_BLOCKS, TACTICS, Variant, select
 
 _SPLIT_UNIT = 128  # of plugins/kernels/gqa_decode.py
 _HALF = 2  # bytes of fp16 and bf16
@@ -102,6 +102,7 @@ def attention_costs(
     capacity: int,
     cache: str = "same",
     dtype: str = "fp16",
+    tactic: int = TACTICS[0],
     splits: int | None = None,
 ) -> list[Cost]:
     """The launches of `plugins.launch.gqa_launches`, all tokens of all rows valid.
@@ -118,6 +119,7 @@ def attention_costs(
         capacity: C.
         cache: "same" or "int8".
         dtype: Of the computation.
+        tactic: Which tiles of prefill, and parts of decode.
         splits: Instead of what `plugins.launch.num_splits` chooses.
 
     Raises:
@@ -152,10 +154,11 @@ def attention_costs(
         },
     )
     if new == 1:
-        wanted = splits or num_splits(batch, num_kv_heads, capacity, group, cache, sm_count)
-        return [rotate, *_decode_costs(sm, facts, batch, num_heads, num_kv_heads, head_dim, length, wanted)]
+        wanted = splits or num_splits(batch, num_kv_heads, capacity, group, cache, sm_count, tactic)
+        least = min_split(group, cache, tactic)
+        return [rotate, *_decode_costs(sm, facts, batch, num_heads, num_kv_heads, head_dim, length, wanted, least)]
 
-    variant = select(sm, "gqa_prefill", **facts)
+    variant = select(sm, "gqa_prefill", tactic=tactic, **facts)
     block_m, block_n = variant.constants["BLOCK_M"], variant.constants["BLOCK_N"]
     slots = steps = longest = 0  # over the tiles of one head
     for start in range(0, new, block_m):
@@ -209,11 +212,11 @@ def _decode_costs(
     head_dim: int,
     length: int,
     splits: int,
+    least: int,
 ) -> list[Cost]:
-    group, cache = num_heads // num_kv_heads, str(facts["cache"])
-    scale = _HALF if cache == "int8" else 0
+    scale = _HALF if facts["cache"] == "int8" else 0
     variant = select(sm, "gqa_decode", **facts)
-    size, parts = split(length, splits, min_split(group, cache))
+    size, parts = split(length, splits, least)
     block_n, tile = variant.constants["BLOCK_N"], variant.constants["GROUP"]
     steps = sum(_cdiv(min(size, length - start), block_n) for start in range(0, length, size))
     pairs = batch * num_kv_heads
@@ -274,6 +277,7 @@ def expert_costs(
     inner_size: int,
     bits: int,
     has_zeros: bool = False,
+    tactic: int = TACTICS[0],
     dtype: str = "fp16",
 ) -> list[Cost]:
     """The launches of `plugins.launch.moe_launches`.
@@ -287,18 +291,20 @@ def expert_costs(
         inner_size: F.
         bits: Of a weight.
         has_zeros: Of int4 weights.
+        tactic: Which tiles.
         dtype: Of the computation.
 
     Raises:
         BuildError: No variant serves the shape.
     """
-    facts: dict[str, str | int] = {"dtype": dtype, "weight_bits": bits, "has_zeros": int(has_zeros)}
+    facts: dict[str, str | int] = {"dtype": dtype, "weight_bits": bits, "has_zeros": int(has_zeros), "tactic": tactic}
     entries, num_experts = num_tokens * k, len(counts)
     is_decode = is_moe_decode(num_tokens, k)
     chosen = sum(count > 0 for count in counts)
-    blocks = chosen if is_decode else sum(_cdiv(count, MOE_BLOCK_M) for count in counts)
-    most = most_blocks(entries, num_experts)
-    sizes = {"T": num_tokens, "k": k, "E": num_experts, "M": hidden_size, "F": inner_size, "blocks": most}
+    block_of_many = select(sm, "moe_gate_up", **facts).constants["BLOCK_M"]
+    blocks = chosen if is_decode else sum(_cdiv(count, block_of_many) for count in counts)
+    padded = most_blocks(entries, num_experts, block_of_many) * block_of_many
+    sizes = {"T": num_tokens, "k": k, "E": num_experts, "M": hidden_size, "F": inner_size, "padded_entries": padded}
     prefix = "moe_decode_" if is_decode else "moe_"
 
     def product(kernel: str, rows: int, outputs: int, depth: int, source: str, target: str) -> Cost:
@@ -375,7 +381,7 @@ def expert_costs(
         num_experts,
         reads={"expert_ids": ids, "counts": Access(before * _FLOAT, num_experts * _FLOAT)},
         writes={
-            "sorted_entries": _once(blocks * MOE_BLOCK_M * _FLOAT),
+            "sorted_entries": _once(blocks * block_of_many * _FLOAT),
             "block_experts": _once(blocks * _FLOAT),
             "num_blocks": _once(_FLOAT),
         },

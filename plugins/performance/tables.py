@@ -17,7 +17,7 @@ from qwen_aot.plugins.variants import QUANT_BLOCK, SMS, TACTICS, WEIGHT_BITS, va
 GPUS = ("orin-nano-8gb", "agx-orin-64gb", "rtx-4090", "l4")  # keys of qwen_aot.engines.planner.devices.DEVICES
 MODELS = ("qwen1.5-0.5b", "qwen1.5-7b", "qwen1.5-32b", "qwen1.5-moe-a2.7b")
 CAPACITY = 32768  # of the cache, in tokens
-TOKENS = (1, 8, 512)  # of experts' and projections' steps
+TOKENS = (1, 8, 128, 512)  # of experts' and projections' steps
 LINEAR_BITS = (8, 4)  # with a scale a row; in blocks of 128
 
 
@@ -67,7 +67,7 @@ def gpu_of(device: str) -> Gpu:
     )
 
 
-def attention(gpu: Gpu, config: ModelConfig, step: Step, cache: str) -> list[Cost]:
+def attention(gpu: Gpu, config: ModelConfig, step: Step, cache: str, tactic: int = TACTICS[0]) -> list[Cost]:
     """The launches of one layer's attention."""
     return attention_costs(
         gpu.sm,
@@ -80,10 +80,11 @@ def attention(gpu: Gpu, config: ModelConfig, step: Step, cache: str) -> list[Cos
         cached=step.cached,
         capacity=CAPACITY,
         cache=cache,
+        tactic=tactic,
     )
 
 
-def experts(gpu: Gpu, config: ModelConfig, num_tokens: int, bits: int) -> list[Cost]:
+def experts(gpu: Gpu, config: ModelConfig, num_tokens: int, bits: int, tactic: int = TACTICS[0]) -> list[Cost]:
     """The launches of one layer's experts, tokens spread over experts as evenly as can be."""
     moe = config.moe
     assert moe is not None
@@ -96,6 +97,7 @@ def experts(gpu: Gpu, config: ModelConfig, num_tokens: int, bits: int) -> list[C
         hidden_size=config.hidden_size,
         inner_size=moe.moe_intermediate_size,
         bits=bits,
+        tactic=tactic,
     )
 
 
@@ -177,8 +179,13 @@ def attention_bytes() -> str:
     return _table(header.split(", "), rows())
 
 
+def _layer(gpu: Gpu, costs: Sequence[Cost]) -> str:
+    """Microseconds of several launches together."""
+    return _number(sum(_bound(gpu, cost).seconds for cost in costs if cost.working) * 1e6)
+
+
 def attention_bounds(device: str) -> str:
-    """What bounds attention on a device, and what its launches fill."""
+    """What bounds attention on a device, and what its launches fill: of each step with the first tactic, then sums."""
     gpu = gpu_of(device)
 
     def rows() -> Iterator[Sequence[str]]:
@@ -195,10 +202,16 @@ def attention_bounds(device: str) -> str:
                     _cell(gpu, attend_int8),
                     _fill(gpu, attend_int8),
                     _cell(gpu, rest[0]) if rest and rest[0].working else "–",
+                    *(
+                        _layer(gpu, attention(gpu, VARIANTS[model], step, cache, tactic))
+                        for cache in ("same", "int8")
+                        for tactic in TACTICS
+                    ),
                 )
 
     fill = "programs, waves, occupancy"
-    return _table(["model", "step", "rotate", "attend", fill, "attend, int8 cache", fill, "reduce"], rows())
+    sums = ["all, first tactic", "second", "int8 cache, first", "second"]
+    return _table(["model", "step", "rotate", "attend", fill, "attend, int8 cache", fill, "reduce", *sums], rows())
 
 
 def expert_bytes() -> str:
@@ -243,10 +256,12 @@ def expert_bounds(device: str) -> str:
                     _cell(gpu, down),
                     _fill(gpu, down),
                     _number(others * 1e6),
+                    *(_layer(gpu, experts(gpu, config, tokens, bits, tactic)) for tactic in TACTICS),
                 )
 
     fill = "programs, waves, occupancy"
-    return _table(["tokens", "bits", "gate_up", fill, "down", fill, "count, scatter, sum"], rows())
+    sums = ["all, first tactic", "second"]
+    return _table(["tokens", "bits", "gate_up", fill, "down", fill, "count, scatter, sum", *sums], rows())
 
 
 def projection_bounds(device: str) -> str:
@@ -266,10 +281,7 @@ def projection_bounds(device: str) -> str:
                         _number(sum(cost.distinct_bytes for cost in launches) / 1e6),
                         *(_cell(gpu, product) for product, *_ in by_tactic[0]),
                         _fill(gpu, by_tactic[0][1][0]),
-                        *(
-                            _number(sum(_bound(gpu, cost).seconds for costs in layer for cost in costs) * 1e6)
-                            for layer in by_tactic
-                        ),
+                        *(_layer(gpu, [cost for costs in layer for cost in costs]) for layer in by_tactic),
                     )
 
     header = "model, tokens, bits, MB, q k v, output, gate and up, down"

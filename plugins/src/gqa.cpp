@@ -42,6 +42,7 @@ enum Output
 
 constexpr int64_t kHalfBytes = 2;  // fp16 and bf16
 constexpr int64_t kFloatBytes = 4; // fp32
+constexpr int64_t kLongBytes = 8;  // int64
 
 TensorTable table_of(GqaAttributes const& attributes)
 {
@@ -122,7 +123,7 @@ GqaAttributes const& checked(GqaAttributes const& attributes)
     {
         refuse("scale", attributes.scale, "it must be positive");
     }
-    // Head sizes and groups are the same for every SM and type.
+    // Head sizes and groups are the same for every SM, type and tactic.
     select_variant(kTargets[0], Kernel::gqa_decode, request_of(attributes, Dtype::fp16));
     return attributes;
 }
@@ -139,12 +140,19 @@ struct GqaWorkspace
             partial = workspace.take(batch * heads * num_splits * attributes.head_dim * kFloatBytes);
             partial_lse = workspace.take(batch * heads * num_splits * kFloatBytes);
         }
+        position_ids = workspace.take(batch * steps * kLongBytes);
+        cache_length = workspace.take(batch * kLongBytes);
+        new_tokens = workspace.take(batch * kLongBytes);
     }
 
     Workspace workspace;
     void* query;                // [B, S, H, D], rotated
     void* partial{nullptr};     // [B, H, num_splits, D]
     void* partial_lse{nullptr}; // [B, H, num_splits]
+    // In the place of the inputs, while TensorRT times a step.
+    void* position_ids; // [B, S]
+    void* cache_length; // [B]
+    void* new_tokens;   // [B]
 };
 
 /** An output that is written in its input's place. */
@@ -165,20 +173,22 @@ constexpr InPlace kInPlace[] = {
 } // namespace
 
 GqaPlugin::GqaPlugin(GqaAttributes const& attributes, nvinfer1::TensorRTPhase phase)
-    : Plugin(kName, table_of(checked(attributes)), phase)
+    : Plugin(kName, table_of(checked(attributes)), phase, field_words(kFields, attributes))
     , attributes_(attributes)
 {
 }
 
 nvinfer1::IPluginV3* GqaPlugin::clone() noexcept
 {
-    return guarded<nvinfer1::IPluginV3*>(kName, nullptr, [&] { return new GqaPlugin(attributes_, phase()); });
+    return guarded<nvinfer1::IPluginV3*>(
+        kName, nullptr, [&] { return with_tactic(std::make_unique<GqaPlugin>(attributes_, phase())); });
 }
 
 /** Fewest slots of a part of decode attention (plugins/launch.py, min_split). */
-int64_t GqaPlugin::min_split() const
+int64_t GqaPlugin::min_split(int32_t tactic) const
 {
-    return std::max(kMinSplit, kMinSplitPerHead * group() * (is_int8() ? 2 : 1));
+    int64_t const slots = std::max(kMinSplit, kMinSplitPerHead * group() * (is_int8() ? 2 : 1));
+    return tactic == 1 ? slots : slots / 2;
 }
 
 /** Parts that a row of full length is split into: enough for every SM, none smaller than `min_split`
@@ -187,7 +197,7 @@ int64_t GqaPlugin::num_splits(int64_t batch, int64_t capacity) const
 {
     int64_t const rows = batch * attributes_.num_kv_heads;
     int64_t const wanted = (int64_t{kProgramsPerSm} * sm_count_ + rows - 1) / rows;
-    return std::max<int64_t>(1, std::min(wanted, capacity / min_split()));
+    return std::max<int64_t>(1, std::min(wanted, capacity / min_split(tactic())));
 }
 
 void GqaPlugin::check_extents(Extents const& extents) const
@@ -213,23 +223,29 @@ size_t GqaPlugin::workspace_bytes(Extents const& smallest, Extents const& larges
     {
         return prefill;
     }
-    // The most parts for any GPU: an engine may run on another than it was built on.
-    int64_t const most_splits = std::max<int64_t>(1, largest.get(Letter::C) / min_split());
+    // The most parts for any GPU, since an engine may run on another than it was built on, with any tactic.
+    int64_t const most_splits = std::max<int64_t>(1, largest.get(Letter::C) / min_split(kTactics));
     return std::max(prefill, GqaWorkspace(nullptr, attributes_, batch, 1, most_splits).workspace.bytes());
 }
 
 void GqaPlugin::load(Kernels& kernels, nvinfer1::DataType compute)
 {
-    Request const request = request_of(attributes_, compute == nvinfer1::DataType::kBF16 ? Dtype::bf16 : Dtype::fp16);
+    Dtype const dtype = compute == nvinfer1::DataType::kBF16 ? Dtype::bf16 : Dtype::fp16;
+    Request const request = request_of(attributes_, dtype).with(Fact::tactic, tactic());
     rotate_ = kernels.function(Kernel::gqa_rotate, request);
     prefill_ = kernels.function(Kernel::gqa_prefill, request);
     decode_ = kernels.function(Kernel::gqa_decode, request);
     reduce_ = kernels.function(Kernel::gqa_reduce, request);
+    if (phase() == nvinfer1::TensorRTPhase::kBUILD)
+    {
+        timed_lengths_ = kernels.function(Kernel::gqa_timed_lengths, request);
+    }
     sm_count_ = kernels.sm_count();
 }
 
-void GqaPlugin::launch_step(
-    Extents const& extents, void const* const* inputs, void* const* outputs, void* workspace, CUstream stream) const
+/** Whether the builder times the layer: it has memory of its own for each tensor. Then its lengths and positions mean
+ *  nothing, and would lead out of the cache. Throws Error where present should lie at past, and doesn't. */
+bool GqaPlugin::is_timed(void const* const* inputs, void* const* outputs) const
 {
     for (InPlace const* pair = kInPlace; pair != kInPlace + (is_int8() ? 4 : 2); ++pair)
     {
@@ -241,13 +257,18 @@ void GqaPlugin::launch_step(
         }
         if (phase() == nvinfer1::TensorRTPhase::kBUILD)
         {
-            // The builder times the layer, with memory of its own for each tensor. Its lengths and positions mean
-            // nothing and would lead out of the cache; and there is but one form of this plugin to choose.
-            return;
+            return true;
         }
         throw Error(text(pair->name, " isn't at the address of its past, ", past, ", but at ", present,
             "; bind both to the same memory"));
     }
+    return false;
+}
+
+void GqaPlugin::launch_step(
+    Extents const& extents, void const* const* inputs, void* const* outputs, void* workspace, CUstream stream) const
+{
+    bool const is_builders = is_timed(inputs, outputs);
     int64_t const batch = extents.get(Letter::B);
     int64_t const steps = extents.get(Letter::S);
     int64_t const capacity = extents.get(Letter::C);
@@ -262,14 +283,15 @@ void GqaPlugin::launch_step(
         .set(Size::all_heads, attributes_.num_heads + int64_t{2} * attributes_.num_kv_heads)
         .set(Size::num_splits, splits);
     Arguments arguments;
+    int64_t const new_tokens = std::min(steps, capacity);
     arguments.pointer(Argument::qkv_ptr, inputs[kQkv])
         .pointer(Argument::cos_ptr, inputs[kCos])
         .pointer(Argument::sin_ptr, inputs[kSin])
         .pointer(Argument::q_norm_ptr, has_norms() ? inputs[first_norm(is_int8())] : nullptr)
         .pointer(Argument::k_norm_ptr, has_norms() ? inputs[first_norm(is_int8()) + 1] : nullptr)
-        .pointer(Argument::position_ids_ptr, inputs[kPositionIds])
-        .pointer(Argument::cache_length_ptr, inputs[kCacheLength])
-        .pointer(Argument::new_tokens_ptr, inputs[kNewTokens])
+        .pointer(Argument::position_ids_ptr, is_builders ? memory.position_ids : inputs[kPositionIds])
+        .pointer(Argument::cache_length_ptr, is_builders ? memory.cache_length : inputs[kCacheLength])
+        .pointer(Argument::new_tokens_ptr, is_builders ? memory.new_tokens : inputs[kNewTokens])
         .pointer(Argument::query_ptr, memory.query)
         .pointer(Argument::key_ptr, outputs[kPresentKey])
         .pointer(Argument::value_ptr, outputs[kPresentValue])
@@ -287,8 +309,15 @@ void GqaPlugin::launch_step(
         .integer(Argument::head_dim, attributes_.head_dim)
         .integer(Argument::group, group())
         .integer(Argument::num_splits, splits)
-        .integer(Argument::min_split, min_split());
+        .integer(Argument::min_split, min_split(tactic()))
+        .integer(Argument::num_rows, batch)
+        .integer(Argument::cached, std::min<int64_t>(kTimedSlots, capacity - new_tokens))
+        .integer(Argument::added, new_tokens);
 
+    if (is_builders)
+    {
+        launch(timed_lengths_, arguments, sizes, stream);
+    }
     launch(rotate_, arguments, sizes, stream);
     if (steps != 1)
     {

@@ -35,6 +35,7 @@ public:
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept final { return fields_.collection(); }
 
 private:
+    int32_t num_tactics() const final { return kTactics; }
     void check_extents(Extents const& extents) const final;
     size_t workspace_bytes(Extents const& smallest, Extents const& largest) const final;
     void load(Kernels& kernels, nvinfer1::DataType compute) final;
@@ -44,8 +45,9 @@ private:
     bool is_int8() const { return attributes_.cache_bits == 8; }
     bool has_norms() const { return attributes_.norm_epsilon > 0; }
     int32_t group() const { return attributes_.num_heads / attributes_.num_kv_heads; }
-    int64_t min_split() const;
+    int64_t min_split(int32_t tactic) const;
     int64_t num_splits(int64_t batch, int64_t capacity) const;
+    bool is_timed(void const* const* inputs, void* const* outputs) const;
 
     GqaAttributes attributes_;
     FieldList<kFields.size()> fields_{kFields, &attributes_};
@@ -54,6 +56,7 @@ private:
     Function prefill_;
     Function decode_;
     Function reduce_;
+    Function timed_lengths_; // in the build phase
     int32_t sm_count_{0};
 };
 

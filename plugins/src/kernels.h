@@ -92,6 +92,7 @@ extern Target const kTargets[];
 extern int32_t const kNumTargets;
 extern Compatible const kCompatible[]; // the best first
 extern int32_t const kNumCompatible;
+extern char const kDigest[]; // of all of this, the code included
 
 // ---- Choosing ----
 

@@ -138,7 +138,7 @@ int64_t partial_bytes(int64_t tokens, int64_t rows, int64_t parts)
 } // namespace
 
 LinearPlugin::LinearPlugin(LinearAttributes const& attributes, nvinfer1::TensorRTPhase phase)
-    : Plugin(kName, table_of(checked(attributes)), phase)
+    : Plugin(kName, table_of(checked(attributes)), phase, field_words(kFields, attributes))
     , attributes_(attributes)
 {
 }
@@ -151,7 +151,7 @@ nvinfer1::IPluginV3* LinearPlugin::clone() noexcept
 
 int32_t LinearPlugin::num_tactics() const
 {
-    return has_small_blocks(attributes_) || attributes_.has_zeros != 0 ? 1 : kLinearTactics;
+    return has_small_blocks(attributes_) || attributes_.has_zeros != 0 ? 1 : kTactics;
 }
 
 void LinearPlugin::check_extents(Extents const& extents) const

@@ -63,12 +63,13 @@ TensorTable table_of(MoeAttributes const& attributes)
 }
 
 /** What its variants are chosen by. */
-Request request_of(MoeAttributes const& attributes, Dtype dtype)
+Request request_of(MoeAttributes const& attributes, Dtype dtype, int32_t tactic)
 {
     return Request()
         .with(Fact::dtype, static_cast<int32_t>(dtype))
         .with(Fact::weight_bits, attributes.weight_bits)
-        .with(Fact::has_zeros, attributes.has_zeros);
+        .with(Fact::has_zeros, attributes.has_zeros)
+        .with(Fact::tactic, tactic);
 }
 
 MoeAttributes const& checked(MoeAttributes const& attributes)
@@ -97,11 +98,12 @@ MoeAttributes const& checked(MoeAttributes const& attributes)
 }
 
 /** Most blocks that moe_scatter can fill: each expert that is chosen pads less than a block. */
-int64_t most_blocks(int64_t num_entries, int64_t num_experts)
+int64_t most_blocks(int64_t num_entries, int64_t num_experts, int64_t block_m)
 {
-    return (num_entries + std::min(num_experts, num_entries) * (kMoeBlockM - 1)) / kMoeBlockM;
+    return (num_entries + std::min(num_experts, num_entries) * (block_m - 1)) / block_m;
 }
 
+/** What suffices for the blocks of any tactic. */
 struct MoeWorkspace
 {
     MoeWorkspace(
@@ -112,34 +114,37 @@ struct MoeWorkspace
         partial = workspace.take(entries * hidden_size * kFloatBytes);
         if (!is_decode)
         {
-            int64_t const blocks = most_blocks(entries, num_experts);
+            int64_t const most_places = most_blocks(entries, num_experts, kMoeLargestBlock) * kMoeLargestBlock;
             counts = workspace.take(num_experts * kIntBytes);
-            sorted_entries = workspace.take(blocks * kMoeBlockM * kIntBytes);
-            block_experts = workspace.take(blocks * kIntBytes);
+            sorted_entries = workspace.take(most_places * kIntBytes);
+            block_experts = workspace.take(most_blocks(entries, num_experts, kMoeSmallestBlock) * kIntBytes);
             num_blocks = workspace.take(kIntBytes);
         }
+        expert_ids = workspace.take(entries * kIntBytes);
     }
 
     Workspace workspace;
     void* inner;                   // [T·k, F]
     void* partial;                 // [T·k, M]
     void* counts{nullptr};         // [E]
-    void* sorted_entries{nullptr}; // [blocks·kMoeBlockM]
+    void* sorted_entries{nullptr}; // [blocks·block_m]
     void* block_experts{nullptr};  // [blocks]
     void* num_blocks{nullptr};     // [1]
+    void* expert_ids;              // [T, k], in the place of the input, while TensorRT times a step
 };
 
 } // namespace
 
 MoePlugin::MoePlugin(MoeAttributes const& attributes, nvinfer1::TensorRTPhase phase)
-    : Plugin(kName, table_of(checked(attributes)), phase)
+    : Plugin(kName, table_of(checked(attributes)), phase, field_words(kFields, attributes))
     , attributes_(attributes)
 {
 }
 
 nvinfer1::IPluginV3* MoePlugin::clone() noexcept
 {
-    return guarded<nvinfer1::IPluginV3*>(kName, nullptr, [&] { return new MoePlugin(attributes_, phase()); });
+    return guarded<nvinfer1::IPluginV3*>(
+        kName, nullptr, [&] { return with_tactic(std::make_unique<MoePlugin>(attributes_, phase())); });
 }
 
 bool MoePlugin::is_decode(int64_t num_tokens) const
@@ -157,7 +162,7 @@ void MoePlugin::check_extents(Extents const& extents) const
             throw Error(text("the ", name, " is ", size, "; it must be a multiple of ", kSizeMultiple));
         }
     }
-    int64_t const largest = std::numeric_limits<int32_t>::max() - kMoeBlockM * int64_t{attributes_.num_experts};
+    int64_t const largest = std::numeric_limits<int32_t>::max() - kMoeLargestBlock * int64_t{attributes_.num_experts};
     int64_t const tokens = extents.get(Letter::B) * extents.get(Letter::S);
     if (tokens * attributes_.experts_per_token > largest)
     {
@@ -177,7 +182,8 @@ size_t MoePlugin::workspace_bytes(Extents const&, Extents const& largest) const
 
 void MoePlugin::load(Kernels& kernels, nvinfer1::DataType compute)
 {
-    Request const request = request_of(attributes_, compute == nvinfer1::DataType::kBF16 ? Dtype::bf16 : Dtype::fp16);
+    Dtype const dtype = compute == nvinfer1::DataType::kBF16 ? Dtype::bf16 : Dtype::fp16;
+    Request const request = request_of(attributes_, dtype, tactic());
     decode_gate_up_ = kernels.function(Kernel::moe_decode_gate_up, request);
     decode_down_ = kernels.function(Kernel::moe_decode_down, request);
     count_ = kernels.function(Kernel::moe_count, request);
@@ -185,6 +191,10 @@ void MoePlugin::load(Kernels& kernels, nvinfer1::DataType compute)
     gate_up_ = kernels.function(Kernel::moe_gate_up, request);
     down_ = kernels.function(Kernel::moe_down, request);
     sum_ = kernels.function(Kernel::moe_sum, request);
+    if (phase() == nvinfer1::TensorRTPhase::kBUILD)
+    {
+        timed_ids_ = kernels.function(Kernel::moe_timed_ids, request);
+    }
 }
 
 void MoePlugin::launch_step(
@@ -198,6 +208,8 @@ void MoePlugin::launch_step(
     int64_t const entries = tokens * choices;
     bool const is_few = is_decode(tokens);
     MoeWorkspace const memory(workspace, entries, hidden_size, inner_size, experts, is_few);
+    int64_t const block_m = gate_up_.variant->grid_per[0];
+    bool const is_builders = phase() == nvinfer1::TensorRTPhase::kBUILD;
 
     Sizes sizes;
     sizes.set(Size::T, tokens)
@@ -205,10 +217,11 @@ void MoePlugin::launch_step(
         .set(Size::E, experts)
         .set(Size::M, hidden_size)
         .set(Size::F, inner_size)
-        .set(Size::blocks, most_blocks(entries, experts));
+        .set(Size::padded_entries, most_blocks(entries, experts, block_m) * block_m);
     Arguments arguments;
     arguments.pointer(Argument::hidden_ptr, inputs[kHidden])
-        .pointer(Argument::expert_ids_ptr, inputs[kExpertIds])
+        .pointer(Argument::given_ids_ptr, inputs[kExpertIds])
+        .pointer(Argument::expert_ids_ptr, is_builders ? memory.expert_ids : inputs[kExpertIds])
         .pointer(Argument::expert_weights_ptr, inputs[kExpertWeights])
         .pointer(Argument::inner_ptr, memory.inner)
         .pointer(Argument::partial_ptr, memory.partial)
@@ -223,7 +236,7 @@ void MoePlugin::launch_step(
         .integer(Argument::k, choices)
         .integer(Argument::M, hidden_size)
         .integer(Argument::F, inner_size)
-        .integer(Argument::block_m, kMoeBlockM);
+        .integer(Argument::block_m, block_m);
     bool const has_scales = attributes_.weight_bits < 16;
     bool const has_zeros = attributes_.has_zeros != 0;
     auto const use_matrix = [&](Input codes, Input scale, Input zero) {
@@ -232,6 +245,10 @@ void MoePlugin::launch_step(
             .pointer(Argument::zero_ptr, has_zeros ? inputs[zero] : nullptr);
     };
 
+    if (is_builders)
+    {
+        launch(timed_ids_, arguments, sizes, stream);
+    }
     if (!is_few)
     {
         launch(count_, arguments, sizes, stream);

@@ -11,6 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
+#include <utility>
 
 namespace qwen_aot
 {
@@ -76,6 +78,8 @@ public:
         nvinfer1::DynamicPluginTensorDesc const*, int32_t) const noexcept final;
     int32_t getNbTactics() noexcept final;
     int32_t getValidTactics(int32_t* tactics, int32_t num_tactics) noexcept final;
+    /** Of plugins with the same attributes, kernels and shapes, TensorRT times one: a model's layers are alike. */
+    char const* getTimingCacheID() noexcept final { return timing_id_.c_str(); }
 
     // IPluginV3OneRuntime
     int32_t setTactic(int32_t tactic) noexcept final;
@@ -86,15 +90,18 @@ public:
     nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept final { return clone(); }
 
 protected:
-    Plugin(char const* name, TensorTable table, nvinfer1::TensorRTPhase phase)
+    /** `attributes` tells this plugin from others of its name (field_words). */
+    Plugin(char const* name, TensorTable table, nvinfer1::TensorRTPhase phase, std::string const& attributes)
         : name_(name)
         , table_(std::move(table))
         , phase_(phase)
+        , timing_id_(text(name, ": ", attributes, ", kernels ", kDigest))
     {
     }
 
     /** What it was created for, and each plugin that it was cloned from. While TensorRT builds, enqueue is called too,
-     *  to time the layer: on memory of the builder's, whose content means nothing. */
+     *  to time the layer with each tactic: on memory of the builder's, whose content means nothing. What decides how
+     *  much a step has to do, lengths and ids, is then made by a kernel that runs before. */
     nvinfer1::TensorRTPhase phase() const { return phase_; }
 
     /** Tiles that TensorRT may choose among, of which it times each; 1: there is nothing to choose. */
@@ -132,6 +139,7 @@ private:
     char const* name_;
     TensorTable table_;
     nvinfer1::TensorRTPhase phase_;
+    std::string timing_id_;
     std::shared_ptr<Kernels> kernels_; // keeps the functions alive that `load` chose; null: none yet
     nvinfer1::DataType compute_{};     // what they compute in
     Extents checked_;                  // of the last step that may run with them

@@ -73,7 +73,7 @@ class Row:
     """One kernel's measurement.
 
     Attributes:
-        tactic: TensorRT's number of the tiles; None where the plugin offers no choice.
+        tactic: TensorRT's number of the tiles.
         seconds: Of a launch, the median of the rounds.
         bytes: That the model counts, each once.
         share: Of the card's bandwidth.
@@ -170,7 +170,13 @@ def _workspace(shapes: dict[str, tuple[tuple[int, ...], str]], device: torch.dev
 
 
 def attention_launches(
-    gpu: Gpu, config: ModelConfig, step: Step, cache: str, device: torch.device, capacity: int
+    gpu: Gpu,
+    config: ModelConfig,
+    step: Step,
+    cache: str,
+    device: torch.device,
+    capacity: int,
+    tactic: int = TACTICS[0],
 ) -> list[Launch]:
     """The launches of one layer's attention over random tensors of their own."""
     heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -187,7 +193,7 @@ def attention_launches(
         key, value = normal(*shape), normal(*shape)
     angles = torch.rand(capacity, head_dim // 2, device=device)
     past = torch.full((step.batch,), step.cached, device=device)
-    splits = num_splits(step.batch, kv_heads, capacity, heads // kv_heads, cache, gpu.sm_count)
+    splits = num_splits(step.batch, kv_heads, capacity, heads // kv_heads, cache, gpu.sm_count, tactic)
     sizes = {"batch": step.batch, "steps": step.new, "num_heads": heads, "head_dim": head_dim, "splits": splits}
     return gqa_launches(
         gpu.sm,
@@ -206,6 +212,7 @@ def attention_launches(
         workspace=_workspace(gqa_workspace(**sizes, dtype="fp16"), device),
         num_heads=heads,
         scale=head_dim**-0.5,
+        tactic=tactic,
     )
 
 
@@ -219,7 +226,9 @@ def _expert_weights(num_experts: int, rows: int, columns: int, bits: int, device
     return ExpertWeights(codes, torch.full(blocks, step, dtype=torch.float16, device=device), None, bits)
 
 
-def expert_launches(gpu: Gpu, config: ModelConfig, num_tokens: int, bits: int, device: torch.device) -> list[Launch]:
+def expert_launches(
+    gpu: Gpu, config: ModelConfig, num_tokens: int, bits: int, device: torch.device, tactic: int = TACTICS[0]
+) -> list[Launch]:
     """The launches of one layer's experts, tokens spread as evenly as in the model."""
     moe = config.moe
     assert moe is not None
@@ -236,6 +245,7 @@ def expert_launches(gpu: Gpu, config: ModelConfig, num_tokens: int, bits: int, d
         down=_expert_weights(E, M, F, bits, device),
         output=torch.empty_like(hidden),
         workspace=_workspace(moe_workspace(**sizes, dtype="fp16"), device),
+        tactic=tactic,
     )
 
 
@@ -366,39 +376,43 @@ def run(gpu: Gpu, models: Sequence[str], rounds: int) -> Iterator[Row]:
                 del copies
                 torch.cuda.empty_cache()
 
-    for model in models:
+    def time_attention(model: str) -> Iterator[Row]:
         config = VARIANTS[model]
-        for step in STEPS:
-            for cache in ("same", "int8"):
-                # Slots beyond the row are never read: a cache that ends with it leaves memory for copies.
-                capacity = min(CAPACITY, -(-(step.cached + step.new) // 256) * 256)
-                costs = attention(gpu, config, step, cache)
-                size = (1 if cache == "int8" else 2) * 2 * step.batch * config.key_value_size * capacity
-                free, _ = torch.cuda.mem_get_info()
-                case = f"{model} {step.name} {'int8 cache' if cache == 'int8' else 'fp16 cache'}"
-                if size > 0.6 * free:
-                    print(f"{case}: left out, {size / 1e9:.1f} GB don't fit", file=sys.stderr)
-                    continue
-                copies = [
-                    attention_launches(gpu, config, step, cache, device, capacity)
-                    for _ in range(copies_of(costs, size))
-                ]
-                yield from time_step(case, gpu, costs, copies, rounds)
-                del copies
-                torch.cuda.empty_cache()
-        if config.moe is None:
-            yield from time_projections(model)
-            continue
-        for bits in WEIGHT_BITS:
-            for tokens in TOKENS:
-                costs = experts(gpu, config, tokens, bits)
-                size = config.moe.num_experts * 3 * config.hidden_size * config.moe.moe_intermediate_size * bits // 8
-                copies = [
-                    expert_launches(gpu, config, tokens, bits, device) for _ in range(min(4, copies_of(costs, size)))
-                ]
-                yield from time_step(f"{model} {tokens} tokens {bits} bits", gpu, costs, copies, rounds)
-                del copies
-                torch.cuda.empty_cache()
+        for step, cache, tactic in itertools.product(STEPS, ("same", "int8"), TACTICS):
+            # Slots beyond the row are never read: a cache that ends with it leaves memory for copies.
+            capacity = min(CAPACITY, -(-(step.cached + step.new) // 256) * 256)
+            costs = attention(gpu, config, step, cache, tactic)
+            size = (1 if cache == "int8" else 2) * 2 * step.batch * config.key_value_size * capacity
+            free, _ = torch.cuda.mem_get_info()
+            case = f"{model} {step.name} {'int8 cache' if cache == 'int8' else 'fp16 cache'}"
+            if size > 0.6 * free:
+                print(f"{case}: left out, {size / 1e9:.1f} GB don't fit", file=sys.stderr)
+                continue
+            copies = [
+                attention_launches(gpu, config, step, cache, device, capacity, tactic)
+                for _ in range(copies_of(costs, size))
+            ]
+            yield from time_step(case, gpu, costs, copies, rounds, tactic)
+            del copies
+            torch.cuda.empty_cache()
+
+    def time_experts(model: str) -> Iterator[Row]:
+        config = VARIANTS[model]
+        assert config.moe is not None
+        for bits, tokens, tactic in itertools.product(WEIGHT_BITS, TOKENS, TACTICS):
+            costs = experts(gpu, config, tokens, bits, tactic)
+            size = config.moe.num_experts * 3 * config.hidden_size * config.moe.moe_intermediate_size * bits // 8
+            copies = [
+                expert_launches(gpu, config, tokens, bits, device, tactic)
+                for _ in range(min(4, copies_of(costs, size)))
+            ]
+            yield from time_step(f"{model} {tokens} tokens {bits} bits", gpu, costs, copies, rounds, tactic)
+            del copies
+            torch.cuda.empty_cache()
+
+    for model in models:
+        yield from time_attention(model)
+        yield from time_projections(model) if VARIANTS[model].moe is None else time_experts(model)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

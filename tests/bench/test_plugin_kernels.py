@@ -101,24 +101,27 @@ def test_the_report_has_bandwidth_and_prediction():
 
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="kernels are interpreted without a GPU")
+@pytest.mark.parametrize("tactic", TACTICS)
 @pytest.mark.parametrize("cache", ["same", "int8"])
 @pytest.mark.parametrize("step", [Step(2, 1, 300), Step(1, 40, 17)])
-def test_attention_runs_and_is_what_the_model_counts(step, cache):
-    launches = attention_launches(GPU, SMALL, step, cache, CPU, 512)
+def test_attention_runs_and_is_what_the_model_counts(step, cache, tactic):
+    launches = attention_launches(GPU, SMALL, step, cache, CPU, 512, tactic)
     for launch in launches:
         launch.run()
-    assert [launch.variant for launch in launches] == [c.variant for c in attention(GPU, SMALL, step, cache)]
+    assert [launch.variant for launch in launches] == [c.variant for c in attention(GPU, SMALL, step, cache, tactic)]
     assert torch.isfinite(launches[-1].arguments["output_ptr"]).all()
 
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="kernels are interpreted without a GPU")
+@pytest.mark.parametrize("tactic", TACTICS)
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("tokens", [3, 20])
-def test_experts_run_and_are_what_the_model_counts(tokens, bits):
-    launches = expert_launches(GPU, SMALL_MOE, tokens, bits, CPU)
+def test_experts_run_and_are_what_the_model_counts(tokens, bits, tactic):
+    launches = expert_launches(GPU, SMALL_MOE, tokens, bits, CPU, tactic)
     for launch in launches:
         launch.run()
-    costs = experts(GPU, SMALL_MOE, tokens, bits)
+    costs = experts(GPU, SMALL_MOE, tokens, bits, tactic)
+    assert any(f"-t{tactic}" in launch.variant.name for launch in launches)
     assert [launch.variant for launch in launches] == [c.variant for c in costs]
     ids = launches[-1].arguments["expert_ids_ptr"].flatten().long()
     assert sorted(torch.bincount(ids, minlength=4).tolist()) == sorted(

@@ -130,9 +130,10 @@ def _buffer_bytes(step: Step, gpu: Gpu) -> dict[str, int]:
     """Bytes of each part of the workspace."""
     if isinstance(step, GqaStep):
         cache, batch = "int8" if step.is_int8 else "same", len(step.lengths)
-        splits = num_splits(batch, step.num_kv_heads, step.capacity, step.group, cache, gpu.multiprocessors)
+        facts = (step.num_kv_heads, step.capacity, step.group, cache, gpu.multiprocessors, step.tactic)
+        splits = num_splits(batch, *facts)
         heads = {"num_heads": step.num_heads, "head_dim": step.head_dim}
-        shapes = gqa_workspace(batch=batch, steps=step.steps, splits=splits, dtype=step.dtype, **heads)
+        shapes = gqa_workspace(batch=batch, steps=step.steps, splits=splits, dtype=step.dtype, is_timed=True, **heads)
     elif isinstance(step, LinearStep):
         shapes = linear_workspace(num_tokens=step.num_tokens, rows=step.rows, splits=step.splits)
     else:
@@ -143,6 +144,7 @@ def _buffer_bytes(step: Step, gpu: Gpu) -> dict[str, int]:
             hidden_size=step.hidden_size,
             inner_size=step.inner_size,
             dtype=step.dtype,
+            is_timed=True,
         )
     return {name: torch.Size(shape).numel() * DTYPES[dtype].itemsize for name, (shape, dtype) in shapes.items()}
 
@@ -226,9 +228,8 @@ def _enqueue(
     executor.driver.double_set_current(context)
     if enqueue.in_new_context:
         executor.driver.double_replace_context(context)
-    if isinstance(enqueue.step, LinearStep):
-        offered = harness.tactics(plugin)
-        assert harness.set_tactic(plugin, enqueue.step.tactic if offered else 0) == 0
+    offered = harness.tactics(plugin)
+    assert harness.set_tactic(plugin, enqueue.step.tactic if offered else 0) == 0
     regions = {name: Region.of(tensor) for name, tensor in call.named.items()}
     memory = Memory(regions, workspace, _buffer_bytes(enqueue.step, gpus[enqueue.gpu]))
     harness.take_log()

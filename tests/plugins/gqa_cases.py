@@ -2,29 +2,41 @@
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from qwen_aot.plugins.kernels.gqa_reference import gqa_reference, quantize_int8
 from qwen_aot.plugins.launch import Launch, gqa_launches, gqa_workspace, num_splits
+from qwen_aot.plugins.variants import TACTICS
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-TORCH_DTYPES = {**DTYPES, "fp32": torch.float32, "i32": torch.int32}
+TORCH_DTYPES = {**DTYPES, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64}
+CACHE = ("key", "value", "key_scale", "value_scale")
+TIMED = "timed "  # before the name of a part of the workspace that takes an input's place
 SM = os.environ.get("QWEN_AOT_TEST_SM", "8.9")  # whose tiles; its own on a GPU (tests/plugins/test_gpu.py)
 
 
 def allocate(shapes: dict[str, tuple[tuple[int, ...], str]], device: torch.device) -> dict[str, torch.Tensor]:
     """A workspace full of NaN, or of -1 in integers."""
     return {
-        name: torch.full(shape, -1 if dtype == "i32" else math.nan, dtype=TORCH_DTYPES[dtype], device=device)
+        name: torch.full(shape, -1 if dtype in ("i32", "i64") else math.nan, dtype=TORCH_DTYPES[dtype], device=device)
         for name, (shape, dtype) in shapes.items()
     }
 
 
+def apart(workspace: Mapping[str, torch.Tensor], inputs: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    """Parts of a workspace, with names of their own beside the inputs."""
+    return {TIMED * (name in inputs) + name: tensor for name, tensor in workspace.items()}
+
+
 @dataclass
 class GqaStep:
-    """One step; `lengths` are (tokens in the cache, new tokens) of each row."""
+    """One step; `lengths` are (tokens in the cache, new tokens) of each row.
+
+    With `is_timed`, as the builder times it: present is a copy of past, and lengths may be any.
+    """
 
     lengths: list[tuple[int, int]]
     steps: int
@@ -37,6 +49,8 @@ class GqaStep:
     capacity: int = 0
     sm_count: int = 4
     sm: str = SM
+    tactic: int = TACTICS[0]
+    is_timed: bool = False
     seed: int = 0
     tensors: dict[str, torch.Tensor | None] = field(init=False)
 
@@ -55,7 +69,7 @@ class GqaStep:
         qkv = normal(batch, self.steps, width).to(dtype)
         key, value = normal(*shape), normal(*shape)
         for row, (_, new) in enumerate(self.lengths):
-            qkv[row, new:] = math.nan  # padding
+            qkv[row, self.steps if self.is_timed else new :] = math.nan  # padding
         is_unused = torch.arange(self.capacity) >= past.unsqueeze(1)  # [B, C]
         is_unused = is_unused.unsqueeze(1).expand(shape[:3])
         key_scale = value_scale = None
@@ -88,20 +102,30 @@ class GqaStep:
     def expected(self) -> dict[str, torch.Tensor | None]:
         """The reference's `output`, and cache after the step."""
         tensors = {name: None if tensor is None else tensor.clone() for name, tensor in self.tensors.items()}
+        if self.is_timed:  # lengths are not those given; past, which isn't present, stays as it is
+            tensors["position_ids"] = torch.zeros_like(self.tensors["position_ids"])
+            tensors["new_tokens"] = torch.full_like(self.tensors["new_tokens"], min(self.steps, self.capacity))
+            tensors["cache_length"] = (self.capacity - tensors["new_tokens"]).clamp(max=1024)
         output = gqa_reference(
             **tensors,  # type: ignore[arg-type]
             num_heads=self.num_heads,
             scale=self.scale,
             norm_epsilon=self.norm_epsilon,
         )
-        return {"output": output, **{name: tensors[name] for name in ("key", "value", "key_scale", "value_scale")}}
+        return {"output": output, **{name: (self.tensors if self.is_timed else tensors)[name] for name in CACHE}}
 
     def prepare(self, device: torch.device) -> tuple[dict[str, torch.Tensor | None], list[Launch]]:
         """Tensors on the device (workspace and output poisoned) by name, and the launches over them."""
         on_device = {name: None if tensor is None else tensor.to(device) for name, tensor in self.tensors.items()}
+        cached = {name: on_device[name] for name in CACHE}
+        present = cached
+        if self.is_timed:
+            present = {name: None if tensor is None else tensor.clone() for name, tensor in cached.items()}
+            on_device |= {f"present {name}": tensor for name, tensor in present.items()}
+        inputs = {name: on_device[name] for name in self.tensors} | present
         batch = len(self.lengths)
         cache = "int8" if self.is_int8 else "same"
-        splits = num_splits(batch, self.num_kv_heads, self.capacity, self.group, cache, self.sm_count)
+        splits = num_splits(batch, self.num_kv_heads, self.capacity, self.group, cache, self.sm_count, self.tactic)
         shapes = gqa_workspace(
             batch=batch,
             steps=self.steps,
@@ -109,6 +133,7 @@ class GqaStep:
             head_dim=self.head_dim,
             splits=splits,
             dtype=self.dtype,
+            is_timed=self.is_timed,
         )
         workspace = allocate(shapes, device)
         output_shape = (batch, self.steps, self.num_heads * self.head_dim)
@@ -116,18 +141,20 @@ class GqaStep:
         launches = gqa_launches(
             self.sm,
             self.sm_count,
-            **on_device,  # type: ignore[arg-type]
+            **inputs,  # type: ignore[arg-type]
             output=output,
             workspace=workspace,
             num_heads=self.num_heads,
             scale=self.scale,
             norm_epsilon=self.norm_epsilon,
+            tactic=self.tactic,
+            is_timed=self.is_timed,
         )
-        return {**on_device, **workspace, "output": output}, launches
+        return {**on_device, **apart(workspace, on_device), "output": output}, launches
 
     def run(self, device: torch.device) -> dict[str, torch.Tensor | None]:
         """The kernels' `output`, and cache after the step."""
         tensors, launches = self.prepare(device)
         for launch in launches:
             launch.run()
-        return {name: tensors[name] for name in ("output", "key", "value", "key_scale", "value_scale")}
+        return {name: tensors[name] for name in ("output", *CACHE)}

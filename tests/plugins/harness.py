@@ -75,7 +75,9 @@ def prepare(step: Step, device: torch.device, *, batch: int = 1, is_copied: bool
         inputs = [named[name] for name in (*order, *cache[2:], *norms)]
         rows, steps, _ = named["qkv"].shape
         output = torch.empty(rows, steps, step.num_heads * step.head_dim, dtype=named["qkv"].dtype, device=device)
-        present = [named[name].clone() if is_copied else named[name] for name in cache]
+        if is_copied:
+            named |= {f"present {name}": named[name].clone() for name in cache}
+        present = [named[f"present {name}" if is_copied else name] for name in cache]
         named["output"] = _poisoned_like(output)
         return Call(inputs, [named["output"], *present], named)
     steps = step.num_tokens // batch

@@ -7,7 +7,8 @@ import torch
 
 from qwen_aot.plugins.kernels.moe_reference import BLOCK, ExpertWeights, moe_reference, pack_nibbles
 from qwen_aot.plugins.launch import Launch, moe_launches, moe_workspace
-from tests.plugins.gqa_cases import DTYPES, SM, allocate
+from qwen_aot.plugins.variants import TACTICS
+from tests.plugins.gqa_cases import DTYPES, SM, allocate, apart
 
 
 def make_weights(
@@ -57,9 +58,16 @@ def route(num_tokens: int, num_experts: int, k: int, routing: str, seed: int) ->
     return choice.topk(k, dim=1).indices.to(torch.int32)
 
 
+def spread(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Ids [T, k] as a step is timed with: of a token that hasn't distinct experts, those after the last one's."""
+    in_turn = torch.arange(ids.numel(), dtype=ids.dtype).view(ids.shape) % num_experts
+    is_routed = [len({*row} & {*range(num_experts)}) == len(row) for row in ids.tolist()]
+    return torch.where(torch.tensor(is_routed).view(-1, 1), ids, in_turn)
+
+
 @dataclass
 class MoeStep:
-    """One step."""
+    """One step; with `is_timed`, as the builder times it, with ids that needn't mean anything."""
 
     num_tokens: int
     num_experts: int = 5
@@ -71,6 +79,8 @@ class MoeStep:
     routing: str = "random"
     expert_ids: torch.Tensor | None = None
     sm: str = SM
+    tactic: int = TACTICS[0]
+    is_timed: bool = False
     seed: int = 0
     tensors: dict[str, torch.Tensor] = field(init=False)
 
@@ -80,7 +90,8 @@ class MoeStep:
         ids = self.expert_ids
         if ids is None:
             ids = route(self.num_tokens, self.num_experts, self.k, self.routing, self.seed)
-        chosen = [expert for expert in ids.unique().tolist() if 0 <= expert < self.num_experts]
+        self.used_ids = spread(ids, self.num_experts) if self.is_timed and ids.numel() else ids
+        chosen = [expert for expert in self.used_ids.unique().tolist() if 0 <= expert < self.num_experts]
         sizes = {"chosen": chosen, "form": self.form, "dtype": dtype}
         self.num_chosen = len(chosen)
         self.gate_up = make_weights(
@@ -94,7 +105,7 @@ class MoeStep:
         }
 
     def expected(self) -> torch.Tensor:
-        return moe_reference(**self.tensors, gate_up=self.gate_up, down=self.down)
+        return moe_reference(**self.tensors | {"expert_ids": self.used_ids}, gate_up=self.gate_up, down=self.down)
 
     def prepare(self, device: torch.device) -> tuple[dict[str, torch.Tensor], list[Launch]]:
         """Tensors on the device (workspace and output poisoned) by name, and the launches over them."""
@@ -107,11 +118,21 @@ class MoeStep:
             hidden_size=self.hidden_size,
             inner_size=self.inner_size,
             dtype=self.dtype,
+            is_timed=self.is_timed,
         )
         workspace = allocate(shapes, device)
         output = torch.full_like(on_device["hidden"], math.nan)
-        launches = moe_launches(self.sm, **on_device, gate_up=gate_up, down=down, output=output, workspace=workspace)
-        tensors = {**on_device, **workspace, "output": output}
+        launches = moe_launches(
+            self.sm,
+            **on_device,
+            gate_up=gate_up,
+            down=down,
+            output=output,
+            workspace=workspace,
+            tactic=self.tactic,
+            is_timed=self.is_timed,
+        )
+        tensors = {**on_device, **apart(workspace, on_device), "output": output}
         for name, weights in (("gate_up", gate_up), ("down", down)):
             parts = {"": weights.codes, "_scale": weights.scale, "_zero": weights.zero}
             tensors |= {f"{name}{part}": tensor for part, tensor in parts.items() if tensor is not None}

@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from qwen_aot.plugins.library import FILE_NAME
-from qwen_aot.plugins.variants import TACTICS, num_tactics, variants
+from qwen_aot.plugins.variants import TACTICS, expert_tactics, linear_tactics, variants
 from tests.pairs import identifier, swept
 from tests.plugins.any_step import Step
 from tests.plugins.conftest import IS_INTERPRETED, kept_library
@@ -67,17 +68,25 @@ def steps_of(sm: str) -> dict[str, Callable[[], Step]]:
             facts = {"dtype": dtype, "is_int8": is_int8, "head_dim": head_dim, "sm": sm, "sm_count": MULTIPROCESSORS}
             cache = "int8" if is_int8 else "same"
             result[f"{name}-{dtype}-{cache}-d{head_dim}"] = functools.partial(GqaStep, **step, **facts)
+            if name == "prefill" and not is_int8:  # the other kernels are the same with each tactic
+                result[f"{name}-{dtype}-{cache}-d{head_dim}-t2"] = functools.partial(GqaStep, **step, **facts, tactic=2)
     for dtype, (name, step) in itertools.product(("fp16", "bf16"), EXPERT_STEPS.items()):
         for form in ("16", "8", "4", "4z"):
-            facts = {"dtype": dtype, "form": form, "sm": sm, "hidden_size": 256}
-            result[f"{name}-{dtype}-w{form}"] = functools.partial(MoeStep, **step, **facts)
+            for tactic in TACTICS[: expert_tactics(form == "4z")]:
+                facts = {"dtype": dtype, "form": form, "sm": sm, "hidden_size": 256, "tactic": tactic}
+                result[f"{name}-{dtype}-w{form}-t{tactic}"] = functools.partial(MoeStep, **step, **facts)
     for dtype, (name, step) in itertools.product(("fp16", "bf16"), LINEAR_STEPS.items()):
         for tactic, (form, group_size) in itertools.product(TACTICS, LINEAR_WEIGHTS):
-            if tactic > num_tactics(int(form[0]), "small" if 0 < group_size < 128 else "large", form == "4z"):
+            if tactic > linear_tactics(int(form[0]), "small" if 0 < group_size < 128 else "large", form == "4z"):
                 continue
             facts = {"dtype": dtype, "form": form, "group_size": group_size, "tactic": tactic, "sm": sm}
             name_of_step = f"linear-{name}-{dtype}-w{form}-k{group_size}-t{tactic}"
             result[name_of_step] = functools.partial(LinearStep, **step, **facts, sm_count=MULTIPROCESSORS)
+    # As the builder times them: lengths and ids that mean nothing, which two more kernels replace.
+    far, timed = 2**40, {"is_timed": True, "sm": sm}
+    result["timed-decode"] = functools.partial(GqaStep, [(far, 1), (far, 0)], 1, capacity=1200, **timed)
+    result["timed-prefill"] = functools.partial(GqaStep, [(far, 9)], 9, capacity=40, **timed)
+    result["timed-experts"] = functools.partial(MoeStep, 3, expert_ids=torch.full((3, 2), 2**30).int(), **timed)
     return result
 
 
@@ -107,7 +116,9 @@ def check_compiled(outcome: Outcome, step: Step, target: str) -> None:
 def enqueue_compiled(enqueuer: Enqueuer, step: Step, sm: str, *, batch: int = 1, phase: str = "runtime"):
     multiprocessors = MULTIPROCESSORS if isinstance(step, MoeStep) else step.sm_count
     gpu = Gpu(sm=sm, multiprocessors=multiprocessors)
-    (outcome,) = enqueuer([Enqueue(step, batch=batch, code="ptx")], gpus=[gpu], phase=phase)
+    is_timed = not isinstance(step, LinearStep) and step.is_timed
+    enqueue = Enqueue(step, batch=batch, code="ptx", is_copied=is_timed)
+    (outcome,) = enqueuer([enqueue], gpus=[gpu], phase="build" if is_timed else phase)
     return outcome
 
 
@@ -171,6 +182,8 @@ def test_experts_of_sm80(case, enqueuer_of):
         dtype=case["dtype"],
         form=case["form"],
         sm="8.0",
+        tactic=case["tactic"],
+        is_timed=case["phase"] == "build",
     )
     outcome = enqueue_compiled(enqueuer_of("8.0"), step, "8.0", batch=batch, phase=case["phase"])
     check_compiled(outcome, step, "sm_80")

@@ -42,6 +42,7 @@ PREFILL = {
     "head_dim": [64, 128],
     "group": [1, 3],
     "rows": [(2, [(0, 2)]), (9, [(47, 9), (1, 8), (30, 1), (9, 0)]), (66, [(3, 66)])],
+    "tactic": [1, 2],
     "phase": ["build", "runtime"],
 }
 DECODE = {
@@ -51,6 +52,7 @@ DECODE = {
     "group": [1, 2, 5, 16],
     "lengths": [[(0, 1)], [(63, 1), (5, 0), (300, 1)], [(767, 1), (0, 1)]],
     "multiprocessors": [1, 64],  # one part a row, or several
+    "tactic": [1, 2],
     "phase": ["build", "runtime"],
 }
 MOE = {
@@ -59,6 +61,7 @@ MOE = {
     "experts": [(2, 1), (5, 3)],
     "tokens": [(1, 1), (3, 2), (1, 17)],  # B, S
     "sizes": [(128, 128), (256, 128), (128, 256)],
+    "tactic": [1, 2],
     "phase": ["build", "runtime"],
 }
 LINEAR = {
@@ -199,6 +202,8 @@ def test_moe(case, enqueuer):
         inner_size=inner_size,
         dtype=case["dtype"],
         form=case["form"],
+        tactic=case["tactic"],
+        is_timed=case["phase"] == "build",
     )
     (outcome,) = enqueuer([Enqueue(step, batch=batch)], phase=case["phase"])
     check_product(outcome, step)
@@ -225,13 +230,23 @@ def test_linear(case, enqueuer):
     assert any("decode" in launch.variant for launch in outcome.launches) == is_linear_decode(step.num_tokens)
 
 
-def test_a_tactic_is_taken_from_the_next_step_on(enqueuer):
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(GqaStep, lengths=[(2**40, 3)], steps=3, capacity=90, is_timed=True),
+        functools.partial(MoeStep, num_tokens=3, form="4", is_timed=True),
+        functools.partial(LinearStep, num_tokens=3),
+    ],
+    ids=["gqa", "moe", "linear"],
+)
+def test_a_tactic_is_taken_from_the_next_step_on(make, enqueuer):
     """As the builder does when it times one after the other, with no change of shape between them."""
-    steps = [LinearStep(num_tokens=3, tactic=tactic) for tactic in (1, 2, 2, 1)]
-    outcomes = enqueuer([Enqueue(step) for step in steps], phase="build")
+    steps = [make(tactic=tactic) for tactic in (1, 2, 2, 1)]
+    outcomes = enqueuer([Enqueue(step, is_copied=isinstance(step, GqaStep)) for step in steps], phase="build")
     for outcome, step in zip(outcomes, steps, strict=True):
-        check_product(outcome, step)
-        assert outcome.launches[0].variant.endswith(f"-t{step.tactic}")
+        check_step(outcome, step)
+        chosen = {launch.variant[-1] for launch in outcome.launches if launch.variant[-3:-1] == "-t"}
+        assert chosen == {str(step.tactic)}
 
 
 def test_linear_workspace_of_any_gpu_and_shape_fits_what_the_profile_gave(enqueuer):
@@ -273,10 +288,11 @@ def test_workspace_of_any_gpu_and_shape_fits_what_the_profile_gave(is_int8, enqu
     make = functools.partial(GqaStep, group=5, num_kv_heads=1, capacity=2100, is_int8=is_int8)
     enqueues = [
         Enqueue(
-            make(lengths=[(7, steps)] * batch, steps=steps, sm_count=gpus[gpu].multiprocessors),
+            make(lengths=[(7, steps)] * batch, steps=steps, sm_count=gpus[gpu].multiprocessors, tactic=tactic),
             gpu=gpu,
             code=None,
         )
+        for tactic in (1, 2)
         for batch in (1, 2, 5)
         for steps, gpu in ((1, 0), (1, 1), (1, 2), (2, 0), (5, 0))
     ]
@@ -287,7 +303,12 @@ def test_workspace_of_any_gpu_and_shape_fits_what_the_profile_gave(is_int8, enqu
 
 def test_moe_workspace_of_each_shape_fits_what_the_profile_gave(enqueuer):
     for num_experts, k in ((60, 4), (3, 2), (40, 9)):
-        steps = [MoeStep(num_tokens=number, num_experts=num_experts, k=k) for number in (1, 16, 17, 64, 65, 300)]
+        sizes = {"num_experts": num_experts, "k": k}
+        steps = [
+            MoeStep(num_tokens=number, tactic=tactic, **sizes)
+            for tactic in (1, 2)
+            for number in (1, 16, 17, 64, 65, 300)
+        ]
         for outcome, step in zip(enqueuer([Enqueue(step, code=None) for step in steps]), steps, strict=True):
             assert_clean(outcome)
             assert_same_as_launch(outcome.launches, *reversed(step.prepare(CPU)))
@@ -329,6 +350,8 @@ CAPTURED = {
 def test_the_first_enqueue_of_all_may_be_captured(name, phase, enqueuer):
     """As TensorRT does when it times tactics: code is loaded without harm to the capture, and the replay is right."""
     step = CAPTURED[name]
+    if isinstance(step, MoeStep) and phase == "build":
+        step = dataclasses.replace(step, is_timed=True)
     gpus = [Gpu(multiprocessors=64)]
     first, second = enqueuer([Enqueue(step, is_captured=True)] * 2, gpus=gpus, phase=phase)
     for outcome in (first, second):
@@ -429,30 +452,47 @@ def test_present_elsewhere_than_past_is_refused(steps, is_int8, enqueuer):
     check_gqa(accepted, step)
 
 
+@pytest.mark.parametrize("capacity", [3, 40, 1200], ids=lambda slots: f"c{slots}")
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("is_int8", [False, True], ids=["same", "int8"])
-def test_the_builder_may_time_attention_with_past_and_present_apart(steps, is_int8, enqueuer):
-    """On memory of its own, with lengths that mean nothing: the layer succeeds there, and touches nothing."""
-    step = GqaStep(lengths=[(7, steps)], steps=steps, is_int8=is_int8)
-    step.tensors["cache_length"].fill_(2**40)
-    (timed,) = enqueuer([Enqueue(step, is_copied=True)], phase="build")
-    assert_clean(timed)
-    assert timed.launches == []
-    for name in ("key", "value"):
-        torch.testing.assert_close(timed.tensors[name], step.tensors[name], rtol=0, atol=0, equal_nan=True)
+def test_the_builder_times_attention_with_past_and_present_apart(is_int8, steps, capacity, enqueuer):
+    """On memory of its own, with lengths that mean nothing: those of a conversation, or of a small cache, are taken."""
+    lengths = [(2**40, steps), (-(2**62), 0), (7, -1)]
+    step = GqaStep(lengths=lengths, steps=steps, is_int8=is_int8, capacity=capacity, is_timed=True, sm_count=64)
+    for name in ("key", "value", "key_scale", "value_scale"):
+        if step.tensors[name] is not None:  # each of which is read, for the row's length is another one
+            step.tensors[name] = GqaStep(
+                lengths=[(capacity, 0)] * 3, steps=steps, is_int8=is_int8, capacity=capacity
+            ).tensors[name]
+    (timed,) = enqueuer([Enqueue(step, is_copied=True)], gpus=[Gpu(multiprocessors=64)], phase="build")
+    check_gqa(timed, step)
+    assert timed.launches[0].variant == "gqa_timed_lengths"
+    assert timed.launches[0].arguments["cached"] == min(1024, capacity - min(steps, capacity))
 
 
 @pytest.mark.parametrize("form", ["16", "8", "4z"])
 @pytest.mark.parametrize("tokens", [3, 33])
-def test_the_builder_may_time_experts_with_any_ids(tokens, form, enqueuer):
-    """The content of its inputs means nothing; each access still lies within a tensor, or the executor says so."""
+def test_the_builder_times_experts_with_any_ids(tokens, form, enqueuer):
+    """Ids that mean something are taken, others make way for some that spread over the experts."""
     shape = (tokens, 3)
-    fakes = [torch.full(shape, value, dtype=torch.int32) for value in (0, 4, -(2**31), 2**31 - 1)]
-    fakes.append(torch.randint(-3, 9, shape, dtype=torch.int32, generator=torch.Generator().manual_seed(0)))
-    steps = [MoeStep(num_tokens=tokens, num_experts=5, k=3, form=form, expert_ids=ids) for ids in fakes]
-    for outcome in enqueuer([Enqueue(step) for step in steps], phase="build"):
-        assert_clean(outcome)
-        assert outcome.launches
+    given = [torch.full(shape, value, dtype=torch.int32) for value in (0, 4, -(2**31), 2**31 - 1)]
+    given.append(torch.randint(-3, 9, shape, dtype=torch.int32, generator=torch.Generator().manual_seed(0)))
+    given.append(torch.tensor([4, 2, 3], dtype=torch.int32).repeat(tokens, 1))
+    make = functools.partial(MoeStep, num_tokens=tokens, num_experts=5, k=3, form=form, is_timed=True)
+    steps = [make(expert_ids=ids) for ids in given]
+    for outcome, step in zip(enqueuer([Enqueue(step) for step in steps], phase="build"), steps, strict=True):
+        check_product(outcome, step)
+        assert outcome.launches[0].variant == "moe_timed_ids"
+    is_replaced = [not torch.equal(step.used_ids, step.tensors["expert_ids"]) for step in steps]
+    assert is_replaced == [True] * 5 + [False]
+
+
+def test_an_engine_takes_its_ids_as_they_are(enqueuer):
+    """What the builder replaces counts as zero there."""
+    step = MoeStep(num_tokens=3, expert_ids=torch.tensor([[0, 7], [-1, 2], [1, 4]], dtype=torch.int32))
+    (outcome,) = enqueuer([Enqueue(step)])
+    check_product(outcome, step)
+    assert not any(launch.variant == "moe_timed_ids" for launch in outcome.launches)
 
 
 @pytest.mark.parametrize(

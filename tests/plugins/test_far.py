@@ -16,7 +16,7 @@ import torch
 from qwen_aot.plugins.kernels.linear_reference import LinearWeights
 from qwen_aot.plugins.kernels.moe_reference import ExpertWeights, moe_reference
 from qwen_aot.plugins.launch import Launch, gqa_launches, gqa_workspace, linear_launches, moe_launches
-from qwen_aot.plugins.variants import MOE_BLOCK_M
+from qwen_aot.plugins.variants import MOE_BLOCKS_M
 from tests.plugins.bounds import assert_close
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.gqa_cases import SM, GqaStep
@@ -167,7 +167,7 @@ def test_the_last_expert_and_the_last_tokens(form, num_tokens, place):
         "inner": sparse(num_tokens, size, dtype=torch.float16),
         "partial": sparse(num_tokens, size, dtype=torch.float32),
         "counts": torch.zeros(1, dtype=torch.int32),
-        "sorted_entries": torch.full((MOE_BLOCK_M,), num_tokens, dtype=torch.int32),
+        "sorted_entries": torch.full((MOE_BLOCKS_M[0],), num_tokens, dtype=torch.int32),
         "block_experts": torch.tensor([num_experts - 1], dtype=torch.int32),
         "num_blocks": torch.tensor([1], dtype=torch.int32),
     }
@@ -180,7 +180,7 @@ def test_the_last_expert_and_the_last_tokens(form, num_tokens, place):
         everything |= {name: part.codes, f"{name}_scale": part.scale, f"{name}_zero": part.zero}
     for launch in launches[-3:]:  # what counts and scatters reads ids alone, of which there are few
         place |= {0: num_tokens - tokens if launch.variant.kernel == "moe_sum" else 0}
-        run(launch, {"T": tokens, "blocks": 1}, everything)
+        run(launch, {"T": tokens, "padded_entries": MOE_BLOCKS_M[0]}, everything)
     of_near = torch.zeros(tokens, 1, dtype=torch.int32)
     assert_close(output[-tokens:], moe_reference(few, of_near, routing[-tokens:], **near))
 

@@ -6,14 +6,14 @@ import torch
 
 from qwen_aot.errors import BuildError
 from qwen_aot.plugins.launch import gqa_launches
-from qwen_aot.plugins.variants import CACHES, HEAD_DIMS, SMS, select
+from qwen_aot.plugins.variants import CACHES, HEAD_DIMS, SMS, TACTICS, select
 from tests.pairs import identifier, swept
 from tests.plugins.bounds import assert_close, assert_same_cache
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.gqa_cases import SM, GqaStep
 
-# Blocks: 128 queries, and 128 slots (head size 64) or 64 (head size 128) for prefill; 128 or 64 slots for decode, in
-# parts that are multiples of 128. Lengths sit on, before and after these edges; (n, 0) is an idle row.
+# Blocks: 128 queries, and 128 slots (head size 64) or 64 (head size 128) for prefill, or 64 of both; 128 or 64 slots
+# for decode, in parts that are multiples of 128. Lengths sit on, before and after these edges; (n, 0) is an idle row.
 PREFILL = {
     "dtype": ["fp16", "bf16"],
     "is_int8": [False, True],
@@ -29,6 +29,7 @@ PREFILL = {
         (128, [(0, 128)]),
         (130, [(7, 130), (191, 129)]),
     ],
+    "tactic": [1, 2],
 }
 DECODE = {
     "dtype": ["fp16", "bf16"],
@@ -37,6 +38,7 @@ DECODE = {
     "group": [1, 2, 3, 5, 7, 8, 16],
     "pasts": [[0], [1, -5, 62], [63], [64, 126], [127, 128], [255], [256, -300], [257, 511], [1023, 0, 700]],
     "sm_count": [1, 4, 64],  # one part a row, a few, many
+    "tactic": [1, 2],
 }
 
 
@@ -94,22 +96,24 @@ def test_each_norm_is_of_its_heads(name, device):
         assert_close(actual["output"], expected["output"])
 
 
-def tiles_of_other_sms() -> list[tuple[str, str, int]]:
-    """(SM, cache, head size) for each tile of prefill that `SM` doesn't have: its edges lie elsewhere."""
-    found: dict[tuple[str | int, ...], tuple[str, str, int]] = {}
+def tiles_of_other_sms() -> list[tuple[str, str, int, int]]:
+    """(SM, cache, head size, tactic) for each tile of prefill that `SM` doesn't have: its edges lie elsewhere."""
+    found: dict[tuple[str | int, ...], tuple[str, str, int, int]] = {}
     for sm in (SM, *SMS):
-        for cache, head_dim in itertools.product(CACHES, HEAD_DIMS):
-            constants = select(sm, "gqa_prefill", dtype="fp16", cache=cache, head_dim=head_dim).constants
-            found.setdefault((cache, head_dim, constants["BLOCK_M"], constants["BLOCK_N"]), (sm, cache, head_dim))
+        for cache, head_dim, tactic in itertools.product(CACHES, HEAD_DIMS, TACTICS):
+            facts = {"dtype": "fp16", "cache": cache, "head_dim": head_dim, "tactic": tactic}
+            constants = select(sm, "gqa_prefill", **facts).constants
+            tile = tuple(constants[name] for name in ("BLOCK_M", "BLOCK_N", "IS_HALVED"))
+            found.setdefault((cache, head_dim, *tile), (sm, cache, head_dim, tactic))
     return [case for case in found.values() if case[0] != SM]
 
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="another SM's tiles needn't fit this one")
-@pytest.mark.parametrize(("sm", "cache", "head_dim"), tiles_of_other_sms())
-def test_prefill_with_tiles_of_other_sms(sm, cache, head_dim, device):
+@pytest.mark.parametrize(("sm", "cache", "head_dim", "tactic"), tiles_of_other_sms())
+def test_prefill_with_tiles_of_other_sms(sm, cache, head_dim, tactic, device):
     lengths = [(62, 130), (0, 129), (65, 64), (7, 0)]
-    step = GqaStep(lengths=lengths, steps=130, head_dim=head_dim, is_int8=cache == "int8", num_kv_heads=1, sm=sm)
-    check(step, device)
+    sizes = {"head_dim": head_dim, "is_int8": cache == "int8", "num_kv_heads": 1}
+    check(GqaStep(lengths=lengths, steps=130, sm=sm, tactic=tactic, **sizes), device)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(40, 8), (64, 8), (28, 4), (9, 3)])

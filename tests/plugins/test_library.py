@@ -16,7 +16,7 @@ from qwen_aot.errors import BuildError
 from qwen_aot.extras import install_command
 from qwen_aot.plugins import kernel_table, launch, library
 from qwen_aot.plugins.library import build_library, tensorrt_headers
-from qwen_aot.plugins.variants import LINEAR_WIDEST_PROGRAM, variants
+from qwen_aot.plugins.variants import LINEAR_WIDEST_PROGRAM, TACTICS, variants
 from qwen_aot.whole_file import file_sha256
 from tests.plugins.builds import CPP_TESTS, SELECTION_SOURCES, compile_cpp_test, cpp_test_names
 from tests.shared import once
@@ -72,7 +72,7 @@ def aligned(size: int) -> int:
     return -(-size // 256) * 256
 
 
-ITEM_BYTES = {"fp16": 2, "fp32": 4, "i32": 4}
+ITEM_BYTES = {"fp16": 2, "fp32": 4, "i32": 4, "i64": 8}
 
 
 def workspace_bytes(shapes: dict[str, tuple[tuple[int, ...], str]]) -> int:
@@ -109,10 +109,14 @@ def test_workspace_of_attention_suffices_for_each_step_on_each_gpu(cpp_tests, pl
                 steps=steps,
                 num_heads=num_heads,
                 head_dim=head_dim,
-                splits=launch.num_splits(rows, num_kv_heads, capacity, num_heads // num_kv_heads, cache, sm_count),
+                splits=launch.num_splits(
+                    rows, num_kv_heads, capacity, num_heads // num_kv_heads, cache, sm_count, tactic
+                ),
                 dtype="fp16",
+                is_timed=True,
             )
         )
+        for tactic in TACTICS
         for rows in range(1, batch + 1)
         for steps in {fewest, most}
         for sm_count in (8, 128, 10_000)  # the last: as many parts as there may be
@@ -144,6 +148,7 @@ def test_workspace_of_experts_suffices_for_each_step(cpp_tests, plugin_library, 
                 hidden_size=hidden_size,
                 inner_size=inner_size,
                 dtype="fp16",
+                is_timed=True,
             )
         )
         for steps in range(fewest, most + 1)

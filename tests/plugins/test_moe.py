@@ -3,7 +3,7 @@ import torch
 
 from qwen_aot.errors import BuildError
 from qwen_aot.plugins.launch import is_moe_decode, most_blocks
-from qwen_aot.plugins.variants import MOE_BLOCK_M
+from qwen_aot.plugins.variants import MOE_BLOCKS_M, TACTICS
 from tests.pairs import identifier, swept
 from tests.plugins.bounds import assert_close
 from tests.plugins.moe_cases import MoeStep
@@ -16,6 +16,7 @@ FEW = {
     "num_tokens": [1, 2, 7, 16],
     "routing": ["random", "same", "skip"],
     "sizes": [(128, 128), (256, 128), (128, 384)],
+    "tactic": [1, 2],
 }
 MANY = {
     "dtype": ["fp16", "bf16"],
@@ -24,6 +25,7 @@ MANY = {
     "num_tokens": [17, 64, 65, 130],
     "routing": ["random", "same", "skip"],
     "sizes": [(128, 128), (256, 128), (128, 384)],
+    "tactic": [1, 2],
 }
 
 
@@ -70,12 +72,14 @@ def test_result_is_the_same_bit_for_bit(device):
     assert torch.equal(step.run(device), step.run(device))
 
 
+@pytest.mark.parametrize("tactic", TACTICS)
 @pytest.mark.parametrize(
     ("num_experts", "k", "num_tokens", "routing"),
     [(60, 4, 40, "random"), (2, 1, 64, "same"), (3, 2, 1100, "random"), (1500, 1, 17, "random")],
 )
-def test_blocks(num_experts, k, num_tokens, routing, device):
-    step = MoeStep(num_tokens=num_tokens, num_experts=num_experts, k=k, routing=routing)
+def test_blocks(num_experts, k, num_tokens, routing, tactic, device):
+    step = MoeStep(num_tokens=num_tokens, num_experts=num_experts, k=k, routing=routing, tactic=tactic)
+    block_m = MOE_BLOCKS_M[tactic - 1]
     # Experts of 128 · 128 weights would be slow to make for 1500 of them, and the grouping reads none.
     tensors, launches = step.prepare(device)
     for launch in launches[:2]:
@@ -85,13 +89,14 @@ def test_blocks(num_experts, k, num_tokens, routing, device):
     for expert in range(num_experts):
         entries = [entry for entry, of in enumerate(ids) if of == expert]
         while entries:
-            block, entries = entries[:MOE_BLOCK_M], entries[MOE_BLOCK_M:]
-            expected.append((expert, block + [len(ids)] * (MOE_BLOCK_M - len(block))))
+            block, entries = entries[:block_m], entries[block_m:]
+            expected.append((expert, block + [len(ids)] * (block_m - len(block))))
     count = int(tensors["num_blocks"])
-    assert count == len(expected) <= most_blocks(len(ids), num_experts)
+    assert count == len(expected) <= most_blocks(len(ids), num_experts, block_m)
     assert tensors["block_experts"][:count].tolist() == [expert for expert, _ in expected]
-    assert tensors["sorted_entries"].view(-1, MOE_BLOCK_M)[:count].tolist() == [block for _, block in expected]
+    assert tensors["sorted_entries"][: count * block_m].view(-1, block_m).tolist() == [block for _, block in expected]
     assert (tensors["block_experts"][count:] == -1).all()  # nothing beyond is written
+    assert (tensors["sorted_entries"][count * block_m :] == -1).all()
 
 
 def test_sizes_that_are_not_whole_blocks_are_refused():

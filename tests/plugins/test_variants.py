@@ -12,7 +12,7 @@ from qwen_aot.plugins.variants import (
     HEAD_DIMS,
     LINEAR_BLOCKS,
     LINEAR_ROW_MULTIPLE,
-    MOE_BLOCK_M,
+    MOE_BLOCKS_M,
     QUANT_BLOCK,
     SHARED_BYTES,
     SIZE_MULTIPLE,
@@ -21,7 +21,8 @@ from qwen_aot.plugins.variants import (
     TACTICS,
     TILES,
     Variant,
-    num_tactics,
+    expert_tactics,
+    linear_tactics,
     select,
     variants,
 )
@@ -30,7 +31,7 @@ from qwen_aot.plugins.variants import (
 @pytest.mark.parametrize("sm", SMS)
 def test_few_variants_with_names_of_their_own(sm):
     listed = variants(sm)
-    assert len({variant.name for variant in listed}) == len(listed) <= 92
+    assert len({variant.name for variant in listed}) == len(listed) <= 122
     assert {variant.kernel for variant in listed} == set(KERNELS)
 
 
@@ -66,7 +67,10 @@ def test_tiles_divide_what_the_kernels_leave_unmasked(sm):
         if variant.kernel.startswith("linear") and variant.kernel != "linear_reduce":
             assert constants["BLOCK_N"] % LINEAR_ROW_MULTIPLE == 0
         if variant.kernel in ("moe_gate_up", "moe_down"):
-            assert constants["BLOCK_M"] == MOE_BLOCK_M
+            assert constants["BLOCK_M"] in MOE_BLOCKS_M
+            other = {"moe_gate_up": "moe_down", "moe_down": "moe_gate_up"}[variant.kernel]
+            both = select(sm, other, **{"has_zeros": 0, "tactic": TACTICS[0], **variant.match})
+            assert both.constants["BLOCK_M"] == constants["BLOCK_M"]  # what `moe_scatter` made serves both
         if variant.kernel == "gqa_decode":
             assert 128 % constants["BLOCK_N"] == 0  # parts start at multiples of 128
 
@@ -98,7 +102,33 @@ def test_every_tactic_of_a_projection_has_one_variant_on_every_sm(sm, dtype, ker
             assert len(serving) == 1
             assert serving[0].constants["HAS_ZEROS"] >= has_zeros
             found.append(serving[0])
-        assert len(set(map(lambda variant: variant.name, found))) == num_tactics(bits, blocks, bool(has_zeros))
+        assert len(set(map(lambda variant: variant.name, found))) == linear_tactics(bits, blocks, bool(has_zeros))
+
+
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("kernel", ["moe_gate_up", "moe_down", "moe_decode_gate_up", "moe_decode_down"])
+def test_every_tactic_of_experts_has_one_variant_on_every_sm(sm, dtype, kernel):
+    for bits, has_zeros in ((16, 0), (8, 0), (4, 0), (4, 1)):
+        found = set()
+        for tactic in TACTICS[: expert_tactics(bool(has_zeros))]:
+            request = {"dtype": dtype, "weight_bits": bits, "has_zeros": has_zeros, "tactic": tactic}
+            (serving,) = (variant for variant in variants(sm) if variant.kernel == kernel and variant.serves(request))
+            found.add((serving.constants["BLOCK_M"], serving.num_stages))
+        assert len(found) == expert_tactics(bool(has_zeros))
+
+
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize("cache", ["same", "int8"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_tactic_of_prefill_has_one_variant_on_every_sm(sm, cache, head_dim):
+    """Those over an int8 cache share it."""
+    found = set()
+    for tactic in TACTICS:
+        request = {"dtype": "bf16", "cache": cache, "head_dim": head_dim, "tactic": tactic}
+        (serving,) = (v for v in variants(sm) if v.kernel == "gqa_prefill" and v.serves(request))
+        found.add(serving.constants["BLOCK_M"])
+    assert len(found) == (1 if cache == "int8" else len(TACTICS))
 
 
 def test_grid_rounds_up():

@@ -23,6 +23,7 @@ from qwen_aot.plugins.signatures import KERNELS
 from qwen_aot.plugins.variants import FAMILIES, SHARED_BYTES
 from tests.plugins import interpreter
 from tests.plugins.driver.compiled import CompiledKernels
+from tests.plugins.gqa_cases import TIMED
 from tests.plugins.ptx.interpreter import Counts, Range
 
 LAUNCH_FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED
@@ -116,9 +117,10 @@ class Memory:
         for name, region in self.tensors.items():
             if address == region.address:
                 return name
-        name = argument.removesuffix("_ptr")
-        assert name in self.buffer_bytes, f"{argument} points to no tensor's start, and the workspace has no {name}"
-        buffer = Region(address, self.buffer_bytes[name])
+        part = argument.removesuffix("_ptr")
+        assert part in self.buffer_bytes, f"{argument} points to no tensor's start, and the workspace has no {part}"
+        buffer = Region(address, self.buffer_bytes[part])
+        name = TIMED * (part in self.tensors) + part
         assert self.workspace.address <= address and buffer.end <= self.workspace.end, (
             f"{name}, {buffer.bytes} bytes at {address - self.workspace.address} of the workspace, doesn't lie in its"
             f" {self.workspace.bytes} bytes"

@@ -92,19 +92,22 @@ def check(costs: list[Cost], launches: list[Launch], tensors: dict[str, torch.Te
 
 
 @pytest.mark.parametrize(
-    ("new", "cached", "group", "head_dim", "is_int8", "batch"),
+    ("new", "cached", "group", "head_dim", "is_int8", "batch", "tactic"),
     [
-        (1, 700, 1, 64, False, 2),
-        (1, 1500, 5, 128, True, 1),
-        (1, 511, 16, 64, True, 2),
-        (1, 1023, 3, 128, False, 1),
-        (130, 0, 2, 64, False, 1),
-        (70, 301, 1, 128, True, 2),
-        (200, 90, 5, 128, False, 1),
-        (64, 64, 2, 64, True, 1),
+        (1, 700, 1, 64, False, 2, 1),
+        (1, 700, 1, 64, False, 1, 2),
+        (1, 1500, 5, 128, True, 1, 1),
+        (1, 511, 16, 64, True, 2, 2),
+        (1, 1023, 3, 128, False, 1, 1),
+        (130, 0, 2, 64, False, 1, 1),
+        (130, 70, 2, 64, False, 1, 2),
+        (70, 301, 1, 128, True, 2, 2),
+        (200, 90, 5, 128, False, 1, 1),
+        (200, 90, 2, 128, False, 1, 2),
+        (64, 64, 2, 64, True, 1, 1),
     ],
 )
-def test_attention(new, cached, group, head_dim, is_int8, batch):
+def test_attention(new, cached, group, head_dim, is_int8, batch, tactic):
     step = GqaStep(
         lengths=[(cached, new)] * batch,
         steps=new,
@@ -114,6 +117,7 @@ def test_attention(new, cached, group, head_dim, is_int8, batch):
         head_dim=head_dim,
         capacity=4096,
         sm_count=20,
+        tactic=tactic,
     )
     tensors, launches = step.prepare(CPU)
     costs = attention_costs(
@@ -127,16 +131,22 @@ def test_attention(new, cached, group, head_dim, is_int8, batch):
         cached=cached,
         capacity=4096,
         cache="int8" if is_int8 else "same",
+        tactic=tactic,
     )
     check(costs, launches, tensors)
 
 
-@pytest.mark.parametrize(("form", "num_tokens"), [("16", 1), ("8", 5), ("4", 5), ("4z", 5), ("16", 80), ("4z", 80)])
-def test_experts(form, num_tokens):
+EXPERTS = [
+    # form, T, tactic
+    *(("16", 1, 1), ("8", 5, 2), ("4", 5, 1), ("4z", 5, 1), ("16", 80, 1), ("4z", 80, 1), ("8", 80, 2), ("4", 80, 2)),
+]
+
+
+@pytest.mark.parametrize(("form", "num_tokens", "tactic"), EXPERTS)
+def test_experts(form, num_tokens, tactic):
     hidden_size, inner_size, num_experts, k = 256, 384, 6, 2
-    step = MoeStep(
-        num_tokens=num_tokens, num_experts=num_experts, k=k, hidden_size=hidden_size, inner_size=inner_size, form=form
-    )
+    sizes = {"hidden_size": hidden_size, "inner_size": inner_size, "tactic": tactic}
+    step = MoeStep(num_tokens=num_tokens, num_experts=num_experts, k=k, form=form, **sizes)
     tensors, launches = step.prepare(CPU)
     counts = torch.bincount(step.tensors["expert_ids"].flatten().long(), minlength=num_experts).tolist()
     costs = expert_costs(
@@ -144,8 +154,7 @@ def test_experts(form, num_tokens):
         counts=counts,
         num_tokens=num_tokens,
         k=k,
-        hidden_size=hidden_size,
-        inner_size=inner_size,
+        **sizes,
         bits=int(form[:2].rstrip("z")),
         has_zeros=form == "4z",
     )

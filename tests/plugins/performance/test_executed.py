@@ -49,20 +49,22 @@ def check(costs: list[Cost], counts: dict[str, Counts]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("new", "cached", "group", "head_dim", "is_int8", "batch"),
+    ("new", "cached", "group", "head_dim", "is_int8", "batch", "tactic"),
     [
-        (1, 700, 1, 64, False, 2),
-        (1, 1500, 5, 128, True, 1),
-        (1, 511, 16, 64, True, 2),
-        (130, 0, 2, 64, False, 1),
-        (70, 301, 1, 128, True, 2),
-        (200, 90, 5, 128, False, 1),
+        (1, 700, 1, 64, False, 2, 1),
+        (1, 1500, 5, 128, True, 1, 1),
+        (1, 511, 16, 64, True, 2, 2),
+        (130, 0, 2, 64, False, 1, 1),
+        (130, 70, 1, 64, False, 1, 2),
+        (70, 301, 1, 128, True, 2, 1),
+        (200, 90, 5, 128, False, 1, 1),
+        (200, 90, 1, 128, False, 1, 2),
     ],
 )
 def test_attention(
-    new: int, cached: int, group: int, head_dim: int, is_int8: bool, batch: int, compiled: CompiledSteps
+    new: int, cached: int, group: int, head_dim: int, is_int8: bool, batch: int, tactic: int, compiled: CompiledSteps
 ) -> None:
-    heads = {"num_kv_heads": 2, "head_dim": head_dim, "capacity": 4096}
+    heads = {"num_kv_heads": 2, "head_dim": head_dim, "capacity": 4096, "tactic": tactic}
     lengths = [(cached, new)] * batch
     step = GqaStep(lengths=lengths, steps=new, group=group, is_int8=is_int8, sm_count=20, sm=SM, **heads)
     costs = attention_costs(
@@ -78,9 +80,12 @@ def test_attention(
     check(costs, compiled.run(step)[1])
 
 
-@pytest.mark.parametrize(("form", "num_tokens"), [("16", 1), ("8", 5), ("4z", 5), ("16", 80), ("4z", 80)])
-def test_experts(form: str, num_tokens: int, compiled: CompiledSteps) -> None:
-    sizes = {"hidden_size": 256, "inner_size": 384}
+@pytest.mark.parametrize(
+    ("form", "num_tokens", "tactic"),
+    [("16", 1, 1), ("8", 5, 2), ("4z", 5, 1), ("16", 80, 1), ("4z", 80, 1), ("16", 80, 2), ("4", 80, 2)],
+)
+def test_experts(form: str, num_tokens: int, tactic: int, compiled: CompiledSteps) -> None:
+    sizes = {"hidden_size": 256, "inner_size": 384, "tactic": tactic}
     step = MoeStep(num_tokens=num_tokens, num_experts=6, k=2, form=form, sm=SM, **sizes)
     costs = expert_costs(
         SM,

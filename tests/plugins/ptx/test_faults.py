@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.device import check
@@ -21,12 +22,14 @@ if not IS_INTERPRETED:
 
 SM = "8.9"  # of the library that is built anyway
 
-PREFILL, PREFILL_INT8 = "gqa_prefill-fp16-same-d64", "gqa_prefill-fp16-int8-d64"
+PREFILL, PREFILL_INT8 = "gqa_prefill-fp16-same-d64-t1", "gqa_prefill-fp16-int8-d64"
 DECODE, DECODE_ONE = "gqa_decode-fp16-same-d64-g2_16", "gqa_decode-fp16-same-d64-g1_1"
 REDUCE, ROTATE_INT8 = "gqa_reduce-fp16-d64_128", "gqa_rotate-fp16-int8-d64_128"
 ROTATE = "gqa_rotate-fp16-same-d64_128"
-GATE_UP, GATE_UP_INT4, DOWN_INT4 = "moe_gate_up-fp16-w16", "moe_gate_up-fp16-w4-z1", "moe_down-fp16-w4-z1"
-FEW_INT8 = "moe_decode_gate_up-fp16-w8"
+GATE_UP, GATE_UP_INT4, DOWN_INT4 = "moe_gate_up-fp16-w16-t1", "moe_gate_up-fp16-w4-z1", "moe_down-fp16-w4-z1"
+HALVED, BLOCKS_OF_32 = "gqa_prefill-fp16-same-d128-t2", "moe_down-fp16-w4-z0-t2"
+TIMED_LENGTHS, TIMED_IDS = "gqa_timed_lengths", "moe_timed_ids"
+FEW_INT8 = "moe_decode_gate_up-fp16-w8-t1"
 SCATTER = "moe_scatter"
 LINEAR_FEW, LINEAR_MANY = "linear_decode-fp16-w4-z0-large-t1", "linear_prefill-fp16-w8-large-t1"
 LINEAR_ZEROS, LINEAR_REDUCE = "linear_decode-fp16-w4-small", "linear_reduce-fp16"
@@ -35,6 +38,8 @@ LINEAR_ZEROS, LINEAR_REDUCE = "linear_decode-fp16-w4-small", "linear_reduce-fp16
 STEPS = {
     PREFILL: GqaStep(lengths=[(47, 9), (130, 150)], steps=150, num_kv_heads=1),
     PREFILL_INT8: GqaStep(lengths=[(47, 9), (130, 150)], steps=150, num_kv_heads=1, is_int8=True),
+    HALVED: GqaStep(lengths=[(47, 9), (3, 70)], steps=70, num_kv_heads=1, head_dim=128, tactic=2),
+    TIMED_LENGTHS: GqaStep(lengths=[(2**40, 1), (2**40, 0)], steps=1, capacity=1200, is_timed=True),
     DECODE: GqaStep(lengths=[(700, 1), (5, 1), (63, 0)], steps=1, num_kv_heads=1, group=3, sm_count=64),
     DECODE_ONE: GqaStep(lengths=[(700, 1), (5, 1), (63, 0)], steps=1, num_kv_heads=1, sm_count=64),
     REDUCE: GqaStep(lengths=[(700, 1), (5, 1)], steps=1, num_kv_heads=1, group=3, sm_count=64),
@@ -43,6 +48,8 @@ STEPS = {
     GATE_UP: MoeStep(num_tokens=80, num_experts=1, k=1, hidden_size=256),
     GATE_UP_INT4: MoeStep(num_tokens=80, num_experts=1, k=1, hidden_size=256, form="4z"),
     DOWN_INT4: MoeStep(num_tokens=80, num_experts=1, k=1, inner_size=256, form="4z"),
+    BLOCKS_OF_32: MoeStep(num_tokens=80, num_experts=1, k=1, inner_size=256, form="4", tactic=2),
+    TIMED_IDS: MoeStep(3, k=3, expert_ids=torch.tensor([[4, 1, 3], [0, 2, 2], [0, 5, 1]]).int(), is_timed=True),
     FEW_INT8: MoeStep(num_tokens=5, num_experts=3, hidden_size=512, form="8"),
     SCATTER: MoeStep(num_tokens=300, num_experts=40),
     LINEAR_FEW: LinearStep(num_tokens=5, rows=80, columns=640, has_bias=True, sm=SM),
@@ -131,6 +138,14 @@ FAULTS = {
     "a scale that isn't used": Fault(
         DOWN_INT4, r"fma\.rn\.f32 \t(%r\d+), %r\d+, (%r\d+)", r"fma.rn.f32 \t\1, 0f3F800000, \2", WRONG
     ),
+    "the other half of values, not stored": Fault(HALVED, r"\t@%p\d+ st\.global\.v4.*\n", "", WRONG, -1),
+    "the next row of a half": Fault(HALVED, r"(trans\S+ \{.*\}), \[(%r\d+)\]", r"\1, [\2+128]", WRONG),
+    "an int4 code's mask, in blocks of 32": Fault(BLOCKS_OF_32, "0xf0f0f0f0", "0x70f0f0f0", WRONG),
+    "another length than is timed": Fault(TIMED_LENGTHS, r"(@%p9 st\S+ \[.*\], \{ )%rd10", r"\1%rd1", WRONG),
+    "lengths of more rows": Fault(TIMED_LENGTHS, r"@%p10 ", "", STRAY),
+    "an id that isn't an expert's": Fault(TIMED_IDS, r"setp\.lt\.s32 (\t%p3)", r"setp.ge.s32 \1", f"{WRONG}|{STRAY}"),
+    "an id that comes twice": Fault(TIMED_IDS, r"setp\.ne\.b32 (\t%p6)", r"setp.eq.b32 \1", WRONG),
+    "another expert in turn": Fault(TIMED_IDS, r"rem\.s32", "sub.s32", f"{WRONG}|{STRAY}"),
     "another rounding of codes": Fault(ROTATE_INT8, r"(add\.f32 \t%r\d+, %r\d+), 0fCB400000", r"\1, 0fCB400001", WRONG),
     "a part that isn't counted": Fault(REDUCE, r"setp\.lt\.s32", "setp.gt.s32", WRONG, 2),
     "a sum that lacks a neighbour's": Fault(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -282,7 +283,20 @@ COMPARISONS = {
     "gt": np.greater,
     "ge": np.greater_equal,
 }
-SETP = ["eq.f32", "eq.b32", "ne.b16", "ne.b32", "ne.b64", "gt.f32", "gt.s32", "gt.s64", "gt.u32", "ge.s32", "le.s32"]
+SETP = [
+    "eq.f32",
+    "eq.b32",
+    "eq.b64",
+    "ne.b16",
+    "ne.b32",
+    "ne.b64",
+    "gt.f32",
+    "gt.s32",
+    "gt.s64",
+    "gt.u32",
+    "ge.s32",
+    "le.s32",
+]
 SETP += ["lt.f32", "lt.s32", "lt.s64", "lt.u32", "lt.u64"]
 BY_TYPE = {"f32": FLOATS, "b16": U16, "b32": U32, "b64": U64, "s32": I32, "s64": I64, "u32": U32, "u64": U64}
 
@@ -329,6 +343,7 @@ CASES = [
     Case("mad.wide.s32", crossed(I32, I32, I64), each(lambda a, b, c: a * b + c, np.int64), np.int64),
     Case("mad.wide.u32", crossed(U32, U32, U64), each(lambda a, b, c: a * b + c, np.uint64), np.uint64),
     Case("div.s32", crossed(I32, I32[I32 != 0]), each(quotient, np.int32), np.int32),
+    Case("rem.s32", crossed(I32, I32[I32 != 0]), each(lambda a, b: a - b * quotient(a, b), np.int32), np.int32),
     Case("min.s32", crossed(I32, I32), np.minimum, np.int32),
     Case("max.s32", crossed(I32, I32), np.maximum, np.int32),
     Case("and.b16", crossed(U16, U16), np.bitwise_and, np.uint16),
@@ -488,15 +503,16 @@ def test_splitting(interpreter: Interpreter) -> None:
 
 
 def test_division_by_zero_is_an_error(interpreter: Interpreter) -> None:
-    with pytest.raises(Exception, match=r"div\.s32 .*divided by zero"):
-        run_lanes(interpreter, "div.s32 d, a, b;", [I32[:2], np.zeros(2, np.int32)], [np.int32])
+    for form in ("div.s32", "rem.s32"):
+        with pytest.raises(Exception, match=rf"{re.escape(form)} .*divided by zero"):
+            run_lanes(interpreter, f"{form} d, a, b;", [I32[:2], np.zeros(2, np.int32)], [np.int32])
 
 
 # Memory.
 
 LOADS = ["b8", "b16", "b32", "b64", "v4.b32"]
 SHARED_LOADS = ["b8", "b16", "b32", "b64", "v2.b16", "v2.b32", "v2.b64", "v4.b16", "v4.b32"]
-STORES = ["b16", "b32", "v2.b32", "v4.b32"]
+STORES = ["b16", "b32", "b64", "v2.b32", "v4.b32"]
 SHARED_STORES = ["b16", "b32", "v2.b8", "v2.b32", "v2.b64", "v4.b32"]
 
 

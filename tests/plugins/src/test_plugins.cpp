@@ -9,6 +9,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <set>
 
 using nvinfer1::DataType;
 using nvinfer1::DynamicPluginTensorDesc;
@@ -469,8 +470,9 @@ TEST(tactics_are_offered_where_there_is_a_choice)
                 return attribute.first == field;
             })->second;
         };
-        bool const has_choice = of.name == "QwenLinear" && value("has_zeros") == 0
-            && (value("group_size") == 128 || value("group_size") == -1);
+        bool const has_choice = of.name == "QwenGQA"
+            || (value("has_zeros") == 0
+                && (of.name == "QwenMoE" || value("group_size") == 128 || value("group_size") == -1));
         std::vector<int32_t> tactics(static_cast<size_t>(build.getNbTactics()), -1);
         CHECK(tactics.size() == (has_choice ? 2U : 0U));
         CHECK(build.getValidTactics(tactics.data(), static_cast<int32_t>(tactics.size())) == 0);
@@ -478,6 +480,22 @@ TEST(tactics_are_offered_where_there_is_a_choice)
         CHECK(build.getValidTactics(tactics.data(), 7) != 0);
         CHECK(has(last_error(), "7 tactics were asked for"));
     }
+}
+
+TEST(what_was_timed_is_known_again_by_attributes_and_kernels)
+{
+    std::set<std::string> found;
+    for (Case const& of : all_cases())
+    {
+        auto const plugin = create(of.name, of.attributes);
+        auto const again = create(of.name, of.attributes);
+        std::unique_ptr<nvinfer1::IPluginV3> const clone(plugin->clone());
+        std::string const id = build_of(*plugin).getTimingCacheID();
+        CHECK(has(id, "kernels ") && id.find("kernels ") + 24 == id.size()); // 16 digits of a digest
+        CHECK(id == build_of(*again).getTimingCacheID() && id == build_of(*clone).getTimingCacheID());
+        found.insert(id);
+    }
+    CHECK(found.size() == all_cases().size() / 2); // of fp16 and bf16, which TensorRT tells apart by itself
 }
 
 TEST(a_tactic_that_the_library_does_not_know_is_refused)

@@ -207,6 +207,13 @@ int32_t divide_integers(int32_t a, int32_t b)
     return b == -1 ? subtract(0, a) : a / b;
 }
 
+int32_t remainder_of_integers(int32_t a, int32_t b)
+{
+    if (b == 0)
+        throw Trap("an integer is divided by zero");
+    return b == -1 ? 0 : a % b;
+}
+
 float divide(float a, float b)
 {
     return canonical(a / b);
@@ -744,6 +751,7 @@ constexpr Form kForms[] = {
     lanes<divide>("div.full.f32"),
     lanes<divide_approximately>("div.approx.f32"),
     lanes<divide_integers>("div.s32"),
+    lanes<remainder_of_integers>("rem.s32"),
     lanes<exponential>("ex2.approx.f32"),
     lanes<exponential_flushed>("ex2.approx.ftz.f32"),
     lanes<fused_multiply_add_short<BFloat>>("fma.rn.bf16"),
@@ -789,6 +797,7 @@ constexpr Form kForms[] = {
     lanes<select<float>>("selp.f32"),
     lanes<is_equal<float>>("setp.eq.f32"),
     lanes<is_equal<uint32_t>>("setp.eq.b32"),
+    lanes<is_equal<uint64_t>>("setp.eq.b64"),
     lanes<is_unequal<uint16_t>>("setp.ne.b16"),
     lanes<is_unequal<uint32_t>>("setp.ne.b32"),
     lanes<is_unequal<uint64_t>>("setp.ne.b64"),
@@ -838,6 +847,7 @@ constexpr Form kForms[] = {
     load_form<Space::shared, uint32_t, 4>("ld.shared.v4.b32"),
     store_form<Space::global, uint16_t, 1>("st.global.b16"),
     store_form<Space::global, uint32_t, 1>("st.global.b32"),
+    store_form<Space::global, uint64_t, 1>("st.global.b64"),
     store_form<Space::global, uint32_t, 2>("st.global.v2.b32"),
     store_form<Space::global, uint32_t, 4>("st.global.v4.b32"),
     store_form<Space::shared, uint16_t, 1>("st.shared.b16"),
