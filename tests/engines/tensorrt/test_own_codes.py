@@ -113,6 +113,36 @@ def test_products_of_codes_are_compiled(
     assert scaled == {0.0625 * units[code_type]}
 
 
+@pytest.mark.parametrize(("code_type", "read"), [(CodeType.INTEGER, "int8"), (CodeType.E4M3, "float8_e4m3")])
+def test_products_of_codes_beside_experts_in_fp16_are_compiled(code_type: CodeType, read: str, tmp_path: Path) -> None:
+    """W8A8 of a mixture of experts as `quantize` makes it: the plan names both, and what each reads."""
+
+    def all_but_experts(name: str) -> Coding | None:
+        coding = Coding(8, WHOLE_ROW, input_scale=0.0625, code_type=code_type)
+        return coding if LINEAR.search(name) and ".experts." not in name else None
+
+    moe = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
+    source = CodedCheckpoint(all_but_experts, hidden=128, layers=1, moe=moe)
+    build_bundle(source, SPEC, tmp_path / "b")
+    text, storage = load_bundle(tmp_path / "b").manifest.engines.text, storage_of(source)
+    planned = footprint(source.config, settled(SPEC, storage), storage).weight_bytes
+    assert text.tensorrt is not None and text.tensorrt.weight_bytes == pytest.approx(planned, rel=0.05)
+    assert text.precision == {CodeType.INTEGER: "int8", CodeType.E4M3: "fp8"}[code_type]
+    assert text.plan is not None
+    read_by = {
+        "self_attn.qkv_proj.weight": read,
+        "self_attn.o_proj.weight": read,
+        "mlp.shared_expert.gate_up_proj.weight": read,
+        "mlp.shared_expert.down_proj.weight": read,
+        "mlp.experts_gate_up": "float16",
+        "mlp.experts_down": "float16",
+    }
+    for step in text.plan.values():
+        products = {each.name.removeprefix("model.layers.0."): each for each in step.matrix_products}
+        for name, wanted in read_by.items():
+            assert (products[name].left, products[name].right) == (wanted, wanted)
+
+
 def test_sums_of_codes_are_not_written_unscaled(tmp_path: Path) -> None:
     """The negative control: a row's scales in front of the product are moved behind it, where fp16 has overflowed."""
     rng = np.random.default_rng(0)

@@ -32,6 +32,7 @@ from qwen_aot.exporter.weights.stitch import stitch
 from tests.checkpoints import reference_logits
 from tests.exporter.checkpoint.hf.quantized import test_float_quantized
 from tests.exporter.checkpoint.hf.quantized.test_int_quantized import UP, save
+from tests.exporter.checkpoint.test_formats import load
 from tests.exporter.stepper import Stepper
 from tests.quantized_files import Saved, load_tensors
 
@@ -66,18 +67,13 @@ def rounding_model(saved: Saved, *, rounds: bool = True) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(saved.folder)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    state = {}
+    values = {}
     for name, array in stored.items():
         if array.dtype.itemsize == 1:
-            state[name] = torch.from_numpy(array.astype(np.float32)) * torch.from_numpy(
-                stored[f"{name}_scale"].astype(np.float32)
-            )
-        elif not name.endswith(("_scale",)):
-            state[name] = torch.from_numpy(array.astype(np.float32))
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
+            values[name] = array.astype(np.float32) * stored[f"{name}_scale"].astype(np.float32)
+        elif not name.endswith("_scale"):
+            values[name] = array.astype(np.float32)
+    load(model, values)
 
     def read(scale: float, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         return (torch.round(inputs[0] / scale).clamp(-128, 127) * scale,)
@@ -111,10 +107,19 @@ def _differences(model: PreTrainedModel, onnx_file: Path) -> np.ndarray:
 
 
 SOME: dict[str, Any] = {"names": ("q_proj", "k_proj", "v_proj", "up_proj", "gate_proj", "down_proj")}  # o stays plain
+EXPERTS: dict[str, Any] = {  # of which none is rounded, as `quantize` leaves them; nor is the shared one here
+    "names": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "moe": {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 64},
+    "hidden": 128,
+}
 
 
 @pytest.mark.parametrize(("kind", "lowering"), EACH)
-@pytest.mark.parametrize("facts", [{}, {"layers": 2, "kv_heads": 4}, SOME], ids=["all", "two layers", "o plain"])
+@pytest.mark.parametrize(
+    "facts",
+    [{}, {"layers": 2, "kv_heads": 4}, SOME, EXPERTS],
+    ids=["all", "two layers", "o plain", "experts plain"],
+)
 def test_inputs_are_rounded_as_the_checkpoint_says(
     kind: str, lowering: str, facts: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,24 +24,6 @@ FEW_ROWS = 4  # up to so many, and beyond, sums are made in another order (`kFew
 Array = np.ndarray
 VARIABLE = "QWEN_AOT_CPU_INSTRUCTIONS"
 WEIGHTS = ("copied", "mapped")  # of QWEN_AOT_CPU_WEIGHTS: packed, or as they are given
-
-_NEEDED = {
-    "avx2": {"avx2", "fma", "f16c"},
-    "avx_vnni": {"avx2", "fma", "f16c", "avx_vnni"},
-    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
-    "avx512_vnni": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
-    "neon": {"asimd"},
-    "neon_dot": {"asimd", "asimddp"},
-}
-
-
-def _paths() -> list[str]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    flags = next((set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set())
-    return ["portable", *(name for name, needed in _NEEDED.items() if needed <= flags)]
-
-
-PATHS = _paths() if platform.system() == "Linux" else ["portable"]  # sets of instructions that this CPU executes
 
 
 @dataclass(frozen=True, slots=True)

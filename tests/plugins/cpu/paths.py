@@ -5,18 +5,23 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-FLAGS = {
+_NEEDED = {
     "avx2": {"avx2", "fma", "f16c"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx_vnni": {"avx2", "fma", "f16c", "avx_vnni"},
+    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_vnni": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
+    "neon": {"asimd"},
+    "neon_dot": {"asimd", "asimddp"},
 }
 
 
-def _executable() -> list[str]:
-    if platform.machine() == "aarch64":
-        return ["portable", "neon"]
-    info = Path("/proc/cpuinfo").read_text()
-    flags = set(next((line for line in info.splitlines() if line.startswith("flags")), "").split())
-    return ["portable", *(name for name, needed in FLAGS.items() if needed <= flags)]
+def _paths() -> list[str]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set())
+    return ["portable", *(name for name, needed in _NEEDED.items() if needed <= flags)]
 
 
-PATHS = _executable()
+PATHS = _paths() if platform.system() == "Linux" else ["portable"]
+ATTENTION_PATHS = [
+    path for path in PATHS if path in ("portable", "avx2", "avx512", "neon")
+]  # that attention tells apart

@@ -33,7 +33,8 @@ from tests.plugins.cpu.attention import (
     stock_codes,
     sweep,
 )
-from tests.plugins.cpu.paths import PATHS
+from tests.plugins.cpu.copies import replace_in
+from tests.plugins.cpu.paths import ATTENTION_PATHS
 from tests.tools import require_tool
 
 
@@ -48,7 +49,7 @@ class Kernels:
         return self.process.submit(attend, self.library, step, **options).result()
 
 
-@pytest.fixture(scope="module", params=PATHS)
+@pytest.fixture(scope="module", params=ATTENTION_PATHS)
 def kernels(request: pytest.FixtureRequest, library: Path) -> Iterator[Kernels]:
     with process_of(request.param) as process:
         yield Kernels(library, process)
@@ -374,12 +375,10 @@ def test_a_seeded_fault_is_noticed(fault: str, tmp_path: Path, monkeypatch: pyte
     file, right, wrong = FAULTS[fault]
     sources = tmp_path / "src"
     shutil.copytree(build.SOURCES, sources)
-    text = (sources / file).read_text()
-    assert text.count(right) == 1, "the fault's place is gone"
-    (sources / file).write_text(text.replace(right, wrong))
+    replace_in(sources / file, right, wrong)
     monkeypatch.setattr(build, "SOURCES", sources)
     library = build.build_library(tmp_path / build.FILE_NAME, flags=["-O1"])  # a third of the time of -O3
-    for path in PATHS:
+    for path in ATTENTION_PATHS:
         with process_of(path) as process:
             results = [process.submit(attend, library, step).result() for step in sweep()]
         with pytest.raises(AssertionError):
@@ -422,13 +421,11 @@ def test_sanitizers_find_nothing_but_a_seeded_fault(
     sources = tmp_path / "src"
     shutil.copytree(build.SOURCES, sources)
     if is_faulty:
-        text = (sources / "attention_tile.h").read_text()
         right = "is_part ? V::load_part(values, rest) : V::load"
-        assert text.count(right) == 1, "the fault's place is gone"
-        (sources / "attention_tile.h").write_text(text.replace(right, "V::load"))
+        replace_in(sources / "attention_tile.h", right, "V::load")
     monkeypatch.setattr(build, "SOURCES", sources)
     library = build.build_library(tmp_path / build.FILE_NAME, flags=SANITIZERS)
-    for path in PATHS:
+    for path in ATTENTION_PATHS:
         done = _sanitized(library, path)
         if is_faulty:
             assert done.returncode != 0
