@@ -90,12 +90,6 @@ KERNELS = {
             ((("B", "S"), 1), (("all_heads",), "HEADS")),
         ),
         Kernel(
-            "gqa_timed_lengths",
-            "qwen_aot.plugins.kernels.timed",
-            (*_pointers("position_ids", to="i64"), *_LENGTHS, *_sizes("num_rows", "S", "cached", "added")),
-            ((("B", "S"), "BLOCK"),),
-        ),
-        Kernel(
             "gqa_prefill",
             "qwen_aot.plugins.kernels.gqa_prefill",
             (
@@ -136,6 +130,12 @@ KERNELS = {
                 *_sizes("num_splits", "min_split"),
             ),
             ((("H",), 1), (("B",), 1)),
+        ),
+        Kernel(
+            "gqa_timed_lengths",
+            "qwen_aot.plugins.kernels.timed",
+            (*_pointers("position_ids", to="i64"), *_LENGTHS, *_sizes("num_rows", "S", "cached", "added")),
+            ((("B", "S"), "BLOCK"),),
         ),
         Kernel(
             "moe_timed_ids",

@@ -186,6 +186,7 @@ SOURCES = {
     "gqa_decode": {"gqa_decode", "codes"},
     "gqa_prefill": {"gqa_prefill", "codes"},
     "moe_align": {"moe_align"},
+    "timed": {"timed"},
     "moe_gemm": {"moe_gemm", "codes"},
     "linear_gemm": {"linear_gemm", "codes"},
 }

@@ -26,6 +26,7 @@ from tests.plugins.enqueue import Enqueue, Outcome, Paths
 from tests.plugins.gqa_cases import GqaStep
 from tests.plugins.linear_cases import LinearStep
 from tests.plugins.moe_cases import MoeStep
+from tests.plugins.ptx.assembler import assemble
 from tests.plugins.test_enqueue import (
     CPU,
     DECODE,
@@ -41,7 +42,8 @@ from tests.plugins.test_enqueue import (
 if not IS_INTERPRETED:
     pytest.skip("launches are executed on the CPU only", allow_module_level=True)
 
-EXECUTED_SMS = ("8.0", "8.6", "8.7", "8.9", "12.0")
+EXECUTED_SMS = ("8.0", "8.7", "8.9", "12.0")
+SAME_TEXT = ("8.6", "8.9")  # each variant of the first has the text of the second's, but for the line that names the SM
 MULTIPROCESSORS = 64  # so that a long row is decoded in several parts
 
 # Steps that together launch every variant of an SM.
@@ -139,6 +141,30 @@ def test_the_steps_launch_every_variant(sm):
 def test_every_variant(sm, name, enqueuer_of):
     step = steps_of(sm)[name]()
     check_compiled(enqueue_compiled(enqueuer_of(sm), step, sm), step, f"sm_{sm.replace('.', '')}")
+
+
+def without_target(text: bytes) -> list[bytes]:
+    return [line for line in text.splitlines() if not line.startswith(b".target ")]
+
+
+@pytest.mark.deep
+def test_the_text_of_sm86_is_what_sm89_executes(enqueuer_of, plugin_build, pytestconfig):
+    """And what its own cubins are assembled from, of which a step of each plugin is executed through the library."""
+    own, other = SAME_TEXT
+    library = kept_library(pytestconfig, plugin_build, "plugin_library_sm86_all", own)
+    folder, executed = library.parent / "build" / "kernels" / "sm_86", plugin_build / "build" / "kernels" / "sm_89"
+    texts = {variant.name: (folder / f"{variant.name}.ptx").read_bytes() for variant in variants(own)}
+    for name, text in texts.items():
+        assert without_target(text) == without_target((executed / f"{name}.ptx").read_bytes()), name
+        assert text != (executed / f"{name}.ptx").read_bytes(), name
+        assert assemble(text, "sm_86") == (folder / f"{name}.cubin").read_bytes(), name
+    assert set(texts) == {variant.name for variant in variants(other)}
+    assert len({tuple(without_target(text)) for text in texts.values()}) == len(
+        texts
+    )  # the comparison tells them apart
+    for name in ("decode-group-bf16-int8-d128", "many-fp16-w4-t2", "linear-few-fp16-w8-k128-t2"):
+        step = steps_of(own)[name]()
+        check_compiled(enqueue_compiled(enqueuer_of(own), step, own), step, "sm_86")
 
 
 @pytest.mark.parametrize(("sm", "target"), [("8.0", "sm_80"), ("12.0", "ptx")])
