@@ -65,6 +65,7 @@ class Enqueue:
         code: What of the kernels is executed; None: the launches are only looked at.
         is_captured: The stream is captured meanwhile, and what was launched is replayed.
         in_new_context: Its context was destroyed before, and another one stands at its address.
+        is_cloned: The tactic is that of the first step, given to the plugin from which this one was cloned.
     """
 
     step: Step
@@ -75,6 +76,7 @@ class Enqueue:
     code: Code | None = "source"
     is_captured: bool = False
     in_new_context: bool = False
+    is_cloned: bool = False
 
 
 @dataclass(slots=True)
@@ -172,6 +174,8 @@ def run(paths: Paths, pickled: bytes) -> bytes:
     ]
     try:
         size = harness.configure(plugin, calls)
+        if enqueues[0].is_cloned:
+            _choose_tactic(harness, plugin, enqueues[0].step)
         plugin = {"runtime": harness.restore, "build": harness.attach}[phase](plugin)
         # Aligned as TensorRT's is.
         backing = torch.full((256 + size + GUARD_BYTES,), POISON, dtype=torch.uint8)
@@ -214,6 +218,11 @@ def destroy_during_capture(paths: Paths) -> tuple[int, list[str]]:
     return captured, host.executor.take_misuses()
 
 
+def _choose_tactic(harness: Harness, plugin: ctypes.c_void_p, step: Step) -> None:
+    tactic = step.tactic if harness.tactics(plugin) else 0
+    assert harness.set_tactic(plugin, tactic) == 0
+
+
 def _enqueue(
     host: _Host,
     plugin: ctypes.c_void_p,
@@ -228,8 +237,8 @@ def _enqueue(
     executor.driver.double_set_current(context)
     if enqueue.in_new_context:
         executor.driver.double_replace_context(context)
-    offered = harness.tactics(plugin)
-    assert harness.set_tactic(plugin, enqueue.step.tactic if offered else 0) == 0
+    if not enqueue.is_cloned:
+        _choose_tactic(harness, plugin, enqueue.step)
     regions = {name: Region.of(tensor) for name, tensor in call.named.items()}
     memory = Memory(regions, workspace, _buffer_bytes(enqueue.step, gpus[enqueue.gpu]))
     harness.take_log()

@@ -230,23 +230,35 @@ def test_linear(case, enqueuer):
     assert any("decode" in launch.variant for launch in outcome.launches) == is_linear_decode(step.num_tokens)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        functools.partial(GqaStep, lengths=[(2**40, 3)], steps=3, capacity=90, is_timed=True),
-        functools.partial(MoeStep, num_tokens=3, form="4", is_timed=True),
-        functools.partial(LinearStep, num_tokens=3),
-    ],
-    ids=["gqa", "moe", "linear"],
-)
+TIMED = {
+    "gqa": functools.partial(GqaStep, lengths=[(2**40, 3)], steps=3, capacity=90, is_timed=True),
+    "moe": functools.partial(MoeStep, num_tokens=3, form="4", is_timed=True),
+    "linear": functools.partial(LinearStep, num_tokens=3),
+}
+
+
+def tactics_of(outcome: Outcome) -> set[str]:
+    """Those that the launched variants are of, where they have one."""
+    return {launch.variant[-1] for launch in outcome.launches if launch.variant[-3:-1] == "-t"}
+
+
+@pytest.mark.parametrize("tactic", [1, 2])
+@pytest.mark.parametrize("make", TIMED.values(), ids=TIMED)
+def test_a_clone_has_the_tactic_of_its_original(make, tactic, enqueuer):
+    step = make(tactic=tactic)
+    (outcome,) = enqueuer([Enqueue(step, is_copied=isinstance(step, GqaStep), is_cloned=True)], phase="build")
+    check_step(outcome, step)
+    assert tactics_of(outcome) == {str(tactic)}
+
+
+@pytest.mark.parametrize("make", TIMED.values(), ids=TIMED)
 def test_a_tactic_is_taken_from_the_next_step_on(make, enqueuer):
     """As the builder does when it times one after the other, with no change of shape between them."""
     steps = [make(tactic=tactic) for tactic in (1, 2, 2, 1)]
     outcomes = enqueuer([Enqueue(step, is_copied=isinstance(step, GqaStep)) for step in steps], phase="build")
     for outcome, step in zip(outcomes, steps, strict=True):
         check_step(outcome, step)
-        chosen = {launch.variant[-1] for launch in outcome.launches if launch.variant[-3:-1] == "-t"}
-        assert chosen == {str(step.tactic)}
+        assert tactics_of(outcome) == {str(step.tactic)}
 
 
 def test_linear_workspace_of_any_gpu_and_shape_fits_what_the_profile_gave(enqueuer):
