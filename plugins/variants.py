@@ -137,7 +137,8 @@ _DECODE_DOWN = {
 # The grouped products: 64 rows, because 512 tokens choosing 4 of 60 experts leave each 34 rows. 64 elements of K, so
 # that three stages fit 99 KiB. int4 scales each step's result, in twice the registers: 4 warps spill, 8 don't. Second,
 # 32 rows, of which fewer are padding where a prompt is short or its experts are uneven: half of the instructions of
-# int4. Their products are those of one warp on every SM (wgmma and tcgen05 take 64 rows), at two barriers a step.
+# int4. Their products are those of one warp on every SM (wgmma and tcgen05 take 64 rows), at two barriers a step, or
+# four with zeros.
 _LARGE_BLOCK, _SMALL_BLOCK = MOE_BLOCKS_M
 _GATE_UP_OF_32 = Tile(block_m=_SMALL_BLOCK, block_n=64, block_k=64, num_warps=4, num_stages=3)
 _DOWN_OF_32 = Tile(block_m=_SMALL_BLOCK, block_n=128, block_k=64, num_warps=4, num_stages=3)
@@ -253,8 +254,8 @@ class Tiles:
 
     `prefill_int8` is prefill over an int8 cache, `decode_one` decode for groups of one head. Those of projections go by
     weight bits, blocks, and whether there are zeros (None: both, told at run time). Where there are several, each has
-    one tile for all tactics, or one a tactic; of experts with zeros the first is taken. What has a default is the same
-    for every family so far.
+    one tile for all tactics, or one a tactic; few tokens of experts with zeros take the first. What has a default is
+    the same for every family so far.
     """
 
     prefill: Mapping[int, tuple[Tile, ...]]
@@ -370,7 +371,8 @@ def _expert_variants(tiles: Tiles, dtype: str, bits: int, has_zeros: int) -> lis
         ("moe_decode_down", tiles.decode_down),
     ):
         is_decode = kernel.startswith("moe_decode")
-        for match, tile in _by_tactic(facts, by_bits[bits][: expert_tactics(bool(has_zeros))]):
+        choices = by_bits[bits][:1] if is_decode and has_zeros else by_bits[bits]
+        for match, tile in _by_tactic(facts, choices):
             constants = {
                 "WEIGHT_BITS": bits,
                 "HAS_ZEROS": has_zeros,
@@ -412,11 +414,6 @@ def linear_tactics(bits: int, blocks: str, has_zeros: bool) -> int:
     """Tiles that TensorRT may choose among for a form of a projection's weights; 1: there is nothing to choose."""
     of_form = [choices for form, choices in _LINEAR_DECODE.items() if form[:2] == (bits, blocks)]
     return len(of_form[0]) if len(of_form) == 1 else len(_LINEAR_DECODE[bits, blocks, int(has_zeros)])
-
-
-def expert_tactics(has_zeros: bool) -> int:
-    """As `linear_tactics`, of experts' weights."""
-    return 1 if has_zeros else len(TACTICS)
 
 
 def variants(sm: str) -> tuple[Variant, ...]:

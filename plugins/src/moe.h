@@ -31,7 +31,7 @@ public:
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept final { return fields_.collection(); }
 
 private:
-    int32_t num_tactics() const final { return attributes_.has_zeros != 0 ? 1 : kTactics; }
+    int32_t num_tactics() const final { return kTactics; }
     void check_extents(Extents const& extents) const final;
     size_t workspace_bytes(Extents const& smallest, Extents const& largest) const final;
     void load(Kernels& kernels, nvinfer1::DataType compute) final;

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from qwen_aot.plugins.library import FILE_NAME
-from qwen_aot.plugins.variants import TACTICS, expert_tactics, linear_tactics, variants
+from qwen_aot.plugins.variants import TACTICS, linear_tactics, variants
 from tests.pairs import identifier, swept
 from tests.plugins.any_step import Step
 from tests.plugins.conftest import IS_INTERPRETED, kept_library
@@ -74,7 +74,7 @@ def steps_of(sm: str) -> dict[str, Callable[[], Step]]:
                 result[f"{name}-{dtype}-{cache}-d{head_dim}-t2"] = functools.partial(GqaStep, **step, **facts, tactic=2)
     for dtype, (name, step) in itertools.product(("fp16", "bf16"), EXPERT_STEPS.items()):
         for form in ("16", "8", "4", "4z"):
-            for tactic in TACTICS[: expert_tactics(form == "4z")]:
+            for tactic in TACTICS:
                 facts = {"dtype": dtype, "form": form, "sm": sm, "hidden_size": 256, "tactic": tactic}
                 result[f"{name}-{dtype}-w{form}-t{tactic}"] = functools.partial(MoeStep, **step, **facts)
     for dtype, (name, step) in itertools.product(("fp16", "bf16"), LINEAR_STEPS.items()):

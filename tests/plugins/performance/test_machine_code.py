@@ -123,17 +123,20 @@ BOUNDS: list[tuple[tuple[str, ...], str, Callable[[Resources], float], float]] =
         row
         for kernel in ("moe_gate_up", "moe_down")
         for row in (
-            (SMS, f"{kernel}-*-t2", barriers, 2),  # products of a warp's own, on every SM
+            (SMS, f"{kernel}-*-z1-t2", barriers, 4),  # products of a warp's own, on every SM
+            *((SMS, f"{kernel}-*-{form}-t2", barriers, 2) for form in ("w16", "w8", "w4-z0")),
+            (SMS, f"{kernel}-*-w4-z1-t2", instructions, 290),
+            (SMS, f"{kernel}-*-w4-z1-t2", narrow_loads, 2),
             (SMS, f"{kernel}-*-w16-t2", per_product, 4),
             (SMS, f"{kernel}-*-w4-z0-t2", instructions, 270),
             (MMA, f"{kernel}-*-w4-z0-t1", instructions, 270),
             (SMS, f"{kernel}-*-w4-z0-t2", narrow_loads, 1),
             (WARPGROUP + TENSOR_MEMORY, f"{kernel}-*-w4-z0-t1", narrow_loads, 1),
-            (WARPGROUP + TENSOR_MEMORY, f"{kernel}-*-w4-z1", narrow_loads, 2),
+            (WARPGROUP + TENSOR_MEMORY, f"{kernel}-*-w4-z1-t1", narrow_loads, 2),
             (WARPGROUP, f"{kernel}-*-w4-z0-t1", barriers, 4),
-            (WARPGROUP, f"{kernel}-*-w4-z1", barriers, 6),  # zeros reach the threads that convert by shared memory
+            (WARPGROUP, f"{kernel}-*-w4-z1-t1", barriers, 6),  # zeros reach the threads that convert by shared memory
             (TENSOR_MEMORY, f"{kernel}-*-w4-z0-t1", barriers, 5),  # one more for tensor memory
-            (TENSOR_MEMORY, f"{kernel}-*-w4-z1", barriers, 7),
+            (TENSOR_MEMORY, f"{kernel}-*-w4-z1-t1", barriers, 7),
         )
     ),
 ]

@@ -85,7 +85,7 @@ def test_few_tokens(sm: str, form: str, tactic: int, compiled: Compiled) -> None
     check(step, compiled(sm, EXPERTS).run(step)[0])
 
 
-@pytest.mark.parametrize("form", ["16", "8", "4"])
+@pytest.mark.parametrize("form", ["16", "8", "4", "4z"])
 @pytest.mark.parametrize("sm", OWN_INSTRUCTIONS)
 def test_many_tokens_in_blocks_of_32(sm: str, form: str, compiled: Compiled) -> None:
     """Which tensor cores of every SM multiply as a warp's own."""

@@ -470,9 +470,8 @@ TEST(tactics_are_offered_where_there_is_a_choice)
                 return attribute.first == field;
             })->second;
         };
-        bool const has_choice = of.name == "QwenGQA"
-            || (value("has_zeros") == 0
-                && (of.name == "QwenMoE" || value("group_size") == 128 || value("group_size") == -1));
+        bool const has_choice = of.name != "QwenLinear"
+            || (value("has_zeros") == 0 && (value("group_size") == 128 || value("group_size") == -1));
         std::vector<int32_t> tactics(static_cast<size_t>(build.getNbTactics()), -1);
         CHECK(tactics.size() == (has_choice ? 2U : 0U));
         CHECK(build.getValidTactics(tactics.data(), static_cast<int32_t>(tactics.size())) == 0);
