@@ -45,6 +45,7 @@ def plugin_of(
     plugin = harness.create(step)
     workspace = torch.full((harness.configure(plugin, [call]),), POISON, dtype=torch.uint8, device=device)
     plugin = harness.attach(plugin) if is_timed else harness.restore(plugin)
+    harness.choose_tactic(plugin, step)
 
     def submit() -> None:
         status = harness.enqueue(plugin, call, workspace.data_ptr(), ctypes.c_void_p(stream))

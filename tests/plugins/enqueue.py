@@ -175,7 +175,7 @@ def run(paths: Paths, pickled: bytes) -> bytes:
     try:
         size = harness.configure(plugin, calls)
         if enqueues[0].is_cloned:
-            _choose_tactic(harness, plugin, enqueues[0].step)
+            harness.choose_tactic(plugin, enqueues[0].step)
         plugin = {"runtime": harness.restore, "build": harness.attach}[phase](plugin)
         # Aligned as TensorRT's is.
         backing = torch.full((256 + size + GUARD_BYTES,), POISON, dtype=torch.uint8)
@@ -218,11 +218,6 @@ def destroy_during_capture(paths: Paths) -> tuple[int, list[str]]:
     return captured, host.executor.take_misuses()
 
 
-def _choose_tactic(harness: Harness, plugin: ctypes.c_void_p, step: Step) -> None:
-    tactic = step.tactic if harness.tactics(plugin) else 0
-    assert harness.set_tactic(plugin, tactic) == 0
-
-
 def _enqueue(
     host: _Host,
     plugin: ctypes.c_void_p,
@@ -238,7 +233,7 @@ def _enqueue(
     if enqueue.in_new_context:
         executor.driver.double_replace_context(context)
     if not enqueue.is_cloned:
-        _choose_tactic(harness, plugin, enqueue.step)
+        harness.choose_tactic(plugin, enqueue.step)
     regions = {name: Region.of(tensor) for name, tensor in call.named.items()}
     memory = Memory(regions, workspace, _buffer_bytes(enqueue.step, gpus[enqueue.gpu]))
     harness.take_log()

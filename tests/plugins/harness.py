@@ -144,16 +144,12 @@ class Harness:
         """The plugin, gone through a plan into an execution context; the given one is no more."""
         return self._made(self._api.harness_restore(plugin))
 
-    def tactics(self, plugin: ctypes.c_void_p) -> list[int]:
-        """What TensorRT may choose among; none: there is nothing to choose."""
-        found = (ctypes.c_int32 * 8)()
-        count = int(self._api.harness_tactics(plugin, found, len(found)))
-        assert count >= 0, self.take_log()
-        return list(found[:count])
-
-    def set_tactic(self, plugin: ctypes.c_void_p, tactic: int) -> int:
-        """What `setTactic` returned: 0 is success."""
-        return int(self._api.harness_set_tactic(plugin, tactic))
+    def choose_tactic(self, plugin: ctypes.c_void_p, step: Step) -> None:
+        """The step's, as TensorRT does: one of those that the plugin offers, or 0 where there is nothing to choose."""
+        offered = (ctypes.c_int32 * 8)()
+        count = int(self._api.harness_tactics(plugin, offered, len(offered)))
+        assert count == 0 or step.tactic in offered[:count], self.take_log()
+        assert self._api.harness_set_tactic(plugin, step.tactic if count else 0) == 0, self.take_log()
 
     def enqueue(self, plugin: ctypes.c_void_p, call: Call, workspace: int, stream: ctypes.c_void_p) -> int:
         """What `onShapeChange`, or after it `enqueue`, returned: 0 is success."""
