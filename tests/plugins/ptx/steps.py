@@ -23,28 +23,30 @@ _GAP = 1 << 16  # bytes
 class CompiledSteps:
     """Executes steps from the PTX of one SM."""
 
-    def __init__(self, interpreter: Interpreter, kernels: Path) -> None:
-        """Takes a folder of one SM, as `plugins.aot` wrote it."""
+    def __init__(self, interpreter: Interpreter, *kernels: Path) -> None:
+        """Takes folders of one SM, as `plugins.aot` wrote them."""
         self._interpreter = interpreter
-        self._kernels = kernels
-        listed = json.loads((kernels / "manifest.json").read_bytes())["variants"]
-        self._entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in listed}
+        self._folders: dict[str, Path] = {}  # by variant, and so are the entries
+        self._entries: dict[str, dict[str, Any]] = {}
+        for folder in kernels:
+            for entry in json.loads((folder / "manifest.json").read_bytes())["variants"]:
+                self._folders[entry["name"]], self._entries[entry["name"]] = folder, entry
 
     @property
     def variants(self) -> set[str]:
-        """Names of those that the folder has."""
+        """Names of those that the folders have."""
         return set(self._entries)
 
     def text(self, variant: str) -> str:
         """The PTX of a variant."""
-        return (self._kernels / f"{variant}.ptx").read_text()
+        return (self._folders[variant] / f"{variant}.ptx").read_text()
 
     def run(self, step: Step, texts: dict[str, str] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Counts]]:
         """The tensors after a step, and what each variant's launch did.
 
         Args:
             step: What to compute, with the tiles of this SM.
-            texts: PTX by variant, instead of that in the folder.
+            texts: PTX by variant, instead of that in its folder.
 
         Raises:
             PtxError: What a kernel may not do.
