@@ -196,7 +196,7 @@ def source_and_assembly(kernels: Path, sms: Sequence[str]) -> tuple[str, str]:
         assembly += code
         targets += f"{{{_number(sm)}, {is_ptx}, {len(entries)}, {name}_variants}},\n"
     inner, outer = _common_tables()
-    digest = hashlib.sha256((header() + inner + outer + images).encode()).hexdigest()[:16]
+    digest = hashlib.sha256((header() + inner + tables + outer + images).encode()).hexdigest()[:16]
     source = (
         f'{_ORIGIN}#include "kernels.h"\n\n{declarations}\nnamespace qwen_aot\n{{\nnamespace\n{{\n{inner}{tables}'
         f"}} // namespace\n\n{outer}Target const kTargets[] = {{\n{targets}}};\n"

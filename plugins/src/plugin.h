@@ -105,7 +105,7 @@ protected:
     nvinfer1::TensorRTPhase phase() const { return phase_; }
 
     /** Tiles that TensorRT may choose among, of which it times each; 1: there is nothing to choose. */
-    virtual int32_t num_tactics() const { return kFirstTactic; }
+    virtual int32_t num_tactics() const = 0;
 
     /** The one that was chosen, 1 … num_tactics(). */
     int32_t tactic() const { return tactic_; }

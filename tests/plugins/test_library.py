@@ -185,6 +185,45 @@ def test_workspace_of_a_projection_suffices_for_each_step_on_each_gpu(cpp_tests,
     assert given == max(needed.values()) == needed[LINEAR_WIDEST_PROGRAM]
 
 
+# ---- The digest, by which TensorRT knows what it has timed ----
+
+
+def digest_of(folder: Path) -> str:
+    source, _ = kernel_table.source_and_assembly(folder, ["8.9"])
+    (digest,) = re.findall(r'kDigest\[\] = "(\w{16})"', source)
+    return digest
+
+
+def other_cubin(entry):
+    entry["sha256"] = entry["sha256"][::-1]
+
+
+def other_match(entry):
+    entry["match"] = {**entry["match"], "group": 7}
+
+
+def other_grid(entry):
+    entry["grid"][0]["per"] = 3
+
+
+@pytest.mark.parametrize("change", [other_cubin, other_match, other_grid], ids=lambda change: change.__name__)
+def test_other_kernels_have_another_digest(change, plugin_build, tmp_path):
+    kernels = plugin_build / "build" / "kernels"
+    (tmp_path / "sm_89").mkdir()
+    manifest = json.loads((kernels / "sm_89" / "manifest.json").read_bytes())
+    (tmp_path / "sm_89" / "manifest.json").write_text(json.dumps(manifest))
+    assert digest_of(tmp_path) == digest_of(kernels)  # wherever they lie
+    change(manifest["variants"][0])
+    (tmp_path / "sm_89" / "manifest.json").write_text(json.dumps(manifest))
+    assert digest_of(tmp_path) != digest_of(kernels)
+
+
+def test_other_thresholds_have_another_digest(plugin_build, monkeypatch):
+    before = digest_of(plugin_build / "build" / "kernels")
+    monkeypatch.setitem(kernel_table.CONSTANTS, "kMinSplit", 512)
+    assert digest_of(plugin_build / "build" / "kernels") != before
+
+
 # ---- The file ----
 
 
