@@ -19,12 +19,10 @@ import torch
 
 from tests.plugins.any_step import Step
 from tests.plugins.bounds import assert_close
-from tests.plugins.gqa_cases import GqaStep
+from tests.plugins.gqa_cases import CACHE, GqaStep
 from tests.plugins.harness import POISON, Call, Harness, prepare
 from tests.plugins.linear_cases import LinearStep
 from tests.plugins.sanitizer_cases import CASES
-
-_CACHE = ("key", "value", "key_scale", "value_scale")
 
 
 @contextmanager
@@ -65,7 +63,7 @@ def check(step: Step, tensors: Mapping[str, torch.Tensor]) -> None:
     expected = step.expected()
     assert expected["output"] is not None
     assert_close(tensors["output"], expected["output"])
-    for name in _CACHE:
+    for name in CACHE:
         if (cache := expected[name]) is not None:
             # A product that fuses into a sum may land on the other side of a rounding.
             tolerance = {"rtol": 0, "atol": 1} if cache.dtype == torch.int8 else {"rtol": 2.0**-7, "atol": 1e-3}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tests.plugins.any_step import Step
-from tests.plugins.gqa_cases import GqaStep
+from tests.plugins.gqa_cases import CACHE, GqaStep
 from tests.plugins.linear_cases import LinearStep
 
 POISON = 0xFF  # NaN in every floating-point type, -1 in integers
@@ -70,7 +70,7 @@ def prepare(step: Step, device: torch.device, *, batch: int = 1, is_copied: bool
     named = {name: tensor.to(device, copy=True) for name, tensor in step.tensors.items() if tensor is not None}
     if isinstance(step, GqaStep):
         order = ("qkv", "key", "value", "cos", "sin", "position_ids", "cache_length", "new_tokens")
-        cache = [name for name in ("key", "value", "key_scale", "value_scale") if name in named]
+        cache = [name for name in CACHE if name in named]
         norms = ("q_norm", "k_norm") if step.has_norms else ()
         inputs = [named[name] for name in (*order, *cache[2:], *norms)]
         rows, steps, _ = named["qkv"].shape

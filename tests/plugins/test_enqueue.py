@@ -26,7 +26,7 @@ from tests.plugins.bounds import assert_close, assert_same_cache
 from tests.plugins.conftest import IS_INTERPRETED
 from tests.plugins.driver.execution import LAUNCH_FAILED, Gpu, Recorded
 from tests.plugins.enqueue import Enqueue, Fault, Outcome, Paths, compile_driver, destroy_during_capture, run
-from tests.plugins.gqa_cases import GqaStep
+from tests.plugins.gqa_cases import CACHE, GqaStep
 from tests.plugins.linear_cases import LinearStep
 from tests.plugins.moe_cases import MoeStep
 
@@ -132,7 +132,7 @@ def check_gqa(outcome: Outcome, step: GqaStep) -> None:
     assert_clean(outcome)
     expected = step.expected()
     assert_close(outcome.tensors["output"], expected["output"])
-    for name in ("key", "value", "key_scale", "value_scale"):
+    for name in CACHE:
         if expected[name] is not None:
             assert_same_cache(outcome.tensors[name], expected[name], is_exact=not step.has_norms)
     assert_same_as_launch(outcome.launches, *reversed(step.prepare(CPU)))
@@ -471,7 +471,7 @@ def test_the_builder_times_attention_with_past_and_present_apart(is_int8, steps,
     """On memory of its own, with lengths that mean nothing: those of a conversation, or of a small cache, are taken."""
     lengths = [(2**40, steps), (-(2**62), 0), (7, -1)]
     step = GqaStep(lengths=lengths, steps=steps, is_int8=is_int8, capacity=capacity, is_timed=True, sm_count=64)
-    for name in ("key", "value", "key_scale", "value_scale"):
+    for name in CACHE:
         if step.tensors[name] is not None:  # each of which is read, for the row's length is another one
             step.tensors[name] = GqaStep(
                 lengths=[(capacity, 0)] * 3, steps=steps, is_int8=is_int8, capacity=capacity

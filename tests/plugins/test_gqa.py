@@ -10,7 +10,7 @@ from qwen_aot.plugins.variants import CACHES, HEAD_DIMS, SMS, TACTICS, select
 from tests.pairs import identifier, swept
 from tests.plugins.bounds import assert_close, assert_same_cache
 from tests.plugins.conftest import IS_INTERPRETED
-from tests.plugins.gqa_cases import SM, GqaStep
+from tests.plugins.gqa_cases import CACHE, SM, GqaStep
 
 # Blocks: 128 queries, and 128 slots (head size 64) or 64 (head size 128) for prefill, or 64 of both; 128 or 64 slots
 # for decode, in parts that are multiples of 128. Lengths sit on, before and after these edges; (n, 0) is an idle row.
@@ -45,7 +45,7 @@ DECODE = {
 def check(step: GqaStep, device: torch.device) -> None:
     expected, actual = step.expected(), step.run(device)
     assert_close(actual["output"], expected["output"])
-    for name in ("key", "value", "key_scale", "value_scale"):
+    for name in CACHE:
         cache, reference = actual[name], expected[name]
         if reference is None:
             continue
